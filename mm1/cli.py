@@ -1,0 +1,128 @@
+"""`mm1 <command>`: each command is one function; the work is in the room it belongs to."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mm1.engine.data.record import DataError
+
+app = tyro.extras.SubcommandApp()
+Positional = tyro.conf.Positional
+
+
+@app.command
+def demo(out: Path = Path("runs/demo")) -> None:
+    """Train a small MM1 on the shipped handwritten digits, then caption and answer about unseen ones."""
+    from mm1.engine.demo import demo
+
+    demo(out)
+
+
+@app.command
+def train(
+    run: Positional[str],
+    out: Path | None = None,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    resume: bool = False,
+) -> None:
+    """Train a named size or what a TOML file says.
+
+    Args:
+        run: a named size (digits, mm1-3b, …) or a .toml file.
+        out: folder for checkpoints and metrics (default: runs/NAME).
+        set: one setting, such as train.steps=100; may be repeated.
+        resume: continue from the newest complete checkpoint in `out`.
+    """
+    from mm1.engine.config import load_run
+    from mm1.engine.train import train
+
+    train(load_run(run, set), out or Path("runs") / Path(run).stem, resume=resume)
+
+
+@app.command
+def generate(
+    checkpoint: Positional[Path],
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    seed: int | None = None,
+) -> None:
+    """Continue a prompt of interleaved images and text.
+
+    Args:
+        checkpoint: a checkpoint folder, or the folder of a run.
+        prompt: text; `<image>` marks where the next image stands, images without a mark come first. May be repeated.
+        image: an image file; may be repeated.
+        max_tokens: longest continuation.
+        temperature: 0 is greedy.
+        top_p: sample among the most probable tokens of this total.
+        stop: end before this string; may be repeated.
+        seed: of the sampling.
+    """
+    from mm1.engine.checkpoint import load
+    from mm1.engine.data.images import read
+    from mm1.engine.generate import generate, interleave
+
+    prompts = interleave(prompt or ("",), [read(path) for path in image])
+
+    def show(number: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    model = load(checkpoint)
+    for parts in prompts:
+        generate(
+            model, [parts], max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed,
+            on_text=show,
+        )  # fmt: skip
+        print()
+
+
+@app.command
+def bench(
+    what: Positional[str] = "train",
+    size: str = "digits",
+    rounds: int = 5,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Measure. The last line of standard output is one JSON object.
+
+    Args:
+        what: "train": the training step, compiled and not, interleaved.
+        size: a named size.
+        rounds: of interleaved measurement.
+        json_file: also write the JSON object there.
+    """
+    from mm1.bench.train import measure
+
+    if what != "train":
+        raise DataError(f"unknown benchmark {what!r}; known: train")
+    result = json.dumps(measure(size, rounds))
+    if json_file:
+        json_file.write_text(result + "\n")
+    print(result)
+
+
+def main() -> None:
+    try:
+        app.cli(prog="mm1", description="Train and run MM1-type multimodal models.")
+    except DataError as error:
+        sys.exit(_say(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("stopped", 1))
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(_say(error, 1))
+
+
+def _say(error: object, status: int) -> int:
+    print(f"mm1: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Sizes of the model and settings of a run, as frozen dataclasses, and the named ones.
+
+The MM1 paper (arXiv 2403.09611) publishes the encoder's kind, the connector's kind and token count, the number and
+placement of experts and the totals; widths and depths it does not. What is inferred says from what, on its line.
+"""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm1.engine.data.record import DataError
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A ViT encoder on packed patches of images of any grid."""
+
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    patch: int = 14
+    table: tuple[int, int] = (24, 24)  # grid of the learned positions, resampled to every other grid
+    activation: str = "quick_gelu"  # or "gelu"
+    class_token: bool = True  # CLIP's: attends and is attended to, but is not passed on
+    pre_norm: bool = True  # CLIP's LayerNorm between embedding and blocks
+    interpolation: str = "bicubic"
+    eps: float = 1e-5
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as DFN5B's
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Connector:
+    """Makes `tokens` tokens of an image, whatever its grid."""
+
+    kind: str = "c-abstractor"  # or "attention", "average"
+    tokens: int = 144
+    hidden: int = 1024
+    depth: int = 3  # blocks before the pool, and again after it
+    readout_depth: int = 2
+    position_grid: tuple[int, int] | None = (24, 24)
+    output_norm: bool = True  # not Honeybee's; without it the loss of a fresh model stays on a plateau for long
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A Llama-type decoder, every `moe_every`-th layer of which may be a mixture of experts."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    head_width: int = 128
+    rope_theta: float = 500_000.0
+    eps: float = 1e-5
+    tied: bool = True
+    qk_norm: bool = True
+    experts: int = 0
+    experts_per_token: int = 2
+    moe_every: int = 2  # layers moe_every - 1, 2·moe_every - 1, … are mixtures
+    load_balance: float = 0.01
+    z_loss: float = 0.001
+
+
+@dataclass(frozen=True)
+class Model:
+    vision: Vision
+    connector: Connector
+    decoder: Decoder
+    image_mode: str = "squash"  # to image_size², or "native": own aspect ratio, at most image_patches
+    image_size: int = 378
+    image_patches: int = 729
+
+
+def is_moe(decoder: Decoder, layer: int) -> bool:
+    return decoder.experts > 0 and (layer + 1) % decoder.moe_every == 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mixture. weight: its share of the documents drawn, relative to the others."""
+
+    kind: str  # "captions" (WebDataset tars), "interleaved" (OBELICS-type json/jsonl/parquet) or "text"
+    paths: tuple[str, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """sources, and the static budgets of one packed sequence."""
+
+    sources: tuple[Source, ...] = ()
+    tokenizer: str = ""  # a tokenizer.json
+    tokens: int = 4096
+    images: int = 16
+    patches: int = 0  # 0: images · patches of a full image
+    documents: int = 0  # 0: tokens / 16, at least one
+    buffer: int = 64  # documents the packer chooses from
+    workers: int = 0  # loader processes; 0 decodes in threads of this one
+    max_bad: int = 100  # unreadable records in a row that stop the run
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 200_000
+    accumulate: int = 512  # sequences a step
+    peak_lr: float | None = None  # None: MM1's law from the parameter count
+    final_lr: float = 0.1  # of the peak
+    warmup: int = 2_000
+    weight_decay: float = 0.1  # times the peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)  # not published; usual for decoders
+    eps: float = 1e-8
+    clip: float = 1.0
+    compile: bool = True
+    checkpoint_activations: bool = False
+    dtype: str = "auto"  # bf16 on a GPU, fp32 on a CPU
+    seed: int = 0
+    save_every: int = 1_000
+    keep: int = 2  # checkpoints
+    log_every: int = 1
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything `mm1 train` needs."""
+
+    model: Model
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+
+
+def peak_lr(parameters: int) -> float:
+    """MM1's law, exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder (paper, section 3.3)."""
+    return math.exp(-0.4214 * math.log(parameters) - 0.5535)
+
+
+VIT_L_336 = Vision(width=1024, layers=24, heads=16, ffn=4096, table=(24, 24))  # OpenAI CLIP ViT-L/14-336
+VIT_H_378 = Vision(width=1280, layers=32, heads=16, ffn=5120, table=(27, 27))  # open_clip's ViT-H-14-378-quickgelu
+# Honeybee's C-Abstractor, width and depth; the paper gives kind and token count.
+ABSTRACTOR_144 = Connector(position_grid=(27, 27))
+
+# Paper: 1.2B. Inferred: the 3B's proportions (head width 128, ffn/width 2.625) at 1.2 B non-embedding parameters.
+D_1B = Decoder(vocabulary=49_152, width=2048, layers=24, heads=16, kv_heads=16, ffn=5376)
+# Paper: 3B, of which 64B with 64 experts every 2nd layer. Inferred: width, layers, heads, ffn, vocabulary, theta and
+# q/k norm from the AFM on-device config (huggingface/transformers#32515); kv_heads = heads because that gives the 2.9B
+# and 64B the paper names.
+D_3B = Decoder(vocabulary=49_152, width=3072, layers=26, heads=24, kv_heads=24, ffn=8064)
+# Paper: 7B, of which 47B with 32 experts every 4th layer, which implies 5.2B parameters in the dense MLPs. Inferred
+# from that: 32 × 4096 with ffn 13,312; grouped-query attention keeps the total at 7B.
+D_7B = Decoder(vocabulary=49_152, width=4096, layers=32, heads=32, kv_heads=8, ffn=13_312)
+# Paper: 30B. Inferred: the 7B's ffn/width 3.25 and grouped queries, scaled to 30 B.
+D_30B = Decoder(vocabulary=49_152, width=7168, layers=48, heads=56, kv_heads=8, ffn=23_296)
+
+
+def _mm1(decoder: Decoder) -> Model:
+    return Model(VIT_H_378, ABSTRACTOR_144, decoder)
+
+
+DIGITS = Model(
+    vision=Vision(
+        width=96, layers=3, heads=3, ffn=256, patch=4, table=(6, 6), activation="gelu", class_token=False,
+        pre_norm=False, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3,
+    ),
+    connector=Connector(tokens=16, hidden=96, depth=1, position_grid=None),
+    decoder=Decoder(
+        vocabulary=384, width=128, layers=4, heads=4, kv_heads=2, head_width=32, ffn=320, rope_theta=10_000.0,
+        experts=4,
+    ),
+    image_mode="native", image_size=24, image_patches=64,
+)  # fmt: skip
+
+MODELS: dict[str, Model] = {
+    "digits": DIGITS,
+    "mm1-1b": _mm1(D_1B),
+    "mm1-3b": _mm1(D_3B),
+    "mm1-7b": _mm1(D_7B),
+    "mm1-30b": _mm1(D_30B),
+    "mm1-3b-moe": _mm1(dataclasses.replace(D_3B, experts=64, moe_every=2)),
+    "mm1-7b-moe": _mm1(dataclasses.replace(D_7B, experts=32, moe_every=4)),
+    # The paper's ablation base: ViT-L/14 at 336 px and the 1.2B decoder.
+    "mm1-1b-vit-l-336": Model(
+        VIT_L_336, Connector(position_grid=(24, 24)), D_1B, image_size=336, image_patches=576
+    ),
+}  # fmt: skip
+
+# Learning rates the paper used instead of its law (section 3.3): rounded, but not always to the nearest.
+PAPER_LR = {"mm1-3b": 6e-5, "mm1-7b": 4e-5, "mm1-30b": 2e-5, "mm1-3b-moe": 6e-5, "mm1-7b-moe": 4e-5}
+
+
+def named(name: str) -> Model:
+    if name not in MODELS:
+        raise DataError(f"unknown size {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> Run:
+    """A run from a named size or a TOML file (`model = "digits"` or a [model] table, [data], [[data.sources]], [train])
+    and `key=value` settings ("train.steps=100"). Raises DataError with one line for whatever is wrong.
+    """
+    if name_or_file.endswith(".toml"):
+        try:
+            table = tomllib.loads(Path(name_or_file).read_text())
+        except FileNotFoundError:
+            raise DataError(f"no such file: {name_or_file}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise DataError(f"{name_or_file}: {error}") from None
+    else:
+        table = {"model": name_or_file}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise DataError(f"setting {setting!r} is not key=value")
+        _put(table, key.strip(), _value(value.strip()))
+    return from_dict(table)
+
+
+def from_dict(table: dict[str, Any]) -> Run:
+    """The run of nested plain values, as `dataclasses.asdict` and TOML give them; "model" may be a size's name."""
+    table = dict(table)
+    model = table.pop("model", None)
+    base = named(model) if isinstance(model, str) else None
+    if isinstance(model, dict):
+        model = dict(model)
+        if "size" in model:
+            base = named(model.pop("size"))
+        base = _build(Model, model, "model", base)
+    if base is None:
+        raise DataError("no model is given; name a size or a [model] table")
+    return _build(Run, table, "", Run(base))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _put(table: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        if isinstance(table.get(name), str):
+            table[name] = {"size": table[name]}  # model = "digits" with model.decoder.… on top
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise DataError(f"setting {key!r}: {name} has no fields")
+    table[last] = value
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type, values: dict[str, Any], where: str, base: Any = None) -> Any:
+    """A dataclass of nested dicts; fields not given come from `base`, or from the defaults."""
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise DataError(f"unknown setting {_join(where, min(unknown))}; known: {', '.join(hints)}")
+    built = {
+        name: _convert(hints[name], value, _join(where, name), getattr(base, name, None))
+        for name, value in values.items()
+    }
+    if base is not None:
+        return dataclasses.replace(base, **built)
+    try:
+        return cls(**built)
+    except TypeError:
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in built and f.default is dataclasses.MISSING]
+        raise DataError(f"{where or cls.__name__} lacks {', '.join(missing)}") from None
+
+
+def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast(type, hint), value, where, base)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where, base)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) == len(value):
+            return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value)))
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise DataError(f"setting {where} is {value!r}, expected {name}")
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

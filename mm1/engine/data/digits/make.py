@@ -1,0 +1,282 @@
+"""Writes the demo's data beside this file, from the 1,797 handwritten digits that scikit-learn ships.
+
+    python -m mm1.engine.data.digits.make [folder]
+
+An image is a grid of 1 to 6 digits, 12 x 12 pixels a digit, read like a page. Glyphs are split into train and
+test before anything is drawn, so no test image holds a glyph that training has seen. The same libraries write
+the same bytes on each run; another zlib may pack the same content into other bytes.
+"""
+
+import gzip
+import io
+import json
+import random
+import struct
+import sys
+import tarfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SEED = 1998  # the year the digits were given to the UCI repository
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLURALS = tuple("sixes" if word == "six" else word + "s" for word in WORDS)
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+
+CELL = 12  # pixels of a digit's cell: three patches of 4
+SIZES = (9, 10, 11)  # pixels of a digit
+LAYOUTS = {  # digits -> (rows, columns)
+    1: [(1, 1)],
+    2: [(1, 2), (2, 1)],
+    3: [(1, 3), (3, 1)],
+    4: [(1, 4), (4, 1), (2, 2)],
+    5: [(1, 5)],
+    6: [(1, 6), (2, 3), (3, 2)],
+}
+TRAIN_IMAGES = {1: 3600, 2: 2600, 3: 1800, 4: 1300, 5: 900, 6: 800}  # easy ones first: they teach what a digit is
+TEST_IMAGES = {2: 200, 3: 200, 4: 200, 5: 200, 6: 200}  # and each test glyph once, alone
+DOCUMENTS, ITEMS, STATEMENTS = 3000, 400, 600
+TURNS = (12, 17, 19, 17, 12, 9, 7, 4, 3)  # weights of 1 to 9 turns in a document: mean 4
+LISTS = 0.25  # share of documents that caption instead of asking
+
+KINDS = ("count", "largest", "smallest", "where", "first", "last")
+COUNTS: dict[str, int] = dict(zip(WORDS, (2, 3, 3, 2, 2, 1, 1)))  # weights of the answers to "count"
+
+
+def split(labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+    """Glyph indices for train and test, a fifth of each class for test."""
+    test: list[int] = []
+    for digit in range(10):
+        of_class = [i for i, label in enumerate(labels) if label == digit]
+        test += rng.sample(of_class, round(len(of_class) / 5))
+    return sorted(set(range(len(labels))) - set(test)), sorted(test)
+
+
+def deal(glyphs: list[int], labels: list[int], counts: dict[int, int], rng: random.Random) -> list[list[int]]:
+    """Glyphs of each image. A class is a deck, shuffled anew when empty: its glyphs come equally often."""
+    decks: dict[int, list[int]] = defaultdict(list)
+
+    def draw(digit: int) -> int:
+        if not decks[digit]:
+            decks[digit] = [i for i in glyphs if labels[i] == digit]
+            rng.shuffle(decks[digit])
+        return decks[digit].pop()
+
+    sizes = [size for size, count in counts.items() for _ in range(count)]
+    rng.shuffle(sizes)
+    images = []
+    for size in sizes:
+        # Free draws seldom repeat a digit; half of the images use few, so that there is something to count.
+        pool = range(10) if rng.random() < 0.5 else rng.sample(range(10), rng.randint(1, min(3, size)))
+        images.append([draw(rng.choice(pool)) for _ in range(size)])
+    return images
+
+
+def stamps(pixels: np.ndarray) -> dict[int, np.ndarray]:
+    """Glyphs of 0 to 16 [n, 8, 8] -> size -> ink uint8 [n, size, size] of 0 to 255."""
+    glyphs = [Image.fromarray(glyph) for glyph in (pixels.astype(np.int32) * 255 // 16).astype(np.uint8)]
+
+    def at(size: int) -> np.ndarray:
+        resized = (glyph.resize((size, size), Image.Resampling.BILINEAR) for glyph in glyphs)
+        return np.stack([np.asarray(glyph) for glyph in resized])
+
+    return {size: at(size) for size in SIZES}
+
+
+def render(glyphs: list[int], stamps: dict[int, np.ndarray], rng: random.Random) -> np.ndarray:
+    """Image uint8 [H, W] of 0 to 15: each glyph anywhere in its cell, light on dark."""
+    rows, columns = rng.choice(LAYOUTS[len(glyphs)])
+    ink = np.zeros((rows * CELL, columns * CELL), np.int32)
+    for cell, glyph in enumerate(glyphs):
+        size = rng.choice(SIZES)
+        x = cell % columns * CELL + rng.randint(0, CELL - size)
+        y = cell // columns * CELL + rng.randint(0, CELL - size)
+        ink[y : y + size, x : x + size] = stamps[size][glyph]
+    dark, light = rng.randint(0, 3), rng.randint(11, 15)
+    return ((dark * 255 + (light - dark) * ink + 127) // 255).astype(np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    """uint8 [H, W] of 0 to 15 -> PNG in 4-bit grey, a third smaller; Pillow reads it but cannot write it."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    height, width = image.shape
+    packed = image[:, 0::2] << 4 | image[:, 1::2]  # two pixels a byte; the width is a multiple of 12
+    lines = b"".join(b"\0" + line.tobytes() for line in packed)  # filter 0, none: best below 8 bits
+    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def caption(digits: Iterable[int]) -> str:
+    return " ".join(WORDS[digit] for digit in digits)
+
+
+def questions(digits: list[int]) -> Iterator[tuple[str, str, str]]:
+    """All that can be asked about an image: kind, question, answer."""
+    for digit in range(10):
+        yield "count", f"how many {PLURALS[digit]}?", WORDS[digits.count(digit)]
+    yield "first", "what is first?", WORDS[digits[0]]
+    yield "last", "what is last?", WORDS[digits[-1]]
+    if len(digits) == 1:  # the rest would have one possible answer
+        return
+    yield "largest", "which is largest?", WORDS[max(digits)]
+    yield "smallest", "which is smallest?", WORDS[min(digits)]
+    for digit in digits:
+        if digits.count(digit) == 1:
+            yield "where", f"where is the {WORDS[digit]}?", ORDINALS[digits.index(digit)]
+
+
+class Quiz:
+    """Questions drawn by their answer first, so that no answer is a good guess."""
+
+    def __init__(self, images: list[list[int]], rng: random.Random):
+        self.rng = rng
+        self.pairs: dict[str, dict[str, list[tuple[int, str]]]] = {kind: defaultdict(list) for kind in KINDS}
+        for image, digits in enumerate(images):
+            for kind, question, answer in questions(digits):
+                self.pairs[kind][answer].append((image, question))
+
+    def draw(self, kind: str) -> tuple[int, str, str]:
+        """Image, question, answer."""
+        answers = sorted(self.pairs[kind])
+        weights = [COUNTS[answer] for answer in answers] if kind == "count" else None
+        answer = self.rng.choices(answers, weights)[0]
+        return *self.rng.choice(self.pairs[kind][answer]), answer
+
+    def items(self, shard: str, count: int) -> list[dict]:
+        drawn = [self.draw(KINDS[i % len(KINDS)]) for i in range(count)]
+        return [{"image": member(shard, i), "question": question, "answer": a} for i, question, a in drawn]
+
+
+def member(shard: str, image: int) -> str:
+    return f"{shard}/{image:06d}.png"
+
+
+def document(shard: str, images: list[list[int]], quiz: Quiz, rng: random.Random) -> dict:
+    """A document as OBELICS has them: at each position either a text or an image."""
+    turns = rng.choices(range(1, 10), TURNS)[0]
+    said: dict[int, str] = {}  # image -> what is said of it; no image twice
+    if rng.random() < LISTS:
+        title = "list\n"
+        said = {image: caption(images[image]) + "\n" for image in rng.sample(range(len(images)), turns)}
+    else:
+        title = "quiz\n"
+        kinds = [rng.choice(KINDS)] if rng.random() < 0.5 else KINDS
+        while len(said) < turns:
+            image, question, answer = quiz.draw(rng.choice(kinds))
+            said.setdefault(image, f"question: {question} answer: {answer}\n")
+    return {
+        "texts": [title] + [part for text in said.values() for part in (None, text)],
+        "images": [None] + [part for image in said for part in (member(shard, image), None)],
+    }
+
+
+def statements(rng: random.Random) -> list[str]:
+    """True sentences in the vocabulary of the quiz: every short one, then drawn ones about lists."""
+    said = [f"after {WORDS[a]} comes {WORDS[a + 1]}." for a in range(9)]
+    said += [f"before {WORDS[a + 1]} comes {WORDS[a]}." for a in range(9)]
+    said += [f"between {WORDS[a]} and {WORDS[a + 2]} is {WORDS[a + 1]}." for a in range(8)]
+    said += [f"{WORDS[a]} is larger than {WORDS[b]}." for a in range(10) for b in range(a)]
+    said += [f"{WORDS[b]} is smaller than {WORDS[a]}." for a in range(10) for b in range(a)]
+    said += [f"{WORDS[a]} and {WORDS[b]} make {WORDS[a + b]}." for a in range(10) for b in range(10 - a)]
+    while len(said) < STATEMENTS:
+        digits = [rng.randrange(10) for _ in range(rng.randint(2, 5))]
+        often, times = Counter(digits).most_common(1)[0]
+        end = rng.choice(
+            (
+                f"the largest is {WORDS[max(digits)]}.",
+                f"the smallest is {WORDS[min(digits)]}.",
+                f"the first is {WORDS[digits[0]]}.",
+                f"the last is {WORDS[digits[-1]]}.",
+                f"how many {PLURALS[often]}? {WORDS[times]}.",
+            )
+        )
+        if (line := f"{caption(digits)}: {end}") not in said:
+            said.append(line)
+    rng.shuffle(said)
+    return said
+
+
+def tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE: reads and gives back any UTF-8 text, with one token for a frequent word of `texts`."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<pad>", "<bos>", "<eos>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    return made
+
+
+def write_gzip(path: Path, data: bytes) -> None:
+    # Neither name nor time in the header; gzip.compress would leave the rest of it to the platform.
+    with path.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
+        packed.write(data)
+
+
+def write_shard(path: Path, samples: Iterable[tuple[bytes, str]]) -> None:
+    """WebDataset: 000000.png, 000000.txt, 000001.png, ..."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, (image, text) in enumerate(samples):
+            for extension, body in (("png", image), ("txt", text.encode())):
+                info = tarfile.TarInfo(f"{key:06d}.{extension}")  # a new TarInfo has time, owner and group 0
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+    write_gzip(path, buffer.getvalue())
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+    write_gzip(path, lines.encode())
+
+
+def make(folder: Path) -> None:
+    """Writes all files but the README into `folder`."""
+    from sklearn.datasets import load_digits
+
+    pixels, targets = load_digits(return_X_y=True)
+    labels = targets.tolist()
+    rng = random.Random(SEED)
+    train, test = split(labels, rng)
+    used = {
+        "train-captions.tar.gz": deal(train, labels, TRAIN_IMAGES, rng),
+        "test-captions.tar.gz": [[glyph] for glyph in test] + deal(test, labels, TEST_IMAGES, rng),
+    }
+    digits = {shard: [[labels[i] for i in image] for image in images] for shard, images in used.items()}
+    inks = stamps(pixels.reshape(-1, 8, 8))
+    for shard, images in used.items():
+        drawn = [png(render(image, inks, rng)) for image in images]
+        write_shard(folder / shard, zip(drawn, map(caption, digits[shard])))
+    (folder / "split.json").write_text(json.dumps({"test": test}) + "\n")
+    write_gzip(folder / "glyphs.json.gz", json.dumps(used, separators=(",", ":")).encode())
+
+    shard = "train-captions.tar.gz"
+    quiz = Quiz(digits[shard], rng)
+    documents = [document(shard, digits[shard], quiz, rng) for _ in range(DOCUMENTS)]
+    lines = statements(rng)
+    write_lines(folder / "train-interleaved.jsonl.gz", documents)
+    write_lines(folder / "train-questions.jsonl.gz", quiz.items(shard, ITEMS))
+    shard = "test-captions.tar.gz"
+    write_lines(folder / "test-interleaved.jsonl.gz", Quiz(digits[shard], rng).items(shard, ITEMS))
+    (folder / "text.txt").write_text("".join(line + "\n" for line in lines))
+
+    texts = [caption(image) for image in digits["train-captions.tar.gz"]]
+    texts += [text for record in documents for text in record["texts"] if text] + lines
+    (folder / "tokenizer.json").write_text(tokenizer(texts).to_str(pretty=True) + "\n")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

@@ -1,0 +1,98 @@
+"""Encoded bytes -> RGB images -> pixels a model takes: uint8 [H, W, 3], both sides multiples of a patch."""
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mm1.engine.data.record import Unreadable
+
+# Named, because PIL hands formats such as EPS to an interpreter: data from the web must not choose that.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 178_956_970  # PIL's own limit for an error, kept also where a program has lifted PIL's
+_PIL_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable."""
+    # Not catch_warnings: that is global too, and a data thread would race with the training thread for it.
+    if _PIL_WARNS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        if not 0 < image.width * image.height <= MAX_PIXELS:
+            raise Unreadable(f"image of {image.width} x {image.height} pixels, expected 1 to {MAX_PIXELS}")
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+    except Unreadable:
+        raise
+    except UnidentifiedImageError:  # PIL's own words name a buffer at a memory address
+        raise Unreadable(f"not an image in one of the formats {', '.join(FORMATS)}") from None
+    except Exception as error:  # PIL's codecs raise nearly every type there is on bad bytes
+        raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits; convert("L") would clip at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":  # written as 0..1 or as 0..255: the file does not say
+        values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
+        values = values * 255 if values.max() <= 1 else values
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """How an image becomes whole patches, bicubic.
+
+    squash: to size x size, aspect ratio not kept, as DFN5B-CLIP ViT-H-14-378 was trained.
+    native: aspect ratio as near as patches allow, at most max_patches; never enlarged but by rounding each
+    side to whole patches; untouched if it fits as it is.
+    """
+
+    patch: int
+    mode: str = "squash"
+    size: int = 378
+    max_patches: int = 729
+
+    def __post_init__(self):
+        if self.mode not in ("squash", "native"):
+            raise ValueError(f"ImagePolicy: mode is {self.mode!r}, expected 'squash' or 'native'")
+        if self.patch < 1 or self.max_patches < 1:
+            raise ValueError(f"ImagePolicy: patch={self.patch} max_patches={self.max_patches}, expected positive")
+        if self.mode == "squash" and (self.size < 1 or self.size % self.patch):
+            raise ValueError(f"ImagePolicy: size is {self.size}, expected a multiple of patch {self.patch}")
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """image: RGB -> uint8 [H, W, 3], H and W multiples of patch."""
+        if self.mode == "squash":
+            size = (self.size, self.size)
+        else:
+            rows, columns = self._grid(image.height / self.patch, image.width / self.patch)
+            size = (columns * self.patch, rows * self.patch)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return np.array(image)  # a copy: PIL's own view is read-only, which torch.from_numpy warns about
+
+    def _grid(self, height: float, width: float) -> tuple[int, int]:
+        """Sides in patches, fractions allowed -> rows, columns."""
+        scale = min(1.0, math.sqrt(self.max_patches / (height * width)))
+        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+        if rows * columns <= self.max_patches:
+            return rows, columns
+        # Rounding, or a side held up at one patch, went over: shorten either side, or first drop one row or
+        # column and shorten what is still needed, whatever bends the picture least.
+        most = self.max_patches
+        fits = [(r, min(columns, most // r)) for r in (rows, rows - 1) if r]
+        fits += [(min(rows, most // c), c) for c in (columns, columns - 1) if c]
+        return min((g for g in fits if all(g)), key=lambda g: abs(math.log(g[0] * width / (g[1] * height))))

@@ -1,0 +1,28 @@
+"""One record of training data, and the two ways data can be wrong."""
+
+from dataclasses import dataclass
+
+
+class DataError(ValueError):
+    """The user's settings or paths are wrong. One clear line: the CLI prints it and exits with 2."""
+
+
+class Unreadable(ValueError):
+    """One record or image cannot be used: `reason` in one line, and its shard. A run skips and counts it."""
+
+    def __init__(self, reason: str, shard: str = ""):
+        super().__init__(reason, shard)  # both, or the exception would not survive the way back from a worker
+        self.reason = " ".join(reason.split())[:300]
+        self.shard = shard
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.reason}" if self.shard else self.reason
+
+
+@dataclass(frozen=True)
+class Record:
+    """Texts and encoded images in reading order. `key` inside the shard: tar basename, line or row number."""
+
+    parts: tuple[str | bytes, ...]
+    key: str
+    shard: str

@@ -1,0 +1,378 @@
+"""Files of records with random access: indexed once, then any record by its position.
+
+A position always names the same record: a shuffle is a permutation of numbers, and resuming is exact. What is
+open or cached (descriptors, unpacked .gz, parquet row groups) belongs to the process, not to the source, so
+that one can be pickled. A .gz is unpacked to memory and a .json parsed whole: good for small sets only.
+"""
+
+import array
+import base64
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mm1.engine.data.record import DataError, Record, Unreadable
+from mm1.engine.data.tar import File, members, read_member
+
+IMAGES = {"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"}
+TARS = (".tar", ".tar.gz", ".tgz")
+
+
+class _Shard:
+    """One file's records: `count` of them, `item(row)` in the file's form or Unreadable, and its damage."""
+
+    count: int
+    damage: str | None = None
+
+    def __init__(self, file: File):
+        self.file = file
+
+    def key(self, row: int) -> str:
+        return str(row)
+
+    def item(self, row: int) -> Any:
+        raise NotImplementedError
+
+
+class _Samples(_Shard):
+    """WebDataset tar: members that share the name up to the first dot of the file name are one sample."""
+
+    def __init__(self, file: File):
+        super().__init__(file)
+        damage: list[str] = []
+        keys, rows, row_of = bytearray(), array.array("q"), {}
+        for name, start, size in members(file, damage):
+            folder, slash, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            extension = extension.lower()
+            column = 2 if extension in IMAGES else {"txt": 4, "json": 6}.get(extension)
+            if column is None or not stem:
+                continue
+            key = folder + slash + stem
+            row = row_of.get(key)
+            if row is None or rows[row + column] >= 0:  # a second image of that name: a sample of its own
+                row = row_of[key] = len(rows)
+                encoded = key.encode()
+                rows.extend((len(keys), len(encoded), -1, -1, -1, -1, -1, -1))
+                keys += encoded
+            rows[row + column], rows[row + column + 1] = start, size
+        self.keys, self.damage = bytes(keys), "; ".join(damage)
+        self.rows = np.array(rows, np.int64).reshape(-1, 8)  # start, size of key, image, txt, json; -1: none
+        self.count = len(self.rows)
+
+    def key(self, row: int) -> str:
+        start, size = self.rows[row, :2].tolist()
+        return self.keys[start : start + size].decode()
+
+    def item(self, row: int) -> tuple[bytes, str]:
+        image, text, meta = self.rows[row, 2:].reshape(3, 2).tolist()
+        if image[0] < 0:
+            raise Unreadable("caption without an image")
+        caption = None
+        if text[0] >= 0:
+            caption = _utf8(self.file.read(*text))
+        elif meta[0] >= 0 and isinstance(fields := _json(self.file.read(*meta)), dict):
+            caption = fields.get("caption", fields.get("text"))
+        if caption is None:
+            raise Unreadable("image without a caption")
+        return self.file.read(*image), _checked(caption, "caption").strip()
+
+
+class _Lines(_Shard):
+    """One document a line, blank lines left out. Found by their byte offsets, parsed only when read."""
+
+    def __init__(self, file: File, parse: Callable[[bytes], Any]):
+        super().__init__(file)
+        self.parse = parse
+        data, self.damage = file.whole()
+        found = array.array("q")
+        start = number = 0
+        while start < len(data):
+            end = data.find(b"\n", start)
+            end = len(data) if end < 0 else end
+            number += 1
+            if data[start:end].strip():
+                found.extend((start, end - start, number))
+            start = end + 1
+        self.lines = np.array(found, np.int64).reshape(-1, 3)
+        self.count = len(self.lines)
+
+    def key(self, row: int) -> str:
+        return str(self.lines[row, 2])
+
+    def item(self, row: int) -> Any:
+        start, size, _ = self.lines[row].tolist()
+        return self.parse(self.file.read(start, size).rstrip(b"\r"))
+
+
+class _Json(_Shard):
+    """A list of documents, or one."""
+
+    def __init__(self, file: File):
+        super().__init__(file)
+        try:
+            self.count = len(_documents(file))
+        except Unreadable as error:
+            self.count, self.damage = 0, error.reason
+
+    def item(self, row: int) -> Any:
+        return _documents(self.file)[row]
+
+
+class _Parquet(_Shard):
+    """One document a row. Reads and keeps whole row groups: small groups make a shuffled read faster."""
+
+    def __init__(self, file: File, columns: tuple[str, ...]):
+        super().__init__(file)
+        self.columns = columns
+        pa, pq = _pyarrow()
+        try:
+            parquet = pq.ParquetFile(file.path)
+        except (pa.ArrowException, ValueError) as error:
+            raise DataError(f"{file.path} is not a parquet file: {str(error).splitlines()[0]}") from None
+        if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
+            raise DataError(f"{file.path} has no column {missing[0]!r}")
+        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        self.ends, self.count = np.cumsum(sizes), sum(sizes)
+
+    def item(self, row: int) -> Any:
+        group, inside = _locate(self.ends, row)
+        pa, _ = _pyarrow()
+        try:
+            return _row_group(self.file, group, self.columns).slice(inside, 1).to_pylist()[0]
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise Unreadable(f"parquet: {error}") from None
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+@lru_cache(maxsize=4)
+def _row_group(file: File, group: int, columns: tuple[str, ...]):
+    parquet = _pyarrow()[1].ParquetFile(file.path)
+    return parquet.read_row_group(group, columns=list(columns), use_threads=False)
+
+
+@lru_cache(maxsize=64)
+def _documents(file: File) -> list[Any]:
+    found = _json(file.read(0, os.path.getsize(file.path)))
+    return found if isinstance(found, list) else [found]
+
+
+def _locate(ends: np.ndarray, position: int) -> tuple[int, int]:
+    """Position in a row of things that end at `ends` -> which thing, and the position inside it."""
+    which = int(np.searchsorted(ends, position, side="right"))
+    return which, position - (int(ends[which - 1]) if which else 0)
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Unreadable("text is not UTF-8") from None
+
+
+def _json(data: bytes) -> Any:
+    text = _utf8(data)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"malformed JSON: {error}") from None
+
+
+def _blank(text: Any) -> bool:
+    return text is None or (isinstance(text, str) and not text.strip())
+
+
+def _checked(text: Any, what: str) -> str:
+    """The text itself, if it is one that a tokenizer can take."""
+    if _blank(text):
+        raise Unreadable(f"empty {what}")
+    if not isinstance(text, str):
+        raise Unreadable(f"{what} is of type {type(text).__name__}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair
+        raise Unreadable(f"{what} is not valid Unicode") from None
+    return text
+
+
+class Source:
+    """Records of all files of `paths` in order. `damage`: (shard, reason) of all found broken while indexing.
+
+    Raises DataError for a path or file that is not what this kind reads, and if there is not a single record.
+    source[i] raises Unreadable for a record that cannot be used.
+    """
+
+    readers: ClassVar[dict[str, Callable[[File], _Shard]]]
+
+    def __init__(self, paths: str | Path | Sequence[str | Path], base: Path = Path()):
+        self._shards = [self._index(path) for path in expand(paths, base)]
+        self._ends = np.cumsum([shard.count for shard in self._shards])
+        self.damage = tuple((shard.file.path, shard.damage) for shard in self._shards if shard.damage)
+        if not len(self):
+            why = "; ".join(f"{shard}: {reason}" for shard, reason in self.damage[:1])
+            raise DataError(f"no records in {self._shards[0].file.path}" + (f" ({why})" if why else ""))
+
+    def _index(self, path: Path) -> _Shard:
+        suffix = next((s for s in self.readers if path.name.lower().endswith(s)), None)
+        if suffix is None:
+            raise DataError(f"{path}: expected a file ending in {', '.join(self.readers)}")
+        try:
+            return self.readers[suffix](File.at(path))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        which, row = _locate(self._ends, i)
+        shard = self._shards[which]
+        key = shard.key(row)
+        try:
+            return Record(self._parts(shard.item(row), Path(shard.file.path).parent), key, shard.file.path)
+        except Unreadable as error:
+            raise Unreadable(f"record {key}: {error.reason}", shard.file.path) from None
+        except OSError as error:
+            raise Unreadable(f"record {key}: {error.strerror or error}", shard.file.path) from None
+
+    def _parts(self, item: Any, folder: Path) -> tuple[str | bytes, ...]:
+        raise NotImplementedError
+
+
+class Captions(Source):
+    """WebDataset tars: image, then caption from .txt, or from .json under "caption" or "text"."""
+
+    readers: ClassVar = dict.fromkeys(TARS, _Samples)
+
+    def _parts(self, item, folder):
+        return item
+
+
+class Text(Source):
+    """Documents of text: under "text" in .jsonl and .parquet, one a line in .txt."""
+
+    readers: ClassVar = {
+        ".jsonl": partial(_Lines, parse=_json),
+        ".jsonl.gz": partial(_Lines, parse=_json),
+        ".txt": partial(_Lines, parse=_utf8),
+        ".parquet": partial(_Parquet, columns=("text",)),
+    }
+
+    def _parts(self, item, folder):
+        if not isinstance(item, str | dict):
+            raise Unreadable(f"document is of type {type(item).__name__}, expected an object")
+        return (_checked(item if isinstance(item, str) else item.get("text"), "text"),)
+
+
+class Interleaved(Source):
+    """Documents in OBELICS form: parallel lists "texts" and "images", one of the two null at each position.
+
+    An image is a path below the shard's folder, "some.tar/member.png" of a tar there, data:image/…;base64,
+    bytes, or {"bytes": …, "path": …}. A URL is never fetched.
+    """
+
+    readers: ClassVar = {
+        ".json": _Json,
+        ".jsonl": partial(_Lines, parse=_json),
+        ".jsonl.gz": partial(_Lines, parse=_json),
+        ".parquet": partial(_Parquet, columns=("texts", "images")),
+    }
+
+    def _parts(self, item, folder):
+        texts, images = (item.get("texts"), item.get("images")) if isinstance(item, dict) else (None, None)
+        if not (isinstance(texts, list) and isinstance(images, list) and len(texts) == len(images)):
+            raise Unreadable('expected lists "texts" and "images" of the same length')
+        parts: list[str | bytes] = []
+        for text, image in zip(texts, images):
+            if isinstance(image, dict):  # Hugging Face datasets
+                image = image.get("path") if image.get("bytes") is None else image["bytes"]
+            if text is not None and image is not None:
+                raise Unreadable("text and image at the same position")
+            if image is not None:
+                parts.append(image if isinstance(image, bytes) else _image(image, folder))
+            elif not _blank(text):
+                parts.append(_checked(text, "text"))
+        if not parts:
+            raise Unreadable("empty document")
+        return tuple(parts)
+
+
+def _image(name: Any, folder: Path) -> bytes:
+    """Bytes of an image that a document names. Data is not trusted: no name leads out of the folder."""
+    if not isinstance(name, str):
+        raise Unreadable(f"image is of type {type(name).__name__}, expected a string or bytes")
+    if name.startswith("data:"):
+        head, _, payload = name.partition(",")
+        if not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
+            raise Unreadable(f"image is {head[:60]!r}, expected data:image/…;base64")
+        try:
+            return base64.b64decode("".join(payload.split()), validate=True)
+        except ValueError as error:
+            raise Unreadable(f"image of broken base64: {error}") from None
+    if re.match(r"[A-Za-z][\w.+-]*://", name):
+        raise Unreadable(f"image {name!r} is a URL, which is never fetched")
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise Unreadable(f"image {name!r} is not a path inside the shard's folder")
+    for tar in path.parents:
+        if tar.name.lower().endswith(TARS) and (folder / tar).is_file():
+            return read_member(File.at(folder / tar), path.relative_to(tar).as_posix())
+    if not (folder / path).is_file():
+        raise Unreadable(f"there is no image {name!r}")
+    return (folder / path).read_bytes()
+
+
+def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:
+    """Files that paths, globs and ranges as in "a-{00..12}.tar" stand for, from base. Raises DataError."""
+    found: list[Path] = []
+    for given in [paths] if isinstance(paths, str | Path) else paths:
+        for pattern in _braces(str(base / Path(given).expanduser())):
+            # Names come before patterns: a file may be called a[1].tar.
+            hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not hits:
+                raise DataError(f"no such file: {pattern}")
+            if folders := [hit for hit in hits if os.path.isdir(hit)]:
+                raise DataError(f"{folders[0]} is a directory: name its files, as in {folders[0]}/*.tar")
+            found += map(Path, hits)
+    if not found:
+        raise DataError("no paths of data are given")
+    return found
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    if not (braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)):
+        yield pattern
+        return
+    first, last = braces.groups()
+    if int(first) > int(last):
+        raise DataError(f"{pattern}: the range {braces[0]} is empty")
+    for number in range(int(first), int(last) + 1):
+        name = str(number).zfill(len(first))
+        yield from _braces(pattern[: braces.start()] + name + pattern[braces.end() :])
+
+
+KINDS = {"captions": Captions, "interleaved": Interleaved, "text": Text}
+
+
+def open_source(kind: str, paths: str | Path | Sequence[str | Path], base: Path) -> Source:
+    """The source of a kind of data. Raises DataError."""
+    if kind not in KINDS:
+        raise DataError(f"unknown kind of data {kind!r}; known: {', '.join(KINDS)}")
+    return KINDS[kind](paths, base)

@@ -1,0 +1,167 @@
+"""Decoder on packed documents: RMSNorm, RoPE, grouped-query attention, gated MLP or a top-k mixture of experts.
+
+    L × [x += attention(norm(x)), causal, inside each document;  x += mlp(norm(x))];  norm
+Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 3.4 for the mixture's placement.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm1.engine import config
+from mm1.kernels.attention import attention
+from mm1.kernels.experts import moe_mlp
+from mm1.kernels.route import route
+
+
+class Rope(NamedTuple):
+    cos: Tensor  # fp32 [T, 1, Dh/2]
+    sin: Tensor
+
+
+def rope(positions: Tensor, width: int, theta: float) -> Rope:
+    """Angles of rotary positions int [T]; pairs are (i, i + Dh/2), as in Llama's released code for transformers."""
+    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions.float()[:, None, None] * frequencies
+    return Rope(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, angles: Rope) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin], dim=-1).to(x.dtype)
+
+
+class LayerCache:
+    """Keys and values of one layer, [B, S, G, Dh], of which each document has filled `lengths`."""
+
+    def __init__(self, documents: int, capacity: int, c: config.Decoder, device, dtype):
+        shape = (documents, capacity, c.kv_heads, c.head_width)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        """Append the new rows k, v [T, G, Dh] at flat `slots`, and attend to all that each document has by now."""
+        documents, capacity = self.k.shape[:2]
+        self.k.flatten(0, 1)[slots] = k
+        self.v.flatten(0, 1)[slots] = v
+        starts = torch.arange(documents + 1, device=q.device, dtype=torch.int32) * capacity
+        return attention(
+            q, self.k.flatten(0, 1), self.v.flatten(0, 1), cu_seqlens, causal=True, cu_seqlens_k=starts, used_k=lengths
+        )
+
+
+class Cache:
+    """Key-value cache of B documents of up to `capacity` tokens each."""
+
+    def __init__(self, c: config.Decoder, documents: int, capacity: int, device, dtype):
+        self.layers = [LayerCache(documents, capacity, c, device, dtype) for _ in range(c.layers)]
+        self.capacity = capacity
+        self.lengths = torch.zeros(documents, dtype=torch.int32, device=device)
+
+    def extend(self, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
+        """Count the new rows of a packed step in, and return their flat slots int64 [T]."""
+        new = cu_seqlens.diff()
+        document = torch.repeat_interleave(torch.arange(len(new), device=new.device), new, output_size=len(positions))
+        self.lengths += new
+        return document * self.capacity + positions
+
+
+class Attention(nn.Module):
+    def __init__(self, c: config.Decoder):
+        super().__init__()
+        self.heads, self.kv_heads, self.eps = c.heads, c.kv_heads, c.eps
+        self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_width, bias=False)
+        self.out = nn.Linear(c.heads * c.head_width, c.width, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, attend=None) -> Tensor:
+        qkv = self.qkv(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)  # (T, H | G, Dh)
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        y = attention(q, k, v, cu_seqlens, causal=True) if attend is None else attend(q, k, v)
+        return self.out(y.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: config.Decoder):
+        super().__init__()
+        self.gate_up = nn.Linear(c.width, 2 * c.ffn, bias=False)
+        self.down = nn.Linear(c.ffn, c.width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        zero = x.new_zeros((), dtype=torch.float32)
+        return self.down(F.silu(gate) * up), zero, zero
+
+
+class Experts(nn.Module):
+    """Mixture of experts with a dropless top-k router in fp32; returns its two auxiliary losses beside the result."""
+
+    def __init__(self, c: config.Decoder):
+        super().__init__()
+        self.k = c.experts_per_token
+        self.router = nn.Parameter(torch.empty(c.experts, c.width))
+        self.gate_up = nn.Parameter(torch.empty(c.experts, 2 * c.ffn, c.width))
+        self.down = nn.Parameter(torch.empty(c.experts, c.width, c.ffn))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        routing = route(F.linear(x.float(), self.router.float()), self.k, mask=mask)
+        y = moe_mlp(x, routing.index, routing.weight, self.gate_up, self.down)
+        return y, routing.load_balance, routing.z_loss
+
+
+class Block(nn.Module):
+    def __init__(self, c: config.Decoder, moe: bool):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(c.width, c.eps)
+        self.attention = Attention(c)
+        self.norm2 = nn.RMSNorm(c.width, c.eps)
+        self.mlp = Experts(c) if moe else MLP(c)
+
+    def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, mask: Tensor | None = None, attend=None):
+        x = x + self.attention(self.norm1(x), angles, cu_seqlens, attend)
+        y, load_balance, z_loss = self.mlp(self.norm2(x), mask)
+        return x + y, load_balance, z_loss
+
+
+class DecoderLM(nn.Module):
+    def __init__(self, c: config.Decoder):
+        super().__init__()
+        self.config = c
+        self.embedding = nn.Embedding(c.vocabulary, c.width)
+        self.blocks = nn.ModuleList(Block(c, config.is_moe(c, layer)) for layer in range(c.layers))
+        self.norm = nn.RMSNorm(c.width, c.eps)
+        if not c.tied:
+            self.head = nn.Linear(c.width, c.vocabulary, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.embedding.weight if self.config.tied else self.head.weight
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] embedded tokens of packed documents, positions int [T], mask bool [T] (False: padding).
+
+        Returns hidden [T, D] after the final norm, and the mean over mixture layers of load-balance and z-loss.
+        """
+        c = self.config
+        angles = rope(positions, c.head_width, c.rope_theta)
+        attends = [None] * c.layers if cache is None else self._attends(cache, positions, cu_seqlens)
+        load_balance = z_loss = x.new_zeros((), dtype=torch.float32)
+        for block, attend in zip(self.blocks, attends):
+            x, balance, z = block(x, angles, cu_seqlens, mask, attend)
+            load_balance, z_loss = load_balance + balance, z_loss + z
+        mixtures = max(1, sum(config.is_moe(c, layer) for layer in range(c.layers)))
+        return self.norm(x), load_balance / mixtures, z_loss / mixtures
+
+    def _attends(self, cache: Cache, positions: Tensor, cu_seqlens: Tensor) -> list:
+        slots = cache.extend(cu_seqlens, positions)
+        return [
+            lambda q, k, v, layer=layer: layer.attend(q, k, v, cu_seqlens, slots, cache.lengths)
+            for layer in cache.layers
+        ]

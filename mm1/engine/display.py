@@ -1,0 +1,104 @@
+"""What a training run shows: a live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
+
+import json
+import sys
+import time
+from collections import deque
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mm1.engine.config import Train
+
+
+class Display:
+    def __init__(self, folder: Path, t: Train, *, out: TextIO = sys.stderr):
+        self.folder, self.train = folder, t
+        self.console = Console(file=out)
+        self.recent: deque[dict[str, Any]] = deque(maxlen=20)
+        self.printed = 0.0
+
+    @contextmanager
+    def run(self, step: int):
+        """Shows the run from `step` on."""
+        self.metrics = (self.folder / "metrics.jsonl").open("a")
+        self.board = None
+        if self.train.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder))
+        self.progress = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.task = self.progress.add_task("train", total=self.train.steps, completed=step)
+        self.live = (
+            Live(console=self.console, refresh_per_second=4, transient=False) if self.console.is_terminal else None
+        )
+        if self.live:
+            self.live.start()
+        try:
+            yield
+        finally:
+            if self.live:
+                self.live.stop()
+            self.metrics.close()
+            if self.board:
+                self.board.close()
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        self.recent.append(metrics)
+        if step % self.train.log_every == 0 or step == self.train.steps:
+            self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.metrics.flush()
+            if self.board:
+                for name, value in metrics.items():
+                    self.board.add_scalar(name, value, step)
+        self.progress.update(self.task, completed=step)
+        rates = self._rates()
+        if self.live:
+            self.live.update(self._panel(metrics, rates))
+        elif time.monotonic() - self.printed > 5 or step == self.train.steps:
+            self.printed = time.monotonic()
+            left = self.progress.tasks[0].time_remaining or rates["step"] * (self.train.steps - step)
+            line = (
+                f"step {step}/{self.train.steps} loss {metrics['loss']:.4f} lr {metrics['lr']:.2e} "
+                f"tokens/s {rates['tokens']:.0f} images/s {rates['images']:.0f} fill {metrics['fill']:.1%} "
+                f"data {rates['data']:.1%} left {left:.0f}s"
+            )
+            print(
+                line + (f" skipped {metrics['skipped']}" if metrics["skipped"] else ""),
+                file=self.console.file,
+                flush=True,
+            )
+
+    def _rates(self) -> dict[str, float]:
+        seconds = sum(m["seconds"] for m in self.recent)
+        return {
+            "tokens": sum(m["tokens"] for m in self.recent) / seconds,
+            "images": sum(m["images"] for m in self.recent) / seconds,
+            "data": sum(m["data_seconds"] for m in self.recent) / seconds,
+            "step": seconds / len(self.recent),
+        }
+
+    def _panel(self, metrics: dict[str, Any], rates: dict[str, float]) -> Table:
+        figures = {
+            "loss": f"{metrics['loss']:.4f}",
+            "tokens/s": f"{rates['tokens']:,.0f}",
+            "images/s": f"{rates['images']:,.0f}",
+            "fill": f"{metrics['fill']:.1%}",
+            "waiting for data": f"{rates['data']:.1%}",
+            "lr": f"{metrics['lr']:.2e}",
+            "skipped": str(metrics["skipped"]),
+        }
+        table = Table.grid(padding=(0, 2))
+        table.add_row(*(f"[dim]{name}[/dim] [bold]{value}[/bold]" for name, value in figures.items()))
+        outer = Table.grid()
+        outer.add_row(table)
+        outer.add_row(self.progress)
+        return outer

@@ -1,0 +1,130 @@
+"""MM1: a ViT encoder, a connector, a decoder; image tokens take their slots among the text tokens.
+
+    features = connector(vision(pixels))                 [N·n, D]
+    x = embed(tokens);  x[image_slots] = features        [T, D]
+    loss = -Σ log p(target) / targets + 0.01 · load balance + 0.001 · router z
+Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mm1.engine import config
+from mm1.engine.connector import build
+from mm1.engine.data.batch import Batch
+from mm1.engine.data.document import TextTokenizer
+from mm1.engine.decoder import Cache, DecoderLM
+from mm1.engine.vision import VisionEncoder
+from mm1.kernels.linear_cross_entropy import linear_cross_entropy
+
+LEARNED_VECTORS = ("class_token", "pos_emb", "queries")
+INTO_RESIDUAL = (".out.weight", ".down.weight", ".down", ".fc2.weight")
+
+
+class Losses(NamedTuple):
+    nll: Tensor  # fp32 [], summed over target tokens
+    load_balance: Tensor  # fp32 [], mean over mixture layers
+    z_loss: Tensor
+
+
+class MM1(nn.Module):
+    def __init__(self, c: config.Model):
+        super().__init__()
+        self.config = c
+        self.tokenizer: TextTokenizer | None = None  # comes with a checkpoint
+        self.vision = VisionEncoder(c.vision)
+        self.connector = build(c.connector, c.vision.width, c.decoder.width)
+        width, eps = c.decoder.width, c.decoder.eps
+        self.image_norm = nn.RMSNorm(width, eps) if c.connector.output_norm else nn.Identity()
+        self.decoder = DecoderLM(c.decoder)
+
+    def forward(self, batch: Batch) -> Losses:
+        hidden, load_balance, z_loss = self.hidden(batch)
+        nll = linear_cross_entropy(hidden, self.decoder.head_weight, batch.targets, reduction="sum")
+        return Losses(nll, load_balance, z_loss)
+
+    def objective(self, losses: Losses, targets: int, batches: int) -> Tensor:
+        """One batch's share of the loss of a step with so many target tokens in so many batches."""
+        c = self.config.decoder
+        auxiliary = c.load_balance * losses.load_balance + c.z_loss * losses.z_loss
+        return losses.nll / max(targets, 1) + auxiliary / batches
+
+    def hidden(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Final hidden states [T, D] of the packed batch, and the two auxiliary losses; fills the cache if given."""
+        x = self.decoder.embedding(batch.tokens)
+        if batch.grids.images:
+            # Absent images point one past the end, at a row that is dropped again.
+            x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+            x = x.index_copy(0, batch.image_slots, self.encode(batch.pixels, batch.grids).to(x.dtype))[:-1]
+        mask = torch.arange(len(x), device=x.device) < batch.cu_seqlens[-1]
+        return self.decoder(x, batch.positions, batch.cu_seqlens, mask, cache)
+
+    def encode(self, pixels: Tensor, grids) -> Tensor:
+        """Image tokens [N·n, D]."""
+        return self.image_norm(self.connector(self.vision(pixels, grids), grids))
+
+    def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """[T, V]"""
+        return self.hidden(batch, cache)[0] @ self.decoder.head_weight.T
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, V] after one more token, int [B], of every document in the cache."""
+        one_each = torch.arange(len(tokens) + 1, device=tokens.device, dtype=torch.int32)
+        x = self.decoder.embedding(tokens)
+        return self.decoder(x, cache.lengths.clone(), one_each, cache=cache)[0] @ self.decoder.head_weight.T
+
+    def compile_blocks(self) -> None:
+        """Compile each kind of block once; shapes are the packed budgets, so they never change."""
+        for module in self.modules():
+            if type(module).__name__ in ("VisionBlock", "ConvBlock", "Block"):
+                module.compile(dynamic=False)
+
+    def initialize(self, seed: int = 0) -> "MM1":
+        """Normal weights of variance 1 / fan-in, those into the residual stream scaled by depth as in GPT-2; zero biases."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in sorted(self.named_parameters()):
+            last = name.rpartition(".")[2]
+            if last == "bias":
+                nn.init.zeros_(parameter)
+            elif last == "weight" and parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            elif last == "positions":
+                with torch.no_grad():
+                    parameter.copy_(sincos(*parameter.shape))
+            else:
+                fan_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+                std = 0.02 if last in LEARNED_VECTORS else fan_in**-0.5
+                if name.endswith(INTO_RESIDUAL):
+                    layers = self.config.decoder.layers if name.startswith("decoder") else self.config.vision.layers
+                    std /= (2 * layers) ** 0.5
+                with torch.no_grad():
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        return self
+
+
+def sincos(rows: int, columns: int, width: int) -> Tensor:
+    """2-D sine-cosine positions [rows, columns, width] (Chen et al. 2021, MoCo v3): a table that is smooth from the
+    start keeps its meaning when it is resampled to another grid; white noise would average out."""
+    frequencies = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
+    r, c = torch.arange(rows)[:, None] * frequencies, torch.arange(columns)[:, None] * frequencies
+    parts = [r.sin()[:, None], r.cos()[:, None], c.sin()[None], c.cos()[None]]
+    table = torch.cat([part.expand(rows, columns, -1) for part in parts], dim=-1)
+    return nn.functional.pad(table, (0, width - table.shape[-1]))
+
+
+def parameter_counts(c: config.Model) -> dict[str, int]:
+    """Parameters by part, without allocating any: vision, connector, decoder, and decoder_non_embedding."""
+    with torch.device("meta"):
+        model = MM1(c)
+    counts = {
+        part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("vision", "connector", "decoder")
+    }
+    embeddings = model.decoder.embedding.weight.numel() * (1 if c.decoder.tied else 2)
+    dense = dataclasses.replace(c, decoder=dataclasses.replace(c.decoder, experts=0))
+    counts["decoder_non_embedding"] = counts["decoder"] - embeddings
+    if c.decoder.experts:
+        counts["decoder_dense_non_embedding"] = parameter_counts(dense)["decoder_non_embedding"]
+    return counts

@@ -1,0 +1,70 @@
+"""ViT encoder on packed patches: images of any grid, full attention inside each image.
+
+    x = embed(pixels) [P, Dv];  x = norm(x) (CLIP's pre-norm);  L × [x += attention(norm(x)); x += mlp(norm(x))]
+
+The result is the last block's output, before CLIP's final norm, without class tokens: hidden_states[-1] of transformers'
+CLIPVisionModel, the layer Honeybee's C-Abstractor is fed (MM1 does not say which). Source: Dosovitskiy et al. 2021.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm1.engine import config
+from mm1.kernels.attention import attention
+from mm1.kernels.grids import Grids
+from mm1.kernels.patch_embed import patch_embed
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: config.Vision):
+        super().__init__()
+        self.heads, self.activation = c.heads, ACTIVATIONS[c.activation]
+        self.norm1 = nn.LayerNorm(c.width, c.eps)
+        self.qkv = nn.Linear(c.width, 3 * c.width)
+        self.out = nn.Linear(c.width, c.width)
+        self.norm2 = nn.LayerNorm(c.width, c.eps)
+        self.fc1 = nn.Linear(c.width, c.ffn)
+        self.fc2 = nn.Linear(c.ffn, c.width)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # (P, H, Dh) each
+        x = x + self.out(attention(q, k, v, cu_seqlens, causal=False).flatten(1))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, c: config.Vision):
+        super().__init__()
+        self.config = c
+        self.patch_weight = nn.Parameter(torch.empty(c.width, c.patch * c.patch * 3))
+        self.positions = nn.Parameter(torch.empty(*c.table, c.width))
+        if c.class_token:
+            self.class_token = nn.Parameter(torch.empty(c.width))  # its position is part of it
+        self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.layers))
+
+    def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
+        """pixels uint8 [ΣHW, 3], grids of the batch -> [P, Dv]."""
+        c = self.config
+        x, cu_seqlens = patch_embed(
+            pixels, grids, self.patch_weight, None, self.positions, patch_size=c.patch, mean=c.mean, std=c.std,
+            interpolation=c.interpolation,
+        )  # fmt: skip
+        if c.class_token:
+            x = torch.cat([self.class_token.expand(grids.images, -1), x])[grids.class_order(x.device)]
+            cu_seqlens = grids.class_cu_seqlens(x.device)
+        x = self.pre_norm(x)
+        for block in self.blocks:
+            x = block(x, cu_seqlens)
+        if c.class_token:
+            x = x[grids.class_order(x.device).argsort()[grids.images :]]
+        return x

@@ -1,0 +1,227 @@
+"""Attention inside each segment of a packed sequence.
+
+    y[i, h] = Σ_j softmax_j(q[i, h] · k[j, g] · scale) v[j, g],   j in i's segment, and j ≤ i where causal
+
+q [T, H, Dh], k and v [S, G, Dh], H a multiple of G -> [T, H, Dh]. Segments are cu_seqlens' slices; where queries are the
+last of their segment's keys (a cache), causal is aligned to the end. Rows past the last segment come back as zeros.
+4·Σ Lq·Lk·H·Dh operations (half where causal).
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm1.kernels.dispatch import Cost, expect
+
+BACKENDS = ("auto", "reference", "segments", "varlen")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool,
+    cu_seqlens_k: Tensor | None = None,
+    used_k: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """q [T, H, Dh], k and v [S, G, Dh], cu_seqlens int32 [B+1] -> [T, H, Dh].
+
+    cu_seqlens_k: the keys' own segments where they differ from the queries'. used_k int32 [B]: how many keys of each
+    segment count (a cache that is not full). backend: "segments" runs segment by segment (the CPU's choice), "varlen"
+    is torch's variable-length flash attention (CUDA, bf16 and fp16), "reference" one masked product.
+    """
+    expect(q.ndim == 3 and k.ndim == 3, "attention", "q and k", (tuple(q.shape), tuple(k.shape)), "3 dimensions")
+    expect(k.shape == v.shape, "attention", "v", tuple(v.shape), tuple(k.shape))
+    expect(q.shape[1] % k.shape[1] == 0, "attention", "heads of q", q.shape[1], f"a multiple of {k.shape[1]}")
+    expect(q.shape[2] == k.shape[2], "attention", "head width of k", k.shape[2], q.shape[2])
+    expect(backend in BACKENDS, "attention", "backend", backend, BACKENDS)
+    same = cu_seqlens_k is None
+    expect(not same or q.shape[0] == k.shape[0], "attention", "k", tuple(k.shape), f"[{q.shape[0]}, G, Dh]")
+    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    if backend == "auto":
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        backend = "segments" if q.device.type == "cpu" else "varlen" if half and q.is_cuda else "reference"
+    if backend == "segments":
+        return segments(q, k, v, cu_seqlens, cu_k, used_k, causal)[0]
+    if backend == "varlen":
+        return _varlen(q, k, v, cu_seqlens, cu_k, used_k, causal)
+    return reference(q, k, v, cu_seqlens, cu_k, used_k, causal)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool
+) -> Tensor:
+    """One dense product over all pairs, masked: O(T·S) memory, no host synchronisation, any device."""
+    heads = q.shape[1]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    segment_q, place_q = _places(cu_q, q.shape[0])
+    segment_k, place_k = _places(cu_k, k.shape[0])
+    length_q, length_k = cu_q.diff(), cu_k.diff() if used_k is None else used_k
+    length_q, length_k = F.pad(length_q, (0, 1)), F.pad(length_k, (0, 1))  # rows past the last segment: none
+    seen = (segment_q[:, None] == segment_k[None, :]) & (place_k < length_k[segment_k])
+    if causal:
+        seen &= place_k[None, :] <= (place_q + (length_k - length_q)[segment_q])[:, None]
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[2] ** -0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)  # a row that sees nothing: zeros
+    return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+
+
+def _places(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Segment of each row (B past the last one) and its place there."""
+    row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens, row, right=True) - 1
+    return segment, row - cu_seqlens[segment]
+
+
+@torch.library.custom_op("mm1::attention_segments", mutates_args=())
+def segments(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Neighbouring segments of equal lengths run as one batch of torch's CPU flash attention.
+
+    Returns y and logsumexp fp32 [T, H]. Whoever packs does well to put equal lengths side by side.
+    """
+    k, v = _repeat(k, q), _repeat(v, q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_zeros(*q.shape[:2], 1, dtype=torch.float32)
+    end = 0
+    for run in _runs(cu_q, cu_k, used_k, causal):
+        out[end : run.start_q].zero_()
+        y, z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            run.queries(q), run.keys(k), run.keys(v), 0.0, run.causal, attn_mask=run.bias(q)
+        )
+        run.queries(out).copy_(y)
+        run.queries(lse).copy_(z.unsqueeze(3))
+        end = run.start_q + run.count * run.length_q
+    out[end:].zero_()
+    return out, lse.squeeze(2)
+
+
+@segments.register_fake
+def _(q, k, v, cu_q, cu_k, used_k, causal):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("mm1::attention_segments_backward", mutates_args=())
+def segments_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    used_k: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, run by run as forward."""
+    groups = k.shape[1]
+    k, v, lse = _repeat(k, q), _repeat(v, q), lse.unsqueeze(2)
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for run in _runs(cu_q, cu_k, used_k, causal):
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            run.queries(dy), run.queries(q), run.keys(k), run.keys(v), run.queries(y),
+            run.queries(lse).squeeze(3).contiguous(), 0.0, run.causal, attn_mask=run.bias(q),
+        )  # fmt: skip
+        run.queries(dq).copy_(grads[0])
+        run.keys(dk).copy_(grads[1])
+        run.keys(dv).copy_(grads[2])
+    if groups != q.shape[1]:
+        dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+@segments_backward.register_fake
+def _(dy, q, k, v, y, lse, cu_q, cu_k, used_k, causal):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, used_k, ctx.causal = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, used_k)
+
+
+def _backward(ctx, dy: Tensor, _):
+    q, k, v, y, lse, cu_q, cu_k, used_k = ctx.saved_tensors
+    grads = segments_backward(dy.contiguous(), q, k, v, y, lse, cu_q, cu_k, used_k, ctx.causal)
+    return *grads, None, None, None, None
+
+
+segments.register_autograd(_backward, setup_context=_save)
+
+
+class _Run(NamedTuple):
+    """`count` neighbouring segments of the same lengths; their keys begin `step` rows apart."""
+
+    count: int
+    start_q: int
+    length_q: int
+    start_k: int
+    length_k: int
+    step: int
+    causal: bool
+    masked: bool  # causal, with fewer queries than keys: the queries are the last ones
+
+    def queries(self, x: Tensor) -> Tensor:
+        """View [n, H, Lq, Dh] of the queries' rows of x [T, H, Dh]."""
+        return self._view(x, self.start_q, self.length_q, self.length_q)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """View [n, H, Lk, Dh] of the keys' rows of x [S, H, Dh]."""
+        return self._view(x, self.start_k, self.length_k, self.step)
+
+    def _view(self, x: Tensor, start: int, length: int, step: int) -> Tensor:
+        # One call instead of slice, unflatten and transpose: with short segments their overhead is what counts.
+        row, head, item = x.stride()
+        size = (self.count, x.shape[1], length, x.shape[2])
+        return x.as_strided(size, (step * row, head, row, item), x.storage_offset() + start * row)
+
+    def bias(self, q: Tensor) -> Tensor | None:
+        if not self.masked:
+            return None
+        hidden = torch.ones(self.length_q, self.length_k, dtype=torch.bool).triu(self.length_k - self.length_q + 1)
+        return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))[None, None]
+
+
+def _repeat(x: Tensor, q: Tensor) -> Tensor:
+    """Each key-value head of x [S, G, Dh] repeated to [S, H, Dh]: flash attention on CPU takes no groups."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _runs(cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool) -> Iterator[_Run]:
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    lengths_k = [end - start for start, end in pairwise(starts_k)] if used_k is None else used_k.tolist()
+    lengths = list(zip((end - start for start, end in pairwise(starts_q)), lengths_k))
+    first = 0
+    while first < len(lengths):
+        (length_q, length_k), step = lengths[first], starts_k[first + 1] - starts_k[first]
+        last = first + 1
+        while last < len(lengths) and lengths[last] == lengths[first] and starts_k[last] - starts_k[last - 1] == step:
+            last += 1
+        if length_q and length_k:
+            yield _Run(
+                last - first, starts_q[first], length_q, starts_k[first], length_k, step,
+                causal and length_q == length_k, causal and 1 < length_q < length_k,
+            )  # fmt: skip
+        first = last
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The maxima only size the launch: the packed length is always enough, and constant.
+    y = varlen_attn(
+        q, k, v, cu_q, cu_k, q.shape[0], k.shape[0], window_size=(-1, 0 if causal else -1),
+        enable_gqa=q.shape[1] != k.shape[1], seqused_k=used_k,
+    )  # fmt: skip
+    assert isinstance(y, Tensor)
+    # Rows past the last segment are never written by the kernel.
+    inside = torch.arange(q.shape[0], device=q.device) < cu_q[-1]
+    return torch.where(inside[:, None, None], y, y.new_zeros(()))
+
+
+def cost(lengths: list[int], heads: int, kv_heads: int, head_width: int, *, causal: bool, itemsize: int = 2) -> Cost:
+    """Forward of segments of these lengths."""
+    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+    rows = sum(lengths)
+    return Cost(4 * pairs * heads * head_width, 2 * rows * (heads + kv_heads) * head_width * itemsize)

@@ -1,0 +1,74 @@
+"""A model of every part of MM1 that trains in seconds, and documents for it."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from mm1.engine.config import DIGITS, Data, Model, Run, Source, Train
+from mm1.engine.data.batch import Batch, exact_budget, pack
+from mm1.engine.data.document import Budget, Document, TextTokenizer
+from mm1.engine.demo import DIGITS as FOLDER
+from mm1.engine.model import MM1
+
+SLOTS, IMAGE, PATCH = 4, 3, 4
+
+
+def small_model(**decoder) -> Model:
+    return Model(
+        vision=dataclasses.replace(DIGITS.vision, width=32, layers=2, heads=2, ffn=48),
+        connector=dataclasses.replace(DIGITS.connector, tokens=SLOTS, hidden=24),
+        decoder=dataclasses.replace(
+            DIGITS.decoder, width=32, layers=2, heads=4, kv_heads=2, head_width=8, ffn=40, **decoder
+        ),
+        image_mode="native", image_size=24, image_patches=64,
+    )  # fmt: skip
+
+
+def small_mm1(seed=0, **decoder) -> MM1:
+    model = MM1(small_model(**decoder)).initialize(seed)
+    model.tokenizer = TextTokenizer(FOLDER / "tokenizer.json")
+    return model
+
+
+def document(*parts: int | tuple[int, int]) -> Document:
+    """Numbers are that many random text tokens, pairs an image of so many patches."""
+    tokens, images = [1], []
+    for part in parts:
+        if isinstance(part, tuple):
+            tokens += [IMAGE] * SLOTS
+            images.append(torch.randint(0, 256, (part[0] * PATCH, part[1] * PATCH, 3), dtype=torch.uint8).numpy())
+        else:
+            tokens += torch.randint(4, 384, (part,)).tolist()
+    return Document(np.array(tokens, np.int32), tuple(images), "test")
+
+
+DOCUMENTS = [
+    ((2, 3), 5),
+    (7,),
+    (3, (1, 1), 2, (4, 2), 6),
+    ((3, 3), (2, 3), 4),
+    (1,),
+]
+
+
+def documents() -> list[Document]:
+    return [document(*parts) for parts in DOCUMENTS]
+
+
+def packed(docs: list[Document], budget: Budget | None = None) -> Batch:
+    return pack(docs, budget or exact_budget(docs, PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
+
+
+def small_run(**train) -> Run:
+    """Captions, quizzes and text of the demo, in small."""
+    data = Data(
+        sources=(
+            Source("captions", (str(FOLDER / "test-captions.tar.gz"),), 45),
+            Source("text", (str(FOLDER / "text.txt"),), 10),
+        ),
+        tokenizer=str(FOLDER / "tokenizer.json"),
+        tokens=160, images=8, patches=256, documents=12, buffer=8,
+    )  # fmt: skip
+    recipe = {"steps": 12, "accumulate": 2, "warmup": 2, "peak_lr": 2e-3, "compile": False, "save_every": 4}
+    return Run(small_model(), data, Train(**(recipe | train)))

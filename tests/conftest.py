@@ -2,14 +2,14 @@
 
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("MM1_TEST_DEVICES", ""))  # these tests compare on the CPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests compare on the CPU, also where there is a GPU
 
 import pytest
 import torch
 
-# timm and some of transformers import torchvision, whose wheels are built against CUDA. Beside a CPU build of torch two of
-# its operators are missing, and declaring them is all the import needs.
-if not torch.cuda.is_available():
+# timm and some of transformers import torchvision, whose wheels are built against CUDA. Beside a CPU build of torch
+# two of its operators are missing, and declaring them is all the import needs.
+if torch.version.cuda is None:
     _torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip

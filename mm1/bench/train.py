@@ -41,11 +41,15 @@ def measure(size: str, rounds: int, batches: int = 8) -> dict[str, Any]:
                 steps[name](batch)
                 seconds[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{size}: training step, {tokens:.0f} tokens, median of {rounds * batches}, {torch.get_num_threads()} threads")
+    print(
+        f"{size}: training step, {tokens:.0f} tokens, median of {rounds * batches}, {torch.get_num_threads()} threads"
+    )
     for name, median in medians.items():
-        low, high = statistics.quantiles(seconds[name], n=10)[:: 8]
+        low, high = statistics.quantiles(seconds[name], n=10)[::8]
         spread = f"{1e3 * low:.0f} … {1e3 * high:.0f}"
-        print(f"  {name:9} {1e3 * median:7.1f} ms  ({spread})  {tokens / median:8.0f} tokens/s  first two {warm[name]:.1f} s")
+        print(
+            f"  {name:9} {1e3 * median:7.1f} ms  ({spread})  {tokens / median:8.0f} tok/s  first two {warm[name]:.1f} s"
+        )
     print(f"  compiled is {medians['eager'] / medians['compiled']:.2f} × as fast")
     return {
         "bench": "train",

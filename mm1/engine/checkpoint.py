@@ -34,8 +34,8 @@ def write(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, named in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, partial / name)
+    for name, values in tensors.items():
+        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / name)
     for name, text in texts.items():
         (partial / name).write_text(text)
     sums = {}

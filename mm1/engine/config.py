@@ -16,6 +16,16 @@ from typing import Any
 from mm1.engine.data.record import DataError
 
 
+def _check(condition: bool, name: str, found: Any, expected: str) -> None:
+    if not condition:
+        raise DataError(f"setting {name} is {found!r}, expected {expected}")
+
+
+def _positive(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        _check(getattr(config, name) > 0, f"{where}.{name}", getattr(config, name), "a positive number")
+
+
 @dataclass(frozen=True)
 class Vision:
     """A ViT encoder on packed patches of images of any grid."""
@@ -34,6 +44,12 @@ class Vision:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as DFN5B's
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
+    def __post_init__(self):
+        _positive(self, "model.vision", "width", "layers", "heads", "ffn", "patch")
+        _check(self.width % self.heads == 0, "model.vision.heads", self.heads, f"a divisor of the width {self.width}")
+        known = ("quick_gelu", "gelu")
+        _check(self.activation in known, "model.vision.activation", self.activation, f"one of {', '.join(known)}")
+
 
 @dataclass(frozen=True)
 class Connector:
@@ -46,6 +62,13 @@ class Connector:
     readout_depth: int = 2
     position_grid: tuple[int, int] | None = (24, 24)
     output_norm: bool = True  # not Honeybee's; without it the loss of a fresh model stays on a plateau for long
+
+    def __post_init__(self):
+        _positive(self, "model.connector", "tokens", "hidden", "readout_depth")
+        square = math.isqrt(self.tokens) ** 2 == self.tokens
+        _check(square or self.kind == "attention", "model.connector.tokens", self.tokens, "a square number")
+        known = ("c-abstractor", "attention", "average")
+        _check(self.kind in known, "model.connector.kind", self.kind, f"one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,16 @@ class Decoder:
     load_balance: float = 0.01
     z_loss: float = 0.001
 
+    def __post_init__(self):
+        _positive(self, "model.decoder", "vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "head_width")
+        multiple = f"a divisor of the {self.heads} heads"
+        _check(self.heads % self.kv_heads == 0, "model.decoder.kv_heads", self.kv_heads, multiple)
+        _check(self.head_width % 2 == 0, "model.decoder.head_width", self.head_width, "an even number")
+        _check(self.experts >= 0, "model.decoder.experts", self.experts, "0 or more")
+        _positive(self, "model.decoder", "moe_every", "experts_per_token")
+        few = not self.experts or self.experts_per_token <= self.experts
+        _check(few, "model.decoder.experts_per_token", self.experts_per_token, f"at most the {self.experts} experts")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -79,6 +112,12 @@ class Model:
     image_size: int = 378
     image_patches: int = 729
 
+    def __post_init__(self):
+        _positive(self, "model", "image_size", "image_patches")
+        _check(self.image_mode in ("squash", "native"), "model.image_mode", self.image_mode, "squash or native")
+        whole = self.image_mode == "native" or self.image_size % self.vision.patch == 0
+        _check(whole, "model.image_size", self.image_size, f"a multiple of the patch size {self.vision.patch}")
+
 
 def is_moe(decoder: Decoder, layer: int) -> bool:
     return decoder.experts > 0 and (layer + 1) % decoder.moe_every == 0
@@ -86,7 +125,7 @@ def is_moe(decoder: Decoder, layer: int) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a mixture. weight: its share of the documents drawn, relative to the others."""
+    """One data set of a mixture. weight: its share of the tokens drawn, relative to the others."""
 
     kind: str  # "captions" (WebDataset tars), "interleaved" (OBELICS-type json/jsonl/parquet) or "text"
     paths: tuple[str, ...]
@@ -106,6 +145,9 @@ class Data:
     buffer: int = 64  # documents the packer chooses from
     workers: int = 0  # loader processes; 0 decodes in threads of this one
     max_bad: int = 100  # unreadable records in a row that stop the run
+
+    def __post_init__(self):
+        _positive(self, "data", "tokens", "images", "buffer", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -127,6 +169,11 @@ class Train:
     keep: int = 2  # checkpoints
     log_every: int = 1
     tensorboard: bool = False
+
+    def __post_init__(self):
+        _positive(self, "train", "steps", "accumulate", "clip", "save_every", "keep", "log_every")
+        _check(self.warmup >= 0, "train.warmup", self.warmup, "0 or more")
+        _check(self.dtype in ("auto", "bf16", "fp32"), "train.dtype", self.dtype, "auto, bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -168,14 +215,14 @@ def _mm1(decoder: Decoder) -> Model:
 DIGITS = Model(
     vision=Vision(
         width=96, layers=3, heads=3, ffn=256, patch=4, table=(6, 6), activation="gelu", class_token=False,
-        pre_norm=False, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3,
+        pre_norm=False, interpolation="bilinear", mean=(0.34, 0.34, 0.34), std=(0.3, 0.3, 0.3),
     ),
     connector=Connector(tokens=16, hidden=96, depth=1, position_grid=None),
     decoder=Decoder(
-        vocabulary=384, width=128, layers=4, heads=4, kv_heads=2, head_width=32, ffn=320, rope_theta=10_000.0,
+        vocabulary=384, width=96, layers=4, heads=3, kv_heads=3, head_width=32, ffn=192, rope_theta=10_000.0,
         experts=4,
     ),
-    image_mode="native", image_size=24, image_patches=64,
+    image_mode="native", image_size=24, image_patches=24,
 )  # fmt: skip
 
 MODELS: dict[str, Model] = {

@@ -49,7 +49,7 @@ class Display:
                 self.board.close()
 
     def warn(self, message: str) -> None:
-        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         self.recent.append(metrics)

@@ -1,6 +1,7 @@
 """Generation: packed prefill of prompts of unequal length, then one token a step for all of them over a KV cache."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -43,7 +44,7 @@ def generate(
     device = model.decoder.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     cache = new_cache(model, documents, max_tokens)
-    texts = [_Text(tokenizer, stop, on_text and (lambda piece, i=i: on_text(i, piece))) for i in range(len(prompts))]
+    texts = [_Text(tokenizer, stop, partial(on_text, i) if on_text else None) for i in range(len(prompts))]
     logits = prefill(model, documents, cache)
     for _ in range(max_tokens):
         tokens = sample(logits, temperature, top_p, generator)

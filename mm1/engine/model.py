@@ -83,7 +83,7 @@ class MM1(nn.Module):
                 module.compile(dynamic=False)
 
     def initialize(self, seed: int = 0) -> "MM1":
-        """Normal weights of variance 1 / fan-in, those into the residual stream scaled by depth as in GPT-2; zero biases."""
+        """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in sorted(self.named_parameters()):
             last = name.rpartition(".")[2]

@@ -137,7 +137,7 @@ class Trainer:
         return {"step": self.step, "data": self.loader.state(), "rng": torch.get_rng_state().tolist()}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         return {
             f"{names[parameter]}/{key}": value
             for parameter, state in self.optimizer.state.items()
@@ -176,6 +176,8 @@ def make_loader(
         patches=d.patches or d.images * m.image_patches,
         documents=d.documents or max(1, d.tokens // 16),
     )
+    if budget.tokens < m.connector.tokens + 2:
+        raise DataError(f"setting data.tokens is {d.tokens}, too few for one image of {m.connector.tokens} tokens")
     policy = ImagePolicy(patch=m.vision.patch, mode=m.image_mode, size=m.image_size, max_patches=m.image_patches)
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
@@ -213,14 +215,8 @@ class _Stop:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    known = {
-        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        "bf16": torch.bfloat16,
-        "fp32": torch.float32,
-    }
-    if name not in known:
-        raise DataError(f"setting train.dtype is {name!r}, expected one of {', '.join(known)}")
-    return known[name]
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def _law_parameters(run: Run) -> int:

@@ -2,8 +2,9 @@
 
     x = embed(pixels) [P, Dv];  x = norm(x) (CLIP's pre-norm);  L × [x += attention(norm(x)); x += mlp(norm(x))]
 
-The result is the last block's output, before CLIP's final norm, without class tokens: hidden_states[-1] of transformers'
-CLIPVisionModel, the layer Honeybee's C-Abstractor is fed (MM1 does not say which). Source: Dosovitskiy et al. 2021.
+The result is the last block's output, before CLIP's final norm, without class tokens: hidden_states[-1] of
+transformers' CLIPVisionModel, the layer Honeybee's C-Abstractor is fed (MM1 does not say which).
+Source: Dosovitskiy et al. 2021.
 """
 
 import torch

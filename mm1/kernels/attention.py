@@ -2,8 +2,8 @@
 
     y[i, h] = Σ_j softmax_j(q[i, h] · k[j, g] · scale) v[j, g],   j in i's segment, and j ≤ i where causal
 
-q [T, H, Dh], k and v [S, G, Dh], H a multiple of G -> [T, H, Dh]. Segments are cu_seqlens' slices; where queries are the
-last of their segment's keys (a cache), causal is aligned to the end. Rows past the last segment come back as zeros.
+q [T, H, Dh], k and v [S, G, Dh], H a multiple of G -> [T, H, Dh]. Segments are cu_seqlens' slices; where queries are
+the last of their segment's keys (a cache), causal is aligned to the end. Rows past the last segment come back as zeros.
 4·Σ Lq·Lk·H·Dh operations (half where causal).
 """
 
@@ -153,7 +153,7 @@ segments.register_autograd(_backward, setup_context=_save)
 class _Run(NamedTuple):
     """`count` neighbouring segments of the same lengths; their keys begin `step` rows apart."""
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     start_q: int
     length_q: int
     start_k: int

@@ -27,7 +27,7 @@ def moe_mlp(
     activation: str = "silu",
     interleaved: bool = False,
 ) -> Tensor:
-    """x [T, D], index int [T, K], weight [T, K], gate_up [E, 2F, D] (or [E, F, D]: not gated), down [E, D, F] -> [T, D].
+    """x [T, D], index int [T, K], weight [T, K], gate_up [E, 2F, D] (not gated: [E, F, D]), down [E, D, F] -> [T, D].
 
     interleaved: gate and up alternate row by row instead of standing in halves. An index ≥ E contributes nothing.
     """

@@ -108,7 +108,7 @@ class Grids:
         )
 
     def windows(self, out: tuple[int, int], device) -> tuple[Tensor, Tensor]:
-        """Adaptive-pool windows, those of torch.nn.AdaptiveAvgPool2d: output i of n covers floor(i·h/n) … ceil((i+1)·h/n).
+        """Windows of torch.nn.AdaptiveAvgPool2d: output i of n covers floor(i·h/n) … ceil((i+1)·h/n).
 
         Returns int64 [M], the patches of all windows, and int64 [N·oh·ow + 1], where each window begins.
         """

@@ -18,7 +18,8 @@ from mm1.kernels.dispatch import Cost, expect
 
 
 class Routing(NamedTuple):
-    index: Tensor  # int32 [T, K], E where the slot is dropped or the token masked
+    # Hides tuple.index, which nobody calls.
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int32 [T, K], E where the slot is dropped or the token masked
     weight: Tensor  # fp32 [T, K]
     order: Tensor  # int64 [T·K], slots t·K + k sorted by expert, stable; dropped ones last
     offsets: Tensor  # int32 [E], end of each expert's slots in `order`

@@ -41,7 +41,7 @@ class TextTokenizer:
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
         if missing:
             raise DataError(f"{path} lacks the special tokens {', '.join(missing)}")
-        self.pad, self.bos, self.eos, self.image = (self._tokenizer.token_to_id(token) for token in SPECIAL)
+        self.pad, self.bos, self.eos, self.image = (int(self._tokenizer.token_to_id(token) or 0) for token in SPECIAL)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -5,11 +5,12 @@ import re
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mm1.engine.data.record import Unreadable
+from mm1.engine.data.record import DataError, Unreadable
 
 # Named, because PIL hands formats such as EPS to an interpreter: data from the web must not choose that.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -34,6 +35,16 @@ def decode(data: bytes) -> Image.Image:
         raise Unreadable(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # PIL's codecs raise nearly every type there is on bad bytes
         raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
+
+
+def read(path: str | Path) -> Image.Image:
+    """The image in a file that the user names. Raises DataError."""
+    try:
+        return decode(Path(path).read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except Unreadable as error:
+        raise DataError(f"{path}: {error.reason}") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

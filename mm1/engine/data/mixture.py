@@ -46,24 +46,37 @@ class _Reader:
         except Unreadable as error:
             return Drawn(self.number, error.shard or shard, key, [], error.reason)
 
+    def mean_tokens(self, sampled: int) -> float:
+        """Mean length of evenly spaced records, 1 if none of them is readable."""
+        drawn = [self(i) for i in range(0, len(self.source), -(-len(self.source) // sampled))]
+        lengths = [sum(len(document.tokens) for document in d.documents) for d in drawn if d.documents]
+        return sum(lengths) / len(lengths) if lengths else 1.0
+
 
 class Mixture:
-    """Endless stream of the documents of several sources, drawn by weight, each source shuffled anew every epoch."""
+    """Endless stream of the documents of several sources, each shuffled anew every epoch.
 
-    def __init__(self, sources: Sequence[Any], weights: Sequence[float], encode: DocumentEncoder, seed: int):
+    weights: shares of the tokens drawn from each source, as the paper's sequences are all of one length; documents
+    are drawn by weight over their mean length, which is estimated from `sampled` records of each source.
+    """
+
+    def __init__(
+        self, sources: Sequence[Any], weights: Sequence[float], encode: DocumentEncoder, seed: int, sampled: int = 64
+    ):
         if any(weight <= 0 for weight in weights):
             raise DataError(f"weights of data sources are {list(weights)}, expected positive numbers")
+        readers = [_Reader(source, number, encode) for number, source in enumerate(sources)]
         datasets = [
-            grain.MapDataset.range(len(source))
-            .shuffle(seed=seed + number)
-            .repeat()
-            .map(_Reader(source, number, encode))
-            for number, source in enumerate(sources)
+            grain.MapDataset.range(len(reader.source)).shuffle(seed=seed + reader.number).repeat().map(reader)
+            for reader in readers
         ]
-        self._documents = grain.MapDataset.mix(datasets, weights)
+        lengths = [reader.mean_tokens(sampled) for reader in readers] if len(readers) > 1 else [1.0]
+        self._documents = grain.MapDataset.mix(datasets, [w / length for w, length in zip(weights, lengths)])
 
     def __getitem__(self, position: int) -> Drawn:
-        return self._documents[position]
+        drawn = self._documents[position]
+        assert drawn is not None
+        return drawn
 
     def iterate(self, position: int, workers: int) -> Iterator[Drawn]:
         """From `position` on; the order does not depend on the number of workers."""

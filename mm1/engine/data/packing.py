@@ -1,11 +1,14 @@
 """Whole documents into fixed budgets of tokens, images, patches and documents.
 
-The oldest document waiting opens a batch, then the longest that still fits joins, until none does. Deterministic, and
-its state is small: the next position of the stream, and the positions of the documents that wait.
+The oldest of `buffer` waiting documents opens a batch, then the longest that still fits joins, until none does: for a
+good fill the buffer holds some batches' worth. Deterministic, and its state is small: the next position of the stream,
+and the positions of the documents that wait.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,21 @@ from mm1.engine.data.mixture import Drawn, Mixture
 from mm1.engine.data.record import DataError
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    position: int
+    piece: int  # of the documents at that position
+    document: Document
+    tokens: int
+    images: int
+    patches: int
+
+
 class Loader:
     """Endless packed batches of a mixture.
 
-    quarantine: a file to which every record that was skipped is appended as one JSON line. max_bad records of one source
-    in a row raise DataError naming the last one's shard.
+    quarantine: a file to which every record that was skipped is appended as one JSON line. max_bad records of one
+    source in a row raise DataError naming the last one's shard.
     """
 
     def __init__(
@@ -30,7 +43,7 @@ class Loader:
         self.layout = {"image_id": image_id, "patch": patch, "slots": slots}
         self.max_bad, self.quarantine = max_bad, quarantine
         self.position = 0
-        self.waiting: list[tuple[int, int, Document]] = []  # (position, piece of it, document)
+        self.waiting: list[_Waiting] = []
         self.skipped = 0
         self.in_a_row: dict[int, int] = {}
         self._stream: Iterator[Drawn] | None = None
@@ -39,7 +52,7 @@ class Loader:
         """Everything that decides the batches to come, as plain values."""
         return {
             "position": self.position,
-            "waiting": [[position, piece] for position, piece, _ in self.waiting],
+            "waiting": [[w.position, w.piece] for w in self.waiting],
             "skipped": self.skipped,
             "in_a_row": [[source, count] for source, count in self.in_a_row.items()],
         }
@@ -52,36 +65,33 @@ class Loader:
             drawn = self.mixture[position]
             if piece >= len(drawn.documents):
                 raise DataError(f"{drawn.shard}: {drawn.key} is not what it was when the checkpoint was written")
-            self.waiting.append((position, piece, drawn.documents[piece]))
+            self.waiting.append(self._wait(position, piece, drawn.documents[piece]))
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
+        self._refill()
+        budget = self.budget
+        tokens, images, patches, slots = budget.tokens, budget.images, budget.patches, budget.documents
         chosen: list[Document] = []
-        room = self.budget
-        while True:
-            self._refill()
-            fitting = [i for i, (_, _, document) in enumerate(self.waiting) if self._left(room, document)]
+        fitting = self.waiting
+        while slots:
+            fitting = [w for w in fitting if w.tokens <= tokens and w.images <= images and w.patches <= patches]
             if not fitting:
-                chosen.sort(key=lambda document: len(document.tokens))  # equal lengths run as one batch
-                return pack(chosen, self.budget, **self.layout)
-            pick = max(fitting, key=lambda i: len(self.waiting[i][2].tokens)) if chosen else fitting[0]
-            document = self.waiting.pop(pick)[2]
-            chosen.append(document)
-            left = self._left(room, document)
-            assert left is not None
-            room = left
-
-    def _left(self, room: Budget, document: Document) -> Budget | None:
-        """What the document would leave of the room, None if it does not fit."""
-        left = Budget(
-            room.tokens - len(document.tokens),
-            room.images - len(document.images),
-            room.patches - document.patches(self.layout["patch"]),
-            room.documents - 1,
-        )
-        return left if min(left.tokens, left.images, left.patches, left.documents) >= 0 else None
+                break
+            pick = max(fitting, key=attrgetter("tokens")) if chosen else fitting[0]
+            fitting = [w for w in fitting if w is not pick]
+            self.waiting.remove(pick)
+            chosen.append(pick.document)
+            tokens, images, patches, slots = (
+                tokens - pick.tokens,
+                images - pick.images,
+                patches - pick.patches,
+                slots - 1,
+            )
+        chosen.sort(key=lambda document: len(document.tokens))  # equal lengths run as one batch
+        return pack(chosen, budget, **self.layout)
 
     def _refill(self) -> None:
         if self._stream is None:
@@ -92,8 +102,14 @@ class Loader:
                 self.in_a_row.pop(drawn.source, None)
             else:
                 self._skip(drawn)
-            self.waiting += [(self.position, piece, document) for piece, document in enumerate(drawn.documents)]
+            self.waiting += [
+                self._wait(self.position, piece, document) for piece, document in enumerate(drawn.documents)
+            ]
             self.position += 1
+
+    def _wait(self, position: int, piece: int, document: Document) -> _Waiting:
+        patches = document.patches(self.layout["patch"])
+        return _Waiting(position, piece, document, len(document.tokens), len(document.images), patches)
 
     def _skip(self, bad: Drawn) -> None:
         self.skipped += 1

@@ -306,7 +306,7 @@ class Interleaved(Source):
             if text is not None and image is not None:
                 raise Unreadable("text and image at the same position")
             if image is not None:
-                parts.append(image if isinstance(image, bytes) else _image(image, folder))
+                parts.append(image if isinstance(image, bytes) else read_image(image, folder))
             elif not _blank(text):
                 parts.append(_checked(text, "text"))
         if not parts:
@@ -314,7 +314,7 @@ class Interleaved(Source):
         return tuple(parts)
 
 
-def _image(name: Any, folder: Path) -> bytes:
+def read_image(name: Any, folder: Path) -> bytes:
     """Bytes of an image that a document names. Data is not trusted: no name leads out of the folder."""
     if not isinstance(name, str):
         raise Unreadable(f"image is of type {type(name).__name__}, expected a string or bytes")

@@ -1,0 +1,169 @@
+"""The command as a user meets it: what works, and one line with status 2 for what cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small import FOLDER
+
+TRAIN = f"""
+[model]
+size = "digits"
+vision = {{ width = 32, layers = 1, heads = 1, ffn = 32 }}
+connector = {{ hidden = 16, tokens = 4 }}
+decoder = {{ width = 32, layers = 2, heads = 1, kv_heads = 1, ffn = 32 }}
+
+[data]
+tokenizer = "{FOLDER}/tokenizer.json"
+tokens = 128
+images = 8
+patches = 256
+
+[[data.sources]]
+kind = "captions"
+paths = ["shard-{{00..01}}.tar"]
+weight = 45
+
+[[data.sources]]
+kind = "interleaved"
+paths = ["documents.jsonl"]
+weight = 45
+
+[[data.sources]]
+kind = "text"
+paths = ["*.txt"]
+weight = 10
+
+[train]
+steps = 3
+accumulate = 1
+warmup = 1
+compile = false
+save_every = 2
+"""
+
+
+def mm1(*arguments, cwd):
+    command = [sys.executable, "-m", "mm1.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The three formats of the README, and a run over them."""
+    import io
+    import tarfile
+
+    folder = tmp_path_factory.mktemp("data")
+    for shard in range(2):
+        with tarfile.open(folder / f"shard-{shard:02d}.tar", "w") as tar:
+            for i in range(4):
+                out = io.BytesIO()
+                Image.new("RGB", (12 + 8 * i, 12), (60 * i, 40, 90)).save(out, "PNG")
+                for name, data in [(f"{i}.png", out.getvalue()), (f"{i}.txt", f"a box of number {i}".encode())]:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    documents = [{"texts": ["look:", None, "a box"], "images": [None, f"shard-00.tar/{i}.png", None]} for i in range(4)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    (folder / "some.txt").write_text("three and four make seven.\none is less than two.\n")
+    (folder / "run.toml").write_text(TRAIN)
+    Image.new("RGB", (24, 12)).save(folder / "a.png")
+    result = mm1("train", "run.toml", "--out", "out", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_train_writes_a_run_and_prints_plain_lines_without_a_terminal(folder):
+    assert {"checkpoint", "metrics.jsonl", "step-00000002", "step-00000003"} <= {
+        p.name for p in (folder / "out").iterdir()
+    }
+    result = mm1(
+        "train", "run.toml", "--out", "out2", "--set", "train.steps=1", "--set", "train.tensorboard=true", cwd=folder
+    )
+    assert "step 1/1 loss" in result.stderr
+    assert list((folder / "out2").glob("events.out.tfevents*"))
+
+
+def test_resume_of_a_finished_run_does_nothing(folder):
+    result = mm1("train", "run.toml", "--out", "out", "--resume", cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+
+def test_generate_takes_images_and_marks(folder):
+    prompt = ["--image", "a.png", "--prompt", "quiz <image> what?", "--max-tokens", "5"]
+    result = mm1("generate", "out/checkpoint", *prompt, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+BAD = [
+    (["train", "mm1-4b"], "unknown size 'mm1-4b'; known: digits"),
+    (["train", "nothing.toml"], "no such file: nothing.toml"),
+    (["train", "digits"], "no such tokenizer file"),
+    (["train", "run.toml", "--set", "train.stepz=3"], "unknown setting train.stepz; known: steps"),
+    (["train", "run.toml", "--set", "train.steps=many"], "setting train.steps is 'many', expected int"),
+    (["train", "run.toml", "--set", "train.steps"], "is not key=value"),
+    (["train", "run.toml", "--set", "train.dtype=fp8"], "setting train.dtype is 'fp8'"),
+    (["train", "run.toml", "--set", "data.tokenizer=run.toml"], "run.toml is not a tokenizer.json"),
+    (["train", "run.toml", "--set", "model.connector.kind=mlp"], "setting model.connector.kind is 'mlp'"),
+    (
+        ["train", "run.toml", "--set", "model.connector.tokens=5"],
+        "setting model.connector.tokens is 5, expected a square",
+    ),
+    (["train", "run.toml", "--set", "train.accumulate=0"], "train.accumulate is 0"),
+    (["train", "run.toml", "--set", "data.tokens=3"], "data.tokens is 3"),
+    (["train", "run.toml", "--set", "model.decoder.kv_heads=2"], "setting model.decoder.kv_heads is 2"),
+    (["train", "run.toml", "--set", "model.vision.heads=3"], "setting model.vision.heads is 3"),
+    (["train", "run.toml", "--out", "out"], "holds a run already"),
+    (["generate", "out/checkpoint", "--image", "run.toml"], "run.toml"),
+    (["generate", "out/checkpoint", "--image", "none.png"], "none.png"),
+    (["generate", "nothing/here"], "no checkpoint at nothing/here"),
+    (["generate", "out/checkpoint", "--prompt", "<image>"], "1 <image> marks for 0 images"),
+    (["generate", "digits"], "no tokenizer"),
+    (["bench", "sleep"], "unknown benchmark 'sleep'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_is_one_line_and_status_2(folder, arguments, message):
+    if arguments[0] == "train" and "--out" not in arguments:
+        arguments = [*arguments, "--out", "bad"]
+    result = mm1(*arguments, cwd=folder)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_damage_in_data_is_warned_of_listed_and_survived(folder):
+    """A truncated shard, a PNG that is text, a caption without its image."""
+    import io
+    import tarfile
+
+    data = (folder / "shard-00.tar").read_bytes()
+    (folder / "cut.tar").write_bytes(data[:4650])
+    with tarfile.open(folder / "bad.tar", "w") as tar:
+        for name, content in [("a.png", b"I am text"), ("a.txt", b"x"), ("b.txt", b"no image"), ("c.png", b"x"),
+                              ("c.txt", b"")]:  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    sources = 'data.sources=[{kind="captions", paths=["shard-01.tar", "cut.tar", "bad.tar"]}]'
+    result = mm1("train", "run.toml", "--out", "damaged", "--set", sources, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "cut.tar: cut off at byte 4650, inside a member" in result.stderr
+    assert "skipped" in result.stderr
+    lines = [json.loads(line) for line in (folder / "damaged" / "quarantine.jsonl").read_text().splitlines()]
+    reasons = " ".join(line["reason"] for line in lines)
+    for reason in ("cut off", "not an image", "without an image", "empty caption"):
+        assert reason in reasons
+
+
+def test_readme_formats_are_those_tested_here():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for line in ('kind = "captions"', 'kind = "interleaved"', 'kind = "text"', "shard-{"):
+        assert line in readme

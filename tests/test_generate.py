@@ -1,0 +1,95 @@
+import pytest
+import torch
+from PIL import Image
+from small import small_mm1
+
+from mm1.engine.data.record import DataError
+from mm1.engine.generate import generate, interleave, sample
+
+
+def picture(height=12, width=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+PROMPTS = [
+    ["quiz\n", picture(), "question: how many sevens? answer:"],
+    [picture(24, 12, 1)],
+    ["three and four make", picture(12, 12, 2), " and ", picture(12, 36, 3)],
+    ["one"],
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_mm1(seed=3).eval()
+
+
+def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(model):
+    together = generate(model, PROMPTS, max_tokens=10)
+    assert together == [generate(model, [prompt], max_tokens=10)[0] for prompt in PROMPTS]
+
+
+def test_greedy_decoding_is_the_argmax_of_full_passes(model):
+    from small import IMAGE, PATCH, SLOTS
+
+    from mm1.engine.data.batch import exact_budget, pack
+    from mm1.engine.data.document import Document
+    from mm1.engine.generate import encode_prompts
+
+    document = encode_prompts(model, PROMPTS[:1])[0]
+    ids = document.tokens.tolist()
+    for _ in range(8):
+        grown = Document(torch.tensor(ids, dtype=torch.int32).numpy(), document.images, "test")
+        batch = pack([grown], exact_budget([grown], PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
+        ids.append(int(model.logits(batch)[-1].argmax()))
+    text = generate(model, PROMPTS[:1], max_tokens=8)[0]
+    new = ids[len(document.tokens) :]
+    eos = model.tokenizer.eos
+    assert text == model.tokenizer.decode(new[: new.index(eos)] if eos in new else new)
+
+
+def test_streamed_pieces_add_up_to_the_text_and_end_before_stop_strings(model):
+    plain = generate(model, PROMPTS, max_tokens=16)
+    stop = plain[0][3:6]
+    pieces = [""] * len(PROMPTS)
+
+    def gather(i, piece):
+        pieces[i] += piece
+
+    stopped = generate(model, PROMPTS, max_tokens=16, stop=(stop,), on_text=gather)
+    assert pieces == stopped
+    assert stopped == [text.split(stop)[0] for text in plain]
+
+
+def test_sampling_repeats_with_its_seed_and_keeps_to_the_nucleus(model):
+    options = {"max_tokens": 8, "temperature": 1.5, "top_p": 0.9}
+    assert generate(model, PROMPTS, seed=5, **options) == generate(model, PROMPTS, seed=5, **options)
+    assert generate(model, PROMPTS, seed=5, **options) != generate(model, PROMPTS, seed=6, **options)
+    logits = torch.tensor([[3.0, 1.0, 2.0, -9.0]]).expand(1000, -1)
+    assert set(sample(logits, 1.0, 0.6, None).tolist()) == {0}
+    assert set(sample(logits, 1.0, 0.8, None).tolist()) == {0, 2}
+    counts = sample(logits, 1.0, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 1000
+    assert (counts - logits[0].softmax(-1)).abs().max() < 0.05
+
+
+def test_no_prompts_give_no_texts(model):
+    assert generate(model, []) == []
+
+
+def test_images_take_their_marks_and_spare_ones_come_first():
+    a, b, c = picture(seed=1), picture(seed=2), picture(seed=3)
+    assert interleave(["x <image> y"], [a, b]) == [[a, "x ", b, " y"]]
+    assert interleave(["<image>one", "two<image>"], [a, b]) == [[a, "one"], ["two", b]]
+    assert interleave([""], [a, b, c]) == [[a, b, c]]
+    with pytest.raises(DataError, match="2 <image> marks for 1 images"):
+        interleave(["<image><image>"], [a])
+
+
+def test_refuses_bad_settings(model):
+    with pytest.raises(DataError, match="temperature"):
+        generate(model, PROMPTS, temperature=-1)
+    model_without = small_mm1()
+    model_without.tokenizer = None
+    with pytest.raises(DataError, match="no tokenizer"):
+        generate(model_without, PROMPTS)

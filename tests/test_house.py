@@ -1,0 +1,109 @@
+"""The house: who imports whom, what an import does, and what a wheel holds."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "engine": {"kernels", "engine"},
+    "autotune": {"kernels", "autotune"},
+    "integrations": {"kernels", "integrations"},
+    "bench": {"kernels", "engine", "autotune", "integrations", "bench"},
+}
+OPTIONAL = {"transformers", "timm", "flash_attn", "xformers", "megablocks", "pynvml", "pyarrow", "matplotlib",
+            "sklearn", "tensorboard", "wandb", "torchvision"}  # fmt: skip
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found.add(node.module or "")
+            if node.module == "mm1.engine":
+                found |= {f"mm1.engine.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted((ROOT / "mm1").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_know_only_whom_they_may(path):
+    room = path.relative_to(ROOT / "mm1").parts[0]
+    if room not in MAY_IMPORT:
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "mm1" and len(parts) > 1:
+            assert parts[1] in MAY_IMPORT[room], f"{path} imports {name}"
+        if parts[:2] == ["torch", "distributed"]:
+            assert path.name in ("parallel.py", "checkpoint.py"), f"{path} imports {name}"
+        if room == "kernels":
+            assert parts[0] in sys.stdlib_module_names | {"torch", "triton", "numpy", "mm1"}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_optional_packages_are_imported_where_they_are_used(path):
+    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & OPTIONAL
+
+
+def test_rooms_are_no_packages_that_could_hide_others():
+    assert not list((ROOT / "mm1").glob("*/**/__init__.py"))
+    code = "import kernels; print(kernels.__path__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "_NamespacePath" in found, "a regular package of that name would win over it"
+
+
+def test_importing_does_nothing_but_import():
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
+    modules = [m for m in modules if not m.endswith(("digits.make",))]
+    code = (
+        "import sys, importlib\n"
+        f"for m in {modules!r}: importlib.import_module(m)\n"
+        "import torch\n"
+        f"print(sorted({OPTIONAL!r} & set(sys.modules)), torch.cuda.is_initialized())"
+    )
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning:mm1", "-c", code], cwd=ROOT,
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    assert result.stdout == "[] False\n"
+    assert result.stderr == ""
+
+
+def test_reading_data_needs_no_torch():
+    code = (
+        "import sys, mm1.engine.data.sources, mm1.engine.data.images, mm1.engine.data.document, "
+        "mm1.engine.data.mixture\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_wheel_holds_every_file_once(tmp_path):
+    pytest.importorskip("hatchling")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT,
+                   check=True, capture_output=True)  # fmt: skip
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert len(names) == len(set(names))
+    held = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "mm1"], cwd=ROOT, capture_output=True,
+                             text=True).stdout.split()  # fmt: skip
+    if not tracked:
+        pytest.skip("not a git checkout")
+    assert held == set(tracked)
+
+
+def test_public_names_are_there_and_lazy():
+    code = (
+        "import mm1, sys; assert 'torch' not in sys.modules; print(mm1.load.__name__, mm1.generate.__name__, mm1.MM1)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("load generate")

@@ -1,0 +1,174 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+from small import IMAGE, PATCH, SLOTS, small_run
+
+from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
+from mm1.engine.data.images import ImagePolicy
+from mm1.engine.data.mixture import Mixture
+from mm1.engine.data.packing import Loader
+from mm1.engine.data.record import DataError, Record, Unreadable
+from mm1.engine.demo import DIGITS
+from mm1.engine.train import make_loader
+
+TOKENIZER = TextTokenizer(DIGITS / "tokenizer.json")
+POLICY = ImagePolicy(PATCH, "native", 24, 64)
+
+
+def loader(**changes) -> Loader:
+    import dataclasses
+
+    run = small_run()
+    return make_loader(dataclasses.replace(run, data=dataclasses.replace(run.data, **changes)), TOKENIZER, None)
+
+
+def png(height=12, width=12) -> bytes:
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def encode(*parts, tokens=40, images=3, patches=64):
+    encoder = DocumentEncoder(TOKENIZER, POLICY, SLOTS, Budget(tokens, images, patches, 8))
+    return encoder(Record(parts, "7", "shard"))
+
+
+def test_batches_keep_to_their_budget_and_fill_it():
+    run, batches = small_run(), loader()
+    fills = []
+    for _ in range(40):
+        batch = next(batches)
+        assert batch.tokens.shape == (160,)
+        assert len(batch.grids.sizes) <= 16
+        assert batch.grids.used <= 512 == batch.grids.patches
+        assert batch.image_slots.shape == (16 * SLOTS,)
+        assert len(batch.keys) <= run.data.documents
+        fills.append(batch.used_tokens / 160)
+    assert np.mean(fills) > 0.95
+
+
+def test_every_document_comes_once_an_epoch():
+    keys = []
+    batches = loader(sources=small_run().data.sources[:1])
+    while len(keys) < 1359:
+        keys += next(batches).keys
+    # The packer holds back at most its buffer, so nearly all of the first epoch is out, and hardly any twice.
+    assert len(set(keys)) > 1359 - 2 * 48 - 24
+
+
+def test_the_mixture_keeps_to_its_shares_of_tokens():
+    batches, tokens = loader(), {"captions": 0, "text": 0}
+    for _ in range(100):
+        batch = next(batches)
+        for key, length in zip(batch.keys, batch.cu_seqlens.diff().tolist()):
+            tokens["captions" if "captions" in key else "text"] += length
+    assert abs(tokens["captions"] / sum(tokens.values()) - 45 / 55) < 0.03
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_state_restores_the_exact_batches_to_come(workers):
+    first = loader()
+    for _ in range(7):
+        next(first)
+    state = json.loads(json.dumps(first.state()))
+    truth = [next(first) for _ in range(5)]
+    second = loader(workers=workers)  # another number of workers gives the same stream
+    second.restore(state)
+    for expected in truth:
+        found = next(second)
+        assert found.keys == expected.keys
+        assert found.tokens.equal(expected.tokens)
+        assert found.pixels.equal(expected.pixels)
+
+
+def test_the_seed_decides_the_order():
+    import dataclasses
+
+    run = small_run()
+    other = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=1))
+    a, b, c = (next(make_loader(r, TOKENIZER, None)).keys for r in (run, run, other))
+    assert a == b != c
+
+
+def test_long_documents_are_cut_and_nothing_is_lost():
+    text = "three and four make seven. " * 20
+    pieces = encode(text)
+    assert all(len(piece.tokens) <= 40 for piece in pieces)
+    assert np.concatenate([p.tokens for p in pieces]).tolist() == [1, *TOKENIZER.encode(text), 2]
+    assert [p.key for p in pieces[:2]] == ["shard:7", "shard:7+1"]
+
+
+def test_a_document_of_forty_images_becomes_several():
+    parts = [part for i in range(40) for part in (png(), f" {i}")]
+    pieces = encode(*parts)
+    assert sum(len(p.images) for p in pieces) == 40
+    assert all(len(p.images) <= 3 and len(p.tokens) <= 40 and p.patches(PATCH) <= 64 for p in pieces)
+    for piece in pieces:
+        assert (piece.tokens == IMAGE).sum() == SLOTS * len(piece.images)
+
+
+def test_special_tokens_in_a_text_stay_text():
+    (piece,) = encode("<image> <eos>")
+    assert not set(piece.tokens[1:-1].tolist()) & {0, 1, 2, 3}
+    assert TOKENIZER.decode(piece.tokens.tolist()) == "<image> <eos>"
+
+
+def test_an_image_larger_than_the_budget_is_unreadable():
+    with pytest.raises(Unreadable, match="64 patches exceeds the packing budget"):
+        encode(png(32, 32), "x", patches=63)
+
+
+class Flaky:
+    """Every third record is broken."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, i):
+        if i % 3 == 0:
+            raise Unreadable("broken image", "a.tar")
+        return Record((f"number {i}",), str(i), "a.tar")
+
+
+class Broken(Flaky):
+    def __getitem__(self, i):
+        raise Unreadable("broken image", "b.tar")
+
+
+def flaky_loader(tmp_path, *sources):
+    budget = Budget(60, 1, 64, 8)
+    mixture = Mixture(sources, [1.0] * len(sources), DocumentEncoder(TOKENIZER, POLICY, SLOTS, budget), 0)
+    return Loader(
+        mixture, budget, image_id=IMAGE, patch=PATCH, slots=SLOTS, buffer=4, quarantine=tmp_path / "quarantine.jsonl"
+    )
+
+
+def test_unreadable_records_are_skipped_counted_and_listed(tmp_path):
+    batches = flaky_loader(tmp_path, Flaky())
+    for _ in range(10):
+        next(batches)
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert len(lines) == batches.skipped > 5
+    assert lines[0] == {"shard": "a.tar", "key": lines[0]["key"], "reason": "broken image",
+                        "position": lines[0]["position"]}  # fmt: skip
+
+
+def test_a_hundred_in_a_row_of_one_source_stop_the_run_and_name_the_shard(tmp_path):
+    batches = flaky_loader(tmp_path, Flaky(), Broken())
+    with pytest.raises(DataError, match=r"b\.tar: 100 unreadable records in a row, the last because broken image"):
+        list(itertools.islice(batches, 100))
+    assert sum("b.tar" in line for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()) == 100
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
+        TextTokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="no such tokenizer"):
+        TextTokenizer(tmp_path / "other.json")

@@ -1,0 +1,209 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import relative_error
+from small import small_run
+
+from mm1.engine import checkpoint
+from mm1.engine.config import Train
+from mm1.engine.data.record import DataError
+from mm1.engine.optim import adamw, learning_rate
+from mm1.engine.train import Trainer, train
+
+
+class Quiet:
+    """A display that shows nothing and remembers the metrics."""
+
+    def __init__(self, *_):
+        self.metrics = []
+
+    def warn(self, message):
+        raise AssertionError(message)
+
+    def run(self, step):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+    def step(self, step, metrics):
+        self.metrics.append(metrics)
+
+
+def trained(folder, run, **options):
+    return {name: p.detach().clone() for name, p in train(run, folder, **options).named_parameters()}
+
+
+def assert_same(found, expected):
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_run_learns_and_writes_what_it_did(tmp_path):
+    run = small_run(steps=40, peak_lr=5e-3)
+    train(run, tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(1, 41))
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
+    assert {"loss", "tokens", "images", "fill", "data_seconds", "seconds", "lr", "grad_norm"} <= set(metrics[0])
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000040"
+    assert len(list((tmp_path / "run").glob("step-*"))) == run.train.keep
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    assert_same(trained(tmp_path / "a", small_run()), trained(tmp_path / "b", small_run()))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}], ids=["plain", "recompute"])
+def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, options):
+    truth = trained(tmp_path / "truth", small_run())
+    trained(tmp_path / "run", small_run(steps=8) if not options else small_run(steps=8, **options))
+    # The schedule depends on the number of steps, so the first part is redone as the long run's own beginning.
+    checkpoint_8 = tmp_path / "run" / "step-00000008"
+    assert checkpoint_8.is_dir()
+    run = Trainer(small_run(**options), tmp_path / "long", Quiet(), False)
+    while run.step < 7:
+        run._step()
+        run.step += 1
+    run.save()
+    found = trained(tmp_path / "long", small_run(**options), resume=True)
+    assert_same(found, truth)
+
+
+def test_accumulated_batches_weigh_every_target_token_the_same(tmp_path):
+    """Two micro-batches of different numbers of targets give the gradient of their tokens taken together."""
+    run = small_run(accumulate=2)
+    trainer = Trainer(run, tmp_path / "run", Quiet(), False)
+    state = trainer.loader.state()
+    batches = [next(trainer.loader) for _ in range(2)]
+    assert batches[0].target_count != batches[1].target_count
+    model = trainer.model
+    targets = sum(b.target_count for b in batches)
+    nll = sum(model(b).nll for b in batches) / targets
+    truth = torch.autograd.grad(nll, list(model.decoder.blocks[0].parameters()))
+    trainer.loader.restore(state)
+    grads = {}
+    trainer.optimizer.step = lambda: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    object.__setattr__(model.config.decoder, "load_balance", 0.0)
+    object.__setattr__(model.config.decoder, "z_loss", 0.0)
+    trainer.run = dataclasses.replace(run, train=dataclasses.replace(run.train, clip=1e9))
+    trainer._step()
+    for (name, _), expected in zip(model.decoder.blocks[0].named_parameters(), truth):
+        assert relative_error(grads[f"decoder.blocks.0.{name}"], expected) < 1e-5
+
+
+def test_schedule_warms_up_and_ends_at_a_tenth():
+    t = Train(steps=1000, warmup=100)
+    rates = [learning_rate(step, t, 1.0) for step in range(1000)]
+    assert rates[0] == 0.01
+    assert rates[99] == 1.0 == max(rates)
+    assert abs(rates[550] - (0.1 + 0.9 * 0.5)) < 1e-3
+    assert abs(rates[-1] - 0.1) < 1e-4
+
+
+def test_weight_decay_is_a_tenth_of_the_rate_and_spares_vectors():
+    model = torch.nn.Linear(3, 4)
+    decayed, spared = adamw(model, Train(), 6e-5).param_groups
+    assert abs(decayed["weight_decay"] - 6e-6) < 1e-12
+    assert [p.ndim for p in spared["params"]] == [1]
+    assert spared["weight_decay"] == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = Trainer(small_run(), tmp_path / "run", Quiet(), False)
+    with torch.no_grad():
+        trainer.model.decoder.norm.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="the loss of step 1 is nan"):
+        trainer._step()
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path):
+    train(small_run(steps=4), tmp_path / "run")
+    with pytest.raises(DataError, match="holds a run already"):
+        train(small_run(steps=4), tmp_path / "run")
+    other = dataclasses.replace(small_run(), model=dataclasses.replace(small_run().model, image_patches=32))
+    with pytest.raises(DataError, match="holds another model"):
+        train(other, tmp_path / "run", resume=True)
+
+
+KILLED = """
+import sys; sys.path.insert(0, {tests!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from small import small_run
+from mm1.engine.train import train
+train(small_run(steps=40, save_every=2), Path({folder!r}), resume=True)
+"""
+
+
+def start(folder):
+    code = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+
+def kill_after_lines(process, folder, lines, delay=0.0):
+    """SIGKILL once metrics.jsonl has so many lines."""
+    path = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= lines:
+            time.sleep(delay)
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_twice_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
+    """SIGKILL amid a step, and amid a save (save_every 2: right after an even step's line a save is under way)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        truth = trained(tmp_path / "truth", small_run(steps=40, save_every=2))
+    finally:
+        torch.set_num_threads(threads)
+    folder = tmp_path / "run"
+    kill_after_lines(start(folder), folder, 5)
+    kill_after_lines(start(folder), folder, 16, 0.004)
+    assert start(folder).wait() == 0
+    found = checkpoint.read_tensors(checkpoint.latest(folder), "model.safetensors")
+    assert_same(found, truth)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
+    """Moments drawn over steps and saves alike; prints where each kill fell."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        truth = trained(tmp_path / "truth", small_run(steps=40, save_every=2))
+    finally:
+        torch.set_num_threads(threads)
+    folder, draw = tmp_path / "run", random.Random(0)
+    for kill in range(10):
+        kill_after_lines(start(folder), folder, 4 * kill - draw.randint(0, 3), draw.uniform(0, 0.15))
+        partial = [path.name for path in folder.glob(".step-*.partial")]
+        print(f"kill {kill + 1}: newest checkpoint {checkpoint.latest(folder)}, amid a save: {bool(partial)}")
+    assert start(folder).wait() == 0
+    assert_same(checkpoint.read_tensors(checkpoint.latest(folder), "model.safetensors"), truth)
+
+
+def test_sigterm_saves_and_stops(tmp_path):
+    process = start(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() != 0
+    step = checkpoint.read_json(checkpoint.latest(tmp_path / "run"), "state.json")["step"]
+    assert step == len(path.read_text().splitlines()) < 40

@@ -115,7 +115,7 @@ def main() -> None:
         sys.exit(_say(error, 2))
     except KeyboardInterrupt:
         sys.exit(_say("stopped", 1))
-    except OSError as error:  # a full disk, a folder that may not be written
+    except (OSError, FloatingPointError) as error:  # a full disk; a loss that is not finite
         sys.exit(_say(error, 1))
 
 

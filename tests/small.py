@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from mm1.engine.config import DIGITS, Data, Model, Run, Source, Train
+from mm1.engine.config import DIGITS_FOLDER as FOLDER
 from mm1.engine.data.batch import Batch, exact_budget, pack
 from mm1.engine.data.document import Budget, Document, TextTokenizer
-from mm1.engine.demo import DIGITS as FOLDER
 from mm1.engine.model import MM1
 
 SLOTS, IMAGE, PATCH = 4, 3, 4

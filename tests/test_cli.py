@@ -103,7 +103,9 @@ def test_generate_takes_images_and_marks(folder):
 BAD = [
     (["train", "mm1-4b"], "unknown size 'mm1-4b'; known: digits"),
     (["train", "nothing.toml"], "no such file: nothing.toml"),
-    (["train", "digits"], "no such tokenizer file"),
+    (["train", "mm1-3b"], "no data is given"),
+    (["train", "digits", "--set", "data.tokenizer=none.json"], "no such tokenizer file: none.json"),
+    (["train", "digits", "--set", "model=3"], "setting model is 3"),
     (["train", "run.toml", "--set", "train.stepz=3"], "unknown setting train.stepz; known: steps"),
     (["train", "run.toml", "--set", "train.steps=many"], "setting train.steps is 'many', expected int"),
     (["train", "run.toml", "--set", "train.steps"], "is not key=value"),

@@ -3,17 +3,16 @@ import json
 
 import numpy as np
 import pytest
-from small import IMAGE, PATCH, SLOTS, small_run
+from small import FOLDER, IMAGE, PATCH, SLOTS, small_run
 
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
 from mm1.engine.data.record import DataError, Record, Unreadable
-from mm1.engine.demo import DIGITS
 from mm1.engine.train import make_loader
 
-TOKENIZER = TextTokenizer(DIGITS / "tokenizer.json")
+TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
 POLICY = ImagePolicy(PATCH, "native", 24, 64)
 
 

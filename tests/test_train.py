@@ -120,8 +120,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     trainer = Trainer(small_run(), tmp_path / "run", Quiet(), False)
     with torch.no_grad():
         trainer.model.decoder.norm.weight.fill_(float("nan"))
-    with pytest.raises(DataError, match="the loss of step 1 is nan"):
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(FloatingPointError, match="loss nan, gradient norm nan at step 1"):
         trainer._step()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.vision.parameters(), before))
+
+
+def test_bf16_trains_as_fp32_does(tmp_path):
+    curves = {}
+    for dtype in ("fp32", "bf16"):
+        shown = Quiet()
+        train(small_run(dtype=dtype, steps=6, accumulate=1), tmp_path / dtype, display=shown)
+        curves[dtype] = [m["loss"] for m in shown.metrics]
+    assert max(abs(a - b) / b for a, b in zip(curves["bf16"], curves["fp32"])) < 0.02
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path):

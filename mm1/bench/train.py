@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from mm1.engine.config import named
+from mm1.engine.config import DIGITS_RUN, named
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.record import DataError
-from mm1.engine.demo import digits_run
 from mm1.engine.model import MM1
 from mm1.engine.optim import adamw
 from mm1.engine.train import make_loader
@@ -20,7 +19,7 @@ def measure(size: str, rounds: int, batches: int = 8) -> dict[str, Any]:
     """Seconds a step on the demo's data: forward, backward, clipping, AdamW; compile time apart."""
     if rounds < 1:
         raise DataError(f"rounds is {rounds}, expected at least 1")
-    run = dataclasses.replace(digits_run(), model=named(size))
+    run = dataclasses.replace(DIGITS_RUN, model=named(size))
     tokenizer = TextTokenizer(run.data.tokenizer)
     loader = make_loader(run, tokenizer, None)
     packed = [next(loader) for _ in range(batches)]
@@ -70,7 +69,7 @@ def _stepper(run, *, compile: bool):
         model.compile_blocks()
 
     def step(batch) -> None:
-        model.objective(model(batch), batch.target_count, 1).backward()
+        (model.objective(model(batch), batch.target_count) / batch.target_count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -29,8 +29,9 @@ def rope(positions: Tensor, width: int, theta: float) -> Rope:
 
 
 def rotate(x: Tensor, angles: Rope) -> Tensor:
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin], dim=-1).to(x.dtype)
+    """x fp32 [T, H, Dh]"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin], dim=-1)
 
 
 class LayerCache:
@@ -80,7 +81,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, attend=None) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)  # (T, H | G, Dh)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        q, k = (rotate(norm(x.float()), angles).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         y = attention(q, k, v, cu_seqlens, causal=True) if attend is None else attend(q, k, v)
         return self.out(y.flatten(1))
 
@@ -108,8 +109,11 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(c.experts, c.width, c.ffn))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        routing = route(F.linear(x.float(), self.router.float()), self.k, mask=mask)
-        y = moe_mlp(x, routing.index, routing.weight, self.gate_up, self.down)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router.float())
+        routing = route(logits, self.k, mask=mask)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        y = moe_mlp(x.to(dtype), routing.index, routing.weight, self.gate_up.to(dtype), self.down.to(dtype))
         return y, routing.load_balance, routing.z_loss
 
 

@@ -12,36 +12,19 @@ from typing import Any
 from PIL import Image
 
 from mm1.engine import checkpoint
-from mm1.engine.config import Data, Run, Source, Train, named
+from mm1.engine.config import DIGITS_FOLDER, DIGITS_RUN
 from mm1.engine.data.images import decode
 from mm1.engine.data.sources import open_source, read_image
 from mm1.engine.generate import Prompt, generate
 from mm1.engine.model import MM1
 from mm1.engine.train import train
 
-DIGITS = Path(__file__).parent / "data" / "digits"
 SHOTS = (0, 4, 8)
-
-
-def digits_run() -> Run:
-    """The demo's run; MM1's mixture, 45 / 45 / 10."""
-    data = Data(
-        sources=(
-            Source("captions", (str(DIGITS / "train-captions.tar.gz"),), 45),
-            Source("interleaved", (str(DIGITS / "train-interleaved.jsonl.gz"),), 45),
-            Source("text", (str(DIGITS / "text.txt"),), 10),
-        ),
-        tokenizer=str(DIGITS / "tokenizer.json"),
-        tokens=768, images=32, patches=400, documents=32, buffer=128,
-    )  # fmt: skip
-    # The law's rate for so few parameters is 2.1e-3. Compiling takes longer than it saves in so short a run.
-    recipe = Train(steps=1200, accumulate=1, warmup=50, compile=False, save_every=100, peak_lr=1.5e-3)
-    return Run(named("digits"), data, recipe)
 
 
 def demo(out: Path) -> dict[str, Any]:
     """Train into `out` (or go on, or reuse what is there), evaluate, write loss.png, samples.png and summary.json."""
-    run = digits_run()
+    run = DIGITS_RUN
     newest = checkpoint.latest(out)
     if newest is None or checkpoint.read_json(newest, "state.json")["step"] < run.train.steps:
         train(run, out, resume=newest is not None)
@@ -67,7 +50,7 @@ def demo(out: Path) -> dict[str, Any]:
 
 def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:
     """Unseen images, their captions, and the model's."""
-    source = open_source("captions", str(DIGITS / "test-captions.tar.gz"), Path())
+    source = open_source("captions", str(DIGITS_FOLDER / "test-captions.tar.gz"), Path())
     pairs = [source[i].parts for i in range(len(source))]
     images = [decode(image) for image, _ in pairs if isinstance(image, bytes)]
     truths = [str(text) for _, text in pairs]
@@ -76,7 +59,9 @@ def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:
 
 def questions(model: MM1, shots: int, seed: int = 0) -> float:
     """Share of questions about unseen images answered right, after `shots` examples drawn from the training images."""
-    items, examples = (_items(DIGITS / name) for name in ("test-interleaved.jsonl.gz", "train-questions.jsonl.gz"))
+    items, examples = (
+        _items(DIGITS_FOLDER / name) for name in ("test-interleaved.jsonl.gz", "train-questions.jsonl.gz")
+    )
     draw = random.Random(seed)
     prompts: list[Prompt] = []
     for image, question, _ in items:

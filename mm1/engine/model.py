@@ -2,7 +2,7 @@
 
     features = connector(vision(pixels))                 [N·n, D]
     x = embed(tokens);  x[image_slots] = features        [T, D]
-    loss = -Σ log p(target) / targets + 0.01 · load balance + 0.001 · router z
+    loss = mean over targets of -log p(target), + 0.01 · load balance + 0.001 · router z
 Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
 """
 
@@ -46,11 +46,10 @@ class MM1(nn.Module):
         nll = linear_cross_entropy(hidden, self.decoder.head_weight, batch.targets, reduction="sum")
         return Losses(nll, load_balance, z_loss)
 
-    def objective(self, losses: Losses, targets: int, batches: int) -> Tensor:
-        """One batch's share of the loss of a step with so many target tokens in so many batches."""
+    def objective(self, losses: Losses, targets: int) -> Tensor:
+        """Loss of one batch summed over its target tokens; over a step, divide by the step's targets."""
         c = self.config.decoder
-        auxiliary = c.load_balance * losses.load_balance + c.z_loss * losses.z_loss
-        return losses.nll / max(targets, 1) + auxiliary / batches
+        return losses.nll + targets * (c.load_balance * losses.load_balance + c.z_loss * losses.z_loss)
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Final hidden states [T, D] of the packed batch, and the two auxiliary losses; fills the cache if given."""

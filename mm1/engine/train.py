@@ -46,6 +46,8 @@ class Trainer:
         if not resume and checkpoint.latest(folder) is not None:
             raise DataError(f"{folder} holds a run already: give another folder, or --resume to continue it")
         folder.mkdir(parents=True, exist_ok=True)
+        if not run.data.sources:
+            raise DataError("no data is given: name a .toml file with [[data.sources]] of kind and paths")
         self.tokenizer = TextTokenizer(run.data.tokenizer)
         if len(self.tokenizer) > run.model.decoder.vocabulary:
             raise DataError(
@@ -79,43 +81,42 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         t, model = self.run.train, self.model
-        begin = time.perf_counter()
-        batches = [next(self.loader) for _ in range(t.accumulate)]
-        waited = time.perf_counter() - begin
-
-        targets = sum(batch.target_count for batch in batches)  # of the whole step, known on the host
-        nll, balance, z = (torch.zeros((), device=self.device) for _ in range(3))
-        for batch in batches:
+        begin, waited = time.perf_counter(), 0.0
+        tokens = targets = images = 0
+        sums = torch.zeros(3, device=self.device)  # nll, load balance, z
+        key = ""
+        for _ in range(t.accumulate):
+            asked = time.perf_counter()
+            batch = next(self.loader)
+            waited += time.perf_counter() - asked
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 losses = model(batch.to(self.device))
-                objective = model.objective(losses, targets, t.accumulate)
+                objective = model.objective(losses, batch.target_count)
             objective.backward()
-            nll += losses.nll.detach()
-            balance += losses.load_balance.detach()
-            z += losses.z_loss.detach()
+            sums += torch.stack(losses).detach()
+            tokens, targets = tokens + batch.used_tokens, targets + batch.target_count
+            images, key = images + len(batch.grids.sizes), batch.keys[0]
+        # Gradients were summed over target tokens: the mean is that of the whole step, whatever each batch held.
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / max(targets, 1))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)
+        nll, balance, z, grad_norm = (*sums.tolist(), norm.item())  # the step's one synchronisation
+        if not math.isfinite(nll + grad_norm):
+            raise FloatingPointError(f"loss {nll}, gradient norm {grad_norm} at step {self.step + 1}, {key}")
         rate = learning_rate(self.step, t, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-        budget = self.loader.budget
-        tokens = sum(batch.used_tokens for batch in batches)
-        loss = (nll / max(targets, 1)).item()  # the step's one synchronisation
-        if not math.isfinite(loss):
-            keys = [key for batch in batches for key in batch.keys]
-            raise DataError(f"the loss of step {self.step + 1} is {loss}; its documents begin with {keys[0]}")
         return {
-            "loss": loss,
-            "load_balance": (balance / t.accumulate).item(),
-            "z_loss": (z / t.accumulate).item(),
-            "grad_norm": norm.item(),
+            "loss": nll / max(targets, 1),
+            "load_balance": balance / t.accumulate,
+            "z_loss": z / t.accumulate,
+            "grad_norm": grad_norm,
             "lr": rate,
             "tokens": tokens,
             "targets": targets,
-            "images": sum(len(batch.grids.sizes) for batch in batches),
-            "fill": tokens / (budget.tokens * t.accumulate),
+            "images": images,
+            "fill": tokens / (self.loader.budget.tokens * t.accumulate),
             "skipped": self.loader.skipped,
             "data_seconds": waited,
             "seconds": time.perf_counter() - begin,
@@ -168,8 +169,6 @@ def make_loader(
 ) -> Loader:
     """Packed batches of the run's sources. Raises DataError for whatever is wrong with them."""
     d, m = run.data, run.model
-    if not d.sources:
-        raise DataError("no data is given: add [[data.sources]] with kind and paths")
     budget = Budget(
         tokens=d.tokens,
         images=d.images,

@@ -63,7 +63,7 @@ class MM1(nn.Module):
 
     def encode(self, pixels: Tensor, grids) -> Tensor:
         """Image tokens [N·n, D]."""
-        return self.image_norm(self.connector(self.vision(pixels, grids), grids))
+        return self.image_norm(self.connector(self.vision(pixels, grids), grids).float())
 
     def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """[T, V]"""

@@ -46,7 +46,8 @@ def moe_mlp(
     if gate_up.shape[1] == width:
         s = ACTIVATIONS[activation](h)
     else:
-        gate, up = h.unflatten(1, (width, 2)).unbind(2) if interleaved else h.chunk(2, dim=1)
+        # Not chunk: Inductor's CPU code for its gradient is scalar.
+        gate, up = h.unflatten(1, (width, 2)).unbind(2) if interleaved else h.unflatten(1, (2, width)).unbind(1)
         s = ACTIVATIONS[activation](gate) * up
     y = permute(grouped_gemm(s, down.transpose(1, 2), offsets), inverse, order)
     return (y.view(T, K, D).float() * weight.float()[..., None]).sum(1).to(x.dtype)

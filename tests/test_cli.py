@@ -1,6 +1,8 @@
 """The command as a user meets it: what works, and one line with status 2 for what cannot."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +167,24 @@ def test_damage_in_data_is_warned_of_listed_and_survived(folder):
         assert reason in reasons
 
 
-def test_readme_formats_are_those_tested_here():
+def test_the_readmes_run_and_document_train_as_written(folder, tmp_path):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for line in ('kind = "captions"', 'kind = "interleaved"', 'kind = "text"', "shard-{"):
-        assert line in readme
+    run, document = (re.search(rf"```{kind}\n(.*?)```", readme, re.S)[1] for kind in ("toml", "json"))
+    for name in ("captions", "documents", "text"):
+        (tmp_path / name).mkdir()
+    for shard in range(2):
+        shutil.copy(folder / f"shard-{shard:02d}.tar", tmp_path / "captions" / f"shard-{shard:03d}.tar")
+    shutil.copy(folder / "shard-00.tar", tmp_path / "documents")
+    (tmp_path / "documents" / "some.jsonl").write_text(document)
+    shutil.copy(folder / "some.txt", tmp_path / "text")
+    shutil.copy(FOLDER / "tokenizer.json", tmp_path)
+    (tmp_path / "run.toml").write_text(run)
+    small = ["train.steps=1", "train.accumulate=1", "train.compile=false", "data.tokens=400", "data.workers=1"]
+    small += [f"model.vision.{x}" for x in ("width=32", "layers=1", "heads=1", "ffn=32")]
+    small += [f"model.decoder.{x}" for x in ("width=32", "layers=1", "heads=1", "kv_heads=1", "ffn=32")]
+    small += ["model.connector.hidden=16", "model.connector.depth=1"]
+    result = mm1("train", "run.toml", "--out", "out", *(x for s in small for x in ("--set", s)), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["images"] > 0
+    assert json.loads(line)["skipped"] == 0

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from mm1.engine.config import Train
 
@@ -86,19 +86,14 @@ class Display:
             "step": seconds / len(self.recent),
         }
 
-    def _panel(self, metrics: dict[str, Any], rates: dict[str, float]) -> Table:
+    def _panel(self, metrics: dict[str, Any], rates: dict[str, float]) -> Group:
         figures = {
             "loss": f"{metrics['loss']:.4f}",
             "tokens/s": f"{rates['tokens']:,.0f}",
             "images/s": f"{rates['images']:,.0f}",
             "fill": f"{metrics['fill']:.1%}",
-            "waiting for data": f"{rates['data']:.1%}",
-            "lr": f"{metrics['lr']:.2e}",
+            "data wait": f"{rates['data']:.1%}",
             "skipped": str(metrics["skipped"]),
         }
-        table = Table.grid(padding=(0, 2))
-        table.add_row(*(f"[dim]{name}[/dim] [bold]{value}[/bold]" for name, value in figures.items()))
-        outer = Table.grid()
-        outer.add_row(table)
-        outer.add_row(self.progress)
-        return outer
+        line = "  ".join(f"[dim]{name}[/dim] [bold]{value}[/bold]" for name, value in figures.items())
+        return Group(Text.from_markup(line), self.progress)

@@ -172,14 +172,19 @@ def kill_after_lines(process, folder, lines, delay=0.0):
     process.wait()
 
 
-def test_killed_twice_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
-    """SIGKILL amid a step, and amid a save (save_every 2: right after an even step's line a save is under way)."""
+def undisturbed(tmp_path):
+    """The weights of the run that KILLED makes, on one thread as there: the bits depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        truth = trained(tmp_path / "truth", small_run(steps=40, save_every=2))
+        return trained(tmp_path / "truth", small_run(steps=40, save_every=2))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_killed_twice_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
+    """SIGKILL amid a step, and amid a save (save_every 2: right after an even step's line a save is under way)."""
+    truth = undisturbed(tmp_path)
     folder = tmp_path / "run"
     kill_after_lines(start(folder), folder, 5)
     kill_after_lines(start(folder), folder, 16, 0.004)
@@ -193,12 +198,7 @@ def test_killed_twice_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
     """Moments drawn over steps and saves alike; prints where each kill fell."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        truth = trained(tmp_path / "truth", small_run(steps=40, save_every=2))
-    finally:
-        torch.set_num_threads(threads)
+    truth = undisturbed(tmp_path)
     folder, draw = tmp_path / "run", random.Random(0)
     for kill in range(10):
         kill_after_lines(start(folder), folder, 4 * kill - draw.randint(0, 3), draw.uniform(0, 0.15))

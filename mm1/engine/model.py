@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine import config
-from mm1.engine.connector import build
+from mm1.engine.connector import ConvBlock, build
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.decoder import Cache, DecoderLM
-from mm1.engine.vision import VisionEncoder
+from mm1.engine.decoder import Block, Cache, DecoderLM
+from mm1.engine.vision import VisionBlock, VisionEncoder
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 
 LEARNED_VECTORS = ("class_token", "pos_emb", "queries")
@@ -78,7 +78,7 @@ class MM1(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each kind of block once; shapes are the packed budgets, so they never change."""
         for module in self.modules():
-            if type(module).__name__ in ("VisionBlock", "ConvBlock", "Block"):
+            if isinstance(module, VisionBlock | ConvBlock | Block):
                 module.compile(dynamic=False)
 
     def initialize(self, seed: int = 0) -> "MM1":

@@ -4,6 +4,7 @@
     dw[e] = a[rows of e]ᵀ · dy[rows of e],  exact zeros for an expert without rows
 
 a [M, K], b [E, K, N] of any strides (so that both layouts of a weight are views) -> y [M, N]. 2·M·K·N operations.
+What runs is the reference, a product for each expert that has rows; on a GPU it waits for the offsets.
 """
 
 import torch

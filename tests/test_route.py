@@ -21,6 +21,7 @@ def test_weights_are_the_normalised_largest_probabilities(T, E, k):
 
 def test_ties_go_to_the_lower_expert():
     assert route(torch.zeros(3, 6), 2).index.tolist() == [[0, 1]] * 3
+    assert route(torch.zeros(300, 500), 16).index.tolist() == [list(range(16))] * 300
     assert route(torch.tensor([[1.0, 5.0, 5.0, 5.0]]), 2).index.tolist() == [[1, 2]]
 
 

@@ -182,10 +182,11 @@ def undisturbed(tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_killed_twice_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
+def test_killed_thrice_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
     """SIGKILL amid a step, and amid a save (save_every 2: right after an even step's line a save is under way)."""
     truth = undisturbed(tmp_path)
     folder = tmp_path / "run"
+    kill_after_lines(start(folder), folder, 1)  # before there is any checkpoint
     kill_after_lines(start(folder), folder, 5)
     kill_after_lines(start(folder), folder, 16, 0.004)
     assert start(folder).wait() == 0

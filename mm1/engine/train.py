@@ -61,6 +61,9 @@ class Trainer:
         self.step = 0
         if newest is not None:
             self._restore(newest)
+        # Drop what a run wrote after the checkpoint it is resumed from; damage (position -1) is listed anew.
+        _keep_lines(folder / "metrics.jsonl", lambda line: line["step"] <= self.step)
+        _keep_lines(folder / "quarantine.jsonl", lambda line: 0 <= line["position"] < self.loader.position)
         if t.checkpoint_activations:
             _recompute_blocks(self.model)
         if t.compile:
@@ -160,8 +163,6 @@ class Trainer:
         self.step = state["step"]
         self.loader.restore(state["data"])
         torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
-        _cut_after(self.folder / "metrics.jsonl", "step", self.step)
-        _cut_after(self.folder / "quarantine.jsonl", "position", self.loader.position - 1)
 
 
 def make_loader(
@@ -183,13 +184,11 @@ def make_loader(
     for source in sources:
         for shard, reason in source.damage:
             warn(f"{shard}: {reason}")
-            if quarantine is not None:
-                with quarantine.open("a") as file:
-                    file.write(json.dumps({"shard": shard, "key": "", "reason": reason, "position": -1}) + "\n")
     mixture = Mixture(sources, [source.weight for source in d.sources], encode, run.train.seed)
     return Loader(
         mixture, budget, image_id=tokenizer.image, patch=m.vision.patch, slots=m.connector.tokens, buffer=d.buffer,
         workers=d.workers, max_bad=d.max_bad, quarantine=quarantine,
+        damage=[found for source in sources for found in source.damage],
     )  # fmt: skip
 
 
@@ -235,8 +234,8 @@ def _weights(model: MM1) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def _cut_after(path: Path, key: str, last: int) -> None:
-    """Drop the lines that a run wrote after the checkpoint it is resumed from."""
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop all other lines of a JSON-lines file; a kill may have cut the last one short."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)[key] <= last]
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and keep(json.loads(line))]
         path.write_text("".join(f"{line}\n" for line in lines))

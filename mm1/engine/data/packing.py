@@ -6,7 +6,7 @@ and the positions of the documents that wait.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -31,17 +31,17 @@ class _Waiting:
 class Loader:
     """Endless packed batches of a mixture.
 
-    quarantine: a file to which every record that was skipped is appended as one JSON line. max_bad records of one
-    source in a row raise DataError naming the last one's shard.
+    quarantine: a file to which every record that was skipped, and the damage (shard, reason) found in whole files, is
+    appended as one JSON line. max_bad records of one source in a row raise DataError naming the last one's shard.
     """
 
     def __init__(
         self, mixture: Mixture, budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int = 64,
-        workers: int = 0, max_bad: int = 100, quarantine: Path | None = None,
+        workers: int = 0, max_bad: int = 100, quarantine: Path | None = None, damage: Sequence[tuple[str, str]] = (),
     ):  # fmt: skip
         self.mixture, self.budget, self.buffer, self.workers = mixture, budget, buffer, workers
         self.layout = {"image_id": image_id, "patch": patch, "slots": slots}
-        self.max_bad, self.quarantine = max_bad, quarantine
+        self.max_bad, self.quarantine, self.damage = max_bad, quarantine, damage
         self.position = 0
         self.waiting: list[_Waiting] = []
         self.skipped = 0
@@ -96,6 +96,8 @@ class Loader:
     def _refill(self) -> None:
         if self._stream is None:
             self._stream = self.mixture.iterate(self.position, self.workers)
+            for shard, reason in self.damage:
+                self._list(shard, "", reason, -1)
         while len(self.waiting) < self.buffer:
             drawn = next(self._stream)
             if drawn.reason is None:
@@ -114,9 +116,11 @@ class Loader:
     def _skip(self, bad: Drawn) -> None:
         self.skipped += 1
         self.in_a_row[bad.source] = self.in_a_row.get(bad.source, 0) + 1
-        if self.quarantine is not None:
-            line = {"shard": bad.shard, "key": bad.key, "reason": bad.reason, "position": self.position}
-            with self.quarantine.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        self._list(bad.shard, bad.key, bad.reason, self.position)
         if self.in_a_row[bad.source] >= self.max_bad:
             raise DataError(f"{bad.shard}: {self.max_bad} unreadable records in a row, the last because {bad.reason}")
+
+    def _list(self, shard: str, key: str, reason: str | None, position: int) -> None:
+        if self.quarantine is not None:
+            with self.quarantine.open("a") as file:
+                file.write(json.dumps({"shard": shard, "key": key, "reason": reason, "position": position}) + "\n")

@@ -1,10 +1,12 @@
 """The command as a user meets it: what works, and one line with status 2 for what cannot."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,14 @@ save_every = 2
 """
 
 
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 def mm1(*arguments, cwd):
     command = [sys.executable, "-m", "mm1.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
@@ -56,19 +66,14 @@ def mm1(*arguments, cwd):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The three formats of the README, and a run over them."""
-    import io
-    import tarfile
-
     folder = tmp_path_factory.mktemp("data")
     for shard in range(2):
-        with tarfile.open(folder / f"shard-{shard:02d}.tar", "w") as tar:
-            for i in range(4):
-                out = io.BytesIO()
-                Image.new("RGB", (12 + 8 * i, 12), (60 * i, 40, 90)).save(out, "PNG")
-                for name, data in [(f"{i}.png", out.getvalue()), (f"{i}.txt", f"a box of number {i}".encode())]:
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        members = []
+        for i in range(4):
+            out = io.BytesIO()
+            Image.new("RGB", (12 + 8 * i, 12), (60 * i, 40, 90)).save(out, "PNG")
+            members += [(f"{i}.png", out.getvalue()), (f"{i}.txt", f"a box of number {i}".encode())]
+        write_tar(folder / f"shard-{shard:02d}.tar", members)
     documents = [{"texts": ["look:", None, "a box"], "images": [None, f"shard-00.tar/{i}.png", None]} for i in range(4)]
     (folder / "documents.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
     (folder / "some.txt").write_text("three and four make seven.\none is less than two.\n")
@@ -145,17 +150,10 @@ def test_bad_input_is_one_line_and_status_2(folder, arguments, message):
 
 def test_damage_in_data_is_warned_of_listed_and_survived(folder):
     """A truncated shard, a PNG that is text, a caption without its image."""
-    import io
-    import tarfile
-
     data = (folder / "shard-00.tar").read_bytes()
     (folder / "cut.tar").write_bytes(data[:4650])
-    with tarfile.open(folder / "bad.tar", "w") as tar:
-        for name, content in [("a.png", b"I am text"), ("a.txt", b"x"), ("b.txt", b"no image"), ("c.png", b"x"),
-                              ("c.txt", b"")]:  # fmt: skip
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    members = [("a.png", b"I am text"), ("a.txt", b"x"), ("b.txt", b"no image"), ("c.png", b"x"), ("c.txt", b"")]
+    write_tar(folder / "bad.tar", members)
     sources = 'data.sources=[{kind="captions", paths=["shard-01.tar", "cut.tar", "bad.tar"]}]'
     result = mm1("train", "run.toml", "--out", "damaged", "--set", sources, cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -163,6 +161,7 @@ def test_damage_in_data_is_warned_of_listed_and_survived(folder):
     assert "skipped" in result.stderr
     lines = [json.loads(line) for line in (folder / "damaged" / "quarantine.jsonl").read_text().splitlines()]
     reasons = " ".join(line["reason"] for line in lines)
+    assert {line["key"] for line in lines if "bad.tar" in line["shard"]} == {"a", "b", "c"}
     for reason in ("cut off", "not an image", "without an image", "empty caption"):
         assert reason in reasons
 

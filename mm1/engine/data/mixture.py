@@ -44,7 +44,7 @@ class _Reader:
             shard, key = record.shard, record.key
             return Drawn(self.number, shard, key, self.encode(record), None)
         except Unreadable as error:
-            return Drawn(self.number, error.shard or shard, key, [], error.reason)
+            return Drawn(self.number, error.shard or shard, error.key or key, [], error.reason)
 
     def mean_tokens(self, sampled: int) -> float:
         """Mean length of evenly spaced records, 1 if none of them is readable."""

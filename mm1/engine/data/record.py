@@ -8,15 +8,15 @@ class DataError(ValueError):
 
 
 class Unreadable(ValueError):
-    """One record or image cannot be used: `reason` in one line, and its shard. A run skips and counts it."""
+    """One record or image cannot be used: `reason` in one line, its shard and key there. A run skips and counts it."""
 
-    def __init__(self, reason: str, shard: str = ""):
-        super().__init__(reason, shard)  # both, or the exception would not survive the way back from a worker
+    def __init__(self, reason: str, shard: str = "", key: str = ""):
+        super().__init__(reason, shard, key)  # all, or the exception would not survive the way back from a worker
         self.reason = " ".join(reason.split())[:300]
-        self.shard = shard
+        self.shard, self.key = shard, key
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.reason}" if self.shard else self.reason
+        return ": ".join(part for part in (self.shard, self.key, self.reason) if part)
 
 
 @dataclass(frozen=True)

@@ -248,9 +248,9 @@ class Source:
         try:
             return Record(self._parts(shard.item(row), Path(shard.file.path).parent), key, shard.file.path)
         except Unreadable as error:
-            raise Unreadable(f"record {key}: {error.reason}", shard.file.path) from None
+            raise Unreadable(error.reason, shard.file.path, key) from None
         except OSError as error:
-            raise Unreadable(f"record {key}: {error.strerror or error}", shard.file.path) from None
+            raise Unreadable(str(error.strerror or error), shard.file.path, key) from None
 
     def _parts(self, item: Any, folder: Path) -> tuple[str | bytes, ...]:
         raise NotImplementedError

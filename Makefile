@@ -2,16 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench clean
+KERNELS := tests/test_route.py tests/test_grouped_gemm.py tests/test_experts.py
+GPU_PYTHON ?= $(BIN)/python
+
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu clean
 
 demo: .venv/ready
 	$(BIN)/mm1 demo
 
+# Twice for the kernels: what a CPU runs, and then their Triton source itself, interpreted.
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
+
+# On a machine with a GPU, with any Python that has torch and pytest: GPU_PYTHON=python3
+test-gpu:
+	CUDA_VISIBLE_DEVICES=0 $(GPU_PYTHON) -m pytest -q $(KERNELS)
+
+bench-gpu:
+	$(GPU_PYTHON) -m mm1.bench.experts
 
 lint: .venv/ready
 	$(BIN)/ruff format --check mm1 tests
@@ -20,10 +32,12 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/mm1 bench train
+	$(BIN)/mm1 bench experts
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,integrations,report,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchtitan spmd_types   # for one test of one module
 	touch $@
 
 clean:

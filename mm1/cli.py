@@ -86,24 +86,31 @@ def generate(
 @app.command
 def bench(
     what: Positional[str] = "train",
-    size: str = "digits",
+    size: str | None = None,
     rounds: int = 5,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Measure. The last line of standard output is one JSON object.
 
     Args:
-        what: "train": the training step, compiled and not, interleaved.
-        size: a named size.
+        what: "train": the training step, compiled and not; "experts": the mixture layer beside its peers.
+        size: a named size for "train"; for "experts" one layer of those it knows (default all).
         rounds: of interleaved measurement.
         json_file: also write the JSON object there.
     """
-    from mm1.bench.train import measure
+    if what == "train":
+        from mm1.bench.train import measure
 
-    if what != "train":
-        raise DataError(f"unknown benchmark {what!r}; known: train")
-    result = json.dumps(measure(size, rounds))
+        record = measure(size or "digits", rounds)
+    elif what == "experts":
+        from mm1.bench.experts import measure
+
+        record = measure(rounds, size)
+    else:
+        raise DataError(f"unknown benchmark {what!r}; known: train, experts")
+    result = json.dumps(record)
     if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(result + "\n")
     print(result)
 

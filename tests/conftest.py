@@ -1,6 +1,7 @@
 """Shared by all tests: seeds, an error measure, small models and data."""
 
 import os
+from contextlib import contextmanager
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests compare on the CPU, also where there is a GPU
 
@@ -15,10 +16,50 @@ if torch.version.cuda is None:
                     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
         _torchvision.define(_schema)
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's source on CPU tensors, slowly: shapes are tiny then
+TRITON = INTERPRETED or DEVICE == "cuda"
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="declarations are the same, repetition shows nothing")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+needs_triton = pytest.mark.skipif(not TRITON, reason="the CPU's own implementation has no tiles")
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@contextmanager
+def tiles(**changes):
+    """Every kernel over experts in tiles so small that tiny shapes take several, and on three multiprocessors."""
+    from mm1.kernels import dispatch
+    from mm1.kernels.tiles import Config
+    from mm1.kernels.tuning import pinned
+
+    config = Config(**{"block_m": 16, "block_n": 16, "block_k": 16, "group_m": 2, "warps": 4, "stages": 2, "tma": False,
+                       **changes})  # fmt: skip
+    names = ("grouped_gemm", "grouped_gemm_dw", "experts_up", "experts_dh", "few_tokens")
+    with pytest.MonkeyPatch.context() as patch, pinned(**dict.fromkeys(names, config)):
+        patch.setitem(dispatch.DEVICES, "h200", dispatch.Device("sm_90", 3, 227 << 10))
+        yield
+
+
+@pytest.fixture
+def small_tiles():
+    """When interpreted; a GPU runs its own defaults."""
+    if not INTERPRETED:
+        yield
+        return
+    with tiles():
+        yield
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaN, and the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -34,4 +75,4 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 def gradients(y: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients of a fixed random projection of y."""
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
-    return list(torch.autograd.grad((y * weights.to(y.dtype)).sum(), inputs))  # an input left out is an error
+    return list(torch.autograd.grad((y * weights.to(y)).sum(), inputs))  # an input left out is an error

@@ -89,6 +89,7 @@ class Decoder:
     experts: int = 0
     experts_per_token: int = 2
     moe_every: int = 2  # layers moe_every - 1, 2·moe_every - 1, … are mixtures
+    moe_backend: str = "mm1"  # or, for comparison, "torch" (its grouped_mm), "megablocks" (CUDA, bf16)
     load_balance: float = 0.01
     z_loss: float = 0.001
 
@@ -98,6 +99,8 @@ class Decoder:
         _check(self.heads % self.kv_heads == 0, "model.decoder.kv_heads", self.kv_heads, multiple)
         _check(self.head_width % 2 == 0, "model.decoder.head_width", self.head_width, "an even number")
         _check(self.experts >= 0, "model.decoder.experts", self.experts, "0 or more")
+        known = ("mm1", "torch", "megablocks")
+        _check(self.moe_backend in known, "model.decoder.moe_backend", self.moe_backend, f"one of {', '.join(known)}")
         if self.experts:
             _positive(self, "model.decoder", "moe_every", "experts_per_token")
             most = f"at most the {self.experts} experts"

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm1.engine import config
+from mm1.engine.experts import Experts
 from mm1.kernels.attention import attention
-from mm1.kernels.experts import moe_mlp
-from mm1.kernels.route import route
 
 
 class Rope(NamedTuple):
@@ -97,25 +96,6 @@ class MLP(nn.Module):
         gate, up = self.gate_up(x).unflatten(-1, (2, -1)).unbind(-2)
         zero = x.new_zeros((), dtype=torch.float32)
         return self.down(F.silu(gate) * up), zero, zero
-
-
-class Experts(nn.Module):
-    """Mixture of experts with a dropless top-k router in fp32; returns its two auxiliary losses beside the result."""
-
-    def __init__(self, c: config.Decoder):
-        super().__init__()
-        self.k = c.experts_per_token
-        self.router = nn.Parameter(torch.empty(c.experts, c.width))
-        self.gate_up = nn.Parameter(torch.empty(c.experts, 2 * c.ffn, c.width))
-        self.down = nn.Parameter(torch.empty(c.experts, c.width, c.ffn))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.float())
-        routing = route(logits, self.k, mask=mask)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        y = moe_mlp(x.to(dtype), routing.index, routing.weight, self.gate_up.to(dtype), self.down.to(dtype))
-        return y, routing.load_balance, routing.z_loss
 
 
 class Block(nn.Module):

@@ -1,6 +1,17 @@
-"""What all ops share: the cost of one call, and the one way to refuse an argument."""
+"""What all ops share: the cost of a call, how to refuse an argument, where a Triton kernel runs and for what device."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+# TRITON_INTERPRET=1: the Triton source itself runs on CPU tensors, which is how it is tested without a GPU.
+INTERPRETED: bool = knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
@@ -15,3 +26,99 @@ def expect(condition: bool, op: str, argument: str, found: object, expected: obj
     """ValueError naming op, argument, what was found and what was expected, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{op}: {argument} is {found}, expected {expected}")
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Device:
+    """What configurations depend on."""
+
+    arch: str  # "sm_90", "gfx942"
+    units: int  # streaming multiprocessors or compute units
+    shared: int  # bytes of shared memory one program may use
+
+    @property
+    def tma(self) -> bool:
+        return self.arch.startswith("sm_") and int(self.arch[3:]) >= 90
+
+    @property
+    def wgmma(self) -> bool:
+        return self.arch == "sm_90"
+
+
+DEVICES = {
+    "a100": Device("sm_80", 108, 163 << 10),
+    "h200": Device("sm_90", 132, 227 << 10),
+    "b200": Device("sm_100", 148, 227 << 10),
+    "rtx5090": Device("sm_120", 170, 99 << 10),
+    "mi300x": Device("gfx942", 304, 64 << 10),
+}
+
+
+class Launch(NamedTuple):
+    """One launch of a Triton kernel: what static analysis compiles."""
+
+    kernel: Any
+    grid: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recording: tuple[Device, list[Launch]] | None = None
+
+
+@contextmanager
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Within the block kernels are not run but listed, as for this device; tensors may be on "meta"."""
+    global _recording
+    before, _recording = _recording, (device, [])
+    try:
+        yield _recording[1]
+    finally:
+        _recording = before
+
+
+def device_of(x: Tensor) -> Device:
+    """The device of x; the interpreter plays an H200."""
+    if _recording is not None:
+        return _recording[0]
+    return _cuda_device(x.device.index) if x.is_cuda else DEVICES["h200"]
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(p.gcnArchName.split(":")[0], p.multi_processor_count, 64 << 10)
+    return Device(f"sm_{p.major}{p.minor}", p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
+    """Run `grid` programs of a Triton kernel on the device of its tensors."""
+    # Said aloud because Triton's default is about to change, and all versions are to round alike.
+    constants["enable_fp_fusion"] = True
+    if grid == 0:
+        return
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, grid, arguments, constants))
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(grid,)](*arguments, **constants)
+    else:
+        kernel[(grid,)](*arguments, **constants)
+
+
+def on_cpu(op: Any, implementation: Callable) -> None:
+    """What `op`, a custom op whose body launches Triton kernels, does on CPU tensors instead."""
+    if not INTERPRETED:
+        op.register_kernel("cpu")(implementation)

@@ -1,76 +1,386 @@
-"""Routing of tokens to experts.
+"""Routing of tokens to experts, and the order of their slots by expert.
 
-    p = softmax(logits);  index, weight = the k largest p, ties to the lower expert;  weight /= Σ weight (normalize)
+    p = softmax(logits);  choice = the k largest logits, ties to the lower expert;  weight = p[choice] (/ Σ, normalize)
     load balance = E · Σ_e f_e · mean(p_e),  f_e the fraction of tokens whose first choice is e (before capacity)
     z            = mean(logsumexp(logits)²)
+    order        = the T·K slots t·K + k sorted by expert, stable: a counting sort
 
-logits [T, E], reads T·E. Sources: Shazeer et al. 2017; GShard (Lepikhin et al. 2021), section 2.2 and algorithm 1 for
-capacity; ST-MoE (Zoph et al. 2022), equation 5 for z. MM1 weights the losses 0.01 and 0.001.
+logits [T, E] are read once, forward and backward; the sort reads T·K indices twice and writes 2·T·K.
+Sources: Shazeer et al. 2017; GShard (Lepikhin et al. 2021), section 2.2 and algorithm 1 for capacity; ST-MoE (Zoph et
+al. 2022), equation 5 for z. MM1 weights the losses 0.01 and 0.001.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, expect
+from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
+
+MAX_K, MAX_EXPERTS = 16, 512
+SORT_BLOCK = 128  # slots ranked against each other at once, in registers
+SORT_PROGRAMS = 128  # each reads the counts of all
+
+
+class Order(NamedTuple):
+    """The T·K slots by expert; those of no expert come last."""
+
+    slots: Tensor  # int32 [T·K], slot t·K + k of each row
+    position: Tensor  # int32 [T, K], row of each slot: the inverse
+    offsets: Tensor  # int32 [E], end of each expert's rows
 
 
 class Routing(NamedTuple):
     # Hides tuple.index, which nobody calls.
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int32 [T, K], E where the slot is dropped or the token masked
     weight: Tensor  # fp32 [T, K]
-    order: Tensor  # int64 [T·K], slots t·K + k sorted by expert, stable; dropped ones last
-    offsets: Tensor  # int32 [E], end of each expert's slots in `order`
+    order: Order
     load_balance: Tensor  # fp32 []
     z_loss: Tensor  # fp32 []
     dropped: Tensor  # int64 [], slots over capacity
+
+    @property
+    def offsets(self) -> Tensor:
+        return self.order.offsets
+
+
+class Chosen(NamedTuple):
+    """What the op itself returns, before masks and capacity."""
+
+    choice: Tensor  # int32 [T, K]
+    weight: Tensor  # fp32 [T, K]
+    first: Tensor  # fp32 [E], tokens whose first choice it is
+    load_balance: Tensor
+    z_loss: Tensor
+
+
+def reference(logits: Tensor, mask: Tensor | None, k: int, normalize: bool) -> Chosen:
+    """The formulas above; differentiable, in the dtype of `logits`."""
+    E = logits.shape[1]
+    counted = logits.new_ones(len(logits)) if mask is None else mask.to(logits.dtype)
+    logits = _masked(logits, mask)
+    tokens = counted.sum().clamp(min=1)
+    probability = logits.softmax(-1)
+    choice = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # topk promises no order of ties
+    weight = probability.gather(1, choice)
+    if normalize:
+        weight = weight / weight.sum(-1, keepdim=True)
+    first = torch.zeros(E, dtype=logits.dtype, device=logits.device).index_add_(0, choice[:, 0], counted)
+    load_balance = E * (first * (counted @ probability)).sum() / tokens.square()
+    z_loss = counted @ logits.logsumexp(-1).square() / tokens
+    return Chosen(choice.int(), weight, first, load_balance, z_loss)
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros for the tokens that do not count: whatever stands there, NaN too, reaches nothing."""
+    return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
+
+
+@triton.jit
+def _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E: tl.constexpr):
+    """Logits, softmax (0 past E) and logsumexp of these rows; rows that do not count are rows of zeros."""
+    e = tl.arange(0, BLOCK_E)
+    inside = (counted > 0)[:, None] & (e < E)[None, :]
+    places = rows.to(tl.int64)[:, None] * stride_t + e[None, :] * stride_e
+    logits = tl.load(logits_ptr + places, inside, other=0.0).to(tl.float32)
+    logits = tl.where((e < E)[None, :], logits, float("-inf"))
+    top = tl.max(logits, 1)
+    exp = tl.exp(logits - top[:, None])
+    total = tl.sum(exp, 1)
+    return logits, exp / total[:, None], top + tl.log(total)
+
+
+@triton.jit
+def _counted(mask_ptr, rows, T, HAS_MASK: tl.constexpr):
+    if HAS_MASK:
+        return tl.load(mask_ptr + rows, rows < T, other=0).to(tl.float32)
+    else:
+        return (rows < T).to(tl.float32)
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr, mask_ptr, choice_ptr, weight_ptr, sums_ptr, stride_t, stride_e, T, E, K: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    slots = tl.arange(0, BLOCK_K)
+    counted = _counted(mask_ptr, rows, T, HAS_MASK)
+    logits, probability, lse = _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E)
+
+    # One integer for value and place, so that one maximum finds both, and equal values go to the lower expert:
+    # the bits of a float, in two's complement order, above BLOCK_E - 1 - e. 0.0 and -0.0 are one value.
+    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    lowest = -0x7FFFFFFFFFFFFFFF
+    keys = tl.where((e < E)[None, :], bits * (1 << 32) + (BLOCK_E - 1 - e)[None, :], lowest)
+    choices = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    weights = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    first = tl.zeros((BLOCK_T,), tl.int32)
+    for k in tl.static_range(K):
+        choice = (BLOCK_E - 1 - (tl.max(keys, 1) & 0xFFFFFFFF)).to(tl.int32)
+        if k == 0:
+            first = choice
+        hit = e[None, :] == choice[:, None]
+        keys = tl.where(hit, lowest, keys)
+        choices = tl.where(slots[None, :] == k, choice[:, None], choices)
+        weights = tl.where(slots[None, :] == k, tl.sum(tl.where(hit, probability, 0.0), 1)[:, None], weights)
+    if NORMALIZE:
+        weights = weights / tl.sum(weights, 1)[:, None]
+    places = rows.to(tl.int64)[:, None] * K + slots[None, :]
+    inside = (rows < T)[:, None] & (slots < K)[None, :]
+    tl.store(choice_ptr + places, choices, inside)
+    tl.store(weight_ptr + places, weights, inside)
+
+    sums_ptr += pid * (2 * E + 1)
+    tl.store(sums_ptr + e, tl.sum(tl.where(e[None, :] == first[:, None], counted[:, None], 0.0), 0), e < E)
+    tl.store(sums_ptr + E + e, tl.sum(probability * counted[:, None], 0), e < E)
+    tl.store(sums_ptr + 2 * E, tl.sum(lse * lse * counted, 0))
+
+
+@triton.jit
+def _route_backward_kernel(
+    dweight_ptr, dbalance_ptr, dz_ptr, logits_ptr, mask_ptr, choice_ptr, first_ptr, dlogits_ptr, stride_t, stride_e, T,
+    E, K: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    counted = _counted(mask_ptr, rows, T, HAS_MASK)
+    _, probability, lse = _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E)
+    counted = counted[:, None]
+    first = tl.load(first_ptr + e, e < E, other=0.0)
+    tokens = tl.maximum(tl.sum(first, 0), 1.0)
+
+    dp = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    chosen = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for k in tl.static_range(K):
+        places = rows.to(tl.int64) * K + k
+        choice = tl.load(choice_ptr + places, rows < T, other=E)
+        dweight = tl.load(dweight_ptr + places, rows < T, other=0.0)
+        hit = e[None, :] == choice[:, None]
+        dp += tl.where(hit, dweight[:, None], 0.0)
+        chosen += tl.where(hit, 1.0, 0.0)
+    if NORMALIZE:
+        total = tl.sum(chosen * probability, 1)
+        total = tl.where(total > 0, total, 1.0)[:, None]  # rows past T have no choice
+        dp = (dp - chosen * tl.sum(dp * probability, 1)[:, None] / total) / total
+    dp += tl.load(dbalance_ptr) * E / (tokens * tokens) * counted * first[None, :]
+    dlogits = probability * (dp - tl.sum(dp * probability, 1)[:, None])
+    dlogits += tl.load(dz_ptr) * 2 / tokens * counted * lse[:, None] * probability
+    places = rows.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(dlogits_ptr + places, dlogits, (rows < T)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def _count_kernel(index_ptr, counts_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """How many of this program's CHUNK slots go to each expert; those of no expert count as expert E."""
+    pid = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(pid * CHUNK, pid * CHUNK + CHUNK, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        expert = tl.load(index_ptr + slots, slots < S, other=0)
+        expert = tl.where((expert < 0) | (expert > E), E, expert).to(tl.int32)
+        counts += tl.histogram(expert, BINS, mask=slots < S)
+    tl.store(counts_ptr + pid * BINS + bins, counts)
+
+
+@triton.jit
+def _place_kernel(
+    index_ptr, counts_ptr, slots_ptr, position_ptr, offsets_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS: tl.constexpr
+):
+    """Row of a slot: rows of lower experts, slots of its own in earlier programs, and earlier ones in this program."""
+    pid = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
+    for p in range(tl.num_programs(0)):
+        counts = tl.load(counts_ptr + p * BINS + bins)
+        total += counts
+        before += tl.where(p < pid, counts, 0)
+    ends = tl.cumsum(total, 0)
+    if pid == 0:
+        tl.store(offsets_ptr + bins, ends, bins < E)
+    begin = ends - total + before
+    i = tl.arange(0, BLOCK)
+    for start in range(pid * CHUNK, pid * CHUNK + CHUNK, BLOCK):
+        slots = start + i
+        expert = tl.load(index_ptr + slots, slots < S, other=0)
+        expert = tl.where((expert < 0) | (expert > E), E, expert).to(tl.int32)
+        earlier = (expert[:, None] == expert[None, :]) & (i[None, :] < i[:, None])
+        row = tl.gather(begin, expert, 0) + tl.sum(earlier.to(tl.int32), 1)
+        tl.store(slots_ptr + row, slots, slots < S)
+        tl.store(position_ptr + slots, row, slots < S)
+        begin += tl.histogram(expert, BINS, mask=slots < S)
+
+
+def _block_t(block_e: int) -> int:
+    return max(1, min(32, 4096 // block_e))  # 32 registers a thread and tensor
+
+
+def route_forward(
+    logits: Tensor, mask: Tensor | None, k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, E = logits.shape
+    block_e = power_of_2(E)
+    block_t = _block_t(block_e)
+    programs = cdiv(T, block_t)
+    choice = logits.new_empty(T, k, dtype=torch.int32)
+    weight = logits.new_empty(T, k, dtype=torch.float32)
+    sums = logits.new_empty(programs, 2 * E + 1, dtype=torch.float32)
+    launch(
+        _route_kernel, programs, logits, mask, choice, weight, sums, *logits.stride(), T, E, k, normalize,
+        mask is not None, block_t, block_e, power_of_2(k), num_warps=4,
+    )  # fmt: skip
+    first, probability, z = sums.sum(0).split([E, E, 1])
+    tokens = first.sum().clamp(min=1)
+    load_balance = E * (first * probability).sum() / tokens.square()
+    return choice, weight, first.clone(), load_balance, (z / tokens).squeeze(0)
+
+
+def route_backward(
+    dweight: Tensor, dbalance: Tensor, dz: Tensor, logits: Tensor, mask: Tensor | None, choice: Tensor, first: Tensor,
+    normalize: bool,
+) -> Tensor:  # fmt: skip
+    T, E = logits.shape
+    block_e = power_of_2(E)
+    block_t = _block_t(block_e)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    launch(
+        _route_backward_kernel, cdiv(T, block_t), dweight.contiguous(), dbalance, dz, logits, mask, choice,
+        first, dlogits, *logits.stride(), T, E, choice.shape[1], normalize, mask is not None, block_t, block_e,
+        num_warps=4,
+    )  # fmt: skip
+    return dlogits
+
+
+def sort(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    S = index.numel()
+    slots, position = index.new_empty(S, dtype=torch.int32), index.new_empty(index.shape, dtype=torch.int32)
+    offsets = index.new_zeros(experts, dtype=torch.int32)
+    chunk = max(SORT_BLOCK, power_of_2(cdiv(S, SORT_PROGRAMS)))
+    bins, programs = power_of_2(experts + 1), cdiv(S, chunk)
+    counts = index.new_empty(programs, bins, dtype=torch.int32)
+    index = index.contiguous()
+    launch(_count_kernel, programs, index, counts, S, experts, chunk, SORT_BLOCK, bins, num_warps=4)
+    launch(
+        _place_kernel, programs, index, counts, slots, position, offsets, S, experts, chunk, SORT_BLOCK, bins,
+        num_warps=4,
+    )  # fmt: skip
+    return slots, position, offsets
+
+
+def _route_cpu(logits: Tensor, mask: Tensor | None, k: int, normalize: bool):
+    choice, weight, first, load_balance, z_loss = reference(logits.float(), mask, k, normalize)
+    return choice.contiguous(), weight, first, load_balance, z_loss
+
+
+def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, normalize):
+    x = _masked(logits, mask).float()
+    counted = x.new_ones(len(x), 1) if mask is None else mask.float()[:, None]
+    probability, tokens = x.softmax(-1), first.sum().clamp(min=1)
+    dp = torch.zeros_like(x).scatter_(1, choice.long(), dweight)
+    if normalize:
+        chosen = torch.zeros_like(x).scatter_(1, choice.long(), 1.0)
+        total = (chosen * probability).sum(1, keepdim=True)
+        dp = (dp - chosen * (dp * probability).sum(1, keepdim=True) / total) / total
+    dp += (dbalance * x.shape[1] / tokens.square()) * counted * first
+    dlogits = probability * (dp - (dp * probability).sum(1, keepdim=True))
+    return (dlogits + (dz * 2 / tokens) * counted * x.logsumexp(-1, keepdim=True) * probability).to(logits.dtype)
+
+
+def _sort_cpu(index: Tensor, experts: int):
+    flat = index.reshape(-1)
+    expert, order = torch.where((flat < 0) | (flat > experts), experts, flat).int().sort(stable=True)
+    position = torch.empty_like(expert).scatter_(0, order, torch.arange(len(flat), dtype=torch.int32))
+    offsets = torch.searchsorted(expert, torch.arange(experts, dtype=torch.int32), right=True, out_int32=True)
+    return order.int(), position.view(index.shape), offsets
+
+
+_route = torch.library.custom_op("mm1::route", route_forward, mutates_args=())
+_route_backward = torch.library.custom_op("mm1::route_backward", route_backward, mutates_args=())
+_sort = torch.library.custom_op("mm1::sort_by_expert", sort, mutates_args=())
+on_cpu(_route, _route_cpu)
+on_cpu(_route_backward, _route_backward_cpu)
+on_cpu(_sort, _sort_cpu)
+
+
+@_route.register_fake
+def _(logits, mask, k, normalize):
+    new = {"dtype": torch.float32}
+    scalars = logits.new_empty((), **new), logits.new_empty((), **new)
+    choice = logits.new_empty(logits.shape[0], k, dtype=torch.int32)
+    return choice, logits.new_empty(choice.shape, **new), logits.new_empty(logits.shape[1], **new), *scalars
+
+
+@_route_backward.register_fake
+def _(dweight, dbalance, dz, logits, mask, choice, first, normalize):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@_sort.register_fake
+def _(index, experts):
+    slots = index.new_empty(index.numel(), dtype=torch.int32)
+    return slots, index.new_empty(index.shape, dtype=torch.int32), index.new_empty(experts, dtype=torch.int32)
+
+
+def _save(ctx, inputs, output):
+    logits, mask, _, ctx.normalize = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(logits, mask, output[0], output[2])
+
+
+def _backward(ctx, _, dweight, __, dbalance, dz):
+    return _route_backward(dweight, dbalance, dz, *ctx.saved_tensors, ctx.normalize), None, None, None
+
+
+_route.register_autograd(_backward, setup_context=_save)
 
 
 def route(
     logits: Tensor, k: int, *, normalize: bool = True, capacity: int | None = None, mask: Tensor | None = None
 ) -> Routing:
-    """Choose k of E experts for each token of logits [T, E].
+    """Choose k of E experts for each token of logits [T, E] (any float dtype; computed in fp32).
 
     capacity: at most so many slots an expert (GShard's order: all first choices before all second ones); None keeps
     every slot. mask bool [T]: False for padding, which is routed nowhere and counts in no loss.
     """
     expect(logits.ndim == 2, "route", "logits", tuple(logits.shape), "[T, E]")
     T, E = logits.shape
-    expect(1 <= k <= E, "route", "k", k, f"1 … {E}")
-    expect(mask is None or mask.shape == (T,), "route", "mask", mask is not None and tuple(mask.shape), (T,))
-    logits = logits.float()
-    counted = logits.new_ones(T) if mask is None else mask.float()
-    tokens = counted.sum().clamp(min=1)
-
-    probability = logits.softmax(-1)
-    choice = probability.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # topk promises no order of ties
-    weight = probability.gather(1, choice)
-    if normalize:
-        weight = weight / weight.sum(-1, keepdim=True)
-    first = F.one_hot(choice[:, 0], E) * counted[:, None]
-    load_balance = E * (first.sum(0) / tokens * ((probability * counted[:, None]).sum(0) / tokens)).sum()
-    z_loss = (logits.logsumexp(-1).square() * counted).sum() / tokens
-
-    index = choice if mask is None else torch.where(mask[:, None], choice, E)
-    dropped = index.new_zeros(())
+    expect(logits.is_floating_point(), "route", "dtype of logits", logits.dtype, "a float")
+    expect(1 <= E <= MAX_EXPERTS, "route", "experts", E, f"1 … {MAX_EXPERTS}")
+    expect(1 <= k <= min(E, MAX_K), "route", "k", k, f"1 … {min(E, MAX_K)}")
+    if mask is not None:
+        fits = mask.shape == (T,) and mask.dtype == torch.bool
+        expect(fits, "route", "mask", f"{mask.dtype} {tuple(mask.shape)}", f"{torch.bool} {(T,)}")
+    expect(capacity is None or capacity >= 0, "route", "capacity", capacity, "0 or more")
+    chosen = Chosen(*_route(logits, mask, k, normalize))
+    index = chosen.choice if mask is None else torch.where(mask[:, None], chosen.choice, E)
+    dropped = index.new_zeros((), dtype=torch.int64)
     if capacity is not None:
-        by_choice = F.one_hot(index.t().reshape(-1), E + 1)  # (K·T, E+1): every first choice before any second
-        rank = (by_choice.cumsum(0) * by_choice).sum(-1).view(k, T).t()
-        over = (rank > capacity) & (index < E)
+        # Rows of a sort of all first choices, then all second ones, count from the begin of each expert's.
+        by_choice = sort_by_expert(index.t(), E)
+        begins = torch.cat([by_choice.offsets.new_zeros(1), by_choice.offsets])
+        over = (by_choice.position.t() - begins[index] >= capacity) & (index < E)
         index, dropped = torch.where(over, E, index), over.sum()
-    weight = weight * (index < E)
-    order, offsets = sort_by_expert(index, E)
-    return Routing(index.int(), weight, order, offsets, load_balance, z_loss, dropped)
+    weight = chosen.weight
+    if mask is not None or capacity is not None:
+        weight = torch.where(index < E, weight, 0.0)
+    return Routing(index, weight, sort_by_expert(index, E), chosen.load_balance, chosen.z_loss, dropped)
 
 
-def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """index [T, K] -> order int64 [T·K] of slots by expert (stable), end offsets int32 [E]."""
-    expert, order = index.reshape(-1).sort(stable=True)
-    ends = torch.searchsorted(expert, torch.arange(experts, device=index.device, dtype=expert.dtype), right=True)
-    return order, ends.int()
+def sort_by_expert(index: Tensor, experts: int) -> Order:
+    """The order of the slots of index int [T, K] by expert; an index outside 0 … experts - 1 belongs to none."""
+    expect(index.ndim == 2 and not index.is_floating_point(), "sort_by_expert", "index",
+           f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip
+    return Order(*_sort(index, experts))
 
 
 def cost(tokens: int, experts: int, k: int, *, itemsize: int = 2) -> Cost:
-    return Cost(4 * tokens * experts, tokens * (experts * itemsize + k * 12))
+    """Forward, with the sort."""
+    return Cost(4 * tokens * experts, tokens * (experts * itemsize + k * (8 + 2 * 4 + 2 * 4)))

@@ -1,0 +1,110 @@
+"""MM1's mixture-of-experts MLP in transformers: after register(), experts_implementation="mm1" of any of its models.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="mm1")
+    model.set_experts_implementation("mm1")    # or later
+
+Weights are used as they lie, transposed or interleaved, without copies. What moe_mlp cannot express goes back to
+transformers' grouped_mm, with one warning. Interface: transformers 5, integrations/moe.py.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mm1.kernels.activation import QUICK
+from mm1.kernels.experts import moe_mlp
+
+ACTIVATIONS = {  # class or function
+    "SiLU": "silu", "SiLUActivation": "silu", "silu": "silu", "QuickGELUActivation": "quick_gelu",
+    "GELUActivation": "gelu", "GELU": "gelu", "gelu": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh", "AccurateGELUActivation": "gelu_tanh",
+    "ReLU": "relu", "relu": "relu", "ReLUSquaredActivation": "relu2",
+}  # fmt: skip
+
+
+class Gate(NamedTuple):
+    """What an _apply_gate is in the terms of activation.py."""
+
+    limit: str | None = None  # attribute it is in
+    activation: str | None = None  # None: that of act_fn
+    shift: float = 0.0
+    alpha: str | None = None  # attribute that has to be QUICK
+
+
+GATES = {  # the default's is Gate()
+    "DeepseekV4Experts": Gate("limit"),
+    "Glm5NextTextExperts": Gate("swiglu_limit", "silu"),
+    "HYV4Experts": Gate("swiglu_limit", "silu"),
+    "GptOssExperts": Gate("limit", "quick_gelu", 1.0, "alpha"),
+    "OpenAIPrivacyFilterExperts": Gate("limit", "quick_gelu", 1.0, "alpha"),
+    "MiniMaxM3VLExperts": Gate("swiglu_limit", "quick_gelu", 1.0, "swiglu_alpha"),
+}
+
+
+def register() -> None:
+    """Puts "mm1" among transformers' experts implementations."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        message = (
+            f'mm1.integrations.transformers needs transformers 5 ({error}): pip install "mm1-engine[integrations]"'
+        )
+        raise ImportError(message) from error
+    # warnings.warn breaks a graph; of a constant result only tracing calls it. Not a decorator: that imports dynamo.
+    torch.compiler.assume_constant_result(_warn_once)
+    ALL_EXPERTS_FUNCTIONS.register("mm1", experts_forward)
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """hidden_states [T, D], top_k_index and top_k_weights [T, K] -> [T, D], of an experts module of transformers."""
+    settings = _settings(self)
+    if isinstance(settings, str):
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        _warn_once(f"{type(self).__name__} has {settings}, which mm1 does not compute: it runs on grouped_mm")
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    first, down = getattr(self, name), self.down_proj
+    if self.is_transposed:
+        first, down = first.transpose(1, 2), down.transpose(1, 2)
+    biases = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
+    y = moe_mlp(
+        hidden_states.to(down.dtype), top_k_index, top_k_weights, first, down, gate_up_bias=biases[0],
+        down_bias=biases[1], interleaved=self.has_gate and not self.is_concatenated, **settings,
+    )  # fmt: skip
+    return y.to(hidden_states.dtype)
+
+
+def _settings(experts: Any) -> dict[str, Any] | str:
+    """moe_mlp's for this module, or what of it moe_mlp cannot express. Known by name, which a trace can read."""
+    if experts.has_post_expert_norm:
+        return "a post_expert_norm"
+    gate = Gate()
+    if experts.has_gate and experts._apply_gate.__name__ != "_default_apply_gate":
+        gate = GATES.get(type(experts).__name__)
+        if gate is None or not experts._apply_gate.__module__.startswith("transformers."):
+            return "an _apply_gate of its own"
+    if gate.alpha is not None and getattr(experts, gate.alpha) != QUICK:
+        return f"an {gate.alpha} other than {QUICK}"
+    activation = gate.activation or _activation(experts.act_fn)
+    if activation is None:
+        return f"activation {type(experts.act_fn).__name__}"
+    limit = None if gate.limit is None else float(getattr(experts, gate.limit))
+    return {"activation": activation, "limit": limit, "shift": gate.shift}
+
+
+def _activation(act_fn: Any) -> str | None:
+    name = type(act_fn).__name__ if isinstance(act_fn, nn.Module) else getattr(act_fn, "__name__", "")
+    return "gelu_tanh" if getattr(act_fn, "approximate", "none") == "tanh" else ACTIVATIONS.get(name)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)

@@ -1,0 +1,59 @@
+"""Sum of each token's rows over its K slots.
+
+    out[t] = Σ_k weight[t, k] · y[row of slot (t, k)]     over slots that an expert has taken
+
+y [rows, D], weight fp32 [T, K] or None -> [T, D]; in fp32 and in the order of k, so the same bits every time. Reads
+T·K·D, writes T·D.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mm1.kernels.dispatch import cdiv, launch, power_of_2
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr, position_ptr, index_ptr, weight_ptr, offsets_ptr, out_ptr, D, E, K: tl.constexpr, SORTED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(D, BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    offs = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        slot = token * K + k
+        if SORTED:
+            row = tl.load(position_ptr + slot).to(tl.int64)
+            taken = row < tl.load(offsets_ptr + E - 1)
+        else:
+            row = slot
+            expert = tl.load(index_ptr + slot)
+            taken = (expert >= 0) & (expert < E)
+        y = tl.load(y_ptr + row * D + offs, (offs < D) & taken, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            y *= tl.load(weight_ptr + slot, taken, other=0.0)
+        acc += y
+    tl.store(out_ptr + token * D + offs, acc.to(out_ptr.dtype.element_ty), offs < D)
+
+
+def combine_sorted(y: Tensor, position: Tensor, offsets: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows of y stand by expert: slot (t, k) at position[t, k], taken where that is before the last offset."""
+    return _combine(y, position.shape, len(offsets), position, None, offsets, weight)
+
+
+def combine_slots(y: Tensor, index: Tensor, experts: int, weight: Tensor) -> Tensor:
+    """Rows of y stand slot by slot, taken where the slot's index is one of the experts."""
+    return _combine(y, index.shape, experts, None, index, None, weight)
+
+
+def _combine(y, shape, experts, position, index, offsets, weight) -> Tensor:
+    (T, K), D = shape, y.shape[1]
+    out = y.new_empty(T, D)
+    block = min(1024, power_of_2(max(D, 1)))
+    launch(
+        _combine_kernel, T * cdiv(D, block), y, position, index, weight, offsets, out, D, experts, K,
+        position is not None, weight is not None, block, num_warps=4,
+    )  # fmt: skip
+    return out

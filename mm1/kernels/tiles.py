@@ -1,0 +1,246 @@
+"""Tiles of a product by expert, shared by the kernels that compute one: sizes, the map from tiles to experts, loads.
+
+Offsets of experts stay on the device: a map from tiles to experts, with a static upper bound of tiles, is made there,
+and programs beyond the real tiles end at once. The map takes experts by falling size, so that the largest is not what
+the last programs work at.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mm1.kernels.dispatch import INTERPRETED, Device, cdiv, launch, power_of_2
+
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly
+MAP_TILES = 32  # tiles one program of the map places
+MAP_EXPERTS = 32  # experts it compares with all others at once
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of the result and of the reduction, and how programs walk over tiles."""
+
+    block_m: int = 128  # rows of one expert; of a weight gradient, rows of the result
+    block_n: int = 128
+    block_k: int = 64
+    group_m: int = 8  # tiles along m that share a stretch of n, to meet in L2
+    warps: int = 8
+    stages: int = 3
+    tma: bool = True  # bulk tensor copies, for operands that are laid out for them
+    persistent: bool = False  # one program a multiprocessor, which walks over tiles
+
+
+@dataclass(frozen=True)
+class Shape:
+    rows: int
+    experts: int
+    k: int
+    n: int
+    accumulators: int = 1  # 2 where gate and up are computed side by side
+
+
+def shared_bytes(config: Config, shape: Shape, itemsize: int, device: Device) -> int:
+    """Shared memory of the pipeline's operands; before Hopper asynchronous copies keep one stage less."""
+    tile = (config.block_m + shape.accumulators * config.block_n) * config.block_k * itemsize
+    return tile * (config.stages if device.arch in ("sm_90", "sm_100") else max(1, config.stages - 1))
+
+
+def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
+    """Whether a kernel of this file can run so: within shared memory, accumulators within the registers."""
+    warp = 64 if device.arch.startswith("gfx") else 32
+    accumulators = config.block_m * config.block_n * shape.accumulators / (warp * config.warps)
+    fits = shared_bytes(config, shape, dtype.itemsize, device) <= device.shared
+    return fits and accumulators <= 128 and (device.tma or not config.tma) and min(config.block_k, config.block_n) >= 16
+
+
+def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    """Every configuration worth measuring."""
+    axes = product(
+        (16, 32, 64, 128), (64, 128, 256), (32, 64, 128), (8, 16), (4, 8), (2, 3, 4, 5), (True, False), (False, True)
+    )
+    return (c for c in (Config(*axis) for axis in axes) if legal(c, shape, dtype, device))
+
+
+def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
+    """By rows an expert and element size; fewer stages until it fits."""
+    rows = shape.rows / max(shape.experts, 1)
+    block_m = next((m for m in (16, 32, 64) if rows <= m), 128)
+    wide = block_m == 128 and shape.n * shape.accumulators > 128 and device.wgmma
+    config = Config(
+        block_m=block_m,
+        block_n=(256 if wide else 128) // shape.accumulators,
+        block_k=128 // dtype.itemsize if block_m >= 64 else 256 // dtype.itemsize,
+        warps=8 if block_m == 128 else 4,
+        stages=4 if block_m < 128 else 3,
+        tma=device.tma,
+        persistent=False,
+    )
+    if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
+        config = replace(config, block_m=min(block_m, 64), block_n=64, block_k=16, warps=8, stages=2, tma=False)
+    return fitted(config, shape, dtype, device)
+
+
+def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> Config:
+    """With fewer stages, then smaller steps of the reduction, until it is legal."""
+    while config.stages > 2 and not legal(config, shape, dtype, device):
+        config = replace(config, stages=config.stages - 1)
+    while not legal(config, shape, dtype, device):
+        config = replace(config, block_k=config.block_k // 2)
+    return config
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a · b; fp32 operands are multiplied as IEEE says, not as TF32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """(m, n) of a tile: groups of GROUP_M rows of tiles, column by column."""
+    group = tile // (GROUP_M * num_n)
+    height = tl.minimum(num_m - group * GROUP_M, GROUP_M)
+    inside = tile % (GROUP_M * num_n)
+    return group * GROUP_M + inside % height, inside // height
+
+
+@triton.jit
+def load_rows(a, rows, row, k, stride_m, stride_k, K, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of a: by descriptor from `row` on, else the given rows."""
+    if TMA:
+        return a.load([row, k])
+    else:
+        offs_k = k + tl.arange(0, BLOCK_K)
+        places = rows.to(tl.int64)[:, None] * stride_m + offs_k.to(tl.int64)[None, :] * stride_k
+        return tl.load(a + places, (offs_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def load_weight(
+    b, expert, k, n, stride_e, stride_k, stride_n, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK_N] of b[expert]; TMA: the order of the descriptor's last two axes, or ""."""
+    if TMA == "kn":
+        return tl.reshape(b.load([expert, k, n]), (BLOCK_K, BLOCK_N))
+    elif TMA == "nk":
+        return tl.reshape(b.load([expert, n, k]), (BLOCK_N, BLOCK_K)).T
+    else:
+        offs_k = k + tl.arange(0, BLOCK_K)
+        offs_n = n + tl.arange(0, BLOCK_N)
+        places = offs_k.to(tl.int64)[:, None] * stride_k + offs_n.to(tl.int64)[None, :] * stride_n
+        inside = (offs_k < K)[:, None] & (offs_n < N)[None, :]
+        return tl.load(b + expert.to(tl.int64) * stride_e + places, inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    y_ptr, y_desc, value, row, end, n, stride_m, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr
+):
+    """Rows row … end of a tile of y, whose last axis is contiguous; by descriptor where the whole tile is."""
+    value = value.to(y_ptr.dtype.element_ty)
+    rows = row + tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    places = rows.to(tl.int64)[:, None] * stride_m + offs_n[None, :]
+    inside = (rows < end)[:, None] & (offs_n < N)[None, :]
+    if TMA:
+        if row + BLOCK_M <= end:
+            y_desc.store([row, n], value)
+        else:
+            tl.store(y_ptr + places, value, inside)
+    else:
+        tl.store(y_ptr + places, value, inside)
+
+
+@triton.jit
+def _map_kernel(
+    offsets_ptr, tiles_ptr, by_size_ptr, M, E, num_m, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Expert (-1: none), first row and end of each of num_m tiles, experts by falling size; TAIL: then rows of none."""
+    pid = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    begin = tl.load(offsets_ptr + e - 1, (e > 0) & (e < E), other=0)
+    end = tl.load(offsets_ptr + e, e < E, other=0)
+    rows = tl.where(e < E, end - begin, -1)
+    first = tl.zeros((BLOCK_E,), tl.int32)  # tiles of larger experts
+    rank = tl.zeros((BLOCK_E,), tl.int32)
+    for start in range(0, E, CHUNK):
+        o = start + tl.arange(0, CHUNK)
+        o_begin = tl.load(offsets_ptr + o - 1, (o > 0) & (o < E), other=0)
+        o_rows = tl.where(o < E, tl.load(offsets_ptr + o, o < E, other=0) - o_begin, -1)
+        larger = (o_rows[None, :] > rows[:, None]) | ((o_rows[None, :] == rows[:, None]) & (o[None, :] < e[:, None]))
+        larger = larger & (o < E)[None, :]
+        rank += tl.sum(larger.to(tl.int32), 1)
+        first += tl.sum(tl.where(larger, tl.cdiv(o_rows, BLOCK_M)[None, :], 0), 1)
+    if pid == 0:
+        tl.store(by_size_ptr + rank, e, e < E)
+    count = tl.where(e < E, tl.cdiv(rows, BLOCK_M), 0)
+    tile = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    mine = (tile[:, None] >= first[None, :]) & (tile[:, None] < (first + count)[None, :])
+    expert = tl.sum(tl.where(mine, e[None, :] + 1, 0), 1) - 1
+    row = tl.sum(tl.where(mine, begin[None, :] + (tile[:, None] - first[None, :]) * BLOCK_M, 0), 1)
+    last = tl.sum(tl.where(mine, end[None, :], 0), 1)
+    if TAIL:
+        used = tl.max(end, 0)
+        behind = used + (tile - tl.sum(count, 0)) * BLOCK_M
+        tail = (tile >= tl.sum(count, 0)) & (behind < M)
+        expert = tl.where(tail, E, expert)
+        row = tl.where(tail, behind, row)
+        last = tl.where(tail, M, last)
+    tl.store(tiles_ptr + tile, expert, tile < num_m)
+    tl.store(tiles_ptr + num_m + tile, row, tile < num_m)
+    tl.store(tiles_ptr + 2 * num_m + tile, last, tile < num_m)
+
+
+def programs(tiles: int, config: Config, device: Device) -> int:
+    return min(tiles, device.units) if config.persistent else tiles
+
+
+def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) -> tuple[Tensor, Tensor, int]:
+    """int32 [3, tiles] of expert (-1: none), first row, end; the experts int32 [E] by falling size; tiles.
+
+    tail: the rows past the last offset are tiles too, of expert E.
+    """
+    E = len(offsets)
+    # A whole tile takes block_m rows, and no expert wastes more than one; with few rows each has its own.
+    num_m = min(cdiv(rows, block_m) + E + tail, rows)
+    tiles = offsets.new_empty(3, num_m)
+    by_size = torch.empty_like(offsets)
+    launch(
+        _map_kernel, max(cdiv(num_m, MAP_TILES), min(E, 1)), offsets, tiles, by_size, rows, E, num_m, tail,
+        block_m, power_of_2(E), MAP_TILES, min(MAP_EXPERTS, power_of_2(E)), num_warps=4,
+    )  # fmt: skip
+    return tiles, by_size, num_m
+
+
+def descriptor(x: Tensor, block: list[int], config: Config) -> Any:
+    """A descriptor of x where it is laid out for bulk copies, or else None."""
+    size = x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in x.stride()[:-1])
+    if not config.tma or x.stride(-1) != 1 or not aligned or x.numel() == 0:
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def weight_operands(config: Config, *weights: Tensor) -> tuple[Any, ...]:
+    """What to pass for weights [E, K, N] of one layout: their descriptors and the order of the last two axes there, or
+    the weights themselves and ""."""
+    for order, axes, block in (
+        ("kn", (0, 1, 2), [1, config.block_k, config.block_n]),
+        ("nk", (0, 2, 1), [1, config.block_n, config.block_k]),
+    ):
+        found = [descriptor(w.permute(axes), block, config) for w in weights]
+        if all(f is not None for f in found):
+            return *found, order
+    return *weights, ""

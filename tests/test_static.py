@@ -1,0 +1,116 @@
+"""What the kernels compile to for GPUs that are not here, in their default configurations and at the sizes in use."""
+
+import pytest
+import torch
+
+from mm1.autotune.static import Compiled, compile_launch, specialize
+from mm1.kernels import experts, route
+from mm1.kernels.dispatch import DEVICES, Launch, recording
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+COARSE, FINE = (4096, 14336, 8, 2), (2048, 768, 128, 8)  # Mixtral 8×7B, Qwen3-30B
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def ints(*shape):
+    return empty(*shape, dtype=torch.int32)
+
+
+def layer(T, sizes, dtype=BF16, apart=False, bias=False, transposed=False):
+    """Forward and backward."""
+    D, F, E, K = sizes
+    order = ints(T * K), ints(T, K), ints(E)
+    x, weight = empty(T, D, dtype=dtype), empty(T, K, dtype=FP32)
+    gate_up = empty(E, D, 2 * F, dtype=dtype).transpose(1, 2) if transposed else empty(E, 2 * F, D, dtype=dtype)
+    up, down = None, empty(E, D, F, dtype=dtype)
+    if apart:
+        gate_up, up = empty(E, F, D, dtype=dtype), empty(E, F, D, dtype=dtype)
+    biases = (empty(E, 2 * F, dtype=dtype), empty(E, D, dtype=dtype)) if bias else (None, None)
+    gate = ("quick_gelu", 7.0, 1.0, True) if bias else ("silu", None, 0.0, False)
+    experts.forward(x, *order, weight, gate_up, up, down, *biases, *gate, True)
+    h = empty(T * K, 2 * F, dtype=dtype)
+    experts.backward(x, x, h, *order, weight, gate_up, up, down, *biases, *gate, True)
+
+
+def few(T, sizes, dtype=BF16):
+    D, F, E, K = sizes
+    weights = empty(E, 2 * F, D, dtype=dtype), None, empty(E, D, F, dtype=dtype)
+    x, weight = empty(T, D, dtype=dtype), empty(T, K, dtype=FP32)
+    experts.forward_few(x, ints(T, K), weight, *weights, None, None, "silu", None, 0.0, False)
+
+
+def routing(T, E, k):
+    logits = empty(T, E)
+    choice, weight, first, balance, z = route.route_forward(logits, None, k, True)
+    route.route_backward(weight, balance, z, logits, None, choice, first, True)
+    route.sort(choice, E)
+
+
+CALLS = {
+    "coarse": lambda: layer(8192, COARSE),
+    "fine": lambda: layer(8192, FINE),
+    "small": lambda: layer(300, FINE),
+    "apart": lambda: layer(8192, COARSE, apart=True),
+    "gpt-oss": lambda: layer(8192, (2880, 2880, 32, 4), bias=True, transposed=True),
+    "fp16": lambda: layer(8192, FINE, FP16),
+    "fp32": lambda: layer(8192, FINE, FP32),
+    "decode 1": lambda: few(1, COARSE),
+    "decode 16": lambda: few(16, FINE),
+    "route": lambda: routing(8192, 64, 8),
+    "route wide": lambda: routing(8192, 512, 16),
+}
+
+
+def compiled(call: str, device: str) -> list[tuple[Launch, Compiled]]:
+    """Each different launch of the call, compiled."""
+    with recording(DEVICES[device]) as launches:
+        CALLS[call]()
+    different = {f"{launch.kernel.fn.__name__} {specialize(launch)} {launch.constants}": launch for launch in launches}
+    return [(launch, compile_launch(launch, DEVICES[device])) for launch in different.values()]
+
+
+def check(call: str, device: str) -> None:
+    for launch, code in compiled(call, device):
+        assert code.shared <= DEVICES[device].shared, code
+        multiplies = code.name in ("_up_kernel", "_gemm_kernel", "_dh_kernel", "_dw_kernel", "_few_kernel")
+        if call == "fp32":  # products of single multiplications
+            assert code.spills <= 8, code
+            continue
+        assert code.spills == 0, code
+        assert bool(code.matrix) == multiplies, code
+        if not multiplies or device != "h200":
+            continue
+        rows = dict(zip(launch.kernel.arg_names, launch.arguments))["BLOCK_M"]
+        if rows >= 64:
+            assert code.matrix == code.instructions["HGMMA"], "mma.sync where wgmma is meant"
+        contiguous = call != "gpt-oss" or code.name != "_up_kernel"  # alternate rows of a transposed weight are not
+        assert bool(code.bulk_loads) == contiguous, code
+        assert bool(code.instructions["UTMASTG"]) == (code.name in ("_up_kernel", "_gemm_kernel")), code
+
+
+@pytest.mark.parametrize("call", ["coarse", "fine", "gpt-oss", "fp32", "decode 1", "decode 16", "route", "route wide"])
+def test_h200_code_has_wgmma_bulk_copies_and_no_spills(call):
+    check(call, "h200")
+
+
+@pytest.mark.parametrize("device", ["a100", "b200", "rtx5090", "mi300x"])
+def test_other_gpus_have_code_that_fits(device):
+    check("coarse", device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_has_code_that_fits_every_gpu(call, device):
+    check(call, device)
+
+
+def test_a_tile_too_large_for_the_registers_is_seen_to_spill():
+    from mm1.kernels.tiles import Config
+    from mm1.kernels.tuning import pinned
+
+    with pinned(experts_dh=Config(128, 256, 64)):
+        assert any(code.spills for _, code in compiled("coarse", "h200") if code.name == "_dh_kernel")

@@ -8,14 +8,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests compare on the 
 import pytest
 import torch
 
-# timm and some of transformers import torchvision, whose wheels are built against CUDA. Beside a CPU build of torch
-# two of its operators are missing, and declaring them is all the import needs.
-if torch.version.cuda is None:
-    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
-    for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
-        _torchvision.define(_schema)
+from mm1.integrations.torchvision import declare_operators
 
+declare_operators()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's source on CPU tensors, slowly: shapes are tiny then
 TRITON = INTERPRETED or DEVICE == "cuda"

@@ -203,11 +203,11 @@ def test_compiles_whole():
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_walk_over_tiles_changes_no_bit(dtype):
+@pytest.mark.parametrize("dtype, tma", [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_the_walk_over_tiles_changes_no_bit(dtype, tma):
     a, dy, bias = randn(24, 40, dtype=dtype), randn(24, 24, dtype=dtype), randn(3, 24, dtype=dtype)
     b, offsets, results = randn(3, 40, 24, dtype=dtype), ends([17, 0, 5]), []
-    for changes in ({}, {"persistent": True}, {"tma": True, "persistent": True}):
+    for changes in ({}, {"persistent": True, "tma": tma}):
         with tiles(**changes):
             results.append([
                 grouped_gemm(a, b, offsets), grouped_gemm(a, LAYOUTS["nk"](b), offsets, bias),
@@ -255,9 +255,9 @@ def test_weights_past_two_to_the_31_elements():
     a, dy = randn(12, K, dtype=torch.bfloat16), randn(12, N, dtype=torch.bfloat16)
     two = (b[[3, E - 1]], ends([5, 7]))
     with tiles(block_m=16, block_n=256, block_k=128) if INTERPRETED else tiles(block_n=128, block_k=64):
-        assert relative_error(grouped_gemm(a, b, offsets), by_hand(a, *two)) < 2e-3
+        assert relative_error(grouped_gemm(a, b, offsets), by_hand(a, *two)) < TOLERANCE[torch.bfloat16]
         da = grouped_gemm(dy, b.transpose(1, 2), offsets)
-    assert relative_error(da, by_hand(dy, two[0].transpose(1, 2), two[1])) < 2e-3
+    assert relative_error(da, by_hand(dy, two[0].transpose(1, 2), two[1])) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.slow
@@ -271,7 +271,7 @@ def test_rows_and_gradients_past_two_to_the_31_elements():
     into[:] = 1
     assert relative_error(grouped_gemm_dw(a, dy, offsets, into=into), 1 + by_hand_dw(a, dy, offsets)) < 1e-6
     b = randn(3, K, N).bfloat16()
-    assert relative_error(grouped_gemm(a, b, offsets), by_hand(a, b, offsets)) < 2e-3
+    assert relative_error(grouped_gemm(a, b, offsets), by_hand(a, b, offsets)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.slow
@@ -279,7 +279,7 @@ def test_rows_and_gradients_past_two_to_the_31_elements():
 def test_results_past_two_to_the_31_elements():
     a, b = randn(70_000, 8).bfloat16(), randn(2, 8, 32_768).bfloat16()
     y = grouped_gemm(a, b, ends([10, 69_980]))
-    assert relative_error(y[-30:-10], a[-30:-10].double() @ b[1].double()) < 2e-3
+    assert relative_error(y[-30:-10], a[-30:-10].double() @ b[1].double()) < TOLERANCE[torch.bfloat16]
     assert not y[-10:].any()
 
 

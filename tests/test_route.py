@@ -236,6 +236,8 @@ def test_sort_of_uneven_and_of_wide_indices():
         assert order.offsets.tolist() == [300 * (0 <= expert <= e) for e in range(4)]
     wide = torch.tensor([[2**32 + 1, 0], [1, -(2**32) + 2], [2**40, 2]], device=DEVICE)
     assert sort_by_expert(wide, 3).slots.tolist() == [1, 2, 5, 0, 3, 4]
+    narrow = torch.tensor([[-1, 2], [1, 127]], device=DEVICE, dtype=torch.int8)
+    assert sort_by_expert(narrow, 300).slots.tolist() == [2, 1, 3, 0]
 
 
 @pytest.mark.parametrize("form", ["transposed", "every second column", "one row for all"])

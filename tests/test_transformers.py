@@ -140,7 +140,7 @@ def decorated():
 
 
 CLASSES = decorated()
-HANDED_BACK = {"BeamExperts", "Inkling2Experts", "MuseSparkExperts"}
+HANDED_BACK = {"Inkling2Experts", "MuseSparkExperts"}
 E, D, TOKENS, K = 5, 32, 19, 3
 
 
@@ -239,7 +239,6 @@ class GptOssExperts(Unheard):
 
 FALLBACKS = {
     "norm": ("MuseSparkExperts", {}, "post_expert_norm"),
-    "float gate": ("BeamExperts", {}, "_apply_gate"),
     "unknown gate": (Unheard, {}, "_apply_gate"),
     "unknown gate, known name": (GptOssExperts, {}, "_apply_gate"),
     "other alpha": ("OpenAIPrivacyFilterExperts", {"swiglu_alpha": 1.5}, "alpha other than 1.702"),

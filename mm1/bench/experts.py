@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm1.engine.data.record import DataError
+from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.experts import cost, moe_mlp
 from mm1.kernels.route import route, sort_by_expert
 
@@ -97,6 +98,7 @@ def peers(device: str) -> dict[str, Callable[[Layer], Callable[..., Tensor]]]:
 
 
 def _transformers(layer: Layer, implementation: str) -> Callable[..., Tensor]:
+    declare_operators()
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -209,10 +211,16 @@ def _machine() -> dict[str, Any]:
     versions = {name: _version(name) for name in ("torch", "triton", "transformers", "liger_kernel", "megablocks")}
     found = {"commit": git, "versions": versions, "threads": torch.get_num_threads()}
     if not torch.cuda.is_available():
-        return found | {"device": platform.processor() or platform.machine()}
+        return found | {"device": f"{_processor()}, {torch.get_num_threads()} threads"}
     query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
     clocks = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True)
     return found | {"device": torch.cuda.get_device_name(), "nvidia-smi": clocks.stdout.splitlines()}
+
+
+def _processor() -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []  # fmt: skip
+    return names[0] if names else platform.machine()
 
 
 def _version(name: str) -> str | None:

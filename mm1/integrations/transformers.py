@@ -35,6 +35,7 @@ class Gate(NamedTuple):
 
 
 GATES = {  # the default's is Gate()
+    "BeamExperts": Gate(),  # the default in fp32, as here always
     "DeepseekV4Experts": Gate("limit"),
     "Glm5NextTextExperts": Gate("swiglu_limit", "silu"),
     "HYV4Experts": Gate("swiglu_limit", "silu"),

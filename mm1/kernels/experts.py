@@ -271,8 +271,9 @@ def forward_few(
 ) -> Tensor:  # fmt: skip
     gated = up is not None or gate_up.shape[1] == 2 * down.shape[2]
     biases = (None, None) if gate_up_bias is None else halves(gate_up_bias, None, gated, interleaved)
+    gate, up = halves(gate_up, up, gated, interleaved)
     return few_tokens.few_tokens(
-        x, index, weight, *halves(gate_up, up, gated, interleaved), down, *biases, down_bias, activation, limit, shift
+        x, index, weight, gate, up if gated else None, down, *biases, down_bias, activation, limit, shift
     )
 
 
@@ -355,14 +356,15 @@ def moe_mlp(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    given = [None if w is None else w.to(dtype) for w in given]
+    # Weights are read as they lie; what is small is laid out for the kernels.
+    given = [None if w is None else w.to(dtype) if w.ndim == 3 else w.to(dtype).contiguous() for w in given]
     x, weight = x.to(dtype), weight.float().contiguous()
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *given))
     slots = index.numel()
     on_gpu = INTERPRETED or x.device.type != "cpu"
     if on_gpu and not recorded and 0 < slots <= few_tokens.MAX_SLOTS and slots <= few_tokens.ROWS * len(down):
         return _few(x, index, weight, *given, activation, limit, shift, interleaved)
-    order = sort_by_expert(index, len(down)) if order is None else order
+    order = sort_by_expert(index, len(down)) if order is None else Order(*(t.contiguous() for t in order))
     keep = recorded and not recompute
     return _forward(x, *order, weight, *given, activation, limit, shift, interleaved, keep)[0]
 

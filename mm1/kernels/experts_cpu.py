@@ -1,10 +1,12 @@
-"""The mixture-of-experts MLP on CPU: expert by expert, plain products, no work a token in Python.
+"""The mixture-of-experts MLP on CPU: plain products expert by expert, no work a token in Python.
 
-What lies between gather and combine is scratch of one expert's size, so it stays in cache. Products of bf16 and fp16
-are computed in fp32 where the CPU has no units for them; all else is fp32. Formulas: experts.py.
+What lies between gather and combine is scratch for one run of experts: neighbours of at most RUN_ROWS rows together, or
+one larger expert. So it stays in cache, and small experts share the calls of all but the products. Products of bf16
+and fp16 are computed in fp32 where the CPU has no units for them; all else is fp32. Formulas: experts.py.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from mm1.kernels.activation import ACTIVATIONS, Activation
 
 # Up to so many rows MKL is faster at (w xᵀ)ᵀ than at x wᵀ, for which it packs w: twice at 2 to 8 rows, 1.2 × at 64.
 FEW_ROWS = 64
+RUN_ROWS = 256
 
 
 def forward(
@@ -28,9 +31,10 @@ def forward(
     tokens, ends, units = slots // max(position.shape[1], 1), offsets.tolist(), _units(x)
     h = x.new_empty(len(slots), _columns(ups) if keep else 0)
     y = x.new_empty(len(slots), x.shape[1], dtype=torch.float32)
-    for e, rows in _experts(ends):
-        h_e = _hidden(x.index_select(0, tokens[rows]), e, ups, units, h[rows])
-        _linear(gate.value(h_e), down[e], None if down_bias is None else down_bias[e], units, y[rows])
+    for rows, experts in _runs(ends):
+        s = gate.value(_hidden(x.index_select(0, tokens[rows]), experts, ups, units, h[rows]))
+        for e, part in experts:
+            _linear(s[part], down[e], None if down_bias is None else down_bias[e], units, y[rows][part])
     return _combine(y, position, ends[-1], weight).to(x.dtype), h
 
 
@@ -50,30 +54,34 @@ def backward(
     dots = weight.new_empty(len(slots))
     dx = x.new_empty(len(slots), x.shape[1], dtype=torch.float32)
     row_weight = weight.flatten().index_select(0, slots)[:, None]
-    for e, rows in _experts(ends):
-        x_e, dy_e = x.index_select(0, tokens[rows]), dy.index_select(0, tokens[rows]).float()
-        h_e = h[rows] if h.shape[1] else _hidden(x_e, e, ups, units, h[rows])
-        h_e = h_e.to(x.dtype).float()  # computed again, it is rounded as what is kept is
-        dh, s = gate.backward(_product(dy_e, down[e], units), h_e, dots[rows])
-        if down_bias is not None:
-            dots[rows] += dy_e @ down_bias[e].float()
-        parts = dh.split(ups[0][0].shape[1], 1)
-        _product(parts[0], ups[0][0][e], units, out=dx[rows])
-        if len(parts) == 2:
-            dx[rows] += _product(parts[1], ups[1][0][e], units)
+    for rows, experts in _runs(ends):
+        x_r, dy_r = x.index_select(0, tokens[rows]), dy.index_select(0, tokens[rows]).float()
+        h_r = h[rows] if h.shape[1] else _hidden(x_r, experts, ups, units, h[rows])
+        h_r = h_r.to(x.dtype).float()  # computed again, it is rounded as what is kept is
+        ds = dy_r.new_empty(len(dy_r), gate.width)
+        for e, part in experts:
+            _product(dy_r[part], down[e], units, out=ds[part])
+        dh, s = gate.backward(ds, h_r, dots[rows])
+        dhs, dx_r, w = dh.split(ups[0][0].shape[1], 1), dx[rows], row_weight[rows]
+        for e, part in experts:
+            if down_bias is not None:
+                dots[rows][part] += dy_r[part] @ down_bias[e].float()
+            _product(dhs[0][part], ups[0][0][e], units, out=dx_r[part])
+            if len(dhs) == 2:
+                dx_r[part] += _product(dhs[1][part], ups[1][0][e], units)
         if not weights:
             continue
         # dh is without the weight, which joins x and dy here and the sum of dx below: they have fewer columns.
-        w = row_weight[rows]
+        x_r, dy_r = x_r * w, dy_r.mul_(w)
         assert ddown is not None
-        _product(dy_e.mul_(w).t(), s, units, out=ddown[e])
-        if ddown_bias is not None:
-            torch.sum(dy_e, 0, out=ddown_bias[e])
-        x_e = x_e * w
-        for part, (dw, db) in zip(parts, dups):
-            _product(part.t(), x_e, units, out=dw[e])
-            if db is not None:
-                db[e] = part.t() @ w[:, 0]
+        for e, part in experts:
+            _product(dy_r[part].t(), s[part], units, out=ddown[e])
+            if ddown_bias is not None:
+                torch.sum(dy_r[part], 0, out=ddown_bias[e])
+            for dh_i, (dw, db) in zip(dhs, dups):
+                _product(dh_i[part].t(), x_r[part], units, out=dw[e])
+                if db is not None:
+                    db[e] = dh_i[part].t() @ w[part, 0]
     for grad in grads if weights else []:
         _zero_idle(grad, ends)
     dweight = torch.where(position < ends[-1], dots[position], 0.0)
@@ -128,20 +136,26 @@ def _columns(ups: list[tuple[Tensor, Tensor | None]]) -> int:
     return sum(w.shape[1] for w, _ in ups)
 
 
-def _experts(ends: list[int]) -> Iterator[tuple[int, slice]]:
-    """Those that have rows."""
-    begin = 0
+def _runs(ends: list[int]) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Rows of each run, and its experts that have any with theirs inside the run."""
+    first = begin = 0
+    experts: list[tuple[int, slice]] = []
     for expert, end in enumerate(ends):
+        if experts and end - first > RUN_ROWS:
+            yield slice(first, begin), experts
+            first, experts = begin, []
         if end > begin:
-            yield expert, slice(begin, end)
+            experts.append((expert, slice(begin - first, end - first)))
         begin = end
+    if experts:
+        yield slice(first, begin), experts
 
 
 def _zero_idle(grad: Tensor, ends: list[int]) -> None:
     if grad.numel():
-        busy = {expert for expert, _ in _experts(ends)}
-        for expert in set(range(len(ends))) - busy:
-            grad[expert].zero_()
+        for expert, (begin, end) in enumerate(pairwise([0, *ends])):
+            if begin == end:
+                grad[expert].zero_()
 
 
 def _units(x: Tensor) -> torch.dtype:
@@ -151,12 +165,16 @@ def _units(x: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def _hidden(x: Tensor, e: int, ups: list[tuple[Tensor, Tensor | None]], units: torch.dtype, kept: Tensor) -> Tensor:
-    """fp32 [n, 2F]: in `kept` itself where that has columns of fp32, else with a copy there."""
+def _hidden(
+    x: Tensor, experts: list[tuple[int, slice]], ups: list[tuple[Tensor, Tensor | None]], units: torch.dtype,
+    kept: Tensor,
+) -> Tensor:  # fmt: skip
+    """fp32 [n, 2F] of a run: in `kept` itself where that has columns of fp32, else with a copy there."""
     direct = kept.shape[1] > 0 and kept.dtype == torch.float32
     h = kept if direct else x.new_empty(len(x), _columns(ups), dtype=torch.float32)
-    for part, (w, bias) in zip(h.split(ups[0][0].shape[1], 1), ups):
-        _linear(x, w[e], None if bias is None else bias[e], units, part)
+    for half, (w, bias) in zip(h.split(ups[0][0].shape[1], 1), ups):
+        for e, part in experts:
+            _linear(x[part], w[e], None if bias is None else bias[e], units, half[part])
     if kept.shape[1] and not direct:
         kept.copy_(h)
     return h

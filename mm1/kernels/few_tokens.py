@@ -82,12 +82,12 @@ def _few_kernel(
 
 
 def _product(a, index, fan, gate, up, gate_bias, up_bias, activation, limit, shift) -> Tensor:
-    """gate, up [E, N, D] (the same tensor: not gated) -> [S, N]"""
+    """gate, up [E, N, D] -> [S, N]; without a gate up is None."""
     S, (E, N, D) = index.numel(), gate.shape
-    device, gated = device_of(a), up is not gate
+    device, gated = device_of(a), up is not None
     shape = Shape(S, E, D, N, 1 + gated)
     config = config_for("few_tokens", lambda: default(shape, a.dtype, device))
-    gate_b, up_b = gate.transpose(1, 2), up.transpose(1, 2)
+    gate_b, up_b = gate.transpose(1, 2), (up if gated else gate).transpose(1, 2)
     gate_any, up_any, order = weight_operands(config, gate_b, up_b)
     y = a.new_empty(S, N)
     by_slot = S < E
@@ -102,11 +102,11 @@ def _product(a, index, fan, gate, up, gate_bias, up_bias, activation, limit, shi
 
 
 def few_tokens(
-    x: Tensor, index: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, gate_bias: Tensor | None,
+    x: Tensor, index: Tensor, weight: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, gate_bias: Tensor | None,
     up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
 ) -> Tensor:  # fmt: skip
-    """As moe_mlp's forward, for at most MAX_SLOTS slots; gate and up [E, F, D] of any strides, the same: not gated."""
+    """As moe_mlp's forward, for at most MAX_SLOTS slots; gate and up [E, F, D] of any strides."""
     index = index.contiguous()
     s = _product(x, index, index.shape[1], gate, up, gate_bias, up_bias, activation, limit, shift)
-    y = _product(s, index, 1, down, down, down_bias, None, None, None, 0.0)
+    y = _product(s, index, 1, down, None, down_bias, None, None, None, 0.0)
     return combine_slots(y, index, len(down), weight)

@@ -192,8 +192,11 @@ def dw(
     scale[slots[row]] if given.
     """
     E, K, N = out.shape
-    if out.numel() == 0:
+    if K == 0 or (N == 0 and bias is None):
         return
+    if N == 0:  # the sums of a alone
+        b, out = b.new_zeros(len(b), 1), out.new_empty(E, K, 1)
+        return dw(a, b, offsets, out, slots=slots, a_fan=a_fan, b_fan=b_fan, bias=bias, scale=scale)
     device = device_of(a)
     # The result of one expert [K, N] is what is tiled: rows as plenty as columns.
     config = config_for("grouped_gemm_dw", lambda: default(Shape(K, 1, len(a), N), a.dtype, device))
@@ -307,15 +310,14 @@ def _backward(ctx, dy: Tensor):
 
 
 def _save_dw(ctx, inputs, output):
-    a, dy, offsets, bias = inputs
-    assert not bias or not (a.requires_grad or dy.requires_grad), "the gradient of a bias gradient is not defined"
+    a, dy, offsets, ctx.bias = inputs
     ctx.save_for_backward(a, dy, offsets)
 
 
-def _backward_dw(ctx, ddw: Tensor, _):
+def _backward_dw(ctx, ddw: Tensor, dsums: Tensor):
     a, dy, offsets = ctx.saved_tensors
     da = _forward(dy, ddw.transpose(1, 2), offsets, None) if ctx.needs_input_grad[0] else None
-    ddy = _forward(a, ddw, offsets, None) if ctx.needs_input_grad[1] else None
+    ddy = _forward(a, ddw, offsets, dsums if ctx.bias else None) if ctx.needs_input_grad[1] else None
     return da, ddy, None, None
 
 
@@ -337,7 +339,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = No
     expect_offsets("grouped_gemm", offsets, E)
     expect(bias is None or (bias.shape == (E, N) and bias.dtype == a.dtype), "grouped_gemm", "bias",
            None if bias is None else f"{bias.dtype} {tuple(bias.shape)}", f"{a.dtype} {(E, N)}")  # fmt: skip
-    return _forward(a, b, offsets, bias)
+    return _forward(a, b, offsets.contiguous(), None if bias is None else bias.contiguous())
 
 
 def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | None = None) -> Tensor:
@@ -346,7 +348,7 @@ def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | No
            f"[{a.shape[0]}, N]")  # fmt: skip
     expect(a.dtype == dy.dtype, "grouped_gemm_dw", "dtype of dy", dy.dtype, a.dtype)
     expect_offsets("grouped_gemm_dw", offsets, offsets.numel())
-    shape = (len(offsets), a.shape[1], dy.shape[1])
+    shape, offsets = (len(offsets), a.shape[1], dy.shape[1]), offsets.contiguous()
     if into is None:
         return _dw(a, dy, offsets, False)[0]
     expect(into.shape == shape and into.dtype == torch.float32, "grouped_gemm_dw", "into",

@@ -295,7 +295,7 @@ def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, norm
 
 
 def _sort_cpu(index: Tensor, experts: int):
-    flat = index.reshape(-1)
+    flat = index.reshape(-1).long()
     expert, order = torch.where((flat < 0) | (flat > experts), experts, flat).int().sort(stable=True)
     position = torch.empty_like(expert).scatter_(0, order, torch.arange(len(flat), dtype=torch.int32))
     offsets = torch.searchsorted(expert, torch.arange(experts, dtype=torch.int32), right=True, out_int32=True)
@@ -358,6 +358,7 @@ def route(
     if mask is not None:
         fits = mask.shape == (T,) and mask.dtype == torch.bool
         expect(fits, "route", "mask", f"{mask.dtype} {tuple(mask.shape)}", f"{torch.bool} {(T,)}")
+        mask = mask.contiguous()
     expect(capacity is None or capacity >= 0, "route", "capacity", capacity, "0 or more")
     chosen = Chosen(*_route(logits, mask, k, normalize))
     index = chosen.choice if mask is None else torch.where(mask[:, None], chosen.choice, E)

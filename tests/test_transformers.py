@@ -175,7 +175,8 @@ def test_every_experts_class_of_transformers(name, ours, unwarned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for found, expected in zip(run(module, "mm1", *given), run(module, "eager", *given)):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            largest = max(1.0, expected.abs().max().item())  # gradients of squared ReLUs are in the thousands
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * largest)
             assert relative_error(found, expected) < 1e-4
         assert len(ours) == (name not in HANDED_BACK)
         assert sum(name in str(warning.message) for warning in caught) == (name in HANDED_BACK)

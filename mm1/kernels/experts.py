@@ -373,7 +373,7 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
     def shaped(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
         if tensor is not None:
             found = tuple(tensor.shape)
-            expect(found in shapes, "moe_mlp", name, found, " or ".join(map(str, shapes)))
+            expect(found in shapes, "moe_mlp", name, found, shapes if len(shapes) > 1 else shapes[0])
 
     expect(index.ndim == 2 and not index.is_floating_point(), "moe_mlp", "index",
            f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip

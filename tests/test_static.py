@@ -52,6 +52,7 @@ def routing(T, E, k):
 CALLS = {
     "coarse": lambda: layer(8192, COARSE),
     "fine": lambda: layer(8192, FINE),
+    "mm1-3b-moe": lambda: layer(8192, (3072, 8064, 64, 2)),
     "small": lambda: layer(300, FINE),
     "apart": lambda: layer(8192, COARSE, apart=True),
     "gpt-oss": lambda: layer(8192, (2880, 2880, 32, 4), bias=True, transposed=True),

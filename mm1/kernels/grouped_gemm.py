@@ -7,13 +7,16 @@ a [M, K], b [E, K, N] of any strides (so that both layouts of a weight are views
 least M·(K + N) + E·K·N elements moved.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, launch, on_cpu
+from mm1.kernels.dispatch import Cost, Device, cdiv, device_of, expect, launch, on_cpu
 from mm1.kernels.tiles import (
+    Config,
     Shape,
     default,
     descriptor,
@@ -154,6 +157,13 @@ def _column_sums(a, slots_ptr, scale_ptr, row, end, HAS_SCALE: tl.constexpr, BLO
     return tl.sum(a, 0)
 
 
+def default_dw(k: int, n: int, bias: bool, dtype: torch.dtype, device: Device) -> Config:
+    """The result of one expert [k, n] is what is tiled, rows as plenty as columns."""
+    config = default(Shape(k, 1, 128, n), dtype, device)
+    # Sums of a tile in registers beside a product of 128 × 256 spilled on an H200.
+    return replace(config, block_n=min(config.block_n, 128)) if bias else config
+
+
 def gemm(
     a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None, b2: Tensor | None = None, *, tail: bool = False
 ) -> Tensor:
@@ -198,8 +208,7 @@ def dw(
         b, out = b.new_zeros(len(b), 1), out.new_empty(E, K, 1)
         return dw(a, b, offsets, out, slots=slots, a_fan=a_fan, b_fan=b_fan, bias=bias, scale=scale)
     device = device_of(a)
-    # The result of one expert [K, N] is what is tiled: rows as plenty as columns.
-    config = config_for("grouped_gemm_dw", lambda: default(Shape(K, 1, len(a), N), a.dtype, device))
+    config = config_for("grouped_gemm_dw", lambda: default_dw(K, N, bias is not None, a.dtype, device))
     _, by_size, _ = tile_map(offsets, 0, config.block_m)
     a_desc = None if a_fan else descriptor(a, [config.block_k, config.block_m], config)
     b_desc = None if b_fan else descriptor(b, [config.block_k, config.block_n], config)

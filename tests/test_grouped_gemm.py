@@ -283,6 +283,22 @@ def test_results_past_two_to_the_31_elements():
     assert not y[-10:].any()
 
 
+def test_a_bias_may_be_differentiated_twice():
+    a, b, bias = (randn(*shape).requires_grad_() for shape in ((9, 5), (3, 5, 7), (3, 7)))
+    weights = randn(3, 7)
+
+    def twice(product):
+        first = torch.autograd.grad(product().pow(3).sum(), bias, create_graph=True)[0]
+        return torch.autograd.grad((first * weights).sum(), [a, b, bias])
+
+    offsets = ends([4, 0, 3])
+    for found, expected in zip(
+        twice(lambda: grouped_gemm(a, b, offsets, bias)),
+        twice(lambda: torch.cat([a[:4] @ b[0] + bias[0], a[4:7] @ b[2] + bias[2]])),
+    ):
+        assert relative_error(found, expected) < 1e-5
+
+
 def test_refuses_bad_arguments():
     a, b, offsets = randn(4, 4), randn(3, 4, 6), ends([1, 1, 2])
     for match, arguments in {

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-KERNELS := tests/test_route.py tests/test_grouped_gemm.py tests/test_experts.py
+KERNELS := $(addprefix tests/test_, $(addsuffix .py, route grouped_gemm experts positions patch_embed conv_block \
+	adaptive_pool flash))
 GPU_PYTHON ?= $(BIN)/python
 
 .PHONY: demo test test-slow test-gpu lint bench bench-gpu clean
@@ -23,6 +24,8 @@ test-gpu:
 	CUDA_VISIBLE_DEVICES=0 $(GPU_PYTHON) -m pytest -q $(KERNELS)
 
 bench-gpu:
+	$(GPU_PYTHON) -m mm1.bench.vision
+	$(GPU_PYTHON) -m mm1.bench.attention
 	$(GPU_PYTHON) -m mm1.bench.experts
 
 lint: .venv/ready
@@ -33,6 +36,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/mm1 bench train
 	$(BIN)/mm1 bench experts
+	$(BIN)/mm1 bench vision
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

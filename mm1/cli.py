@@ -1,5 +1,6 @@
 """`mm1 <command>`: each command is one function; the work is in the room it belongs to."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -93,8 +94,8 @@ def bench(
     """Measure. The last line of standard output is one JSON object.
 
     Args:
-        what: "train": the training step, compiled and not; "experts": the mixture layer beside its peers.
-        size: a named size for "train"; for "experts" one layer of those it knows (default all).
+        what: "train": the training step, compiled and not; "experts", "vision", "attention": these beside their peers.
+        size: a named size for "train"; for the others one of the rows they know (default all).
         rounds: of interleaved measurement.
         json_file: also write the JSON object there.
     """
@@ -102,12 +103,10 @@ def bench(
         from mm1.bench.train import measure
 
         record = measure(size or "digits", rounds)
-    elif what == "experts":
-        from mm1.bench.experts import measure
-
-        record = measure(rounds, size)
+    elif what in ("experts", "vision", "attention"):
+        record = importlib.import_module(f"mm1.bench.{what}").measure(rounds, size)
     else:
-        raise DataError(f"unknown benchmark {what!r}; known: train, experts")
+        raise DataError(f"unknown benchmark {what!r}; known: train, experts, vision, attention")
     result = json.dumps(record)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)

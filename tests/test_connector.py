@@ -1,54 +1,13 @@
 import pytest
 import torch
-from conftest import gradients, relative_error
+from conftest import gradients, not_interpreted, relative_error
+from test_adaptive_pool import images, rows
 from torch import nn
 
 from mm1.engine.connector import AttentionPool, AveragePool, CAbstractor
-from mm1.kernels.adaptive_pool import adaptive_pool
-from mm1.kernels.conv_block import conv_block, depthwise
 from mm1.kernels.grids import Grids
 
 GRIDS = [(5, 40), (13, 11), (1, 1), (12, 12), (27, 27), (3, 2)]
-
-
-def images(x, grids):
-    """Packed rows -> one [1, C, h, w] an image."""
-    parts = x[: sum(h * w for h, w in grids)].split([h * w for h, w in grids])
-    return [part.T.reshape(1, -1, h, w) for part, (h, w) in zip(parts, grids)]
-
-
-def rows(image):
-    return image.flatten(2)[0].T
-
-
-@pytest.mark.parametrize("out", [(12, 12), (8, 8), (1, 3)])
-def test_pool_has_the_windows_of_torch(out):
-    x = torch.randn(sum(h * w for h, w in GRIDS), 6, requires_grad=True)
-    y = adaptive_pool(x, GRIDS, out)
-    pool = nn.AdaptiveAvgPool2d(out)
-    truth = torch.cat([rows(pool(image.double())) for image in images(x, GRIDS)])
-    assert relative_error(y, truth) < 1e-6
-    assert relative_error(gradients(y, [x])[0], gradients(truth, [x])[0]) < 1e-6
-
-
-@pytest.mark.parametrize("widths", [(8, 8), (6, 8)], ids=["identity shortcut", "convolved shortcut"])
-def test_conv_block_is_timms_bottleneck_image_by_image(widths):
-    timm_regnet = pytest.importorskip("timm.models.regnet")
-    timm_layers = pytest.importorskip("timm.layers")
-    block = timm_regnet.Bottleneck(
-        *widths, act_layer=nn.SiLU, norm_layer=timm_layers.LayerNorm2d, group_size=1
-    ).double()
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.5)
-    grids = [(1, 1), (4, 3), (2, 7)]
-    x = torch.randn(27, widths[0], requires_grad=True)
-    weights = {name: p.detach().float().requires_grad_() for name, p in block.named_parameters()}
-    y = conv_block(torch.cat([x, torch.ones(3, widths[0])]), Grids(grids, images=5, patches=30), weights)[:27]
-    truth = torch.cat([rows(block(image)) for image in images(x.double(), grids)])
-    assert relative_error(y, truth) < 1e-5
-    found, expected = gradients(y, [x, *weights.values()]), gradients(truth, [x, *block.parameters()])
-    for name, a, b in zip(["x", *weights], found, expected):
-        assert relative_error(a, b) < 1e-5, name
 
 
 @pytest.mark.parametrize("in_width", [16, 24])
@@ -73,6 +32,14 @@ def test_c_abstractor_is_honeybees(in_width):
     y = ours(x, [(5, 6), (5, 6)])
     truth = torch.cat([readout(rows(net(i))) for i in images(x + pos_emb[0].repeat(2, 1), [(5, 6), (5, 6)])])
     assert relative_error(y, truth) < 1e-5
+    parameters = dict(ours.named_parameters())
+    found = gradients(y, list(parameters.values()))
+    theirs = dict(nn.ModuleDict({"net": net, "readout": readout}).named_parameters())
+    expected = dict(zip(theirs, gradients(truth, list(theirs.values()))))
+    assert theirs.keys() == parameters.keys() - {"pos_emb"}
+    for name, a in zip(parameters, found):
+        if name in theirs:
+            assert relative_error(a, expected[name]) < 2e-5, name
 
 
 @pytest.mark.parametrize("tokens", [64, 144])
@@ -99,14 +66,22 @@ def test_c_abstractor_has_honeybees_size(width, patches, millions):
     assert abs(count / (millions * 1e6) - 1) < 0.005
 
 
-def test_depthwise_op_contract():
-    grids = Grids([(3, 2), (1, 4)])
-    x, weight = torch.randn(10, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    torch.library.opcheck(depthwise, (x, weight, grids.neighbours("cpu")))
+@not_interpreted
+def test_compiled_it_takes_other_sizes_without_compiling_again():
+    """A loop pads to as many images and patches as it has room for; sizes are then values in tensors."""
+    connector = CAbstractor(6, 12, hidden=8, depth=2, tokens=4)
+    compiled = torch.compile(connector, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sizes in ([(4, 3), (2, 7)], [(5, 5)], [(1, 1), (9, 2), (3, 1)], []):
+            x = torch.randn(30, 6, requires_grad=True)
+            grids = Grids(sizes, images=4, patches=30)
+            given = [x, *connector.parameters()]
+            y, truth = compiled(x, grids), connector(x, grids)
+            assert relative_error(y, truth) < 1e-5
+            for a, b in zip(gradients(y, given), gradients(truth, given)):
+                assert relative_error(a, b) < 1e-5
 
 
 def test_refuses_bad_arguments():
     with pytest.raises(ValueError, match="expected a square"):
         AveragePool(8, 8, tokens=50)
-    with pytest.raises(ValueError, match="adaptive_pool: x"):
-        adaptive_pool(torch.randn(5, 4), [(2, 2)])

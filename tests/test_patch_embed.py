@@ -3,93 +3,281 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import gradients, relative_error
+from conftest import DEVICE, INTERPRETED, gradients, needs_gpu, not_interpreted, relative_error
 
+from mm1.kernels import patch_embed as module
 from mm1.kernels.grids import Grids
 from mm1.kernels.patch_embed import embed_patches, patch_embed
+from mm1.kernels.tiles import Config
+from mm1.kernels.tuning import pinned
 
 SIZES = [(2, 3), (1, 1), (4, 2), (2, 3), (1, 7)]
+USED = sum(h * w for h, w in SIZES)
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.25, 0.27)
+NORMAL = {"mean": MEAN, "std": STD}
+# The interpreter cuts bf16 off instead of rounding.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2 if INTERPRETED else 1e-2}
 
 
-def parameters(p, width=8, table=(3, 4)):
-    return [torch.randn(s, requires_grad=True) for s in [(width, p * p * 3), (width,), (*table, width)]]
+@pytest.fixture(autouse=True)
+def _tiles():
+    """Tiles so small that tiny shapes take several steps and a last one, when interpreted."""
+    small = Config(block_m=16, block_n=16, block_k=32, group_m=2, warps=4, stages=2, tma=False)
+    with pinned(**({"patch_embed": small, "patch_embed_dw": small} if INTERPRETED else {})):
+        yield
 
 
-def by_hand(images, p, weight, bias, table, mode, antialias, align):
+def parameters(p, width=20, table=(3, 4), dtype=torch.float32):
+    shapes = [(width, p * p * 3), (width,), (*table, width)]
+    return [torch.randn(s, device=DEVICE).to(dtype).requires_grad_() for s in shapes]
+
+
+def images(p, sizes=SIZES, dtype=torch.uint8):
+    made = [torch.randint(0, 256, (h * p, w * p, 3), dtype=torch.uint8, device=DEVICE) for h, w in sizes]
+    return made if dtype == torch.uint8 else [(x / 255).to(dtype) for x in made]
+
+
+def packed(made):
+    return torch.cat([image.reshape(-1, 3) for image in made])
+
+
+def interpolate(table, size, mode, antialias, align):
+    """torch's, of [Gh, Gw, D] -> [h, w, D].
+
+    On a CPU its antialiased result of one column is wrong where rows grow ([5, 1] → [7, 1] is not [1, 5] → [1, 7]
+    turned), so a column is computed as a row.
+    """
+    if size[1] == 1 < size[0]:
+        return interpolate(table.transpose(0, 1), size[::-1], mode, antialias, align).transpose(0, 1)
+    options = {} if mode == "nearest" else {"antialias": antialias, "align_corners": align}
+    return F.interpolate(table.permute(2, 0, 1)[None], size, mode=mode, **options)[0].permute(1, 2, 0)
+
+
+def by_hand(pixels, p, weight, bias, table, mode="bilinear", antialias=True, align=False, sizes=SIZES):
     """Image by image: torch's convolution and torch's interpolation, in fp64."""
     kernel = weight.double().view(-1, p, p, 3).permute(0, 3, 1, 2)
+    scale = 255 if pixels.dtype == torch.uint8 else 1
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (MEAN, STD))
+    x = (pixels.double() / scale - mean) / std
     rows = []
-    for image in images:
-        x = image.double() / 255
-        x = (x - torch.tensor(MEAN, dtype=torch.float64)) / torch.tensor(STD, dtype=torch.float64)
-        y = F.conv2d(x.permute(2, 0, 1)[None], kernel, bias.double(), stride=p)[0]
-        options = {} if mode == "nearest" else {"antialias": antialias, "align_corners": align}
-        y = y + F.interpolate(table.double().permute(2, 0, 1)[None], y.shape[1:], mode=mode, **options)[0]
-        rows.append(y.flatten(1).T)
+    for part, (h, w) in zip(x.split([h * w * p * p for h, w in sizes]), sizes):
+        y = F.conv2d(part.view(h * p, w * p, 3).permute(2, 0, 1)[None], kernel, bias.double(), stride=p)[0]
+        rows.append((y.permute(1, 2, 0) + interpolate(table.double(), (h, w), mode, antialias, align)).flatten(0, 1))
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("p", [4, 14])
-@pytest.mark.parametrize("mode, antialias, align", [
-    ("bilinear", True, False), ("bilinear", False, True), ("bicubic", True, False), ("bicubic", False, False),
-    ("nearest", False, False),
-])  # fmt: skip
-def test_matches_convolution_and_interpolate(p, mode, antialias, align):
-    weight, bias, table = parameters(p)
-    images = [torch.randint(0, 256, (h * p, w * p, 3), dtype=torch.uint8) for h, w in SIZES]
-    y, cu_seqlens = patch_embed(
-        images, [(h * p, w * p) for h, w in SIZES], weight, bias, table, patch_size=p, mean=MEAN, std=STD,
-        interpolation=mode, antialias=antialias, align_corners=align,
-    )  # fmt: skip
-    truth = by_hand(images, p, weight, bias, table, mode, antialias, align)
-    assert relative_error(y, truth) < 1e-5
+@pytest.mark.parametrize("p, dtype", [
+    (4, torch.float32), (4, torch.bfloat16), (4, torch.float16), (5, torch.float32), (14, torch.float32),
+    *(pytest.param(p, dtype, marks=not_interpreted)
+      for p in (5, 14, 16, 32) for dtype in TOLERANCE if p > 14 or dtype != torch.float32),
+], ids=str)  # fmt: skip
+def test_bytes_are_convolved_and_positions_interpolated(p, dtype):
+    inputs = parameters(p, dtype=dtype)
+    made = images(p)
+    y, cu_seqlens = patch_embed(made, [(h * p, w * p) for h, w in SIZES], *inputs, patch_size=p, **NORMAL)
+    assert y.dtype == dtype
     assert cu_seqlens.tolist() == [0, *itertools.accumulate(h * w for h, w in SIZES)]
-    for found, expected in zip(gradients(y, [weight, bias, table]), gradients(truth, [weight, bias, table])):
-        assert relative_error(found, expected) < 1e-5
+    truth = by_hand(packed(made), p, *inputs)
+    assert relative_error(y, truth) < TOLERANCE[dtype]
+    for found, expected in zip(gradients(y, inputs), gradients(truth, inputs)):
+        assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
-def test_packed_padded_and_listed_pixels_agree():
-    p, (weight, bias, table) = 4, parameters(4)
-    images = [torch.randint(0, 256, (h * p, w * p, 3), dtype=torch.uint8) for h, w in SIZES]
-    listed, _ = patch_embed(images, [(h * p, w * p) for h, w in SIZES], weight, bias, table, patch_size=p)
-    grids = Grids(SIZES, images=9, patches=40)
-    packed = torch.cat([image.reshape(-1, 3) for image in images])
-    padded, cu_seqlens = patch_embed(packed, grids, weight, bias, table, patch_size=p)
-    assert torch.equal(padded[: grids.used], listed)
-    assert cu_seqlens.tolist()[5:] == [grids.used] * 5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [4, pytest.param(14, marks=not_interpreted)])
+def test_float_pixels_have_a_gradient(p, dtype):
+    inputs = parameters(p, dtype=dtype)
+    pixels = packed(images(p, dtype=dtype)).requires_grad_()
+    y, _ = patch_embed(pixels, Grids(SIZES, images=7, patches=USED + 4), *inputs, patch_size=p, **NORMAL)
+    truth = by_hand(pixels, p, *inputs)
+    assert relative_error(y[:USED], truth) < TOLERANCE[dtype]
+    for found, expected in zip(gradients(y[:USED], [pixels, *inputs]), gradients(truth, [pixels, *inputs])):
+        assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
-def test_cut_patches_and_no_table():
+def test_cut_patches_of_any_width_and_of_no_image():
     weight, bias, table = parameters(4)
-    patches = torch.randn(6, 48, requires_grad=True)
-    assert torch.equal(embed_patches(patches, [(2, 3)], weight, bias), F.linear(patches, weight, bias))
-    y = embed_patches(patches, [(2, 3)], weight, bias, table)
-    assert relative_error(gradients(y, [patches])[0], gradients(F.linear(patches, weight), [patches])[0]) < 1e-6
+    patches = torch.randn(USED + 3, 48, device=DEVICE, requires_grad=True)
+    grids = Grids(SIZES, patches=USED + 3)
+    y = embed_patches(patches, grids, weight, bias, table, interpolation="bicubic")
+    positions = torch.cat([interpolate(table.double(), s, "bicubic", True, False).flatten(0, 1) for s in SIZES])
+    truth = F.linear(patches.double(), weight.double(), bias.double()) + F.pad(positions, (0, 0, 0, 3))
+    assert relative_error(y, truth) < 1e-5
+    inputs = [patches, weight, bias, table]
+    for found, expected in zip(gradients(y, inputs), gradients(truth, inputs)):
+        assert relative_error(found, expected) < 1e-5
+    assert torch.equal(embed_patches(patches, grids, weight, bias), F.linear(patches, weight, bias))
+
+
+def test_strided_arguments():
+    p, (weight, bias, table) = 4, parameters(4)
+    pixels, grids = packed(images(p)), Grids(SIZES)
+    truth, _ = patch_embed(pixels, grids, weight, bias, table, patch_size=p)
+    spread = lambda x: torch.stack([x, x], -1)[..., 0]  # noqa: E731
+    inputs = [spread(weight), bias, spread(table)]
+    y, _ = patch_embed(spread(pixels), grids, *inputs, patch_size=p)
+    assert relative_error(y, truth) < 1e-6
+    dy = torch.randn(20, USED, device=DEVICE).t()  # a gradient that is transposed
+    for found, expected in zip(
+        torch.autograd.grad(y, [weight, bias, table], dy), torch.autograd.grad(truth, [weight, bias, table], dy)
+    ):
+        assert relative_error(found, expected) < 1e-6
+    patches = torch.randn(48, USED, device=DEVICE).t()
+    assert relative_error(embed_patches(patches, grids, *inputs), embed_patches(patches.contiguous(), grids, weight,
+                          bias, table)) < 1e-6  # fmt: skip
+
+
+def test_pixels_off_a_words_border():
+    """Buffers that begin at an odd byte are read byte by byte."""
+    p, (weight, bias, table) = 4, parameters(4)
+    pixels, grids = packed(images(p)), Grids(SIZES)
+    bytes_ = torch.cat([pixels.new_zeros(1), pixels.view(-1)])[1:].view(-1, 3)
+    assert module.word_bytes(bytes_, p) == 1
+    found, truth = (patch_embed(x, grids, weight, bias, table, patch_size=p)[0] for x in (bytes_, pixels))
+    assert relative_error(found, truth) < 1e-6
+
+
+def test_padding_changes_nothing_and_is_zero():
+    p, inputs = 4, parameters(4)
+    pixels = packed(images(p))
+    exact, _ = patch_embed(pixels, Grids(SIZES), *inputs, patch_size=p, **NORMAL)
+    grids = Grids(SIZES, images=9, patches=40)
+    for buffer in (pixels, torch.cat([pixels, torch.full((40 * p * p - len(pixels), 3), 99).to(pixels)])):
+        padded, cu_seqlens = patch_embed(buffer, grids, *inputs, patch_size=p, **NORMAL)
+        assert relative_error(padded[:USED], exact) < 1e-6
+        assert not padded[USED:].any()
+        assert cu_seqlens.tolist()[5:] == [USED] * 5
+        # What comes back into padding rows counts for nothing.
+        dy = torch.randn(40, 20, device=DEVICE)
+        found = torch.autograd.grad(padded, inputs, dy)
+        for a, b in zip(found, torch.autograd.grad(exact, inputs, dy[:USED], retain_graph=True)):
+            assert relative_error(a, b) < 1e-6
+
+
+def test_an_image_alone_and_in_company_has_the_same_bits():
+    p, inputs = 4, parameters(4)
+    made = images(p)
+    together, cu = patch_embed(packed(made), Grids(SIZES), *inputs, patch_size=p)
+    twice, _ = patch_embed(packed(made), Grids(SIZES), *inputs, patch_size=p)
+    assert torch.equal(together, twice)
+    for a, b in zip(gradients(together, inputs), gradients(twice, inputs)):
+        assert torch.equal(a, b)
+    for i, size in enumerate(SIZES):
+        alone, _ = patch_embed(packed([made[i]]), Grids([size]), *inputs, patch_size=p)
+        assert relative_error(together[cu[i] : cu[i + 1]], alone) < 1e-6
+
+
+def test_frozen_parameters_have_no_gradient():
+    p, (weight, bias, table) = 4, parameters(4)
+    y, _ = patch_embed(packed(images(p)), Grids(SIZES), weight, bias.detach(), table.detach(), patch_size=p)
+    truth, _ = patch_embed(packed(images(p)), Grids(SIZES), weight, bias, table, patch_size=p)
+    assert gradients(y, [weight])[0].shape == weight.shape
+    y, _ = patch_embed(packed(images(p)), Grids(SIZES), weight.detach(), None, table, patch_size=p)
+    assert relative_error(gradients(y, [table])[0], gradients(truth, [table])[0]) < 1e-6
 
 
 def test_no_image_gives_no_tokens_and_zero_gradients():
-    weight, bias, table = parameters(4)
-    y, cu_seqlens = patch_embed([], [], weight, bias, table, patch_size=4)
-    assert y.shape == (0, 8)
+    inputs = parameters(4)
+    y, cu_seqlens = patch_embed([], [], *inputs, patch_size=4)
+    assert y.shape == (0, 20)
     assert cu_seqlens.tolist() == [0]
-    assert all(not g.any() for g in gradients(y, [weight, bias, table]))
+    assert all(not g.any() for g in gradients(y, inputs))
+    y, _ = patch_embed(torch.zeros(0, 3, dtype=torch.uint8, device=DEVICE), Grids([], images=2, patches=5), *inputs,
+                       patch_size=4)  # fmt: skip
+    assert not y.any()
+    assert all(not g.any() for g in gradients(y, inputs))
 
 
-def test_compiles_whole():
+@not_interpreted
+def test_new_sizes_do_not_recompile():
+    p, inputs = 4, parameters(4)
+    call = torch.compile(lambda x, g: patch_embed(x, g, *inputs, patch_size=p, **NORMAL)[0], fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sizes in (SIZES, [(5, 5)], [(1, 1)] * 7, []):
+            made, grids = images(p, sizes), Grids(sizes, images=8, patches=40, device=DEVICE)
+            used = grids.patches * p * p
+            pixels = torch.zeros(used, 3, dtype=torch.uint8, device=DEVICE)
+            if made:
+                pixels[: len(packed(made))] = packed(made)
+            y = call(pixels, grids)
+            assert relative_error(y, patch_embed(pixels, grids, *inputs, patch_size=p, **NORMAL)[0]) < 1e-6
+            gradients(y, inputs)
+
+
+@not_interpreted
+def test_compiles_with_a_list_of_sizes():
+    p, inputs = 4, parameters(4)
+    pixels = images(p)
+    call = lambda *a: patch_embed(pixels, [(h * p, w * p) for h, w in SIZES], *a, patch_size=p)[0]  # noqa: E731
+    assert relative_error(torch.compile(call, fullgraph=True)(*inputs), call(*inputs)) < 1e-6
+
+
+@not_interpreted
+def test_op_contracts():
     p, (weight, bias, table) = 4, parameters(4)
-    pixels, grids = torch.randint(0, 256, (6 * p * p, 3), dtype=torch.uint8), Grids([(2, 3)])
-    call = lambda w: patch_embed(pixels, grids, w, bias, table, patch_size=p)[0]  # noqa: E731
-    assert relative_error(torch.compile(call, fullgraph=True)(weight), call(weight)) < 1e-6
+    grids = Grids(SIZES, device=DEVICE)
+    geometry = grids.table, grids.owner
+    interpolation = "bilinear", True, False
+    torch.library.opcheck(
+        module._forward,
+        (packed(images(p)), weight, bias, table, *geometry, p, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], 1, *interpolation),
+    )
+    patches = torch.randn(USED, 48, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(module._embed_op, (patches, weight, bias, table, *geometry, 1, *interpolation))
+
+
+@needs_gpu
+def test_no_synchronisation_on_a_gpu():
+    p, inputs = 4, parameters(4)
+    pixels, grids = packed(images(p)), Grids(SIZES).to(DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, _ = patch_embed(pixels, grids, *inputs, patch_size=p, **NORMAL)
+        y.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_beyond_2_31_bytes_of_pixels():
+    """Of 14-pixel patches in images of 96 × 96, the last of which is far enough."""
+    p, side = 14, 96
+    count = 2**31 // (side * side * p * p * 3) + 2
+    weight = torch.randn(4, p * p * 3, device=DEVICE)
+    pixels = torch.zeros(count * side * side * p * p, 3, dtype=torch.uint8, device=DEVICE)
+    pixels[-side * side * p * p :] = torch.randint(0, 256, (side * side * p * p, 3), dtype=torch.uint8)
+    last, _ = patch_embed(pixels, Grids([(side, side)] * count), weight, patch_size=p)
+    alone, _ = patch_embed(pixels[-side * side * p * p :], Grids([(side, side)]), weight, patch_size=p)
+    assert relative_error(last[-side * side :], alone) < 1e-6
 
 
 def test_refuses_bad_arguments():
     weight, bias, table = parameters(4)
-    with pytest.raises(ValueError, match=r"patch_embed: sizes is \(9, 8\), expected multiples of 4"):
-        patch_embed([torch.zeros(9, 8, 3)], [(9, 8)], weight, patch_size=4)
-    with pytest.raises(ValueError, match="embed_patches: interpolation"):
-        embed_patches(torch.zeros(6, 48), [(2, 3)], weight, bias, table, interpolation="lanczos")
-    with pytest.raises(ValueError, match="embed_patches: patches"):
-        embed_patches(torch.zeros(5, 48), [(2, 3)], weight)
-    with pytest.raises(ValueError, match="not positive"):
-        embed_patches(torch.zeros(0, 48), [(0, 3)], weight)
+    blank = lambda *shape: torch.zeros(*shape, dtype=torch.uint8, device=DEVICE)  # noqa: E731
+
+    def call(pixels, sizes, w=weight, b=bias, t=table, **options):
+        return patch_embed(pixels, sizes, w, b, t, patch_size=4, **options)
+
+    for match, run in {
+        r"patch_embed: sizes is \(9, 8\), expected multiples of 4": lambda: call([blank(9, 8, 3)], [(9, 8)]),
+        r"patch_embed: sizes is \(0, 8\), expected positive": lambda: call([blank(0, 8, 3)], [(0, 8)]),
+        r"patch_embed: sizes is \(-4, 8\), expected positive": lambda: call([blank(4, 8, 3)], [(-4, 8)]),
+        r"patch_embed: pixels is \(95, 3\), expected \(96, 3\)": lambda: call(blank(95, 3), Grids([(2, 3)])),
+        r"patch_embed: pixels is \(96, 4\)": lambda: call(blank(96, 4), Grids([(2, 3)])),
+        r"patch_embed: pixels is \[\(4, 8, 3\)\], expected \[\(8, 4, 3\)\]": lambda: call([blank(4, 8, 3)], [(8, 4)]),
+        "patch_embed: dtype of pixels": lambda: call(blank(96, 3).int(), Grids([(2, 3)])),
+        r"patch_embed: mean is \(nan, 0, 0\)": lambda: call(blank(96, 3), [(8, 12)], mean=(float("nan"), 0, 0)),
+        r"patch_embed: std is \(1, 0, 1\)": lambda: call(blank(96, 3), [(8, 12)], std=(1, 0, 1)),
+        r"patch_embed: std is \(1, 1\)": lambda: call(blank(96, 3), [(8, 12)], std=(1, 1)),
+        r"patch_embed: weight is \(20, 75\), expected \[Dv, 48\]":
+            lambda: call(blank(96, 3), [(8, 12)], weight.new_zeros(20, 75)),
+        r"patch_embed: bias is \(19,\), expected \[20\]": lambda: call(blank(96, 3), [(8, 12)], b=bias[1:]),
+        r"patch_embed: pos_embed is \(12, 20\)": lambda: call(blank(96, 3), [(8, 12)], t=table.flatten(0, 1)),
+        "patch_embed: interpolation is lanczos": lambda: call(blank(96, 3), [(8, 12)], interpolation="lanczos"),
+        "embed_patches: patches": lambda: embed_patches(torch.zeros(5, 48), [(2, 3)], weight),
+        "grids: a side is not positive": lambda: Grids([(2, 3), (0, 3)]),
+        "grids: a side is no multiple of merge 2": lambda: Grids([(2, 3)], merge=2),
+        "grids: 1 images of 6 patches exceed": lambda: Grids([(2, 3)], patches=5),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            run()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mm1.autotune.static import Compiled, compile_launch, specialize
-from mm1.kernels import experts, route
+from mm1.kernels import experts, patch_embed, positions, route
 from mm1.kernels.dispatch import DEVICES, Launch, recording
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,6 +49,19 @@ def routing(T, E, k):
     route.sort(choice, E)
 
 
+def embedding(p, width, side, dtype=BF16, pixels=torch.uint8, mode="bilinear"):
+    """64 images of side × side patches, a table as large: pixels and cut patches, forward and backward."""
+    P = 64 * side * side
+    x, weight, table = empty(P * p * p, 3, dtype=pixels), empty(width, p * p * 3, dtype=dtype), empty(side, side, width)
+    geometry, dy = (ints(64, 4), ints(P)), empty(P, width, dtype=dtype)
+    fold, interpolation = ([1.5, 2.5, 3.5], [0.1, 0.2, 0.3]), (1, mode, True, False)
+    patch_embed.forward(x, weight, empty(width), table, *geometry, p, *fold, *interpolation)
+    patch_embed.backward(dy, x, weight, *geometry, p, *fold, 1, pixels != torch.uint8, True)
+    patch_embed.embed(empty(P, p * p * 3, dtype=dtype), weight, empty(width), table, *geometry, *interpolation)
+    positions.forward(table, *geometry, *interpolation)
+    positions.backward(dy, geometry[0], table.shape, *interpolation)
+
+
 CALLS = {
     "coarse": lambda: layer(8192, COARSE),
     "fine": lambda: layer(8192, FINE),
@@ -62,7 +75,14 @@ CALLS = {
     "decode 16": lambda: few(16, FINE),
     "route": lambda: routing(8192, 64, 8),
     "route wide": lambda: routing(8192, 512, 16),
+    "vit-h-14": lambda: embedding(14, 1280, 27),
+    "so400m-16 cubic": lambda: embedding(16, 1152, 24, mode="bicubic"),
+    "vit-b-5 odd": lambda: embedding(5, 768, 27, pixels=FP32),
+    "vit-l-14 fp32": lambda: embedding(14, 1024, 24, FP32),
 }
+MULTIPLY = ("_up_kernel", "_gemm_kernel", "_dh_kernel", "_dw_kernel", "_few_kernel", "_embed_kernel",
+            "_embed_dw_kernel", "_dtable_kernel")  # fmt: skip
+BY_POINTERS = ("_embed_dw_kernel", "_dtable_kernel")  # their operands are gathered
 
 
 def compiled(call: str, device: str) -> list[tuple[Launch, Compiled]]:
@@ -76,30 +96,32 @@ def compiled(call: str, device: str) -> list[tuple[Launch, Compiled]]:
 def check(call: str, device: str) -> None:
     for launch, code in compiled(call, device):
         assert code.shared <= DEVICES[device].shared, code
-        multiplies = code.name in ("_up_kernel", "_gemm_kernel", "_dh_kernel", "_dw_kernel", "_few_kernel")
-        if call == "fp32":  # products of single multiplications
+        multiplies = code.name in MULTIPLY
+        if call.endswith("fp32"):  # products of single multiplications
             assert code.spills <= 8, code
             continue
         assert code.spills == 0, code
         assert bool(code.matrix) == multiplies, code
         if not multiplies or device != "h200":
             continue
-        rows = dict(zip(launch.kernel.arg_names, launch.arguments))["BLOCK_M"]
+        rows = dict(zip(launch.kernel.arg_names, launch.arguments)).get("BLOCK_M", 0)
         if rows >= 64:
             assert code.matrix == code.instructions["HGMMA"], "mma.sync where wgmma is meant"
         contiguous = call != "gpt-oss" or code.name != "_up_kernel"  # alternate rows of a transposed weight are not
-        assert bool(code.bulk_loads) == contiguous, code
+        assert bool(code.bulk_loads) == (contiguous and code.name not in BY_POINTERS), code
         assert bool(code.instructions["UTMASTG"]) == (code.name in ("_up_kernel", "_gemm_kernel")), code
 
 
-@pytest.mark.parametrize("call", ["coarse", "fine", "gpt-oss", "fp32", "decode 1", "decode 16", "route", "route wide"])
+@pytest.mark.parametrize("call", ["coarse", "fine", "gpt-oss", "fp32", "decode 1", "decode 16", "route", "route wide",
+                                  "vit-h-14"])  # fmt: skip
 def test_h200_code_has_wgmma_bulk_copies_and_no_spills(call):
     check(call, "h200")
 
 
 @pytest.mark.parametrize("device", ["a100", "b200", "rtx5090", "mi300x"])
-def test_other_gpus_have_code_that_fits(device):
-    check("coarse", device)
+@pytest.mark.parametrize("call", ["coarse", "vit-h-14"])
+def test_other_gpus_have_code_that_fits(call, device):
+    check(call, device)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from mm1.kernels.dispatch import Device, Launch
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-    torch.bool: "i1", torch.uint8: "u8",
+    torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16",
 }  # fmt: skip
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

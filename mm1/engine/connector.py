@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mm1.engine import config
 from mm1.kernels.adaptive_pool import adaptive_pool
 from mm1.kernels.attention import attention
-from mm1.kernels.conv_block import reference as conv_block
+from mm1.kernels.conv_block import conv_block
 from mm1.kernels.grids import Grids, as_grids
-from mm1.kernels.patch_embed import positions
+from mm1.kernels.positions import positions
 
 
 def _side(tokens: int) -> int:
@@ -59,7 +59,7 @@ class AttentionPool(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(out_width, 4 * out_width), nn.GELU(), nn.Linear(4 * out_width, out_width))
 
     def forward(self, tokens: Tensor, grids) -> Tensor:
-        grids = as_grids(grids)
+        grids = as_grids(grids, tokens.device)
         n, width = self.queries.shape
         q = (
             self.q(self.norm_queries(self.queries))
@@ -68,7 +68,7 @@ class AttentionPool(nn.Module):
         )
         k, v = self.kv(self.norm_features(tokens)).unflatten(1, (2, self.heads, -1)).unbind(1)
         cu_q = torch.arange(grids.images + 1, dtype=torch.int32, device=tokens.device) * n
-        pooled = attention(q, k, v, cu_q, causal=False, cu_seqlens_k=grids.cu_seqlens(tokens.device)).flatten(1)
+        pooled = attention(q, k, v, cu_q, causal=False, cu_seqlens_k=grids.cu_seqlens).flatten(1)
         x = self.queries.repeat(grids.images, 1) + self.out(pooled)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -95,23 +95,23 @@ class ConvBlock(nn.Module):
         if in_width != width:
             self.downsample = _Conv(in_width, width, 1)
 
-    def forward(self, x: Tensor, neighbours: Tensor, membership: Tensor, areas: Tensor) -> Tensor:
-        return conv_block(x, neighbours, membership, areas, dict(self.named_parameters()))
+    def forward(self, x: Tensor, grids: Grids, pool: tuple[int, int] | None = None) -> Tensor:
+        return conv_block(x, grids, dict(self.named_parameters()), pool=pool)
 
 
 class Stage(nn.Module):
-    """`depth` blocks named b1, b2, … on packed images of any grids."""
+    """`depth` blocks named b1, b2, … on packed images of any grids; pool: the last one's result is pooled."""
 
     def __init__(self, in_width: int, width: int, depth: int):
         super().__init__()
         for i in range(depth):
             self.add_module(f"b{i + 1}", ConvBlock(in_width if i == 0 else width, width))
 
-    def forward(self, x: Tensor, grids: Grids) -> Tensor:
-        geometry = grids.neighbours(x.device), grids.membership(x.device), grids.areas(x.device)
-        for block in self.children():
-            x = block(x, *geometry)
-        return x
+    def forward(self, x: Tensor, grids: Grids, pool: tuple[int, int] | None = None) -> Tensor:
+        *blocks, last = self.children()
+        for block in blocks:
+            x = block(x, grids)
+        return last(x, grids, pool)
 
 
 class CAbstractor(nn.Module):
@@ -142,15 +142,14 @@ class CAbstractor(nn.Module):
         self.readout = _readout(hidden if depth else in_width, out_width, readout_depth)
 
     def forward(self, tokens: Tensor, grids) -> Tensor:
-        grids = as_grids(grids)
+        grids = as_grids(grids, tokens.device)
         x = tokens
         if self.position_grid is not None:
             table = self.pos_emb.view(*self.position_grid, -1)
             x = x + positions(table, grids, "bicubic", True, False).to(x.dtype)
         if hasattr(self, "net"):
-            x = self.net["0"](x, grids)
-            x = adaptive_pool(x, grids, self.out)
-            x = self.net["2"](x, _pooled(grids.images, self.out))
+            x = self.net["0"](x, grids, self.out)
+            x = self.net["2"](x, _pooled(grids.images, self.out, x.device))
         else:
             x = adaptive_pool(x, grids, self.out)
         return self.readout(x)
@@ -159,11 +158,15 @@ class CAbstractor(nn.Module):
 _POOLED: dict[tuple, Grids] = {}
 
 
-def _pooled(images: int, out: tuple[int, int]) -> Grids:
+def _pooled(images: int, out: tuple[int, int], device: torch.device) -> Grids:
     """The grids after the pool, the same for every batch of so many images."""
+    if torch.compiler.is_compiling():  # a table that fills up would compile its reader again
+        first = torch.arange(images, device=device) * (out[0] * out[1])
+        size = [torch.full_like(first, n) for n in (out[0] * out[1], *out)]
+        return Grids.of_tensors(first, *size, images * out[0] * out[1])
     if (images, out) not in _POOLED:
         _POOLED[images, out] = Grids([out] * images)
-    return _POOLED[images, out]
+    return _POOLED[images, out].to(device)
 
 
 def build(c: config.Connector, in_width: int, out_width: int) -> nn.Module:

@@ -98,7 +98,7 @@ class Trainer:
             objective.backward()
             sums += torch.stack(losses).detach()
             tokens, targets = tokens + batch.used_tokens, targets + batch.target_count
-            images, key = images + len(batch.grids.sizes), batch.keys[0]
+            images, key = images + len(batch.grids.sizes or ()), batch.keys[0]
         # Gradients were summed over target tokens: the mean is that of the whole step, whatever each batch held.
         torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / max(targets, 1))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip)

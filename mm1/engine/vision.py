@@ -60,12 +60,12 @@ class VisionEncoder(nn.Module):
             pixels, grids, self.patch_weight, None, self.positions, patch_size=c.patch, mean=c.mean, std=c.std,
             interpolation=c.interpolation,
         )  # fmt: skip
+        patch_rows = None
         if c.class_token:
-            x = torch.cat([self.class_token.expand(grids.images, -1), x])[grids.class_order(x.device)]
-            cu_seqlens = grids.class_cu_seqlens(x.device)
+            class_rows, patch_rows, cu_seqlens = grids.to(x.device).with_class_token()
+            tokens = self.class_token.to(x.dtype).expand(grids.images, -1)
+            x = torch.cat([tokens, x]).index_select(0, torch.cat([class_rows, patch_rows]).argsort())
         x = self.pre_norm(x)
         for block in self.blocks:
             x = block(x, cu_seqlens)
-        if c.class_token:
-            x = x[grids.class_order(x.device).argsort()[grids.images :]]
-        return x
+        return x if patch_rows is None else x.index_select(0, patch_rows)

@@ -1,21 +1,29 @@
-"""MM1's mixture-of-experts MLP in transformers: after register(), experts_implementation="mm1" of any of its models.
+"""MM1's kernels in transformers: its mixture-of-experts MLP, and its patch embedding.
 
     register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="mm1")
     model.set_experts_implementation("mm1")    # or later
+
+    accelerate(model)    # vision embeddings of SigLIP 2 and Qwen-VL, in place
+    restore(model)       # undoes it
 
 Weights are used as they lie, transposed or interleaved, without copies. What moe_mlp cannot express goes back to
 transformers' grouped_mm, with one warning. Interface: transformers 5, integrations/moe.py.
 """
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mm1.integrations import embeddings
+from mm1.integrations.swap import missing, restore, swap
 from mm1.kernels.activation import QUICK
 from mm1.kernels.experts import moe_mlp
+
+__all__ = ["accelerate", "experts_forward", "register", "restore"]
 
 ACTIVATIONS = {  # class or function
     "SiLU": "silu", "SiLUActivation": "silu", "silu": "silu", "QuickGELUActivation": "quick_gelu",
@@ -50,13 +58,27 @@ def register() -> None:
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
-        message = (
-            f'mm1.integrations.transformers needs transformers 5 ({error}): pip install "mm1-engine[integrations]"'
-        )
-        raise ImportError(message) from error
+        raise missing("transformers 5", error) from error
     # warnings.warn breaks a graph; of a constant result only tracing calls it. Not a decorator: that imports dynamo.
     torch.compiler.assume_constant_result(_warn_once)
     ALL_EXPERTS_FUNCTIONS.register("mm1", experts_forward)
+
+
+def accelerate(model: nn.Module, *, still_images: bool = False) -> list[str]:
+    """Swap the vision embeddings of a model in place. Returns the names of the modules that are swapped.
+
+    SigLIP 2's embeddings, padded rows included; the patch embedding of Qwen2-VL, 2.5-VL, 3-VL and of what shares its
+    code, with Qwen3-VL's positions where the tower computes them. Calls they cannot express go to the original: a
+    layer replaced by an adapter or a quantized one, hooks, precomputed interpolation, fp64.
+    still_images: the caller's promise that both temporal halves of every Qwen patch are equal, as its processor makes
+    them of still images; the product is then half as deep. Of a video it computes something else.
+    Before a model is sharded or compiled. Calling it again changes nothing but still_images.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise missing("transformers 5", error) from error
+    return swap(model, partial(embeddings.choose, still_images=still_images))
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

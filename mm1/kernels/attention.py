@@ -7,17 +7,23 @@ the last of their segment's keys (a cache), causal is aligned to the end. Rows p
 4·Σ Lq·Lk·H·Dh operations (half where causal).
 """
 
-from collections.abc import Iterator
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.resources import files
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, expect
-
-BACKENDS = ("auto", "reference", "segments", "varlen")
+from mm1.kernels.dispatch import DEVICES, Cost, expect
+from mm1.kernels.flash import WIDTHS, flash
+from mm1.kernels.tuning import config_for
 
 
 def attention(
@@ -29,30 +35,36 @@ def attention(
     causal: bool,
     cu_seqlens_k: Tensor | None = None,
     used_k: Tensor | None = None,
+    max_length: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """q [T, H, Dh], k and v [S, G, Dh], cu_seqlens int32 [B+1] -> [T, H, Dh].
 
     cu_seqlens_k: the keys' own segments where they differ from the queries'. used_k int32 [B]: how many keys of each
-    segment count (a cache that is not full). backend: "segments" runs segment by segment (the CPU's choice), "varlen"
-    is torch's variable-length flash attention (CUDA, bf16 and fp16), "reference" one masked product.
+    segment count (a cache that is not full). max_length: no segment is longer, if the host knows; torch's and
+    flash-attn's kernels launch programs for that many rows of every segment, without it for all rows. backend: one of
+    BACKENDS, or "auto": on CPU "segments", on a GPU what was measured to be fastest there (see choose).
     """
     expect(q.ndim == 3 and k.ndim == 3, "attention", "q and k", (tuple(q.shape), tuple(k.shape)), "3 dimensions")
     expect(k.shape == v.shape, "attention", "v", tuple(v.shape), tuple(k.shape))
     expect(q.shape[1] % k.shape[1] == 0, "attention", "heads of q", q.shape[1], f"a multiple of {k.shape[1]}")
     expect(q.shape[2] == k.shape[2], "attention", "head width of k", k.shape[2], q.shape[2])
-    expect(backend in BACKENDS, "attention", "backend", backend, BACKENDS)
+    expect(backend == "auto" or backend in BACKENDS, "attention", "backend", backend, ("auto", *BACKENDS))
     same = cu_seqlens_k is None
     expect(not same or q.shape[0] == k.shape[0], "attention", "k", tuple(k.shape), f"[{q.shape[0]}, G, Dh]")
     cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if backend == "auto":
-        half = q.dtype in (torch.bfloat16, torch.float16)
-        backend = "segments" if q.device.type == "cpu" else "varlen" if half and q.is_cuda else "reference"
-    if backend == "segments":
-        return segments(q, k, v, cu_seqlens, cu_k, used_k, causal)[0]
-    if backend == "varlen":
-        return _varlen(q, k, v, cu_seqlens, cu_k, used_k, causal)
-    return reference(q, k, v, cu_seqlens, cu_k, used_k, causal)
+        backend = config_for("attention", lambda: _auto(q, k, v, used_k, causal))
+    return BACKENDS[backend](q, k, v, cu_seqlens, cu_k, used_k, causal, max_length)
+
+
+def _auto(q: Tensor, k: Tensor, v: Tensor, used_k: Tensor | None, causal: bool) -> str:
+    if q.device.type == "cpu":
+        return "segments"
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return choose(
+        gpu_name(q.device.index), q.shape[2], causal, str(q.dtype).removeprefix("torch."), grad, used_k is not None
+    )
 
 
 def reference(
@@ -61,16 +73,28 @@ def reference(
     """One dense product over all pairs, masked: O(T·S) memory, no host synchronisation, any device."""
     heads = q.shape[1]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    segment_q, place_q = _places(cu_q, q.shape[0])
-    segment_k, place_k = _places(cu_k, k.shape[0])
-    length_q, length_k = cu_q.diff(), cu_k.diff() if used_k is None else used_k
-    length_q, length_k = F.pad(length_q, (0, 1)), F.pad(length_k, (0, 1))  # rows past the last segment: none
-    seen = (segment_q[:, None] == segment_k[None, :]) & (place_k < length_k[segment_k])
-    if causal:
-        seen &= place_k[None, :] <= (place_q + (length_k - length_q)[segment_q])[:, None]
+    row, column = torch.arange(len(q), device=q.device), torch.arange(len(k), device=q.device)
+    seen = _mask(cu_q, cu_k, used_k, len(q), len(k), causal)(row[:, None], column[None, :])
     scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[2] ** -0.5
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)  # a row that sees nothing: zeros
     return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+
+
+def _mask(
+    cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, rows: int, keys: int, causal: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Whether row i sees key j, as a function of (i, j)."""
+    segment_q, place_q = _places(cu_q, rows)
+    segment_k, place_k = _places(cu_k, keys)
+    length_q, length_k = cu_q.diff(), cu_k.diff() if used_k is None else used_k
+    length_q, length_k = F.pad(length_q, (0, 1)), F.pad(length_k, (0, 1))  # rows past the last segment: none
+
+    def seen(i: Tensor, j: Tensor) -> Tensor:
+        segment = segment_q[i]
+        inside = (segment == segment_k[j]) & (place_k[j] < length_k[segment])
+        return inside & (place_k[j] - place_q[i] <= length_k[segment] - length_q[segment]) if causal else inside
+
+    return seen
 
 
 def _places(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -206,18 +230,134 @@ def _runs(cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool) -> It
         first = last
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool) -> Tensor:
+def _varlen(q, k, v, cu_q, cu_k, used_k, causal, max_length):
+    """torch's variable-length flash attention: CUDA, bf16 and fp16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # The maxima only size the launch: the packed length is always enough, and constant.
     y = varlen_attn(
-        q, k, v, cu_q, cu_k, q.shape[0], k.shape[0], window_size=(-1, 0 if causal else -1),
+        q, k, v, cu_q, cu_k, max_length or len(q), max_length or len(k), window_size=(-1, 0 if causal else -1),
         enable_gqa=q.shape[1] != k.shape[1], seqused_k=used_k,
     )  # fmt: skip
-    assert isinstance(y, Tensor)
-    # Rows past the last segment are never written by the kernel.
-    inside = torch.arange(q.shape[0], device=q.device) < cu_q[-1]
-    return torch.where(inside[:, None, None], y, y.new_zeros(()))
+    return _inside(y, cu_q)
+
+
+def _flash_attn(q, k, v, cu_q, cu_k, used_k, causal, max_length):
+    """The flash-attn package: CUDA, bf16 and fp16."""
+    _refuse_used(used_k, "flash")
+    run = _package("flash_attn", "flash").flash_attn_varlen_func
+    return _inside(run(q, k, v, cu_q, cu_k, max_length or len(q), max_length or len(k), causal=causal), cu_q)
+
+
+def _xformers(q, k, v, cu_q, cu_k, used_k, causal, max_length):
+    """Its mask wants lengths on the host: this waits for the device, so that "auto" never takes it."""
+    _refuse_used(used_k, "xformers")
+    package, masks = _package("xformers.ops", "xformers"), _package("xformers.ops.fmha.attn_bias", "xformers")
+    mask = masks.BlockDiagonalMask.from_seqlens(cu_q.diff().tolist(), cu_k.diff().tolist())
+    mask = mask.make_causal_from_bottomright() if causal else mask
+    ends = int(cu_q[-1]), int(cu_k[-1])
+    q, k, v, padding = q[: ends[0]], _repeat(k, q)[: ends[1]], _repeat(v, q)[: ends[1]], len(q) - ends[0]
+    y = package.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+    return F.pad(y, (0, 0, 0, 0, 0, padding))
+
+
+def _flex(q, k, v, cu_q, cu_k, used_k, causal, max_length):
+    """torch's FlexAttention with a mask of segments, made at every call."""
+    mask = _mask(cu_q, cu_k, used_k, len(q), len(k), causal)
+    attend, make = _flex_functions(q.is_cuda)
+    blocks = make(lambda b, h, i, j: mask(i, j), None, None, len(q), len(k), device=q.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attend(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+
+
+@cache
+def _flex_functions(gpu: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """On a GPU compiled: as they are, scores and mask of all pairs would lie in memory."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return (
+        (torch.compile(flex_attention), torch.compile(create_block_mask))
+        if gpu
+        else (flex_attention, create_block_mask)
+    )
+
+
+def _sdpa(q, k, v, cu_q, cu_k, used_k, causal, max_length):
+    """torch's dense attention, for segments that are all max_length long, queries and keys alike, and fill all rows.
+    Only the caller can know that: "auto" never takes it."""
+    _refuse_used(used_k, "sdpa")
+    B = len(cu_q) - 1
+    expect(len(q) == len(k) == B * (max_length or 0), "attention", 'max_length for backend "sdpa"', max_length,
+           f"the length of each of {B} segments in {len(q)} rows")  # fmt: skip
+    q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2).flatten(0, 1)
+
+
+def _inside(y: Any, cu_q: Tensor) -> Tensor:
+    """Zeros in the rows past the last segment, which these kernels never write."""
+    return torch.where((torch.arange(len(y), device=y.device) < cu_q[-1])[:, None, None], y, y.new_zeros(()))
+
+
+def _refuse_used(used_k: Tensor | None, backend: str) -> None:
+    expect(used_k is None, "attention", f'used_k for backend "{backend}"', "given", "None")
+
+
+def _package(name: str, backend: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'attention: backend "{backend}" needs pip install "mm1-engine[gpu]" ({error})') from None
+
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, bool, int | None], Tensor]
+BACKENDS: dict[str, Backend] = {
+    "reference": lambda *given: reference(*given[:7]),
+    "segments": lambda *given: segments(*given[:7])[0],
+    "varlen": _varlen,
+    "flash": _flash_attn,
+    "xformers": _xformers,
+    "flex": _flex,
+    "sdpa": _sdpa,
+    "triton": lambda *given: flash(*given[:7]),
+}
+MEASURED = ("varlen", "flash", "flex", "triton")  # what "auto" may take: no lengths on the host
+NEEDS = {"flash": "flash_attn"}
+
+
+@torch.compiler.assume_constant_result
+def choose(gpu: str, head_width: int, causal: bool, dtype: str, backward: bool, used: bool) -> str:
+    """The fastest back-end that is installed, by the rows measured on this GPU; without any, a default.
+
+    Rows give shares of the peak; backward does 2.5 times the operations of forward. used: with used_k.
+    """
+    wanted = {"head_width": head_width, "causal": causal, "dtype": dtype}
+    rows = [row for row in table(gpu) if wanted.items() <= row.items() and row["backend"] in MEASURED]
+    rows = [row for row in rows if _installed(row["backend"]) and not (used and row["backend"] == "flash")]
+    if rows:
+        return min(rows, key=lambda row: 1 / row["forward"] + backward * 2.5 / row["backward"])["backend"]
+    if dtype in ("bfloat16", "float16"):
+        return "varlen"
+    return "triton" if head_width in WIDTHS and dtype == "float32" else "reference"
+
+
+@cache
+def _installed(backend: str) -> bool:
+    return backend not in NEEDS or importlib.util.find_spec(NEEDS[backend]) is not None
+
+
+@cache
+def table(gpu: str) -> list[dict[str, Any]]:
+    """Rows of head_width, causal, dtype, backend, and shares of the bf16 peak forward and backward."""
+    path = files("mm1") / "autotune" / "tables" / "attention" / f"{gpu}.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+@torch.compiler.assume_constant_result
+def gpu_name(index: int | None) -> str:
+    """The key of DEVICES that is part of the GPU's name, or else that name in small letters and dashes."""
+    name = torch.cuda.get_device_name(index).lower()
+    known = (key for key in DEVICES if key in re.sub(r"\W", "", name))
+    return next(known, re.sub(r"\W+", "-", name))
 
 
 def cost(lengths: list[int], heads: int, kv_heads: int, head_width: int, *, causal: bool, itemsize: int = 2) -> Cost:

@@ -1,136 +1,123 @@
-"""The geometry of a packed batch of images, computed once on the host.
+"""The geometry of a packed batch of images: what every vision kernel reads instead of the sizes themselves.
 
 N images of (h, w) patches stand one after another, row by row, in P rows. Rows past the last image are padding, and
-images past the last one are absent: both let a training loop keep P and N constant, so that nothing recompiles.
+images past the last one are absent: both let a training loop keep P and N constant, so that new sizes are other values
+in tensors of the same shape, and nothing recompiles. Kernels derive the rest (taps of an interpolation, windows of a
+pool, neighbours of a convolution) from (h, w) in a few integer operations.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import numpy as np
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+# A strip is what one program of the depthwise kernels walks down: so many rows of so many columns of one image.
+STRIP_ROWS, STRIP_COLUMNS = 16, 4
 
 
 class Grids:
-    """Grids (h, w) of N images in P packed patches; index tensors are built on first use and kept.
+    """Grids (h, w) of N images in P packed patches, on one device.
 
-    sizes: host list of (h, w). images, patches: N and P to pad to (default: exactly as many as there are).
-    Raises ValueError if a side is not positive or the images exceed the budget.
+    sizes: host list of (h, w). images, patches: N and P to pad to (default: exactly as many as there are). merge: the
+    patches of an image come in blocks of merge × merge, as in Qwen-VL, instead of row by row.
+    Raises ValueError if a side is not positive or no multiple of merge, or if the images exceed the budget.
+
+    table int32 [N, 4]: first row, rows, h, w. owner int32 [P]: image of each row, -1 or one without that row if none.
+    cu_seqlens int32 [N+1]: where each image's patches begin. strips int32 [N+1]: likewise of its strips.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], *, images: int | None = None, patches: int | None = None):
-        self.sizes = tuple((int(h), int(w)) for h, w in sizes)
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        images: int | None = None,
+        patches: int | None = None,
+        merge: int = 1,
+        device: torch.device | str = "cpu",
+    ):
+        self.sizes: tuple[tuple[int, int], ...] | None = tuple((int(h), int(w)) for h, w in sizes)
         if any(h < 1 or w < 1 for h, w in self.sizes):
             raise ValueError(f"grids: a side is not positive in {list(self.sizes)}")
-        ends = np.cumsum([h * w for h, w in self.sizes], dtype=np.int64)
-        self.used = int(ends[-1]) if len(ends) else 0
-        self.patches = self.used if patches is None else patches
-        self.images = len(self.sizes) if images is None else images
-        if self.used > self.patches or len(self.sizes) > self.images:
+        if any(h % merge or w % merge for h, w in self.sizes):
+            raise ValueError(f"grids: a side is no multiple of merge {merge} in {list(self.sizes)}")
+        table, first = [], 0
+        for h, w in self.sizes:
+            table += [first, h * w, h, w]
+            first += h * w
+        self.used = first
+        patches = first if patches is None else patches
+        images = len(self.sizes) if images is None else images
+        if first > patches or len(self.sizes) > images:
             raise ValueError(
-                f"grids: {len(self.sizes)} images of {self.used} patches exceed the budget of "
-                f"{self.images} images and {self.patches} patches"
+                f"grids: {len(self.sizes)} images of {first} patches exceed the budget of "
+                f"{images} images and {patches} patches"
             )
-        absent = np.full(self.images - len(self.sizes), self.used)
-        self.ends = np.concatenate([ends, absent]).astype(np.int64)
-        self._tensors: dict[tuple, Tensor] = {}
+        table += [first, 0, 0, 0] * (images - len(self.sizes))
+        self._fill(_moved(torch.tensor(table, dtype=torch.int32).view(-1, 4), device), patches, merge)
 
-    def _tensor(self, name: str, device: torch.device | str, make) -> Tensor:
-        key = (name, str(device))
-        if key not in self._tensors:
+    @classmethod
+    def of_tensors(cls, first: Tensor, rows: Tensor, h: Tensor, w: Tensor, patches: int, *, merge: int = 1) -> "Grids":
+        """Grids whose sizes only the device knows: all [N], ascending first rows, which may leave gaps.
+
+        rows: how many of an image's h·w patches are there, from its first on.
+        """
+        grids = cls.__new__(cls)
+        grids.sizes = grids.used = None
+        grids._fill(torch.stack([first, rows, h, w], 1).int(), patches, merge)
+        return grids
+
+    def _fill(self, table: Tensor, patches: int, merge: int) -> None:
+        self.table, self.patches, self.images, self.merge = table, patches, len(table), merge
+        first, rows, h, w = table.unbind(1)
+        places = torch.arange(patches, dtype=torch.int32, device=table.device)
+        self.owner = torch.searchsorted(first.contiguous(), places, right=True, out_int32=True) - 1
+        ends = (first + rows)[-1:] if self.images else first.new_zeros(1)
+        self.cu_seqlens = torch.cat([first, ends])
+        strips = -(-h // STRIP_ROWS) * -(-w // STRIP_COLUMNS)
+        self.strips = F.pad(strips.cumsum(0, dtype=torch.int32), (1, 0))
+        self._elsewhere: dict[str, Grids] = {}
+
+    def to(self, device: torch.device | str) -> "Grids":
+        """On that device; copied once, without waiting."""
+        if torch.device(device) == self.table.device:
+            return self
+        if str(device) not in self._elsewhere:
             with torch.inference_mode(False):  # what is kept must serve training too
-                self._tensors[key] = torch.from_numpy(np.ascontiguousarray(make())).to(device, non_blocking=True)
-        return self._tensors[key]
+                other = Grids.__new__(Grids)
+                other.sizes, other.used = self.sizes, self.used
+                other._fill(_moved(self.table, device), self.patches, self.merge)
+            self._elsewhere[str(device)] = other
+        return self._elsewhere[str(device)]
 
-    def _places(self) -> tuple[np.ndarray, ...]:
-        """(h, w, row, column) of the image and place of each of the used patches."""
-        areas = np.array([h * w for h, w in self.sizes], dtype=np.int64)
-        sides = np.array(self.sizes, dtype=np.int64).reshape(-1, 2)
-        h, w = np.repeat(sides, areas, axis=0).T
-        inside = np.arange(self.used) - np.repeat(self.ends[: len(areas)] - areas, areas)
-        return h, w, inside // w, inside % w
-
-    def cu_seqlens(self, device) -> Tensor:
-        """int32 [N+1], where each image's patches begin; absent images are empty."""
-        return self._tensor("cu_seqlens", device, lambda: np.concatenate([[0], self.ends]).astype(np.int32))
-
-    def membership(self, device) -> Tensor:
-        """fp32 [P, N], 1 where the patch belongs to the image.
-
-        A matrix rather than an index: sums over an image and the way back are both matrix products, so that neither
-        direction needs atomics.
-        """
-
-        def make():
-            starts = np.concatenate([[0], self.ends[:-1]])
-            rows = np.arange(self.patches)[:, None]
-            return ((rows >= starts) & (rows < self.ends)).astype(np.float32)
-
-        return self._tensor("membership", device, make)
-
-    def areas(self, device) -> Tensor:
-        """fp32 [N], patches of each image, 1 for an absent one."""
-        return self._tensor("areas", device, lambda: np.maximum(np.diff(self.ends, prepend=0), 1).astype(np.float32))
-
-    def neighbours(self, device) -> Tensor:
-        """int64 [9, P], the patch at (row - 1 … row + 1, column - 1 … column + 1) or P where the image ends."""
-
-        def make():
-            h, w, row, column = self._places()
-            table = np.full((9, self.patches), self.patches, dtype=np.int64)
-            here = np.arange(self.used)
-            for k, (dy, dx) in enumerate((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
-                inside = (row + dy >= 0) & (row + dy < h) & (column + dx >= 0) & (column + dx < w)
-                table[k, : self.used] = np.where(inside, here + dy * w + dx, self.patches)
-            return table
-
-        return self._tensor("neighbours", device, make)
-
-    def class_order(self, device) -> Tensor:
-        """int64 [N+P]: rows of [N class tokens; P patches] such that each image's class token precedes its patches."""
-
-        def make():
-            order, start = [], 0
-            for image, end in enumerate(self.ends):
-                order += [np.array([image]), self.images + np.arange(start, end)]
-                start = end
-            return np.concatenate([*order, self.images + np.arange(self.used, self.patches)]).astype(np.int64)
-
-        return self._tensor("class_order", device, make)
-
-    def class_cu_seqlens(self, device) -> Tensor:
-        """int32 [N+1], as cu_seqlens with one class token more an image."""
-        return self._tensor(
-            "class_cu_seqlens",
-            device,
-            lambda: (np.concatenate([[0], self.ends]) + np.arange(self.images + 1)).astype(np.int32),
-        )
-
-    def windows(self, out: tuple[int, int], device) -> tuple[Tensor, Tensor]:
-        """Windows of torch.nn.AdaptiveAvgPool2d: output i of n covers floor(i·h/n) … ceil((i+1)·h/n).
-
-        Returns int64 [M], the patches of all windows, and int64 [N·oh·ow + 1], where each window begins.
-        """
-        patches, ends = [], [np.zeros(1, np.int64)]
-        for (h, w), end in zip(self.sizes, self.ends):
-            inside, lengths = _windows(h, w, *out)
-            patches.append(inside + (end - h * w))
-            ends.append(lengths)
-        absent = np.zeros((self.images - len(self.sizes)) * out[0] * out[1], np.int64)
-        members = self._tensor(f"windows{out}", device, lambda: np.concatenate([np.zeros(0, np.int64), *patches]))
-        starts = self._tensor(f"starts{out}", device, lambda: np.cumsum(np.concatenate([*ends, absent])))
-        return members, starts
+    def with_class_token(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a class token precedes each image: int64 rows of the N tokens and of the P patches, and cu_seqlens."""
+        n = torch.arange(self.images + 1, dtype=torch.int32, device=self.table.device)
+        rows = torch.arange(self.patches, device=self.table.device)
+        cu_seqlens = self.cu_seqlens + n
+        inside = rows < self.cu_seqlens[-1]
+        patches = rows + torch.where(inside, self.owner + 1, self.images)
+        return cu_seqlens[:-1].long(), patches.long(), cu_seqlens
 
 
-@lru_cache(maxsize=4096)
-def _windows(h: int, w: int, oh: int, ow: int) -> tuple[np.ndarray, np.ndarray]:
-    """Patches of every window of one h × w image, and the number of patches of each window."""
-    rows = [np.arange(i * h // oh, -(-(i + 1) * h // oh)) for i in range(oh)]
-    columns = [np.arange(j * w // ow, -(-(j + 1) * w // ow)) for j in range(ow)]
-    members = [(r[:, None] * w + c[None, :]).ravel() for r in rows for c in columns]
-    return np.concatenate(members).astype(np.int64), np.array([len(m) for m in members], dtype=np.int64)
+def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+    device = torch.device(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
-def as_grids(grids: "Grids | Sequence[tuple[int, int]]") -> Grids:
-    return grids if isinstance(grids, Grids) else Grids(grids)
+def as_grids(grids: "Grids | Sequence[tuple[int, int]]", device: torch.device | str) -> Grids:
+    return grids.to(device) if isinstance(grids, Grids) else Grids(grids, device=device)
+
+
+@triton.jit
+def image_of(owner_ptr, table_ptr, rows, P):
+    """First row, h and w of the image each row belongs to, and whether it belongs to one (h = w = 1 where not)."""
+    image = tl.load(owner_ptr + rows, rows < P, other=-1)
+    there = image >= 0
+    first = tl.load(table_ptr + image * 4, there, other=0)
+    there = there & (rows - first < tl.load(table_ptr + image * 4 + 1, there, other=0))
+    h = tl.load(table_ptr + image * 4 + 2, there, other=1)
+    w = tl.load(table_ptr + image * 4 + 3, there, other=1)
+    return first, h, w, there

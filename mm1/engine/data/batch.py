@@ -31,7 +31,7 @@ class Batch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("tokens", "targets", "positions", "cu_seqlens", "pixels", "image_slots")
         }
-        return replace(self, **moved)
+        return replace(self, **moved, grids=self.grids.to(device))
 
     @property
     def used_tokens(self) -> int:

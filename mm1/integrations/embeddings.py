@@ -1,0 +1,161 @@
+"""Vision embeddings of transformers on MM1's kernels: the methods that transformers.accelerate swaps in.
+
+Interface: transformers 5.23, models/siglip2, models/qwen2_vl, models/qwen3_vl and vision_utils.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm1.integrations.swap import FLOATS, Swapped, compute_dtype, plain, untouched, weights
+from mm1.kernels.grids import Grids
+from mm1.kernels.patch_embed import embed_patches
+from mm1.kernels.positions import positions
+
+
+class Siglip2Embeddings(Swapped):
+    """Projection and bilinear, antialiased positions in one kernel, of all images, without waiting for their sizes."""
+
+    def forward(self: Any, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """pixel_values [B, N, K], spatial_shapes [B, 2] on any device -> [B, N, D].
+
+        Rows past the h·w of an image get the position of its first patch.
+        """
+        linear, embedding = self.patch_embedding, self.position_embedding
+        if not plain(embedding, nn.Embedding) or embedding.weight.dtype not in FLOATS:
+            return super().forward(pixel_values, spatial_shapes)
+        B, N, _ = pixel_values.shape
+        table = embedding.weight.reshape(self.position_embedding_size, self.position_embedding_size, -1)
+        h, w = spatial_shapes.to(pixel_values.device, non_blocking=True).unbind(1)
+        image = torch.arange(B, device=h.device)
+        grids = Grids.of_tensors(image * N, h * w, h, w, B * N)
+        # Sums of two dtypes have the wider one, which a single kernel would round to the narrower.
+        if plain(linear, nn.Linear) and compute_dtype(linear.weight) == table.dtype:
+            y = embed_patches(pixel_values.flatten(0, 1), grids, *weights(linear, table.dtype), table)
+        else:
+            y = linear(pixel_values.to(linear.weight.dtype)).flatten(0, 1) + positions(table, grids)
+        first = positions(table, Grids.of_tensors(image, torch.ones_like(h), h, w, B)).to(y.dtype)
+        padding = torch.arange(N, device=h.device) >= (h * w)[:, None]
+        return torch.addcmul(y.view(B, N, -1), padding[..., None].to(y.dtype), first[:, None])
+
+
+class Placed(NamedTuple):
+    """What a tower gives its patch embedding instead of patches: these, and the positions they are to get."""
+
+    patches: Tensor
+    grids: Grids
+    table: Tensor
+    interpolation: str
+    align_corners: bool
+
+
+class PatchEmbed(Swapped):
+    """The convolution, whose kernel is a whole patch, as the one product it is."""
+
+    def forward(self: Any, hidden_states: Tensor | Placed) -> Tensor:
+        """[P, K] in values, of any shape -> [P, D]."""
+        if isinstance(hidden_states, Placed):
+            patches, grids, table, interpolation, align_corners = hidden_states
+            dtype = compute_dtype(self.proj.weight)
+            patches, weight = self.operands(patches)
+            bias = None if self.proj.bias is None else self.proj.bias.to(dtype)
+            return embed_patches(
+                patches, grids, weight.to(dtype), bias, table, interpolation=interpolation, antialias=False,
+                align_corners=align_corners,
+            )  # fmt: skip
+        if not plain(self.proj, nn.Conv3d):
+            return super().forward(hidden_states)
+        patches, weight = self.operands(hidden_states)
+        return F.linear(patches.to(self.proj.weight.dtype), weight, self.proj.bias)
+
+    def operands(self: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches [P, K] and weight [D, K]."""
+        weight = self.proj.weight.flatten(1)
+        return patches.view(-1, weight.shape[1]), weight
+
+
+class StillPatchEmbed(PatchEmbed):
+    """With half the product or less: where all frames of a patch are equal, the weights of the frames add up."""
+
+    def operands(self: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
+        if patches.requires_grad:  # to each frame its own
+            return super().operands(patches)
+        frames = patches.view(-1, self.in_channels, self.temporal_patch_size, self.patch_size**2)
+        return frames[:, :, 0].flatten(1), self.proj.weight.sum(2).flatten(1)
+
+
+class Tower(Swapped):
+    """Patch embedding and positions in one kernel; the rest is the original's."""
+
+    def forward(self: Any, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """hidden_states [P, K] in values, grid_thw [n, 3]."""
+        given = kwargs.get("interp_indices") is not None and kwargs.get("interp_weights") is not None
+        if given or not self.fuses():
+            return super().forward(hidden_states, grid_thw, **kwargs)
+        from transformers.vision_utils import get_vision_cu_seqlens
+
+        # An image of its own for each frame. How many there are the original asks the device too, and now need not.
+        cu_seqlens = get_vision_cu_seqlens(grid_thw)
+        if kwargs.get("cu_seqlens") is None:
+            kwargs["cu_seqlens"] = cu_seqlens
+        t, h, w = grid_thw.unbind(1)
+        of = {"output_size": len(cu_seqlens) - 1}
+        table = self.pos_embed.weight
+        side, merge = self.num_grid_per_side, self.config.spatial_merge_size
+        grids = Grids.of_tensors(
+            cu_seqlens[:-1], cu_seqlens.diff(), h.repeat_interleave(t, **of), w.repeat_interleave(t, **of),
+            hidden_states.numel() // self.patch_embed.proj.weight[0].numel(), merge=merge,
+        )  # fmt: skip
+        placed = Placed(
+            hidden_states, grids, table[: side * side].view(side, side, -1), self.interpolation_mode,
+            self.interpolation_align_corners,
+        )  # fmt: skip
+        # The original adds Σ table[indices] · weights: of no indices a sum of zeros, [1, D].
+        kwargs["interp_indices"] = torch.zeros(1, 0, dtype=torch.int64, device=table.device)
+        kwargs["interp_weights"] = torch.zeros(1, 0, device=table.device)
+        return super().forward(placed, grid_thw, **kwargs)
+
+    def fuses(self: Any) -> bool:
+        embed, table = self.patch_embed, self.pos_embed
+        simple = isinstance(embed, PatchEmbed) and untouched(embed) and plain(table, nn.Embedding)
+        return simple and plain(self.patch_embed.proj, nn.Conv3d) and self.patch_embed.proj.weight.dtype in FLOATS
+
+
+SWAPS: dict[str, type[Swapped]] = {
+    "siglip2.Siglip2VisionEmbeddings": Siglip2Embeddings,
+    "qwen2_vl.PatchEmbed": PatchEmbed,
+    "qwen2_5_vl.Qwen2_5_VisionPatchEmbed": PatchEmbed,
+    "qwen2_5_omni.Qwen2_5_VisionPatchEmbed": PatchEmbed,
+    "qwen3_vl.Qwen3VLVisionPatchEmbed": PatchEmbed,
+    "qwen3_vl_moe.Qwen3VLMoeVisionPatchEmbed": PatchEmbed,
+    "qwen3_omni_moe.Qwen3OmniMoeVisionPatchEmbed": PatchEmbed,
+    "qwen3_5.Qwen3_5VisionPatchEmbed": PatchEmbed,
+    "qwen3_5_moe.Qwen3_5MoeVisionPatchEmbed": PatchEmbed,
+    "qwen4_exp.Qwen4ExpVisionPatchEmbed": PatchEmbed,
+    "cohere_compass.CohereCompassVisionPatchEmbed": PatchEmbed,
+    "exaone4_5.Exaone4_5_PatchEmbed": PatchEmbed,
+    "glm4v.Glm4vVisionPatchEmbed": PatchEmbed,
+    "glm4v_moe.Glm4vMoeVisionPatchEmbed": PatchEmbed,
+    "glm5_next.Glm5NextVisionPatchEmbed": PatchEmbed,
+    "glm_ocr.GlmOcrVisionPatchEmbed": PatchEmbed,
+    "minimax_m3_vl.MiniMaxM3VLVisionEmbeddings": PatchEmbed,
+    "qwen3_vl.Qwen3VLVisionModel": Tower,
+    "qwen3_vl_moe.Qwen3VLMoeVisionModel": Tower,
+    "qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": Tower,
+    "qwen3_5.Qwen3_5VisionModel": Tower,
+    "qwen3_5_moe.Qwen3_5MoeVisionModel": Tower,
+    "qwen4_exp.Qwen4ExpVisionModel": Tower,
+    "cohere_compass.CohereCompassVisionModel": Tower,
+}
+
+
+def choose(original: type, module: nn.Module, still_images: bool) -> type[Swapped] | None:
+    package, _, path = original.__module__.partition(".models.")
+    ours = SWAPS.get(f"{path.partition('.')[0]}.{original.__name__}") if package == "transformers" else None
+    if ours is PatchEmbed and still_images:
+        return StillPatchEmbed
+    if ours is Tower and not hasattr(module, "interpolation_align_corners"):  # of an older transformers
+        return None
+    return ours

@@ -1,0 +1,90 @@
+"""Modules of other frameworks exchanged in place: an instance becomes one of a subclass of its class, and back.
+
+Parameters, buffers, hooks and state-dict keys stay where they are. The subclass bears the original's name, by which
+frameworks know their modules (saved configurations, sharding policies, recorders of outputs).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels compute in
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Swapped(nn.Module):
+    """What replaces methods of an original: super() is the original's."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _blank, type(self).__bases__, *state  # a class made on the fly has no place to be found at
+
+
+_originals: dict[type, type] = {}  # of each subclass made here
+
+
+@cache
+def _subclass(ours: type, original: type) -> type:
+    names = {key: getattr(original, key) for key in ("__module__", "__doc__")}
+    subclass = type(original.__name__, (ours, original), names)
+    _originals[subclass] = original
+    return subclass
+
+
+def _blank(ours: type, original: type) -> Any:
+    return object.__new__(_subclass(ours, original))
+
+
+def swap(model: nn.Module, choose: Callable[[type, nn.Module], type[Swapped] | None]) -> list[str]:
+    """Give each module the methods that `choose` has for its original class; names of the modules that have them.
+
+    A module whose forward somebody replaced is left alone: that one would win.
+    """
+    names = []
+    for name, module in model.named_modules():
+        original = _originals.get(type(module), type(module))
+        ours = choose(original, module)
+        if ours is not None and "forward" not in vars(module):
+            module.__class__ = _subclass(ours, original)
+            names.append(name)
+    return names
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Give every swapped module its original class back; their names."""
+    names = []
+    for name, module in model.named_modules():
+        if type(module) in _originals:
+            module.__class__ = _originals[type(module)]
+            names.append(name)
+    return names
+
+
+def untouched(module: nn.Module) -> bool:
+    """Nothing but its forward happens when it is called."""
+    return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def plain(module: nn.Module, kind: type) -> bool:
+    """Its weights say all it does: no adapter, no quantized or sharded variant, no hooks."""
+    return type(module) is kind and untouched(module)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """In which torch would compute a product with this weight."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype in FLOATS:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def weights(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight [D, K] and bias [D] of a layer that is one product."""
+    return layer.weight.flatten(1).to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+
+
+def missing(package: str, error: ImportError) -> ImportError:
+    return ImportError(f'mm1.integrations needs {package} ({error}): pip install "mm1-engine[integrations]"')

@@ -1,0 +1,128 @@
+"""The second 1×1 product of conv_block, whose operand is gated image by image as it is loaded.
+
+    y[p] = (b[p] · gate[image of p]) · Wᵀ        b [P, K], gate [N, K], W [C, K] -> [P, C]
+
+Gated apart, b would be read and written once more: 2·P·K elements, which for K = 1024 in bf16 costs an H200 a third of
+what the product takes. A tile whose rows are of two images at most, as all are where images have 128 rows, loads two
+rows of gates.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mm1.kernels import tiles
+from mm1.kernels.dispatch import Device, cdiv, device_of, launch
+from mm1.kernels.tiles import (
+    UPCAST,
+    Shape,
+    descriptor,
+    dot,
+    load_rows,
+    load_weight,
+    store_tile,
+    tile_of,
+    weight_operands,
+)
+from mm1.kernels.tuning import config_for
+
+
+@dataclass(frozen=True)
+class Config(tiles.Config):
+    fused: bool = True  # else gated by a kernel of its own, then multiplied by cuBLAS
+
+
+def default(rows: int, k: int, n: int, dtype: torch.dtype, device: Device) -> Config:
+    """fp32 is left to cuBLAS, whose products of single multiplications are twice Triton's; so are rows that are not
+    loaded 16 bytes at a time, whose gates spilled from the registers."""
+    tile = tiles.default(Shape(rows, 1, k, n), dtype, device)
+    if device.arch not in ("sm_90", "sm_100"):  # 128 × 128 spilled beside a tile of gates
+        tile = replace(tile, block_n=min(tile.block_n, 64))
+    return Config(**vars(tile), fused=dtype != torch.float32 and k % 16 == 0)
+
+
+@triton.jit
+def _times(b, gate):
+    if UPCAST:  # the interpreter multiplies bf16 wrongly
+        return (b.to(tl.float32) * gate.to(tl.float32)).to(b.dtype)
+    else:
+        return b * gate
+
+
+@triton.jit
+def _gate_rows(gate_ptr, image, k, K, BLOCK_K: tl.constexpr):
+    offs_k = k + tl.arange(0, BLOCK_K)
+    return tl.load(gate_ptr + image.to(tl.int64)[:, None] * K + offs_k[None, :], (offs_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _gemm_kernel(
+    b, gate_ptr, owner_ptr, w, y_ptr, y_desc, stride_wk, stride_wn, P, K, N, B_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    Y_TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    num_m = tl.cdiv(P, BLOCK_M)
+    num_n = tl.cdiv(N, BLOCK_N)
+    only = tl.full((), 0, tl.int32)  # the only weight
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
+        row = pid_m * BLOCK_M
+        n = pid_n * BLOCK_N
+        rows = tl.minimum(row + tl.arange(0, BLOCK_M), P - 1)
+        image = tl.maximum(tl.load(owner_ptr + rows), 0)  # rows of no image are zeros, whatever the gate
+        low = tl.min(image, 0)
+        high = tl.max(image, 0)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if tl.max(((image != low) & (image != high)).to(tl.int32), 0) == 0:
+            for k in range(0, K, BLOCK_K):
+                offs_k = k + tl.arange(0, BLOCK_K)
+                gate = tl.load(gate_ptr + low.to(tl.int64) * K + offs_k, offs_k < K, other=0.0)
+                other = tl.load(gate_ptr + high.to(tl.int64) * K + offs_k, offs_k < K, other=0.0)
+                gates = tl.where((image == low)[:, None], gate[None, :], other[None, :])
+                tile_b = load_rows(b, rows, row, k, K, 1, K, BLOCK_K, B_TMA)
+                tile_w = load_weight(w, only, k, n, 0, stride_wk, stride_wn, K, N, BLOCK_K, BLOCK_N, W_TMA)
+                acc = dot(_times(tile_b, gates), tile_w, acc)
+        else:
+            # Images of few rows. In a pipeline a third operand took all of an H200's shared memory.
+            for k in tl.range(0, K, BLOCK_K, num_stages=1):
+                gates = _gate_rows(gate_ptr, image, k, K, BLOCK_K)
+                tile_b = load_rows(b, rows, row, k, K, 1, K, BLOCK_K, B_TMA)
+                tile_w = load_weight(w, only, k, n, 0, stride_wk, stride_wn, K, N, BLOCK_K, BLOCK_N, W_TMA)
+                acc = dot(_times(tile_b, gates), tile_w, acc)
+        store_tile(y_ptr, y_desc, acc, row, P, n, N, N, BLOCK_M, BLOCK_N, Y_TMA)
+
+
+@triton.jit
+def _gate_kernel(b_ptr, gate_ptr, owner_ptr, y_ptr, P, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    num_k = tl.cdiv(K, BLOCK_K)
+    rows = tl.program_id(0) // num_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % num_k * BLOCK_K
+    offs_k = k + tl.arange(0, BLOCK_K)
+    image = tl.maximum(tl.load(owner_ptr + rows, rows < P, other=0), 0)
+    places = rows.to(tl.int64)[:, None] * K + offs_k[None, :]
+    inside = (rows < P)[:, None] & (offs_k < K)[None, :]
+    y = _times(tl.load(b_ptr + places, inside, other=0.0), _gate_rows(gate_ptr, image, k, K, BLOCK_K))
+    tl.store(y_ptr + places, y, inside)
+
+
+def gated_mm(b: Tensor, gate: Tensor, owner: Tensor, w: Tensor) -> Tensor:
+    """b [P, K], zero in rows of no image, w [C, K] of any strides -> [P, C]; b may be overwritten."""
+    (P, K), N = b.shape, len(w)
+    device = device_of(b)
+    config = config_for("conv_gate", lambda: default(P, K, N, b.dtype, device))
+    if not config.fused:
+        launch(_gate_kernel, cdiv(P, 16) * cdiv(K, 128), b, gate, owner, b, P, K, 16, 128, num_warps=4)
+        return torch.mm(b, w.t())
+    y = b.new_empty(P, N)
+    b_desc = descriptor(b, [config.block_m, config.block_k], config)
+    y_desc = descriptor(y, [config.block_m, config.block_n], config)
+    w_any, order = weight_operands(config, w.t()[None])
+    launch(
+        _gemm_kernel, tiles.programs(cdiv(P, config.block_m) * cdiv(N, config.block_n), config, device),
+        b if b_desc is None else b_desc, gate, owner, w_any, y, y_desc, w.stride(1), w.stride(0), P, K, N,
+        b_desc is not None, order, y_desc is not None, config.block_m, config.block_n, config.block_k,
+        config.group_m, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y

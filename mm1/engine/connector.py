@@ -162,8 +162,8 @@ def _pooled(images: int, out: tuple[int, int], device: torch.device) -> Grids:
     """The grids after the pool, the same for every batch of so many images."""
     if torch.compiler.is_compiling():  # a table that fills up would compile its reader again
         first = torch.arange(images, device=device) * (out[0] * out[1])
-        size = [torch.full_like(first, n) for n in (out[0] * out[1], *out)]
-        return Grids.of_tensors(first, *size, images * out[0] * out[1])
+        rows, h, w = (torch.full_like(first, n) for n in (out[0] * out[1], *out))
+        return Grids.of_tensors(first, rows, h, w, images * out[0] * out[1])
     if (images, out) not in _POOLED:
         _POOLED[images, out] = Grids([out] * images)
     return _POOLED[images, out].to(device)

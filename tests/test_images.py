@@ -123,6 +123,11 @@ def test_pil_warns_no_one(monkeypatch):
     assert [str(w.message) for w in caught] == ["another's warning"]
 
 
+def test_the_longest_image_a_policy_gives():
+    assert ImagePolicy(14, size=672).longest == 48 * 48
+    assert ImagePolicy(14, mode="native", max_patches=300).longest == 300
+
+
 def test_squash_is_pils_bicubic_to_a_square():
     image = Image.fromarray(noise(50, 90, 3))
     out = ImagePolicy(patch=14).resize(image)

@@ -1,9 +1,10 @@
 import itertools
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, INTERPRETED, gradients, needs_gpu, not_interpreted, relative_error
+from conftest import DEVICE, INTERPRETED, gradients, needs_gpu, needs_triton, not_interpreted, relative_error
 
 from mm1.kernels import patch_embed as module
 from mm1.kernels.grids import Grids
@@ -83,6 +84,18 @@ def test_bytes_are_convolved_and_positions_interpolated(p, dtype):
         assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
+def test_64_images_from_one_patch_to_96_by_96():
+    draw = random.Random(0)
+    most = 9 if INTERPRETED else 40
+    sizes = [(96, 96), (1, 64), (64, 1), (1, 1), *((draw.randint(1, most), draw.randint(1, most)) for _ in range(60))]
+    inputs, pixels = parameters(4, width=4, table=(5, 3)), packed(images(4, sizes))
+    y, _ = patch_embed(pixels, Grids(sizes), *inputs, patch_size=4, **NORMAL)
+    truth = by_hand(pixels, 4, *inputs, sizes=sizes)
+    assert relative_error(y, truth) < 1e-5
+    for found, expected in zip(gradients(y, inputs), gradients(truth, inputs)):
+        assert relative_error(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [4, pytest.param(14, marks=not_interpreted)])
 def test_float_pixels_have_a_gradient(p, dtype):
@@ -135,6 +148,15 @@ def test_pixels_off_a_words_border():
     assert module.word_bytes(bytes_, p) == 1
     found, truth = (patch_embed(x, grids, weight, bias, table, patch_size=p)[0] for x in (bytes_, pixels))
     assert relative_error(found, truth) < 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("block_n", [64, 128])
+def test_wide_tiles_are_finished_in_parts(block_n):
+    inputs, pixels = parameters(4, width=130), packed(images(4))
+    with pinned(patch_embed=Config(block_m=16, block_n=block_n, block_k=32, warps=4, stages=2, tma=False)):
+        y, _ = patch_embed(pixels, Grids(SIZES), *inputs, patch_size=4, **NORMAL)
+    assert relative_error(y, by_hand(pixels, 4, *inputs)) < 1e-5
 
 
 def test_padding_changes_nothing_and_is_zero():
@@ -278,6 +300,7 @@ def test_refuses_bad_arguments():
         "grids: a side is not positive": lambda: Grids([(2, 3), (0, 3)]),
         "grids: a side is no multiple of merge 2": lambda: Grids([(2, 3)], merge=2),
         "grids: 1 images of 6 patches exceed": lambda: Grids([(2, 3)], patches=5),
+        "grids: an image of 6 patches exceeds the longest": lambda: Grids([(2, 3)], longest=5),
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=match):
             run()

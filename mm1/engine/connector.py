@@ -68,7 +68,9 @@ class AttentionPool(nn.Module):
         )
         k, v = self.kv(self.norm_features(tokens)).unflatten(1, (2, self.heads, -1)).unbind(1)
         cu_q = torch.arange(grids.images + 1, dtype=torch.int32, device=tokens.device) * n
-        pooled = attention(q, k, v, cu_q, causal=False, cu_seqlens_k=grids.cu_seqlens).flatten(1)
+        pooled = attention(
+            q, k, v, cu_q, causal=False, cu_seqlens_k=grids.cu_seqlens, max_length=max(n, grids.longest)
+        ).flatten(1)
         x = self.queries.repeat(grids.images, 1) + self.out(pooled)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -155,18 +157,11 @@ class CAbstractor(nn.Module):
         return self.readout(x)
 
 
-_POOLED: dict[tuple, Grids] = {}
-
-
 def _pooled(images: int, out: tuple[int, int], device: torch.device) -> Grids:
-    """The grids after the pool, the same for every batch of so many images."""
-    if torch.compiler.is_compiling():  # a table that fills up would compile its reader again
-        first = torch.arange(images, device=device) * (out[0] * out[1])
-        rows, h, w = (torch.full_like(first, n) for n in (out[0] * out[1], *out))
-        return Grids.of_tensors(first, rows, h, w, images * out[0] * out[1])
-    if (images, out) not in _POOLED:
-        _POOLED[images, out] = Grids([out] * images)
-    return _POOLED[images, out].to(device)
+    """The grids after the pool."""
+    first = torch.arange(images, device=device) * (out[0] * out[1])
+    rows, h, w = (torch.full_like(first, n) for n in (out[0] * out[1], *out))
+    return Grids.of_tensors(first, rows, h, w, images * out[0] * out[1])
 
 
 def build(c: config.Connector, in_width: int, out_width: int) -> nn.Module:

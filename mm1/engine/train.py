@@ -170,15 +170,16 @@ def make_loader(
 ) -> Loader:
     """Packed batches of the run's sources. Raises DataError for whatever is wrong with them."""
     d, m = run.data, run.model
+    policy = ImagePolicy(patch=m.vision.patch, mode=m.image_mode, size=m.image_size, max_patches=m.image_patches)
     budget = Budget(
         tokens=d.tokens,
         images=d.images,
-        patches=d.patches or d.images * m.image_patches,
+        patches=d.patches or d.images * policy.longest,
         documents=d.documents or max(1, d.tokens // 16),
+        longest=policy.longest,
     )
     if budget.tokens < m.connector.tokens + 2:
         raise DataError(f"setting data.tokens is {d.tokens}, too few for one image of {m.connector.tokens} tokens")
-    policy = ImagePolicy(patch=m.vision.patch, mode=m.image_mode, size=m.image_size, max_patches=m.image_patches)
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
     for source in sources:

@@ -36,9 +36,9 @@ class VisionBlock(nn.Module):
         self.fc1 = nn.Linear(c.width, c.ffn)
         self.fc2 = nn.Linear(c.ffn, c.width)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # (P, H, Dh) each
-        x = x + self.out(attention(q, k, v, cu_seqlens, causal=False).flatten(1))
+        x = x + self.out(attention(q, k, v, cu_seqlens, causal=False, max_length=longest).flatten(1))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
@@ -67,5 +67,5 @@ class VisionEncoder(nn.Module):
             x = torch.cat([tokens, x]).index_select(0, torch.cat([class_rows, patch_rows]).argsort())
         x = self.pre_norm(x)
         for block in self.blocks:
-            x = block(x, cu_seqlens)
+            x = block(x, cu_seqlens, grids.longest + c.class_token)
         return x if patch_rows is None else x.index_select(0, patch_rows)

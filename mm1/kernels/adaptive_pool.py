@@ -46,8 +46,7 @@ def _pool_backward_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
-    first, h, w, there = image_of(owner_ptr, table_ptr, rows, P)
-    image = tl.load(owner_ptr + rows, there, other=0)
+    image, first, h, w, there = image_of(owner_ptr, table_ptr, rows, P)
     dx = gathered(dy_ptr, image, rows - first, h, w, there, offs_c, C, OH, OW)
     places = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
     tl.store(dx_ptr + places, dx.to(dx_ptr.dtype.element_ty), (rows < P)[:, None] & in_c)

@@ -89,7 +89,7 @@ def _zero_tail(y_ptr, owner_ptr, table_ptr, offs_c, P, C, ROWS: tl.constexpr):
     """Zeros in y's rows of no image."""
     for row in range(tl.program_id(0) * ROWS, P, tl.num_programs(0) * ROWS):
         rows = row + tl.arange(0, ROWS)
-        _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
+        _, _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
         nothing = ((rows < P) & (there == 0))[:, None] & (offs_c < C)[None, :]
         zeros = tl.zeros((ROWS, offs_c.shape[0]), y_ptr.dtype.element_ty)
         tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], zeros, nothing)

@@ -155,7 +155,7 @@ def _join_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
-    _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
+    _, _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
     gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
     gamma_x, beta_x = gamma, beta
     if DOWN:
@@ -212,11 +212,10 @@ def _join_backward_kernel(
     dgamma_x = tl.zeros((BLOCK_C,), tl.float32)
     for row in range(tl.program_id(0) * ROWS, P, tl.num_programs(0) * ROWS):
         rows = row + tl.arange(0, ROWS)
-        first, h, w, there = image_of(owner_ptr, table_ptr, rows, P)
+        image, first, h, w, there = image_of(owner_ptr, table_ptr, rows, P)
         places = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
         inside = there[:, None] & in_c
         if OH > 0:
-            image = tl.load(owner_ptr + rows, there, other=0)
             dy = gathered(dy_ptr, image, rows - first, h, w, there, offs_c, C, OH, OW)
         else:
             dy = tl.load(dy_ptr + places, inside, other=0.0).to(tl.float32)

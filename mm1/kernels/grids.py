@@ -21,9 +21,10 @@ STRIP_ROWS, STRIP_COLUMNS = 16, 4
 class Grids:
     """Grids (h, w) of N images in P packed patches, on one device.
 
-    sizes: host list of (h, w). images, patches: N and P to pad to (default: exactly as many as there are). merge: the
-    patches of an image come in blocks of merge × merge, as in Qwen-VL, instead of row by row.
-    Raises ValueError if a side is not positive or no multiple of merge, or if the images exceed the budget.
+    sizes: host list of (h, w). images, patches: N and P to pad to (default: exactly as many as there are). longest: no
+    image has more patches (default: the most there are, or where the batch is padded P), which is what attention's
+    launches are sized by. merge: the patches of an image come in blocks of merge × merge, as in Qwen-VL, instead of row
+    by row. Raises ValueError if a side is not positive or no multiple of merge, or if the images exceed a budget.
 
     table int32 [N, 4]: first row, rows, h, w. owner int32 [P]: image of each row, -1 or one without that row if none.
     cu_seqlens int32 [N+1]: where each image's patches begin. strips int32 [N+1]: likewise of its strips.
@@ -35,6 +36,7 @@ class Grids:
         *,
         images: int | None = None,
         patches: int | None = None,
+        longest: int | None = None,
         merge: int = 1,
         device: torch.device | str = "cpu",
     ):
@@ -48,6 +50,8 @@ class Grids:
             table += [first, h * w, h, w]
             first += h * w
         self.used = first
+        most = max([0, *[h * w for h, w in self.sizes]])
+        self.longest = longest if longest is not None else most if patches is None else patches
         patches = first if patches is None else patches
         images = len(self.sizes) if images is None else images
         if first > patches or len(self.sizes) > images:
@@ -55,8 +59,11 @@ class Grids:
                 f"grids: {len(self.sizes)} images of {first} patches exceed the budget of "
                 f"{images} images and {patches} patches"
             )
+        if most > self.longest:
+            raise ValueError(f"grids: an image of {most} patches exceeds the longest there may be, {self.longest}")
         table += [first, 0, 0, 0] * (images - len(self.sizes))
-        self._fill(_moved(torch.tensor(table, dtype=torch.int32).view(-1, 4), device), patches, merge)
+        with torch.inference_mode(False):  # whoever evaluates first may train with them later
+            self._fill(_moved(torch.tensor(table, dtype=torch.int32).view(-1, 4), device), patches, merge)
 
     @classmethod
     def of_tensors(cls, first: Tensor, rows: Tensor, h: Tensor, w: Tensor, patches: int, *, merge: int = 1) -> "Grids":
@@ -66,6 +73,7 @@ class Grids:
         """
         grids = cls.__new__(cls)
         grids.sizes = grids.used = None
+        grids.longest = patches
         grids._fill(torch.stack([first, rows, h, w], 1).int(), patches, merge)
         return grids
 
@@ -85,9 +93,9 @@ class Grids:
         if torch.device(device) == self.table.device:
             return self
         if str(device) not in self._elsewhere:
-            with torch.inference_mode(False):  # what is kept must serve training too
+            with torch.inference_mode(False):
                 other = Grids.__new__(Grids)
-                other.sizes, other.used = self.sizes, self.used
+                other.sizes, other.used, other.longest = self.sizes, self.used, self.longest
                 other._fill(_moved(self.table, device), self.patches, self.merge)
             self._elsewhere[str(device)] = other
         return self._elsewhere[str(device)]
@@ -113,11 +121,11 @@ def as_grids(grids: "Grids | Sequence[tuple[int, int]]", device: torch.device | 
 
 @triton.jit
 def image_of(owner_ptr, table_ptr, rows, P):
-    """First row, h and w of the image each row belongs to, and whether it belongs to one (h = w = 1 where not)."""
+    """Image of each row, its first row, h and w, and whether the row belongs to one (h = w = 1 where not)."""
     image = tl.load(owner_ptr + rows, rows < P, other=-1)
     there = image >= 0
     first = tl.load(table_ptr + image * 4, there, other=0)
     there = there & (rows - first < tl.load(table_ptr + image * 4 + 1, there, other=0))
     h = tl.load(table_ptr + image * 4 + 2, there, other=1)
     w = tl.load(table_ptr + image * 4 + 3, there, other=1)
-    return first, h, w, there
+    return image, first, h, w, there

@@ -4,10 +4,8 @@
 
 uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values a patch in (row, column, channel) order. Reads ΣHW·3
 pixels, the weight and the table once, writes P·Dv; 2·P·K·Dv operations. No patch is ever cut out or normalised in
-memory: pixels are gathered by the product itself as whole words of 1, 2 or 4 bytes, centred to -128 … 127, which every
-dtype holds exactly, and mean and std go into the weight and the bias:
-
-    tokens = W' · (u - 128) + b',   W' = W / (255 std),   b' = b + Σ W (128 / 255 - mean) / std
+memory: the product itself gathers pixels, centred to -128 … 127, which every dtype holds exactly, and mean and std go
+into the weight and the bias (pixels.py). Bias and positions are added to a finished tile.
 
 The reduction runs over steps of block_k and one last step no wider than what is left (588 = 9 · 64 + 12). Backward
 gathers the pixels again: nothing but the arguments is kept.
@@ -27,13 +25,13 @@ from mm1.kernels import positions as positions_module
 from mm1.kernels.dispatch import Cost, Device, cdiv, device_of, expect, launch, on_cpu, power_of_2
 from mm1.kernels.grids import Grids, as_grids, image_of
 from mm1.kernels.patch_embed_cpu import backward_cpu, embed_cpu, forward_cpu
+from mm1.kernels.pixels import as_words, fold, gather, places_of, scatter, unfold, values, word_bytes
 from mm1.kernels.positions import INTERPOLATIONS, expect_interpolation, place_of, resample
 from mm1.kernels.tiles import Config, Shape, descriptor, dot, fitted, tile_of
 from mm1.kernels.tuning import config_for
 
 CENTRE = 128
 PART = tl.constexpr(32)  # columns of a tile that are finished at once
-ROWS = 128  # patches one program finds the places of
 WAVES = 2  # of programs a split of the weight gradient aims at
 
 
@@ -50,107 +48,6 @@ def default_dw(patches: int, k: int, width: int, dtype: torch.dtype, device: Dev
     if dtype == torch.float32:
         config = replace(config, block_m=64, block_n=64, block_k=32, stages=2)
     return fitted(config, Shape(patches, 1, k, width), dtype, device)
-
-
-@triton.jit
-def _channel(k, c0, c1, c2):
-    return tl.where(k % 3 == 0, c0, tl.where(k % 3 == 1, c1, c2))
-
-
-@triton.jit
-def _fold_kernel(
-    w_ptr, bias_ptr, folded_ptr, folded_bias_ptr, stride_n, stride_k, K, K_PADDED, scale0, scale1, scale2, shift0,
-    shift1, shift2, HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """W' [Dv, K_PADDED], zeros past K, and b' fp32 [Dv]: a program a row."""
-    n = tl.program_id(0).to(tl.int64)
-    bias = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, K_PADDED, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(w_ptr + n * stride_n + k * stride_k, k < K, other=0.0).to(tl.float32)
-        folded = w * _channel(k, scale0, scale1, scale2)
-        tl.store(folded_ptr + n * K_PADDED + k, folded.to(folded_ptr.dtype.element_ty), k < K_PADDED)
-        bias += w * _channel(k, shift0, shift1, shift2)
-    total = tl.sum(bias, 0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n).to(tl.float32)
-    tl.store(folded_bias_ptr + n, total)
-
-
-@triton.jit
-def _unfold_kernel(
-    part_ptr, bias_ptr, dw_ptr, db_ptr, N, K, splits, scale0, scale1, scale2, shift0, shift1, shift2,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dW = scale · Σ of the splits + shift · db, db = Σ of the splits: a program a row."""
-    n = tl.program_id(0).to(tl.int64)
-    db = 0.0
-    for split in range(splits):
-        db += tl.load(bias_ptr + split * N + n)
-    tl.store(db_ptr + n, db)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        dw = tl.zeros((BLOCK_K,), tl.float32)
-        for split in range(splits):
-            dw += tl.load(part_ptr + (split * N + n) * K + k, k < K, other=0.0)
-        dw = dw * _channel(k, scale0, scale1, scale2) + db * _channel(k, shift0, shift1, shift2)
-        tl.store(dw_ptr + n * K + k, dw.to(dw_ptr.dtype.element_ty), k < K)
-
-
-@triton.jit
-def _places_kernel(
-    owner_ptr, images_ptr, word_ptr, stride_ptr, P, PATCH: tl.constexpr, WORD: tl.constexpr, MERGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Where each patch's pixels begin, and how far apart its rows are, in words; -1: a row of no image."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, _, w, there = image_of(owner_ptr, images_ptr, rows, P)
-    row, column = place_of(rows - first, w, MERGE)
-    line = w * (PATCH * 3) // WORD
-    begin = first.to(tl.int64) * (PATCH * PATCH * 3) // WORD
-    word = begin + row * PATCH * line.to(tl.int64) + column * (PATCH * 3 // WORD)
-    tl.store(word_ptr + rows, tl.where(there, word, -1), rows < P)
-    tl.store(stride_ptr + rows, line, rows < P)
-
-
-@triton.jit
-def _gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
-    """Words q of each patch [rows, len(q)]; where there is none, such as are zeros once centred."""
-    places = word[:, None] + (q // ROW)[None, :] * stride[:, None] + (q % ROW)[None, :]
-    inside = (word >= 0)[:, None] & (q < last)[None, :]
-    # The bytes 128: minus 2³¹ and so on, read with a sign.
-    if WORD == 4:
-        return tl.load(x_ptr + places, inside, other=-2139062144)
-    elif WORD == 2:
-        return tl.load(x_ptr + places, inside, other=-32640)
-    elif x_ptr.dtype.element_ty == tl.uint8:
-        return tl.load(x_ptr + places, inside, other=128)
-    else:
-        return tl.load(x_ptr + places, inside, other=0.0)
-
-
-@triton.jit
-def _centred(byte, DTYPE: tl.constexpr):
-    # 2²³ + byte in fp32 by its bits, minus 2²³ + 128: a conversion of integers runs at an eighth of this.
-    return ((byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(DTYPE)
-
-
-@triton.jit
-def _values(words, WORD: tl.constexpr, DTYPE: tl.constexpr):
-    """[M, Q] words -> [M, Q · WORD] pixel values."""
-    M: tl.constexpr = words.shape[0]
-    Q: tl.constexpr = words.shape[1]
-    if WORD == 4:
-        even = tl.join(_centred(words & 0xFF, DTYPE), _centred((words >> 16) & 0xFF, DTYPE))
-        odd = tl.join(_centred((words >> 8) & 0xFF, DTYPE), _centred((words >> 24) & 0xFF, DTYPE))
-        return tl.reshape(tl.join(even, odd), (M, Q * 4))
-    elif WORD == 2:
-        pair = words.to(tl.int32)
-        return tl.reshape(tl.join(_centred(pair & 0xFF, DTYPE), _centred((pair >> 8) & 0xFF, DTYPE)), (M, Q * 2))
-    elif words.dtype == tl.uint8:
-        return _centred(words.to(tl.int32), DTYPE)
-    else:
-        return words.to(DTYPE)
 
 
 @triton.jit
@@ -188,7 +85,7 @@ def _finish(
 ):  # fmt: skip
     """Adds bias and positions to columns n on of a tile, and stores them."""
     offs_n = n + tl.arange(0, acc.shape[1])
-    first, h, w, there = image_of(owner_ptr, images_ptr, rows, P)
+    _, first, h, w, there = image_of(owner_ptr, images_ptr, rows, P)
     if HAS_TABLE:
         row, column = place_of(rows - first, w, MERGE)
         acc += resample(table_ptr, row, column, h, w, there, Gh, Gw, offs_n, N, MODE, ANTIALIAS, ALIGN)
@@ -226,17 +123,17 @@ def _embed_kernel(
         word = tl.load(word_ptr + rows, rows < P, other=-1)
         stride = tl.load(stride_ptr + rows, rows < P, other=0)
         q = tl.arange(0, BLOCK_K // WORD)
-        words = _gather(x_ptr, word, stride, q, MAIN // WORD, ROW, WORD)
+        words = gather(x_ptr, word, stride, q, MAIN // WORD, ROW)
         for k in range(0, MAIN, BLOCK_K):
             # The words of the next step are on their way while this one is multiplied.
-            after = _gather(x_ptr, word, stride, q + (k + BLOCK_K) // WORD, MAIN // WORD, ROW, WORD)
+            after = gather(x_ptr, word, stride, q + (k + BLOCK_K) // WORD, MAIN // WORD, ROW)
             b = _load_w(w, w_tail, n * BLOCK_N, k, stride_w, K, N, BLOCK_K, BLOCK_N, TMA, False)
-            acc = dot(_values(words, WORD, DTYPE), b, acc)
+            acc = dot(values(words, WORD, DTYPE), b, acc)
             words = after
         if TAIL > 0:
-            words = _gather(x_ptr, word, stride, MAIN // WORD + tl.arange(0, TAIL // WORD), K // WORD, ROW, WORD)
+            words = gather(x_ptr, word, stride, MAIN // WORD + tl.arange(0, TAIL // WORD), K // WORD, ROW)
             b = _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True)
-            acc = dot(_values(words, WORD, DTYPE), b, acc)
+            acc = dot(values(words, WORD, DTYPE), b, acc)
     # Part by part, for want of registers: a tile of table entries beside a wide accumulator spilled.
     if BLOCK_N > PART:
         for p in tl.static_range(BLOCK_N // PART):
@@ -270,7 +167,7 @@ def _embed_dw_kernel(
     bias = tl.zeros((BLOCK_M,), tl.float32)
     rows = begin + tl.arange(0, BLOCK_K)
     word = tl.load(word_ptr + rows, rows < end, other=-1)
-    words = _gather(x_ptr, word, tl.load(stride_ptr + rows, rows < end, other=0), q, K // WORD, ROW, WORD)
+    words = gather(x_ptr, word, tl.load(stride_ptr + rows, rows < end, other=0), q, K // WORD, ROW)
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         inside = (word >= 0)[:, None] & (offs_m < N)[None, :]
@@ -278,8 +175,8 @@ def _embed_dw_kernel(
         dy = tl.load(dy_ptr + places, inside, other=0.0)
         rows += BLOCK_K
         word = tl.load(word_ptr + rows, rows < end, other=-1)
-        after = _gather(x_ptr, word, tl.load(stride_ptr + rows, rows < end, other=0), q, K // WORD, ROW, WORD)
-        acc = dot(dy.T, _values(words, WORD, dy.dtype), acc)
+        after = gather(x_ptr, word, tl.load(stride_ptr + rows, rows < end, other=0), q, K // WORD, ROW)
+        acc = dot(dy.T, values(words, WORD, dy.dtype), acc)
         bias += tl.sum(dy.to(tl.float32), 0)
         words = after
     offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -287,51 +184,6 @@ def _embed_dw_kernel(
     tl.store(part_ptr + places, acc, (offs_m < N)[:, None] & (offs_k < K)[None, :])
     if pid_n == 0:
         tl.store(bias_ptr + split * N + offs_m, bias, offs_m < N)
-
-
-@triton.jit
-def _scatter_kernel(
-    patches_ptr, word_ptr, stride_ptr, x_ptr, stride, K: tl.constexpr, ROW: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Values of each patch back to where its pixels lie: every pixel belongs to one patch."""
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.load(word_ptr + row)
-    line = tl.load(stride_ptr + row)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (k < K) & (word >= 0)
-        value = tl.load(patches_ptr + row * stride + k, inside, other=0.0)
-        tl.store(x_ptr + word + k // ROW * line + k % ROW, value.to(x_ptr.dtype.element_ty), inside)
-
-
-def word_bytes(x: Tensor, patch: int) -> int:
-    """Widest word, in bytes, that patches' rows consist of; float pixels are taken one by one."""
-    if x.dtype != torch.uint8:
-        return 1
-    return next(n for n in (4, 2, 1) if patch * 3 % n == 0 and x.data_ptr() % n == 0 and x.numel() % n == 0)
-
-
-def _as_words(x: Tensor, word: int) -> Tensor:
-    return x if word == 1 else x.view(-1).view(torch.int32 if word == 4 else torch.int16)
-
-
-def _fold(weight: Tensor, bias: Tensor | None, scale: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """W' [Dv, K up to 16] and b' fp32 [Dv]."""
-    N, K = weight.shape
-    folded = weight.new_empty(N, cdiv(K, 16) * 16)  # rows of whole 32 bytes, which bulk copies ask for
-    folded_bias = weight.new_empty(N, dtype=torch.float32)
-    launch(
-        _fold_kernel, N, weight, bias, folded, folded_bias, *weight.stride(), K, folded.shape[1], *scale, *shift,
-        bias is not None, 1024, num_warps=4,
-    )  # fmt: skip
-    return folded, folded_bias
-
-
-def _places(images: Tensor, owner: Tensor, patch: int, word: int, merge: int) -> tuple[Tensor, Tensor]:
-    words, strides = owner.new_empty(len(owner), dtype=torch.int64), torch.empty_like(owner)
-    launch(_places_kernel, cdiv(len(owner), ROWS), owner, images, words, strides, len(owner), patch, word, merge, ROWS,
-           num_warps=4)  # fmt: skip
-    return words, strides
 
 
 def _embed(
@@ -367,10 +219,10 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """x [ΣHW, 3] -> [P, Dv]; the value of a pixel of channel c is scale[c] · (x or x - 128) + shift[c]."""
     word = word_bytes(x, patch)
-    places = _places(images, owner, patch, word, merge)
-    folded, folded_bias = _fold(weight, bias, scale, shift)
+    places = places_of(images, owner, patch, word, merge)
+    folded, folded_bias = fold(weight, bias, scale, shift)
     return _embed(
-        _as_words(x, word), word, patch * 3 // word, places, folded, weight.shape[1], folded_bias, table, images,
+        as_words(x, word), word, patch * 3 // word, places, folded, weight.shape[1], folded_bias, table, images,
         owner, weight.dtype, merge, mode, antialias, align,
     )  # fmt: skip
 
@@ -386,7 +238,7 @@ def backward(
     if need_weight:
         word = word_bytes(x, patch)
         config = config_for("patch_embed_dw", lambda: default_dw(P, K, N, dy.dtype, device))
-        words, strides = _places(images, owner, patch, word, merge)
+        words, strides = places_of(images, owner, patch, word, merge)
         tiles = cdiv(N, config.block_m) * cdiv(K, config.block_n)
         splits = max(1, min(cdiv(P, 8 * config.block_k), WAVES * device.units // max(tiles, 1)))
         share = cdiv(cdiv(P, splits), config.block_k) * config.block_k
@@ -394,16 +246,16 @@ def backward(
         part = dy.new_empty(splits, N, K, dtype=torch.float32)
         sums = dy.new_empty(splits, N, dtype=torch.float32)
         launch(
-            _embed_dw_kernel, splits * tiles, _as_words(x, word), words, strides, dy, part, sums, P, N, *dy.stride(),
+            _embed_dw_kernel, splits * tiles, as_words(x, word), words, strides, dy, part, sums, P, N, *dy.stride(),
             share, K, patch * 3 // word, word, config.block_m, config.block_n, config.block_k, num_warps=config.warps,
             num_stages=config.stages,
         )  # fmt: skip
-        launch(_unfold_kernel, N, part, sums, dw, db, N, K, splits, *scale, *shift, 1024, num_warps=4)
+        unfold(part, sums, dw, db, scale, shift)
     if need_x:
-        words, strides = _places(images, owner, patch, 1, merge)
-        dpatches = dy @ _fold(weight, None, scale, shift)[0]
+        words, strides = places_of(images, owner, patch, 1, merge)
+        dpatches = dy @ fold(weight, None, scale, shift)[0]
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format)  # pixels of no image have no gradient
-        launch(_scatter_kernel, P, dpatches, words, strides, dx, dpatches.stride(0), K, patch * 3, 1024, num_warps=4)
+        scatter(dpatches, K, words, strides, patch, dx)
     return dx, dw, db
 
 
@@ -414,7 +266,7 @@ def embed(
     """patches [P, K] -> [P, Dv]."""
     K = weight.shape[1]
     if weight.stride(1) != 1 or weight.stride(0) * weight.element_size() % 16:
-        weight = _fold(weight, None, (1.0,) * 3, (0.0,) * 3)[0]
+        weight = fold(weight, None, (1.0,) * 3, (0.0,) * 3)[0]
     patches = patches if patches.stride(1) == 1 else patches.contiguous()
     return _embed(
         patches, 0, 1, (None, None), weight, K, bias, table, images, owner, weight.dtype, merge, mode, antialias, align

@@ -152,7 +152,7 @@ def _positions_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, h, w, there = image_of(owner_ptr, images_ptr, rows, P)
+    _, first, h, w, there = image_of(owner_ptr, images_ptr, rows, P)
     row, column = place_of(rows - first, w, MERGE)
     y = resample(table_ptr, row, column, h, w, there, Gh, Gw, offs_n, N, MODE, ANTIALIAS, ALIGN)
     places = rows.to(tl.int64)[:, None] * N + offs_n[None, :]

@@ -81,7 +81,7 @@ def pack(documents: Sequence[Document], budget: Budget, *, image_id: int, patch:
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         pixels=torch.from_numpy(np.concatenate(pixels) if pixels else np.zeros((0, 3), np.uint8)),
-        grids=Grids(sizes, images=budget.images, patches=budget.patches),
+        grids=Grids(sizes, images=budget.images, patches=budget.patches, longest=budget.longest),
         image_slots=torch.from_numpy(image_slots),
         target_count=int((targets != IGNORED).sum()),
         keys=tuple(d.key for d in documents),

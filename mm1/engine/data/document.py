@@ -70,6 +70,7 @@ class Budget:
     images: int
     patches: int
     documents: int
+    longest: int | None = None  # patches of one image; None: no bound but that of all
 
 
 @dataclass(frozen=True)

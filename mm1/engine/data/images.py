@@ -84,6 +84,11 @@ class ImagePolicy:
         if self.mode == "squash" and (self.size < 1 or self.size % self.patch):
             raise ValueError(f"ImagePolicy: size is {self.size}, expected a multiple of patch {self.patch}")
 
+    @property
+    def longest(self) -> int:
+        """Most patches an image may come to."""
+        return (self.size // self.patch) ** 2 if self.mode == "squash" else self.max_patches
+
     def resize(self, image: Image.Image) -> np.ndarray:
         """image: RGB -> uint8 [H, W, 3], H and W multiples of patch."""
         if self.mode == "squash":

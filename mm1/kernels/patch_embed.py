@@ -37,16 +37,24 @@ WAVES = 2  # of programs a split of the weight gradient aims at
 
 def default(patches: int, k: int, width: int, dtype: torch.dtype, device: Device) -> Config:
     """Two programs a multiprocessor, so that one multiplies while the other gathers or finishes its tile."""
-    config = Config(block_m=64, block_n=128, block_k=64, warps=4 if device.wgmma else 8, tma=device.tma)
-    if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
-        config = replace(config, block_n=64, block_k=32, warps=8, stages=2, tma=False)
-    return fitted(config, Shape(patches, 1, k, width), dtype, device)
+    config = Config(64, 128, _step(device), warps=4 if device.wgmma else 8, tma=device.tma)
+    return _fitted(config, patches, k, width, dtype, device)
 
 
 def default_dw(patches: int, k: int, width: int, dtype: torch.dtype, device: Device) -> Config:
-    config = Config(block_m=128, block_n=128, block_k=64, warps=8, stages=3, tma=False)
+    return _fitted(Config(128, 128, _step(device), warps=8, tma=False), patches, k, width, dtype, device)
+
+
+def _step(device: Device) -> int:
+    """Products whose operands are in registers beside the accumulator, as before Hopper, spilled with steps of 64."""
+    return 64 if device.arch in ("sm_90", "sm_100") else 32
+
+
+def _fitted(config: Config, patches: int, k: int, width: int, dtype: torch.dtype, device: Device) -> Config:
     if dtype == torch.float32:
-        config = replace(config, block_m=64, block_n=64, block_k=32, stages=2)
+        # Products of single multiplications: small tiles in registers. Of 64 rows Triton 3.7 would make a TF32 product
+        # on a B200, whatever precision it is asked for.
+        config = replace(config, block_m=32, block_n=64, block_k=32, warps=4, stages=2, tma=False)
     return fitted(config, Shape(patches, 1, k, width), dtype, device)
 
 

@@ -1,8 +1,8 @@
 """conv_block and adaptive_pool on CPU: neighbours of one size are a batch of torch's channels-last convolution.
 
-Products are MKL's over all patches at once, which here were 144 ms where oneDNN's 1×1 convolution took 165 (5832 × 1024
-× 1024, one thread). bf16 and fp16 are computed in fp32: CPUs without units for them multiply them 200 times slower.
-Formulas: conv_block.py.
+Forward's products are oneDNN's 1×1 convolutions of all patches at once: 92 ms where MKL's product took 104 (5832 × 1024
+× 1024, two threads), a whole C-Abstractor 7 % faster; backward's are MKL's. bf16 and fp16 are computed in fp32: CPUs
+without units for them multiply them 200 times slower. Formulas: conv_block.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,7 @@ from torch import Tensor
 from mm1.kernels.dispatch import expect
 
 EPS = 1e-5
-# Values of scratch, 16 MB. At 1 MB, in cache, one thread gained 4 % forward, but two waited for each other so often
-# that beside other work they took twice as long.
-STRETCH = 1 << 22
+STRETCH = 1 << 20  # values of scratch, 4 MB: of 1 MB two threads wait for each other too often, 16 MB leave the cache
 aten = torch.ops.aten
 
 
@@ -91,6 +89,14 @@ def _norm_backward(dz, u, mean, rstd, gamma, beta, du, dgamma, dbeta) -> None:
     dbeta += grads[2]
 
 
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """x [P, K] · wᵀ, w [C, K] -> [P, C]."""
+    if x.numel() == 0:
+        return torch.mm(x, w.t())
+    y = F.conv2d(x.view(1, 1, len(x), -1).permute(0, 3, 1, 2), w.view(*w.shape, 1, 1))
+    return y.permute(0, 2, 3, 1).reshape(len(x), len(w))
+
+
 def _single(*tensors: Tensor | None) -> list:
     return [None if t is None else t.float() for t in tensors]
 
@@ -124,7 +130,7 @@ def forward(
     dtype, found = x.dtype, runs(table, "conv_block")
     given = _single(x, w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd)
     x, w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd = given
-    u1 = torch.mm(x, w1.t())
+    u1 = _product(x, w1)
     a = _norm_silu(u1, g1, b1, torch.empty_like(u1) if keep else u1)
     u2 = _conv(a, w2, found)
     b = _norm_silu(u2, g2, b2, u2)
@@ -135,8 +141,8 @@ def forward(
     hidden = torch.addmm(c1, mean, f1.t())
     gate = torch.sigmoid_(torch.addmm(c2, F.silu(hidden), f2.t()))
     _gate(b, gate, found)
-    u3 = torch.mm(b, w3.t(), out=a)
-    v = x.new_empty(0) if wd is None else torch.mm(x, wd.t())
+    u3 = _product(b, w3)
+    v = x.new_empty(0) if wd is None else _product(x, wd)
     y = _rows_like(u3, found)
     for _, n, first, h, w in found:
         rows = slice(first, first + n * h * w)

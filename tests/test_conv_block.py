@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, INTERPRETED, TRITON, needs_triton, not_interpreted, relative_error
+from conftest import DEVICE, INTERPRETED, TRITON, needs_gpu, needs_triton, not_interpreted, relative_error
 from test_adaptive_pool import images, patches, rows
 from torch import nn
 
@@ -366,6 +366,17 @@ def check(device, width_in, width, dtype=torch.bfloat16):
             assert code.matrix == code.instructions["HGMMA"], code
             assert code.bulk_loads, code
             assert code.instructions["UTMASTG"], code
+
+
+@needs_gpu
+def test_no_synchronisation_on_a_gpu():
+    weights, others, grids = weights_of(6), weights_of(8), Grids(GRIDS).to(DEVICE)
+    x = torch.randn(grids.patches, 6, device=DEVICE, requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        conv_block(conv_block(x, grids, weights), grids, others, pool=(2, 2)).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @not_interpreted

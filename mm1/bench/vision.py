@@ -5,6 +5,7 @@ to make that from the same uint8 pixels. budget: images resized to at most 256 p
 native: 224 to 1344 pixels a side, six of which leave 41.5 % of rows padding to the longest; square: 378².
 """
 
+import importlib.util
 import json
 import math
 import random
@@ -51,6 +52,7 @@ def measure(rounds: int, row: str | None = None) -> dict[str, Any]:
     known |= {
         name: lambda name=name, sizes=sizes: _abstractor(name, sizes * (8 if gpu else 1), rounds, device)
         for name, sizes in (("27x27", [(27, 27)] * 8), ("mixed", mixed))
+        if importlib.util.find_spec("timm")  # whose weights it takes
     }
     if rounds < 1 or (row is not None and row not in known):
         raise DataError(f"bench vision: rounds {rounds}, row {row}; expected 1 or more, and one of {', '.join(known)}")
@@ -79,6 +81,8 @@ def _embedding(regime: str, count: int, rounds: int, device: str) -> dict[str, A
     runs: dict[str, tuple[Run, Any]] = {"mm1": (packed, leaves), "mm1 from bytes": (fused, leaves)}
     padded_dy = _padded(dy, sizes, longest)
     for name, peer in {"transformers": _siglip2, "timm": _naflex}.items():
+        if importlib.util.find_spec(name) is None:
+            continue
         call, own = peer(weight, bias, table, sizes, device)
         prepared = _padded(patches, sizes, longest)
         runs[name] = (lambda call=call, x=prepared: call(x), own)

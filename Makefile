@@ -5,8 +5,10 @@ BIN := .venv/bin
 KERNELS := $(addprefix tests/test_, $(addsuffix .py, route grouped_gemm experts positions patch_embed conv_block \
 	adaptive_pool flash))
 GPU_PYTHON ?= $(BIN)/python
+TUNE_SECONDS ?= 240
+GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu tables check-tables clean
 
 demo: .venv/ready
 	$(BIN)/mm1 demo
@@ -24,9 +26,17 @@ test-gpu:
 	CUDA_VISIBLE_DEVICES=0 $(GPU_PYTHON) -m pytest -q $(KERNELS)
 
 bench-gpu:
+	$(GPU_PYTHON) -m mm1.autotune.tune $(TUNE_SECONDS)
 	$(GPU_PYTHON) -m mm1.bench.vision
 	$(GPU_PYTHON) -m mm1.bench.attention
 	$(GPU_PYTHON) -m mm1.bench.experts
+
+# Predicted rows of all kernels for all GPUs, without one; and the check of every row. Half an hour each on two cores.
+tables: .venv/ready
+	$(BIN)/mm1 tune --static $(addprefix --device ,$(GPUS))
+
+check-tables: .venv/ready
+	$(BIN)/mm1 tune --check
 
 lint: .venv/ready
 	$(BIN)/ruff format --check mm1 tests

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,8 @@ from typing import Annotated
 import tyro
 
 from mm1.engine.data.record import DataError
+from mm1.kernels.device import DEVICES
+from mm1.kernels.tuning import TuneError
 
 app = tyro.extras.SubcommandApp()
 Positional = tyro.conf.Positional
@@ -100,9 +103,10 @@ def bench(
         json_file: also write the JSON object there.
     """
     if what == "train":
+        from mm1.autotune.gpu_state import watched
         from mm1.bench.train import measure
 
-        record = measure(size or "digits", rounds)
+        record = watched(lambda: measure(size or "digits", rounds))
     elif what in ("experts", "vision", "attention"):
         record = importlib.import_module(f"mm1.bench.{what}").measure(rounds, size)
     else:
@@ -114,10 +118,81 @@ def bench(
     print(result)
 
 
+@app.command
+def tune(
+    kernels: Positional[tuple[str, ...]] = (),
+    budget: float = 60.0,
+    shape: str | None = None,
+    static: bool = False,
+    check: bool = False,
+    device: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    out: Path | None = None,
+    log: Path | None = None,
+    processes: int = os.cpu_count() or 1,
+) -> None:
+    """Find the configurations that kernels run with. The last line of standard output is one JSON object.
+
+    Measures on the GPU at hand and keeps what beats the default, in the user's cache; under torchrun for all ranks.
+
+    Args:
+        kernels: which (default all).
+        budget: seconds of measuring.
+        shape: one shape to measure at, such as "rows=8192 experts=64 k=2048 n=1408".
+        static: predict for `device` without measuring: compile, look at the code, write tables.
+        check: verify that every row of the tables compiles to sound code; without `device` for every GPU.
+        device: a known GPU, such as h200; may be repeated.
+        out: folder of tables to write, or to check (default: those of this package; measured rows: the user's cache).
+        log: file of trials to append to and go on from (default: in the user's cache).
+        processes: that compile at once.
+    """
+    if processes < 1:
+        raise TuneError(f"{processes} processes, expected at least 1")
+    from mm1.autotune import predict
+    from mm1.autotune.tables import TABLES
+    from mm1.autotune.timing import device_named
+    from mm1.autotune.tune import tune
+
+    if check:
+        faults = predict.check(kernels, [device_named(name) for name in device or DEVICES], out or TABLES, processes)
+        print("\n".join([*faults, json.dumps({"faults": len(faults)})]))
+        sys.exit(1 if faults else 0)
+    if static:
+        devices = [device_named(name) for name in device or (None,)]
+        print(json.dumps([predict.predict(kernels, d, out or TABLES, processes) for d in devices]))
+    else:
+        print(json.dumps(tune(kernels, budget, shape=shape, folder=out, log=log, processes=processes)))
+
+
+@app.command
+def explain(kernel: Positional[str], shape: Positional[tuple[str, ...]], device: str | None = None) -> None:
+    """Say which step of the look-up answers for a kernel and shape, and why. The last line is one JSON object.
+
+    Args:
+        kernel: such as grouped_gemm.
+        shape: sizes, such as rows=8192 experts=64 k=2048 n=1408.
+        device: a known GPU, such as h200 (default: the one at hand).
+    """
+    from mm1.autotune.explain import explain
+
+    print(json.dumps(explain(kernel, " ".join(shape), device)))
+
+
+@app.command
+def doctor(json: bool = False) -> None:
+    """Print GPU, driver, versions, back-ends and tables found, and what to do about what is missing.
+
+    Args:
+        json: end with one JSON object.
+    """
+    from mm1.autotune.doctor import doctor
+
+    doctor(json)
+
+
 def main() -> None:
     try:
         app.cli(prog="mm1", description="Train and run MM1-type multimodal models.")
-    except DataError as error:
+    except (DataError, TuneError) as error:
         sys.exit(_say(error, 2))
     except KeyboardInterrupt:
         sys.exit(_say("stopped", 1))

@@ -35,7 +35,7 @@ def tiles(**changes):
                        **changes})  # fmt: skip
     names = ("grouped_gemm", "grouped_gemm_dw", "experts_up", "experts_dh", "few_tokens")
     with pytest.MonkeyPatch.context() as patch, pinned(**dict.fromkeys(names, config)):
-        patch.setitem(dispatch.DEVICES, "h200", dispatch.Device("sm_90", 3, 227 << 10))
+        patch.setitem(dispatch.DEVICES, "h200", dispatch.Device("small", "sm_90", 3, 227 << 10))
         yield
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import gradients, relative_error
 
 from mm1.kernels import attention as module
-from mm1.kernels.attention import attention, choose, gpu_name, segments
+from mm1.kernels.attention import attention, choose, segments
 from mm1.kernels.tuning import pinned
 
 LENGTHS = [[5, 7, 7, 1], [0, 3, 0], [12], [], [4, 4, 4]]
@@ -153,16 +153,6 @@ def test_every_table_has_rows_that_can_be_looked_up():
         for found in json.loads(path.read_text()):
             assert found.keys() == ROWS[0].keys()
             assert found["backend"] in module.BACKENDS
-
-
-NAMES = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA GeForce RTX 5090": "rtx5090",
-         "AMD Instinct MI300X": "mi300x", "NVIDIA H100 80GB HBM3": "nvidia-h100-80gb-hbm3"}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_name_of_a_gpu(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
-    assert gpu_name(0) == NAMES[name]
 
 
 def test_the_choice_is_a_constant_of_compiled_code(measured):

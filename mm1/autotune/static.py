@@ -1,9 +1,14 @@
-"""What a kernel compiles to, on a machine without a GPU: machine code, registers, spills, shared memory.
+"""What a kernel compiles to, on a machine without a GPU: machine code, registers, spills, shared memory; and whether a
+configuration of it is sound.
 
 A launch is recorded with tensors on "meta", so that shapes may be as large as they are in use, and compiled as the
-launcher would have: same specialisation of arguments, same options.
+launcher would have: same specialisation of arguments, same options. Facts are kept on disk, by all that they depend on.
 """
 
+import contextlib
+import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
@@ -11,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,41 +25,133 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mm1.kernels.dispatch import Device, Launch
+from mm1.autotune.space import KERNELS, Inputs
+from mm1.autotune.workers import Failed, Workers
+from mm1.kernels.device import DEVICES, Device
+from mm1.kernels.dispatch import Launch, recording
+from mm1.kernels.model import resident
+from mm1.kernels.tuning import cache_folder, pinned
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16",
 }  # fmt: skip
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+LIMIT = 60.0  # seconds one configuration may compile; most take one to four, those that spill thousands minutes
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+MATRIX = re.compile(r"HGMMA|UTC.*MMA|HMMA|v_mfma")  # wgmma, tcgen05, mma.sync, MFMA
 
 
 @dataclass(frozen=True)
 class Compiled:
     name: str
+    warps: int
     registers: int  # a thread
     spills: int  # instructions that go to memory for want of registers
+    stack: int  # bytes a thread
     shared: int  # bytes
+    code: int  # bytes
     instructions: Counter[str]  # by opcode, modifiers left out
 
     @property
     def matrix(self) -> int:
-        """Matrix instructions: wgmma (HGMMA), tcgen05 (UTCHMMA), mma.sync (HMMA), MFMA."""
-        return sum(n for op, n in self.instructions.items() if re.match(r"HGMMA|UTC.*MMA|HMMA|v_mfma", op))
+        return sum(n for op, n in self.instructions.items() if MATRIX.match(op))
 
     @property
     def bulk_loads(self) -> int:
         return self.instructions["UTMALDG"]
 
+    def programs(self, device: Device) -> int:
+        """That a multiprocessor holds at once."""
+        return resident(self.shared, max(self.registers, 16), self.warps, device)
+
+    def facts(self, device: Device) -> dict[str, Any]:
+        """What tables keep."""
+        kinds = {op: n for op, n in sorted(self.instructions.items()) if MATRIX.match(op)}
+        return {
+            "registers": self.registers, "stack": self.stack, "shared": self.shared, "code": self.code,
+            "programs": self.programs(device), "matrix": kinds,
+        }  # fmt: skip
+
+
+class Task(NamedTuple):
+    """A configuration at a shape on a GPU; all of it can be sent to another process."""
+
+    kernel: str
+    shape: tuple[Any, ...]
+    config: Any
+    bits: int
+    device: str
+
+
+def launches(task: Task) -> list[Launch]:
+    """The different launches that the configuration is of."""
+    kernel = KERNELS[task.kernel]
+    with recording(DEVICES[task.device]) as found, pinned(**{task.kernel: task.config}):
+        kernel.example(kernel.tunable.shape(*task.shape), Inputs("meta", DTYPES[task.bits]))()
+    mine = [launch for launch in found if launch.kernel.fn.__name__ in kernel.launched]
+    return list(
+        {f"{launch.kernel.fn.__name__} {specialize(launch)} {launch.constants}": launch for launch in mine}.values()
+    )
+
+
+def compile_task(task: Task) -> list[Compiled]:
+    device = DEVICES[task.device]
+    return [compile_launch(launch, device) for launch in launches(task)]
+
+
+def compilers(processes: int) -> Workers:
+    """Processes that make `compile_task` of tasks."""
+    return Workers(compile_task, processes, LIMIT)
+
+
+def fault(task: Task, found: list[Compiled] | Failed) -> str | None:
+    """Why a configuration must not be used, if it must not."""
+    if isinstance(found, Failed):
+        return found.why
+    kernel, device = KERNELS[task.kernel], DEVICES[task.device]
+    tall = getattr(task.config, "block_m", 0) >= 64
+    for code in found:
+        if code.shared > device.shared:
+            return f"{code.name} takes {code.shared} bytes of shared memory, {device.arch} has {device.shared}"
+        if code.spills:
+            return f"{code.name} spills: {code.spills} instructions"
+        if task.bits == 16 and kernel.multiplies and code.name == kernel.launched[0]:
+            if not code.matrix:
+                return f"{code.name} has no matrix instruction"
+            if device.wgmma and tall and code.instructions["HMMA"]:
+                return f"{code.name} multiplies by mma.sync where wgmma is meant"
+    return None
+
 
 def compile_launch(launch: Launch, device: Device) -> Compiled:
     """The machine code of one recorded launch for `device`."""
     signature, constants, attributes = specialize(launch)
-    options = {k: v for k, v in launch.constants.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {k: v for k, v in launch.constants.items() if k in OPTIONS}
+    what = launch.kernel.cache_key, signature, constants, attributes, options, device.arch, triton.__version__
+    path = cache_folder().parent / "static" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = json.loads(path.read_text())
+        return Compiled(**{**known, "instructions": Counter(known["instructions"])})
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled: Any = triton.compile(source, target=_target(device), options=options)
-    read = _read_amd if device.arch.startswith("gfx") else _read_nvidia
-    return read(launch.kernel.fn.__name__, compiled)
+    read = _read_amd if device.vendor == "amd" else _read_nvidia
+    found = read(launch.kernel.fn.__name__, compiled)
+    with contextlib.suppress(OSError):
+        write(path, json.dumps(vars(found)))
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing, whoever else writes the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
@@ -81,7 +178,7 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
 
 
 def _target(device: Device) -> GPUTarget:
-    if device.arch.startswith("gfx"):
+    if device.vendor == "amd":
         return GPUTarget("hip", device.arch, 64)
     return GPUTarget("cuda", int(device.arch[3:]), 32)
 
@@ -93,15 +190,21 @@ def _read_nvidia(name: str, compiled: Any) -> Compiled:
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", code))
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    return Compiled(name, registers, opcodes["STL"] + opcodes["LDL"], compiled.metadata.shared, opcodes)
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
+    last = max((int(at, 16) for at in re.findall(r"/\*([0-9a-f]{4,})\*/", code)), default=0)
+    spills = opcodes["STL"] + opcodes["LDL"]
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return Compiled(name, warps, registers, spills, stack, shared, last + 16, opcodes)
 
 
 def _read_amd(name: str, compiled: Any) -> Compiled:
-    code = compiled.asm["amdgcn"]
-    count = {key: int(n) for key, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", code)}
+    code, warps, shared = compiled.asm["amdgcn"], compiled.metadata.num_warps, compiled.metadata.shared
+    wanted = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+    count = {key: int(n) for key, n in re.findall(rf"\.({wanted}):\s+(\d+)", code)}
     opcodes = Counter(re.sub(r"(v_mfma).*", r"\1", op) for op in re.findall(r"^\s+([a-z]\w+) ", code, re.MULTILINE))
-    return Compiled(name, count["vgpr_count"], count["vgpr_spill_count"], compiled.metadata.shared, opcodes)
+    length = len(compiled.asm["hsaco"])
+    registers, spills, stack = (count[key] for key in wanted.split("|"))
+    return Compiled(name, warps, registers, spills, stack, shared, length, opcodes)
 
 
 @cache

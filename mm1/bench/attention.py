@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm1.autotune.gpu_state import watched
 from mm1.bench.experts import _machine, _medians
 from mm1.engine.data.record import DataError
 from mm1.kernels.attention import BACKENDS, attention, cost, gpu_name
@@ -47,7 +48,8 @@ def measure(rounds: int, case: str | None = None) -> dict[str, Any]:
         raise DataError(f"bench attention: rounds {rounds}, case {case}; expected 1 or more, and one of {known}")
     rows = []
     for name in [case] if case else cases:
-        rows.append({"case": name, **_row(cases[name], rounds, "cuda" if gpu else "cpu")})
+        row = watched(functools.partial(_row, cases[name], rounds, "cuda" if gpu else "cpu"))
+        rows.append({"case": name, **row})
         _print(rows[-1])
     return {"bench": "attention", **_machine(), "rows": rows}
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm1.autotune.gpu_state import watched
 from mm1.engine.data.record import DataError
 from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.experts import cost, moe_mlp
@@ -48,7 +49,7 @@ def measure(rounds: int, layer: str | None = None) -> dict[str, Any]:
     for name in [layer] if layer else layers:
         for tokens in TOKENS if gpu else CPU_TOKENS:
             for skew in SKEWS if gpu else SKEWS[:1]:
-                row = _row(layers[name], tokens, skew, rounds, "cuda" if gpu else "cpu")
+                row = watched(functools.partial(_row, layers[name], tokens, skew, rounds, "cuda" if gpu else "cpu"))
                 rows.append({"layer": name, "tokens": tokens, "skew": skew, **row})
                 _print(rows[-1], layers[name])
     return {"bench": "experts", **_machine(), "rows": rows}
@@ -212,9 +213,7 @@ def _machine() -> dict[str, Any]:
     found = {"commit": git, "versions": versions, "threads": torch.get_num_threads()}
     if not torch.cuda.is_available():
         return found | {"device": f"{_processor()}, {torch.get_num_threads()} threads"}
-    query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
-    clocks = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True)
-    return found | {"device": torch.cuda.get_device_name(), "nvidia-smi": clocks.stdout.splitlines()}
+    return found | {"device": torch.cuda.get_device_name()}
 
 
 def _processor() -> str:

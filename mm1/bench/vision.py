@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm1.autotune.gpu_state import watched
 from mm1.bench.experts import _machine, _medians
 from mm1.engine.connector import CAbstractor
 from mm1.engine.data.record import DataError
@@ -56,7 +57,7 @@ def measure(rounds: int, row: str | None = None) -> dict[str, Any]:
     }
     if rounds < 1 or (row is not None and row not in known):
         raise DataError(f"bench vision: rounds {rounds}, row {row}; expected 1 or more, and one of {', '.join(known)}")
-    return {"bench": "vision", **_machine(), "rows": [known[name]() for name in ([row] if row else known)]}
+    return {"bench": "vision", **_machine(), "rows": [watched(known[name]) for name in ([row] if row else known)]}
 
 
 def _embedding(regime: str, count: int, rounds: int, device: str) -> dict[str, Any]:

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import conv_cpu
-from mm1.kernels.conv_rows import DTYPES, config_of, gathered, window_of
+from mm1.kernels.conv_rows import DTYPES, config_of, gathered, over_rows, window_of
 from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
 from mm1.kernels.grids import Grids, as_grids, image_of
+
+POOL = over_rows("adaptive_pool", 2, 3, False)
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def _pool_backward_kernel(
 
 def forward(x: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tensor:
     C, y = x.shape[1], x.new_empty(len(table) * oh * ow, x.shape[1])
-    config = config_of("adaptive_pool", C)
+    config = config_of(POOL, x)
     if C:
         launch(_pool_kernel, len(y), x, table, y, C, oh, ow, config.rows, power_of_2(C), num_warps=config.warps)
     return y
@@ -64,7 +66,8 @@ def backward(dy: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tens
     P, C = len(owner), dy.shape[1]
     if not dy.numel():
         return dy.new_zeros(P, C)
-    dx, config = dy.new_empty(P, C), config_of("adaptive_pool", C)
+    dx = dy.new_empty(P, C)
+    config = config_of(POOL, dx)
     launch(
         _pool_backward_kernel, cdiv(P, config.rows), dy.contiguous(), owner, table, dx, P, C, oh, ow, config.rows,
         power_of_2(C), num_warps=config.warps,

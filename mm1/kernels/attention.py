@@ -10,7 +10,6 @@ the last of their segment's keys (a cache), causal is aligned to the end. Rows p
 import importlib
 import importlib.util
 import json
-import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
@@ -21,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.dispatch import DEVICES, Cost, expect
+from mm1.kernels.dispatch import Cost, device_of_index, expect
 from mm1.kernels.flash import WIDTHS, flash
-from mm1.kernels.tuning import config_for
+from mm1.kernels.tuning import pinned_or
 
 
 def attention(
@@ -54,7 +53,7 @@ def attention(
     expect(not same or q.shape[0] == k.shape[0], "attention", "k", tuple(k.shape), f"[{q.shape[0]}, G, Dh]")
     cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if backend == "auto":
-        backend = config_for("attention", lambda: _auto(q, k, v, used_k, causal))
+        backend = pinned_or("attention", lambda: _auto(q, k, v, used_k, causal))
     return BACKENDS[backend](q, k, v, cu_seqlens, cu_k, used_k, causal, max_length)
 
 
@@ -354,10 +353,8 @@ def table(gpu: str) -> list[dict[str, Any]]:
 
 @torch.compiler.assume_constant_result
 def gpu_name(index: int | None) -> str:
-    """The key of DEVICES that is part of the GPU's name, or else that name in small letters and dashes."""
-    name = torch.cuda.get_device_name(index).lower()
-    known = (key for key in DEVICES if key in re.sub(r"\W", "", name))
-    return next(known, re.sub(r"\W+", "-", name))
+    """Of its tables."""
+    return device_of_index(index).name
 
 
 def cost(lengths: list[int], heads: int, kv_heads: int, head_width: int, *, causal: bool, itemsize: int = 2) -> Cost:

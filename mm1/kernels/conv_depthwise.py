@@ -14,7 +14,7 @@ outside an image, and in rows of no image.
     unwalk            du1 from da = u2's transpose of du2               and the sums for w2, gamma1, beta1
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,16 +25,19 @@ from torch import Tensor
 from mm1.kernels import conv_rows
 from mm1.kernels.conv_rows import (
     Config,
+    RowShape,
+    config_of,
     load_row,
     norm_backward,
     normalised,
+    over_rows,
     programs,
     silu,
     silu_slope,
 )
+from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, launch, power_of_2
 from mm1.kernels.grids import STRIP_COLUMNS, STRIP_ROWS, image_of
-from mm1.kernels.tuning import config_for
 
 HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
 SEARCH = tl.constexpr(128)  # images one step of the search for a strip's image looks at
@@ -254,18 +257,44 @@ def _walks(P: int, N: int, config: Config) -> int:
     return min(P, P // STRIP_COLUMNS + N) * (STRIP_COLUMNS // config.rows)
 
 
-def default(kernel: str, channels: int) -> Config:
+def _default(columns: int, warps: int) -> Callable[[RowShape, torch.dtype, Device], Config]:
     """Two columns where sums a channel leave registers for them, up to 2048 channels; twice the warps for the eleven
     sums of unwalk. Beyond 1024 channels a few of its registers spill even so."""
-    config = conv_rows.default(channels)
-    two = kernel in ("conv_walk_value", "conv_walk_gated") and power_of_2(channels) <= 2048
-    warps = min(config.warps * (2 if kernel == "conv_unwalk" else 1), 16)
-    return Config(rows=2 if two else 1, warps=warps, programs=max(1, 8 // warps))
+
+    def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
+        enough = min(conv_rows.default(shape, dtype, device).warps * warps, 16)
+        narrow = power_of_2(shape.channels) <= 2048
+        return Config(rows=columns if narrow else 1, warps=enough, programs=max(1, 8 // enough))
+
+    return default
 
 
-def _config(kernel: str, channels: int) -> Config:
-    config = config_for(kernel, lambda: default(kernel, channels))
-    return replace(config, rows=min(config.rows, STRIP_COLUMNS))
+def _legal(registers: int) -> Callable[[Config, RowShape, torch.dtype, Device], bool]:
+    """registers: of a thread, for each value it holds of a row."""
+
+    def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
+        values = power_of_2(shape.channels) / (device.warp * config.warps)
+        few = config.rows <= STRIP_COLUMNS and values * (registers + 6 * config.rows) <= 190
+        return few and conv_rows.legal(config, shape, dtype, device)
+
+    return legal
+
+
+def _space(legal: Callable[[Config, RowShape, torch.dtype, Device], bool]) -> Callable[..., Iterator[Config]]:
+    return lambda *at: (c for c in conv_rows.space(*at) if legal(c, *at))
+
+
+WALKS = {
+    mode: over_rows(
+        f"conv_walk_{mode}", tensors, registers, True, _default(columns, 1), _legal(sums), _space(_legal(sums))
+    )
+    for mode, tensors, registers, columns, sums in (
+        ("value", 2, 11, 2, 6),
+        ("gated", 3, 11, 2, 8),
+        ("backward", 3, 18, 1, 12),
+    )
+}
+UNWALK = over_rows("conv_unwalk", 3, 24, True, _default(1, 2), _legal(30), _space(_legal(30)))
 
 
 def _walk(
@@ -274,7 +303,7 @@ def _walk(
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """What the walk writes, its sums fp32, and walks a strip."""
     (P, C), N = a.shape, len(geometry.table)
-    config = _config(f"conv_walk_{mode}", C)
+    config = config_of(WALKS[mode], a)
     walks = _walks(P, N, config)
     grid = programs(walks, config, a)
     y = torch.empty_like(a) if store else a.new_empty(0, C)
@@ -323,7 +352,7 @@ def backward(
 def unwalk(u: Tensor, du2: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """du1 [P, C], and fp32 [11, C] of the nine taps, gamma and beta."""
     (P, C), N = u.shape, len(geometry.table)
-    config = _config("conv_unwalk", C)
+    config = config_of(UNWALK, u)
     walks = _walks(P, N, config)
     grid = programs(walks, config, u)
     du, sums = torch.empty_like(u), u.new_empty(grid, 11, C, dtype=torch.float32)

@@ -7,7 +7,9 @@ what the product takes. A tile whose rows are of two images at most, as all are 
 rows of gates.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import tiles
-from mm1.kernels.dispatch import Device, cdiv, device_of, launch
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import cdiv, device_of, launch
 from mm1.kernels.tiles import (
     UPCAST,
     Shape,
@@ -27,7 +30,7 @@ from mm1.kernels.tiles import (
     tile_of,
     weight_operands,
 )
-from mm1.kernels.tuning import config_for
+from mm1.kernels.tuning import Tunable, config_for
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,50 @@ class Config(tiles.Config):
     fused: bool = True  # else gated by a kernel of its own, then multiplied by cuBLAS
 
 
-def default(rows: int, k: int, n: int, dtype: torch.dtype, device: Device) -> Config:
+class GateShape(NamedTuple):
+    rows: int
+    k: int
+    n: int
+
+    @property
+    def product(self) -> Shape:
+        return Shape(self.rows, 1, self.k, self.n)
+
+
+def legal(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> bool:
     """fp32 is left to cuBLAS, whose products of single multiplications are twice Triton's; so are rows that are not
-    loaded 16 bytes at a time, whose gates spilled from the registers."""
-    tile = tiles.default(Shape(rows, 1, k, n), dtype, device)
-    if device.arch not in ("sm_90", "sm_100"):  # 128 × 128 spilled beside a tile of gates
-        tile = replace(tile, block_n=min(tile.block_n, 64))
-    return Config(**vars(tile), fused=dtype != torch.float32 and k % 16 == 0)
+    loaded 16 bytes at a time, whose gates spilled from the registers. So did tiles of 128 × 128 beside one of gates
+    before Hopper."""
+    if config.fused and (dtype == torch.float32 or shape.k % 16 or config.block_n > _widest(device)):
+        return False
+    return tiles.legal(config, shape.product, dtype, device)
+
+
+def space(shape: GateShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    """Every configuration worth measuring."""
+    apart = replace(default(shape, dtype, device), fused=False)
+    found = (Config(**vars(c), fused=True) for c in tiles.space(shape.product, dtype, device))
+    yield from (c for c in found if legal(c, shape, dtype, device))
+    yield apart
+
+
+def default(shape: GateShape, dtype: torch.dtype, device: Device) -> Config:
+    tile = tiles.default(shape.product, dtype, device)
+    tile = replace(tile, block_n=min(tile.block_n, _widest(device)))
+    return Config(**vars(tile), fused=dtype != torch.float32 and shape.k % 16 == 0)
+
+
+def seconds(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> float:
+    """Predicted; apart, the gated operand is written and read once more."""
+    again = 0 if config.fused else 2 * shape.rows * shape.k * dtype.itemsize
+    return tiles.seconds(config, shape.product, dtype, device) + again / (device.bandwidth * 1e9)
+
+
+def _widest(device: Device) -> int:
+    return 256 if device.asynchronous else 64
+
+
+GATE = Tunable("conv_gate", GateShape, Config, space, legal, default, seconds)
 
 
 @triton.jit
@@ -111,7 +151,7 @@ def gated_mm(b: Tensor, gate: Tensor, owner: Tensor, w: Tensor) -> Tensor:
     """b [P, K], zero in rows of no image, w [C, K] of any strides -> [P, C]; b may be overwritten."""
     (P, K), N = b.shape, len(w)
     device = device_of(b)
-    config = config_for("conv_gate", lambda: default(P, K, N, b.dtype, device))
+    config = config_for(GATE, GateShape(P, K, N), b.dtype, device)
     if not config.fused:
         launch(_gate_kernel, cdiv(P, 16) * cdiv(K, 128), b, gate, owner, b, P, K, 16, 128, num_warps=4)
         return torch.mm(b, w.t())

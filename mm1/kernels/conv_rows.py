@@ -7,15 +7,18 @@ in backward instead of kept: mean and deviation of a row that is loaded anyway c
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
 from mm1.kernels.grids import image_of
-from mm1.kernels.tuning import config_for
+from mm1.kernels.model import rows_seconds
+from mm1.kernels.tuning import Tunable, config_for
 
 EPS = tl.constexpr(1e-5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,24 +33,71 @@ class Config:
     programs: int = 4
 
 
-def legal(config: Config, channels: int) -> bool:
-    """At most 32 values a thread of each tile, which 8 tiles of a kernel's at once still fit the registers with."""
-    return config.rows * power_of_2(channels) <= 32 * 32 * config.warps and config.warps <= 32
+class RowShape(NamedTuple):
+    rows: int
+    channels: int
 
 
-def space(channels: int) -> Iterator[Config]:
+def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
+    """At most 32 values a thread of each tile, which 8 tiles of a kernel's at once still fit the registers with; on a
+    multiprocessor no more threads than it holds."""
+    values = config.rows * power_of_2(shape.channels) / (device.warp * config.warps)
+    return values <= 32 and config.warps * config.programs * device.warp <= 2048 and config.warps * device.warp <= 1024
+
+
+def space(shape: RowShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    """Every configuration worth measuring."""
     axes = product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
-    return (c for c in (Config(*axis) for axis in axes) if legal(c, channels))
+    return (c for c in (Config(*axis) for axis in axes) if legal(c, shape, dtype, device))
 
 
-def default(channels: int) -> Config:
+def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
     """16 bytes a thread and row: 256 bf16 channels a warp, so that sums over two rows stay in a thread."""
-    warps = min(max(power_of_2(channels) // 256, 1), 16)
-    return Config(rows=2 if power_of_2(channels) <= 2048 else 1, warps=warps, programs=max(1, 16 // warps))
+    width = power_of_2(shape.channels)
+    warps = min(max(width // 256, 1), 16)
+    return Config(rows=2 if width <= 2048 else 1, warps=warps, programs=max(1, 16 // warps))
 
 
-def config_of(kernel: str, channels: int) -> Config:
-    return config_for(kernel, lambda: default(channels))
+def over_rows(
+    kernel: str,
+    tensors: int,
+    registers: float,
+    walks: bool,
+    default: Any = default,
+    legal: Any = legal,
+    space: Any = space,
+) -> Tunable:
+    """A kernel that moves so many tensors of [rows, channels], in so many registers an element; walks: whether its
+    programs take rows in turn, so that their number counts."""
+
+    def some(shape: RowShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+        programs = default(shape, dtype, device).programs
+        return (c for c in space(shape, dtype, device) if walks or c.programs == programs)
+
+    def seconds(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> float:
+        programs = config.programs if walks else None
+        return rows_seconds(
+            shape.rows,
+            power_of_2(shape.channels),
+            config.rows,
+            tensors,
+            registers,
+            config.warps,
+            programs,
+            dtype.itemsize,
+            device,
+        )
+
+    return Tunable(kernel, RowShape, Config, some, legal, default, seconds, ("channels",))
+
+
+NORM = over_rows("conv_norm", 2, 2, False)
+JOIN = over_rows("conv_join", 3, 4, False)
+JOIN_BACKWARD = over_rows("conv_join_backward", 5, 9, True)
+
+
+def config_of(tunable: Tunable, x: Tensor) -> Config:
+    return config_for(tunable, RowShape(*x.shape), x.dtype, device_of(x))
 
 
 def programs(work: int, config: Config, x: Tensor) -> int:
@@ -242,7 +292,7 @@ def _join_backward_kernel(
 def norm_silu(u: Tensor, gamma: Tensor, beta: Tensor, out: Tensor) -> Tensor:
     """out = silu(norm(u)); out may be u."""
     P, C = u.shape
-    config = config_of("conv_norm", C)
+    config = config_of(NORM, u)
     launch(
         _norm_kernel, cdiv(P, config.rows), u, gamma, beta, out, P, C, config.rows, power_of_2(C),
         num_warps=config.warps,
@@ -256,7 +306,7 @@ def join(
 ) -> Tensor:  # fmt: skip
     """silu(norm(u) + shortcut) [P, C], in `out` if given; pooled [N·oh·ow, C] unless pool is (0, 0)."""
     P, C = u.shape
-    norms, down, config = (gamma, beta, gamma_x, beta_x), gamma_x is not None, config_of("conv_join", C)
+    norms, down, config = (gamma, beta, gamma_x, beta_x), gamma_x is not None, config_of(JOIN, u)
     if pool[0]:
         y = u.new_empty(len(table) * pool[0] * pool[1], C)
         launch(
@@ -278,7 +328,7 @@ def join_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u and of the shortcut, zeros in rows of no image; fp32 [3, C] of gamma, beta, gamma_x."""
     P, C = u.shape
-    config = config_of("conv_join_backward", C)
+    config = config_of(JOIN_BACKWARD, u)
     grid = programs(cdiv(P, config.rows), config, u)
     du, dx = torch.empty_like(u), torch.empty_like(u)
     sums = u.new_empty(grid, 3, C, dtype=torch.float32)

@@ -4,11 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
+
+from mm1.kernels.device import DEVICES, Device, identify
 
 # TRITON_INTERPRET=1: the Triton source itself runs on CPU tensors, which is how it is tested without a GPU.
 INTERPRETED: bool = knobs.runtime.interpret
@@ -35,32 +38,6 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The least that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-@dataclass(frozen=True)
-class Device:
-    """What configurations depend on."""
-
-    arch: str  # "sm_90", "gfx942"
-    units: int  # streaming multiprocessors or compute units
-    shared: int  # bytes of shared memory one program may use
-
-    @property
-    def tma(self) -> bool:
-        return self.arch.startswith("sm_") and int(self.arch[3:]) >= 90
-
-    @property
-    def wgmma(self) -> bool:
-        return self.arch == "sm_90"
-
-
-DEVICES = {
-    "a100": Device("sm_80", 108, 163 << 10),
-    "h200": Device("sm_90", 132, 227 << 10),
-    "b200": Device("sm_100", 148, 227 << 10),
-    "rtx5090": Device("sm_120", 170, 99 << 10),
-    "mi300x": Device("gfx942", 304, 64 << 10),
-}
 
 
 class Launch(NamedTuple):
@@ -90,15 +67,24 @@ def device_of(x: Tensor) -> Device:
     """The device of x; the interpreter plays an H200."""
     if _recording is not None:
         return _recording[0]
-    return _cuda_device(x.device.index) if x.is_cuda else DEVICES["h200"]
+    return device_of_index(x.device.index) if x.is_cuda else DEVICES["h200"]
 
 
 @cache
-def _cuda_device(index: int) -> Device:
+def device_of_index(index: int | None) -> Device:
+    """That of a GPU, as torch counts them."""
     p = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return Device(p.gcnArchName.split(":")[0], p.multi_processor_count, 64 << 10)
-    return Device(f"sm_{p.major}{p.minor}", p.multi_processor_count, p.shared_memory_per_block_optin)
+    hip = torch.version.hip is not None
+    arch = p.gcnArchName.split(":")[0] if hip else f"sm_{p.major}{p.minor}"
+    shared = 64 << 10 if hip else p.shared_memory_per_block_optin
+    clock, width = getattr(p, "memory_clock_rate", 0), getattr(p, "memory_bus_width", 0)  # kHz; bits, of two edges
+    bandwidth = 2 * clock * width / 8 / 1e6 or None
+    slot = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
+    try:
+        pci = int(Path(f"/sys/bus/pci/devices/{slot}/device").read_text(), 16)
+    except (OSError, ValueError):
+        pci = None
+    return identify(arch, p.multi_processor_count, shared, pci, bandwidth)
 
 
 def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:

@@ -15,6 +15,7 @@ Backward keeps x and h, or x alone (recompute), never s or y (Guo et al. 2025, S
 Source: Jiang et al. 2024 (Mixtral), section 2.2.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 from mm1.kernels import experts_cpu, few_tokens
 from mm1.kernels.activation import ACTIVATIONS, activate, slopes
 from mm1.kernels.combine import combine_sorted
-from mm1.kernels.dispatch import INTERPRETED, Cost, Device, cdiv, device_of, expect, launch, on_cpu
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, launch, on_cpu
 from mm1.kernels.grouped_gemm import dw, gemm
 from mm1.kernels.route import Order, sort_by_expert
 from mm1.kernels.tiles import (
@@ -34,21 +36,40 @@ from mm1.kernels.tiles import (
     default,
     descriptor,
     dot,
+    legal,
     load_rows,
     load_weight,
     programs,
+    seconds,
+    space,
     store_tile,
     tile_map,
     tile_of,
     weight_operands,
 )
-from mm1.kernels.tuning import config_for
+from mm1.kernels.tuning import Tunable, config_for
+
+
+def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
+    """Of the kernel that ends in gate, up and their slopes: sums must leave registers for them."""
+    return legal(config, shape, dtype, device) and 32 <= config.block_n <= _widest_dh(device)
+
+
+def space_dh(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    return (c for c in space(shape, dtype, device) if legal_dh(c, shape, dtype, device))
 
 
 def default_dh(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
-    """Of the kernel that ends in gate, up and their slopes: sums must leave registers for them."""
     config = default(shape, dtype, device)
-    return replace(config, block_n=min(config.block_n, 128 if device.shared > 100 << 10 else 64))
+    return replace(config, block_n=min(config.block_n, _widest_dh(device)))
+
+
+def _widest_dh(device: Device) -> int:
+    return 128 if device.shared > 100 << 10 else 64
+
+
+UP = Tunable("experts_up", Shape, Config, space, legal, default, seconds)
+DH = Tunable("experts_dh", Shape, Config, space_dh, legal_dh, default_dh, seconds)
 
 
 @triton.jit
@@ -173,13 +194,12 @@ def halves(whole: Tensor, up: Tensor | None, gated: bool, interleaved: bool) -> 
     return whole[:, :width], whole[:, width:]
 
 
-def _up(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit, shift, interleaved, keep):
+def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit, shift, interleaved, keep):
     """s [S, F], and h [S, 2F] if it is to be kept, over rows sorted by expert."""
     S, D = len(slots), x.shape[1]
     gated = up is not None or gate_up.shape[1] == 2 * width
     device = device_of(x)
-    shape = Shape(S, len(offsets), D, width, 1 + gated)
-    config = config_for("experts_up", lambda: default(shape, x.dtype, device))
+    config = config_for(UP, Shape(S, len(offsets), D, width, gated), x.dtype, device)
     tiles, _, num_m = tile_map(offsets, S, config.block_m)
     gate, up = (half.transpose(1, 2) for half in halves(gate_up, up, gated, interleaved))
     gate_bias, up_bias = (None, None) if bias is None else halves(bias, None, gated, interleaved)
@@ -200,6 +220,26 @@ def _up(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit, shi
     return s, h
 
 
+def gradient_of_h(
+    dy: Tensor, h: Tensor, slots: Tensor, offsets: Tensor, fan: int, weight: Tensor, down: Tensor,
+    down_bias: Tensor | None, activation: str, limit: float | None, shift: float, gated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dh [S, 2F], weight · s [S, F], and ⟨dy, y⟩ of each row as parts [., S] to be added."""
+    S, device, (E, D, width) = len(slots), device_of(h), down.shape
+    config = config_for(DH, Shape(S, E, D, width), h.dtype, device)
+    tiles, _, num_m = tile_map(offsets, S, config.block_m)
+    num_n = cdiv(width, config.block_n)
+    dh, ws, dots = torch.empty_like(h), h.new_empty(S, width), weight.new_empty(num_n, S)
+    down_any, order = weight_operands(config, down)
+    launch(
+        _dh_kernel, programs(num_m * num_n, config, device), dy, down_any, down_bias, h, slots, weight, dh, ws, dots,
+        tiles, *dy.stride(), *down.stride(), D, width, S, num_m, fan, gated, down_bias is not None, activation, limit,
+        shift, order, config.block_m, config.block_n, config.block_k, config.group_m, num_warps=config.warps,
+        num_stages=config.stages,
+    )  # fmt: skip
+    return dh, ws, dots
+
+
 def forward(
     x: Tensor, slots: Tensor, position: Tensor, offsets: Tensor, weight: Tensor, gate_up: Tensor, up: Tensor | None,
     down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None,
@@ -207,7 +247,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [T, D], and h [T·K, 2F] with `keep` (else without columns)."""
     K, width = position.shape[1], down.shape[2]
-    s, h = _up(x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, keep)
+    s, h = up_rows(x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, keep)
     y = gemm(s, down.transpose(1, 2), offsets, down_bias)
     return combine_sorted(y, position, offsets, weight), h
 
@@ -218,23 +258,13 @@ def backward(
     activation: str, limit: float | None, shift: float, interleaved: bool, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight and, with `weights`, gate_up, up, down and the biases (empty where there is none)."""
-    K, S, D, (E, _, width) = position.shape[1], len(slots), x.shape[1], down.shape
+    K, width = position.shape[1], down.shape[2]
     gated = up is not None or gate_up.shape[1] == 2 * width
     if not h.shape[1]:
-        _, h = _up(x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, True)
-    device = device_of(x)
-    shape = Shape(S, E, D, width)
-    config = config_for("experts_dh", lambda: default_dh(shape, x.dtype, device))
-    tiles, _, num_m = tile_map(offsets, S, config.block_m)
-    num_n = cdiv(width, config.block_n)
-    dh, ws, dots = torch.empty_like(h), h.new_empty(S, width), weight.new_empty(num_n, S)
-    down_any, order = weight_operands(config, down)
-    launch(
-        _dh_kernel, programs(num_m * num_n, config, device), dy, down_any, down_bias, h, slots, weight, dh, ws, dots,
-        tiles, *dy.stride(), *down.stride(), D, width, S, num_m, K, gated, down_bias is not None, activation, limit,
-        shift, order, config.block_m, config.block_n, config.block_k, config.group_m, num_warps=config.warps,
-        num_stages=config.stages,
-    )  # fmt: skip
+        _, h = up_rows(
+            x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, True
+        )
+    dh, ws, dots = gradient_of_h(dy, h, slots, offsets, K, weight, down, down_bias, activation, limit, shift, gated)
     dweight = torch.where(position < offsets[-1], dots.sum(0)[position], 0.0)
 
     split = gated and (up is not None or interleaved)  # gate and up are not one weight of 2F rows

@@ -5,18 +5,22 @@ itself for those of its expert, up to 16 at a time, and streams a stretch of tha
 reading the weights of the experts in use, 3·D·F elements each.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm1.kernels import tiles
 from mm1.kernels.activation import activate
 from mm1.kernels.combine import combine_slots
-from mm1.kernels.dispatch import Device, cdiv, device_of, launch, power_of_2
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
 from mm1.kernels.tiles import Config, Shape, dot, fitted, load_weight, weight_operands
-from mm1.kernels.tuning import config_for
+from mm1.kernels.tuning import Tunable, config_for
 
 MAX_SLOTS = 256
 ROWS = 16  # the least a matrix instruction takes
@@ -29,6 +33,21 @@ def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
     while config.block_n > 16 and active * cdiv(shape.n, config.block_n) < 2 * device.units:
         config = replace(config, block_n=config.block_n // 2)
     return fitted(config, shape, dtype, device)
+
+
+def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
+    """Every program starts where the others do: nothing walks, nothing is grouped."""
+    plain = config.block_m == ROWS and not config.persistent and config.group_m == 1
+    return plain and tiles.legal(config, shape, dtype, device)
+
+
+def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    """Every configuration worth measuring."""
+    axes = product((ROWS,), (16, 32, 64, 128), (64, 128, 256), (1,), (4, 8), (2, 3, 4, 5), (True, False))
+    return (c for c in (Config(*axis) for axis in axes) if legal(c, shape, dtype, device))
+
+
+FEW = Tunable("few_tokens", Shape, Config, space, legal, default, tiles.seconds)
 
 
 @triton.jit
@@ -81,21 +100,20 @@ def _few_kernel(
         tl.store(y_ptr + slots.to(tl.int64)[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), inside)
 
 
-def _product(a, index, fan, gate, up, gate_bias, up_bias, activation, limit, shift) -> Tensor:
+def by_slot(a, index, fan, gate, up, gate_bias, up_bias, activation, limit, shift) -> Tensor:
     """gate, up [E, N, D] -> [S, N]; without a gate up is None."""
     S, (E, N, D) = index.numel(), gate.shape
     device, gated = device_of(a), up is not None
-    shape = Shape(S, E, D, N, 1 + gated)
-    config = config_for("few_tokens", lambda: default(shape, a.dtype, device))
+    config = config_for(FEW, Shape(S, E, D, N, gated), a.dtype, device)
     gate_b, up_b = gate.transpose(1, 2), (up if gated else gate).transpose(1, 2)
     gate_any, up_any, order = weight_operands(config, gate_b, up_b)
     y = a.new_empty(S, N)
-    by_slot = S < E
+    a_program_a_slot = S < E
     strides_b = (0, 0) if gate_bias is None else gate_bias.stride()
     launch(
-        _few_kernel, (S if by_slot else E) * cdiv(N, config.block_n), a, gate_any, up_any, gate_bias, up_bias,
+        _few_kernel, (S if a_program_a_slot else E) * cdiv(N, config.block_n), a, gate_any, up_any, gate_bias, up_bias,
         index, y, *a.stride(), *gate_b.stride(), *up_b.stride(), *strides_b, S, E, D, N, fan, gated,
-        gate_bias is not None, activation, limit, shift, order, by_slot, power_of_2(S), config.block_m,
+        gate_bias is not None, activation, limit, shift, order, a_program_a_slot, power_of_2(S), config.block_m,
         config.block_n, config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
@@ -107,6 +125,6 @@ def few_tokens(
 ) -> Tensor:  # fmt: skip
     """As moe_mlp's forward, for at most MAX_SLOTS slots; gate and up [E, F, D] of any strides."""
     index = index.contiguous()
-    s = _product(x, index, index.shape[1], gate, up, gate_bias, up_bias, activation, limit, shift)
-    y = _product(s, index, 1, down, None, down_bias, None, None, None, 0.0)
+    s = by_slot(x, index, index.shape[1], gate, up, gate_bias, up_bias, activation, limit, shift)
+    y = by_slot(s, index, 1, down, None, down_bias, None, None, None, 0.0)
     return combine_slots(y, index, len(down), weight)

@@ -21,16 +21,20 @@ Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm1.kernels.dispatch import INTERPRETED, Device, cdiv, device_of, expect, launch
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, expect, launch
+from mm1.kernels.model import product_seconds
 from mm1.kernels.tiles import dot
-from mm1.kernels.tuning import config_for
+from mm1.kernels.tuning import Tunable, config_for
 
 WIDTHS = range(16, 129, 16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,34 +61,46 @@ def pieces(width: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def legal(config: Config, kernel: str, width: int, dtype: torch.dtype, device: Device) -> bool:
-    """Whether both sides' tiles fit in shared memory and sums, with two tiles of scores, in the registers."""
-    kept, sums, weights = {"flash": (1, 1, 0), "flash_dq": (2, 1, 1), "flash_dkv": (2, 2, 2)}[kernel]
-    if device.arch.startswith("gfx"):  # what a program keeps is in registers
+class FlashShape(NamedTuple):
+    rows: int
+    heads: int
+    kv_heads: int
+    width: int
+    causal: bool
+
+
+def shared_bytes(kernel: str, config: Config, width: int, itemsize: int, device: Device) -> int:
+    """Tiles of both sides; before Hopper asynchronous copies keep one stage less."""
+    kept, weights = {"flash": (1, 0), "flash_dq": (2, 1), "flash_dkv": (2, 2)}[kernel]
+    if device.vendor == "amd":  # what a program keeps is in registers
         kept = 0
-    # Before Hopper asynchronous copies keep one stage less.
-    stages = config.stages if device.arch in ("sm_90", "sm_100") else max(1, config.stages - 1)
-    shared = (kept * config.block_m + 2 * stages * config.block_n) * width * dtype.itemsize + 4096
+    stages = config.stages if device.asynchronous else max(1, config.stages - 1)
+    shared = (kept * config.block_m + 2 * stages * config.block_n) * width * itemsize + 4096
     if device.arch == "sm_100" or not kept:  # weights go through it too
-        shared += max(weights, not kept) * config.block_m * config.block_n * dtype.itemsize
-    threads = config.warps * (64 if device.arch.startswith("gfx") else 32)
-    registers = config.block_m * (sums * width + 2 * config.block_n) / threads
-    return shared <= device.shared and registers <= 192
+        shared += max(weights, not kept) * config.block_m * config.block_n * itemsize
+    return shared
 
 
-def space(kernel: str, width: int, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+def legal(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> bool:
+    """Whether both sides' tiles fit in shared memory and sums, with two tiles of scores, in the registers."""
+    sums = 2 if kernel == "flash_dkv" else 1
+    registers = config.block_m * (sums * shape.width + 2 * config.block_n) / (config.warps * device.warp)
+    return shared_bytes(kernel, config, shape.width, dtype.itemsize, device) <= device.shared and registers <= 192
+
+
+def space(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
     """Every configuration worth measuring."""
     axes = product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
-    return (c for c in (Config(*axis) for axis in axes) if legal(c, kernel, width, dtype, device))
+    return (c for c in (Config(*axis) for axis in axes) if legal(kernel, c, shape, dtype, device))
 
 
-def default(kernel: str, width: int, dtype: torch.dtype, device: Device) -> Config:
+def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) -> Config:
     """The largest tiles that spill no register at any width, and fewer stages until they fit."""
-    asynchronous = device.arch in ("sm_90", "sm_100")  # products whose operands are not all in registers
+    width, asynchronous = shape.width, device.asynchronous
     wide, three = width > (96 if asynchronous else 80), width == 112  # the only width of three pieces
     if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
         config = Config(32, 16 if width > 64 else 32, 8, 2)
-    elif device.arch.startswith("gfx"):  # with a second stage each of backward's kernels spills
+    elif device.vendor == "amd":  # with a second stage each of backward's kernels spills
         config = Config() if kernel == "flash" else Config(64, 32, 4, 1) if wide else Config(128, 32, 8, 1)
     elif asynchronous:
         config = Config(128, 32 if wide else 64, 8, 2) if kernel == "flash_dkv" else Config()
@@ -94,9 +110,30 @@ def default(kernel: str, width: int, dtype: torch.dtype, device: Device) -> Conf
         config = Config(64, 16, 4, 2) if kernel == "flash_dkv" and three else Config(64, 32, 8, 2)
     else:
         config = Config(128, 32, 8, 2) if kernel == "flash_dkv" else Config()
-    while not legal(config, kernel, width, dtype, device) and config.stages > 1:
+    while not legal(kernel, config, shape, dtype, device) and config.stages > 1:
         config = replace(config, stages=config.stages - 1)
     return config
+
+
+def seconds(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> float:
+    """Predicted for one segment of all rows, whose scores and results are as many products side by side."""
+    products = {"flash": 2, "flash_dq": 3, "flash_dkv": 4}[kernel]
+    heads = shape.kv_heads if kernel == "flash_dkv" else shape.heads
+    depth = products * shape.width * cdiv(shape.rows * shape.heads // heads, config.block_n) // (1 + shape.causal)
+    moved = 4 * shape.rows * shape.heads * shape.width * dtype.itemsize
+    return product_seconds(
+        heads * cdiv(shape.rows, config.block_m), depth, config.block_m, config.block_n, shape.width, config.warps,
+        config.stages, shared_bytes(kernel, config, shape.width, dtype.itemsize, device), moved, dtype.itemsize, device,
+    )  # fmt: skip
+
+
+FLASH, DQ, DKV = (
+    Tunable(
+        name, FlashShape, Config, partial(space, name), partial(legal, name), partial(default, name),
+        partial(seconds, name), ("width",),
+    )
+    for name in ("flash", "flash_dq", "flash_dkv")
+)  # fmt: skip
 
 
 @triton.jit
@@ -427,10 +464,6 @@ def _tiles(own: Tensor, other: Tensor, used: Tensor | None, rows: int, block: in
     return found, tiles
 
 
-def _config(kernel: str, x: Tensor) -> Config:
-    return config_for(kernel, lambda: default(kernel, x.shape[2], x.dtype, device_of(x)))
-
-
 def _rows(x: Tensor) -> Tensor:
     """Any strides but the last."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -442,7 +475,7 @@ def forward(
     """y [T, H, Dh] and logsumexp fp32 [H, T], +inf where a row sees nothing."""
     (T, H, width), G = q.shape, k.shape[1]
     y, lse = q.new_empty(T, H, width), q.new_empty(H, T, dtype=torch.float32)
-    config = _config("flash", q)
+    config = config_for(FLASH, FlashShape(T, H, G, width, causal), q.dtype, device_of(q))
     q, k, v = _rows(q), _rows(k), _rows(v)
     found, tiles = _tiles(cu_q, cu_k, used_k, T, config.block_m, False)
     launch(
@@ -465,13 +498,14 @@ def backward(
     dk, dv = ((x.new_empty if used_k is None else x.new_zeros)(S, G, width) for x in (k, v))
     strides = *dy.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
     scale = width**-0.5 / math.log(2)
-    config = _config("flash_dq", q)
+    shape, device = FlashShape(T, H, G, width, causal), device_of(q)
+    config = config_for(DQ, shape, q.dtype, device)
     found, tiles = _tiles(cu_q, cu_k, used_k, T, config.block_m, False)
     launch(
         _dq_kernel, tiles * H, dy, q, k, v, y, lse, delta, dq, found, *strides, tiles, T, H, H // G, scale, causal,
         pieces(width), width, config.block_m, config.block_n, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    config = _config("flash_dkv", q)
+    config = config_for(DKV, shape, q.dtype, device)
     found, tiles = _tiles(cu_k, cu_q, used_k, S, config.block_m, True)
     launch(
         _dkv_kernel, tiles * G, dy, q, k, v, lse, delta, dk, dv, found, *strides, tiles, T, G, H // G, scale, causal,

@@ -7,29 +7,38 @@ a [M, K], b [E, K, N] of any strides (so that both layouts of a weight are views
 least M·(K + N) + E·K·N elements moved.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, Device, cdiv, device_of, expect, launch, on_cpu
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, launch, on_cpu
+from mm1.kernels.model import product_seconds
 from mm1.kernels.tiles import (
     Config,
     Shape,
+    by_pointers,
     default,
     descriptor,
     dot,
+    legal,
     load_rows,
     load_weight,
     programs,
+    seconds,
+    shared_bytes,
+    space,
     store_tile,
     tile_map,
     tile_of,
     weight_operands,
 )
-from mm1.kernels.tuning import config_for
+from mm1.kernels.tuning import Tunable, config_for
 
 
 @triton.jit
@@ -157,11 +166,48 @@ def _column_sums(a, slots_ptr, scale_ptr, row, end, HAS_SCALE: tl.constexpr, BLO
     return tl.sum(a, 0)
 
 
-def default_dw(k: int, n: int, bias: bool, dtype: torch.dtype, device: Device) -> Config:
-    """The result of one expert [k, n] is what is tiled, rows as plenty as columns."""
-    config = default(Shape(k, 1, 128, n), dtype, device)
+class DwShape(NamedTuple):
+    """The result of an expert is [k, n], the reduction over its rows."""
+
+    rows: int
+    experts: int
+    k: int
+    n: int
+    gathered: bool = False  # rows of one operand are looked up
+    bias: bool = False
+
+
+def legal_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> bool:
     # Sums of a tile in registers beside a product of 128 × 256 spilled on an H200.
-    return replace(config, block_n=min(config.block_n, 128)) if bias else config
+    return legal(config, _tiled(shape), dtype, device) and not (shape.bias and config.block_n > 128)
+
+
+def space_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    return (c for c in space(_tiled(shape), dtype, device) if legal_dw(c, shape, dtype, device))
+
+
+def default_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Config:
+    config = default(_tiled(shape), dtype, device)
+    return replace(config, block_n=min(config.block_n, 128)) if shape.bias else config
+
+
+def seconds_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> float:
+    tiles = shape.experts * cdiv(shape.k, config.block_m) * cdiv(shape.n, config.block_n)
+    moved = shape.rows * (shape.k + shape.n) + shape.experts * shape.k * shape.n
+    size = dtype.itemsize
+    return by_pointers(config, device) * product_seconds(
+        tiles, cdiv(shape.rows, shape.experts), config.block_m, config.block_n, config.block_k, config.warps,
+        config.stages, shared_bytes(config, _tiled(shape), size, device), moved * size, size, device,
+    )  # fmt: skip
+
+
+def _tiled(shape: DwShape) -> Shape:
+    """The tiles are those of one product with plenty of rows."""
+    return Shape(shape.k, 1, 128, shape.n)
+
+
+GEMM = Tunable("grouped_gemm", Shape, Config, space, legal, default, seconds)
+DW = Tunable("grouped_gemm_dw", DwShape, Config, space_dw, legal_dw, default_dw, seconds_dw)
 
 
 def gemm(
@@ -175,7 +221,7 @@ def gemm(
         return y
     if K == 0:  # descriptors have no empty sides
         return gemm(a.new_zeros(M, 1), b.new_zeros(E, 1, N), offsets, bias, tail=tail)
-    config = config_for("grouped_gemm", lambda: default(Shape(M, E, K, N), a.dtype, device))
+    config = config_for(GEMM, Shape(M, E, K, N), a.dtype, device)
     tiles, _, num_m = tile_map(offsets, M, config.block_m, tail=tail)
     a_desc = descriptor(a, [config.block_m, config.block_k], config)
     y_desc = descriptor(y, [config.block_m, config.block_n], config)
@@ -208,14 +254,14 @@ def dw(
         b, out = b.new_zeros(len(b), 1), out.new_empty(E, K, 1)
         return dw(a, b, offsets, out, slots=slots, a_fan=a_fan, b_fan=b_fan, bias=bias, scale=scale)
     device = device_of(a)
-    config = config_for("grouped_gemm_dw", lambda: default_dw(K, N, bias is not None, a.dtype, device))
+    shape = DwShape(len(a) if b_fan else len(b), E, K, N, bool(a_fan or b_fan), bias is not None)
+    config = config_for(DW, shape, a.dtype, device)
     _, by_size, _ = tile_map(offsets, 0, config.block_m)
     a_desc = None if a_fan else descriptor(a, [config.block_k, config.block_m], config)
     b_desc = None if b_fan else descriptor(b, [config.block_k, config.block_n], config)
     tiles = E * cdiv(K, config.block_m) * cdiv(N, config.block_n)
     # Where rows are looked up before they are loaded, Triton for CUDA gives each of the two loads half of the stages.
-    looked_up = (a_fan or b_fan) and device.arch.startswith("sm_")
-    stages = 2 * config.stages - 1 if looked_up else config.stages
+    stages = 2 * config.stages - 1 if shape.gathered and device.vendor == "nvidia" else config.stages
     strides = *a.stride(), *b.stride(), *out.stride(), *((0, 0) if bias is None else bias.stride())
     launch(
         _dw_kernel, programs(tiles, config, device), a, a_desc, b, b_desc, slots, scale, out, bias, offsets, by_size,

@@ -8,7 +8,7 @@ the last programs work at.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mm1.kernels.dispatch import INTERPRETED, Device, cdiv, launch, power_of_2
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import INTERPRETED, cdiv, launch, power_of_2
+from mm1.kernels.model import product_seconds
 
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly
 MAP_TILES = 32  # tiles one program of the map places
@@ -37,45 +39,57 @@ class Config:
     persistent: bool = False  # one program a multiprocessor, which walks over tiles
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     rows: int
     experts: int
     k: int
     n: int
-    accumulators: int = 1  # 2 where gate and up are computed side by side
+    gated: bool = False  # gate and up are computed side by side
+
+    @property
+    def sums(self) -> int:
+        return 1 + self.gated
 
 
 def shared_bytes(config: Config, shape: Shape, itemsize: int, device: Device) -> int:
-    """Shared memory of the pipeline's operands; before Hopper asynchronous copies keep one stage less."""
-    tile = (config.block_m + shape.accumulators * config.block_n) * config.block_k * itemsize
-    return tile * (config.stages if device.arch in ("sm_90", "sm_100") else max(1, config.stages - 1))
+    """Shared memory of the pipeline's operands; asynchronous copies into registers' operands keep one stage less."""
+    tile = (config.block_m + shape.sums * config.block_n) * config.block_k * itemsize
+    return tile * (config.stages if device.asynchronous else max(1, config.stages - 1))
 
 
 def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
     """Whether a kernel of this file can run so: within shared memory, accumulators within the registers."""
-    warp = 64 if device.arch.startswith("gfx") else 32
-    accumulators = config.block_m * config.block_n * shape.accumulators / (warp * config.warps)
+    sums = config.block_m * config.block_n * shape.sums / (device.warp * config.warps)
     fits = shared_bytes(config, shape, dtype.itemsize, device) <= device.shared
-    return fits and accumulators <= 128 and (device.tma or not config.tma) and min(config.block_k, config.block_n) >= 16
+    return fits and sums <= 128 and (device.tma or not config.tma) and min(config.block_k, config.block_n) >= 16
 
 
 def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """Every configuration worth measuring."""
+    """Every configuration worth measuring; of fp32, whose products are of single multiplications, the default alone."""
+    if dtype == torch.float32:
+        yield default(shape, dtype, device)
+        return
     axes = product(
-        (16, 32, 64, 128), (64, 128, 256), (32, 64, 128), (8, 16), (4, 8), (2, 3, 4, 5), (True, False), (False, True)
+        (16, 32, 64, 128),
+        (32, 64, 128, 256),
+        (32, 64, 128),
+        (8, 16),
+        (4, 8),
+        (2, 3, 4, 5),
+        (True, False),
+        (False, True),
     )
-    return (c for c in (Config(*axis) for axis in axes) if legal(c, shape, dtype, device))
+    yield from (c for c in (Config(*axis) for axis in axes) if legal(c, shape, dtype, device))
 
 
 def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
     """By rows an expert and element size; fewer stages until it fits."""
     rows = shape.rows / max(shape.experts, 1)
     block_m = next((m for m in (16, 32, 64) if rows <= m), 128)
-    wide = block_m == 128 and shape.n * shape.accumulators > 128 and device.wgmma
+    wide = block_m == 128 and shape.n * shape.sums > 128 and device.wgmma
     config = Config(
         block_m=block_m,
-        block_n=(256 if wide else 128) // shape.accumulators,
+        block_n=(256 if wide else 128) // shape.sums,
         block_k=128 // dtype.itemsize if block_m >= 64 else 256 // dtype.itemsize,
         warps=8 if block_m == 128 else 4,
         stages=4 if block_m < 128 else 3,
@@ -94,6 +108,23 @@ def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> 
     while not legal(config, shape, dtype, device):
         config = replace(config, block_k=config.block_k // 2)
     return config
+
+
+def by_pointers(config: Config, device: Device) -> float:
+    """Addresses computed in registers cost more than a descriptor's."""
+    return 1.05 if device.tma and not config.tma else 1.0
+
+
+def seconds(config: Config, shape: Shape, dtype: torch.dtype, device: Device, finish: int = 1) -> float:
+    """Predicted, rows spread evenly over experts."""
+    used = min(shape.experts, shape.rows)
+    tall = used * cdiv(cdiv(shape.rows, max(used, 1)), config.block_m)
+    size = dtype.itemsize
+    moved = shape.rows * (shape.k + shape.n * shape.sums) + used * shape.k * shape.n * shape.sums
+    return by_pointers(config, device) * product_seconds(
+        tall * cdiv(shape.n, config.block_n), shape.k, config.block_m, config.block_n * shape.sums, config.block_k,
+        config.warps, config.stages, shared_bytes(config, shape, size, device), moved * size, size, device, finish,
+    )  # fmt: skip
 
 
 @triton.jit

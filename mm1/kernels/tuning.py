@@ -1,11 +1,95 @@
-"""Which configuration an op runs with: the one pinned for it, or else its own default for shape and device."""
+"""Which configuration a kernel runs with: looked up in tables, never measured here.
 
+    pinned      what the caller says, for a block: `with pinned(grouped_gemm=Config(…))`
+    user        a row this user's `mm1 tune` wrote
+    shipped     a row of mm1/autotune/tables whose stated intervals hold the shape
+    neighbour   a row of this GPU with every size within one octave of the shape
+    borrowed    the same two, of another GPU of this architecture
+    model       the fastest by prediction of all that the tables hold for this architecture
+    default     the kernel's own choice, which compiles everywhere
+
+The first that has an answer gives it. The answer depends on kernel, shape, element size, device and files alone, so it
+is the same in every process that sees the same files. Only the standard library is imported.
+"""
+
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import cache
+from importlib.resources import files
+from math import inf, log2
+from pathlib import Path
+from typing import Any, NamedTuple
 
-C = TypeVar("C")
+from mm1.kernels.device import DEVICES, Device, nearest
+
+SCHEMA = 1
+KEPT = 4096  # answers remembered; a server of any length asks for ever new ones
+
+
+class TuneError(ValueError):
+    """What cannot be tuned or explained, in one line."""
+
+
+class Tunable(NamedTuple):
+    """A kernel with a choice. Shapes are named tuples: ints are sizes, which rows may give as intervals and neighbours
+    may miss by an octave; bools, and sizes that are constants of the code, must be equal."""
+
+    kernel: str
+    shape: Any  # its class
+    config: Any  # its class
+    space: Callable[[Any, Any, Device], Iterator[Any]]  # (shape, dtype, device): every legal configuration
+    legal: Callable[[Any, Any, Any, Device], bool]  # (config, shape, dtype, device)
+    default: Callable[[Any, Any, Device], Any]
+    seconds: Callable[[Any, Any, Any, Device], float]  # predicted
+    constants: tuple[str, ...] = ()  # names of sizes that other code is compiled for
+
+
+class Row(NamedTuple):
+    bits: int
+    when: tuple[Any, ...]  # by field of the shape: (low, high), or the value
+    config: Any
+    source: dict[str, Any]  # as written
+
+    def holds(self, shape: tuple[Any, ...]) -> bool:
+        return all(w[0] <= s <= w[1] if type(w) is tuple else w == s for w, s in zip(self.when, shape))
+
+    def alike(self, shape: tuple[Any, ...]) -> bool:
+        """Whether all is equal that must be."""
+        return all(type(w) is tuple or w == s for w, s in zip(self.when, shape))
+
+    def octaves(self, shape: tuple[Any, ...]) -> float | None:
+        """Sum over sizes of log2 to the nearest end of the interval; None where one is more than 1."""
+        total = 0.0
+        for w, s in zip(self.when, shape):
+            if type(w) is tuple and not w[0] <= s <= w[1]:
+                miss = abs(log2(s / (w[0] if s < w[0] else w[1]))) if s and w[1] else inf
+                if miss > 1:
+                    return None
+                total += miss
+        return total if self.alike(shape) else None
+
+
+class Answer(NamedTuple):
+    step: str
+    config: Any  # None: this step has none
+    why: str
+    row: Row | None = None
+
+
+class LookUp(NamedTuple):
+    kernel: str
+    shape: Any
+    bits: int
+    device: str
+    config: Any
+
+
 _pinned: dict[str, object] = {}
+_answers: dict[tuple[Any, ...], Any] = {}
+_listeners: list[list[LookUp]] = []
 
 
 @contextmanager
@@ -20,6 +104,172 @@ def pinned(**configs: object) -> Iterator[None]:
         _pinned.update(before)
 
 
-def config_for(kernel: str, default: Callable[[], C]) -> C:
-    found = _pinned.get(kernel)
-    return default() if found is None else found  # pyright: ignore[reportReturnType]
+@contextmanager
+def listening() -> Iterator[list[LookUp]]:
+    """Within the block, what is looked up, one after the other."""
+    found: list[LookUp] = []
+    _listeners.append(found)
+    try:
+        yield found
+    finally:
+        _listeners.remove(found)
+
+
+def config_for(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) -> Any:
+    """The configuration of `tunable` for a shape, elements of a torch dtype and a device. About a microsecond."""
+    key = tunable[0], shape, dtype, device
+    config = _pinned[tunable[0]] if tunable[0] in _pinned else _answers.get(key)
+    if config is None:
+        config = next(a.config for a in chain(tunable, shape, dtype, device) if a.config is not None)
+        if len(_answers) >= KEPT:
+            _answers.clear()
+        _answers[key] = config
+    for found in _listeners:
+        found.append(LookUp(tunable[0], shape, 8 * dtype.itemsize, device.name, config))
+    return config
+
+
+def pinned_or(name: str, otherwise: Callable[[], Any]) -> Any:
+    """For a choice that is no configuration of a kernel's: what is pinned under this name, or else `otherwise()`."""
+    return _pinned[name] if name in _pinned else otherwise()
+
+
+def forget() -> None:
+    """Read tables and cache again at the next look-up."""
+    _answers.clear()
+    shipped.cache_clear()
+    cached.cache_clear()
+    _vetted.cache_clear()
+
+
+def chain(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) -> Iterator[Answer]:
+    """What each step answers, in order; the last always has one."""
+    kernel, bits = tunable.kernel, 8 * dtype.itemsize
+
+    def usable(rows: tuple[Row, ...]) -> list[Row]:
+        return [r for r in rows if r.bits == bits and tunable.legal(r.config, shape, dtype, device)]
+
+    pin = _pinned.get(kernel)
+    yield Answer("pinned", pin, "by the caller" if pin is not None else "nothing is")
+    rows = usable(cached(tunable, device.name))
+    yield _holding("user", rows, shape, str(cache_folder() / kernel / device.name))
+    rows = usable(shipped(tunable, device.name))
+    yield _holding("shipped", rows, shape, f"{device.name}.json")
+    yield _near("neighbour", rows, shape, f"{device.name}.json")
+    borrowed = Answer("borrowed", None, f"no other {device.arch} has a row")
+    for other in nearest(device.arch, device.units, device.bandwidth):
+        if other.name != device.name:
+            rows = usable(shipped(tunable, other.name))
+            for answer in (_holding, _near):
+                found = answer("borrowed", rows, shape, f"{other.name}.json")
+                borrowed = found if borrowed.config is None and found.config is not None else borrowed
+    yield borrowed
+    yield _modelled(tunable, shape, dtype, device)
+    yield Answer("default", tunable.default(shape, dtype, device), "the kernel's own")
+
+
+def _holding(step: str, rows: list[Row], shape: tuple[Any, ...], where: str) -> Answer:
+    row = next((r for r in rows if r.holds(shape)), None)
+    if row is None:
+        return Answer(step, None, f"none of {len(rows)} usable rows in {where} holds the shape")
+    return Answer(step, row.config, f"{where}: {row.source['origin']}, {row.source['when']}", row)
+
+
+def _near(step: str, rows: list[Row], shape: tuple[Any, ...], where: str) -> Answer:
+    found = [(octaves, i) for i, row in enumerate(rows) if (octaves := row.octaves(shape)) is not None]
+    if not found:
+        return Answer(step, None, f"none of {len(rows)} usable rows in {where} is within an octave")
+    octaves, i = min(found)
+    why = f"{where}: {rows[i].source['origin']}, {rows[i].source['when']}, {octaves:.2f} octaves away"
+    return Answer(step, rows[i].config, why, rows[i])
+
+
+def _modelled(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) -> Answer:
+    """A prediction may choose among what was compiled and judged for this architecture; it is not trusted further. The
+    default stays unless it is beaten by 5 %."""
+    rows = [r for r in _vetted(tunable, device.arch) if r.bits == 8 * dtype.itemsize and r.alike(shape)]
+    vetted = [c for c in dict.fromkeys(r.config for r in rows) if tunable.legal(c, shape, dtype, device)]
+    if not vetted:
+        return Answer("model", None, f"no configuration was judged for such shapes on {device.arch}")
+    default = tunable.default(shape, dtype, device)
+    by_default = tunable.seconds(default, shape, dtype, device)
+    best = min(vetted, key=lambda config: tunable.seconds(config, shape, dtype, device))
+    seconds = tunable.seconds(best, shape, dtype, device)
+    if seconds > 0.95 * by_default:
+        return Answer("model", None, f"the best of {len(vetted)} is predicted at {seconds / by_default:.2f} of default")
+    return Answer("model", best, f"of {len(vetted)} judged for {device.arch}, {seconds / by_default:.2f} of default")
+
+
+def tables() -> Any:
+    """The folder of shipped tables."""
+    return files("mm1") / "autotune" / "tables"
+
+
+def cache_folder() -> Path:
+    """The user's own rows: $MM1_CACHE/configs, or ~/.cache/mm1/configs."""
+    home = os.environ.get("MM1_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm1"
+    return Path(home) / "configs"
+
+
+@cache
+def shipped(tunable: Tunable, name: str) -> tuple[Row, ...]:
+    """The rows of mm1/autotune/tables/<kernel>/<name>.json."""
+    path = tables() / tunable.kernel / f"{name}.json"
+    if not path.is_file():
+        return ()
+    table = json.loads(path.read_text())
+    return () if table.get("schema") != SCHEMA else tuple(row for r in table["rows"] if (row := read(tunable, r)))
+
+
+@cache
+def cached(tunable: Tunable, name: str) -> tuple[Row, ...]:
+    """The user's rows, one a file, by name; a file that cannot be read is as if it were not there."""
+    rows = []
+    try:
+        paths = sorted((cache_folder() / tunable.kernel / name).glob("*.json"))
+    except OSError:
+        return ()
+    for path in paths:
+        try:
+            source = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        row = read(tunable, source) if isinstance(source, dict) and source.get("schema") == SCHEMA else None
+        rows += [] if row is None else [row]
+    return tuple(rows)
+
+
+def read(tunable: Tunable, source: dict[str, Any]) -> Row | None:
+    """A row as written; None if it does not name every field of the kernel's shape and configuration, and no other."""
+    try:
+        when, config = dict(source["when"]), source["config"]
+        bits = when.pop("bits")
+        fields = tunable.shape._fields
+        if set(when) != set(fields) or set(config) != set(tunable.config.__dataclass_fields__):
+            return None
+        ranges = tuple(int(when[n]) if n in tunable.constants else _interval(when[n]) for n in fields)
+        return Row(bits, ranges, tunable.config(**config), {"origin": "", **source})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _interval(value: Any) -> Any:
+    if isinstance(value, list):
+        low, high = value
+        return int(low), int(high)
+    return value if isinstance(value, bool | str) else (int(value), int(value))
+
+
+@cache
+def _vetted(tunable: Tunable, arch: str) -> tuple[Row, ...]:
+    rows = [r for d in DEVICES.values() if d.arch == arch for r in shipped(tunable, d.name)]
+    return tuple(sorted(rows, key=lambda r: tuple(vars(r.config).values())))
+
+
+def digest(tunables: list[Tunable], device: Device) -> str:
+    """Of every row that look-ups on this device may use: equal on two ranks if they will choose alike."""
+    seen = hashlib.sha256()
+    for tunable in tunables:
+        for rows in (cached(tunable, device.name), *(shipped(tunable, d.name) for d in DEVICES.values())):
+            seen.update(json.dumps([r.source for r in rows], sort_keys=True).encode())
+    return seen.hexdigest()

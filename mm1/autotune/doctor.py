@@ -1,0 +1,224 @@
+"""What this installation has, what it lacks, and what to do about it.
+
+A doctor is called when things are broken: every question is asked on its own, one that fails is a line of the answer,
+torch is imported late and optional packages not at all.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mm1
+from mm1.kernels.device import nearest
+from mm1.kernels.tuning import SCHEMA, cache_folder, tables
+
+PACKAGES = {
+    "flash-attn": 'attention backend "flash"', "xformers": 'attention backend "xformers"',
+    "megablocks": 'moe_backend "megablocks"', "nvidia-ml-py": "clocks, power, heat and energy in records",
+    "transformers": "these kernels in its models, and its checkpoints", "timm": "these kernels in NaFlexVit",
+    "torchtitan": "these kernels there, by examples/torchtitan_experts.py", "pyarrow": "training data in parquet",
+    "matplotlib": "pictures of the demo's results", "tensorboard": "train.tensorboard", "wandb": "nothing yet",
+}  # fmt: skip
+INSTALL = {"flash-attn": "flash-attn --no-build-isolation", "megablocks": "megablocks grouped_gemm"}
+# What those of mm1.kernels.attention need, whose import takes longer than all the rest.
+BACKENDS = {
+    "reference": (), "segments": (), "varlen": ("a GPU",), "flash": ("a GPU", "flash_attn"),
+    "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (), "triton": ("a GPU", "triton"),
+}  # fmt: skip
+BF16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "svebf16")  # in /proc/cpuinfo, of x86 and of ARM
+BUILDS = "https://pytorch.org/get-started/locally"
+Say = Callable[[str], None]  # takes a line of what to do
+
+
+def doctor(as_json: bool = False) -> None:
+    """Print a line a finding, then what to do; as_json: and all of it in one last line, a JSON object."""
+    report: dict[str, dict[str, Any]] = {}
+    todo: list[str] = []
+
+    def ask(section: str, questions: dict[str, Callable[[Say], Any]]) -> None:
+        found = report[section] = {}
+        for name, question in questions.items():
+            try:
+                found[name] = question(todo.append)
+            except Exception as error:
+                found[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+                todo.append(f"{section} {name} {found[name]}")
+            parts = found[name] if isinstance(found[name], dict) and found[name] else {"": found[name]}
+            for part, value in parts.items():
+                print(f"{section:10} {f'{name} {part}':24} {_text(value)}")
+
+    ask("software", SOFTWARE)
+    ask("cpu", CPU)
+    ask("gpu", {"seen": _gpus})
+    gpus = report["gpu"]["seen"] if isinstance(report["gpu"]["seen"], int) else 0
+    for i in range(gpus):
+        ask(f"gpu {i}", {name: lambda say, i=i, f=f: f(i, say) for name, f in GPU.items()})
+    ask("packages", {name: lambda _, n=name: _package(n) for name in PACKAGES})
+    ask("attention", {name: lambda _, n=needs: _usable(n, gpus) for name, needs in BACKENDS.items()})
+    ask("cache", {"folder": lambda _: str(cache_folder()), "files": _cache})
+    print("\nWhat to do", *(todo or ["nothing: all is well"]), sep="\n  ")
+    if as_json:
+        print(json.dumps(report | {"what to do": todo}))
+
+
+def _torch(say: Say) -> str:
+    import torch
+
+    for package in filter(_version, ("torch", "torchvision")):
+        for line in metadata.requires(package) or []:
+            pin = re.match(r"(torch|[\w-]*triton[\w-]*) ?\(?==([\w.]+)", line)
+            if pin and (here := (_version(pin[1]) or "none").partition("+")[0]) != pin[2]:
+                say(f"{package} is made for {pin[1]} {pin[2]}, here is {here}: pip install {pin[1]}=={pin[2]}")
+    return f"{torch.__version__}, {_build()} build"
+
+
+def _build() -> str:
+    from torch.version import cuda, hip
+
+    return f"CUDA {cuda}" if cuda else f"HIP {hip}" if hip else "CPU"
+
+
+def _torchvision(say: Say) -> str | None:
+    """Its usual wheels are built for CUDA: beside a CPU build of torch their import fails."""
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    version = re.findall("__version__ = '(.*)'", Path(spec.origin).with_name("version.py").read_text())[0]
+    if "+cu" in version and _build() == "CPU":
+        say("torchvision is a CUDA build, torch is not: `import torchvision` fails unless declare_operators() of "
+            "mm1.integrations.torchvision comes first; or pip install --force-reinstall --no-deps torchvision "
+            "--index-url https://download.pytorch.org/whl/cpu")  # fmt: skip
+    return version
+
+
+def _driver() -> str | None:
+    """The newest CUDA that the NVIDIA driver runs."""
+    version = ctypes.c_int()
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
+
+
+def _gpus(say: Say) -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    cuda, driver, hidden = torch.version.cuda, _driver(), [name for name in os.environ if "VISIBLE_DEVICES" in name]
+    if _build() == "CPU":
+        if driver or Path("/dev/kfd").exists():
+            say(f"torch is a CPU build, but the driver of a GPU is here: {BUILDS}")
+    elif cuda and not driver:
+        say("torch is a CUDA build, but no NVIDIA driver is here: install one, or give the container its GPUs")
+    elif cuda and driver and int(driver.split(".")[0]) < int(cuda.split(".")[0]):
+        say(f"the NVIDIA driver runs CUDA {driver}, torch needs {cuda}: update it, or take the torch for it, {BUILDS}")
+    else:
+        cure = f"unset {', '.join(hidden)}" if hidden else "nvidia-smi or amd-smi must list it first"
+        say(f"torch is a {_build()} build, but sees no GPU: {cure}")
+    return 0
+
+
+def _device(index: int, _: Say) -> dict[str, Any]:
+    import torch
+
+    from mm1.autotune.gpu_state import pci_slot
+    from mm1.kernels.dispatch import device_of_index
+
+    properties, device = torch.cuda.get_device_properties(index), device_of_index(index)
+    return {
+        "name": properties.name, "known as": device.name, "pci": pci_slot(index), "architecture": device.arch,
+        "multiprocessors": device.units, "memory GiB": round(properties.total_memory / 2**30, 1),
+    }  # fmt: skip
+
+
+def _tables(index: int, say: Say) -> dict[str, str]:
+    """By kernel: whose table is looked into, this GPU's own or that of the nearest that has one."""
+    from mm1.kernels.dispatch import device_of_index
+
+    device, found = device_of_index(index), {}
+    for folder in sorted(tables().iterdir(), key=str) if tables().is_dir() else []:
+        lent = folder.name != "attention"  # its choice among back-ends is not
+        near = nearest(device.arch, device.units, device.bandwidth) if lent else []
+        held = [d.name for d in (device, *near) if (folder / f"{d.name}.json").is_file()]
+        found |= {folder.name: held[0]} if held else {}
+    if device.name not in found.values():
+        say(f"no table is for gpu {index} ({device.name}): mm1 tune")
+    return found
+
+
+def _state(index: int, say: Say) -> dict[str, Any]:
+    from mm1.autotune.gpu_state import read, throttled
+
+    state = read(index)
+    if "driver" not in state and not _build().startswith("HIP"):
+        say(f"gpu {index}: {state['note']}")
+    if throttled(state):
+        say(f"gpu {index} is held down by {_text(state['reasons'])}: see to cooling and power before measuring")
+    if state.get("others"):
+        say(f"gpu {index} also computes for others: measure when it does not")
+    return state
+
+
+def _package(name: str) -> str:
+    return _version(name) or f"missing, gives {PACKAGES[name]}: pip install {INSTALL.get(name, name)}"
+
+
+def _usable(needs: tuple[str, ...], gpus: int) -> str:
+    missing = [need for need in needs if not (gpus if need == "a GPU" else find_spec(need))]
+    return f"needs {' and '.join(missing)}" if missing else "usable"
+
+
+def _cache(say: Say) -> dict[str, int]:
+    """Files of the user's own rows, by kernel and GPU."""
+    paths = sorted(cache_folder().glob("*/*/*.json"))
+    for path in paths:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            if json.loads(path.read_text())["schema"] == SCHEMA:
+                continue
+        say(f"not a row of this version of mm1, delete it: {path}")
+    return Counter("/".join(path.parts[-3:-1]) for path in paths)
+
+
+def _version(package: str) -> str | None:
+    return next((found.version for found in metadata.distributions(name=package)), None)
+
+
+def _processor(field: str) -> str:
+    found = re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return ", ".join(value) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+SOFTWARE = {
+    "mm1": lambda _: mm1.__version__,
+    "python": lambda _: f"{platform.python_version()}, {sys.executable}",
+    "os": lambda _: platform.platform(),
+    "torch": _torch,
+    "triton": lambda say: _version("triton") or _version("triton-rocm") or say("no Triton: pip install triton"),
+    "torchvision": _torchvision,
+    "cuda driver": lambda _: _driver(),
+    "compiler": lambda say: shutil.which("cc") or say("no C compiler, which Triton needs: apt-get install g++"),
+}
+CPU = {
+    "model": lambda _: _processor("model name") or platform.machine(),
+    "bf16 instructions": lambda _: [name for name in BF16 if name in _processor("(?:flags|Features)").split()],
+    "cores": lambda _: f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
+    "memory GiB": lambda _: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+}
+GPU = {"device": _device, "table": _tables, "state": _state}

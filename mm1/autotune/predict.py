@@ -1,0 +1,160 @@
+"""Rows without a GPU: predicted from the model and from what the compiler makes, and checked again later."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mm1.autotune.search import ranked
+from mm1.autotune.space import KERNELS, chosen
+from mm1.autotune.static import DTYPES, Task, compilers, fault
+from mm1.autotune.tables import TABLES, read_table, row, static_facts, write_table
+from mm1.autotune.workers import Failed
+from mm1.kernels.device import Device
+from mm1.kernels.tuning import Tunable, read
+
+TRIED = 8  # candidates whose code is looked at before the default is taken
+ADVANTAGE = 0.9  # of the default's predicted time, at most, for another configuration to come first
+
+
+class Shown:
+    """How far it is: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.said = what, total, 0, time.monotonic()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self.bar = Progress(
+                TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            )
+        self.task = self.bar.add_task(what, total=total) if self.bar else None
+
+    def __enter__(self) -> "Shown":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, what: str) -> None:
+        self.done += 1
+        if self.bar:
+            self.bar.update(self.task, advance=1, description=what)
+        elif time.monotonic() - self.said > 5 or self.done == self.total:
+            self.said = time.monotonic()
+            print(f"{self.what} {self.done}/{self.total} {what}", file=sys.stderr, flush=True)
+
+
+class _Open(NamedTuple):
+    """A shape without a configuration yet, and those to try next."""
+
+    tunable: Tunable
+    shape: Any
+    rest: Iterator[Any]
+
+
+def predict(
+    names: Iterable[str], device: Device, folder: Path, processes: int = os.cpu_count() or 1, bits: int = 16
+) -> dict[str, Any]:
+    """Write predicted rows for every shipped shape of the kernels: the first configuration by the model whose code is
+    sound. Measured rows of the table stay as they are. Returns what was done, by kernel."""
+    tunables, dtype = chosen(names), DTYPES[bits]
+    shapes = [(t, s) for t in tunables for s in KERNELS[t.kernel].shapes()]
+    rows: dict[str, list[Any]] = {t.kernel: [] for t in tunables}
+    bad: dict[tuple[Any, ...], str] = {}
+    begin = time.monotonic()
+    with Shown(f"ranking for {device.name}", len(shapes)) as shown:
+        pending = []
+        for tunable, shape in shapes:
+            pending.append(_Open(tunable, shape, iter(_worth_trying(tunable, shape, dtype, device))))
+            shown.step(tunable.kernel)
+    with Shown(f"compiling for {device.name}", len(shapes)) as shown, compilers(processes) as workers:
+        while pending:
+            tasks, missing = {}, []
+            for work in pending:
+                kernel = work.tunable.kernel
+                untried = (c for c in work.rest if (kernel, c, *work.shape[1:]) not in bad)
+                if (config := next(untried, None)) is None:
+                    missing.append(work)
+                else:
+                    tasks[Task(kernel, tuple(work.shape), config, bits, device.name)] = work
+            for work in missing:
+                shown.step(f"{work.tunable.kernel}: no sound configuration for {work.shape}")
+            pending = []
+            for task, found in workers.each(tasks):
+                if (why := fault(task, found)) or isinstance(found, Failed):
+                    bad[task.kernel, task.config, *task.shape[1:]] = str(why)
+                    pending.append(tasks[task])
+                    continue
+                facts = static_facts(found, device)
+                rows[task.kernel].append(row(tasks[task].shape, bits, task.config, "predicted", static=facts))
+                shown.step(task.kernel)
+    done = {}
+    for tunable in tunables:
+        measured = [r for r in read_table(folder, tunable.kernel, device) if r["origin"] == "measured"]
+        held = [r["when"] for r in measured]
+        new = [r for r in rows[tunable.kernel] if r["when"] not in held]
+        path = write_table(folder, tunable.kernel, device, measured + new)
+        mine = [why for key, why in bad.items() if key[0] == tunable.kernel]
+        kept = len(read_table(folder, tunable.kernel, device))
+        done[tunable.kernel] = {"shapes": len(rows[tunable.kernel]), "rows": kept, "refused": len(mine)}
+        print(f"{tunable.kernel:20} {len(new):4} shapes  {kept:3} rows  {len(mine):3} refused  {path}")
+    return {"device": device.name, "seconds": round(time.monotonic() - begin, 1), "kernels": done}
+
+
+def _worth_trying(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Device) -> list[Any]:
+    """In order: what the model clearly prefers to the default, the default, what it likes less. What bounds a kernel
+    without tiled products, or with exponentials between them, it does not know well enough."""
+    default = tunable.default(shape, dtype, device)
+    limit = ADVANTAGE * tunable.seconds(default, shape, dtype, device)
+    best = ranked(tunable, shape, dtype, device, TRIED)
+    if not KERNELS[tunable.kernel].modelled:
+        return [default, *best]
+    better = [c for c in best if tunable.seconds(c, shape, dtype, device) < limit]
+    return [*better, default, *best[len(better) :]]
+
+
+def check(
+    names: Iterable[str], devices: list[Device], folder: Path = TABLES, processes: int = os.cpu_count() or 1,
+    part: tuple[int, int] = (0, 1),
+) -> list[str]:  # fmt: skip
+    """Faults of shipped rows, each with where it stands: it must be readable, legal, and compile to sound code. part
+    (i, n): every n-th row from the i-th on."""
+    faults, tasks = [], {}
+    for tunable in chosen(names):
+        for device in devices:
+            try:
+                sources = read_table(folder, tunable.kernel, device)
+            except (ValueError, KeyError, TypeError) as error:
+                faults.append(f"{tunable.kernel}/{device.name}.json: cannot be read: {error}")
+                continue
+            for source in sources:
+                place = f"{tunable.kernel}/{device.name}.json {json.dumps(source.get('when'))}"
+                parsed = read(tunable, source)
+                if parsed is None:
+                    faults.append(f"{place}: is no row of {tunable.kernel}")
+                    continue
+                shape = tunable.shape(*(w[1] if isinstance(w, tuple) else w for w in parsed.when))
+                if not tunable.legal(parsed.config, shape, DTYPES[parsed.bits], device):
+                    faults.append(f"{place}: {parsed.config} is not legal on {device.name}")
+                    continue
+                key = device.arch, tunable.kernel, parsed.config, shape[1:]
+                tasks.setdefault(
+                    key, (Task(tunable.kernel, tuple(shape), parsed.config, parsed.bits, device.name), place)
+                )
+    mine = dict(sorted(tasks.values(), key=str)[part[0] :: part[1]])
+    with Shown("checking", len(mine)) as shown, compilers(processes) as workers:
+        for task, found in workers.each(mine):
+            why = fault(task, found)
+            faults += [f"{mine[task]}: {why}"] if why else []
+            shown.step(task.kernel)
+    return faults

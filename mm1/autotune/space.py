@@ -1,0 +1,378 @@
+"""The kernels that have configurations, the shapes whose rows are shipped, and inputs to try a configuration with.
+
+Shapes are MM1's and those of models in wide use, their first size in octaves: a row for 513 … 1024 rows is tried with
+1024.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm1.kernels import (
+    adaptive_pool,
+    conv_depthwise,
+    conv_gate,
+    conv_rows,
+    experts,
+    few_tokens,
+    flash,
+    grouped_gemm,
+    patch_embed,
+)
+from mm1.kernels.conv_depthwise import Geometry
+from mm1.kernels.conv_rows import RowShape
+from mm1.kernels.dispatch import cdiv
+from mm1.kernels.flash import FlashShape
+from mm1.kernels.grids import Grids
+from mm1.kernels.grouped_gemm import DwShape
+from mm1.kernels.patch_embed import PatchShape
+from mm1.kernels.route import sort_by_expert
+from mm1.kernels.tiles import Shape
+from mm1.kernels.tuning import Tunable, TuneError
+
+FAN = 2  # experts a token
+SIDE = 27  # patches of an image: 378 pixels in patches of 14
+POOL = (12, 12)
+BOOLS = {"0": False, "false": False, "1": True, "true": True}
+NORMALISE = [0.0167, 0.0175, 0.0175], [0.1, 0.2, 0.3]  # about 1 / (255 · std)
+
+
+class Inputs(NamedTuple):
+    """Makes inputs: random, or without values on "meta". widen: the same values in fp32."""
+
+    device: str
+    dtype: torch.dtype
+    widen: bool = False
+
+    def floats(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.empty(*shape, device=self.device, dtype=dtype or self.dtype)
+        if self.device != "meta":
+            x.normal_(std=scale)
+        return x.float() if self.widen else x
+
+    def choices(self, rows: int, fan: int, count: int) -> Tensor:
+        """int32 [rows, fan]: choices among `count`, uneven as a router's are."""
+        if self.device == "meta":
+            return torch.empty(rows, fan, device="meta", dtype=torch.int32)
+        noise = -torch.empty(rows, count, device=self.device).exponential_().log()
+        noise += 0.5 * torch.randn(count, device=self.device)
+        return noise.topk(fan).indices.int()
+
+    def order(self, slots: int, experts: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """slots and position and offsets of so many slots sorted by expert, and how many a token has."""
+        fan = FAN if slots % FAN == 0 and experts >= FAN else 1
+        index = self.choices(slots // fan, fan, experts)
+        if self.device == "meta":
+            return torch.empty(slots, device="meta", dtype=torch.int32), index, index.new_empty(experts), fan
+        order = sort_by_expert(index, experts)
+        return order[0], order[1], order[2], fan
+
+    def grids(self, patches: int) -> Grids:
+        whole, left = divmod(patches, SIDE * SIDE)
+        return Grids([(SIDE, SIDE)] * whole + [(1, left)] * (left > 0), device=self.device)
+
+
+class Kernel(NamedTuple):
+    tunable: Tunable
+    launched: tuple[str, ...]  # the Triton functions that a configuration is of
+    multiplies: bool  # whether those have matrix instructions
+    modelled: bool  # whether the model may prefer another configuration to the default unmeasured
+    shapes: Callable[[], Iterator[Any]]  # whose rows are shipped
+    example: Callable[[Any, Inputs], Callable[[], Any]]  # a call at a shape
+
+
+def octaves(low: int, high: int) -> list[int]:
+    return [1 << i for i in range(low.bit_length() - 1, high.bit_length())]
+
+
+def interval(size: int) -> list[int]:
+    """The octave that ends in `size`."""
+    return [size // 2 + 1, size]
+
+
+# (D, F, E, gated): MM1-3B-MoE and MM1-7B-MoE; Mixtral 8×7B, Phi-3.5-MoE, OLMoE, Qwen3-30B-A3B
+LAYERS = ((3072, 8064, 64), (4096, 13312, 32), (4096, 14336, 8), (4096, 6400, 16), (2048, 1024, 64), (2048, 768, 128))
+# (width, K, pixels): ViT-L, SO400M, ViT-H in 14; ViT-B, ViT-L, SO400M in 16, cut or not; Qwen-VL's
+EMBEDDINGS = ((1024, 588, True), (1152, 588, True), (1280, 588, True), (768, 768, True), (1024, 768, True),
+              (1152, 768, True), (768, 768, False), (1024, 768, False), (1152, 768, False), (1280, 1176, False),
+              (1152, 1536, False))  # fmt: skip
+CHANNELS = (768, 1024)  # of C-Abstractors
+HEADS = ((16, 16, 80, False), (16, 16, 64, False), (32, 8, 128, True))
+
+
+def _gemm_shapes() -> Iterator[Shape]:
+    for D, width, E in LAYERS:
+        for rows in octaves(512, 131072):
+            yield Shape(rows, E, width, D)
+            yield Shape(rows, E, 2 * width, D)
+
+
+def _up_shapes() -> Iterator[Shape]:
+    return (Shape(rows, E, D, width, True) for D, width, E in LAYERS for rows in octaves(512, 131072))
+
+
+def _dh_shapes() -> Iterator[Shape]:
+    return (Shape(rows, E, D, width) for D, width, E in LAYERS for rows in octaves(512, 131072))
+
+
+def _dw_shapes() -> Iterator[DwShape]:
+    for D, width, E in LAYERS:
+        for rows in octaves(512, 131072):
+            yield DwShape(rows, E, 2 * width, D, True)
+            yield DwShape(rows, E, D, width, True)
+
+
+def _few_shapes() -> Iterator[Shape]:
+    for D, width, E in LAYERS:
+        for rows in octaves(1, few_tokens.MAX_SLOTS):
+            yield Shape(rows, E, D, width, True)
+            yield Shape(rows, E, width, D)
+
+
+def _embed_shapes() -> Iterator[PatchShape]:
+    for width, k, pixels in EMBEDDINGS:
+        for patches in octaves(256, 262144):
+            # Rows of a patch are 3·p bytes: of 14 in words of 2, of 16 in words of 4.
+            yield PatchShape(patches, k, width, (2 if k == 588 else 4) if pixels else 0)
+
+
+def _embed_dw_shapes() -> Iterator[PatchShape]:
+    return (shape for shape in _embed_shapes() if shape.word)
+
+
+def _row_shapes() -> Iterator[RowShape]:
+    return (RowShape(rows, C) for C in CHANNELS for rows in octaves(512, 131072))
+
+
+def _gate_shapes() -> Iterator[conv_gate.GateShape]:
+    return (conv_gate.GateShape(rows, C, C) for C in CHANNELS for rows in octaves(512, 131072))
+
+
+def _flash_shapes() -> Iterator[FlashShape]:
+    return (FlashShape(rows, *heads) for heads in HEADS for rows in octaves(1024, 131072))
+
+
+def _gemm(s: Shape, new: Inputs) -> Callable[[], Any]:
+    _, _, offsets, _ = new.order(s.rows, s.experts)
+    a, b = new.floats(s.rows, s.k), new.floats(s.experts, s.n, s.k, scale=s.k**-0.5).transpose(1, 2)
+    return lambda: grouped_gemm.gemm(a, b, offsets)
+
+
+def _dw(s: DwShape, new: Inputs) -> Callable[[], Any]:
+    slots, _, offsets, fan = new.order(s.rows, s.experts)
+    a, b = new.floats(s.rows, s.k), new.floats(s.rows // fan if s.gathered else s.rows, s.n)
+    fan = fan if s.gathered else 0
+
+    def run():
+        out, bias = a.new_empty(s.experts, s.k, s.n), a.new_empty(s.experts, s.k) if s.bias else None
+        grouped_gemm.dw(a, b, offsets, out, slots=slots, b_fan=fan, bias=bias)
+        return out if bias is None else (out, bias)
+
+    return run
+
+
+def _up(s: Shape, new: Inputs) -> Callable[[], Any]:
+    slots, _, offsets, fan = new.order(s.rows, s.experts)
+    x = new.floats(s.rows // fan, s.k)
+    gate_up = new.floats(s.experts, s.n * s.sums, s.k, scale=s.k**-0.5)
+    return lambda: experts.up_rows(x, slots, offsets, fan, gate_up, None, s.n, None, "silu", None, 0.0, False, True)
+
+
+def _dh(s: Shape, new: Inputs) -> Callable[[], Any]:
+    slots, _, offsets, fan = new.order(s.rows, s.experts)
+    dy, h, down = new.floats(s.rows // fan, s.k), new.floats(s.rows, 2 * s.n), new.floats(s.experts, s.k, s.n)
+    weight = new.floats(s.rows // fan, fan, dtype=torch.float32)
+    return lambda: experts.gradient_of_h(dy, h, slots, offsets, fan, weight, down, None, "silu", None, 0.0, True)
+
+
+def _few(s: Shape, new: Inputs) -> Callable[[], Any]:
+    fan = FAN if s.gated and s.rows % FAN == 0 else 1
+    index = new.choices(s.rows // fan, fan, s.experts)
+    a, gate = new.floats(s.rows // fan, s.k), new.floats(s.experts, s.n, s.k, scale=s.k**-0.5)
+    up, act = (new.floats(s.experts, s.n, s.k, scale=s.k**-0.5), "silu") if s.gated else (None, None)
+    return lambda: few_tokens.by_slot(a, index, fan, gate, up, None, None, act, None, 0.0)
+
+
+def _embed(s: PatchShape, new: Inputs) -> Callable[[], Any]:
+    grids = new.grids(s.patches)
+    weight, bias, table = new.floats(s.width, s.k), new.floats(s.width), new.floats(SIDE, SIDE, s.width)
+    # What is compiled is judged where it needs the most registers.
+    mode = "bicubic" if new.device == "meta" else "bilinear"
+    geometry, modes = (grids.table, grids.owner), (1, mode, True, False)
+    if not s.word:
+        patches = new.floats(s.patches, s.k)
+        return lambda: patch_embed.embed(patches, weight, bias, table, *geometry, *modes)
+    pixels, side = _pixels(s, new), round((s.k // 3) ** 0.5)
+    return lambda: patch_embed.forward(pixels, weight, bias, table, *geometry, side, *NORMALISE, *modes)
+
+
+def _embed_dw(s: PatchShape, new: Inputs) -> Callable[[], Any]:
+    grids, dy, weight = new.grids(s.patches), new.floats(s.patches, s.width), new.floats(s.width, s.k)
+    pixels = _pixels(s, new)
+    return lambda: patch_embed.backward(
+        dy, pixels, weight, grids.table, grids.owner, round((s.k // 3) ** 0.5), *NORMALISE, 1, False, True
+    )
+
+
+def _pixels(s: PatchShape, new: Inputs) -> Tensor:
+    x = torch.empty(s.patches * s.k // 3, 3, device=new.device, dtype=torch.uint8)
+    return x if new.device == "meta" else x.random_(0, 256)
+
+
+def _norms(s: RowShape, new: Inputs) -> tuple[Tensor, Tensor]:
+    return new.floats(s.channels), new.floats(s.channels)
+
+
+def _norm(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    u, norms = new.floats(*s), _norms(s, new)
+    return lambda: conv_rows.norm_silu(u, *norms, torch.empty_like(u))
+
+
+def _join(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    u, x, grids, norms = new.floats(*s), new.floats(*s), new.grids(s.rows), _norms(s, new)
+    geometry = grids.table, grids.owner
+
+    def run():
+        pooled = conv_rows.join(u, x, *norms, None, None, *geometry, POOL, None)
+        return pooled, conv_rows.join(u, x, *norms, *norms, *geometry, (0, 0), None)
+
+    return run
+
+
+def _join_backward(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    u, x, grids, norms = new.floats(*s), new.floats(*s), new.grids(s.rows), _norms(s, new)
+    geometry, pooled = (grids.table, grids.owner), new.floats(grids.images * POOL[0] * POOL[1], s.channels)
+
+    def run():
+        first = conv_rows.join_backward(pooled, u, x, *norms, None, None, *geometry, POOL)
+        return *first, *conv_rows.join_backward(x, u, x, *norms, *norms, *geometry, (0, 0))
+
+    return run
+
+
+def _walked(s: RowShape, new: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Geometry, Tensor]:
+    grids = new.grids(s.rows)
+    geometry = Geometry(grids.table, grids.owner, grids.strips)
+    return new.floats(*s), new.floats(9, s.channels), *_norms(s, new), geometry, new.floats(grids.images, s.channels)
+
+
+def _walk_value(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    a, w, gamma, beta, geometry, _ = _walked(s, new)
+    return lambda: conv_depthwise.forward(a, w, gamma, beta, geometry)
+
+
+def _walk_gated(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    a, w, gamma, beta, geometry, gate = _walked(s, new)
+    dc = new.floats(*s)
+    return lambda: conv_depthwise.gated(a, dc, w, gamma, beta, gate, geometry, True)
+
+
+def _walk_backward(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    a, w, gamma, beta, geometry, gate = _walked(s, new)
+    dc = new.floats(*s)
+    return lambda: conv_depthwise.backward(a, dc, w, gamma, beta, gate, gate, geometry)
+
+
+def _unwalk(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    u, w, gamma, beta, geometry, _ = _walked(s, new)
+    du2 = new.floats(*s)
+    return lambda: conv_depthwise.unwalk(u, du2, w, gamma, beta, geometry)
+
+
+def _gate(s: conv_gate.GateShape, new: Inputs) -> Callable[[], Any]:
+    grids = new.grids(s.rows)
+    b, gate, w = new.floats(s.rows, s.k), new.floats(grids.images, s.k), new.floats(s.n, s.k, scale=s.k**-0.5)
+    return lambda: conv_gate.gated_mm(b.clone(), gate, grids.owner, w)  # it may overwrite b
+
+
+def _pool(s: RowShape, new: Inputs) -> Callable[[], Any]:
+    x, grids = new.floats(*s), new.grids(s.rows)
+    dy = new.floats(grids.images * POOL[0] * POOL[1], s.channels)
+    geometry = grids.table, grids.owner
+    return lambda: (adaptive_pool.forward(x, *geometry, *POOL), adaptive_pool.backward(dy, *geometry, *POOL))
+
+
+def _segments(s: FlashShape, new: Inputs) -> Tensor:
+    length = min(s.rows, 2048 if s.causal else SIDE * SIDE)
+    ends = [min(i * length, s.rows) for i in range(cdiv(s.rows, length) + 1)]
+    return torch.tensor(ends, dtype=torch.int32, device="cpu").to(new.device)
+
+
+def _flash(s: FlashShape, new: Inputs) -> Callable[[], Any]:
+    q, k, v = (new.floats(s.rows, heads, s.width) for heads in (s.heads, s.kv_heads, s.kv_heads))
+    cu = _segments(s, new)
+    return lambda: flash.forward(q, k, v, cu, cu, None, s.causal)
+
+
+def _flash_backward(s: FlashShape, new: Inputs) -> Callable[[], Any]:
+    q, k, v, dy = (new.floats(s.rows, heads, s.width) for heads in (s.heads, s.kv_heads, s.kv_heads, s.heads))
+    cu = _segments(s, new)
+    y, lse = flash.forward(q, k, v, cu, cu, None, s.causal)
+    return lambda: flash.backward(dy, q, k, v, y, lse, cu, cu, None, s.causal)
+
+
+_ROWS = [
+    Kernel(tunable, launched, False, False, _row_shapes, example)
+    for tunable, launched, example in (
+        (conv_rows.NORM, ("_norm_kernel",), _norm),
+        (conv_rows.JOIN, ("_join_kernel", "_join_pool_kernel"), _join),
+        (conv_rows.JOIN_BACKWARD, ("_join_backward_kernel",), _join_backward),
+        (conv_depthwise.WALKS["value"], ("_walk_kernel",), _walk_value),
+        (conv_depthwise.WALKS["gated"], ("_walk_kernel",), _walk_gated),
+        (conv_depthwise.WALKS["backward"], ("_walk_kernel",), _walk_backward),
+        (conv_depthwise.UNWALK, ("_unwalk_kernel",), _unwalk),
+        (adaptive_pool.POOL, ("_pool_kernel", "_pool_backward_kernel"), _pool),
+    )
+]
+KERNELS = {
+    kernel.tunable.kernel: kernel
+    for kernel in (
+        Kernel(grouped_gemm.GEMM, ("_gemm_kernel",), True, True, _gemm_shapes, _gemm),
+        Kernel(grouped_gemm.DW, ("_dw_kernel",), True, True, _dw_shapes, _dw),
+        Kernel(experts.UP, ("_up_kernel",), True, True, _up_shapes, _up),
+        Kernel(experts.DH, ("_dh_kernel",), True, True, _dh_shapes, _dh),
+        Kernel(few_tokens.FEW, ("_few_kernel",), True, True, _few_shapes, _few),
+        Kernel(patch_embed.EMBED, ("_embed_kernel",), True, True, _embed_shapes, _embed),
+        Kernel(patch_embed.EMBED_DW, ("_embed_dw_kernel",), True, True, _embed_dw_shapes, _embed_dw),
+        Kernel(conv_gate.GATE, ("_gemm_kernel", "_gate_kernel"), True, True, _gate_shapes, _gate),
+        *_ROWS,
+        Kernel(flash.FLASH, ("_forward_kernel",), True, False, _flash_shapes, _flash),
+        Kernel(flash.DQ, ("_dq_kernel",), True, False, _flash_shapes, _flash_backward),
+        Kernel(flash.DKV, ("_dkv_kernel",), True, False, _flash_shapes, _flash_backward),
+    )
+}
+
+
+def chosen(names: Iterable[str]) -> list[Tunable]:
+    """The kernels of these names; all for none."""
+    names = list(names)
+    if unknown := [name for name in names if name not in KERNELS]:
+        raise TuneError(f"unknown kernel {unknown[0]!r}; known: {', '.join(KERNELS)}")
+    return [KERNELS[name].tunable for name in names or KERNELS]
+
+
+def shape_named(tunable: Tunable, text: str) -> Any:
+    """A shape of "rows=4096 experts=64 …"."""
+    pairs = [part.partition("=") for part in text.replace(",", " ").split()]
+    given = {name: value for name, _, value in pairs}
+    fields, types = tunable.shape._fields, tunable.shape.__annotations__
+    defaults = tunable.shape._field_defaults
+    unknown, absent = [n for n in given if n not in fields], [n for n in fields if n not in given and n not in defaults]
+    if unknown or absent:
+        raise TuneError(f"{tunable.kernel}: {'unknown' if unknown else 'missing'} {(unknown or absent)[0]!r} in the "
+                        f"shape; it takes {', '.join(fields)}")  # fmt: skip
+    try:
+        values = {n: BOOLS[given[n].lower()] if types[n] is bool else int(given[n]) for n in given}
+    except (ValueError, KeyError):
+        values = {}
+    if len(values) < len(pairs) or any(v < 0 for v in values.values()):
+        raise TuneError(f"{tunable.kernel}: {text!r} is no shape; sizes are whole numbers, the rest 0 or 1")
+    return tunable.shape(**values)
+
+
+def short(values: Any) -> str:
+    """name=value of a shape or a configuration."""
+    pairs = values._asdict() if isinstance(values, tuple) else vars(values)  # pyright: ignore[reportAttributeAccessIssue]
+    return " ".join(f"{name}={value}" for name, value in pairs.items())

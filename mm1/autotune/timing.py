@@ -1,0 +1,146 @@
+"""Configurations of one kernel, checked and timed in turns, in the process that a worker runs.
+
+On a GPU a sample is the time between two events around a CUDA graph of the call, behind a write over the L2 cache that
+lets the host get ahead. On a CPU, where kernels are interpreted, it is wall time: the machinery runs, no more. Before a
+configuration is timed its results are compared with those of fp32, which are of another configuration and without
+matrix instructions, and with a second run bit by bit, in memory that was filled with NaN.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from mm1.autotune.space import KERNELS, Inputs
+from mm1.autotune.static import DTYPES
+from mm1.autotune.workers import Failed
+from mm1.kernels.device import DEVICES, Device
+from mm1.kernels.dispatch import device_of_index
+from mm1.kernels.tuning import TuneError, pinned
+
+FLUSH = 256 << 20  # bytes: more than twice the L2 of any GPU in the tables
+PART = 1 << 26  # elements compared at once: in fp64 they take 8 times the memory of bf16
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}  # of rms
+
+
+class Trial(NamedTuple):
+    """Configurations at a shape, and samples of each; none: they are only checked."""
+
+    kernel: str
+    shape: tuple[Any, ...]
+    bits: int
+    configs: tuple[Any, ...]
+    samples: int
+
+
+def run_trial(trial: Trial) -> list[Any]:
+    """By configuration: seconds of each sample, or Failed."""
+    bench = _bench(trial.kernel, trial.shape, trial.bits)
+    results: list[Any] = [bench.fault(config) or [] for config in trial.configs]
+    good = [i for i, result in enumerate(results) if not isinstance(result, Failed)]
+    for number in range(trial.samples):
+        for i in good if number % 2 == 0 else reversed(good):  # A B B A
+            results[i].append(bench.seconds(trial.configs[i]))
+    return results
+
+
+def where() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_named(name: str | None) -> Device:
+    """A known GPU, or the one at hand."""
+    if name is None:
+        if where() == "cpu":
+            raise TuneError(f"no GPU here: say which with --device; known: {', '.join(DEVICES)}")
+        return device_of_index(None)
+    if name not in DEVICES:
+        raise TuneError(f"unknown device {name!r}; known: {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+@cache
+def _flush() -> Tensor:
+    return torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+
+
+_now: list["Bench"] = []
+
+
+def _bench(*key: Any) -> "Bench":
+    """One at a time: its inputs may take much of the memory."""
+    if not _now or _now[0].key != key:
+        _now.clear()
+        _now.append(Bench(*key))
+    return _now[0]
+
+
+class Bench:
+    """A kernel's example at one shape."""
+
+    def __init__(self, kernel: str, shape: tuple[Any, ...], bits: int):
+        self.key = kernel, shape, bits
+        self.kernel, self.dtype = kernel, DTYPES[bits]
+        self.run, wide = (self._example(KERNELS[kernel].tunable.shape(*shape), widen) for widen in (False, True))
+        self.truth = _results(wide)
+        self.faults: dict[Any, Failed | None] = {}
+        self.graphs: dict[Any, Any] = {}
+
+    def _example(self, shape: Any, widen: bool) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        return KERNELS[self.kernel].example(shape, Inputs(where(), self.dtype, widen))
+
+    def call(self, config: Any) -> Any:
+        with pinned(**{self.kernel: config}):
+            return self.run()
+
+    def fault(self, config: Any) -> Failed | None:
+        if config not in self.faults:
+            self.faults[config] = self._fault(config)
+        return self.faults[config]
+
+    def _fault(self, config: Any) -> Failed | None:
+        first, second = (_results(lambda: self.call(config)) for _ in range(2))
+        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second)):
+            return Failed("two runs differ")
+        error = max((_error(a, b) for a, b in zip(first, self.truth)), default=0.0)
+        return Failed(f"wrong by {error:.1g} of rms") if error > TOLERANCE[self.dtype] else None
+
+    def seconds(self, config: Any) -> float:
+        if where() == "cpu":
+            start = time.perf_counter()
+            self.call(config)
+            return time.perf_counter() - start
+        if config not in self.graphs:
+            graph = self.graphs[config] = torch.cuda.CUDAGraph()
+            # All write over one pool of memory: only the last replayed has its results, which nobody reads.
+            with torch.cuda.graph(graph, pool=next((g.pool() for g in self.graphs.values() if g is not graph), None)):
+                self.call(config)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _flush().zero_()
+        begin.record()
+        self.graphs[config].replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+def _results(call: Callable[[], Any]) -> list[Tensor]:
+    """What the call returns, where memory that it did not write is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
+    try:
+        return [t.clone().contiguous() for t in _pytree.tree_leaves(call()) if isinstance(t, Tensor)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    """rms(found - truth) / rms(truth)."""
+    pairs = list(zip(found.flatten().split(PART), truth.flatten().split(PART)))
+    error = sum(float((f.double() - t.double()).square().sum()) for f, t in pairs)
+    scale = sum(float(t.double().square().sum()) for _, t in pairs)
+    return (error / max(scale, 1e-30)) ** 0.5 if error < float("inf") else float("inf")  # NaN is not less

@@ -1,0 +1,248 @@
+"""`mm1 tune` on a GPU: measured rows, for as many seconds as it is given.
+
+Shape by shape: candidates by the model and by chance are compiled side by side, those of sound code are tried one by
+one in a process that may crash, and what is right goes into the search. Trials are logged as they come; what a run that
+was cut off had finished is not done again.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import zip_longest
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm1.autotune import gpu_state
+from mm1.autotune.ranks import expect_consistent, group, on_rank_0
+from mm1.autotune.search import CANDIDATES, STRAYS, Log, Result, ranked, search, strays
+from mm1.autotune.space import KERNELS, chosen, shape_named, short
+from mm1.autotune.static import DTYPES, LIMIT, Task, compilers, fault
+from mm1.autotune.tables import TABLES, read_table, row, static_facts, versions, without, write_table, write_user_row
+from mm1.autotune.timing import Trial, device_named, run_trial, where
+from mm1.autotune.workers import Failed, Workers
+from mm1.kernels.device import DEVICES, Device
+from mm1.kernels.dispatch import INTERPRETED, device_of, device_of_index
+from mm1.kernels.tuning import Tunable, TuneError, cache_folder, chain
+
+LEAST = 4.0  # seconds that one shape is given
+USUAL = 16384  # rows of a training step, whose octave is measured first
+
+
+def tune(
+    names: Iterable[str], budget: float, *, shape: str | None = None, folder: Path | None = None,
+    log: Path | None = None, processes: int = os.cpu_count() or 1, bits: int = 16,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure on the GPU at hand, for so many seconds, and write a row wherever something beats the default, or the
+    default beats the row in use: into the user's own, or into the tables of `folder`. Under torchrun rank 0 measures,
+    and all ranks get its rows."""
+    tunables, device = chosen(names), _here()
+    wanted = [(t, shape_named(t, shape)) for t in tunables] if shape else list(_by_importance(tunables))
+
+    def keep(kernel: str, source: dict[str, Any]) -> None:
+        if folder is None:
+            write_user_row(KERNELS[kernel].tunable, device, source)
+        else:
+            others = without(read_table(folder, kernel, device), source)
+            write_table(folder, kernel, device, [*others, source])
+
+    with group(budget + 600) as ranks:
+
+        def measure() -> dict[str, Any]:
+            with _Session(device, bits, log, processes) as session:
+                return session.measure(wanted, budget, keep)
+
+        found = on_rank_0(measure, ranks)
+        if ranks is not None:
+            # One process a machine writes; rank 0 has written already.
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and torch.distributed.get_rank(ranks) > 0:
+                for source in found["rows"]:
+                    keep(source["kernel"], {k: v for k, v in source.items() if k != "kernel"})
+            torch.distributed.barrier(ranks)
+            found["digest"] = expect_consistent(tunables, device, ranks)
+    return found
+
+
+def _here() -> Device:
+    if where() == "cuda":
+        return device_of_index(None)
+    if not INTERPRETED:
+        raise TuneError("no GPU here: `--static --device NAME` predicts rows without one")
+    return replace(device_of(torch.empty(0)), name="interpreted")  # whose rows no look-up reads
+
+
+def _by_importance(tunables: list[Tunable]) -> Iterator[tuple[Tunable, Any]]:
+    """The first of each kernel, the second of each, …"""
+    for some in zip_longest(*([(t, s) for s in _shapes_of(t)] for t in tunables)):
+        yield from (pair for pair in some if pair)
+
+
+def _shapes_of(tunable: Tunable) -> list[Any]:
+    """Two layers after the other, as they are shipped: MM1's first; of each the usual number of rows first."""
+    shapes = list(KERNELS[tunable.kernel].shapes())
+    rank = {key: i for i, key in enumerate(dict.fromkeys(s[1:] for s in shapes))}
+    return sorted(shapes, key=lambda s: (rank[s[1:]] // 2, abs(log2(s[0] / USUAL)), rank[s[1:]]))
+
+
+class _Session:
+    """What stays the same from shape to shape: the device, the log, the processes."""
+
+    def __init__(self, device: Device, bits: int, log: Path | None, processes: int):
+        self.device, self.bits, self.dtype = device, bits, DTYPES[bits]
+        self.log = Log(log or cache_folder().parent / "tune" / f"{device.name}.jsonl")
+        self.trials, self.compilers = Workers(run_trial, 1, LIMIT), compilers(processes)
+        self.signals: list[int] = []
+        self.seen: set[Any] = set()  # of this shape, what was timed or failed
+
+    def __enter__(self) -> "_Session":
+        catch = lambda number, _: self.signals.append(number)  # noqa: E731
+        self.handlers = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.trials.close()
+        self.compilers.close()
+
+    def stopped(self) -> bool:
+        return bool(self.signals)
+
+    def known(self, tunable: Tunable, shape: Any) -> dict[str, Any]:
+        """What events of the log have in common that an earlier run may have written."""
+        return {"device": self.device.name, "kernel": tunable.kernel, "shape": list(shape), "bits": self.bits,
+                "versions": versions()}  # fmt: skip
+
+    def measure(
+        self, wanted: list[tuple[Tunable, Any]], budget: float, keep: Callable[[str, dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        end, rows, done = time.monotonic() + budget, [], 0
+        _print_head(self.device, budget)
+        for i, (tunable, shape) in enumerate(wanted):
+            left = end - time.monotonic()
+            if earlier := self.log.of("result", **self.known(tunable, shape)):
+                source = earlier[-1]["row"]
+            elif left <= 0 or self.stopped():
+                break
+            else:
+                source = self.shape(tunable, shape, min(left, max(LEAST, left / (len(wanted) - i))))
+                done += 1
+            if source is not None:
+                keep(tunable.kernel, source)
+                rows.append({"kernel": tunable.kernel, **source})
+        used = budget - (end - time.monotonic())
+        ended = ", stopped" if self.stopped() else ""
+        print(f"{done} shapes, {len(rows)} rows; budget {budget:g} s, used {used:.1f} s{ended}")
+        return {"device": self.device.name, "seconds": round(used, 1), "shapes": done, "rows": rows,
+                "stopped": self.stopped()}  # fmt: skip
+
+    def shape(self, tunable: Tunable, shape: Any, budget: float) -> dict[str, Any] | None:
+        """The row that the search ends with, if it ends with one."""
+        at = tunable, shape, self.dtype, self.device
+        begin, default = time.monotonic(), tunable.default(shape, self.dtype, self.device)
+        incumbent = next(a.config for a in chain(*at) if a.config is not None)
+        known, self.seen = self.known(tunable, shape), set()
+        refused = {json.dumps(e["config"]) for e in self.log.of("refused", **known)}
+        some = dict.fromkeys([incumbent, *ranked(*at, CANDIDATES), *strays(*at, STRAYS)])
+        some = [c for c in some if c != default and json.dumps(vars(c)) not in refused]
+        codes = self.compiled(tunable, shape, [default, *some], begin + 0.3 * budget)
+        some = [c for c in some if c in codes and self.right(tunable, shape, c, begin + 0.6 * budget)]
+        with gpu_state.watch(None) as state:
+            result = search(
+                some, default, lambda configs, samples: self.samples(tunable, shape, configs, samples),
+                budget=begin + budget - time.monotonic(), stopped=self.stopped,
+            )  # fmt: skip
+        if isinstance(result, Failed):
+            print(f"{tunable.kernel} {short(shape)}: {result.why}", flush=True)
+            self.log.add("result", **known, row=None, why=result.why)
+            return None
+        _print_result(tunable.kernel, shape, result)
+        source = None
+        judged = incumbent != default and (incumbent in self.seen or json.dumps(vars(incumbent)) in refused)
+        if result.won or judged:
+            facts = {"static": static_facts(codes[result.config], self.device)} if codes.get(result.config) else {}
+            source = row(
+                shape, self.bits, result.config, "measured", us=_us(result.seconds),
+                default_us=_us(result.default_seconds), gain=round(result.gain, 4), noise=round(result.noise, 4),
+                **facts, versions=versions(), gpu=_brief(state),
+            )  # fmt: skip
+        if result.ended != "stopped":
+            self.log.add("result", **known, row=source, tried=result.tried, gpu=state)
+        return source
+
+    def compiled(self, tunable: Tunable, shape: Any, configs: list[Any], end: float) -> dict[Any, Any]:
+        """By configuration what it compiles to, of those whose code is sound and was there in time. What is no known
+        GPU is compiled when it is tried."""
+        if INTERPRETED or self.device.name not in DEVICES:
+            return dict.fromkeys(configs)
+        codes = {}
+        results = self.compilers.each(
+            Task(tunable.kernel, tuple(shape), c, self.bits, self.device.name) for c in configs
+        )
+        for task, found in results:
+            if why := fault(task, found):
+                self.seen.add(task.config)
+                self.log.add("refused", **self.known(tunable, shape), config=vars(task.config), why=why)
+            else:
+                codes[task.config] = found
+            if time.monotonic() > end or self.stopped():
+                results.close()
+        return codes
+
+    def right(self, tunable: Tunable, shape: Any, config: Any, end: float) -> bool:
+        """Whether the configuration runs, and gives what it should; False if there is no time left to try."""
+        in_time = time.monotonic() < end and not self.stopped()
+        return in_time and not isinstance(self.samples(tunable, shape, [config], 0)[0], Failed)
+
+    def samples(self, tunable: Tunable, shape: Any, configs: list[Any], count: int) -> list[Any]:
+        """Seconds of so many runs of each, in turns. If that brings the process down, each runs alone, and only the
+        culprit is lost."""
+        found = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, tuple(configs), count))
+        if isinstance(found, Failed) and len(configs) > 1:
+            return [self.samples(tunable, shape, [config], count)[0] for config in configs]
+        found = [found] if isinstance(found, Failed) else found
+        for config, result in zip(configs, found):
+            known = {**self.known(tunable, shape), "config": vars(config)}
+            if result:  # samples, or a failure
+                self.seen.add(config)
+            if isinstance(result, Failed):
+                self.log.add("refused", **known, why=result.why)
+            elif result:
+                self.log.add("samples", **known, seconds=[round(s, 9) for s in result])
+        return found
+
+
+def _brief(state: dict[str, Any]) -> dict[str, Any]:
+    """What a row keeps of the GPU's state."""
+    after = {name: state["after"].get(name) for name in ("sm_mhz", "memory_mhz", "power_w", "celsius", "driver")}
+    return {name: value for name, value in {**after, "throttled": state["throttled"]}.items() if value is not None}
+
+
+def _us(times: tuple[float, float]) -> list[float]:
+    return [round(1e6 * t, 2) for t in times]
+
+
+def _print_head(device: Device, budget: float) -> None:
+    state = gpu_state.read(None)
+    clocks = f"{state['sm_mhz']}/{state['memory_mhz']} MHz" if not state.get("note") else state["note"]
+    print(f"{device.name}  {device.arch}  {device.units} units  {clocks}  budget {budget:g} s")
+    print(f"{'kernel':18} {'default':>10} {'best':>10} {'gain':>6} {'noise':>6}  configuration, shape", flush=True)
+
+
+def _print_result(kernel: str, shape: Any, result: Result) -> None:
+    times = [f"{1e6 * t:8.1f}us" for t in (result.default_seconds[0], result.seconds[0])]
+    what = short(result.config) if result.won else "default stays"
+    failed = f"  failed: {result.failed}" if result.failed else ""
+    print(f"{kernel:18} {' '.join(times)} {result.gain:6.3f} {result.noise:6.3f}  {what}, {short(shape)}"
+          f"  ({result.tried} tried, {result.ended}){failed}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":  # needs torch and triton alone, for machines without the rest; argument: seconds
+    sweeps = Path(__file__).parents[1] / "bench" / "results" / device_named(None).name / "sweeps"
+    print(json.dumps(tune([], float(sys.argv[1]), folder=TABLES, log=sweeps / "tune.jsonl")))

@@ -1,0 +1,90 @@
+"""GPUs as the kernels see them: what a configuration depends on, and who is who.
+
+A GPU is known by vendor, PCI device id, multiprocessors and memory bandwidth, never by its marketing name, which
+drivers spell in several ways; a slice of one (MIG) has its id and fewer multiprocessors, and is another device.
+"""
+
+from dataclasses import dataclass, replace
+from math import inf, log2
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: look-ups do it at every launch
+class Device:
+    """Rates are the vendor's: dense bf16 products summed in fp32, without sparsity."""
+
+    name: str  # of its tables
+    arch: str  # "sm_90", "gfx942"
+    units: int  # streaming multiprocessors or compute units
+    shared: int  # bytes of shared memory one program may use
+    bandwidth: float = 2000.0  # of memory, GB/s
+    tflops: float = 300.0
+    l2: int = 40  # MB
+    pci: tuple[int, ...] = ()
+
+    @property
+    def vendor(self) -> str:
+        return "amd" if self.arch.startswith("gfx") else "nvidia"
+
+    @property
+    def tma(self) -> bool:
+        return self.vendor == "nvidia" and int(self.arch[3:]) >= 90
+
+    @property
+    def wgmma(self) -> bool:
+        return self.arch == "sm_90"
+
+    @property
+    def warp(self) -> int:
+        return 64 if self.vendor == "amd" else 32
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether products read their operands from shared memory, so that a pipeline keeps every stage there."""
+        return self.arch in ("sm_90", "sm_100")
+
+
+# PCI ids: pci-ids.ucw.cz. Some are of one chip with several memories, which the bandwidth tells apart.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100", "sm_80", 108, 163 << 10, 2039, 312, 40, (0x20B2, 0x20B5, 0x20F3, 0x20F5)),
+        Device("a100-40gb", "sm_80", 108, 163 << 10, 1555, 312, 40, (0x20B0, 0x20B1, 0x20F1, 0x20BD, 0x20F6)),
+        Device("rtx4090", "sm_89", 128, 99 << 10, 1008, 165, 72, (0x2684,)),
+        Device("h100", "sm_90", 132, 227 << 10, 3352, 989, 50, (0x2330, 0x2336)),
+        Device("h200", "sm_90", 132, 227 << 10, 4800, 989, 50, (0x2335, 0x233B)),
+        Device("b200", "sm_100", 148, 227 << 10, 8000, 2250, 126, (0x2901, 0x2941)),
+        Device("rtx5090", "sm_120", 170, 99 << 10, 1792, 210, 96, (0x2B85,)),
+        Device("mi300x", "gfx942", 304, 64 << 10, 5300, 1307, 256, (0x74A1, 0x74A9, 0x74B5, 0x74BD)),
+    )
+}
+
+
+def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwidth: float | None = None) -> Device:
+    """The known GPU with these properties, or else one of its own name with the rates of the nearest known.
+
+    bandwidth in GB/s; where it is not known, as many drivers do not tell it, the id and the units must do.
+    """
+    for known in DEVICES.values():
+        same = known.arch == arch and known.units == units and pci in known.pci
+        if same and (bandwidth is None or abs(bandwidth / known.bandwidth - 1) < 0.15):
+            return known
+    vendor = "amd" if arch.startswith("gfx") else "nvidia"
+    name = f"{vendor}-{'unknown' if pci is None else f'{pci:04x}'}-{units}"
+    near = nearest(arch, units, bandwidth)
+    if not near:
+        return Device(name, arch, units, shared)
+    share = units / near[0].units
+    return replace(
+        near[0], name=name, units=units, shared=shared, bandwidth=bandwidth or near[0].bandwidth * share,
+        tflops=near[0].tflops * share, pci=() if pci is None else (pci,),
+    )  # fmt: skip
+
+
+def nearest(arch: str, units: int, bandwidth: float | None) -> list[Device]:
+    """Known GPUs of one architecture, the most alike in units and bandwidth first."""
+
+    def distance(known: Device) -> float:
+        memory = 0.0 if bandwidth is None else abs(log2(bandwidth / known.bandwidth))
+        return abs(log2(units / known.units)) + memory if units > 0 else inf
+
+    return sorted((d for d in DEVICES.values() if d.arch == arch), key=distance)

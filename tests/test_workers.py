@@ -84,11 +84,12 @@ def test_what_hangs_is_killed_at_the_limit_with_what_it_started(workers, tmp_pat
     assert {pid for _, pid in two.each(["who", "who"])} > {pid for pid in pids if runs(pid)}, "another took its place"
 
 
-def test_closed_workers_leave_no_process(workers):
-    two = workers(2)
+def test_closed_workers_leave_no_process_nor_any_that_tasks_started(workers, tmp_path):
+    two, child = workers(2), tmp_path / "child"
     pids = [pid for _, pid in two.each(["who", "who"])]
+    two.one(("leave", str(child)))
     two.close()
-    assert gone(*pids)
+    assert gone(*pids, int(child.read_text()))
     assert not multiprocessing.active_children()
 
 

@@ -20,10 +20,11 @@ def act(task: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         case "who":
             return os.getpid()
-        case ("hang", path):
+        case ("leave" | "hang", path):
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             Path(path).write_text(str(child.pid))
-            time.sleep(600)
+            if task[0] == "hang":
+                time.sleep(600)
     return ["done", task]
 
 

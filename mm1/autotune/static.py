@@ -170,6 +170,8 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
         elif isinstance(value, TensorDescriptor):
             block = ",".join(str(side) for side in value.block_shape)
             signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):

@@ -483,6 +483,10 @@ def devices() -> None:
         assert {i["target"] for i in images} == {code_for(gpus[record.device])}
         assert record.device == (record.stream - 1) % 2 or record.name == b"_pool_kernel"
     assert driver.stub_loads() == len(cached), "an image was loaded twice"
+    driver.stub_device(2, gpus[0])
+    driver.stub_current(2)
+    assert [call(name, *good) for name, good in CALLS.items()] == [OK] * len(CALLS), "another GPU of the same kind"
+    assert driver.stub_loads() == len(cached), "CUDA's images belong to no device"
     for number in range(8):
         mine = [r.name for r in found if r.stream == number + 1]
         assert mine[:13] * 20 == mine[:-1], "a thread's launches are out of order"

@@ -145,6 +145,8 @@ def tune(
         log: file of trials to append to and go on from (default: in the user's cache).
         processes: that compile at once.
     """
+    if device and not (static or check):
+        raise TuneError("--device goes with --static or --check; what is measured is the GPU at hand")
     if processes < 1:
         raise TuneError(f"{processes} processes, expected at least 1")
     from mm1.autotune import predict
@@ -157,6 +159,8 @@ def tune(
         print("\n".join([*faults, json.dumps({"faults": len(faults)})]))
         sys.exit(1 if faults else 0)
     if static:
+        if out is None and not (TABLES.parents[2] / "pyproject.toml").is_file():
+            raise TuneError("an installed package's tables are not written to: say where with --out")
         devices = [device_named(name) for name in device or (None,)]
         print(json.dumps([predict.predict(kernels, d, out or TABLES, processes) for d in devices]))
     else:

@@ -102,13 +102,13 @@ def test_a_candidate_that_fails_costs_itself_and_its_reason_is_counted():
 
 
 def test_a_default_that_fails_is_no_result():
-    assert Machine({1: 0.5}, default="spills").search() == Failed("the default fails: spills")
+    assert Machine({1: 0.5}, default="spills").search() == Failed("spills")
 
     class Late(Machine):
         def one(self, config, place, count):
             return Failed("died") if config == DEFAULT and self.rounds() else super().one(config, place, count)
 
-    assert Late({1: 0.5}).search() == Failed("the default fails: died")
+    assert Late({1: 0.5}).search() == Failed("died")
 
 
 def test_half_go_on_from_round_to_round_with_twice_the_samples():

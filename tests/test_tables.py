@@ -11,7 +11,7 @@ import torch
 
 from mm1.autotune import predict as room
 from mm1.autotune.predict import check, predict
-from mm1.autotune.space import KERNELS
+from mm1.autotune.space import KERNELS, interval
 from mm1.autotune.static import Compiled, Task, compile_task, fault
 from mm1.autotune.tables import TABLES, read_table, write_table
 from mm1.autotune.workers import Failed
@@ -127,6 +127,11 @@ def test_a_row_of_other_names_is_refused(tmp_path, monkeypatch):
 def unbounded(name):
     kernel = KERNELS[name]
     return kernel._replace(tunable=kernel.tunable._replace(legal=lambda *_: True))
+
+
+def test_a_row_is_for_the_octave_that_holds_its_size():
+    assert {n: interval(n) for n in (1, 2, 3, 1024, 1025, 3000)} == {
+        1: [1, 1], 2: [2, 2], 3: [3, 4], 1024: [513, 1024], 1025: [1025, 2048], 3000: [2049, 4096]}  # fmt: skip
 
 
 CODE = Compiled("_gemm_kernel", 8, 128, 0, 0, 1 << 15, 4096, Counter({"HGMMA": 4}))

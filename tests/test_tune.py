@@ -21,7 +21,7 @@ import torch
 from mm1 import cli
 from mm1.autotune import predict, timing, tune
 from mm1.autotune.explain import explain
-from mm1.autotune.ranks import expect_consistent, group, on_rank_0
+from mm1.autotune.ranks import expect_consistent, group, on_all_ranks, on_rank_0
 from mm1.autotune.space import KERNELS, Kernel
 from mm1.autotune.tables import merged, read_table, without, write_table, write_user_row
 from mm1.autotune.timing import Trial, run_trial
@@ -194,6 +194,7 @@ def test_so_does_a_row_in_use_that_is_wrong(measured, tmp_path):
     measured(Gpu(times, then=terminated(128, 8)), shape="rows=128 width=64")
     assert answer() == ("user", 8)
     shutil.rmtree(tmp_path / "cache/configs")
+    tuning.forget()
     again = Gpu(times)
     measured(again, shape="rows=128 width=64")
     assert not again.tried()[128, 64]
@@ -330,6 +331,7 @@ def test_rows_decided_before_a_run_failed_are_kept_and_written_anew_where_they_a
         measured(Gpu(then=crash))
     assert answer(400) == ("user", 32)
     shutil.rmtree(tmp_path / "cache/configs")
+    tuning.forget()
     again = Gpu()
     measured(again)
     assert 512 not in {rows for rows, _ in again.tried()}
@@ -519,6 +521,8 @@ BAD = {
     "tune toy --shape rows=1": "missing 'width'",
     "tune toy --shape width=1,rows=two": "whole numbers",
     "tune toy --static": "--device",
+    "tune toy --device h200": "--static or --check",
+    "tune toy --static --device h200 --processes 0": "0 processes",
     "tune toy --static --device h2000": "unknown device 'h2000'",
     "tune --check --device h2000": "unknown device 'h2000'",
     "explain nosuch rows=1 --device h200": "unknown kernel 'nosuch'",
@@ -607,6 +611,10 @@ def as_rank() -> None:
             on_rank_0(fail, ranks)
         except TuneError as error:
             found["error"] = str(error)
+        try:
+            on_all_ranks(fail if rank else lambda: None, ranks)
+        except TuneError as error:
+            found["elsewhere"] = str(error)
         found["again"] = on_rank_0(lambda: rank, ranks)
     print(json.dumps(found))
 
@@ -646,5 +654,6 @@ def test_a_rank_with_other_rows_is_named(two_ranks):
 
 
 def test_an_error_on_rank_0_is_one_on_every_rank(two_ranks):
-    assert [found["error"] for found in two_ranks] == ["said by rank 0"] * 2
+    assert [found["error"] for found in two_ranks] == ["rank 0: TuneError: said by rank 0"] * 2
+    assert [found["elsewhere"] for found in two_ranks] == ["rank 1: TuneError: said by rank 1"] * 2
     assert [found["again"] for found in two_ranks] == [0, 0]

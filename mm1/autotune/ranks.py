@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mm1.kernels.device import Device
-from mm1.kernels.tuning import Tunable, digest, forget
+from mm1.kernels.tuning import Tunable, TuneError, digest, forget
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def group(limit: float):
 
 
 def on_rank_0(work: Callable[[], Any], group: Any) -> Any:
-    """What `work` gives on rank 0; its exception on every rank."""
+    """What `work` gives on rank 0; TuneError on every rank if it fails there."""
     if group is None:
         return work()
     found: list[Any] = [None, None]
@@ -42,11 +42,23 @@ def on_rank_0(work: Callable[[], Any], group: Any) -> Any:
         try:
             found[0] = work()
         except Exception as error:
-            found[1] = error
+            found[1] = f"rank 0: {type(error).__name__}: {error}"
     dist.broadcast_object_list(found, 0, group)
     if found[1] is not None:
-        raise found[1]
+        raise TuneError(found[1])
     return found[0]
+
+
+def on_all_ranks(work: Callable[[], None], group: Any) -> None:
+    """Do it on each; TuneError on every rank if it fails on one, so that none waits for another."""
+    mine, errors = None, [None] * dist.get_world_size(group)
+    try:
+        work()
+    except Exception as error:
+        mine = f"rank {dist.get_rank(group)}: {type(error).__name__}: {error}"
+    dist.all_gather_object(errors, mine, group)
+    if failed := [error for error in errors if error]:
+        raise TuneError("; ".join(failed))
 
 
 def expect_consistent(tunables: list[Tunable], device: Device, group: Any) -> str:

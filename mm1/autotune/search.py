@@ -87,6 +87,7 @@ class Result(NamedTuple):
     gain: float  # default / winner, of pairs in the same round
     noise: float  # that identical runs differ by
     tried: int
+    timed: frozenset[Any]
     failed: dict[str, int]  # reasons
     ended: str  # "searched", "budget" or "stopped"
 
@@ -120,12 +121,12 @@ def search(
 ) -> Result | Failed:  # fmt: skip
     """budget: seconds; stopped: true once the search should end at once.
 
-    Failed if the default itself fails: then there is nothing to compare with.
+    Failed, with its reason, if the default itself fails: then there is nothing to compare with.
     """
     end = clock() + budget
     race = _Race(measure)
     if not race.run([default], FIRST):
-        return Failed(f"the default fails: {race.failures[default]}")
+        return Failed(race.failures[default])
     noise = _noise(measure, default)
     alive = [c for c in dict.fromkeys(candidates) if c != default]
     count, ended, best, gain, number = FIRST, "searched", default, 1.0, len(alive)
@@ -136,7 +137,7 @@ def search(
         duel = len(alive) <= FINALISTS
         found = race.run([default, *random.Random(len(alive)).sample(alive, len(alive))], LAST if duel else count)
         if default not in found:
-            return Failed(f"the default fails: {race.failures[default]}")
+            return Failed(race.failures[default])
         alive = sorted((c for c in found if c != default), key=race.order)
         best = alive[0] if alive else default
         gain = statistics.median(a / b for a, b in zip(race.samples[default], race.samples[best]))
@@ -147,8 +148,17 @@ def search(
     won = best != default and gain > 1 + max(MARGIN, noise) * (1 if ended == "searched" else 2)
     winner = best if won else default
     times = _spread(race.samples[winner]), _spread(race.samples[default])
+    reasons = dict(Counter(race.failures.values()))
     return Result(
-        winner, won, *times, gain if won else 1.0, noise, number, dict(Counter(race.failures.values())), ended
+        winner,
+        won,
+        *times,
+        gain if won else 1.0,
+        noise,
+        number,
+        frozenset(race.samples.keys() - race.failures.keys()),
+        reasons,
+        ended,
     )
 
 

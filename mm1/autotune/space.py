@@ -23,7 +23,7 @@ from mm1.kernels import (
 )
 from mm1.kernels.conv_depthwise import Geometry
 from mm1.kernels.conv_rows import RowShape
-from mm1.kernels.dispatch import cdiv
+from mm1.kernels.dispatch import cdiv, power_of_2
 from mm1.kernels.flash import FlashShape
 from mm1.kernels.grids import Grids
 from mm1.kernels.grouped_gemm import DwShape
@@ -88,8 +88,9 @@ def octaves(low: int, high: int) -> list[int]:
 
 
 def interval(size: int) -> list[int]:
-    """The octave that ends in `size`."""
-    return [size // 2 + 1, size]
+    """The octave that holds `size`: 513 … 1024."""
+    high = power_of_2(size)
+    return [high // 2 + 1, high]
 
 
 # (D, F, E, gated): MM1-3B-MoE and MM1-7B-MoE; Mixtral 8×7B, Phi-3.5-MoE, OLMoE, Qwen3-30B-A3B

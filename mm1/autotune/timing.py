@@ -107,7 +107,7 @@ class Bench:
         first, second = (_results(lambda: self.call(config)) for _ in range(2))
         if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second)):
             return Failed("two runs differ")
-        error = max((_error(a, b) for a, b in zip(first, self.truth)), default=0.0)
+        error = max((_error(a, b) for a, b in zip(first, self.truth, strict=True)), default=0.0)
         return Failed(f"wrong by {error:.1g} of rms") if error > TOLERANCE[self.dtype] else None
 
     def seconds(self, config: Any) -> float:

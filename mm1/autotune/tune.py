@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mm1.autotune import gpu_state
-from mm1.autotune.ranks import expect_consistent, group, on_rank_0
+from mm1.autotune.ranks import expect_consistent, group, on_all_ranks, on_rank_0
 from mm1.autotune.search import CANDIDATES, STRAYS, Log, Result, ranked, search, strays
 from mm1.autotune.space import KERNELS, chosen, shape_named, short
 from mm1.autotune.static import DTYPES, LIMIT, Task, compilers, fault
@@ -60,11 +60,13 @@ def tune(
 
         found = on_rank_0(measure, ranks)
         if ranks is not None:
-            # One process a machine writes; rank 0 has written already.
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and torch.distributed.get_rank(ranks) > 0:
+
+            def write() -> None:
                 for source in found["rows"]:
                     keep(source["kernel"], {k: v for k, v in source.items() if k != "kernel"})
-            torch.distributed.barrier(ranks)
+
+            writes = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a machine; rank 0 has done it already
+            on_all_ranks(write if writes and torch.distributed.get_rank(ranks) else lambda: None, ranks)
             found["digest"] = expect_consistent(tunables, device, ranks)
     return found
 
@@ -152,6 +154,10 @@ class _Session:
         some = dict.fromkeys([incumbent, *ranked(*at, CANDIDATES), *strays(*at, STRAYS)])
         some = [c for c in some if c != default and json.dumps(vars(c)) not in refused]
         codes = self.compiled(tunable, shape, [default, *some], begin + 0.3 * budget)
+        # Where the default fails, for want of memory perhaps, no other is to blame, and a later run tries again.
+        (found,) = self.samples(tunable, shape, [default], 0)
+        if isinstance(found, Failed):
+            return self.failed(tunable, shape, found)
         some = [c for c in some if c in codes and self.right(tunable, shape, c, begin + 0.6 * budget)]
         with gpu_state.watch(None) as state:
             result = search(
@@ -159,12 +165,11 @@ class _Session:
                 budget=begin + budget - time.monotonic(), stopped=self.stopped,
             )  # fmt: skip
         if isinstance(result, Failed):
-            print(f"{tunable.kernel} {short(shape)}: {result.why}", flush=True)
-            self.log.add("result", **known, row=None, why=result.why)
-            return None
+            return self.failed(tunable, shape, result)
         _print_result(tunable.kernel, shape, result)
         source = None
-        judged = incumbent != default and (incumbent in self.seen or json.dumps(vars(incumbent)) in refused)
+        failed = incumbent not in result.timed and (incumbent in self.seen or json.dumps(vars(incumbent)) in refused)
+        judged = incumbent != default and (failed or (incumbent in result.timed and result.ended == "searched"))
         if result.won or judged:
             facts = {"static": static_facts(codes[result.config], self.device)} if codes.get(result.config) else {}
             source = row(
@@ -175,6 +180,10 @@ class _Session:
         if result.ended != "stopped":
             self.log.add("result", **known, row=source, tried=result.tried, gpu=state)
         return source
+
+    def failed(self, tunable: Tunable, shape: Any, why: Failed) -> None:
+        print(f"{tunable.kernel} {short(shape)}: the default fails: {why.why}", flush=True)
+        self.log.add("failed", **self.known(tunable, shape), why=why.why)
 
     def compiled(self, tunable: Tunable, shape: Any, configs: list[Any], end: float) -> dict[Any, Any]:
         """By configuration what it compiles to, of those whose code is sound and was there in time. What is no known

@@ -1,5 +1,6 @@
 """Processes that may crash or hang: what they were at is lost, and nothing else."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -80,7 +81,8 @@ class Workers:
             _kill(worker)
             worker = None
         worker = self._idle[-1] = worker or self._start()
-        worker.pipe.send(task)
+        with contextlib.suppress(BrokenPipeError):  # it died just now, which the end of its pipe will tell
+            worker.pipe.send(task)
         return worker
 
     def _start(self) -> _Worker:

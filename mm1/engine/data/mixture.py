@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns at import that there is no jax
 import grain  # noqa: E402
+from absl import flags  # noqa: E402
 
 from mm1.engine.data.document import Document, DocumentEncoder  # noqa: E402
 from mm1.engine.data.record import DataError, Unreadable  # noqa: E402
@@ -82,5 +83,7 @@ class Mixture:
         """From `position` on; the order does not depend on the number of workers."""
         documents = self._documents.slice(slice(position, None))
         if workers:
+            if not flags.FLAGS.is_parsed():  # where there is jax, Grain reads a flag of absl, which nobody parses here
+                flags.FLAGS.mark_as_parsed()
             return iter(documents.to_iter_dataset().mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
         return iter(documents.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)))

@@ -601,7 +601,7 @@ def as_rank() -> None:
                 path.write_text(path.read_text().replace('"block": 32', '"block": 16'))
         try:
             expect_consistent([TOY], HERE, ranks)
-        except RuntimeError as error:
+        except TuneError as error:
             found["differ"] = str(error)
 
         def fail():

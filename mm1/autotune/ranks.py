@@ -62,7 +62,7 @@ def on_all_ranks(work: Callable[[], None], group: Any) -> None:
 
 
 def expect_consistent(tunables: list[Tunable], device: Device, group: Any) -> str:
-    """The digest of the rows in use, if all ranks have the same; RuntimeError names those that differ."""
+    """The digest of the rows in use, if all ranks have the same; TuneError names those that differ."""
     forget()
     mine = digest(tunables, device)
     if group is None:
@@ -70,5 +70,5 @@ def expect_consistent(tunables: list[Tunable], device: Device, group: Any) -> st
     all_of_them: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(all_of_them, mine, group)
     if differ := [rank for rank, theirs in enumerate(all_of_them) if theirs != all_of_them[0]]:
-        raise RuntimeError(f"ranks {differ} have other configurations than rank 0: tune again, or empty their caches")
+        raise TuneError(f"ranks {differ} have other configurations than rank 0: tune again, or empty their caches")
     return mine

@@ -185,7 +185,12 @@ def _dh(s: Shape, new: Inputs) -> Callable[[], Any]:
     slots, _, offsets, fan = new.order(s.rows, s.experts)
     dy, h, down = new.floats(s.rows // fan, s.k), new.floats(s.rows, 2 * s.n), new.floats(s.experts, s.k, s.n)
     weight = new.floats(s.rows // fan, fan, dtype=torch.float32)
-    return lambda: experts.gradient_of_h(dy, h, slots, offsets, fan, weight, down, None, "silu", None, 0.0, True)
+
+    def run():
+        dh, ws, dots = experts.gradient_of_h(dy, h, slots, offsets, fan, weight, down, None, "silu", None, 0.0, True)
+        return dh, ws, dots.sum(0)  # parts, as many as tiles
+
+    return run
 
 
 def _few(s: Shape, new: Inputs) -> Callable[[], Any]:

@@ -24,7 +24,8 @@ from mm1.kernels.tuning import TuneError, pinned
 
 FLUSH = 256 << 20  # bytes: more than twice the L2 of any GPU in the tables
 PART = 1 << 26  # elements compared at once: in fp64 they take 8 times the memory of bf16
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}  # of rms
+# Of rms. Interpreted, which cuts bf16 off and so errs twice as much, the kernels are within 7e-3.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
 class Trial(NamedTuple):
@@ -107,8 +108,9 @@ class Bench:
         first, second = (_results(lambda: self.call(config)) for _ in range(2))
         if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second)):
             return Failed("two runs differ")
-        error = max((_error(a, b) for a, b in zip(first, self.truth, strict=True)), default=0.0)
-        return Failed(f"wrong by {error:.1g} of rms") if error > TOLERANCE[self.dtype] else None
+        pairs = zip(first, self.truth, strict=True)
+        why = next((why for a, b in pairs if (why := _wrong(a, b, TOLERANCE[self.dtype]))), None)
+        return None if why is None else Failed(why)
 
     def seconds(self, config: Any) -> float:
         if where() == "cpu":
@@ -138,9 +140,20 @@ def _results(call: Callable[[], Any]) -> list[Tensor]:
         torch.use_deterministic_algorithms(False)
 
 
-def _error(found: Tensor, truth: Tensor) -> float:
-    """rms(found - truth) / rms(truth)."""
-    pairs = list(zip(found.flatten().split(PART), truth.flatten().split(PART)))
-    error = sum(float((f.double() - t.double()).square().sum()) for f, t in pairs)
-    scale = sum(float(t.double().square().sum()) for _, t in pairs)
-    return (error / max(scale, 1e-30)) ** 0.5 if error < float("inf") else float("inf")  # NaN is not less
+def _wrong(found: Tensor, truth: Tensor, limit: float) -> str | None:
+    """What is wrong, if rms(found - truth) is over limit · rms(truth), which one bad column of a hundred thousand
+    elements would pass, or one element is off by over five times that share of the largest."""
+    if found.shape != truth.shape:
+        return f"{tuple(found.shape)} where {tuple(truth.shape)} is meant"
+    if not truth.numel():
+        return None
+    error = scale = 0.0
+    worst, largest = [], []
+    for f, t in zip(found.flatten().split(PART), truth.flatten().split(PART)):
+        off = (f.double() - t.double()).abs()
+        error, scale = error + float(off.square().sum()), scale + float(t.double().square().sum())
+        worst, largest = [*worst, float(off.max())], [*largest, float(t.abs().max())]
+    rms, most = (error / max(scale, 1e-30)) ** 0.5, max(worst) / max(*largest, 1e-30)
+    if not rms <= limit:  # nor NaN
+        return f"wrong by {rms:.1g} of rms"
+    return None if most <= 5 * limit else f"an element is wrong by {most:.1g} of the largest"

@@ -9,7 +9,7 @@ from mm1.autotune.static import compile_launch, specialize
 from mm1.kernels import dispatch, flash
 from mm1.kernels.attention import attention
 from mm1.kernels.dispatch import DEVICES, recording
-from mm1.kernels.flash import Config
+from mm1.kernels.flash_tiles import Config, FlashShape, default
 from mm1.kernels.tuning import pinned
 
 # p and ds are rounded to the inputs' dtype before they are multiplied; the interpreter cuts bf16 off.
@@ -324,5 +324,5 @@ def test_the_map_is_compiled_for_any_number_of_segments_at_once():
 
 def test_a_small_gpu_gets_fewer_stages():
     small = dispatch.Device("small", "sm_90", 1, 80 << 10)
-    shape = flash.FlashShape(4096, 16, 16, 128, False)
-    assert flash.default("flash", shape, torch.bfloat16, small).stages < Config().stages
+    shape = FlashShape(4096, 16, 16, 128, False)
+    assert default("flash", shape, torch.bfloat16, small).stages < Config().stages

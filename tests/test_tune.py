@@ -354,7 +354,7 @@ def test_wrong_and_unstable_configurations_are_refused_and_the_others_timed_in_t
     right, wrong, too, unstable, unwritten = run_trial(trial)
     assert wrong == Failed("wrong by 0.1 of rms")
     assert unstable == Failed("two runs differ")
-    assert unwritten == Failed("wrong by inf of rms")
+    assert unwritten == Failed("wrong by nan of rms")
     assert len(right) == len(too) == 3
     assert min(*right, *too) > 0
     assert calls[-6:] == [8, 4, 4, 8, 8, 4]

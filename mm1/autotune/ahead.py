@@ -30,12 +30,12 @@ from triton.compiler import ASTSource
 
 from mm1.autotune import space
 from mm1.autotune.static import specialize
+from mm1.autotune.tables import TABLES
 from mm1.kernels import adaptive_pool, combine, conv_rows, experts, grouped_gemm, patch_embed, route, tiles
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import Launch, recording
 from mm1.kernels.tuning import listening, pinned
 
-TABLES = Path(__file__).parent / "tables"
 GPUS = {"80": "a100", "90": "h200", "100": "b200", "120": "rtx5090", "gfx942": "mi300x"}
 SMALL = replace(DEVICES["a100"], name="small", shared=99 << 10)  # what every GPU since sm_80 has at least
 PTX = 0  # the number of "any newer GPU"

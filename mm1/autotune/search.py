@@ -43,12 +43,12 @@ def ranked(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Device, cou
         unlike = sum(a != b for a, b in zip(values, vars(default).values()))
         return round(log(tunable.seconds(config, shape, dtype, device)) / 0.03), unlike, values
 
-    return sorted((c for c in tunable.space(shape, dtype, device) if c != default), key=key)[:count]
+    return sorted((c for c in tunable.choices(shape, dtype, device) if c != default), key=key)[:count]
 
 
 def strays(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Device, count: int) -> list[Any]:
     """Legal configurations by chance, the same for the same shape."""
-    space = list(tunable.space(shape, dtype, device))
+    space = list(tunable.choices(shape, dtype, device))
     return random.Random(repr((tunable.kernel, tuple(shape)))).sample(space, min(count, len(space)))
 
 

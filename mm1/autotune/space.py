@@ -24,10 +24,10 @@ from mm1.kernels import (
 from mm1.kernels.conv_depthwise import Geometry
 from mm1.kernels.conv_rows import RowShape
 from mm1.kernels.dispatch import cdiv, power_of_2
-from mm1.kernels.flash import FlashShape
+from mm1.kernels.flash_tiles import DKV, DQ, FLASH, FlashShape
 from mm1.kernels.grids import Grids
 from mm1.kernels.grouped_gemm import DwShape
-from mm1.kernels.patch_embed import PatchShape
+from mm1.kernels.patch_tiles import EMBED, EMBED_DW, PatchShape
 from mm1.kernels.route import sort_by_expert
 from mm1.kernels.tiles import Shape
 from mm1.kernels.tuning import Tunable, TuneError
@@ -340,13 +340,13 @@ KERNELS = {
         Kernel(experts.UP, ("_up_kernel",), True, True, _up_shapes, _up),
         Kernel(experts.DH, ("_dh_kernel",), True, True, _dh_shapes, _dh),
         Kernel(few_tokens.FEW, ("_few_kernel",), True, True, _few_shapes, _few),
-        Kernel(patch_embed.EMBED, ("_embed_kernel",), True, True, _embed_shapes, _embed),
-        Kernel(patch_embed.EMBED_DW, ("_embed_dw_kernel",), True, True, _embed_dw_shapes, _embed_dw),
+        Kernel(EMBED, ("_embed_kernel",), True, True, _embed_shapes, _embed),
+        Kernel(EMBED_DW, ("_embed_dw_kernel",), True, True, _embed_dw_shapes, _embed_dw),
         Kernel(conv_gate.GATE, ("_gemm_kernel", "_gate_kernel"), True, True, _gate_shapes, _gate),
         *_ROWS,
-        Kernel(flash.FLASH, ("_forward_kernel",), True, False, _flash_shapes, _flash),
-        Kernel(flash.DQ, ("_dq_kernel",), True, False, _flash_shapes, _flash_backward),
-        Kernel(flash.DKV, ("_dkv_kernel",), True, False, _flash_shapes, _flash_backward),
+        Kernel(FLASH, ("_forward_kernel",), True, False, _flash_shapes, _flash),
+        Kernel(DQ, ("_dq_kernel",), True, False, _flash_shapes, _flash_backward),
+        Kernel(DKV, ("_dkv_kernel",), True, False, _flash_shapes, _flash_backward),
     )
 }
 

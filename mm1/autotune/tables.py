@@ -4,13 +4,13 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+import mm1
 from mm1.autotune.space import interval
 from mm1.autotune.static import Compiled, write
 from mm1.kernels.device import Device
@@ -20,20 +20,12 @@ TABLES = Path(__file__).parent / "tables"
 
 
 def versions() -> dict[str, str]:
-    return {"mm1": version("mm1-engine") if _installed() else "checkout", "triton": triton.__version__,
-            "torch": torch.__version__.split("+")[0], "python": platform.python_version()}  # fmt: skip
-
-
-def _installed() -> bool:
-    try:
-        version("mm1-engine")
-    except ModuleNotFoundError:
-        return False
-    return True
+    return {"mm1": mm1.__version__, "triton": triton.__version__, "torch": torch.__version__.split("+")[0],
+            "python": platform.python_version()}  # fmt: skip
 
 
 def row(shape: Any, bits: int, config: Any, origin: str, **more: Any) -> dict[str, Any]:
-    """For the octave that ends in the shape's first size."""
+    """For the octave that holds the shape's first size."""
     when = {"bits": bits, **shape._asdict()}
     first = shape._fields[0]
     when[first] = interval(shape[0])
@@ -111,7 +103,7 @@ def write_user_row(tunable: Tunable, device: Device, source: dict[str, Any]) -> 
 
 def without(rows: list[dict[str, Any]], source: dict[str, Any]) -> list[dict[str, Any]]:
     """Predicted rows cut where they meet the interval of a measured one."""
-    first = next(name for name in source["when"] if name != "bits")
+    first = _first(source)
     low, high = source["when"][first]
     left = []
     for r in rows:

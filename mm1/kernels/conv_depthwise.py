@@ -14,7 +14,7 @@ outside an image, and in rows of no image.
     unwalk            du1 from da = u2's transpose of du2               and the sums for w2, gamma1, beta1
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -280,21 +280,12 @@ def _legal(registers: int) -> Callable[[Config, RowShape, torch.dtype, Device], 
     return legal
 
 
-def _space(legal: Callable[[Config, RowShape, torch.dtype, Device], bool]) -> Callable[..., Iterator[Config]]:
-    return lambda *at: (c for c in conv_rows.space(*at) if legal(c, *at))
-
-
 WALKS = {
-    mode: over_rows(
-        f"conv_walk_{mode}", tensors, registers, True, _default(columns, 1), _legal(sums), _space(_legal(sums))
-    )
-    for mode, tensors, registers, columns, sums in (
-        ("value", 2, 11, 2, 6),
-        ("gated", 3, 11, 2, 8),
-        ("backward", 3, 18, 1, 12),
-    )
+    "value": over_rows("conv_walk_value", 2, 11, True, _default(2, 1), _legal(6)),
+    "gated": over_rows("conv_walk_gated", 3, 11, True, _default(2, 1), _legal(8)),
+    "backward": over_rows("conv_walk_backward", 3, 18, True, _default(1, 1), _legal(12)),
 }
-UNWALK = over_rows("conv_unwalk", 3, 24, True, _default(1, 2), _legal(30), _space(_legal(30)))
+UNWALK = over_rows("conv_unwalk", 3, 24, True, _default(1, 2), _legal(30))
 
 
 def _walk(

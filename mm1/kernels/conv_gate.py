@@ -58,11 +58,9 @@ def legal(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) 
 
 
 def space(shape: GateShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """Every configuration worth measuring."""
-    apart = replace(default(shape, dtype, device), fused=False)
-    found = (Config(**vars(c), fused=True) for c in tiles.space(shape.product, dtype, device))
-    yield from (c for c in found if legal(c, shape, dtype, device))
-    yield apart
+    """What is worth measuring where it is legal."""
+    yield from (Config(**vars(c), fused=True) for c in tiles.space(shape, dtype, device))
+    yield replace(default(shape, dtype, device), fused=False)
 
 
 def default(shape: GateShape, dtype: torch.dtype, device: Device) -> Config:

@@ -46,9 +46,8 @@ def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -
 
 
 def space(shape: RowShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """Every configuration worth measuring."""
-    axes = product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
-    return (c for c in (Config(*axis) for axis in axes) if legal(c, shape, dtype, device))
+    """What is worth measuring where it is legal."""
+    return (Config(*axis) for axis in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)))
 
 
 def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
@@ -59,13 +58,7 @@ def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
 
 
 def over_rows(
-    kernel: str,
-    tensors: int,
-    registers: float,
-    walks: bool,
-    default: Any = default,
-    legal: Any = legal,
-    space: Any = space,
+    kernel: str, tensors: int, registers: float, walks: bool, default: Any = default, legal: Any = legal
 ) -> Tunable:
     """A kernel that moves so many tensors of [rows, channels], in so many registers an element; walks: whether its
     programs take rows in turn, so that their number counts."""
@@ -75,18 +68,10 @@ def over_rows(
         return (c for c in space(shape, dtype, device) if walks or c.programs == programs)
 
     def seconds(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> float:
-        programs = config.programs if walks else None
         return rows_seconds(
-            shape.rows,
-            power_of_2(shape.channels),
-            config.rows,
-            tensors,
-            registers,
-            config.warps,
-            programs,
-            dtype.itemsize,
-            device,
-        )
+            shape.rows, power_of_2(shape.channels), config.rows, tensors, registers, config.warps,
+            config.programs if walks else None, dtype.itemsize, device,
+        )  # fmt: skip
 
     return Tunable(kernel, RowShape, Config, some, legal, default, seconds, ("channels",))
 

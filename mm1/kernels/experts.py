@@ -15,7 +15,6 @@ Backward keeps x and h, or x alone (recompute), never s or y (Guo et al. 2025, S
 Source: Jiang et al. 2024 (Mixtral), section 2.2.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -55,10 +54,6 @@ def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -
     return legal(config, shape, dtype, device) and 32 <= config.block_n <= _widest_dh(device)
 
 
-def space_dh(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    return (c for c in space(shape, dtype, device) if legal_dh(c, shape, dtype, device))
-
-
 def default_dh(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
     config = default(shape, dtype, device)
     return replace(config, block_n=min(config.block_n, _widest_dh(device)))
@@ -69,7 +64,7 @@ def _widest_dh(device: Device) -> int:
 
 
 UP = Tunable("experts_up", Shape, Config, space, legal, default, seconds)
-DH = Tunable("experts_dh", Shape, Config, space_dh, legal_dh, default_dh, seconds)
+DH = Tunable("experts_dh", Shape, Config, space, legal_dh, default_dh, seconds)
 
 
 @triton.jit

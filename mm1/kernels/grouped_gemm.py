@@ -7,7 +7,6 @@ a [M, K], b [E, K, N] of any strides (so that both layouts of a weight are views
 least M·(K + N) + E·K·N elements moved.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -182,10 +181,6 @@ def legal_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device)
     return legal(config, _tiled(shape), dtype, device) and not (shape.bias and config.block_n > 128)
 
 
-def space_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    return (c for c in space(_tiled(shape), dtype, device) if legal_dw(c, shape, dtype, device))
-
-
 def default_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Config:
     config = default(_tiled(shape), dtype, device)
     return replace(config, block_n=min(config.block_n, 128)) if shape.bias else config
@@ -207,7 +202,7 @@ def _tiled(shape: DwShape) -> Shape:
 
 
 GEMM = Tunable("grouped_gemm", Shape, Config, space, legal, default, seconds)
-DW = Tunable("grouped_gemm_dw", DwShape, Config, space_dw, legal_dw, default_dw, seconds_dw)
+DW = Tunable("grouped_gemm_dw", DwShape, Config, space, legal_dw, default_dw, seconds_dw)
 
 
 def gemm(

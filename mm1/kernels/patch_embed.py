@@ -13,9 +13,7 @@ Source: Dosovitskiy et al. 2021 (ViT), section 3.1 and 3.2 (resampled positions)
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,100 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import positions as positions_module
-from mm1.kernels import tiles
-from mm1.kernels.device import Device
 from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, launch, on_cpu, power_of_2
 from mm1.kernels.grids import Grids, as_grids, image_of
-from mm1.kernels.model import product_seconds
 from mm1.kernels.patch_embed_cpu import backward_cpu, embed_cpu, forward_cpu
+from mm1.kernels.patch_tiles import EMBED, EMBED_DW, PatchShape, splits_of
 from mm1.kernels.pixels import as_words, fold, gather, places_of, scatter, unfold, values, word_bytes
 from mm1.kernels.positions import INTERPOLATIONS, expect_interpolation, place_of, resample
-from mm1.kernels.tiles import Config, Shape, descriptor, dot, fitted, tile_of
-from mm1.kernels.tuning import Tunable, config_for
+from mm1.kernels.tiles import descriptor, dot, tile_of
+from mm1.kernels.tuning import config_for
 
 CENTRE = 128
 PART = tl.constexpr(32)  # columns of a tile that are finished at once
-WAVES = 2  # of programs a split of the weight gradient aims at
-
-
-class PatchShape(NamedTuple):
-    patches: int
-    k: int
-    width: int
-    word: int  # bytes of one load of pixels; 0: patches that are cut already
-
-    @property
-    def product(self) -> Shape:
-        return Shape(self.patches, 1, self.k, self.width)
-
-
-def legal(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
-    plain = not config.persistent and config.block_n in (32, 64, 128) and config.block_k <= _step(device)
-    # Of 64 rows of fp32 Triton 3.7 would make a TF32 product on a B200, whatever precision it is asked for.
-    small = dtype != torch.float32 or (config.block_m <= 32 and not config.tma)
-    return plain and small and tiles.legal(config, shape.product, dtype, device)
-
-
-def space(shape: PatchShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """Every configuration worth measuring."""
-    if dtype == torch.float32:
-        yield default(shape, dtype, device)
-        return
-    yield from (c for c in tiles.space(shape.product, dtype, device) if legal(c, shape, dtype, device))
-
-
-def default(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
-    """Two programs a multiprocessor, so that one multiplies while the other gathers or finishes its tile."""
-    config = Config(64, 128, _step(device), warps=4 if device.wgmma else 8, tma=device.tma)
-    return _fitted(config, shape, dtype, device)
-
-
-def legal_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
-    return not config.tma and config.group_m == 8 and legal(config, shape, dtype, device)
-
-
-def space_dw(shape: PatchShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    return (c for c in space(shape, dtype, device) if legal_dw(c, shape, dtype, device))
-
-
-def default_dw(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
-    return _fitted(Config(128, 128, _step(device), warps=8, tma=False), shape, dtype, device)
-
-
-def _step(device: Device) -> int:
-    """Products whose operands are in registers beside the accumulator, as before Hopper, spilled with steps of 64."""
-    return 64 if device.asynchronous else 32
-
-
-def _fitted(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
-    if dtype == torch.float32:  # products of single multiplications: small tiles in registers
-        config = replace(config, block_m=32, block_n=64, block_k=32, warps=4, stages=2, tma=False)
-    return fitted(config, shape.product, dtype, device)
-
-
-def seconds(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
-    """Predicted; a result is finished with four entries of the table and the bias."""
-    return tiles.seconds(config, shape.product, dtype, device, finish=6)
-
-
-def seconds_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
-    part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
-    splits = _splits(shape.patches, part, config, device)
-    size, shared = dtype.itemsize, tiles.shared_bytes(config, shape.product, dtype.itemsize, device)
-    moved = shape.patches * (shape.k // 2 + shape.width) * size + 8 * splits * shape.width * shape.k
-    return product_seconds(
-        splits * part, cdiv(shape.patches, splits), config.block_m, config.block_n, config.block_k, config.warps,
-        config.stages, shared, moved, size, device,
-    )  # fmt: skip
-
-
-def _splits(patches: int, part: int, config: Config, device: Device) -> int:
-    """Programs among which the patches are divided, for each of `part` tiles."""
-    return max(1, min(cdiv(patches, 8 * config.block_k), WAVES * device.units // max(part, 1)))
-
-
-EMBED = Tunable("patch_embed", PatchShape, Config, space, legal, default, seconds, ("k", "word"))
-EMBED_DW = Tunable("patch_embed_dw", PatchShape, Config, space_dw, legal_dw, default_dw, seconds_dw, ("k", "word"))
 
 
 @triton.jit
@@ -309,7 +224,7 @@ def backward(
         config = config_for(EMBED_DW, PatchShape(P, K, N, word), dy.dtype, device)
         words, strides = places_of(images, owner, patch, word, merge)
         part = cdiv(N, config.block_m) * cdiv(K, config.block_n)
-        splits = _splits(P, part, config, device)
+        splits = splits_of(P, part, config, device)
         share = cdiv(cdiv(P, splits), config.block_k) * config.block_k
         splits = cdiv(P, share) if P else 0
         parts = dy.new_empty(splits, N, K, dtype=torch.float32)

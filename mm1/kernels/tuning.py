@@ -40,11 +40,15 @@ class Tunable(NamedTuple):
     kernel: str
     shape: Any  # its class
     config: Any  # its class
-    space: Callable[[Any, Any, Device], Iterator[Any]]  # (shape, dtype, device): every legal configuration
+    space: Callable[[Any, Any, Device], Iterator[Any]]  # (shape, dtype, device): what is worth measuring where legal
     legal: Callable[[Any, Any, Any, Device], bool]  # (config, shape, dtype, device)
     default: Callable[[Any, Any, Device], Any]
     seconds: Callable[[Any, Any, Any, Device], float]  # predicted
     constants: tuple[str, ...] = ()  # names of sizes that other code is compiled for
+
+    def choices(self, shape: Any, dtype: Any, device: Device) -> Iterator[Any]:
+        """Every legal configuration of the space."""
+        return (c for c in self.space(shape, dtype, device) if self.legal(c, shape, dtype, device))
 
 
 class Row(NamedTuple):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,9 @@ class Gpu:
         times = [self.times[config.block] for config in trial.configs]
         return [Failed(t) if isinstance(t, str) else [t] * trial.samples for t in times]
 
+    def start(self):
+        pass
+
     def close(self):
         pass
 
@@ -128,10 +132,10 @@ def made_up(tmp_path, monkeypatch):
 def measured(monkeypatch):
     """`mm1 tune toy` on such a GPU."""
 
-    def run(gpu=None, **more):
+    def run(gpu=None, budget=60.0, **more):
         gpu = gpu or Gpu()
         monkeypatch.setattr(tune, "Workers", lambda function, count, limit: gpu)
-        return tune.tune(["toy"], 60.0, **more)
+        return tune.tune(["toy"], budget, **more)
 
     return run
 
@@ -269,12 +273,13 @@ def test_no_shape_is_begun_after_the_budget_and_a_later_run_does_it(measured, mo
         now[0] += 9.0
 
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(tune, "ENOUGH", 1)
     first = Gpu(then=pass_time)
     assert measured(first)["shapes"] == 2  # in 60 seconds
     assert {rows for rows, _ in first.tried()} == {512, 256}
     judged = Counter(trial.shape[0] for trial in first.trials if not trial.samples)
     assert judged == {512: 2, 256: 1}, "in 0.6 of the time: the rest is for measuring"
-    assert measured(Gpu())["shapes"] == 1
+    assert measured(Gpu())["shapes"] == 2, "and the one whose candidates were not judged"
 
 
 # --- what is gone on with ---
@@ -314,6 +319,16 @@ def test_sigterm_keeps_what_was_decided_and_a_later_run_does_the_rest(measured):
     assert not measured(again)["stopped"]
     assert {rows for rows, _ in again.tried()} == {256, 128}
     assert {answer(rows) for rows in (100, 200, 400)} == {("user", 32)}
+
+
+def test_a_shape_whose_candidates_were_not_judged_for_want_of_time_is_not_done(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "LEAST", 0.0)
+    late = Gpu(then=lambda trial: time.sleep(0.05))
+    measured(late, shape="rows=128 width=64", budget=0.05)
+    assert late.trials
+    assert not [e for e in log_of(tmp_path) if e["event"] == "result"]
+    measured(Gpu(), shape="rows=128 width=64")
+    assert answer() == ("user", 32)
 
 
 def test_sigterm_while_candidates_are_judged_ends_that_too(measured):
@@ -364,14 +379,13 @@ def test_wrong_and_unstable_configurations_are_refused_and_the_others_timed_in_t
 
 def test_interpreted_the_whole_of_it_runs(tmp_path):
     log = tmp_path / "log.jsonl"
-    run = mm1("tune", "conv_norm", "--shape", "rows=2 channels=16", "--budget", "1", "--log", str(log),
+    run = mm1("tune", "conv_norm", "--shape", "rows=2 channels=16", "--budget", "12", "--log", str(log),
               TRITON_INTERPRET="1", MM1_CACHE=str(tmp_path))  # fmt: skip
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert (found["device"], found["shapes"]) == ("interpreted", 1)
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events[0] == "samples"
-    assert events[-1] == "result"
     assert "refused" not in events
 
 

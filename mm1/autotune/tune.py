@@ -31,7 +31,8 @@ from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import INTERPRETED, device_of, device_of_index
 from mm1.kernels.tuning import Tunable, TuneError, cache_folder, chain
 
-LEAST = 4.0  # seconds that one shape is given
+LEAST = 12.0  # seconds that one shape is given: a candidate takes about half a second to be compiled and checked
+ENOUGH = 8  # candidates judged for a shape to count as done
 USUAL = 16384  # rows of a training step, whose octave is measured first
 
 
@@ -99,6 +100,7 @@ class _Session:
         self.device, self.bits, self.dtype = device, bits, DTYPES[bits]
         self.log = Log(log or cache_folder().parent / "tune" / f"{device.name}.jsonl")
         self.trials, self.compilers = Workers(run_trial, 1, LIMIT), compilers(processes)
+        self.compiles = device.name in DEVICES and not INTERPRETED  # else that is done when it is tried
         self.signals: list[int] = []
         self.seen: set[Any] = set()  # of this shape, what was timed or failed
 
@@ -126,6 +128,9 @@ class _Session:
     ) -> dict[str, Any]:
         end, rows, done = time.monotonic() + budget, [], 0
         _print_head(self.device, budget)
+        self.trials.start()
+        if self.compiles:
+            self.compilers.start()
         for i, (tunable, shape) in enumerate(wanted):
             left = end - time.monotonic()
             if earlier := self.log.of("result", **self.known(tunable, shape)):
@@ -158,7 +163,12 @@ class _Session:
         (found,) = self.samples(tunable, shape, [default], 0)
         if isinstance(found, Failed):
             return self.failed(tunable, shape, found)
-        some = [c for c in some if c in codes and self.right(tunable, shape, c, begin + 0.6 * budget)]
+        wanted, some, judged = [c for c in some if c not in self.seen], [], 0
+        for config in (c for c in wanted if c in codes):
+            if time.monotonic() >= begin + 0.6 * budget or self.stopped():
+                break
+            judged += 1
+            some += [] if isinstance(self.samples(tunable, shape, [config], 0)[0], Failed) else [config]
         with gpu_state.watch(None) as state:
             result = search(
                 some, default, lambda configs, samples: self.samples(tunable, shape, configs, samples),
@@ -169,15 +179,15 @@ class _Session:
         _print_result(tunable.kernel, shape, result)
         source = None
         failed = incumbent not in result.timed and (incumbent in self.seen or json.dumps(vars(incumbent)) in refused)
-        judged = incumbent != default and (failed or (incumbent in result.timed and result.ended == "searched"))
-        if result.won or judged:
+        slower = incumbent in result.timed and result.ended == "searched"
+        if result.won or (incumbent != default and (failed or slower)):
             facts = {"static": static_facts(codes[result.config], self.device)} if codes.get(result.config) else {}
             source = row(
                 shape, self.bits, result.config, "measured", us=_us(result.seconds),
                 default_us=_us(result.default_seconds), gain=round(result.gain, 4), noise=round(result.noise, 4),
                 **facts, versions=versions(), gpu=_brief(state),
             )  # fmt: skip
-        if result.ended != "stopped":
+        if result.ended != "stopped" and judged >= min(ENOUGH, len(wanted)):
             self.log.add("result", **known, row=source, tried=result.tried, gpu=state)
         return source
 
@@ -186,9 +196,8 @@ class _Session:
         self.log.add("failed", **self.known(tunable, shape), why=why.why)
 
     def compiled(self, tunable: Tunable, shape: Any, configs: list[Any], end: float) -> dict[Any, Any]:
-        """By configuration what it compiles to, of those whose code is sound and was there in time. What is no known
-        GPU is compiled when it is tried."""
-        if INTERPRETED or self.device.name not in DEVICES:
+        """By configuration what it compiles to, of those whose code is sound and was there in time."""
+        if not self.compiles:
             return dict.fromkeys(configs)
         codes = {}
         results = self.compilers.each(
@@ -203,11 +212,6 @@ class _Session:
             if time.monotonic() > end or self.stopped():
                 results.close()
         return codes
-
-    def right(self, tunable: Tunable, shape: Any, config: Any, end: float) -> bool:
-        """Whether the configuration runs, and gives what it should; False if there is no time left to try."""
-        in_time = time.monotonic() < end and not self.stopped()
-        return in_time and not isinstance(self.samples(tunable, shape, [config], 0)[0], Failed)
 
     def samples(self, tunable: Tunable, shape: Any, configs: list[Any], count: int) -> list[Any]:
         """Seconds of so many runs of each, in turns. If that brings the process down, each runs alone, and only the

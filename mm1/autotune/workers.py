@@ -66,6 +66,11 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """All processes, and wait until they are up: each is given nothing to do, which its function may not like."""
+        for _ in self.each([None] * len(self._idle)):
+            pass
+
     def one(self, task: Any) -> Any:
         return next(iter(self.each([task])))[1]
 

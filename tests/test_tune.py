@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from mm1 import cli
-from mm1.autotune import predict, timing, tune
+from mm1.autotune import predict, tables, timing, tune
 from mm1.autotune.explain import explain
 from mm1.autotune.ranks import expect_consistent, group, on_all_ranks, on_rank_0
 from mm1.autotune.space import KERNELS, Kernel
@@ -175,6 +175,14 @@ def test_rows_for_a_folder_go_there_and_not_to_the_user(measured, tmp_path):
         ("shipped", 16), ("shipped", 32), ("shipped", 32), ("shipped", 16)
     ]  # fmt: skip
     assert not (tmp_path / "cache/configs").exists()
+
+
+def test_a_table_says_with_what_its_predictions_were_made(measured, tmp_path):
+    older = {"triton": "3.6.0"}
+    path = write_table(tmp_path, "toy", HERE, [source([1, 2], 16)], older)
+    measured(folder=tmp_path)
+    assert json.loads(path.read_text())["versions"] == older
+    assert read_table(tmp_path, "toy", HERE)[-1]["versions"] == tables.versions()
 
 
 def test_where_nothing_beats_the_default_no_row_is_written(measured, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from mm1.autotune.search import ranked
 from mm1.autotune.space import KERNELS, chosen
 from mm1.autotune.static import DTYPES, Task, compilers, fault
-from mm1.autotune.tables import TABLES, read_table, row, static_facts, write_table
+from mm1.autotune.tables import TABLES, read_table, row, static_facts, versions, write_table
 from mm1.autotune.workers import Failed
 from mm1.kernels.device import Device
 from mm1.kernels.tuning import Tunable, read
@@ -103,7 +103,7 @@ def predict(
         measured = [r for r in read_table(folder, tunable.kernel, device) if r["origin"] == "measured"]
         held = [r["when"] for r in measured]
         new = [r for r in rows[tunable.kernel] if r["when"] not in held]
-        path = write_table(folder, tunable.kernel, device, measured + new)
+        path = write_table(folder, tunable.kernel, device, measured + new, versions())
         mine = [why for key, why in bad.items() if key[0] == tunable.kernel]
         kept = len(read_table(folder, tunable.kernel, device))
         done[tunable.kernel] = {"shapes": len(rows[tunable.kernel]), "rows": kept, "refused": len(mine)}

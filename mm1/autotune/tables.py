@@ -69,16 +69,20 @@ def _order(r: dict[str, Any]) -> tuple[Any, ...]:
     return r["when"]["bits"], *(v for k, v in r["when"].items() if k not in ("bits", first)), r["when"][first]
 
 
-def write_table(folder: Path, kernel: str, device: Device, rows: list[dict[str, Any]]) -> Path:
-    """<folder>/<kernel>/<device>.json."""
+def write_table(
+    folder: Path, kernel: str, device: Device, rows: list[dict[str, Any]], predicted: dict[str, str] | None = None
+) -> Path:
+    """<folder>/<kernel>/<device>.json. predicted: the versions that its predicted rows were made with, where they are
+    new; measured rows say theirs themselves."""
+    path = folder / kernel / f"{device.name}.json"
+    made = json.loads(path.read_text())["versions"] if path.is_file() else versions()
     head = {
         "schema": SCHEMA, "kernel": kernel, "device": {
             "name": device.name, "vendor": device.vendor, "arch": device.arch, "pci": [f"{i:04x}" for i in device.pci],
             "units": device.units, "bandwidth": device.bandwidth,
-        }, "versions": versions(),
+        }, "versions": predicted or made,
     }  # fmt: skip
     lines = ",\n".join("  " + json.dumps(r) for r in merged(rows))
-    path = folder / kernel / f"{device.name}.json"
     write(path, json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
     forget()
     return path

@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 KERNELS := $(addprefix tests/test_, $(addsuffix .py, route grouped_gemm experts positions patch_embed conv_block \
-	adaptive_pool flash timing))
+	adaptive_pool flash timing clock))
 GPU_PYTHON ?= $(BIN)/python
 TUNE_SECONDS ?= 240
 GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu tables check-tables clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu tune-gpu tables check-tables clean
 
 demo: .venv/ready
 	$(BIN)/mm1 demo
@@ -25,11 +25,12 @@ test-slow: .venv/ready
 test-gpu:
 	CUDA_VISIBLE_DEVICES=0 $(GPU_PYTHON) -m pytest -q $(KERNELS)
 
+# At most nine minutes; started again on the same day, it goes on where it was.
 bench-gpu:
+	$(GPU_PYTHON) -m mm1.bench.run
+
+tune-gpu:
 	$(GPU_PYTHON) -m mm1.autotune.tune $(TUNE_SECONDS)
-	$(GPU_PYTHON) -m mm1.bench.vision
-	$(GPU_PYTHON) -m mm1.bench.attention
-	$(GPU_PYTHON) -m mm1.bench.experts
 
 # Predicted rows of all kernels for all GPUs, without one; and the check of every row. Half an hour each on two cores.
 tables: .venv/ready
@@ -44,9 +45,7 @@ lint: .venv/ready
 	$(BIN)/basedpyright --level error
 
 bench: .venv/ready
-	$(BIN)/mm1 bench train
-	$(BIN)/mm1 bench experts
-	$(BIN)/mm1 bench vision
+	$(BIN)/mm1 bench all --seconds 900
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

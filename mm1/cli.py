@@ -1,11 +1,12 @@
 """`mm1 <command>`: each command is one function; the work is in the room it belongs to."""
 
-import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,8 +14,12 @@ from mm1.engine.data.record import DataError
 from mm1.kernels.device import DEVICES
 from mm1.kernels.tuning import TuneError
 
+if TYPE_CHECKING:
+    from mm1.bench.record import Record
+
 app = tyro.extras.SubcommandApp()
 Positional = tyro.conf.Positional
+Many = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @app.command
@@ -87,35 +92,126 @@ def generate(
         print()
 
 
+@dataclass
+class Kernels:
+    """Each op beside its peers: checked, timed in turns, and against what this machine can do at most."""
+
+    ops: Positional[tuple[str, ...]] = ()  # such as moe_mlp (default all)
+    shapes: Many = ()  # parts of the names of cases; may be repeated
+    dtype: str | None = None  # bf16, fp16 or fp32
+    peers: Many = ()  # by name; may be repeated (default all; on a CPU without those of torch.compile)
+    budget: float | None = None  # seconds a row
+    json: Path | None = None  # file of results, which is gone on with if it is there
+
+    def run(self) -> bool:
+        from mm1.bench import kernels
+
+        def measure(record: "Record") -> bool:
+            return kernels.measure(
+                record, self.ops, shapes=self.shapes, dtype=self.dtype, peers=self.peers, budget=self.budget
+            )
+
+        return _measured(measure, self.json)
+
+
+@dataclass
+class Train:
+    """The training step from plain to everything on, one change a row, with its ledger of operations."""
+
+    models: Positional[tuple[str, ...]] = ()  # named sizes (default: some that suit the machine)
+    rounds: int | None = None  # of turns (default: as many as half a minute a model allows)
+    json: Path | None = None  # file of results, which is gone on with if it is there
+
+    def run(self) -> bool:
+        from mm1.bench import train
+
+        return _measured(lambda record: train.measure(record, self.models, self.rounds), self.json)
+
+
+@dataclass
+class Generate:
+    """Prefill, first token and decode of prompts with shots."""
+
+    models: Positional[tuple[str, ...]] = ()  # named sizes (default: some that suit the machine)
+    rounds: int | None = None  # of turns (default: as many as a second a row allows)
+    json: Path | None = None  # file of results, which is gone on with if it is there
+
+    def run(self) -> bool:
+        from mm1.bench import generate
+
+        return _measured(lambda record: generate.measure(record, self.models, self.rounds), self.json)
+
+
+@dataclass
+class Everything:
+    """Tests of the kernels, then all of these, within a limit; goes on where it was, in the results of today."""
+
+    seconds: float = 530.0  # in all
+    json: Path | None = None  # file of results (default: in mm1/bench/results)
+
+    def run(self) -> bool:
+        from mm1.bench.record import Record
+        from mm1.bench.run import run
+
+        print(Record(run(self.json, self.seconds)).last_line())
+        return True
+
+
+@dataclass
+class Report:
+    """One self-contained page of results."""
+
+    paths: Positional[tuple[Path, ...]] = ()  # files or folders of results (default: those of this project)
+    out: Path = Path("report.html")
+
+    def run(self) -> bool:
+        from mm1.bench.report import report
+
+        report(self.paths, self.out)
+        print(self.out)
+        return True
+
+
+@dataclass
+class Readme:
+    """The README's tables of measurements, written anew from this project's results."""
+
+    pictures: Path | None = None  # folder for pictures of them
+
+    def run(self) -> bool:
+        from mm1.bench.readme import rewrite
+
+        rewrite()
+        if self.pictures:
+            from mm1.bench.pictures import pictures
+
+            pictures([], self.pictures)
+        return True
+
+
+Benchmark = (
+    Annotated[Kernels, tyro.conf.subcommand("kernels")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Everything, tyro.conf.subcommand("all")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Readme, tyro.conf.subcommand("readme")]
+)
+
+
 @app.command
-def bench(
-    what: Positional[str] = "train",
-    size: str | None = None,
-    rounds: int = 5,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-) -> None:
-    """Measure. The last line of standard output is one JSON object.
+def bench(what: Annotated[Benchmark, tyro.conf.arg(name="")]) -> None:
+    """Measure. The last line of standard output is one JSON object."""
+    sys.exit(0 if what.run() else 1)
 
-    Args:
-        what: "train": the training step, compiled and not; "experts", "vision", "attention": these beside their peers.
-        size: a named size for "train"; for the others one of the rows they know (default all).
-        rounds: of interleaved measurement.
-        json_file: also write the JSON object there.
-    """
-    if what == "train":
-        from mm1.autotune.gpu_state import watched
-        from mm1.bench.train import measure
 
-        record = watched(lambda: measure(size or "digits", rounds))
-    elif what in ("experts", "vision", "attention"):
-        record = importlib.import_module(f"mm1.bench.{what}").measure(rounds, size)
-    else:
-        raise DataError(f"unknown benchmark {what!r}; known: train, experts, vision, attention")
-    result = json.dumps(record)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(result + "\n")
-    print(result)
+def _measured(measure: "Callable[[Record], bool | None]", path: Path | None) -> bool:
+    from mm1.bench.record import Record
+
+    record = Record(path)
+    right = measure(record) is not False
+    print(record.last_line())
+    return right
 
 
 @app.command

@@ -133,7 +133,9 @@ BAD = [
     (["generate", "nothing/here"], "no checkpoint at nothing/here"),
     (["generate", "out/checkpoint", "--prompt", "<image>"], "1 <image> marks for 0 images"),
     (["generate", "digits"], "no tokenizer"),
-    (["bench", "sleep"], "unknown benchmark 'sleep'"),
+    (["bench", "kernels", "softmax"], "unknown op 'softmax'"),
+    (["bench", "train", "mm1-9b"], "unknown size 'mm1-9b'"),
+    (["bench", "kernels", "--json", "run.toml"], "run.toml is not a record"),
 ]
 
 

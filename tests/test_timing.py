@@ -8,7 +8,7 @@ from conftest import DEVICE, needs_triton
 from mm1.autotune import space
 from mm1.autotune.search import strays
 from mm1.autotune.space import KERNELS
-from mm1.autotune.timing import Bench, _wrong
+from mm1.autotune.timing import Bench, wrong
 from mm1.kernels.dispatch import device_of
 
 TINY = {
@@ -49,5 +49,5 @@ TRUTH = torch.randn(1000, 100)
     ],
 )
 def test_what_is_wrong_is_told(spoil, why):
-    found = _wrong(spoil(TRUTH.clone()), TRUTH, 1e-2)
+    found = wrong(spoil(TRUTH.clone()), TRUTH, 1e-2)
     assert found is None if why is None else why in found

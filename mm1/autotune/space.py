@@ -169,6 +169,9 @@ def _dw(s: DwShape, new: Inputs) -> Callable[[], Any]:
     def run():
         out, bias = a.new_empty(s.experts, s.k, s.n), a.new_empty(s.experts, s.k) if s.bias else None
         grouped_gemm.dw(a, b, offsets, out, slots=slots, b_fan=fan, bias=bias)
+        if new.device == "meta" and fan:  # the other weight's, where a is looked up and bias sums are weighed
+            dy, rows, scale = a[: s.rows // fan], b.new_empty(s.rows, s.n), new.floats(s.rows, dtype=torch.float32)
+            grouped_gemm.dw(dy, rows, offsets, out, slots=slots, a_fan=fan, bias=bias, scale=scale)
         return out if bias is None else (out, bias)
 
     return run
@@ -178,6 +181,7 @@ def _up(s: Shape, new: Inputs) -> Callable[[], Any]:
     slots, _, offsets, fan = new.order(s.rows, s.experts)
     x = new.floats(s.rows // fan, s.k)
     gate_up = new.floats(s.experts, s.n * s.sums, s.k, scale=s.k**-0.5)
+
     return lambda: experts.up_rows(x, slots, offsets, fan, gate_up, None, s.n, None, "silu", None, 0.0, False, True)
 
 

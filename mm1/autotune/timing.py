@@ -1,20 +1,18 @@
 """Configurations of one kernel, checked and timed in turns, in the process that a worker runs.
 
-On a GPU a sample is the time between two events around a CUDA graph of the call, behind a write over the L2 cache that
-lets the host get ahead. On a CPU, where kernels are interpreted, it is wall time: the machinery runs, no more. Before a
-configuration is timed its results are compared with those of fp32, which are of another configuration and without
+On a GPU a CUDA graph of the call is timed; on a CPU, where kernels are interpreted, the machinery runs, no more. Before
+a configuration is timed its results are compared with those of fp32, which are of another configuration and without
 matrix instructions, and with a second run bit by bit, in memory that was filled with NaN.
 """
 
-import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from mm1.autotune.clock import capture, clock
 from mm1.autotune.space import KERNELS, Inputs
 from mm1.autotune.static import DTYPES
 from mm1.autotune.workers import Failed
@@ -22,7 +20,6 @@ from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import device_of_index
 from mm1.kernels.tuning import TuneError, pinned
 
-FLUSH = 256 << 20  # bytes: more than twice the L2 of any GPU in the tables
 PART = 1 << 26  # elements compared at once: in fp64 they take 8 times the memory of bf16
 # Of rms. Interpreted, which cuts bf16 off and so errs twice as much, the kernels are within 7e-3.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
@@ -64,11 +61,6 @@ def device_named(name: str | None) -> Device:
     return DEVICES[name]
 
 
-@cache
-def _flush() -> Tensor:
-    return torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
-
-
 _now: list["Bench"] = []
 
 
@@ -85,9 +77,10 @@ class Bench:
 
     def __init__(self, kernel: str, shape: tuple[Any, ...], bits: int):
         self.key = kernel, shape, bits
+        self.clock = clock()
         self.kernel, self.dtype = kernel, DTYPES[bits]
         self.run, wide = (self._example(KERNELS[kernel].tunable.shape(*shape), widen) for widen in (False, True))
-        self.truth = _results(wide)
+        self.truth = results_of(wide)
         self.faults: dict[Any, Failed | None] = {}
         self.graphs: dict[Any, Any] = {}
 
@@ -105,33 +98,24 @@ class Bench:
         return self.faults[config]
 
     def _fault(self, config: Any) -> Failed | None:
-        first, second = (_results(lambda: self.call(config)) for _ in range(2))
+        first, second = (results_of(lambda: self.call(config)) for _ in range(2))
         if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second)):
             return Failed("two runs differ")
         pairs = zip(first, self.truth, strict=True)
-        why = next((why for a, b in pairs if (why := _wrong(a, b, TOLERANCE[self.dtype]))), None)
+        why = next((why for a, b in pairs if (why := wrong(a, b, TOLERANCE[self.dtype]))), None)
         return None if why is None else Failed(why)
 
     def seconds(self, config: Any) -> float:
         if where() == "cpu":
-            start = time.perf_counter()
-            self.call(config)
-            return time.perf_counter() - start
+            return self.clock.seconds(lambda: self.call(config))
         if config not in self.graphs:
-            graph = self.graphs[config] = torch.cuda.CUDAGraph()
             # All write over one pool of memory: only the last replayed has its results, which nobody reads.
-            with torch.cuda.graph(graph, pool=next((g.pool() for g in self.graphs.values() if g is not graph), None)):
-                self.call(config)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _flush().zero_()
-        begin.record()
-        self.graphs[config].replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
+            pool = next((graph.pool() for graph in self.graphs.values()), None)
+            self.graphs[config] = capture(lambda: self.call(config), pool)
+        return self.clock.seconds(self.graphs[config].replay)
 
 
-def _results(call: Callable[[], Any]) -> list[Tensor]:
+def results_of(call: Callable[[], Any]) -> list[Tensor]:
     """What the call returns, where memory that it did not write is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
     try:
@@ -140,7 +124,7 @@ def _results(call: Callable[[], Any]) -> list[Tensor]:
         torch.use_deterministic_algorithms(False)
 
 
-def _wrong(found: Tensor, truth: Tensor, limit: float) -> str | None:
+def wrong(found: Tensor, truth: Tensor, limit: float) -> str | None:
     """What is wrong, if rms(found - truth) is over limit · rms(truth), which one bad column of a hundred thousand
     elements would pass, or one element is off by over five times that share of the largest."""
     if found.shape != truth.shape:

@@ -1,77 +1,464 @@
-"""The training step, eager against compiled: same process, rounds interleaved, medians and their ratio."""
+"""The training step from plain torch to everything on, one change a rung, and what others make of the same documents.
 
-import dataclasses
+A step is what the trainer does: forward, backward, clipping, AdamW, on as many documents as fill one packed sequence.
+All rungs share weights and optimizer state, and the rate is 0, so that they take turns on the very same work. Before
+anything is timed each must give the first rung's loss and gradient norm.
+"""
+
+import gc
+import math
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mm1.engine.config import DIGITS_RUN, named
-from mm1.engine.data.document import TextTokenizer
+from mm1.autotune.gpu_state import watched
+from mm1.bench import mix, plain
+from mm1.bench.record import Record, Row
+from mm1.bench.roofline import ceilings
+from mm1.bench.timing import interleaved, noise, ratio, reason, summary
+from mm1.engine import config, connector, decoder, vision
+from mm1.engine.connector import AveragePool, ConvBlock
+from mm1.engine.data.batch import Batch
 from mm1.engine.data.record import DataError
+from mm1.engine.decoder import Block
+from mm1.engine.experts import BACKENDS, Experts
+from mm1.engine.ledger import Ledger, Load, ledger
 from mm1.engine.model import MM1
 from mm1.engine.optim import adamw
-from mm1.engine.train import make_loader
+from mm1.engine.vision import VisionBlock
+from mm1.kernels.linear_cross_entropy import IGNORED
+
+SETS = 3  # of documents; the first is timed, the others show what is compiled again
+TOLERANCES = {"loss": {"fp32": 1e-5, "bf16": 2e-3}, "gradient norm": {"fp32": 1e-4, "bf16": 3e-2}}
+# Bytes of a GPU that holds what plain torch keeps for backward of 4096 tokens and their images; of less, half of them.
+BIG = 100e9
 
 
-def measure(size: str, rounds: int, batches: int = 8) -> dict[str, Any]:
-    """Seconds a step on the demo's data: forward, backward, clipping, AdamW; compile time apart."""
-    if rounds < 1:
+class Size(NamedTuple):
+    model: config.Model
+    tokens: int  # of a packed sequence
+
+
+def _resized(name: str, **changes: int) -> config.Model:
+    model = config.named(name)
+    return replace(model, decoder=replace(model.decoder, **changes))
+
+
+SIZES = {name: Size(model, 768 if name == "digits" else 4096) for name, model in config.MODELS.items()} | {
+    "digits-dense": Size(_resized("digits", experts=0), 768),
+    "mm1-3b-moe-4x8": Size(_resized("mm1-3b-moe", layers=4, experts=8), 4096),  # what one GPU holds
+}
+DEFAULTS = {"cpu": ("digits", "digits-dense"), "cuda": ("mm1-1b", "mm1-3b-moe-4x8")}
+
+
+class Rung(NamedTuple):
+    """plain: what torch does by itself, of CHANGES. baseline: stands beside the ladder."""
+
+    name: str
+    change: str
+    plain: frozenset[str] = frozenset()
+    compiled: bool = False
+    checkpointing: bool = False
+    baseline: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return "documents" not in self.plain
+
+
+CHANGES = {
+    "documents": Rung("packing", "documents end to end, not padded to the longest; a dense mask keeps them apart"),
+    "attention": Rung("attention", "inside each document and image, without padding or mask"),
+    "vision": Rung("vision kernels", "patch embedding and C-Abstractor of images of any size at once"),
+    "experts": Rung("experts", "instead of torch's grouped_mm"),
+    "optimizer": Rung("fused AdamW", "one pass over weights, gradients and state"),
+}
+FULL = Rung("torch.compile", "each kind of block compiled", compiled=True)
+
+
+def ladder(c: config.Model) -> list[Rung]:
+    """From plain to full, what it costs to keep no activations, and the plain one with torch.compile alone."""
+    left = [part for part in CHANGES if part != "experts" or c.decoder.experts]
+    every = frozenset(left)
+    rungs = [Rung("plain", "documents padded to the longest, torch's attention, all eager", every)]
+    while left:
+        rungs.append(CHANGES[left.pop(0)]._replace(plain=frozenset(left)))
+    again = FULL._replace(name="checkpointing", change="blocks run again in backward: slower, less memory")
+    return [
+        *rungs, FULL, again._replace(checkpointing=True),
+        Rung("torch.compile only", "plain, with its blocks compiled", every, compiled=True, baseline=True),
+    ]  # fmt: skip
+
+
+def measure(record: Record, models: Sequence[str] = (), rounds: int | None = None, budget: float = 30.0) -> None:
+    """Adds a row a model that the record lacks, and prints it.
+
+    models: of SIZES, none for some that suit the machine. rounds: of turns, or as many as `budget` seconds a model
+    allow. A variant's "ratio" is its time over the first rung's; compiling takes longer where "cache_hits" is 0. Raises
+    DataError for an unknown size.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = models or DEFAULTS[device]
+    if unknown := [name for name in models if name not in SIZES]:
+        raise DataError(f"unknown size {unknown[0]!r}; known: {', '.join(SIZES)}")
+    if rounds is not None and rounds < 1:
         raise DataError(f"rounds is {rounds}, expected at least 1")
-    run = dataclasses.replace(DIGITS_RUN, model=named(size))
-    tokenizer = TextTokenizer(run.data.tokenizer)
-    loader = make_loader(run, tokenizer, None)
-    packed = [next(loader) for _ in range(batches)]
-    tokens = sum(batch.used_tokens for batch in packed) / batches
+    for name in models:
+        c, tokens = SIZES[name]
+        if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < BIG:
+            tokens //= 2
+        row: Row = {
+            "bench": "train", "model": name, "case": f"captions, interleaved, text; {tokens} tokens",
+            "dtype": "bf16" if device == "cuda" else "fp32", "what": "step",
+            "mode": "stream" if device == "cuda" else "host",
+        }  # fmt: skip
+        if record.has(**row):
+            continue
+        with record.at(**row):
+            limits = record.header["ceilings"] = record.header.get("ceilings") or ceilings(device)
+            print(f"{name}: a step of {row['case']}, {row['dtype']}", flush=True)
+            steps = Steps(c, tokens, device, row["dtype"], limits["gemm"][row["dtype"]])
+            record.add(watched(lambda row=row, steps=steps: row | steps.row(rounds, budget)))
 
-    steps = {"eager": _stepper(run, compile=False), "compiled": _stepper(run, compile=True)}
-    warm = {}
-    for name, step in steps.items():
-        begin = time.perf_counter()
-        step(packed[0])
-        step(packed[1 % batches])
-        warm[name] = time.perf_counter() - begin
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for r in range(rounds):
-        for name in list(steps)[:: 1 if r % 2 else -1]:
-            for batch in packed:
-                begin = time.perf_counter()
-                steps[name](batch)
-                seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(
-        f"{size}: training step, {tokens:.0f} tokens, median of {rounds * batches}, {torch.get_num_threads()} threads"
-    )
-    for name, median in medians.items():
-        low, high = statistics.quantiles(seconds[name], n=10)[::8]
-        spread = f"{1e3 * low:.0f} … {1e3 * high:.0f}"
+
+@dataclass
+class Way:
+    """A rung or a peer, once it was tried."""
+
+    rung: Rung
+    step: Callable[[], None]
+    ledger: Ledger
+    data: float  # seconds to make and move the batches of a step
+    found: dict[str, float]  # what must be as the first rung's
+    first: float  # seconds of the first forward and backward
+    recompiles: int
+    cache_hits: int  # graphs of the first step that were on disk
+    peak_bytes: int | None
+
+
+class Steps:
+    """The model, its documents, and the ways to train on them."""
+
+    def __init__(self, c: config.Model, tokens: int, device: str, dtype: str, peak: float):
+        self.config, self.device, self.dtype, self.peak = c, torch.device(device), dtype, peak
+        sets = [mix.documents(c, tokens, seed) for seed in range(SETS)]
+        self.documents, self.same_size = sets[0], c.image_mode == "squash"
+        self.layouts = {True: mix.packed(c, sets, tokens), False: mix.padded(c, tokens)}
+        self.sets = {packed: [self._moved(layout(docs)) for docs in sets] for packed, layout in self.layouts.items()}
+        torch.compiler.reset()  # the model before may have had the same blocks
+        self.model = MM1(c).initialize().to(device)
+        self.optimizers = _optimizers(self.model)
+        self.compiled = {
+            False: _compiled(self.model, self.model.compile_blocks),
+            # Where batches are of several shapes, as torch chooses: from the second on with shapes as variables.
+            True: _compiled(self.model, lambda: [block.compile() for block in _blocks(self.model)]),
+        }
+
+    def row(self, rounds: int | None, budget: float) -> Row:
+        ways, failed = self.check(ladder(self.config))
+        samples = interleaved({name: way.step for name, way in ways.items()}, rounds=rounds, budget=budget)
+        share, seconds, failed = noise(samples), samples.seconds, failed | samples.failed
+        # Two models are too large for many a GPU: the peer is timed when ours is gone.
+        self.release()
+        try:
+            ways["transformers"] = transformers_way(self)
+            turns = max((len(taken) for taken in seconds.values()), default=rounds or 1)
+            alone = interleaved({"transformers": ways["transformers"].step}, rounds=turns, control=False)
+            seconds, failed = seconds | alone.seconds, failed | alone.failed
+        except Exception as error:
+            failed["transformers"] = "not installed" if isinstance(error, ImportError) else reason(error)
+        variants = {name: self._variant(seconds[name], way) for name, way in ways.items() if name in seconds}
+        for name, variant in variants.items():
+            variant["ratio"] = ratio(seconds[name], seconds[next(iter(variants))])
+        _print(variants, failed, share)
+        totals = self.ledger(FULL).totals()
+        return {"shape": self.shape, "ledger": totals, "peak": self.peak, "noise": share, "variants": variants,
+                "failed": failed}  # fmt: skip
+
+    @property
+    def shape(self) -> dict[str, int]:
+        packed, padded = self.sets[True][0][0], self.sets[False][0]
+        return {
+            "tokens": packed.used_tokens, "images": len(packed.grids.sizes or ()), "documents": len(self.documents),
+            "targets": packed.target_count, "longest": max(len(d.tokens) for d in self.documents),
+            "packed": len(packed.tokens), "padded": sum(len(batch.tokens) for batch in padded),
+        }  # fmt: skip
+
+    def check(self, rungs: Sequence[Rung]) -> tuple[dict[str, Way], dict[str, str]]:
+        """The rungs that give the first one's loss and gradient norm, and why others do not."""
+        ways: dict[str, Way] = {}
+        failed: dict[str, str] = {}
+        for rung in rungs:
+            try:
+                way = self._try(rung)
+                if wrong := self._differs(way, next(iter(ways.values()), way)):
+                    failed[rung.name] = wrong
+                else:
+                    ways[rung.name] = way
+                said = wrong or f"loss {way.found['loss']:.4f}, first {way.first:.1f} s"
+            except Exception as error:
+                said = failed[rung.name] = reason(error)
+            self.model.zero_grad(set_to_none=True)
+            print(f"  {rung.name:20} {said}", flush=True)
+        return ways, failed
+
+    def _differs(self, way: Way, truth: Way) -> str | None:
+        errors = {name: abs(way.found[name] - value) / abs(value) for name, value in truth.found.items()}
+        wrong = [f"{name} differs by {e:.2g}" for name, e in errors.items() if not e <= TOLERANCES[name][self.dtype]]
+        return f"{' and '.join(wrong)} from that of {truth.rung.name!r}" if wrong else None
+
+    def _try(self, rung: Rung) -> Way:
+        batches, *others = self.sets[rung.packed]
+        before, on_disk, begin = _graphs(), _cache_hits(), time.perf_counter()
+        found = self._loss(rung, batches)
+        first, once, on_disk = time.perf_counter() - begin, _graphs() - before, _cache_hits() - on_disk
+        for other in others if rung.compiled else ():
+            self._loss(rung, other)
+        step = partial(self.step, rung, batches)
+        peak = self.peak_bytes(step)
+        recompiles = _graphs() - before - once
+        data = self.data_seconds(rung)
+        return Way(rung, step, self.ledger(rung), data, found, first, recompiles, on_disk, peak)
+
+    def _loss(self, rung: Rung, batches: Sequence[Batch]) -> dict[str, float]:
+        """Mean over targets, and the norm of its gradient; a mixture's other losses see padding too."""
+        total, loss = sum(batch.target_count for batch in batches), 0.0
+        with self.running(rung):
+            for batch in batches:
+                with self.autocast():
+                    nll = self.model(batch).nll / total
+                nll.backward()
+                loss += nll.item()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.model.zero_grad(set_to_none=True)
+        return {"loss": loss, "gradient norm": norm.item()}
+
+    def step(self, rung: Rung, batches: Sequence[Batch]) -> None:
+        with self.running(rung):
+            for batch in batches:
+                with self.autocast():
+                    objective = self.model.objective(self.model(batch), batch.target_count)
+                objective.backward()
+            finish(self.model, self.optimizers["optimizer" in rung.plain], sum(b.target_count for b in batches))
+
+    @contextmanager
+    def running(self, rung: Rung) -> Iterator[None]:
+        """Within, the model computes as the rung says."""
+        with ExitStack() as stack:
+            swap = lambda *args: stack.enter_context(patch.object(*args))  # noqa: E731
+            if "attention" in rung.plain:
+                swap(decoder, "attention", plain.MaskedAttention() if rung.packed else plain.batched_attention)
+                swap(vision, "attention", plain.batched_attention if self.same_size else plain.padded_attention)
+            if "vision" in rung.plain:
+                swap(vision, "patch_embed", plain.patch_embed)
+                swap(connector, "conv_block", plain.conv_block)
+            for block in _blocks(self.model):
+                if isinstance(mlp := getattr(block, "mlp", None), Experts) and "experts" in rung.plain:
+                    swap(mlp, "backend", BACKENDS["torch"]())
+                call = self.compiled[rung.baseline][block] if rung.compiled and self._compilable(block, rung) else None
+                if rung.checkpointing and not isinstance(block, ConvBlock):
+                    call = partial(checkpoint, call or block._call_impl, use_reentrant=False)
+                if call is not None:
+                    swap(block, "_compiled_call_impl", call)
+            with torch._dynamo.config.patch(recompile_limit=64):  # every way's variants of a block count together
+                yield
+
+    def _compilable(self, module: nn.Module, rung: Rung) -> bool:
+        if isinstance(module, ConvBlock):  # of images of several sizes a loop over sizes, another one each batch
+            return self.same_size or "vision" not in rung.plain
+        mixture = isinstance(module, Block) and isinstance(module.mlp, Experts)
+        return not (mixture and "experts" in rung.plain and self.dtype == "fp32")  # torch's grouped_mm wants bf16
+
+    def ledger(self, rung: Rung) -> Ledger:
+        """Of a step on the first set."""
+        batches = self.sets[rung.packed][0]
+        load = Load.of(batches[0]) if rung.packed else mix.load_of_padded(self.documents, batches)
+        if "attention" in rung.plain:
+            rows = batches[0].grids.longest + self.config.vision.class_token
+            pairs = load.tokens**2 if rung.packed else load.pairs
+            load = replace(load, pairs=pairs, patch_pairs=load.images * rows**2)
+        return ledger(self.config, load, checkpointing=rung.checkpointing)
+
+    def data_seconds(self, rung: Rung) -> float:
+        taken = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            self._moved(self.layouts[rung.packed](self.documents))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken)
+
+    def peak_bytes(self, step: Callable[[], None]) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def release(self) -> None:
+        """Of the model only its documents stay."""
+        del self.model, self.optimizers, self.compiled
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _moved(self, batches: Sequence[Batch]) -> list[Batch]:
+        return [batch.to(self.device) for batch in batches]
+
+    def _variant(self, seconds: Sequence[float], way: Way) -> dict[str, Any]:
+        median = statistics.median(seconds)
+        return {
+            **summary(seconds),
+            "samples": list(seconds),
+            "about" if way.rung.baseline else "change": way.rung.change,
+            "tokens_per_s": self.shape["tokens"] / median,
+            "images_per_s": self.shape["images"] / median,
+            "mfu": way.ledger.mfu(median, self.peak),
+            "hfu": way.ledger.hfu(median, self.peak),
+            "padding": sum(way.ledger.padding.values()) / way.ledger.executed,
+            "data_wait": way.data / (way.data + median),
+            "compile_seconds": max(0.0, way.first - median) if way.rung.compiled else 0.0,
+            "recompiles": way.recompiles,
+            "cache_hits": way.cache_hits,
+            "peak_bytes": way.peak_bytes,
+        }
+
+
+def finish(model: nn.Module, optimizer: torch.optim.Optimizer, targets: int) -> None:
+    """What follows the backward of a step."""
+    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / targets)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _optimizers(model: MM1) -> dict[bool, torch.optim.Optimizer]:
+    """The engine's, and, True, torch's AdamW as it comes; they share their moments."""
+    fused = adamw(model, config.Train(), 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    fused.step()
+    fused.zero_grad(set_to_none=True)
+    eager = torch.optim.AdamW([{"params": group["params"]} for group in fused.param_groups], lr=0.0)
+    for parameter, state in fused.state.items():
+        eager.state[parameter] = state | {"step": state["step"].to("cpu", copy=True)}
+    return {False: fused, True: eager}
+
+
+def _blocks(model: MM1) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, VisionBlock | ConvBlock | Block)]
+
+
+def _compiled(model: MM1, compile_blocks: Callable[[], Any]) -> dict[nn.Module, Any]:
+    """The compiled call of each block; the model itself is left as it was."""
+    compile_blocks()
+    calls = {block: block._compiled_call_impl for block in _blocks(model)}
+    for block in calls:
+        block._compiled_call_impl = None
+    return calls
+
+
+def _graphs() -> int:
+    """How many torch has compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _cache_hits() -> int:
+    """How many of them Inductor or AOTAutograd had on disk."""
+    counters = torch._dynamo.utils.counters
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+
+class TransformersModel(nn.Module):
+    """CLIP's encoder, adaptive mean, readout, and transformers' decoder of our sizes."""
+
+    def __init__(self, c: config.Model):
+        super().__init__()
+        from mm1.bench.generate import transformers_decoder
+
+        v = c.vision
+        self.decoder = transformers_decoder(MM1(c).initialize().decoder).train()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        self.vision = CLIPVisionModel(CLIPVisionConfig(
+            hidden_size=v.width, intermediate_size=v.ffn, num_hidden_layers=v.layers, num_attention_heads=v.heads,
+            image_size=c.image_size, patch_size=v.patch, hidden_act=v.activation,
+        ))  # fmt: skip
+        self.pool = AveragePool(v.width, c.decoder.width, tokens=c.connector.tokens,
+                                readout_depth=c.connector.readout_depth)  # fmt: skip
+
+    def forward(self, tokens: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
+        """int [B, L], what is no padding bool [B, L], labels [B, L], fp32 [N, 3, S, S] -> mean loss."""
+        x = self.decoder.get_input_embeddings()(tokens)
+        if len(pixels):
+            features = self.vision(pixels).last_hidden_state[:, 1:].transpose(1, 2)
+            side = math.isqrt(features.shape[2])
+            pooled = F.adaptive_avg_pool2d(features.unflatten(2, (side, side)), self.pool.out)
+            images = self.pool.readout(pooled.flatten(2).transpose(1, 2))
+            x = x.masked_scatter((tokens == mix.IMAGE)[..., None], images.to(x.dtype))
+        return self.decoder(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False).loss
+
+
+def transformers_way(steps: Steps) -> Way:
+    """On the padded batches; images are all of the full size, and ready as floats."""
+    rung = Rung("transformers", "CLIP, mean and decoder of the same sizes, padded, eager, fused AdamW; not in turns",
+                frozenset(CHANGES), baseline=True)  # fmt: skip
+    c, batches = steps.config, steps.sets[False][0]
+    torch.manual_seed(0)
+    model = TransformersModel(c).to(steps.device)
+    optimizer = adamw(model, config.Train(), 0.0)
+    inputs = [(_inputs(c, batch), batch.target_count) for batch in batches]
+    targets = sum(count for _, count in inputs)
+
+    def step() -> None:
+        for given, count in inputs:
+            with steps.autocast():
+                loss = model(*given) * count
+            loss.backward()
+        finish(model, optimizer, targets)
+
+    same = replace(c, vision=replace(c.vision, class_token=True), connector=replace(c.connector, kind="average"))
+    load, side = mix.load_of_padded(steps.documents, batches), c.image_size // c.vision.patch
+    images, longest = len(load.grids), int(batches[0].cu_seqlens[1])
+    load = replace(load, grids=[(side, side)] * images, images=images, patches=images * side**2,
+                   pairs=load.tokens * longest)  # fmt: skip
+    return Way(rung, step, ledger(same, load), steps.data_seconds(rung), {}, 0.0, 0, 0, steps.peak_bytes(step))
+
+
+def _inputs(c: config.Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = batch.tokens.view(len(batch.cu_seqlens) - 1, -1).long()
+    mask = tokens != mix.PAD
+    labels = torch.where(mask & (tokens != mix.IMAGE), tokens, IGNORED)
+    images = len(batch.grids.sizes or ())
+    return tokens, mask, labels, torch.randn(images, 3, c.image_size, c.image_size, device=tokens.device)
+
+
+def _print(variants: dict[str, Any], failed: dict[str, str], share: float | None) -> None:
+    print(f"  {'':20} {'ms':>8} {'(range)':>17} {'×':>6} {'tokens/s':>9} {'images/s':>9} {'MFU':>6} {'HFU':>6}"
+          f" {'padding':>8} {'data':>6} {'compile':>8} {'again':>5} {'GB':>6}")  # fmt: skip
+    for name, v in variants.items():
+        memory = "" if v["peak_bytes"] is None else f"{v['peak_bytes'] / 1e9:.1f}"
         print(
-            f"  {name:9} {1e3 * median:7.1f} ms  ({spread})  {tokens / median:8.0f} tok/s  first two {warm[name]:.1f} s"
+            f"  {name:20} {1e3 * v['median']:8.1f} {1e3 * v['low']:8.1f}…{1e3 * v['high']:<8.1f}"
+            f" {1 / v['ratio']['median']:6.2f} {v['tokens_per_s']:9.0f} {v['images_per_s']:9.1f} {v['mfu']:6.1%}"
+            f" {v['hfu']:6.1%} {v['padding']:8.1%} {v['data_wait']:6.1%} {v['compile_seconds']:7.1f}s"
+            f" {v['recompiles']:5} {memory:>6}"
         )
-    print(f"  compiled is {medians['eager'] / medians['compiled']:.2f} × as fast")
-    return {
-        "bench": "train",
-        "size": size,
-        "tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "seconds": medians,
-        "warm_up_seconds": warm,
-        "ratio": medians["eager"] / medians["compiled"],
-    }
-
-
-def _stepper(run, *, compile: bool):
-    model = MM1(run.model).initialize()
-    optimizer = adamw(model, run.train, run.train.peak_lr or 1e-3)
-    if compile:
-        model.compile_blocks()
-
-    def step(batch) -> None:
-        (model.objective(model(batch), batch.target_count) / batch.target_count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    for name, why in failed.items():
+        print(f"  {name}: {why}")
+    if share is not None:
+        print(f"  two runs of the same differ by {share:.1%}", flush=True)

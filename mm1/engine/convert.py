@@ -152,7 +152,7 @@ def _honeybee(state: State, tokens: int) -> tuple[config.Connector, State]:
 
 
 def _load_clip(encoder: VisionEncoder, state: State) -> None:
-    c, views = encoder.config, _views(encoder, CLIP)
+    c, views = encoder.config, views_of(encoder, CLIP)
     views[CLIP["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
     views[CLIP["positions"]] = positions = torch.empty(1 + math.prod(c.table), c.width)  # the class's first
     _fill("vision", views, {name.removeprefix("vision_model."): state[name] for name in state}, CLIP_UNUSED)
@@ -166,13 +166,13 @@ def _load_llama(decoder: DecoderLM, state: State) -> None:
         first = {f"model.layers.0.{mixture['mlp.down']}".format(e=0): mixture for mixture in MIXTURES}
         table = LLAMA | next((first[name] for name in first if name in state), MIXTURES[0])
     q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    views = _views(decoder, table, {"attention.qkv": [q, kv, kv]})
+    views = views_of(decoder, table, {"attention.qkv": [q, kv, kv]})
     _fill("decoder", views, state, r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * c.tied)
     if c.tied and not torch.equal(state.get("lm_head.weight", embedding).to(embedding), embedding):
         raise DataError("decoder: tensor lm_head.weight is another than the embedding, expected them tied")
 
 
-def _views(module: nn.Module, table: Table, sizes: Mapping[str, list[int]] = {}) -> dict[str, Tensor]:
+def views_of(module: nn.Module, table: Table, sizes: Mapping[str, list[int]] = {}) -> dict[str, Tensor]:
     """Source name -> its part of our parameter: parts are equal along the first axis if not in `sizes`."""
     views = {}
     for path, parameter in module.named_parameters():

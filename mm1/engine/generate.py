@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
-from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.record import DataError
 from mm1.engine.decoder import Cache
 from mm1.engine.model import MM1
 
-Prompt = Sequence[str | Image.Image]
+if TYPE_CHECKING:
+    from PIL import Image
+
+Prompt = Sequence["str | Image.Image"]
 
 
 @torch.inference_mode()
@@ -56,7 +58,7 @@ def generate(
     return [text.finish() for text in texts]
 
 
-def interleave(texts: Sequence[str], images: Sequence[Image.Image]) -> list[list[str | Image.Image]]:
+def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":
     """Prompts of texts in which `<image>` marks the place of the next image; images without a mark open the first."""
     marks = sum(text.count("<image>") for text in texts)
     if marks > len(images):
@@ -74,6 +76,8 @@ def interleave(texts: Sequence[str], images: Sequence[Image.Image]) -> list[list
 
 
 def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
+    from mm1.engine.data.images import ImagePolicy
+
     c = model.config
     policy = ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches)
     encode = DocumentEncoder(tokenizer_of(model), policy, c.connector.tokens, exact_budget([], c.vision.patch))

@@ -83,7 +83,8 @@ class MM1(nn.Module):
 
     def initialize(self, seed: int = 0) -> "MM1":
         """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases."""
-        generator = torch.Generator().manual_seed(seed)
+        device = self.decoder.embedding.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in sorted(self.named_parameters()):
             last = name.rpartition(".")[2]
             if last == "bias":
@@ -100,7 +101,7 @@ class MM1(nn.Module):
                     layers = self.config.decoder.layers if name.startswith("decoder") else self.config.vision.layers
                     std /= (2 * layers) ** 0.5
                 with torch.no_grad():
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                    parameter.copy_(torch.empty(parameter.shape, device=device).normal_(0.0, std, generator=generator))
         return self
 
 

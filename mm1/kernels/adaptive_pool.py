@@ -114,5 +114,6 @@ def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tu
 
 
 def cost(patches: int, images: int, channels: int, out: tuple[int, int] = (12, 12), *, itemsize: int = 2) -> Cost:
+    """Forward; backward costs the same."""
     places = images * out[0] * out[1]
     return Cost(max(patches, places) * channels, (patches + places) * channels * itemsize)

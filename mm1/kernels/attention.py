@@ -10,7 +10,7 @@ the last of their segment's keys (a cache), causal is aligned to the end. Rows p
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
@@ -357,8 +357,15 @@ def gpu_name(index: int | None) -> str:
     return device_of_index(index).name
 
 
-def cost(lengths: list[int], heads: int, kv_heads: int, head_width: int, *, causal: bool, itemsize: int = 2) -> Cost:
-    """Forward of segments of these lengths."""
+def cost(
+    lengths: Sequence[int], heads: int, kv_heads: int, head_width: int, *, causal: bool, itemsize: int = 2,
+    backward: bool = False,
+) -> Cost:  # fmt: skip
+    """Segments of these lengths. backward: of the gradients alone, five products to forward's two (Dao et al. 2022)."""
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     rows = sum(lengths)
-    return Cost(4 * pairs * heads * head_width, 2 * rows * (heads + kv_heads) * head_width * itemsize)
+    tensors = 4 if backward else 2  # read q, dy, k, v, y; write dq, dk, dv
+    return Cost(
+        (10 if backward else 4) * pairs * heads * head_width,
+        tensors * rows * (heads + kv_heads) * head_width * itemsize,
+    )

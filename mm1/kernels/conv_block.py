@@ -208,10 +208,12 @@ def _check(x: Tensor, grids: Grids, weights: Mapping[str, Tensor], pool: tuple[i
             expect(w.dtype == x.dtype, "conv_block", f"dtype of {name}", w.dtype, x.dtype)
 
 
-def cost(patches: int, images: int, width_in: int, width: int, *, itemsize: int = 2) -> Cost:
+def cost(patches: int, images: int, width_in: int, width: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
+    """Bytes are those of x, y and the weights: the least any implementation moves. backward: of the gradients alone."""
     squeeze = round(0.25 * width_in)
     gemm = patches * width_in * width + patches * width * width + images * 2 * width * squeeze
     if width_in != width:
         gemm += patches * width_in * width
     weights = width_in * width + width * width + 9 * width + 2 * width * squeeze
-    return Cost(2 * gemm + 18 * patches * width, (patches * (width_in + width) + weights) * itemsize)
+    flops, moved = 2 * gemm + 18 * patches * width, (patches * (width_in + width) + weights) * itemsize
+    return Cost(2 * flops, moved + (patches * width_in + weights) * itemsize) if backward else Cost(flops, moved)

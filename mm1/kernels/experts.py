@@ -46,7 +46,7 @@ from mm1.kernels.tiles import (
     tile_of,
     weight_operands,
 )
-from mm1.kernels.tuning import Tunable, config_for
+from mm1.kernels.tuning import Tunable, config_for, pinned_or
 
 
 def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
@@ -54,9 +54,9 @@ def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -
     return legal(config, shape, dtype, device) and 32 <= config.block_n <= _widest_dh(device)
 
 
-def default_dh(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
+def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 128) -> Config:
     config = default(shape, dtype, device)
-    return replace(config, block_n=min(config.block_n, _widest_dh(device)))
+    return replace(config, block_n=min(config.block_n, _widest_dh(device), widest))
 
 
 def _widest_dh(device: Device) -> int:
@@ -194,7 +194,10 @@ def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit,
     S, D = len(slots), x.shape[1]
     gated = up is not None or gate_up.shape[1] == 2 * width
     device = device_of(x)
-    config = config_for(UP, Shape(S, len(offsets), D, width, gated), x.dtype, device)
+    at = Shape(S, len(offsets), D, width, gated), x.dtype, device
+    # Biases and limits take registers that the tables' tiles, found without them, may not leave.
+    plain = bias is None and limit is None
+    config = config_for(UP, *at) if plain else pinned_or("experts_up", lambda: default(*at))
     tiles, _, num_m = tile_map(offsets, S, config.block_m)
     gate, up = (half.transpose(1, 2) for half in halves(gate_up, up, gated, interleaved))
     gate_bias, up_bias = (None, None) if bias is None else halves(bias, None, gated, interleaved)
@@ -221,7 +224,10 @@ def gradient_of_h(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dh [S, 2F], weight · s [S, F], and ⟨dy, y⟩ of each row as parts [., S] to be added."""
     S, device, (E, D, width) = len(slots), device_of(h), down.shape
-    config = config_for(DH, Shape(S, E, D, width), h.dtype, device)
+    at = Shape(S, E, D, width), h.dtype, device
+    plain = down_bias is None and limit is None
+    widest = 128 if device.wgmma else 64  # 128 columns spill 20 times on an A100, 83 on a B200
+    config = config_for(DH, *at) if plain else pinned_or("experts_dh", lambda: default_dh(*at, widest))
     tiles, _, num_m = tile_map(offsets, S, config.block_m)
     num_n = cdiv(width, config.block_n)
     dh, ws, dots = torch.empty_like(h), h.new_empty(S, width), weight.new_empty(num_n, S)
@@ -421,6 +427,9 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
             expect(w is None or w.dtype == x.dtype, "moe_mlp", f"dtype of {name}", w is not None and w.dtype, x.dtype)
 
 
-def cost(tokens: int, k: int, experts: int, width: int, ffn: int, *, itemsize: int = 2) -> Cost:
-    """Gated; experts: those with at least one token."""
-    return Cost(6 * tokens * k * width * ffn, (2 * tokens * width + experts * 3 * width * ffn) * itemsize)
+def cost(tokens: int, k: int, experts: int, width: int, ffn: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
+    """Gated; experts: those with at least one token. backward: of the gradients alone, without recomputation."""
+    flops, weights = 6 * tokens * k * width * ffn, experts * 3 * width * ffn
+    if backward:  # reads x, dy and the first product of each slot, writes dx; weights are read, their gradients written
+        return Cost(2 * flops, (3 * tokens * width + 2 * tokens * k * ffn + 2 * weights) * itemsize)
+    return Cost(flops, (2 * tokens * width + weights) * itemsize)

@@ -412,6 +412,8 @@ def expect_offsets(op: str, offsets: Tensor, experts: int) -> None:
            f"{offsets.dtype} {tuple(offsets.shape)}", f"{torch.int32} {(max(experts, 1),)}")  # fmt: skip
 
 
-def cost(rows: int, experts: int, k: int, n: int, *, itemsize: int = 2) -> Cost:
-    """experts: those with at least one row, whose weights must be read."""
+def cost(rows: int, experts: int, k: int, n: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
+    """experts: those with at least one row, whose weights must be read. backward: of both gradients alone."""
+    if backward:
+        return Cost(4 * rows * k * n, (rows * (2 * k + n) + 2 * experts * k * n) * itemsize)
     return Cost(2 * rows * k * n, (rows * (k + n) + experts * k * n) * itemsize)

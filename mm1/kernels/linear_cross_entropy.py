@@ -26,5 +26,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
     return total if reduction == "sum" else total / (targets != IGNORED).sum().clamp(min=1)
 
 
-def cost(tokens: int, width: int, vocabulary: int, *, itemsize: int = 2) -> Cost:
-    return Cost(2 * tokens * width * vocabulary, (tokens + vocabulary) * width * itemsize + 4 * tokens)
+def cost(tokens: int, width: int, vocabulary: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
+    """tokens: those with a target. backward: of the gradients alone, with the logits kept."""
+    once = (tokens + vocabulary) * width * itemsize
+    if backward:
+        return Cost(4 * tokens * width * vocabulary, 2 * once)
+    return Cost(2 * tokens * width * vocabulary, once + 4 * tokens)

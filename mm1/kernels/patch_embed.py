@@ -427,7 +427,10 @@ def _table(op, table, weight, bias, interpolation, antialias, align_corners):
     return table, interpolation, *((False, False) if interpolation == "nearest" else (antialias, align_corners))
 
 
-def cost(patches: int, width: int, patch_size: int, *, table: int = 0, itemsize: int = 2) -> Cost:
-    """table: entries Gh·Gw of the position table. Forward, uint8 pixels."""
-    k = patch_size**2 * 3
-    return Cost(2 * patches * k * width, patches * k + (k * width + table * width + patches * width) * itemsize)
+def cost(patches: int, width: int, k: int, *, table: int = 0, itemsize: int = 2, bytes_in: int = 1) -> Cost:
+    """k: values of a patch, of bytes_in each (1: uint8 pixels); table: entries Gh·Gw of the position table.
+
+    Backward alone, of weight, bias and table, pixels having no gradient, costs as much.
+    """
+    weights = (k * width + table * width) * itemsize
+    return Cost(2 * patches * k * width, patches * k * bytes_in + patches * width * itemsize + weights)

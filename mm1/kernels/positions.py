@@ -250,7 +250,8 @@ def backward(
     part = dy.new_empty(splits, Gh, Gw, N, dtype=torch.float32)
     launch(
         _dtable_kernel, splits * Gh * cdiv(N, block_n), dy, images, part, *dy.stride(), len(images), N, Gh, Gw, share,
-        merge, mode, antialias, align, precision, max(16, power_of_2(Gw)), BLOCK_COLUMNS, block_n, num_warps=4,
+        merge, mode, antialias, align, precision, max(16, power_of_2(Gw)), BLOCK_COLUMNS, block_n,
+        num_warps=8 if device.arch == "sm_89" else 4,  # of four, ptxas keeps 96 registers there, and spills
     )  # fmt: skip
     return part[0] if splits == 1 else part.sum(0)
 

@@ -1,16 +1,23 @@
-"""Records into documents of tokens and images, ready to pack. Knows no torch: loader processes start fast."""
+"""Records into documents of tokens and images, ready to pack. Knows no torch: loader processes start fast.
+
+Nor PIL and tokenizers before a text or an encoded image is met: who packs documents of ready tokens needs neither.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
-from tokenizers import Tokenizer
 
-from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.record import DataError, Record, Unreadable
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from tokenizers import Tokenizer
+
+    from mm1.engine.data.images import ImagePolicy
 
 Unit = tuple[list[int], np.ndarray | None]  # token ids, and the image if these are its slots
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
@@ -44,7 +51,9 @@ class TextTokenizer:
         self.pad, self.bos, self.eos, self.image = (int(self._tokenizer.token_to_id(token) or 0) for token in SPECIAL)
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def _tokenizer(self) -> "Tokenizer":
+        from tokenizers import Tokenizer
+
         tokenizer = Tokenizer.from_file(self.path)
         tokenizer.encode_special_tokens = True  # "<image>" in a text stays text
         return tokenizer
@@ -78,21 +87,23 @@ class DocumentEncoder:
     """Record -> documents: `slots` tokens an image, bos and eos around, cut in pieces that fit the budget alone."""
 
     tokenizer: TextTokenizer
-    policy: ImagePolicy
+    policy: "ImagePolicy"
     slots: int
     budget: Budget
 
     def __call__(self, record: Record) -> list[Document]:
+        from mm1.engine.data.images import decode
+
         parts = [part if isinstance(part, str) else decode(part) for part in record.parts]
         return self._cut([*self.units(parts), ([self.tokenizer.eos], None)], record)
 
-    def prompt(self, parts: Sequence[str | Image.Image]) -> Document:
+    def prompt(self, parts: "Sequence[str | Image.Image]") -> Document:
         """One document without an end, whatever the budget."""
         units = self.units(parts)
         tokens = [token for ids, _ in units for token in ids]
         return Document(np.array(tokens, np.int32), tuple(image for _, image in units if image is not None), "prompt")
 
-    def units(self, parts: Sequence[str | Image.Image]) -> list[Unit]:
+    def units(self, parts: "Sequence[str | Image.Image]") -> list[Unit]:
         t = self.tokenizer
         units: list[Unit] = [([t.bos], None)]
         for part in parts:

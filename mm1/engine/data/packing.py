@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
-from mm1.engine.data.mixture import Drawn, Mixture
 from mm1.engine.data.record import DataError
+
+if TYPE_CHECKING:  # a bare GPU image has no Grain
+    from mm1.engine.data.mixture import Drawn, Mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Loader:
     """
 
     def __init__(
-        self, mixture: Mixture, budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int = 64,
+        self, mixture: "Mixture", budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int = 64,
         workers: int = 0, max_bad: int = 100, quarantine: Path | None = None, damage: Sequence[tuple[str, str]] = (),
     ):  # fmt: skip
         self.mixture, self.budget, self.buffer, self.workers = mixture, budget, buffer, workers
@@ -113,7 +115,7 @@ class Loader:
         patches = document.patches(self.layout["patch"])
         return _Waiting(position, piece, document, len(document.tokens), len(document.images), patches)
 
-    def _skip(self, bad: Drawn) -> None:
+    def _skip(self, bad: "Drawn") -> None:
         self.skipped += 1
         self.in_a_row[bad.source] = self.in_a_row.get(bad.source, 0) + 1
         self._list(bad.shard, bad.key, bad.reason, self.position)

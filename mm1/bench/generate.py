@@ -1,0 +1,333 @@
+"""Generation by its parts, beside transformers.
+
+    prefill       the prompt's tokens through the decoder, logits of the last; text fills the images' places
+    first token   the images' encoding, prefill, and the likeliest token; transformers has no such encoder and connector
+    decode        one token more for every prompt, over a cache that holds the prompts
+
+Prompts are random: `shots` examples, each an image and TEXT tokens, and a query like them. Those of a batch are of one
+length, which spares transformers its padding. Its parameters are views of ours: both read the same random weights.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm1.autotune import gpu_state
+from mm1.autotune.clock import Call, capture
+from mm1.bench.record import Record, Row
+from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
+from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
+from mm1.engine import config
+from mm1.engine.convert import LLAMA, MIXTURES, views_of
+from mm1.engine.data.batch import exact_budget, pack
+from mm1.engine.data.document import Document
+from mm1.engine.data.record import DataError
+from mm1.engine.decoder import Cache, DecoderLM
+from mm1.engine.generate import new_cache, sample
+from mm1.engine.ledger import Load, ledger
+from mm1.engine.model import MM1
+from mm1.integrations.torchvision import declare_operators
+from mm1.kernels.dispatch import Cost
+
+SHOTS = (0, 4, 8)
+TEXT = 30  # tokens that follow each image
+IMAGE = 3  # stands in for the number of a tokenizer's image token
+ROOM = 64  # tokens that a cache holds beyond the prompt
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the logits' rms; roundings of bf16 add up to 2e-2 in 26 layers
+CACHES = {"transformers": "DynamicCache", "transformers static": "StaticCache"}
+_30M = replace(
+    config.DIGITS.decoder, vocabulary=8192, width=512, layers=8, heads=8, kv_heads=8, head_width=64, ffn=1408, experts=0
+)
+MODELS = {**config.MODELS, "digits-30m": replace(config.DIGITS, decoder=_30M)}
+
+Way = Callable[[], Call]  # makes a call, whose result is logits or tokens
+
+
+class Scale(NamedTuple):
+    """What suits a machine: models, batches, and the most prompt tokens of a batch, to decode after and to prefill."""
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    decoded: int
+    prefilled: int
+
+
+GPU = Scale(("mm1-1b", "mm1-3b"), (1, 2, 4, 8, 16, 32, 64, 128), 32_768, 16_384)
+CPU = Scale(("digits", "digits-30m"), (1, 8), 2048, 512)
+PREFILLED = (1, 8)  # batches
+
+
+class Case(NamedTuple):
+    what: str
+    shots: int
+    batch: int
+
+    def key(self) -> Row:
+        return {"case": f"{self.shots}-shot batch={self.batch}", "what": self.what}
+
+
+class Checked(NamedTuple):
+    calls: dict[str, Call]
+    errors: dict[str, float]
+    failed: dict[str, str]
+
+
+@torch.inference_mode()
+def measure(record: Record, models: Sequence[str] = (), rounds: int | None = None, budget: float = 1.0) -> None:
+    """Adds a row for each case that the record lacks, as they come, and prints it.
+
+    models: named sizes, none for some that suit the machine. Of each row `rounds` rounds, or as many as `budget`
+    seconds allow. Raises DataError for an unknown size.
+    """
+    if rounds is not None and rounds < 1:
+        raise DataError(f"rounds is {rounds}, expected at least 1")
+    scale, device, dtype = (GPU, "cuda", "bf16") if torch.cuda.is_available() else (CPU, "cpu", "fp32")
+    sizes = {name: MODELS.get(name) or config.named(name) for name in models or scale.models}
+    limits = record.header["ceilings"] = record.header.get("ceilings") or ceilings(device)
+    for name, size in sizes.items():
+        base = {"bench": "generate", "model": name, "dtype": dtype, "mode": "stream" if device == "cuda" else "host"}
+        lacking = [case for case in cases(size, scale) if not record.has(**base, **case.key())]
+        bench = Bench(size, device, dtype, limits)
+        for case in lacking:
+            with record.at(**base, **case.key()):
+                for row in bench.rows(case, base | case.key(), rounds, budget):
+                    record.add(row)
+                    _print(row)
+        del bench  # before the next one's weights are made
+
+
+def cases(c: config.Model, scale: Scale) -> list[Case]:
+    every = [(shots, batch) for shots in SHOTS for batch in scale.batches]
+    fit = {most: [(s, b) for s, b in every if b * prompt_length(c, s) <= most] for most in scale[2:]}
+    prefilled = [(what, s, b) for what in ("prefill", "first token") for s, b in fit[scale.prefilled] if b in PREFILLED]
+    return [Case(*case) for case in prefilled] + [Case("decode", s, b) for s, b in fit[scale.decoded]]
+
+
+def prompt_length(c: config.Model, shots: int) -> int:
+    return 1 + (shots + 1) * (c.connector.tokens + TEXT)
+
+
+def prompts(c: config.Model, shots: int, batch: int, *, images: bool) -> list[Document]:
+    """Random documents of one length; without images, text in their places."""
+    random, patch, squash = np.random.default_rng(0), c.vision.patch, c.image_mode == "squash"
+    rows = c.image_size // patch if squash else math.isqrt(c.image_patches)
+    columns = rows if squash else c.image_patches // rows
+
+    def document() -> Document:
+        tokens = random.integers(IMAGE + 1, c.decoder.vocabulary, prompt_length(c, shots), dtype=np.int32)
+        if not images:
+            return Document(tokens, (), "")
+        tokens[1:].reshape(shots + 1, -1)[:, : c.connector.tokens] = IMAGE
+        shape = (shots + 1, rows * patch, columns * patch, 3)
+        return Document(tokens, tuple(random.integers(256, size=shape, dtype=np.uint8)), "")
+
+    return [document() for _ in range(batch)]
+
+
+class Bench:
+    """A model with random weights, made when first needed, and the ways to run it."""
+
+    def __init__(self, size: config.Model, device: str, dtype: str, limits: dict[str, Any]):
+        self.config, self.device, self.dtype, self.limits = size, device, dtype, limits
+
+    @cached_property
+    def model(self) -> MM1:
+        with torch.device(self.device):
+            model = MM1(self.config)
+        return model.initialize().to(DTYPES[self.dtype]).eval()
+
+    def rows(self, case: Case, key: Row, rounds: int | None, budget: float) -> Iterator[Row]:
+        """The row of these key fields; of a decoding step on a GPU also that of its CUDA graph."""
+        documents = prompts(self.config, case.shots, case.batch, images=case.what == "first token")
+        prompt = prompt_length(self.config, case.shots)
+        row = key | {"shape": {"batch": case.batch, "prompt": prompt, "images": len(documents[0].images)}}
+        ways = {"prefill": self.prefills, "first token": self.first_tokens, "decode": self.steps}[case.what](documents)
+        context, new = (prompt, 1) if case.what == "decode" else (0, prompt)
+        cost, tokens = self.cost(documents, context, new), case.batch * new
+        found = checked(ways, TOLERANCE[self.dtype])
+        yield self.timed(row, cost, tokens, found, rounds, budget)
+        if self.device == "cuda" and case.what == "decode":
+            graphs = {name: partial(captured, call) for name, call in found.calls.items() if name != "transformers"}
+            found = checked(graphs, TOLERANCE[self.dtype])
+            yield self.timed(row | {"mode": "graph"}, cost, tokens, found, rounds, budget)
+
+    def prefills(self, documents: Sequence[Document]) -> dict[str, Way]:
+        def theirs() -> Call:
+            ids = self.ids(documents)
+            return lambda: self.peer(ids, past_key_values=self.past("DynamicCache"), logits_to_keep=1).logits[:, 0]
+
+        return {"mm1": lambda: self.prefill(documents)[0], "transformers": theirs}
+
+    def first_tokens(self, documents: Sequence[Document]) -> dict[str, Way]:
+        prefill, _ = self.prefill(documents)
+        return {"mm1": lambda: lambda: sample(prefill(), 0.0, 1.0, None)}
+
+    def steps(self, documents: Sequence[Document]) -> dict[str, Way]:
+        """Each step leaves the cache as it was."""
+        prefill, cache = self.prefill(documents)
+        tokens = prefill().argmax(-1)
+
+        def ours() -> Tensor:
+            logits = self.model.step(tokens, cache)
+            cache.lengths -= 1
+            return logits
+
+        def theirs(kind: str) -> Call:
+            past = self.past(kind, cache.capacity)
+            self.peer(self.ids(documents), past_key_values=past, logits_to_keep=1)
+
+            def step() -> Tensor:
+                logits = self.peer(tokens[:, None], past_key_values=past).logits[:, 0]
+                if kind == "DynamicCache":
+                    past.crop(-1)
+                else:
+                    torch._foreach_sub_([layer.cumulative_length for layer in past.layers], 1)
+                return logits
+
+            return step
+
+        return {"mm1": lambda: ours, **{name: partial(theirs, kind) for name, kind in CACHES.items()}}
+
+    def prefill(self, documents: Sequence[Document]) -> tuple[Call, Cache]:
+        """Logits [B, V] of the packed prompts' last tokens, and the cache, which each call fills anew."""
+        c, cache = self.config, new_cache(self.model, documents, ROOM)
+        budget = exact_budget(documents, c.vision.patch)
+        batch = pack(documents, budget, image_id=IMAGE, patch=c.vision.patch, slots=c.connector.tokens).to(self.device)
+        last = batch.cu_seqlens[1:].long() - 1
+
+        def call() -> Tensor:
+            cache.lengths.zero_()
+            return self.model.hidden(batch, cache)[0][last] @ self.model.decoder.head_weight.T
+
+        return call, cache
+
+    @cached_property
+    def peer(self) -> Any:
+        return transformers_decoder(self.model.decoder)
+
+    def past(self, kind: str, capacity: int = 0) -> Any:
+        import transformers
+
+        sizes = {"max_cache_len": capacity} if kind == "StaticCache" else {}
+        return getattr(transformers, kind)(config=self.peer.config, **sizes)
+
+    def ids(self, documents: Sequence[Document]) -> Tensor:
+        return torch.from_numpy(np.stack([document.tokens for document in documents])).long().to(self.device)
+
+    def cost(self, documents: Sequence[Document], context: int, new: int) -> Cost:
+        """Of `new` tokens of each document behind `context` tokens that a cache holds.
+
+        Bytes: the weights (of a mixture as many experts as there are choices, or all), a row of the embedding a token,
+        keys and values read or written; encoder, connector and pixels where there are images.
+        """
+        m, d, patch = self.model, self.model.decoder, self.config.vision.patch
+        c, count, images = d.config, len(documents), [image for document in documents for image in document.images]
+        grids = [(image.shape[0] // patch, image.shape[1] // patch) for image in images]
+        flops = operations(self.config, [context + new] * count, grids, count)
+        flops -= operations(self.config, [context] * count)
+        numbers = d.norm.weight.numel() + d.head_weight.numel() + count * new * c.width
+        for p in d.blocks.parameters():
+            numbers += p.numel() if p.ndim < 3 else p[0].numel() * min(c.experts, count * new * c.experts_per_token)
+        numbers += count * (context + new) * c.layers * 2 * c.kv_heads * c.head_width
+        if images:
+            numbers += sum(p.numel() for part in (m.vision, m.connector, m.image_norm) for p in part.parameters())
+        return Cost(flops, numbers * d.head_weight.element_size() + sum(image.nbytes for image in images))
+
+    def timed(self, row: Row, cost: Cost, tokens: int, found: Checked, rounds: int | None, budget: float) -> Row:
+        with gpu_state.watch() as gpu:
+            samples = interleaved(found.calls, rounds=rounds, budget=budget, control="mm1" in found.calls)
+        failed, least, variants = found.failed | samples.failed, floor(cost, self.dtype, self.limits), {}
+        for name, seconds in samples.seconds.items():
+            v = summary(seconds)
+            if self.device == "cuda" and impossible(v["median"], cost, self.dtype, self.limits, 0):
+                failed[name] = f"{least / v['median']:.0%} of what this GPU can do: counted or timed wrongly"
+                continue
+            v |= {"samples": seconds, "error": found.errors.get(name), "tokens_per_s": tokens / v["median"]}
+            v |= {"share": least / v["median"], "bandwidth_share": cost.bytes / self.limits["copy"] / v["median"]}
+            if name not in ("mm1", CONTROL) and "mm1" in samples.seconds:
+                v["ratio"] = ratio(seconds, samples.seconds["mm1"])
+            variants[name] = v
+        row = row | {"flops": cost.flops, "bytes": cost.bytes, "floor": least, "noise": noise(samples)}
+        return row | {"variants": variants, "failed": failed} | ({"gpu": gpu} if self.device == "cuda" else {})
+
+
+def checked(ways: dict[str, Way], tolerance: float) -> Checked:
+    """The calls whose result is that of "mm1", which comes first."""
+    calls, errors, failed, truth = {}, {}, {}, torch.tensor(math.nan)
+    for name, way in ways.items():
+        try:
+            call = way()
+            result = call().float()
+            truth = result if name == "mm1" else truth
+            errors[name] = float((result - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+            if errors[name] <= tolerance:
+                calls[name] = call
+            else:
+                failed[name] = f"differs from mm1 by {errors[name]:.1g} of rms"
+        except Exception as error:
+            failed[name] = "not installed" if isinstance(error, ModuleNotFoundError) else reason(error)
+    return Checked(calls, errors, failed)
+
+
+def captured(call: Call) -> Call:
+    """The same as a CUDA graph."""
+    results: list[Tensor] = []
+    graph = capture(lambda: results.append(call()))
+
+    def replay() -> Tensor:
+        graph.replay()
+        return results[0]
+
+    return replay
+
+
+def operations(c: config.Model, lengths: list[int], grids: Sequence[tuple[int, int]] = (), heads: int = 0) -> int:
+    """Of documents and images forward, and of that many rows of logits."""
+    load = Load(lengths, grids, heads, sum(lengths), len(grids), sum(h * w for h, w in grids))
+    return sum(ledger(c, load).forward.values())
+
+
+def transformers_decoder(decoder: DecoderLM) -> Any:
+    """transformers' model of the same sizes, with our parameters for its own."""
+    declare_operators()
+    import transformers
+
+    c, mixture = decoder.config, {}
+    kind = "Qwen3Moe" if c.experts else "Qwen3" if c.qk_norm else "Llama"
+    if c.experts:
+        mixture = {"moe_intermediate_size": c.ffn, "num_experts": c.experts, "num_experts_per_tok": c.experts_per_token,
+                   "decoder_sparse_step": c.moe_every, "norm_topk_prob": True}  # fmt: skip
+    sizes = getattr(transformers, f"{kind}Config")(
+        vocab_size=c.vocabulary, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads, head_dim=c.head_width, intermediate_size=c.ffn, rms_norm_eps=c.eps,
+        rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"}, tie_word_embeddings=c.tied, **mixture,
+    )  # fmt: skip
+    with torch.device(decoder.head_weight.device):
+        model = getattr(transformers, f"{kind}ForCausalLM")(sizes).eval()
+    # Beside mixtures, which have parameters of these names without ".weight", there are dense layers.
+    dense = {"mlp.gate_up.weight": "mlp.gate_proj.weight mlp.up_proj.weight", "mlp.down.weight": "mlp.down_proj.weight"}
+    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+    views = views_of(decoder, LLAMA | MIXTURES[0] | dense, {"attention.qkv": [q, kv, kv]})
+    model.load_state_dict(views | {"lm_head.weight": decoder.head_weight}, assign=True)
+    model.tie_weights()  # one parameter again, if they are tied
+    return model
+
+
+def _print(row: Row) -> None:
+    graph = "  as a graph" * (row["mode"] == "graph")
+    print(f"{row['model']}  {row['dtype']}  {row['what']}  {row['case']}  {row['shape']['prompt']} tokens each{graph}")
+    share, of = ("bandwidth_share", "copying's rate") if row["what"] == "decode" else ("share", "the floor's rate")
+    for name, v in row["variants"].items():
+        if name != CONTROL:
+            times = f"  {r['median']:5.2f} × mm1's  ({r['low']:.2f} … {r['high']:.2f})" if (r := v.get("ratio")) else ""
+            print(f"    {name:20} {1e3 * v['median']:9.3f} ms  ({1e3 * v['low']:.3f} … {1e3 * v['high']:.3f})"
+                  f"  {v['tokens_per_s']:9.0f} tokens/s  {v[share]:4.0%} of {of}{times}")  # fmt: skip
+    for name, why in row["failed"].items():
+        print(f"    {name:20} {why}")
+    print(end="", flush=True)

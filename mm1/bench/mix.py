@@ -1,0 +1,121 @@
+"""Random documents in the proportions that MM1 was trained on (section 3.2), packed end to end, or padded.
+
+45 % of tokens are captions, 45 % images and texts in turns, 10 % text alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from mm1.engine import config
+from mm1.engine.data.batch import Batch, pack
+from mm1.engine.data.document import Budget, Document
+from mm1.engine.ledger import Load
+from mm1.kernels.linear_cross_entropy import IGNORED
+
+PAD, BOS, EOS, IMAGE = range(4)  # token ids that no text has
+SHARES = {"captions": 0.45, "interleaved": 0.45, "text": 0.1}  # of tokens
+TEXT = (20, 61)  # tokens that go with an image
+IMAGES = (2, 6)  # of an interleaved document
+
+Documents = Sequence[Document]
+Layout = Callable[[Documents], list[Batch]]
+
+
+def documents(c: config.Model, tokens: int, seed: int) -> list[Document]:
+    """In the order drawn, until not even a caption fits."""
+    draw, kinds = np.random.default_rng(seed), list(SHARES)
+    whole = dict.fromkeys(kinds, 0)
+    found: list[Document] = []
+    while True:
+        kind = min(kinds, key=lambda kind: whole[kind] / SHARES[kind])
+        document = _document(c, tokens, kind, draw)
+        if sum(whole.values()) + len(document.tokens) <= tokens:
+            whole[kind] += len(document.tokens)
+            found.append(document)
+        elif kind == "captions":
+            return found
+        else:
+            kinds = ["captions"]
+
+
+def _document(c: config.Model, tokens: int, kind: str, draw: np.random.Generator) -> Document:
+    images = {"captions": 1, "interleaved": int(draw.integers(*IMAGES)), "text": 0}[kind]
+    parts = [np.array([BOS])]
+    for _ in range(max(images, 1)):
+        length = draw.integers(*(TEXT if images else (tokens // 16, tokens // 4)))
+        parts += [np.full(c.connector.tokens, IMAGE)] * (images > 0)
+        parts.append(draw.integers(EOS + 2, c.decoder.vocabulary, length))
+    row = np.concatenate([*parts, [EOS]]).astype(np.int32)
+    return Document(row, tuple(_image(c, draw) for _ in range(images)), kind)
+
+
+def _image(c: config.Model, draw: np.random.Generator) -> np.ndarray:
+    p = c.vision.patch
+    h = w = c.image_size // p
+    if c.image_mode == "native":
+        side = math.isqrt(c.image_patches)
+        h = int(draw.integers(max(1, side // 2), side * 3 // 2 + 1))
+        w = int(draw.integers(max(1, side // 2), c.image_patches // h + 1))
+    return draw.integers(0, 256, (h * p, w * p, 3), dtype=np.uint8)
+
+
+def packed(c: config.Model, sets: Sequence[Documents], tokens: int) -> Layout:
+    """One sequence, whose budgets hold each of the sets."""
+    budget = _budget(c, sets, tokens)
+    # As the loader does: equal lengths run as one batch.
+    return lambda docs: [_pack(c, sorted(docs, key=lambda d: len(d.tokens)), budget)]
+
+
+def padded(c: config.Model, tokens: int) -> Layout:
+    """Documents as long as the longest of a set, in as many batches as `tokens` rows at once take."""
+
+    def layout(docs: Documents) -> list[Batch]:
+        longest = max(len(d.tokens) for d in docs)
+        count = math.ceil(len(docs) / max(1, tokens // longest))
+        cuts = [i * len(docs) // count for i in range(count + 1)]
+        return [_padded(c, docs[begin:end], longest) for begin, end in pairwise(cuts)]
+
+    return layout
+
+
+def _padded(c: config.Model, docs: Documents, longest: int) -> Batch:
+    rows = [np.pad(d.tokens, (0, longest - len(d.tokens)), constant_values=PAD) for d in docs]
+    full = [replace(d, tokens=row) for d, row in zip(docs, rows)]
+    batch = _pack(c, full, _budget(c, [full], len(full) * longest))
+    targets = torch.where(batch.targets == PAD, IGNORED, batch.targets)
+    return replace(batch, targets=targets, target_count=int((targets != IGNORED).sum()))
+
+
+def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Load:
+    """What the documents are, and what their padded batches compute."""
+    tokens, longest = sum(len(batch.tokens) for batch in batches), int(batches[0].cu_seqlens[1])
+    return Load(
+        documents=[len(d.tokens) for d in docs],
+        grids=[size for batch in batches for size in batch.grids.sizes or ()],
+        targets=sum(batch.target_count for batch in batches),
+        tokens=tokens,
+        images=sum(batch.grids.images for batch in batches),
+        patches=sum(batch.grids.patches for batch in batches),
+        pairs=tokens * (longest + 1) // 2,
+        routed=tokens,
+    )
+
+
+def _budget(c: config.Model, parts: Sequence[Documents], tokens: int) -> Budget:
+    """The least that holds every part."""
+    return Budget(
+        tokens=tokens,
+        images=max(sum(len(d.images) for d in docs) for docs in parts),
+        patches=max(sum(d.patches(c.vision.patch) for d in docs) for docs in parts),
+        documents=max(map(len, parts)),
+        longest=c.image_patches if c.image_mode == "native" else (c.image_size // c.vision.patch) ** 2,
+    )
+
+
+def _pack(c: config.Model, docs: Documents, budget: Budget) -> Batch:
+    return pack(docs, budget, image_id=IMAGE, patch=c.vision.patch, slots=c.connector.tokens)

@@ -1,0 +1,468 @@
+"""The ops that are measured: sizes, random inputs, this project's way, and plain torch's.
+
+A problem is one op at one size. What it takes gradients of are its leaves, by the names of the op's arguments; the
+plain way is the truth when its leaves are wide (fp32 for 16 bits, fp64 for fp32), and a peer when they are not.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm1.engine.connector import CAbstractor, ConvBlock
+from mm1.kernels import adaptive_pool as pool
+from mm1.kernels import attention as attend
+from mm1.kernels import conv_block as conv
+from mm1.kernels import experts, grouped_gemm, linear_cross_entropy, patch_embed
+from mm1.kernels import route as routing
+from mm1.kernels.dispatch import Cost
+from mm1.kernels.grids import Grids
+
+Sizes = list[tuple[int, int]]
+Leaves = dict[str, Tensor]
+
+
+class Problem(Protocol):
+    shape: dict[str, int]
+    leaves: Leaves
+    tolerance: float  # of rms, as a multiple of what one product of this dtype is off by
+
+    def ours(self, leaves: Leaves) -> Tensor: ...
+    def plain(self, leaves: Leaves) -> Tensor: ...
+    def cost(self, backward: bool) -> Cost: ...
+
+
+class Maker:
+    """Random tensors of one device and dtype."""
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype).mul_(scale)
+
+
+class Layer(NamedTuple):
+    name: str
+    width: int
+    ffn: int
+    experts: int
+    k: int
+
+
+LAYERS = {
+    layer.name: layer
+    for layer in (
+        Layer("mm1-3b-moe", 3072, 8064, 64, 2), Layer("mm1-7b-moe", 4096, 13312, 32, 2),
+        Layer("mixtral-8x7b", 4096, 14336, 8, 2), Layer("phi-3.5-moe", 4096, 6400, 16, 2),
+        Layer("olmoe", 2048, 1024, 64, 8), Layer("qwen3-30b", 2048, 768, 128, 8),
+        *(Layer(f"{E} experts", 2048, 1024, E, 2) for E in (8, 32, 128)),
+        Layer("coarse", 512, 1792, 8, 2), Layer("fine", 512, 256, 64, 8),
+    )
+}  # fmt: skip
+
+
+class MoeMlp:
+    tolerance = 1.5
+
+    def __init__(self, new: Maker, layer: str, tokens: int, skew: str = "uniform"):
+        self.layer = L = LAYERS[layer]
+        self.index, weight = routed(tokens, L.experts, L.k, skew, new.device)
+        self.shape = {"tokens": tokens, "width": L.width, "ffn": L.ffn, "experts": L.experts, "k": L.k}
+        self.leaves = {
+            "x": new(tokens, L.width), "weight": weight,
+            "gate_up": new(L.experts, 2 * L.ffn, L.width, scale=L.width**-0.5),
+            "down": new(L.experts, L.width, L.ffn, scale=L.ffn**-0.5),
+        }  # fmt: skip
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        return experts.moe_mlp(leaves["x"], self.index, leaves["weight"], leaves["gate_up"], leaves["down"])
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        """A product an expert, sizes on the host."""
+        x, weight, gate_up, down = (leaves[name] for name in ("x", "weight", "gate_up", "down"))
+        slots, position, offsets = routing.sort_by_expert(self.index, len(down))
+        parts = []
+        rows = x[slots // self.layer.k].split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+        for e, part in enumerate(rows):
+            gate, up = F.linear(part, gate_up[e]).chunk(2, -1)
+            parts.append(F.linear(F.silu(gate) * up, down[e]))
+        return (torch.cat(parts)[position.long()] * weight[..., None]).sum(1).to(x.dtype)
+
+    def cost(self, backward: bool) -> Cost:
+        L, x = self.layer, self.leaves["x"]
+        used = len(self.index.unique())
+        return experts.cost(len(x), L.k, used, L.width, L.ffn, itemsize=x.itemsize, backward=backward)
+
+
+def routed(tokens: int, count: int, k: int, skew: str, device: str) -> tuple[Tensor, Tensor]:
+    """index, weight of random routers: even, experts as frequent as 1 / rank, or one that every token chooses first."""
+    # Gumbel noise: the largest are samples without replacement.
+    logits = -torch.empty(tokens, count, device=device).exponential_().log()
+    if skew == "zipf":
+        logits -= torch.arange(1, count + 1, device=device).log()
+    elif skew == "one":
+        logits[:, 0] += 100
+    chosen = routing.route(logits, k)
+    return chosen.index, chosen.weight
+
+
+class GroupedGemm:
+    tolerance = 1.0
+
+    def __init__(self, new: Maker, rows: int, count: int, k: int, n: int):
+        self.count = count
+        index, _ = routed(rows, count, 1, "uniform", new.device)
+        self.offsets = routing.sort_by_expert(index, count).offsets
+        self.shape = {"tokens": rows, "experts": count, "width": k, "ffn": n}
+        self.leaves = {"a": new(rows, k), "b": new(count, n, k, scale=k**-0.5)}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        return grouped_gemm.grouped_gemm(leaves["a"], leaves["b"].transpose(1, 2), self.offsets)
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        parts = leaves["a"].split(self.offsets.diff(prepend=self.offsets.new_zeros(1)).tolist())
+        return torch.cat([F.linear(part, b) for part, b in zip(parts, leaves["b"])])
+
+    def cost(self, backward: bool) -> Cost:
+        a, (count, n, k) = self.leaves["a"], self.leaves["b"].shape
+        return grouped_gemm.cost(len(a), count, k, n, itemsize=a.itemsize, backward=backward)
+
+
+class Route:
+    tolerance = 1.0
+
+    def __init__(self, new: Maker, tokens: int, count: int, k: int):
+        self.k, self.shape = k, {"tokens": tokens, "experts": count, "k": k}
+        self.leaves = {"logits": new(tokens, count)}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        return routing.route(leaves["logits"], self.k).weight
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        logits = leaves["logits"]
+        probability = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
+        weight, index = probability.topk(self.k)
+        slots = index.flatten().argsort(stable=True)
+        sizes = F.one_hot(index.flatten(), logits.shape[1]).sum(0)
+        balance = (probability.mean(0) * sizes).sum()
+        self.extra = slots, sizes.cumsum(0), balance  # what ours gives too
+        return weight / weight.sum(-1, keepdim=True)
+
+    def cost(self, backward: bool) -> Cost:
+        logits = self.leaves["logits"]
+        return routing.cost(len(logits), logits.shape[1], self.k, itemsize=logits.itemsize)
+
+
+TABLE = 16  # side of the position table
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+# Of 224 to 1344 pixels a side: padded to the longest, 41.5 % of their rows are padding.
+NATIVE = [(70, 51), (51, 41), (38, 75), (77, 81), (82, 77), (22, 50)]
+
+
+def images_of(regime: str, count: int) -> Sizes:
+    """square: 378²; native: 224 to 1344 pixels a side; budget: at most 256 patches, as SigLIP2's processor resizes."""
+    draw = random.Random(0)
+    if regime == "square":
+        return [(27, 27)] * count
+    if regime == "native":
+        more = ((draw.randint(16, 96), draw.randint(16, 96)) for _ in range(count - len(NATIVE)))
+        return [*NATIVE[:count], *more]
+    if regime == "mixed":
+        return ([(20, 27), (27, 20), (12, 40), (27, 27), (9, 9), (33, 14), (24, 24), (16, 31)] * count)[:count]
+    heights = [round(16 * math.exp(draw.uniform(-0.5, 0.5))) for _ in range(count)]
+    return [(h, 256 // h) for h in heights]
+
+
+class PatchEmbed:
+    """From bytes, where patch_embed starts; or from cut and normalised patches, where other frameworks do."""
+
+    tolerance = 1.0
+
+    def __init__(self, new: Maker, regime: str, count: int, width: int, patch: int = 14, bytes_in: bool = True):
+        self.sizes, self.patch, self.from_bytes = images_of(regime, count), patch, bytes_in
+        self.grids = Grids(self.sizes, device=new.device)
+        k = patch * patch * 3
+        self.pixels = torch.randint(0, 256, (self.grids.patches * patch**2, 3), dtype=torch.uint8, device=new.device)
+        self.patches = self.cut(new.dtype)
+        self.shape = {"images": count, "patches": self.grids.patches, "k": k, "width": width}
+        self.leaves = {
+            "weight": new(width, k, scale=k**-0.5),
+            "bias": new(width),
+            "pos_embed": new(TABLE, TABLE, width),
+        }
+
+    def cut(self, dtype: torch.dtype) -> Tensor:
+        """Patches [P, p·p·3], normalised."""
+        p = self.patch
+        parts = self.pixels.split([h * w * p**2 for h, w in self.sizes])
+        cut = torch.cat([
+            part.view(h, p, w, p, 3).transpose(1, 2).reshape(h * w, -1) for part, (h, w) in zip(parts, self.sizes)
+        ])  # fmt: skip
+        mean, std = (torch.tensor(v, device=cut.device, dtype=torch.promote_types(dtype, torch.float32))
+                     for v in (MEAN, STD))  # fmt: skip
+        return ((cut.to(mean.dtype) / 255).view(-1, 3) - mean).div_(std).view(len(cut), -1).to(dtype)
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        if not self.from_bytes:
+            return patch_embed.embed_patches(self.patches, self.grids, *leaves.values())
+        return patch_embed.patch_embed(
+            self.pixels, self.grids, *leaves.values(), patch_size=self.patch, mean=MEAN, std=STD
+        )[0]
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        weight, bias, table = leaves.values()
+        x = self.cut(weight.dtype) if self.from_bytes else self.patches.to(weight.dtype)
+        grid = table.permute(2, 0, 1)[None]
+        wide = grid if grid.dtype == torch.float64 else grid.float()
+        tables = {size: F.interpolate(wide, size, mode="bilinear", antialias=True).to(grid.dtype)
+                  for size in dict.fromkeys(self.sizes)}  # fmt: skip
+        return F.linear(x, weight, bias) + torch.cat([tables[s][0].flatten(1).t() for s in self.sizes])
+
+    def cost(self, backward: bool) -> Cost:
+        weight = self.leaves["weight"]
+        return patch_embed.cost(
+            self.grids.patches, len(weight), weight.shape[1], table=TABLE**2, itemsize=weight.itemsize,
+            bytes_in=1 if self.from_bytes else weight.itemsize,
+        )  # fmt: skip
+
+
+def embed_patches(new: Maker, regime: str, count: int, width: int, patch: int = 14) -> PatchEmbed:
+    return PatchEmbed(new, regime, count, width, patch, bytes_in=False)
+
+
+def blocks_of(leaves: Leaves, prefix: str) -> Leaves:
+    return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+
+
+def plain_block(x: Tensor, w: Leaves) -> Tensor:
+    """The block as torch's convolutions, on images of one size [N, C, h, w]."""
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, 1e-5).permute(0, 3, 1, 2)
+
+    channels = len(w["conv1.conv.weight"])
+    y = F.silu(normed(F.conv2d(x, w["conv1.conv.weight"]), "conv1.bn"))
+    y = F.silu(normed(F.conv2d(y, w["conv2.conv.weight"], padding=1, groups=channels), "conv2.bn"))
+    gate = F.silu(F.conv2d(y.mean((2, 3), keepdim=True), w["se.fc1.weight"], w["se.fc1.bias"]))
+    y = y * torch.sigmoid(F.conv2d(gate, w["se.fc2.weight"], w["se.fc2.bias"]))
+    return F.silu(normed(F.conv2d(y, w["conv3.conv.weight"]), "conv3.bn") + x)
+
+
+def by_size(x: Tensor, sizes: Sizes, net: Callable[[Tensor], Tensor]) -> Tensor:
+    """net of [N, C, h, w] for each image of packed rows, or for all at once where they are of one size."""
+    groups = [sizes] if len(set(sizes)) == 1 else [[size] for size in sizes]
+    parts = x.split([sum(h * w for h, w in group) for group in groups])
+    images = (part.view(len(group), *group[0], -1).permute(0, 3, 1, 2) for part, group in zip(parts, groups))
+    return torch.cat([net(image).flatten(2).transpose(1, 2).flatten(0, 1) for image in images])
+
+
+class ConvBlockProblem:
+    tolerance = 3.0
+
+    def __init__(self, new: Maker, regime: str, count: int, channels: int):
+        self.sizes = images_of(regime, count)
+        self.grids = Grids(self.sizes, device=new.device)
+        self.module = ConvBlock(channels, channels).to(new.device, new.dtype)
+        self.shape = {"images": count, "patches": self.grids.patches, "width": channels}
+        self.leaves = {"x": new(self.grids.patches, channels), **dict(self.module.named_parameters())}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        return conv.conv_block(leaves["x"], self.grids, {name: w for name, w in leaves.items() if name != "x"})
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        return by_size(leaves["x"], self.sizes, lambda image: plain_block(image, leaves))
+
+    def cost(self, backward: bool) -> Cost:
+        x = self.leaves["x"]
+        return conv.cost(len(x), len(self.sizes), x.shape[1], x.shape[1], itemsize=x.itemsize, backward=backward)
+
+
+class CAbstractorProblem:
+    """Three blocks, the pool, three blocks; without the readout, which is two plain products."""
+
+    tolerance = 6.0
+    side = 12
+
+    def __init__(self, new: Maker, regime: str, count: int, channels: int):
+        self.sizes = images_of(regime, count)
+        self.grids = Grids(self.sizes, device=new.device)
+        self.module = CAbstractor(channels, 8, hidden=channels).to(new.device, new.dtype)
+        self.module.readout = torch.nn.Sequential()
+        self.shape = {"images": count, "patches": self.grids.patches, "width": channels}
+        self.leaves = {"x": new(self.grids.patches, channels), **dict(self.module.named_parameters())}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        weights = {name: w for name, w in leaves.items() if name != "x"}
+        return torch.func.functional_call(self.module, weights, (leaves["x"], self.grids))
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        def net(image: Tensor) -> Tensor:
+            for stage in ("0", "2"):
+                for block in ("b1", "b2", "b3"):
+                    image = plain_block(image, blocks_of(leaves, f"net.{stage}.{block}."))
+                if stage == "0":
+                    image = F.adaptive_avg_pool2d(image, self.side)
+            return image
+
+        return by_size(leaves["x"], self.sizes, net)
+
+    def cost(self, backward: bool) -> Cost:
+        x, count = self.leaves["x"], len(self.sizes)
+        flops = moved = 0
+        for patches in (len(x), count * self.side**2):
+            block = conv.cost(patches, count, x.shape[1], x.shape[1], itemsize=x.itemsize, backward=backward)
+            flops, moved = flops + 3 * block.flops, moved + 3 * block.bytes
+        return Cost(flops, moved)
+
+
+class AdaptivePool:
+    tolerance = 1.0
+    side = 12
+
+    def __init__(self, new: Maker, regime: str, count: int, channels: int):
+        self.sizes = images_of(regime, count)
+        self.grids = Grids(self.sizes, device=new.device)
+        self.shape = {"images": count, "patches": self.grids.patches, "width": channels}
+        self.leaves = {"x": new(self.grids.patches, channels)}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        return pool.adaptive_pool(leaves["x"], self.grids, (self.side, self.side))
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        return by_size(leaves["x"], self.sizes, lambda image: F.adaptive_avg_pool2d(image, self.side))
+
+    def cost(self, backward: bool) -> Cost:
+        x = self.leaves["x"]
+        return pool.cost(len(x), len(self.sizes), x.shape[1], (self.side, self.side), itemsize=x.itemsize)
+
+
+class Attention:
+    tolerance = 1.0
+
+    def __init__(self, new: Maker, count: int, length: int, heads: int, kv_heads: int, width: int, causal: bool):
+        self.count, self.length, self.causal = count, length, causal
+        rows = count * length
+        self.cu_seqlens = torch.arange(count + 1, device=new.device, dtype=torch.int32) * length
+        self.shape = {"batch": count, "tokens": length, "heads": heads, "kv_heads": kv_heads, "width": width,
+                      "causal": int(causal)}  # fmt: skip
+        if heads == kv_heads:
+            q, k, v = new(rows, 3, heads, width).unbind(1)  # as one projection gives them
+        else:
+            q, k, v = (new(rows, n, width) for n in (heads, kv_heads, kv_heads))
+        self.leaves = {"q": q, "k": k, "v": v}
+
+    def ours(self, leaves: Leaves, backend: str = "auto") -> Tensor:
+        q, k, v = leaves.values()
+        return attend.attention(q, k, v, self.cu_seqlens, causal=self.causal, max_length=self.length, backend=backend)
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        q, k, v = (x.view(self.count, self.length, *x.shape[1:]).transpose(1, 2) for x in leaves.values())
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
+        return y.transpose(1, 2).flatten(0, 1)
+
+    def cost(self, backward: bool) -> Cost:
+        q, k, _ = self.leaves.values()
+        lengths = [self.length] * self.count
+        return attend.cost(
+            lengths, q.shape[1], k.shape[1], q.shape[2], causal=self.causal, itemsize=q.itemsize, backward=backward
+        )
+
+
+class LinearCrossEntropy:
+    tolerance = 1.0
+
+    def __init__(self, new: Maker, tokens: int, width: int, vocabulary: int):
+        self.targets = torch.randint(0, vocabulary, (tokens,), device=new.device)
+        self.shape = {"tokens": tokens, "width": width, "vocabulary": vocabulary}
+        self.leaves = {"x": new(tokens, width), "weight": new(vocabulary, width, scale=width**-0.5)}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        return linear_cross_entropy.linear_cross_entropy(leaves["x"], leaves["weight"], self.targets)
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        logits = F.linear(*leaves.values())
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), self.targets)
+
+    def cost(self, backward: bool) -> Cost:
+        weight = self.leaves["weight"]
+        return linear_cross_entropy.cost(
+            len(self.targets), weight.shape[1], len(weight), itemsize=weight.itemsize, backward=backward
+        )
+
+
+class Op(NamedTuple):
+    problem: Callable[..., Any]
+    cases: dict[str, dict[str, tuple[Any, ...]]]  # "cuda" and "cpu": by name, the most telling first
+
+
+def _named(*parts: Any) -> str:
+    return " ".join(map(str, parts))
+
+
+def _moe(*cases: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    return {_named(c[0], f"T={c[1]}", *c[2:]): c for c in cases}
+
+
+def _images(*cases: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    return {_named(f"{c[0]} N={c[1]}", f"width={c[2]}", *(f"patch={p}" for p in c[3:])): c for c in cases}
+
+
+OPS = {
+    "moe_mlp": Op(MoeMlp, {
+        "cuda": _moe(
+            ("mm1-3b-moe", 8192), ("qwen3-30b", 8192), ("mm1-3b-moe", 16), ("mixtral-8x7b", 8192), ("olmoe", 8192),
+            ("mm1-7b-moe", 8192), ("mm1-3b-moe", 256), ("mm1-3b-moe", 2048), ("mm1-3b-moe", 32768),
+            ("phi-3.5-moe", 8192), ("mm1-3b-moe", 8192, "zipf"), ("mm1-3b-moe", 8192, "one"), ("qwen3-30b", 16),
+            ("8 experts", 8192), ("32 experts", 8192), ("128 experts", 8192),
+        ),
+        "cpu": _moe(("coarse", 512), ("fine", 512), ("coarse", 16)),
+    }),
+    "patch_embed": Op(PatchEmbed, {
+        "cuda": _images(("square", 64, 1280), ("native", 64, 1280), ("budget", 256, 1280), ("square", 16, 1280),
+                        ("square", 4, 1280), ("native", 64, 1152, 16), ("budget", 256, 768, 16)),
+        "cpu": _images(("budget", 16, 768), ("native", 3, 768)),
+    }),
+    "c_abstractor": Op(CAbstractorProblem, {
+        "cuda": _images(("square", 64, 1024), ("mixed", 64, 1024), ("square", 16, 1024)),
+        "cpu": _images(("mixed", 4, 256)),
+    }),
+    "grouped_gemm": Op(GroupedGemm, {
+        "cuda": {_named(*(f"{n}={v}" for n, v in zip("TEKN", c))): c for c in (
+            (16384, 64, 3072, 16128), (65536, 128, 2048, 1536), (16384, 64, 8064, 3072), (16384, 8, 4096, 14336),
+            (512, 64, 3072, 16128))},
+        "cpu": {"T=1024 E=8 K=512 N=1792": (1024, 8, 512, 1792)},
+    }),
+    "attention": Op(Attention, {
+        "cuda": {"vit-h": (64, 729, 16, 16, 80, False), "decoder": (4, 2048, 32, 8, 128, True),
+                 "vit-l": (64, 576, 16, 16, 64, False), "sub-images": (20, 2304, 16, 16, 80, False),
+                 "captions": (128, 192, 32, 8, 128, True)},
+        "cpu": {"vit-h": (8, 196, 4, 4, 80, False), "decoder": (4, 256, 8, 2, 64, True)},
+    }),
+    "embed_patches": Op(embed_patches, {
+        "cuda": _images(("native", 64, 1152, 16), ("budget", 256, 1152, 16), ("square", 64, 1280)),
+        "cpu": _images(("budget", 16, 768), ("native", 3, 768)),
+    }),
+    "conv_block": Op(ConvBlockProblem, {
+        "cuda": _images(("square", 64, 1024), ("mixed", 64, 1024)),
+        "cpu": _images(("square", 4, 256), ("mixed", 4, 256)),
+    }),
+    "route": Op(Route, {
+        "cuda": {f"T={T} E={E} K={k}": (T, E, k) for T, E, k in ((8192, 64, 2), (32768, 128, 8), (16, 64, 2))},
+        "cpu": {"T=2048 E=64 K=2": (2048, 64, 2)},
+    }),
+    "adaptive_pool": Op(AdaptivePool, {
+        "cuda": _images(("square", 64, 1024), ("mixed", 64, 1024)),
+        "cpu": _images(("mixed", 16, 512)),
+    }),
+    "linear_cross_entropy": Op(LinearCrossEntropy, {
+        "cuda": {f"T={T} D={D} V={V}": (T, D, V) for T, D, V in ((8192, 2048, 100352), (8192, 3072, 32000))},
+        "cpu": {"T=512 D=256 V=8192": (512, 256, 8192)},
+    }),
+}  # fmt: skip

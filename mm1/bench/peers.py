@@ -1,0 +1,255 @@
+"""Others who compute the same ops: each optional, looked for when it is asked, and wrong until its results are checked.
+
+A way is a call with its own parameters, whose results and gradients can be laid beside this project's.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PatchEmbed, Sizes, by_size
+from mm1.integrations.torchvision import declare_operators
+from mm1.kernels.attention import BACKENDS
+from mm1.kernels.route import Routing, sort_by_expert
+
+Rows = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Way:
+    """run: its leaves to a result; packed: the result to this project's layout; spread: a gradient the other way."""
+
+    run: Callable[[Leaves], Tensor]
+    leaves: Leaves
+    packed: Rows = field(default=lambda y: y)
+    spread: Rows = field(default=lambda dy: dy)
+    same: bool = True  # whether it computes the op, or a yardstick of as many operations
+
+
+class Peer(NamedTuple):
+    name: str
+    ways: dict[str, Callable[[Any], Way]]  # by op
+    module: str = "torch"
+    gpu: bool = False
+
+
+def missing(peer: Peer, device: str) -> str | None:
+    """Why the peer is not here."""
+    if importlib.util.find_spec(peer.module.partition(".")[0]) is None:
+        return "not installed"
+    return "needs a GPU" if peer.gpu and device == "cpu" else None
+
+
+def eager(problem: Any) -> Way:
+    return Way(problem.plain, problem.leaves)
+
+
+def compiled(problem: Any, mode: str | None = None) -> Way:
+    torch.compiler.reset()
+    return Way(torch.compile(problem.plain, mode=mode), problem.leaves)
+
+
+def dense(products: Callable[[Leaves], Tensor], leaves: Leaves) -> Way:
+    return Way(products, {name: leaf.detach().clone() for name, leaf in leaves.items()}, same=False)
+
+
+def dense_experts(problem: MoeMlp) -> Way:
+    """All T·K rows through one expert's three products."""
+    L, x = problem.layer, problem.leaves["x"]
+    rows = x.new_empty(len(x) * L.k, L.width).normal_()
+    leaves = {"rows": rows, "gate_up": problem.leaves["gate_up"][0], "down": problem.leaves["down"][0]}
+
+    def products(leaves: Leaves) -> Tensor:
+        hidden = F.linear(leaves["rows"], leaves["gate_up"])
+        return F.linear(hidden[:, : L.ffn], leaves["down"])
+
+    return dense(products, leaves)
+
+
+def dense_gemm(problem: Any) -> Way:
+    return dense(lambda w: F.linear(w["a"], w["b"]), {"a": problem.leaves["a"], "b": problem.leaves["b"][0]})
+
+
+def dense_embedding(problem: PatchEmbed) -> Way:
+    leaves = problem.leaves
+    return dense(lambda w: F.linear(problem.patches, w["weight"]), {"weight": leaves["weight"]})
+
+
+def torch_grouped_gemm(problem: Any) -> Way:
+    return Way(lambda w: F.grouped_mm(w["a"], w["b"].transpose(1, 2), offs=problem.offsets), problem.leaves)
+
+
+def layer_of(name: str, problem: MoeMlp) -> Way:
+    """A back-end of the engine."""
+    from mm1.engine.experts import BACKENDS
+
+    backend = BACKENDS[name]()
+
+    def run(w: Leaves) -> Tensor:
+        zero = w["x"].new_zeros(())
+        order = sort_by_expert(problem.index, problem.layer.experts)
+        routing = Routing(problem.index, w["weight"], order, zero, zero, zero)
+        return backend(w["x"], routing, w["gate_up"], w["down"])
+
+    return Way(run, problem.leaves)
+
+
+def transformers_experts(implementation: str, problem: MoeMlp) -> Way:
+    declare_operators()
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    L = problem.layer
+    config = MixtralConfig(
+        hidden_size=L.width, intermediate_size=L.ffn, num_local_experts=L.experts, num_experts_per_tok=L.k
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = MixtralExperts(config)
+    index = problem.index.long()
+
+    def run(w: Leaves) -> Tensor:
+        weights = {"gate_up_proj": w["gate_up"], "down_proj": w["down"]}
+        return torch.func.functional_call(module, weights, (w["x"], index, w["weight"].to(w["x"].dtype)))
+
+    return Way(run, problem.leaves)
+
+
+def liger_experts(problem: MoeMlp) -> Way:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    def run(w: Leaves) -> Any:
+        return LigerFusedMoEFunction.apply(w["x"], w["gate_up"], w["down"], problem.index, w["weight"].to(w["x"].dtype))
+
+    return Way(run, problem.leaves)
+
+
+def liger_cross_entropy(problem: Any) -> Way:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return Way(lambda w: loss(w["weight"], w["x"], problem.targets), problem.leaves)
+
+
+def padded(rows: Tensor, sizes: Sizes) -> Tensor:
+    longest = max(h * w for h, w in sizes)
+    parts = rows.split([h * w for h, w in sizes])
+    return torch.stack([F.pad(part, (0, 0, 0, longest - len(part))) for part in parts])
+
+
+def unpadded(y: Tensor, sizes: Sizes) -> Tensor:
+    return torch.cat([image[: h * w] for image, (h, w) in zip(y, sizes)])
+
+
+def embedding(module: nn.Module, call: Rows, names: dict[str, str], problem: PatchEmbed) -> Way:
+    """A module on padded patches, which it gets ready, or cuts and normalises first; names: its parameters' by ours."""
+    sizes, dtype = problem.sizes, problem.patches.dtype
+    ready = None if problem.from_bytes else padded(problem.patches, sizes)
+    module.to(problem.patches.device, dtype)
+    parameters = dict(module.named_parameters())
+    leaves: Leaves = {ours: parameters[theirs] for ours, theirs in names.items()}
+    with torch.no_grad():
+        for ours, leaf in leaves.items():
+            leaf.copy_(problem.leaves[ours].view_as(leaf))
+    return Way(
+        lambda _: call(padded(problem.cut(dtype), sizes) if ready is None else ready), leaves,
+        packed=lambda y: unpadded(y, sizes), spread=lambda dy: padded(dy, sizes),
+    )  # fmt: skip
+
+
+def siglip2(problem: PatchEmbed) -> Way:
+    declare_operators()
+    from transformers import Siglip2VisionConfig
+    from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
+
+    width = len(problem.leaves["weight"])
+    config = Siglip2VisionConfig(hidden_size=width, patch_size=problem.patch, num_patches=TABLE**2)
+    module = Siglip2VisionEmbeddings(config)
+    shapes = torch.tensor(problem.sizes)  # on the host, where it does not wait for a GPU
+    names = {
+        "weight": "patch_embedding.weight",
+        "bias": "patch_embedding.bias",
+        "pos_embed": "position_embedding.weight",
+    }
+    return embedding(module, lambda x: module(x, shapes), names, problem)
+
+
+def naflex(problem: PatchEmbed) -> Way:
+    declare_operators()
+    from timm.models.naflexvit import NaFlexEmbeds
+
+    width, sizes = len(problem.leaves["weight"]), problem.sizes
+    module = NaFlexEmbeds(
+        patch_size=problem.patch, embed_dim=width, proj_type="linear", class_token=False, pos_embed="learned",
+        pos_embed_grid_size=(TABLE, TABLE), pos_embed_interp_mode="bilinear",
+    )  # fmt: skip
+    places = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in sizes]
+    coordinates = padded(torch.cat(places), sizes).to(problem.patches.device)
+    valid = padded(torch.ones(len(problem.patches), 1, dtype=torch.bool), sizes)[..., 0].to(problem.patches.device)
+    names = {"weight": "proj.weight", "bias": "proj.bias", "pos_embed": "pos_embed"}
+    return embedding(module, lambda x: module(x, coordinates, valid)[0], names, problem)
+
+
+def stage(problem: Any, blocks: int) -> Any:
+    declare_operators()
+    from timm.layers import LayerNorm2d
+    from timm.models.regnet import RegStage
+
+    width = problem.leaves["x"].shape[1]
+    return RegStage(depth=blocks, in_chs=width, out_chs=width, stride=1, dilation=1, act_layer=nn.SiLU,
+                    norm_layer=LayerNorm2d)  # fmt: skip
+
+
+def timm_net(module: nn.Module, prefix: str, problem: Any) -> Way:
+    """A module of images [N, C, h, w] with our parameters, by timm's names behind a prefix of ours."""
+    x = problem.leaves["x"]
+    module.to(x.device, x.dtype)
+    state = problem.module.state_dict()
+    module.load_state_dict({name.removeprefix(prefix): leaf for name, leaf in state.items()})
+    leaves = {"x": x.detach().clone(), **{prefix + name: leaf for name, leaf in module.named_parameters()}}
+    return Way(lambda w: by_size(w["x"], problem.sizes, module), leaves)
+
+
+def timm_block(problem: Any) -> Way:
+    return timm_net(stage(problem, 1).b1, "", problem)
+
+
+def timm_abstractor(problem: Any) -> Way:
+    net = nn.Sequential(stage(problem, 3), nn.AdaptiveAvgPool2d(problem.side), stage(problem, 3))
+    return timm_net(net, "net.", problem)
+
+
+def backend(name: str, problem: Attention) -> Way:
+    return Way(partial(problem.ours, backend=name), problem.leaves)
+
+
+PLAIN = ("moe_mlp", "patch_embed", "c_abstractor", "grouped_gemm", "attention", "embed_patches", "conv_block", "route",
+         "adaptive_pool", "linear_cross_entropy")  # fmt: skip
+EMBEDDINGS = ("patch_embed", "embed_patches")
+PEERS = [
+    Peer("dense", {"moe_mlp": dense_experts, "grouped_gemm": dense_gemm, **dict.fromkeys(EMBEDDINGS, dense_embedding)}),
+    Peer("torch", dict.fromkeys(PLAIN, eager)),
+    Peer("compiled", dict.fromkeys(PLAIN, compiled)),
+    Peer("max-autotune", dict.fromkeys(PLAIN, partial(compiled, mode="max-autotune-no-cudagraphs"))),
+    Peer("grouped_mm", {"grouped_gemm": torch_grouped_gemm, "moe_mlp": partial(layer_of, "torch")}),
+    Peer("transformers", dict.fromkeys(EMBEDDINGS, siglip2), "transformers"),
+    *(
+        Peer(f"transformers {name}", {"moe_mlp": partial(transformers_experts, name)}, "transformers")
+        for name in ("eager", "grouped_mm")
+    ),
+    Peer("timm", {**dict.fromkeys(EMBEDDINGS, naflex), "conv_block": timm_block, "c_abstractor": timm_abstractor},
+         "timm"),
+    Peer("liger", {"moe_mlp": liger_experts, "linear_cross_entropy": liger_cross_entropy}, "liger_kernel", gpu=True),
+    Peer("megablocks", {"moe_mlp": partial(layer_of, "megablocks")}, "megablocks", gpu=True),
+    *(Peer(name, {"attention": partial(backend, name)}, gpu=name != "segments")
+      for name in BACKENDS if name not in ("reference", "flash", "xformers")),
+    Peer("flash-attn", {"attention": partial(backend, "flash")}, "flash_attn", gpu=True),
+    Peer("xformers", {"attention": partial(backend, "xformers")}, "xformers", gpu=True),
+]  # fmt: skip
+COMPILED = ("compiled", "max-autotune")  # a minute each on a CPU: there only when asked for

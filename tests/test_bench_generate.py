@@ -1,0 +1,183 @@
+"""Generation's benchmark: its rows, what it counts, and that whoever computes something else is not timed."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from conftest import relative_error
+from small import IMAGE, PATCH, SLOTS, small_model
+
+from mm1.bench import generate
+from mm1.bench.generate import TEXT, Bench, Case, Scale, checked, measure, prompts
+from mm1.bench.record import Record
+from mm1.engine.data.batch import exact_budget, pack
+from mm1.engine.data.record import DataError
+from mm1.engine.generate import new_cache
+
+LIMITS = {"copy": 1e10, "gemm": {"fp32": 1e11}}
+ONE, THREE = 1 + SLOTS + TEXT, 1 + 3 * (SLOTS + TEXT)  # tokens of a prompt of no shots, and of two
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The only size, and ceilings that need no measuring."""
+    monkeypatch.setitem(generate.MODELS, "tiny", small_model())
+    monkeypatch.setattr(generate, "SHOTS", (0, 2))
+    monkeypatch.setattr(generate, "CPU", Scale(("tiny",), (1, 2), decoded=THREE, prefilled=ONE))
+    monkeypatch.setattr(generate, "ceilings", lambda device: LIMITS)
+
+
+def small_bench(**decoder) -> Bench:
+    return Bench(small_model(**decoder), "cpu", "fp32", LIMITS)
+
+
+def test_rows_have_their_fields_and_are_not_measured_twice(tiny, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    measure(record := Record(tmp_path / "record.json"), rounds=2)
+    one, two, three = "0-shot batch=1", "0-shot batch=2", "2-shot batch=1"
+    assert [(row["what"], row["case"]) for row in record.rows] == [
+        ("prefill", one), ("first token", one), ("decode", one), ("decode", two), ("decode", three),
+    ]  # fmt: skip
+    for row in record.rows:
+        batch, decode = row["shape"]["batch"], row["what"] == "decode"
+        prompt = THREE if row["case"] == three else ONE
+        assert row["shape"] == {"batch": batch, "prompt": prompt, "images": int(row["what"] == "first token")}
+        assert (row["bench"], row["model"], row["dtype"], row["mode"]) == ("generate", "tiny", "fp32", "host")
+        assert row["failed"] == {}
+        peers = {"prefill": ["transformers"], "decode": list(generate.CACHES), "first token": []}[row["what"]]
+        assert set(row["variants"]) == {"mm1", "mm1 again", *peers}
+        for name, v in row["variants"].items():
+            assert v["n"] == len(v["samples"]) == 2
+            assert v["tokens_per_s"] == pytest.approx(batch * (1 if decode else prompt) / v["median"], rel=1e-3)
+            assert v["bandwidth_share"] == pytest.approx(row["bytes"] / v["median"] / LIMITS["copy"], rel=1e-3)
+            assert v["share"] == pytest.approx(row["floor"] / v["median"], rel=1e-3)
+            assert ("ratio" in v) == (name in peers)
+            assert name not in peers or 0 < v["error"] < 1e-4
+    printed = capsys.readouterr().out
+    assert printed.count("× mm1's") == 1 + 3 * 2
+    measure(Record(tmp_path / "record.json"), rounds=2)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("sizes", [{}, {"experts": 0, "qk_norm": False, "tied": False}], ids=["mixture", "Llama"])
+def test_a_step_is_a_full_pass_and_leaves_the_cache_as_it_was(monkeypatch, sizes):
+    pytest.importorskip("transformers")
+    bench, caches = small_bench(**sizes), []
+    monkeypatch.setattr(generate, "new_cache", lambda *given: caches.append(new_cache(*given)) or caches[-1])
+    documents = prompts(bench.config, 2, 2, images=False)
+    prefill = bench.prefill(documents)[0]()
+    longer = [dataclasses.replace(d, tokens=torch.tensor([*d.tokens, new], dtype=torch.int32).numpy())
+              for d, new in zip(documents, prefill.argmax(-1))]  # fmt: skip
+    batch = pack(longer, exact_budget(longer, PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
+    logits = bench.model.logits(batch).unflatten(0, (2, -1))
+    assert relative_error(prefill, logits[:, -2]) < 1e-5
+    for name, way in bench.steps(documents).items():
+        step = way()
+        for _ in range(3):
+            assert relative_error(step(), logits[:, -1]) < 1e-4, name
+    assert caches[-1].lengths.tolist() == [THREE, THREE]
+
+
+def test_a_step_reads_weights_keys_and_values_once():
+    bench = small_bench(experts=0)
+    c, batch = bench.config.decoder, 2
+    cost = bench.cost(prompts(bench.config, 2, batch, images=False), THREE, 1)
+    matrices = 2 * c.width * (c.heads + c.kv_heads) * c.head_width + 3 * c.width * c.ffn
+    norms = 2 * c.width + 2 * c.head_width
+    weights = c.layers * (matrices + norms) + c.width + c.vocabulary * c.width + batch * c.width
+    keys = batch * (THREE + 1) * c.layers * 2 * c.kv_heads * c.head_width
+    assert cost.bytes == 4 * (weights + keys)
+    pairs = batch * (THREE + 1) * c.layers
+    products = batch * (c.layers * matrices + c.vocabulary * c.width)
+    assert cost.flops == 2 * products + 4 * pairs * c.heads * c.head_width
+
+
+def test_a_mixture_reads_the_experts_that_may_be_chosen():
+    bench = small_bench()
+    c = bench.config.decoder
+    one, two, three = (bench.cost(prompts(bench.config, 0, batch, images=False), ONE, 1) for batch in (1, 2, 3))
+    other = (ONE + 1) * c.layers * 2 * c.kv_heads * c.head_width + c.width
+    assert two.bytes - one.bytes == 4 * (2 * 3 * c.width * c.ffn + other)
+    assert three.bytes - two.bytes == 4 * other
+
+
+def test_a_first_token_costs_the_encoder_too():
+    bench = small_bench()
+    with_images, without = (
+        bench.cost(prompts(bench.config, 2, 1, images=images), 0, THREE) for images in (True, False)
+    )
+    parts = (bench.model.vision, bench.model.connector, bench.model.image_norm)
+    numbers = sum(p.numel() for part in parts for p in part.parameters())
+    assert with_images.bytes - without.bytes == 4 * numbers + 3 * 64 * PATCH**2 * 3
+    assert with_images.flops > without.flops
+
+
+def test_images_of_a_prompt_are_encoded():
+    bench = small_bench()
+    documents = prompts(bench.config, 2, 1, images=True)
+    brighter = [dataclasses.replace(d, images=tuple(255 - image for image in d.images)) for d in documents]
+    logits, other = (bench.prefill(given)[0]() for given in (documents, brighter))
+    assert relative_error(other, logits) > 1e-3
+    assert bench.first_tokens(documents)["mm1"]()().tolist() == logits.argmax(-1).tolist()
+
+
+def test_a_baseline_that_differs_is_failed_with_its_reason(tiny, monkeypatch):
+    pytest.importorskip("transformers")
+    made = generate.transformers_decoder
+
+    def wrong(decoder):
+        model = made(decoder)
+        model.model.layers[0].self_attn.q_norm.weight = torch.nn.Parameter(torch.full((8,), 1.01))
+        return model
+
+    monkeypatch.setattr(generate, "transformers_decoder", wrong)
+    measure(record := Record(), rounds=1)
+    for row in record.rows:
+        peers = {"prefill": {"transformers"}, "decode": set(generate.CACHES), "first token": set()}[row["what"]]
+        assert set(row["variants"]) == {"mm1", "mm1 again"}
+        assert set(row["failed"]) == peers
+        assert all(why.startswith("differs from mm1 by ") for why in row["failed"].values())
+
+
+def test_a_baseline_that_is_not_installed_says_so(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    measure(record := Record(), rounds=1)
+    assert record.rows[0]["failed"] == {"transformers": "not installed"}
+    assert record.rows[-1]["failed"] == dict.fromkeys(generate.CACHES, "not installed")
+
+
+def test_nothing_is_compared_with_a_result_that_is_none():
+    def broken():
+        raise ValueError("no\nmore")
+
+    ours, theirs = (lambda: torch.full((2,), float("nan"))), (lambda: torch.ones(2))
+    for way in (broken, lambda: ours):
+        found = checked({"mm1": way, "peer": lambda: theirs}, 1e-4)
+        assert found.calls == {}
+        assert set(found.failed) == {"mm1", "peer"}
+    assert checked({"mm1": broken}, 1e-4).failed == {"mm1": "ValueError: no"}
+
+
+def test_what_is_faster_than_a_gpu_can_be_is_failed():
+    bench = small_bench()
+    documents = prompts(bench.config, 0, 1, images=False)
+    found = checked({"mm1": bench.steps(documents)["mm1"]}, 1e-4)
+    bench.device, bench.limits = "cuda", {"copy": 1.0, "gemm": {"fp32": 1.0}}
+    row = bench.timed({}, bench.cost(documents, ONE, 1), 1, found, rounds=1, budget=0.0)
+    assert row["variants"] == {}
+    assert "counted or timed wrongly" in row["failed"]["mm1"]
+
+
+def test_refuses_what_it_does_not_know(tiny):
+    with pytest.raises(DataError, match="unknown size 'huge'"):
+        measure(Record(), ["huge"])
+    with pytest.raises(DataError, match="rounds is 0"):
+        measure(Record(), rounds=0)
+    assert Case("decode", 4, 8).key() == {"case": "4-shot batch=8", "what": "decode"}

@@ -1,0 +1,276 @@
+"""The ladder of training steps: every rung does the same work, and one that does not is not timed."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from small import small_model
+
+from mm1.bench import mix, plain, train
+from mm1.bench.record import Record
+from mm1.engine import connector, decoder, vision
+from mm1.engine.data.record import DataError
+from mm1.engine.ledger import Load
+
+MIXTURE = small_model(experts=4)
+SQUASHED = dataclasses.replace(
+    small_model(experts=0), image_mode="squash",
+    vision=dataclasses.replace(MIXTURE.vision, class_token=True, activation="quick_gelu"),
+)  # fmt: skip
+MODELS = {"images of several sizes, mixture": MIXTURE, "images of one size, class token": SQUASHED}
+TOKENS, PEAK = 192, 1e9
+LADDER = ["plain", "packing", "attention", "vision kernels", "experts", "fused AdamW", "torch.compile",
+          "checkpointing", "torch.compile only"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch):
+    """Blocks are traced, but run by torch: Inductor takes a minute. And no ceiling is measured."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(train, "ceilings", lambda device: {"copy": 1e9, "gemm": {"fp32": PEAK, "bf16": PEAK}})
+    monkeypatch.setitem(train.SIZES, "tiny", train.Size(MIXTURE, TOKENS))
+    yield
+    torch.compiler.reset()
+
+
+ladder = train.ladder
+
+
+def steps(c=MIXTURE, dtype="fp32") -> train.Steps:
+    return train.Steps(c, TOKENS, "cpu", dtype, PEAK)
+
+
+def eager(c) -> list[train.Rung]:
+    return [rung for rung in ladder(c) if not rung.compiled]
+
+
+def measured(**options) -> dict:
+    record = Record()
+    train.measure(record, ["tiny"], **options)
+    (row,) = record.rows
+    return row
+
+
+def test_every_rung_gives_the_first_ones_loss_and_gradient():
+    ways, failed = steps(SQUASHED).check(ladder(SQUASHED))
+    assert not failed
+    assert list(ways) == [name for name in LADDER if name != "experts"]
+    for way in ways.values():
+        assert way.found == pytest.approx(ways["plain"].found, rel=1e-5)
+
+
+def test_rungs_agree_in_16_bits_too():
+    ways, failed = steps(SQUASHED, "bf16").check(eager(SQUASHED))
+    assert not failed
+    assert len({way.found["loss"] for way in ways.values()}) > 1  # they do not round alike
+
+
+@pytest.mark.parametrize("c", MODELS.values(), ids=MODELS)
+def test_rungs_give_the_same_gradient_of_every_parameter(c):
+    bench = steps(c)
+    truth = None
+    for rung in eager(c):
+        with bench.running(rung):
+            nll = sum(bench.model(batch).nll for batch in bench.sets[rung.packed][0])
+        grads = torch.autograd.grad(nll, list(bench.model.parameters()))
+        truth = truth or grads
+        for (name, _), found, expected in zip(bench.model.named_parameters(), grads, truth):
+            assert relative_error(found, expected) < 1e-4, (rung.name, name)
+
+
+def values_alone(self, q, k, v, cu_seqlens, causal):
+    return v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def larger(right):
+    return lambda *args, **settings: 1.2 * right(*args, **settings)
+
+
+WRONG = {
+    "packing": (plain.MaskedAttention, "__call__", values_alone),
+    # Those below are plain in this too: the first that is not is the one that differs.
+    "vision kernels": (plain, "conv_block", larger(plain.conv_block)),
+}
+
+
+@pytest.mark.parametrize("rung", WRONG)
+def test_a_wrong_rung_is_not_timed_and_says_by_how_much_it_is_off(rung, monkeypatch):
+    monkeypatch.setattr(*WRONG[rung])
+    ways, failed = steps().check(eager(MIXTURE))
+    assert rung in failed
+    assert rung not in ways
+    assert re.fullmatch(r"(loss differs by \S+ and )?gradient norm differs by \S+ from that of 'plain'", failed[rung])
+
+
+def test_a_rung_that_raises_is_listed_with_its_reason_and_the_others_go_on(monkeypatch):
+    def broken(*args, **settings):
+        raise RuntimeError("no such kernel\nat a place")
+
+    monkeypatch.setattr(plain.MaskedAttention, "__call__", broken)
+    monkeypatch.setattr(train, "ladder", eager)
+    row = measured(rounds=2)
+    assert row["failed"] == {"packing": "RuntimeError: no such kernel"}
+    assert list(row["variants"]) == ["plain", "attention", "vision kernels", "experts", "fused AdamW", "transformers"]
+
+
+def test_the_row_has_what_the_report_reads(capsys):
+    row = measured(rounds=2)
+    assert not row["failed"]
+    assert {"bench": "train", "model": "tiny", "dtype": "fp32", "what": "step", "mode": "host"}.items() <= row.items()
+    assert list(row["variants"]) == [*LADDER, "transformers"]
+    assert set(row["shape"]) >= {"tokens", "images", "documents"}
+    assert {"useful", "padding", "recompute", "experts", "head"} <= set(row["ledger"])
+    wanted = {"median", "low", "high", "n", "samples", "tokens_per_s", "images_per_s", "mfu", "hfu", "data_wait",
+              "compile_seconds", "recompiles", "peak_bytes", "ratio"}  # fmt: skip
+    for name, variant in row["variants"].items():
+        assert wanted <= set(variant), name
+        assert variant["n"] == len(variant["samples"]) == 2
+        assert variant["tokens_per_s"] == pytest.approx(row["shape"]["tokens"] / variant["median"], rel=1e-3)
+        assert 0 < variant["mfu"] < variant["hfu"]
+        assert 0 < variant["data_wait"] < 1
+        assert variant["peak_bytes"] is None
+        # Only the ladder's have a change to the one before.
+        assert ("change" in variant) == (name not in ("torch.compile only", "transformers"))
+    useful = row["ledger"]["useful"]
+    for name in LADDER:
+        variant = row["variants"][name]
+        assert variant["mfu"] == pytest.approx(useful / (variant["median"] * PEAK), rel=1e-3)
+    assert row["variants"]["plain"]["ratio"]["median"] == 1
+    assert row["variants"]["torch.compile"]["compile_seconds"] > 0
+    assert row["variants"]["torch.compile"]["recompiles"] == 0  # budgets make shapes static
+    assert row["variants"]["fused AdamW"]["compile_seconds"] == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in LADDER)
+
+
+def test_a_row_that_is_there_is_not_measured_again(monkeypatch):
+    monkeypatch.setattr(train, "ladder", lambda c: eager(c)[-1:])
+    record = Record()
+    for _ in range(2):
+        train.measure(record, ["tiny"], rounds=1)
+    assert len(record.rows) == 1
+    assert record.header["ceilings"]["gemm"]["fp32"] == PEAK
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"models": ["mm1-2b"]}, "unknown size 'mm1-2b'; known: digits, mm1-1b, "),
+    ({"models": ["tiny"], "rounds": 0}, "rounds is 0, expected at least 1"),
+])  # fmt: skip
+def test_bad_input_is_one_line(options, message):
+    with pytest.raises(DataError) as error:
+        train.measure(Record(), **options)
+    assert str(error.value).startswith(message)
+
+
+def test_padding_is_in_the_ledger_and_shrinks_up_the_ladder():
+    bench = steps()
+    rungs = {rung.name: rung for rung in train.ladder(MIXTURE)}
+    found = {name: bench.ledger(rung) for name, rung in rungs.items()}
+    assert len({ledger.useful for ledger in found.values()}) == 1
+    padding = {name: sum(ledger.padding.values()) for name, ledger in found.items()}
+    assert min(padding["plain"], padding["packing"]) > padding["attention"] == padding["torch.compile"] > 0
+    # By hand: rows of the padded documents beyond their own tokens, forward and twice that backward.
+    shape, d = bench.shape, MIXTURE.decoder
+    per_row = 2 * d.layers * (2 * d.width * d.heads * d.head_width + 2 * d.width * d.kv_heads * d.head_width)
+    per_row += 2 * 3 * d.width * d.ffn  # one dense layer of two
+    absent = shape["documents"] * shape["longest"] - shape["tokens"]
+    assert shape["padded"] == shape["documents"] * shape["longest"]
+    assert found["plain"].padding["decoder linear"] == 3 * absent * per_row
+    assert found["plain"].padding["experts"] == 3 * absent * d.experts_per_token * 6 * d.width * d.ffn
+    # A dense mask computes all pairs of the sequence.
+    pairs = 4 * d.layers * d.heads * d.head_width
+    assert (
+        found["packing"].padding["decoder attention"]
+        == 3 * (pairs * TOKENS**2) - 3 * (found["packing"].forward["decoder attention"])
+    )
+    blocks = {"vision linear", "vision attention", "decoder linear", "decoder attention", "router", "experts"}
+    assert set(found["checkpointing"].recompute) == blocks
+
+
+def test_steps_leave_the_weights_and_the_modules_as_they_were():
+    bench = steps()
+    before = [p.detach().clone() for p in bench.model.parameters()]
+    functions = decoder.attention, vision.attention, vision.patch_embed, connector.conv_block
+    backends = [m.backend for m in bench.model.modules() if hasattr(m, "backend")]
+    for rung in eager(MIXTURE):
+        bench.step(rung, bench.sets[rung.packed][0])
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.model.parameters()))
+    assert functions == (decoder.attention, vision.attention, vision.patch_embed, connector.conv_block)
+    assert backends == [m.backend for m in bench.model.modules() if hasattr(m, "backend")]
+    assert not any(m._compiled_call_impl for m in bench.model.modules())
+
+
+def test_both_optimizers_move_the_same_weights_by_the_same_moments():
+    bench = steps()
+    fused, eager_ = bench.optimizers[False], bench.optimizers[True]
+    for p, state in fused.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert eager_.state[p][name] is state[name]
+    assert all(group["fused"] for group in fused.param_groups)
+    assert not any(group["fused"] for group in eager_.param_groups)
+
+
+def test_documents_fill_a_sequence_with_the_mixs_shares():
+    c, tokens = train.SIZES["mm1-1b"].model, 16 * 4096
+    docs = mix.documents(dataclasses.replace(c, image_size=14), tokens, 0)
+    lengths = {kind: sum(len(d.tokens) for d in docs if d.key == kind) for kind in mix.SHARES}
+    assert 0.99 * tokens < sum(lengths.values()) <= tokens
+    for kind, share in mix.SHARES.items():
+        assert lengths[kind] / tokens == pytest.approx(share, abs=0.03)
+    assert {len(d.images) for d in docs if d.key == "captions"} == {1}
+    assert {len(d.images) for d in docs if d.key == "interleaved"} == {2, 3, 4, 5}
+    for d in docs:
+        text = d.tokens[(d.tokens != mix.IMAGE)]
+        assert (d.tokens == mix.IMAGE).sum() == 144 * len(d.images)
+        assert text[0] == mix.BOS
+        assert text[-1] == mix.EOS
+        assert ((text[1:-1] > mix.IMAGE) & (text[1:-1] < c.decoder.vocabulary)).all()
+
+
+def test_documents_follow_from_the_seed():
+    a, b, other = (mix.documents(MIXTURE, TOKENS, seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(x.tokens, y.tokens) for x, y in zip(a, b, strict=True))
+    assert [x.tokens.tolist() for x in a] != [x.tokens.tolist() for x in other]
+    assert len({image.shape for d in a for image in d.images}) > 1
+
+
+def test_padded_batches_hold_the_same_documents():
+    docs = mix.documents(MIXTURE, TOKENS, 0)
+    batches = mix.padded(MIXTURE, TOKENS)(docs)
+    (one,) = mix.packed(MIXTURE, [docs], TOKENS)(docs)
+    longest = max(len(d.tokens) for d in docs)
+    assert len(batches) > 1
+    assert all(len(batch.tokens) <= TOKENS for batch in batches)
+    assert sum(batch.target_count for batch in batches) == one.target_count
+    rows = torch.cat([batch.tokens.view(-1, longest) for batch in batches])
+    for row, d in zip(rows, docs, strict=True):
+        assert row.tolist() == d.tokens.tolist() + [mix.PAD] * (longest - len(d.tokens))
+    load, packed = mix.load_of_padded(docs, batches), Load.of(one)
+    assert sorted(load.documents) == sorted(packed.documents)
+    assert sorted(load.grids) == sorted(packed.grids)
+    assert load.targets == packed.targets
+
+
+def test_nothing_but_torch_triton_and_numpy_is_needed():
+    code = """
+import sys
+for name in ("tokenizers", "PIL", "grain", "transformers", "timm", "pynvml", "tyro", "safetensors"):
+    sys.modules[name] = None
+from mm1.bench import train
+from mm1.bench.record import Record
+train.SIZES["tiny"] = train.SIZES["digits"]._replace(tokens=96)
+train.ladder = lambda c: [train.Rung("packing", "")]
+record = Record()
+record.header["ceilings"] = {"gemm": {"fp32": 1e9}}
+train.measure(record, ["tiny"], rounds=1)
+print(list(record.rows[0]["variants"]), record.rows[0]["failed"])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "['packing'] {'transformers': 'not installed'}"

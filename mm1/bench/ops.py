@@ -62,7 +62,7 @@ LAYERS = {
         Layer("mixtral-8x7b", 4096, 14336, 8, 2), Layer("phi-3.5-moe", 4096, 6400, 16, 2),
         Layer("olmoe", 2048, 1024, 64, 8), Layer("qwen3-30b", 2048, 768, 128, 8),
         *(Layer(f"{E} experts", 2048, 1024, E, 2) for E in (8, 32, 128)),
-        Layer("coarse", 512, 1792, 8, 2), Layer("fine", 512, 256, 64, 8),
+        Layer("coarse", 512, 1792, 8, 2), Layer("fine", 256, 128, 64, 8),
     )
 }  # fmt: skip
 

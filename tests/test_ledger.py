@@ -163,8 +163,12 @@ def full_squares(c: Model, lengths: list[int]) -> int:
     return d.layers * 4 * d.heads * d.head_width * sum(n * n - n * (n + 1) // 2 for n in lengths)
 
 
+OFTEN = ("dense", "mixture", "class token")
+NAMES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+
+
 @pytest.mark.parametrize("budget", [None, ROOMY], ids=["full", "padded"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward_are_what_torch_counts(name, budget, plain):
     c, batch = VARIANTS[name], packed(documents(), budget)
     model = plain(c)
@@ -188,7 +192,7 @@ def test_forward_alone_is_what_torch_counts(name, plain):
     assert by_room(found.forward) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_plain_model_computes_the_same(name, plain, monkeypatch):
     batch = packed(documents(), ROOMY)
     truth = plain(VARIANTS[name])(batch).nll

@@ -65,12 +65,14 @@ def test_every_rung_gives_the_first_ones_loss_and_gradient():
         assert way.found == pytest.approx(ways["plain"].found, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_rungs_agree_in_16_bits_too():
     ways, failed = steps(SQUASHED, "bf16").check(eager(SQUASHED))
     assert not failed
     assert len({way.found["loss"] for way in ways.values()}) > 1  # they do not round alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", MODELS.values(), ids=MODELS)
 def test_rungs_give_the_same_gradient_of_every_parameter(c):
     bench = steps(c)
@@ -99,6 +101,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rung", WRONG)
 def test_a_wrong_rung_is_not_timed_and_says_by_how_much_it_is_off(rung, monkeypatch):
     monkeypatch.setattr(*WRONG[rung])

@@ -26,7 +26,7 @@ pytestmark = not_interpreted
 BF16, H200 = torch.bfloat16, DEVICES["h200"]
 SHIPPED = ["a100", "b200", "h100", "h200", "mi300x", "rtx4090", "rtx5090"]
 CHECKED = 24  # different codes a day; all of them in the slow tests
-PARTS = 40
+PARTS = 80
 
 
 @pytest.fixture(autouse=True)

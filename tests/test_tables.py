@@ -13,7 +13,7 @@ from mm1.autotune import predict as room
 from mm1.autotune.predict import check, predict
 from mm1.autotune.space import KERNELS, interval
 from mm1.autotune.static import Compiled, Task, compile_task, fault
-from mm1.autotune.tables import TABLES, read_table, write_table
+from mm1.autotune.tables import TABLES, read_table, static_facts, write_table
 from mm1.autotune.workers import Failed
 from mm1.kernels import tuning
 from mm1.kernels.device import DEVICES
@@ -117,6 +117,21 @@ def test_a_row_edited_to_spill_is_refused(tmp_path, monkeypatch):
 def test_a_row_edited_to_lose_its_matrix_instruction_is_refused(tmp_path, monkeypatch):
     (found,) = faults(tmp_path, monkeypatch, block_m=128, block_n=64, warps=2)
     assert "mma.sync where wgmma is meant" in found
+
+
+@pytest.mark.parametrize(
+    "fact, value, why",
+    [("registers", 50, "registers"), ("shared", 1000, "shared"), ("code", 1000, "code"),
+     ("matrix", {"HGMMA": 4, "QGMMA": 4}, "no QGMMA")],
+)  # fmt: skip
+def test_code_that_is_worse_than_when_the_row_was_written_is_refused(fact, value, why, tmp_path, monkeypatch):
+    task = Task("grouped_gemm", (2048, 8, 256, 256, False), Config(128, 128, 64), 16, "h200")
+    static = static_facts(compile_task(task), H200)
+    assert faults(tmp_path, monkeypatch, row={**ROW, "static": static}) == []
+    spoilt = {**ROW, "static": {**static, fact: value}}
+    (found,) = faults(tmp_path, monkeypatch, row=spoilt)
+    assert why in found
+    assert faults(tmp_path, monkeypatch, row={**spoilt, "versions": {"triton": "3.0"}}) == [], "another compiler's"
 
 
 def test_a_row_of_other_names_is_refused(tmp_path, monkeypatch):

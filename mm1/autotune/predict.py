@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from mm1.autotune.search import ranked
 from mm1.autotune.space import KERNELS, chosen
 from mm1.autotune.static import DTYPES, Task, compilers, fault
-from mm1.autotune.tables import TABLES, read_table, row, static_facts, versions, write_table
+from mm1.autotune.tables import TABLES, made_with, read_table, row, static_facts, versions, write_table
 from mm1.autotune.workers import Failed
-from mm1.kernels.device import Device
+from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.tuning import Tunable, read
 
 TRIED = 8  # candidates whose code is looked at before the default is taken
@@ -123,6 +124,21 @@ def _worth_trying(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Devi
     return [*better, default, *best[len(better) :]]
 
 
+GROWN = {"registers": 1.1, "shared": 1.0, "code": 1.25}  # times what a row says; rows of one configuration share it
+
+
+def worse(row: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What the same compiler makes worse of a kernel than when the row was written: its source changed."""
+    then = row.get("static")
+    if not then or row["versions"]["triton"] != triton.__version__:
+        return None
+    for name, limit in GROWN.items():
+        if now[name] > limit * then[name]:
+            return f"{name} {now[name]}, {then[name]} when the row was written"
+    lost = [op for op in then["matrix"] if op not in now["matrix"]]
+    return f"no {lost[0]}, {then['matrix'][lost[0]]} when the row was written" if lost else None
+
+
 def check(
     names: Iterable[str], devices: list[Device], folder: Path = TABLES, processes: int = os.cpu_count() or 1,
     part: tuple[int, int] = (0, 1),
@@ -133,7 +149,8 @@ def check(
     for tunable in chosen(names):
         for device in devices:
             try:
-                sources = read_table(folder, tunable.kernel, device)
+                made = {"versions": made_with(folder, tunable.kernel, device)}
+                sources = [made | source for source in read_table(folder, tunable.kernel, device)]
             except (ValueError, KeyError, TypeError) as error:
                 faults.append(f"{tunable.kernel}/{device.name}.json: cannot be read: {error}")
                 continue
@@ -148,13 +165,13 @@ def check(
                     faults.append(f"{place}: {parsed.config} is not legal on {device.name}")
                     continue
                 key = device.arch, tunable.kernel, parsed.config, shape[1:]
-                tasks.setdefault(
-                    key, (Task(tunable.kernel, tuple(shape), parsed.config, parsed.bits, device.name), place)
-                )
+                task = Task(tunable.kernel, tuple(shape), parsed.config, parsed.bits, device.name)
+                tasks.setdefault(key, (task, (place, source)))
     mine = dict(sorted(tasks.values(), key=str)[part[0] :: part[1]])
     with Shown("checking", len(mine)) as shown, compilers(processes) as workers:
         for task, found in workers.each(mine):
-            why = fault(task, found)
-            faults += [f"{mine[task]}: {why}"] if why else []
+            place, source = mine[task]
+            why = fault(task, found) or worse(source, static_facts(found, DEVICES[task.device]))
+            faults += [f"{place}: {why}"] if why else []
             shown.step(task.kernel)
     return faults

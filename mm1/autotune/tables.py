@@ -75,7 +75,7 @@ def write_table(
     """<folder>/<kernel>/<device>.json. predicted: the versions that its predicted rows were made with, where they are
     new; measured rows say theirs themselves."""
     path = folder / kernel / f"{device.name}.json"
-    made = json.loads(path.read_text())["versions"] if path.is_file() else versions()
+    made = made_with(folder, kernel, device)
     head = {
         "schema": SCHEMA, "kernel": kernel, "device": {
             "name": device.name, "vendor": device.vendor, "arch": device.arch, "pci": [f"{i:04x}" for i in device.pci],
@@ -92,6 +92,12 @@ def read_table(folder: Path, kernel: str, device: Device) -> list[dict[str, Any]
     """The rows as written; none if there is no such table."""
     path = folder / kernel / f"{device.name}.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def made_with(folder: Path, kernel: str, device: Device) -> dict[str, str]:
+    """The versions of the table's predicted rows; those at hand if there is no such table."""
+    path = folder / kernel / f"{device.name}.json"
+    return json.loads(path.read_text())["versions"] if path.is_file() else versions()
 
 
 def write_user_row(tunable: Tunable, device: Device, source: dict[str, Any]) -> Path:

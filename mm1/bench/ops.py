@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm1.bench.plain import block
 from mm1.engine.connector import CAbstractor, ConvBlock
 from mm1.kernels import adaptive_pool as pool
 from mm1.kernels import attention as attend
@@ -240,21 +241,6 @@ def blocks_of(leaves: Leaves, prefix: str) -> Leaves:
     return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
-def plain_block(x: Tensor, w: Leaves) -> Tensor:
-    """The block as torch's convolutions, on images of one size [N, C, h, w]."""
-
-    def normed(x: Tensor, name: str) -> Tensor:
-        weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, 1e-5).permute(0, 3, 1, 2)
-
-    channels = len(w["conv1.conv.weight"])
-    y = F.silu(normed(F.conv2d(x, w["conv1.conv.weight"]), "conv1.bn"))
-    y = F.silu(normed(F.conv2d(y, w["conv2.conv.weight"], padding=1, groups=channels), "conv2.bn"))
-    gate = F.silu(F.conv2d(y.mean((2, 3), keepdim=True), w["se.fc1.weight"], w["se.fc1.bias"]))
-    y = y * torch.sigmoid(F.conv2d(gate, w["se.fc2.weight"], w["se.fc2.bias"]))
-    return F.silu(normed(F.conv2d(y, w["conv3.conv.weight"]), "conv3.bn") + x)
-
-
 def by_size(x: Tensor, sizes: Sizes, net: Callable[[Tensor], Tensor]) -> Tensor:
     """net of [N, C, h, w] for each image of packed rows, or for all at once where they are of one size."""
     groups = [sizes] if len(set(sizes)) == 1 else [[size] for size in sizes]
@@ -263,40 +249,47 @@ def by_size(x: Tensor, sizes: Sizes, net: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([net(image).flatten(2).transpose(1, 2).flatten(0, 1) for image in images])
 
 
-class ConvBlockProblem:
-    tolerance = 3.0
+class Packed:
+    """Rows of packed images, and the parameters of a module if there is one."""
 
     def __init__(self, new: Maker, regime: str, count: int, channels: int):
         self.sizes = images_of(regime, count)
         self.grids = Grids(self.sizes, device=new.device)
-        self.module = ConvBlock(channels, channels).to(new.device, new.dtype)
         self.shape = {"images": count, "patches": self.grids.patches, "width": channels}
+        self.module = self.made(channels).to(new.device, new.dtype)
         self.leaves = {"x": new(self.grids.patches, channels), **dict(self.module.named_parameters())}
+
+    def made(self, channels: int) -> torch.nn.Module:
+        return torch.nn.Identity()
+
+
+class ConvBlockProblem(Packed):
+    tolerance = 3.0
+
+    def made(self, channels: int) -> torch.nn.Module:
+        return ConvBlock(channels, channels)
 
     def ours(self, leaves: Leaves) -> Tensor:
         return conv.conv_block(leaves["x"], self.grids, {name: w for name, w in leaves.items() if name != "x"})
 
     def plain(self, leaves: Leaves) -> Tensor:
-        return by_size(leaves["x"], self.sizes, lambda image: plain_block(image, leaves))
+        return by_size(leaves["x"], self.sizes, lambda image: block(image, leaves))
 
     def cost(self, backward: bool) -> Cost:
         x = self.leaves["x"]
         return conv.cost(len(x), len(self.sizes), x.shape[1], x.shape[1], itemsize=x.itemsize, backward=backward)
 
 
-class CAbstractorProblem:
+class CAbstractorProblem(Packed):
     """Three blocks, the pool, three blocks; without the readout, which is two plain products."""
 
     tolerance = 6.0
     side = 12
 
-    def __init__(self, new: Maker, regime: str, count: int, channels: int):
-        self.sizes = images_of(regime, count)
-        self.grids = Grids(self.sizes, device=new.device)
-        self.module = CAbstractor(channels, 8, hidden=channels).to(new.device, new.dtype)
-        self.module.readout = torch.nn.Sequential()
-        self.shape = {"images": count, "patches": self.grids.patches, "width": channels}
-        self.leaves = {"x": new(self.grids.patches, channels), **dict(self.module.named_parameters())}
+    def made(self, channels: int) -> torch.nn.Module:
+        module = CAbstractor(channels, 8, hidden=channels)
+        module.readout = torch.nn.Sequential()
+        return module
 
     def ours(self, leaves: Leaves) -> Tensor:
         weights = {name: w for name, w in leaves.items() if name != "x"}
@@ -305,8 +298,8 @@ class CAbstractorProblem:
     def plain(self, leaves: Leaves) -> Tensor:
         def net(image: Tensor) -> Tensor:
             for stage in ("0", "2"):
-                for block in ("b1", "b2", "b3"):
-                    image = plain_block(image, blocks_of(leaves, f"net.{stage}.{block}."))
+                for name in ("b1", "b2", "b3"):
+                    image = block(image, blocks_of(leaves, f"net.{stage}.{name}."))
                 if stage == "0":
                     image = F.adaptive_avg_pool2d(image, self.side)
             return image
@@ -317,20 +310,14 @@ class CAbstractorProblem:
         x, count = self.leaves["x"], len(self.sizes)
         flops = moved = 0
         for patches in (len(x), count * self.side**2):
-            block = conv.cost(patches, count, x.shape[1], x.shape[1], itemsize=x.itemsize, backward=backward)
-            flops, moved = flops + 3 * block.flops, moved + 3 * block.bytes
+            one = conv.cost(patches, count, x.shape[1], x.shape[1], itemsize=x.itemsize, backward=backward)
+            flops, moved = flops + 3 * one.flops, moved + 3 * one.bytes
         return Cost(flops, moved)
 
 
-class AdaptivePool:
+class AdaptivePool(Packed):
     tolerance = 1.0
     side = 12
-
-    def __init__(self, new: Maker, regime: str, count: int, channels: int):
-        self.sizes = images_of(regime, count)
-        self.grids = Grids(self.sizes, device=new.device)
-        self.shape = {"images": count, "patches": self.grids.patches, "width": channels}
-        self.leaves = {"x": new(self.grids.patches, channels)}
 
     def ours(self, leaves: Leaves) -> Tensor:
         return pool.adaptive_pool(leaves["x"], self.grids, (self.side, self.side))

@@ -73,25 +73,30 @@ def patch_embed(
 
 def conv_block(x: Tensor, grids: Grids, weights: dict[str, Tensor], *, pool: tuple[int, int] | None = None) -> Tensor:
     """Convolutions for each size."""
+    channels, parts = len(weights["conv1.conv.weight"]), []
+    for first, n, h, w in _sizes(grids):
+        y = block(x[first : first + n * h * w].view(n, h, w, -1).permute(0, 3, 1, 2), weights)
+        y = y if pool is None else F.adaptive_avg_pool2d(y, pool)
+        parts.append(y.flatten(2).transpose(1, 2).flatten(0, 1))
+    rows = grids.patches if pool is None else grids.images * math.prod(pool)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return _filled(parts, x.new_empty(rows, channels, dtype=dtype))
+
+
+def block(image: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """One bottleneck of the C-Abstractor on images [N, C, h, w] of one size."""
 
     def normed(x: Tensor, name: str, padding: int = 0, groups: int = 1) -> Tensor:
         y = F.conv2d(x, weights[f"{name}.conv.weight"], padding=padding, groups=groups).permute(0, 2, 3, 1)
         gain, bias = weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"]
         return F.layer_norm(y, gain.shape, gain, bias).permute(0, 3, 1, 2)
 
-    channels, parts = len(weights["conv1.conv.weight"]), []
-    for first, n, h, w in _sizes(grids):
-        image = x[first : first + n * h * w].view(n, h, w, -1).permute(0, 3, 1, 2)
-        y = F.silu(normed(F.silu(normed(image, "conv1")), "conv2", padding=1, groups=channels))
-        gate = F.silu(F.conv2d(y.mean((2, 3), keepdim=True), weights["se.fc1.weight"], weights["se.fc1.bias"]))
-        y = y * torch.sigmoid(F.conv2d(gate, weights["se.fc2.weight"], weights["se.fc2.bias"]))
-        shortcut = normed(image, "downsample") if "downsample.conv.weight" in weights else image
-        y = F.silu(normed(y, "conv3") + shortcut)
-        y = y if pool is None else F.adaptive_avg_pool2d(y, pool)
-        parts.append(y.flatten(2).transpose(1, 2).flatten(0, 1))
-    rows = grids.patches if pool is None else grids.images * math.prod(pool)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _filled(parts, x.new_empty(rows, channels, dtype=dtype))
+    channels = len(weights["conv1.conv.weight"])
+    y = F.silu(normed(F.silu(normed(image, "conv1")), "conv2", padding=1, groups=channels))
+    gate = F.silu(F.conv2d(y.mean((2, 3), keepdim=True), weights["se.fc1.weight"], weights["se.fc1.bias"]))
+    y = y * torch.sigmoid(F.conv2d(gate, weights["se.fc2.weight"], weights["se.fc2.bias"]))
+    shortcut = normed(image, "downsample") if "downsample.conv.weight" in weights else image
+    return F.silu(normed(y, "conv3") + shortcut)
 
 
 def _present(grids: Grids) -> list[tuple[int, int, int, int]]:

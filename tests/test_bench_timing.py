@@ -37,6 +37,7 @@ def test_a_way_three_times_as_slow_is_so_however_the_machine_drifts():
     samples = interleaved({"mm1": fake.way("mm1", 1.0), "slow": fake.way("slow", 3.0)}, rounds=40, by=fake)
     found = ratio(samples.seconds["slow"], samples.seconds["mm1"])
     assert found["median"] == pytest.approx(3.0, rel=0.03)
+    assert found["high"] < 1.3 * found["low"], "samples of one round are compared"
     assert summary(samples.seconds["mm1"])["high"] > 1.5 * summary(samples.seconds["mm1"])["low"]
 
 

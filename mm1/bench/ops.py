@@ -237,6 +237,32 @@ def embed_patches(new: Maker, regime: str, count: int, width: int, patch: int = 
     return PatchEmbed(new, regime, count, width, patch, bytes_in=False)
 
 
+class QwenEmbed:
+    """Qwen-VL's: each patch twice, a frame and the next, no bias, no position."""
+
+    tolerance = 1.0
+
+    def __init__(self, new: Maker, regime: str, count: int, width: int, patch: int = 14):
+        self.patch = patch
+        self.grids = Grids(images_of(regime, count), device=new.device)
+        k = 3 * 2 * patch**2
+        self.patches = new(self.grids.patches, k)
+        self.shape = {"images": count, "patches": self.grids.patches, "k": k, "width": width}
+        self.leaves = {"weight": new(width, k, scale=k**-0.5)}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        return patch_embed.embed_patches(self.patches, self.grids, leaves["weight"])
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        weight = leaves["weight"]
+        return F.linear(self.patches.to(weight.dtype), weight)
+
+    def cost(self, backward: bool) -> Cost:
+        width, k = self.leaves["weight"].shape
+        itemsize = self.patches.itemsize
+        return patch_embed.cost(len(self.patches), width, k, table=0, itemsize=itemsize, bytes_in=itemsize)
+
+
 def blocks_of(leaves: Leaves, prefix: str) -> Leaves:
     return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
@@ -435,6 +461,10 @@ OPS = {
     "embed_patches": Op(embed_patches, {
         "cuda": _images(("native", 64, 1152, 16), ("budget", 256, 1152, 16), ("square", 64, 1280)),
         "cpu": _images(("budget", 16, 768), ("native", 3, 768)),
+    }),
+    "qwen_embed": Op(QwenEmbed, {
+        "cuda": _images(("native", 64, 1280), ("budget", 256, 1280)),
+        "cpu": _images(("budget", 8, 768)),
     }),
     "conv_block": Op(ConvBlockProblem, {
         "cuda": _images(("square", 64, 1024), ("mixed", 64, 1024)),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PatchEmbed, Sizes, by_size
+from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PatchEmbed, QwenEmbed, Sizes, by_size
 from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.attention import BACKENDS
 from mm1.kernels.route import Routing, sort_by_expert
@@ -180,6 +180,17 @@ def siglip2(problem: PatchEmbed) -> Way:
     return embedding(module, lambda x: module(x, shapes), names, problem)
 
 
+def qwen(problem: QwenEmbed) -> Way:
+    declare_operators()
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+
+    weight = problem.leaves["weight"]
+    module = Qwen2_5_VisionPatchEmbed(patch_size=problem.patch, embed_dim=len(weight)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        module.proj.weight.copy_(weight.view_as(module.proj.weight))
+    return Way(lambda _: module(problem.patches), {"weight": module.proj.weight})
+
+
 def naflex(problem: PatchEmbed) -> Way:
     declare_operators()
     from timm.models.naflexvit import NaFlexEmbeds
@@ -229,8 +240,8 @@ def backend(name: str, problem: Attention) -> Way:
     return Way(partial(problem.ours, backend=name), problem.leaves)
 
 
-PLAIN = ("moe_mlp", "patch_embed", "c_abstractor", "grouped_gemm", "attention", "embed_patches", "conv_block", "route",
-         "adaptive_pool", "linear_cross_entropy")  # fmt: skip
+PLAIN = ("moe_mlp", "patch_embed", "c_abstractor", "grouped_gemm", "attention", "embed_patches", "qwen_embed",
+         "conv_block", "route", "adaptive_pool", "linear_cross_entropy")  # fmt: skip
 EMBEDDINGS = ("patch_embed", "embed_patches")
 PEERS = [
     Peer("dense", {"moe_mlp": dense_experts, "grouped_gemm": dense_gemm, **dict.fromkeys(EMBEDDINGS, dense_embedding)}),
@@ -238,7 +249,7 @@ PEERS = [
     Peer("compiled", dict.fromkeys(PLAIN, compiled)),
     Peer("max-autotune", dict.fromkeys(PLAIN, partial(compiled, mode="max-autotune-no-cudagraphs"))),
     Peer("grouped_mm", {"grouped_gemm": torch_grouped_gemm, "moe_mlp": partial(layer_of, "torch")}),
-    Peer("transformers", dict.fromkeys(EMBEDDINGS, siglip2), "transformers"),
+    Peer("transformers", {**dict.fromkeys(EMBEDDINGS, siglip2), "qwen_embed": qwen}, "transformers"),
     *(
         Peer(f"transformers {name}", {"moe_mlp": partial(transformers_experts, name)}, "transformers")
         for name in ("eager", "grouped_mm")

@@ -44,8 +44,10 @@ lint: .venv/ready
 	$(BIN)/ruff check mm1 tests
 	$(BIN)/basedpyright --level error
 
+# Kept in .benchmarks, and compared with the run before. OMP_NUM_THREADS and the machine should be the same.
 bench: .venv/ready
-	$(BIN)/mm1 bench all --seconds 900
+	$(BIN)/python -m pytest -q mm1/bench/suite --benchmark-autosave --benchmark-compare --benchmark-group-by=group \
+		--benchmark-columns=min,median,iqr,rounds
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -75,7 +75,7 @@ def test_a_budget_is_spent_in_whole_rounds(seconds, rounds):
     assert len(samples.seconds["mm1"]) == rounds
 
 
-def test_spread_is_where_the_middle_three_fifths_lie():
-    assert spread(list(range(101))) == (20, 80)
+def test_spread_is_where_the_middle_four_fifths_lie():
+    assert spread(list(range(101))) == (10, 90)
     assert spread([3.0]) == (3.0, 3.0)
     assert summary([1.0, 2.0, 100.0])["median"] == 2.0

@@ -20,19 +20,18 @@ from torch import Tensor
 
 from mm1.autotune import gpu_state
 from mm1.autotune.clock import Call, capture
+from mm1.bench.peer_models import transformers_decoder
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
 from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
 from mm1.engine import config
-from mm1.engine.convert import LLAMA, MIXTURES, views_of
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
-from mm1.engine.decoder import Cache, DecoderLM
+from mm1.engine.decoder import Cache
 from mm1.engine.generate import new_cache, sample
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1
-from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.dispatch import Cost
 
 SHOTS = (0, 4, 8)
@@ -291,32 +290,6 @@ def operations(c: config.Model, lengths: list[int], grids: Sequence[tuple[int, i
     """Of documents and images forward, and of that many rows of logits."""
     load = Load(lengths, grids, heads, sum(lengths), len(grids), sum(h * w for h, w in grids))
     return sum(ledger(c, load).forward.values())
-
-
-def transformers_decoder(decoder: DecoderLM) -> Any:
-    """transformers' model of the same sizes, with our parameters for its own."""
-    declare_operators()
-    import transformers
-
-    c, mixture = decoder.config, {}
-    kind = "Qwen3Moe" if c.experts else "Qwen3" if c.qk_norm else "Llama"
-    if c.experts:
-        mixture = {"moe_intermediate_size": c.ffn, "num_experts": c.experts, "num_experts_per_tok": c.experts_per_token,
-                   "decoder_sparse_step": c.moe_every, "norm_topk_prob": True}  # fmt: skip
-    sizes = getattr(transformers, f"{kind}Config")(
-        vocab_size=c.vocabulary, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads, head_dim=c.head_width, intermediate_size=c.ffn, rms_norm_eps=c.eps,
-        rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"}, tie_word_embeddings=c.tied, **mixture,
-    )  # fmt: skip
-    with torch.device(decoder.head_weight.device):
-        model = getattr(transformers, f"{kind}ForCausalLM")(sizes).eval()
-    # Beside mixtures, which have parameters of these names without ".weight", there are dense layers.
-    dense = {"mlp.gate_up.weight": "mlp.gate_proj.weight mlp.up_proj.weight", "mlp.down.weight": "mlp.down_proj.weight"}
-    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    views = views_of(decoder, LLAMA | MIXTURES[0] | dense, {"attention.qkv": [q, kv, kv]})
-    model.load_state_dict(views | {"lm_head.weight": decoder.head_weight}, assign=True)
-    model.tie_weights()  # one parameter again, if they are tied
-    return model
 
 
 def _print(row: Row) -> None:

@@ -22,7 +22,7 @@ SHOWN = 6  # cases of an op that are not folded, and all where a peer is faster
 SIZES = {"tokens": "T", "experts": "E", "images": "N", "batch": "batch"}  # as a row's shape and its case name them
 MARKS = {"faster": "▲", "slower": "▼", "even": "≈"}
 INTRO = """Ratios are another way's time over mm1's, taken round by round: above 1 mm1 is faster, below 1 it is slower.
-Times are medians of interleaved rounds; whiskers and spreads hold the middle three fifths of them. Noise is by how much
+Times are medians of interleaved rounds; whiskers and spreads hold the middle four fifths of them. Noise is by how much
 two runs of mm1 within the same rounds differ: a ratio that is no further from 1 says nothing."""
 
 

@@ -74,7 +74,7 @@ def reason(error: Exception) -> str:
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, and the range that the middle three fifths lie in."""
+    """Median, and the range that four fifths of them lie in."""
     low, high = spread(samples)
     return {"median": statistics.median(samples), "low": low, "high": high, "n": len(samples)}
 
@@ -93,11 +93,11 @@ def noise(samples: Samples) -> float | None:
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float]:
-    """The 20th and the 80th percentile."""
+    """The 10th and the 90th percentile: by the 20th and the 80th, two runs on a CPU agreed in 29 of 34 rows only."""
     if len(samples) < 2:
         return samples[0], samples[0]
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return fifths[0], fifths[3]
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return tenths[0], tenths[-1]
 
 
 def hold(check: Callable[[], str | None]) -> str | None:

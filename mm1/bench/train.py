@@ -6,7 +6,6 @@ anything is timed each must give the first rung's loss and gradient norm.
 """
 
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +16,17 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm1.autotune.gpu_state import watched
 from mm1.bench import mix, plain
+from mm1.bench.peer_models import TransformersModel
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import ceilings
 from mm1.bench.timing import interleaved, noise, ratio, reason, summary
 from mm1.engine import config, connector, decoder, vision
-from mm1.engine.connector import AveragePool, ConvBlock
+from mm1.engine.connector import ConvBlock
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.record import DataError
 from mm1.engine.decoder import Block
@@ -381,36 +380,6 @@ def _cache_hits() -> int:
     """How many of them Inductor or AOTAutograd had on disk."""
     counters = torch._dynamo.utils.counters
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-
-
-class TransformersModel(nn.Module):
-    """CLIP's encoder, adaptive mean, readout, and transformers' decoder of our sizes."""
-
-    def __init__(self, c: config.Model):
-        super().__init__()
-        from mm1.bench.generate import transformers_decoder
-
-        v = c.vision
-        self.decoder = transformers_decoder(MM1(c).initialize().decoder).train()
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
-        self.vision = CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=v.width, intermediate_size=v.ffn, num_hidden_layers=v.layers, num_attention_heads=v.heads,
-            image_size=c.image_size, patch_size=v.patch, hidden_act=v.activation,
-        ))  # fmt: skip
-        self.pool = AveragePool(v.width, c.decoder.width, tokens=c.connector.tokens,
-                                readout_depth=c.connector.readout_depth)  # fmt: skip
-
-    def forward(self, tokens: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
-        """int [B, L], what is no padding bool [B, L], labels [B, L], fp32 [N, 3, S, S] -> mean loss."""
-        x = self.decoder.get_input_embeddings()(tokens)
-        if len(pixels):
-            features = self.vision(pixels).last_hidden_state[:, 1:].transpose(1, 2)
-            side = math.isqrt(features.shape[2])
-            pooled = F.adaptive_avg_pool2d(features.unflatten(2, (side, side)), self.pool.out)
-            images = self.pool.readout(pooled.flatten(2).transpose(1, 2))
-            x = x.masked_scatter((tokens == mix.IMAGE)[..., None], images.to(x.dtype))
-        return self.decoder(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False).loss
 
 
 def transformers_way(steps: Steps) -> Way:

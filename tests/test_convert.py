@@ -184,19 +184,23 @@ def test_loss_and_its_gradients_are_transformers(name):
     attention, mlp = layer.self_attn, layer.mlp
     pairs = {
         "embedding.weight": [model.model.embed_tokens.weight],
-        "blocks.0.attention.qkv.weight": [getattr(attention, f"{part}_proj").weight for part in "qkv"],
+        "blocks.0.attention.out.weight": [attention.o_proj.weight],
     }
     if hasattr(mlp, "experts"):
         pairs |= {
-            "blocks.0.mlp.router": [mlp.gate.weight],
+            "blocks.0.mlp.router.weight": [mlp.gate.weight],
             "blocks.0.mlp.gate_up": [mlp.experts.gate_up_proj],
         }
     else:
-        pairs |= {"blocks.0.mlp.gate_up.weight": [mlp.gate_proj.weight, mlp.up_proj.weight]}
+        pairs |= {"blocks.0.mlp.gate.weight": [mlp.gate_proj.weight], "blocks.0.mlp.up.weight": [mlp.up_proj.weight]}
     for name, theirs in pairs.items():
         gradient = weights[name].grad
         assert gradient is not None
         assert relative_error(gradient, torch.cat([p.grad for p in theirs])) < 1e-4, name
+    c = ours.config.decoder
+    q, k, v = (getattr(attention, f"{part}_proj").weight.grad.unflatten(0, (c.kv_heads, -1)) for part in "qkv")
+    by_head = torch.cat([q, k, v], dim=1).flatten(0, 1)
+    assert relative_error(weights["blocks.0.attention.qkv.weight"].grad, by_head) < 1e-4
 
 
 FILES = {

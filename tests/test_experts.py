@@ -15,7 +15,7 @@ from mm1.kernels.route import route, sort_by_expert
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 # bf16 and fp16: h, s, each slot's y and the sum are rounded; the interpreter cuts bf16 off instead of rounding.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2 if INTERPRETED else 5e-3, torch.float16: 8e-4}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2 if INTERPRETED else 8e-3, torch.float16: 8e-4}
 ACT = {
     "silu": F.silu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),

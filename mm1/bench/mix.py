@@ -88,7 +88,8 @@ def _padded(c: config.Model, docs: Documents, longest: int) -> Batch:
     full = [replace(d, tokens=row) for d, row in zip(docs, rows)]
     batch = _pack(c, full, _budget(c, [full], len(full) * longest))
     targets = torch.where(batch.targets == PAD, IGNORED, batch.targets)
-    return replace(batch, targets=targets, target_count=int((targets != IGNORED).sum()))
+    rows = (targets != IGNORED).nonzero()[:, 0]
+    return replace(batch, targets=targets, target_rows=rows, target_count=len(rows))
 
 
 def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Load:

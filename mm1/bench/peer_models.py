@@ -34,9 +34,9 @@ def transformers_decoder(decoder: DecoderLM) -> Any:
     with torch.device(decoder.head_weight.device):
         model = getattr(transformers, f"{kind}ForCausalLM")(sizes).eval()
     # Beside mixtures, which have parameters of these names without ".weight", there are dense layers.
-    dense = {"mlp.gate_up.weight": "mlp.gate_proj.weight mlp.up_proj.weight", "mlp.down.weight": "mlp.down_proj.weight"}
-    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    views = views_of(decoder, LLAMA | MIXTURES[0] | dense, {"attention.qkv": [q, kv, kv]})
+    dense = {"mlp.down.weight": "mlp.down_proj.weight"}
+    views = views_of(decoder, LLAMA | MIXTURES[0] | dense, (c.kv_heads, c.head_width))
+    views = {name: view.flatten(0, 2) if view.ndim == 4 else view for name, view in views.items()}
     model.load_state_dict(views | {"lm_head.weight": decoder.head_weight}, assign=True)
     model.tie_weights()  # one parameter again, if they are tied
     return model

@@ -148,9 +148,10 @@ def without_samples(row: Row) -> Row:
 
 
 def _processor() -> str:
+    """With its vector instructions: virtual machines name processors of several generations alike."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
-    return names[0].strip() if names else platform.machine()
+    return f"{names[0].strip() if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(name: str) -> str | None:

@@ -404,7 +404,7 @@ def transformers_way(steps: Steps) -> Way:
     load, side = mix.load_of_padded(steps.documents, batches), c.image_size // c.vision.patch
     images, longest = len(load.grids), int(batches[0].cu_seqlens[1])
     load = replace(load, grids=[(side, side)] * images, images=images, patches=images * side**2,
-                   pairs=load.tokens * longest)  # fmt: skip
+                   pairs=load.tokens * longest, heads=load.tokens)  # fmt: skip
     return Way(rung, step, ledger(same, load), steps.data_seconds(rung), {}, 0.0, 0, 0, steps.peak_bytes(step))
 
 

@@ -149,10 +149,13 @@ class Data:
     documents: int = 0  # 0: tokens / 16, at least one
     buffer: int = 64  # documents the packer chooses from
     workers: int = 0  # loader processes; 0 decodes in threads of this one
+    # Packers that the records are dealt to; a run goes on with any number of data-parallel processes that divides it.
+    streams: int = 0  # 0: one, or four for each process that there is at the start
     max_bad: int = 100  # unreadable records in a row that stop the run
 
     def __post_init__(self):
         _positive(self, "data", "tokens", "images", "buffer", "max_bad")
+        _check(self.streams >= 0, "data.streams", self.streams, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -182,12 +185,26 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How the processes that torchrun starts share the work. Those left over by replicate × tensor shard the model."""
+
+    replicate: int = 1  # copies of the sharded model
+    tensor: int = 1  # processes that share heads, MLP width and experts of each layer, and see the same tokens
+    expert: int = 1  # of those that shard the model, processes that share the experts, to which tokens travel
+    capacity: float = 2.0  # rows a process takes from each other one, of an even share of the tokens' choices
+
+    def __post_init__(self):
+        _positive(self, "parallel", "replicate", "tensor", "expert", "capacity")
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything `mm1 train` needs."""
 
     model: Model
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def peak_lr(parameters: int) -> float:

@@ -35,14 +35,14 @@ LLAMA: Table = {
     "blocks": "model.layers", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
     "attention.qkv": QKV, "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
     "attention.out": "self_attn.o_proj",
-    "mlp.gate_up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj",
+    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
 }  # fmt: skip
 MIXTURES: tuple[Table, ...] = (  # of transformers 5, then of files of Qwen3-MoE and Mixtral
-    {"mlp.router": "mlp.gate.weight", "mlp.down": "mlp.experts.down_proj",
+    {"mlp.router": "mlp.gate", "mlp.down": "mlp.experts.down_proj",
      "mlp.gate_up": "mlp.experts.gate_up_proj"},
-    {"mlp.router": "mlp.gate.weight", "mlp.down": "mlp.experts.{e}.down_proj.weight",
+    {"mlp.router": "mlp.gate", "mlp.down": "mlp.experts.{e}.down_proj.weight",
      "mlp.gate_up": "mlp.experts.{e}.gate_proj.weight mlp.experts.{e}.up_proj.weight"},
-    {"mlp.router": "block_sparse_moe.gate.weight", "mlp.down": "block_sparse_moe.experts.{e}.w2.weight",
+    {"mlp.router": "block_sparse_moe.gate", "mlp.down": "block_sparse_moe.experts.{e}.w2.weight",
      "mlp.gate_up": "block_sparse_moe.experts.{e}.w1.weight block_sparse_moe.experts.{e}.w3.weight"},
 )  # fmt: skip
 CLIP_UNUSED = r".*position_ids|post_layernorm\..*|text_model\..*|(text|visual)_projection\..*|logit_scale"
@@ -165,15 +165,21 @@ def _load_llama(decoder: DecoderLM, state: State) -> None:
     if c.experts:
         first = {f"model.layers.0.{mixture['mlp.down']}".format(e=0): mixture for mixture in MIXTURES}
         table = LLAMA | next((first[name] for name in first if name in state), MIXTURES[0])
-    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    views = views_of(decoder, table, {"attention.qkv": [q, kv, kv]})
-    _fill("decoder", views, state, r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * c.tied)
+    views = views_of(decoder, table, (c.kv_heads, c.head_width))
+    grouped = {name: view for name, view in views.items() if view.ndim == 4}  # no view has the rows in one axis
+    flat = {name: torch.empty(math.prod(view.shape[:-1]), view.shape[-1]) for name, view in grouped.items()}
+    _fill("decoder", views | flat, state, r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * c.tied)
+    for name, view in grouped.items():
+        view.copy_(flat[name].view_as(view))
     if c.tied and not torch.equal(state.get("lm_head.weight", embedding).to(embedding), embedding):
         raise DataError("decoder: tensor lm_head.weight is another than the embedding, expected them tied")
 
 
-def views_of(module: nn.Module, table: Table, sizes: Mapping[str, list[int]] = {}) -> dict[str, Tensor]:
-    """Source name -> its part of our parameter: parts are equal along the first axis if not in `sizes`."""
+def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Source name -> its part of our parameter: parts are equal along the first axis.
+
+    heads: key-value heads G of width Dh, if attention.qkv stands by them: then its parts are [G, …, Dh, D].
+    """
     views = {}
     for path, parameter in module.named_parameters():
         *block, name = re.split(r"^(blocks\.\d+\.)", path)  # ["", "blocks.3.", name], or only the name
@@ -181,7 +187,11 @@ def views_of(module: nn.Module, table: Table, sizes: Mapping[str, list[int]] = {
         stem, dot, kind = name.rpartition(".")
         sources = table[name].split() if name in table else [s + dot + kind for s in table[stem].split()]
         for e, whole in enumerate(parameter if "{e}" in sources[0] else [parameter]):
-            parts = whole.split(sizes.get(stem) or len(whole) // len(sources))
+            if heads and stem == "attention.qkv":
+                groups = whole.view(heads[0], -1, heads[1], whole.shape[1])
+                parts = groups.split([groups.shape[1] - 2, 1, 1], dim=1)
+            else:
+                parts = whole.split(len(whole) // len(sources))
             views |= {prefix + source.format(e=e): part for source, part in zip(sources, parts)}
     return views
 

@@ -70,17 +70,20 @@ class Cache:
 
 
 class Attention(nn.Module):
+    """qkv's rows stand by key-value head, its query heads, its key, its value, so that any share of the heads is a
+    share of the rows."""
+
     def __init__(self, c: config.Decoder):
         super().__init__()
-        self.heads, self.kv_heads, self.eps = c.heads, c.kv_heads, c.eps
+        self.shared, self.head_width = c.heads // c.kv_heads, c.head_width
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_width, bias=False)
         self.out = nn.Linear(c.heads * c.head_width, c.width, bias=False)
         self.q_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, attend=None) -> Tensor:
-        qkv = self.qkv(x).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)  # (T, H | G, Dh)
+        qkv = self.qkv(x).unflatten(1, (-1, self.shared + 2, self.head_width))
+        q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]  # (T, H | G, Dh)
         q, k = (rotate(norm(x.float()), angles).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         y = attention(q, k, v, cu_seqlens, causal=True) if attend is None else attend(q, k, v)
         return self.out(y.flatten(1))
@@ -89,13 +92,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: config.Decoder):
         super().__init__()
-        self.gate_up = nn.Linear(c.width, 2 * c.ffn, bias=False)
+        self.gate = nn.Linear(c.width, c.ffn, bias=False)
+        self.up = nn.Linear(c.width, c.ffn, bias=False)
         self.down = nn.Linear(c.ffn, c.width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up = self.gate_up(x).unflatten(-1, (2, -1)).unbind(-2)
         zero = x.new_zeros((), dtype=torch.float32)
-        return self.down(F.silu(gate) * up), zero, zero
+        return self.down(F.silu(self.gate(x)) * self.up(x)), zero, zero
 
 
 class Block(nn.Module):

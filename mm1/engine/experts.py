@@ -18,21 +18,31 @@ from mm1.kernels.route import Routing, route
 Backend = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 
 
+class Router(nn.Module):
+    """Logits of the experts, in fp32 whatever else is not."""
+
+    def __init__(self, width: int, experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
 class Experts(nn.Module):
     """Mixture of experts with a dropless top-k router in fp32; returns its two auxiliary losses beside the result."""
 
     def __init__(self, c: config.Decoder):
         super().__init__()
         self.k = c.experts_per_token
-        self.router = nn.Parameter(torch.empty(c.experts, c.width))
+        self.router = Router(c.width, c.experts)
         self.gate_up = nn.Parameter(torch.empty(c.experts, 2 * c.ffn, c.width))
         self.down = nn.Parameter(torch.empty(c.experts, c.width, c.ffn))
         self.backend = BACKENDS[c.moe_backend]()
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.float())
-        routing = route(logits, self.k, mask=mask)
+        routing = route(self.router(x), self.k, mask=mask)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         y = self.backend(x.to(dtype), routing, self.gate_up.to(dtype), self.down.to(dtype))
         return y, routing.load_balance, routing.z_loss

@@ -6,8 +6,8 @@ softmax, pooling, interpolation, sorting and the optimizer are not.
 useful       what the documents, the images and the targets themselves need, once. Backward is twice forward, but once
              for the patch embedding, as pixels have no gradient. A causal document of n tokens has n(n + 1)/2 pairs, an
              image of p patches and a class token (p + 1)². The head counts rows with a target.
-padding      what is computed beyond: rows of the budgets that no token, patch or image fills, rows of the head without
-             a target, pairs that a dense attention computes to mask them.
+padding      what is computed beyond: rows of the budgets that no token, patch or image fills, rows of a head without a
+             target, pairs that a dense attention computes to mask them.
 recompute    forward again: attention's scores in backward, which makes 2.5 times forward of it (Dao et al. 2022), and
              every block where activations are not kept.
 
@@ -32,8 +32,8 @@ class Load:
     """What a step is of: lengths of documents, grids (h, w) of images, rows with a target; and the budgets.
 
     tokens, images, patches: rows that are computed, full or not. pairs, patch_pairs: query-key pairs that attention
-    computes in one layer of the decoder and of the encoder; routed: rows that reach experts. None: the documents' and
-    images' own.
+    computes in one layer of the decoder and of the encoder; routed, heads: rows that reach experts and the head. None:
+    the documents', images' and targets' own.
     """
 
     documents: Sequence[int]
@@ -45,6 +45,7 @@ class Load:
     pairs: int | None = None
     patch_pairs: int | None = None
     routed: int | None = None
+    heads: int | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> "Load":
@@ -126,7 +127,7 @@ def ledger(c: config.Model, load: Load | Batch, *, checkpointing: bool = False) 
         tokens=load.tokens,
         pairs=own.pairs if load.pairs is None else load.pairs,
         routed=used if load.routed is None else load.routed,
-        targets=load.tokens,
+        targets=load.targets if load.heads is None else load.heads,
     )
     forward, whole = _forward(c, own), _forward(c, computed)
     backward = {part: _backward(part) * n for part, n in forward.items()}

@@ -43,7 +43,8 @@ class MM1(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         hidden, load_balance, z_loss = self.hidden(batch)
-        nll = linear_cross_entropy(hidden, self.decoder.head_weight, batch.targets, reduction="sum")
+        rows = batch.target_rows
+        nll = linear_cross_entropy(hidden[rows], self.decoder.head_weight, batch.targets[rows], reduction="sum")
         return Losses(nll, load_balance, z_loss)
 
     def objective(self, losses: Losses, targets: int) -> Tensor:

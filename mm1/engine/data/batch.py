@@ -23,13 +23,14 @@ class Batch:
     pixels: Tensor  # uint8 [ΣHW, 3], image after image in the order of grids, row by row
     grids: Grids
     image_slots: Tensor  # int64 [N·n], the token row of each image token, T for absent images
+    target_rows: Tensor  # int64 [target_count], rows with a target: the head sees no others
     target_count: int
     keys: tuple[str, ...]  # where each document came from
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "targets", "positions", "cu_seqlens", "pixels", "image_slots")
+            for name in ("tokens", "targets", "positions", "cu_seqlens", "pixels", "image_slots", "target_rows")
         }
         return replace(self, **moved, grids=self.grids.to(device))
 
@@ -70,6 +71,7 @@ def pack(documents: Sequence[Document], budget: Budget, *, image_id: int, patch:
     found = np.flatnonzero(tokens[:used] == image_id)
     if len(found) != len(images) * slots:
         raise ValueError(f"pack: {len(found)} image tokens for {len(images)} images of {slots}")
+    rows_with_target = np.flatnonzero(targets != IGNORED)
     # The encoder takes the images in order of their size, because equal ones side by side run as one batch.
     by_size = sorted(range(len(images)), key=lambda i: (images[i].size, images[i].shape))
     image_slots[: len(found)] = found.reshape(-1, slots)[by_size].ravel()
@@ -83,6 +85,7 @@ def pack(documents: Sequence[Document], budget: Budget, *, image_id: int, patch:
         pixels=torch.from_numpy(np.concatenate(pixels) if pixels else np.zeros((0, 3), np.uint8)),
         grids=Grids(sizes, images=budget.images, patches=budget.patches, longest=budget.longest),
         image_slots=torch.from_numpy(image_slots),
-        target_count=int((targets != IGNORED).sum()),
+        target_rows=torch.from_numpy(rows_with_target),
+        target_count=len(rows_with_target),
         keys=tuple(d.key for d in documents),
     )

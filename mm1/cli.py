@@ -52,6 +52,84 @@ def train(
 
 
 @app.command
+def plan(
+    run: Positional[str],
+    gpus: int = 8,
+    device: str = "h200",
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    share: float | None = None,
+    network: float = 50.0,
+) -> None:
+    """Estimate memory and time of a run on so many GPUs, and print what the estimate assumes.
+
+    Args:
+        run: a named size (digits, mm1-3b, …) or a .toml file.
+        gpus: how many.
+        device: which, such as h200.
+        set: one setting, such as parallel.tensor=8; may be repeated.
+        share: of the GPU's peak that its operations run at (default: 0.40 of dense models, 0.25 of mixtures).
+        network: GB/s that a GPU sends to other machines.
+    """
+    from mm1.engine import plan as estimate
+    from mm1.engine.config import load_run
+
+    found = estimate.plan(load_run(run, set), gpus, device, share=share, network=network)
+    print(estimate.show(found))
+    print(json.dumps(estimate.to_dict(found)))
+
+
+@app.command
+def convert(
+    out: Positional[Path],
+    vision: str | None = None,
+    decoder: str | None = None,
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    connector: Path | None = None,
+    tokenizer: Path | None = None,
+    image_tokens: int | None = None,
+    image_size: int | None = None,
+    context: int | None = None,
+    experts: int = 0,
+    moe_every: int = 2,
+    experts_per_token: int = 2,
+    seed: int = 0,
+) -> None:
+    """Make a checkpoint that training can begin with (train.init) of published weights, or of one of ours with experts.
+
+    Args:
+        out: folder to write.
+        vision: a folder of a transformers CLIP, a .safetensors file with config.json beside it, or a named size.
+        decoder: likewise of a Llama, Mistral, Mixtral or Qwen3.
+        source: instead of both, a checkpoint of ours.
+        connector: Honeybee's .safetensors (default: random weights).
+        tokenizer: a tokenizer.json (default: the decoder's).
+        image_tokens: tokens of an image (default: 144).
+        image_size: pixels a side (default: the encoder's).
+        context: longest document, which a sliding window has to hold.
+        experts: copies of the dense MLP in every moe_every-th layer.
+        moe_every: which layers become mixtures.
+        experts_per_token: that a token goes to.
+        seed: of whatever is random.
+    """
+    from mm1.engine.assemble import assemble
+
+    print(assemble(
+        out, vision=vision, decoder=decoder, source=source, connector=connector, tokenizer=tokenizer,
+        image_tokens=image_tokens, image_size=image_size, context=context, experts=experts, moe_every=moe_every,
+        experts_per_token=experts_per_token, seed=seed,
+    ))  # fmt: skip
+
+
+@app.command
+def export(checkpoint: Positional[Path], out: Positional[Path]) -> None:
+    """Write a checkpoint of one process or of many as one safetensors file, with config and tokenizer, to `out`."""
+    from mm1.engine.checkpoint import export
+
+    export(checkpoint, out)
+    print(out)
+
+
+@app.command
 def generate(
     checkpoint: Positional[Path],
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),

@@ -10,7 +10,7 @@ from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
 from mm1.engine.data.record import DataError, Record, Unreadable
-from mm1.engine.train import make_loader
+from mm1.engine.train import make_streams
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
 POLICY = ImagePolicy(PATCH, "native", 24, 64)
@@ -20,7 +20,8 @@ def loader(**changes) -> Loader:
     import dataclasses
 
     run = small_run()
-    return make_loader(dataclasses.replace(run, data=dataclasses.replace(run.data, **changes)), TOKENIZER, None)
+    streams = make_streams(dataclasses.replace(run, data=dataclasses.replace(run.data, **changes)), TOKENIZER, None)
+    return streams.loaders[0]
 
 
 def png(height=12, width=12) -> bytes:
@@ -91,7 +92,7 @@ def test_the_seed_decides_the_order():
 
     run = small_run()
     other = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=1))
-    a, b, c = (next(make_loader(r, TOKENIZER, None)).keys for r in (run, run, other))
+    a, b, c = (next(make_streams(r, TOKENIZER, None)).keys for r in (run, run, other))
     assert a == b != c
 
 

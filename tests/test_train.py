@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -81,14 +82,14 @@ def test_accumulated_batches_weigh_every_target_token_the_same(tmp_path):
     """Two micro-batches of different numbers of targets give the gradient of their tokens taken together."""
     run = small_run(accumulate=2)
     trainer = Trainer(run, tmp_path / "run", Quiet(), False)
-    state = trainer.loader.state()
-    batches = [next(trainer.loader) for _ in range(2)]
+    state = trainer.streams.state()
+    batches = [next(trainer.streams) for _ in range(2)]
     assert batches[0].target_count != batches[1].target_count
     model = trainer.model
     targets = sum(b.target_count for b in batches)
     nll = sum(model(b).nll for b in batches) / targets
     truth = torch.autograd.grad(nll, list(model.decoder.blocks[0].parameters()))
-    trainer.loader.restore(state)
+    trainer.streams.restore(state)
     grads = {}
     trainer.optimizer.step = lambda: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
     object.__setattr__(model.config.decoder, "load_balance", 0.0)
@@ -110,20 +111,130 @@ def test_schedule_warms_up_and_ends_at_a_tenth():
 
 def test_weight_decay_is_a_tenth_of_the_rate_and_spares_vectors():
     model = torch.nn.Linear(3, 4)
-    decayed, spared = adamw(model, Train(), 6e-5).param_groups
+    decayed, spared = adamw(model.parameters(), Train(), 6e-5).param_groups
     assert abs(decayed["weight_decay"] - 6e-6) < 1e-12
     assert [p.ndim for p in spared["params"]] == [1]
     assert spared["weight_decay"] == 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    trainer = Trainer(small_run(), tmp_path / "run", Quiet(), False)
-    with torch.no_grad():
-        trainer.model.decoder.norm.weight.fill_(float("nan"))
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    with pytest.raises(FloatingPointError, match="loss nan, gradient norm nan at step 1"):
-        trainer._step()
-    assert all(torch.equal(a, b) for a, b in zip(trainer.model.vision.parameters(), before))
+class Poison:
+    """Makes the gradients of some steps NaN."""
+
+    def __init__(self, trainer, steps):
+        self.trainer, self.steps, self.taken = trainer, steps, 0
+        self.step, trainer._step = trainer._step, self
+
+    def __call__(self):
+        self.taken += 1
+        weight = self.trainer.model.decoder.norm.weight
+        kept = weight.detach().clone()
+        if self.taken in self.steps:
+            weight.data[0] = float("nan")
+        done = self.step()
+        if self.taken in self.steps:
+            assert weight[0].isnan()  # the step wrote nothing
+            weight.data.copy_(kept)
+        return done
+
+
+class Told(Quiet):
+    def __init__(self):
+        super().__init__()
+        self.warnings, self.skipped = [], []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+    def left_out(self, step, why):
+        self.skipped.append(step)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_written_down(tmp_path):
+    trainer, before, after = Trainer(small_run(), tmp_path / "run", Told(), False), {}, {}
+    poison = Poison(trainer, {3})
+    step = poison.step
+
+    def watched():
+        snapshot = lambda: {n: x.clone() for n, x in trainer._tensors().items() if n != "decoder.norm.weight"}  # noqa: E731
+        at = poison.taken == 3
+        before.update(snapshot() if at else {})
+        done = step()
+        after.update(snapshot() if at else {})
+        return done
+
+    poison.step = watched
+    trainer.fit()
+    assert_same(after, before)
+    assert trainer.display.skipped == [3]
+    assert [m for m in range(1, 13) if m != 3] == list(range(1, 3)) + list(range(4, 13))
+    note = json.loads(next((tmp_path / "run" / "left-out").glob("step-00000003-*.json")).read_text())
+    assert "nan" in note["why"]
+    assert note["keys"]
+    assert note["data"]["taken"] == 4  # two micro-batches a step
+    assert trainer.step == 12
+
+
+def test_too_many_in_a_row_rewind_and_go_on_with_other_data(tmp_path):
+    trainer = Trainer(small_run(skips=1, save_every=4), tmp_path / "run", Told(), False)
+    poison = Poison(trainer, {6, 7})
+    trainer.fit()
+    assert trainer.display.skipped == [6, 7]
+    assert "back to step-00000004" in trainer.display.warnings[0]
+    assert (trainer.step, trainer.rewinds, poison.taken) == (12, 1, 7 + 8)
+    assert trainer.streams.taken >= 2 * 15  # no batch was taken again
+
+
+def test_a_run_that_rewinds_too_often_stops_with_one_line(tmp_path):
+    trainer = Trainer(small_run(skips=1, rewinds=1), tmp_path / "run", Told(), False)
+    Poison(trainer, set(range(5, 100)))
+    why = "loss nan, gradient norm nan at step 6, .*; 2 steps in a row, rewound 1"
+    with pytest.raises(FloatingPointError, match=why):
+        trainer.fit()
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
+
+
+def test_a_step_without_targets_changes_nothing(tmp_path):
+    trainer = Trainer(small_run(steps=2), tmp_path / "run", Told(), False)
+    trainer.fit()
+    before = {n: x.clone() for n, x in trainer._tensors().items()}
+    batch = next(trainer.feed)
+    empty = dataclasses.replace(batch, target_rows=batch.target_rows[:0], target_count=0)
+    trainer.feed = iter_of([empty, empty], trainer.feed)
+    trainer._settle(trainer._step(), deque())
+    assert_same(dict(trainer._tensors()), before)
+    assert trainer.display.skipped == [3]
+
+
+def iter_of(batches, feed):
+    class Given:
+        state, skipped = feed.state, 0
+        __next__ = lambda self, left=list(batches): left.pop()  # noqa: E731
+
+    return Given()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    trainer = Trainer(small_run(save_every=4), tmp_path / "run", Quiet(), False)
+    save = checkpoint.save_file
+
+    def full(tensors, path):
+        if trainer.step > 4 and path.name.startswith("optimizer"):
+            raise OSError(28, "No space left on device", str(path))
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit()
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
+    checkpoint.check(tmp_path / "run" / "checkpoint")
+    assert not list((tmp_path / "run").glob(".*partial"))
+
+
+def test_a_hang_says_where_it_hangs(tmp_path):
+    code = "import time\nfrom mm1.engine.safety import Watch\ndef stuck(): time.sleep(3)\nwith Watch(0.2): stuck()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "in stuck" in done.stderr
+    assert "Timeout" in done.stderr
 
 
 def test_bf16_trains_as_fp32_does(tmp_path):

@@ -1,17 +1,20 @@
 """Checkpoints: complete or not there.
 
 A checkpoint is a folder: model.safetensors, config.json and tokenizer.json, which are all that inference needs, and
-optimizer.safetensors and state.json to go on training. It is written under another name, every file is flushed to the
-disk, the marker COMPLETE with each file's SHA-256 comes last, and only then is the folder renamed. Loading checks the
-marker and the sums, so a missing file or a flipped byte is one clear line.
+optimizer.safetensors and state.json to go on training; where a run has many processes, the tensors are in shards/. It
+is written under another name, every file is flushed to the disk, the marker COMPLETE with each file's SHA-256 comes
+last, and only then is the folder renamed. Loading checks the marker and the sums, so a missing file or a flipped byte
+is one clear line.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,8 +24,10 @@ from mm1.engine.config import from_dict, named
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.record import DataError
 from mm1.engine.model import MM1
+from mm1.engine.parallel import World, put
 
 MARKER = "COMPLETE"
+SHARDS = "shards"  # folder of torch.distributed.checkpoint, where a run had many processes
 
 
 class CheckpointError(DataError):
@@ -31,20 +36,64 @@ class CheckpointError(DataError):
 
 def write(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
     """Write `tensors` (file name -> named tensors) and `texts` (file name -> content) as one checkpoint folder."""
+    partial = _begun(folder)
+    try:
+        for name, values in tensors.items():
+            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / name)
+        _finish(partial, folder, texts)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
+        raise
+
+
+class Saving:
+    """A checkpoint of many processes on its way to the disk: tensors were copied, and the run goes on meanwhile."""
+
+    def __init__(self, written: Any, finish: Callable[[], None] | None, world: World):
+        self.written, self.finish, self.world = written, finish, world
+
+    def wait(self) -> None:
+        """Until all of it is there, on all processes."""
+        self.written.result()
+        if self.finish is not None:
+            self.finish()
+        self.world.wait()
+
+
+def write_sharded(
+    folder: Path, tensors: dict[str, Tensor], texts: dict[str, str], world: World, after: Callable[[], None]
+) -> Saving:
+    """Begin to write what each process holds; `after` is called by the first when the checkpoint is complete."""
+    import torch.distributed.checkpoint as dcp
+
+    partial = _begun(folder) if world.first else folder.with_name(f".{folder.name}.partial")
+    world.wait()
+
+    def finish() -> None:
+        _finish(partial, folder, texts)
+        after()
+
+    written = dcp.async_save(tensors, checkpoint_id=partial / SHARDS, process_group=cast(Any, world.savers))
+    return Saving(written, finish if world.first else None, world)
+
+
+def _begun(folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / name)
+    return partial
+
+
+def _finish(partial: Path, folder: Path, texts: dict[str, str]) -> None:
+    """Texts, sums and the marker; then it gets its name."""
     for name, text in texts.items():
         (partial / name).write_text(text)
-    sums = {}
-    for path in sorted(partial.iterdir()):
-        _sync(path)
-        sums[path.name] = _sha256(path)
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        sums = dict(zip((str(path.relative_to(partial)) for path in paths), pool.map(_flushed_sum, paths)))
     (partial / MARKER).write_text(json.dumps(sums, indent=1))
-    _sync(partial / MARKER)
-    _sync(partial)
+    for path in (partial / MARKER, *(path for path in partial.rglob("*") if path.is_dir()), partial):
+        _sync(path)
     if folder.exists():  # a run that was resumed from before it writes it again
         shutil.rmtree(folder)
     os.rename(partial, folder)
@@ -79,7 +128,7 @@ def load(
     check(folder)
     with torch.device("meta"):
         model = MM1(from_dict(read_json(folder, "config.json")).model)
-    model.load_state_dict(read_tensors(folder, "model.safetensors"), assign=True)
+    model.load_state_dict(weights(folder), assign=True)
     model.tokenizer = TextTokenizer(folder / "tokenizer.json")
     return model.to(device, dtype).eval()
 
@@ -121,8 +170,55 @@ def read_tensors(folder: Path, name: str, device: torch.device | str = "cpu") ->
     return load_file(folder / name, device=str(device))
 
 
+def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill these tensors, whole or parts, with what a checkpoint of one process or of many has under their names.
+
+    Raises CheckpointError for one that is missing or of another shape.
+    """
+    if (folder / SHARDS).is_dir():
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as dcp
+
+        dcp.load(cast(dict[str, Any], tensors), checkpoint_id=folder / SHARDS, no_dist=not dist.is_initialized())
+        return
+    files = (folder / file for file in ("model.safetensors", "optimizer.safetensors"))
+    found = {n: x for file in files if file.exists() for n, x in read_tensors(folder, file.name).items()}
+    for name, tensor in tensors.items():
+        if name not in found or found[name].shape != tensor.shape:
+            has = f"of shape {tuple(found[name].shape)}" if name in found else "missing"
+            raise CheckpointError(f"{folder}: {name} is {has}, expected {tuple(tensor.shape)}")
+        put(tensor, found[name].to(tensor.device))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All of the model, of a checkpoint of one process or of many."""
+    if not (folder / SHARDS).is_dir():
+        return read_tensors(folder, "model.safetensors")
+    with torch.device("meta"):
+        model = MM1(from_dict(read_json(folder, "config.json")).model)
+    found = {name: torch.empty_like(p, device="cpu") for name, p in model.state_dict().items()}
+    read_into(folder, found)
+    return found
+
+
+def export(folder: Path, out: Path) -> None:
+    """A checkpoint as one safetensors file with its config and tokenizer: all that inference needs."""
+    if not (folder / MARKER).is_file() and (folder / "checkpoint").exists():
+        folder = folder / "checkpoint"
+    check(folder)
+    if out.exists():
+        raise CheckpointError(f"{out} exists already")
+    texts = {name: (folder / name).read_text() for name in ("config.json", "tokenizer.json")}
+    write(out, {"model.safetensors": weights(folder)}, texts)
+
+
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / name).read_text())
+
+
+def _flushed_sum(path: Path) -> str:
+    _sync(path)
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ placement of experts and the totals; widths and depths it does not. What is infe
 """
 
 import dataclasses
+import json
 import math
 import tomllib
 import types
@@ -170,18 +171,26 @@ class Train:
     eps: float = 1e-8
     clip: float = 1.0
     compile: bool = True
+    recompile: str = "error"  # what compiling again after the first steps is; or "warn"
     checkpoint_activations: bool = False
     dtype: str = "auto"  # bf16 on a GPU, fp32 on a CPU
     seed: int = 0
+    init: str = ""  # checkpoint folder whose weights the run begins with, such as `mm1 convert` makes
     save_every: int = 1_000
     keep: int = 2  # checkpoints
+    skips: int = 10  # steps in a row whose loss is not finite, which are left out; one more, and the run rewinds
+    rewinds: int = 2  # to the last checkpoint, before the run stops
+    hang: float = 1800.0  # seconds without a step, after which all stacks are printed; 0: never
     log_every: int = 1
     tensorboard: bool = False
 
     def __post_init__(self):
         _positive(self, "train", "steps", "accumulate", "clip", "save_every", "keep", "log_every")
         _check(self.warmup >= 0, "train.warmup", self.warmup, "0 or more")
+        for name in ("skips", "rewinds", "hang"):
+            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _check(self.dtype in ("auto", "bf16", "fp32"), "train.dtype", self.dtype, "auto, bf16 or fp32")
+        _check(self.recompile in ("error", "warn"), "train.recompile", self.recompile, "error or warn")
 
 
 @dataclass(frozen=True)
@@ -318,9 +327,19 @@ def from_dict(table: dict[str, Any]) -> Run:
         if "size" in model:
             size = named(model.pop("size"))
         base = Run(_build(Model, model, "model", size))
+    init = table.get("train", {}).get("init") if isinstance(table.get("train"), dict) else None
+    if model is None and init:
+        base = Run(_build(Model, _config_of(init)["model"], "model"))
     if base is None:
         raise DataError(f"setting model is {model!r}, expected a size's name or a [model] table")
     return _build(Run, table, "", base)
+
+
+def _config_of(folder: str) -> dict[str, Any]:
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"setting train.init is {folder!r}, expected a checkpoint: {error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

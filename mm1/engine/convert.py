@@ -147,7 +147,9 @@ def _honeybee(state: State, tokens: int) -> tuple[config.Connector, State]:
         grid = (side, side)
         state["pos_emb"] = state["pos_emb"][:, -side * side :]  # older files begin with the class token's
     depth, readout = (len(re.findall(p, names)) for p in (r"net\.0\.b\d+\.conv1\.conv", r"readout\.\d+\.w"))
-    hidden = len(state["net.0.b1.conv1.conv.weight"]) if depth else 0
+    if not depth or not readout:
+        raise DataError("connector: tensors net.0.b…, readout.… are missing, expected Honeybee's C-Abstractor")
+    hidden = len(state["net.0.b1.conv1.conv.weight"])
     return config.Connector("c-abstractor", tokens, hidden, depth, readout, grid, output_norm=False), state
 
 
@@ -166,11 +168,7 @@ def _load_llama(decoder: DecoderLM, state: State) -> None:
         first = {f"model.layers.0.{mixture['mlp.down']}".format(e=0): mixture for mixture in MIXTURES}
         table = LLAMA | next((first[name] for name in first if name in state), MIXTURES[0])
     views = views_of(decoder, table, (c.kv_heads, c.head_width))
-    grouped = {name: view for name, view in views.items() if view.ndim == 4}  # no view has the rows in one axis
-    flat = {name: torch.empty(math.prod(view.shape[:-1]), view.shape[-1]) for name, view in grouped.items()}
-    _fill("decoder", views | flat, state, r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * c.tied)
-    for name, view in grouped.items():
-        view.copy_(flat[name].view_as(view))
+    _fill("decoder", views, state, r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * c.tied, grouped=True)
     if c.tied and not torch.equal(state.get("lm_head.weight", embedding).to(embedding), embedding):
         raise DataError("decoder: tensor lm_head.weight is another than the embedding, expected them tied")
 
@@ -196,13 +194,17 @@ def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = No
     return views
 
 
-def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = "") -> None:
-    """Copy each tensor into its view. DataError if one is missing, mis-shaped or left over."""
+def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = "", grouped: bool = False) -> None:
+    """Copy each tensor into its view. DataError if one is missing, mis-shaped or left over.
+
+    grouped: views of four axes are of rows by key-value head, which stand in one axis in `state`.
+    """
     for name, view in views.items():
+        shape = (view[..., 0].numel(), view.shape[-1]) if grouped and view.ndim == 4 else tuple(view.shape)
         found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
-        if found != (expected := f"of shape {tuple(view.shape)}"):
+        if found != (expected := f"of shape {shape}"):
             raise DataError(f"{part}: tensor {name} is {found}, expected {expected}")
-        view.copy_(state[name])
+        view.copy_(state[name].reshape(view.shape))
     for name in state:
         if name not in views and not re.fullmatch(unused, name):
             raise DataError(f"{part}: tensor {name} is unknown, expected those that the config implies")

@@ -16,6 +16,23 @@ from rich.text import Text
 from mm1.engine.config import Train
 
 
+class Silent:
+    """The display of all processes but the first."""
+
+    @contextmanager
+    def run(self, step: int):
+        yield
+
+    def warn(self, message: str) -> None:
+        pass
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def left_out(self, step: int, why: str) -> None:
+        pass
+
+
 class Display:
     def __init__(self, folder: Path, t: Train, *, out: TextIO = sys.stderr):
         self.folder, self.train = folder, t
@@ -68,7 +85,8 @@ class Display:
             left = self.progress.tasks[0].time_remaining or rates["step"] * (self.train.steps - step)
             line = (
                 f"step {step}/{self.train.steps} loss {metrics['loss']:.4f} lr {metrics['lr']:.2e} "
-                f"tokens/s {rates['tokens']:.0f} images/s {rates['images']:.0f} fill {metrics['fill']:.1%} "
+                f"tokens/s {rates['tokens']:.0f} images/s {rates['images']:.0f} "
+                f"fill {metrics['fill']:.1%}, images {metrics['image_fill']:.1%} "
                 f"data {rates['data']:.1%} left {left:.0f}s"
             )
             print(
@@ -76,6 +94,12 @@ class Display:
                 file=self.console.file,
                 flush=True,
             )
+
+    def left_out(self, step: int, why: str) -> None:
+        """A step that changed nothing."""
+        self.metrics.write(json.dumps({"step": step, "left_out": why}) + "\n")
+        self.metrics.flush()
+        self.warn(f"step {step}: {why}")
 
     def _rates(self) -> dict[str, float]:
         seconds = sum(m["seconds"] for m in self.recent)
@@ -92,6 +116,7 @@ class Display:
             "tokens/s": f"{rates['tokens']:,.0f}",
             "images/s": f"{rates['images']:,.0f}",
             "fill": f"{metrics['fill']:.1%}",
+            "of images": f"{metrics['image_fill']:.1%}",
             "data wait": f"{rates['data']:.1%}",
             "skipped": str(metrics["skipped"]),
         }

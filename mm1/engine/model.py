@@ -7,6 +7,8 @@ Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -82,27 +84,30 @@ class MM1(nn.Module):
             if isinstance(module, VisionBlock | ConvBlock | Block):
                 module.compile(dynamic=False)
 
-    def initialize(self, seed: int = 0) -> "MM1":
-        """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases."""
+    def initialize(self, seed: int = 0, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> "MM1":
+        """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases.
+
+        put(parameter, value) keeps what of a value belongs into a parameter.
+        """
         device = self.decoder.embedding.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in sorted(self.named_parameters()):
-            last = name.rpartition(".")[2]
+            last, value = name.rpartition(".")[2], torch.empty(parameter.shape, device=device)
             if last == "bias":
-                nn.init.zeros_(parameter)
+                value.zero_()
             elif last == "weight" and parameter.ndim == 1:
-                nn.init.ones_(parameter)
+                value.fill_(1.0)
             elif last == "positions":
-                with torch.no_grad():
-                    parameter.copy_(sincos(*parameter.shape))
+                value = sincos(*parameter.shape).to(device)
             else:
-                fan_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim == 4 else parameter.shape[-1]
                 std = 0.02 if last in LEARNED_VECTORS else fan_in**-0.5
                 if name.endswith(INTO_RESIDUAL):
                     layers = self.config.decoder.layers if name.startswith("decoder") else self.config.vision.layers
                     std /= (2 * layers) ** 0.5
-                with torch.no_grad():
-                    parameter.copy_(torch.empty(parameter.shape, device=device).normal_(0.0, std, generator=generator))
+                value.normal_(0.0, std, generator=generator)
+            with torch.no_grad():
+                put(parameter, value)
         return self
 
 

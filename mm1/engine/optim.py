@@ -1,6 +1,7 @@
 """AdamW with MM1's recipe: peak learning rate by law, weight decay a tenth of it, warm-up, cosine to a tenth."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -16,9 +17,9 @@ def learning_rate(step: int, t: Train, peak: float) -> float:
     return peak * (t.final_lr + (1 - t.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def adamw(model: nn.Module, t: Train, peak: float) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], t: Train, peak: float) -> torch.optim.AdamW:
     """Decay on matrices only; norms, biases and single vectors are left alone. Fused: one pass over all state."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": t.weight_decay * peak},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

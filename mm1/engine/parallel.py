@@ -13,7 +13,7 @@ Sources: Shoeybi et al. 2019 (Megatron-LM), Zhao et al. 2023 (FSDP), Lepikhin et
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -63,6 +63,8 @@ class World:
             self.mesh = init_device_mesh(
                 self.device.type, (c.replicate, self.shard, c.tensor), mesh_dim_names=("replicate", "shard", "tensor")
             )
+            # A checkpoint is written beside the steps: on a group of its own, or their messages would be mixed up.
+            self.savers = dist.new_group(backend="gloo", timeout=SILENCE)
             # Experts are cut otherwise than the rest: first among `expert` processes, then among the others.
             self.expert_mesh = init_device_mesh(
                 self.device.type, (c.replicate, self.shard // c.expert, c.expert, c.tensor),
@@ -91,10 +93,11 @@ class World:
                 _send_tokens(experts, self.expert_mesh["expert"], c.capacity)
         policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
         over = partial(_mesh, replicate=c.replicate)
-        shard = partial(fully_shard, mesh=over(self.mesh), mp_policy=policy)
+        shard = partial(fully_shard, mesh=over(self.mesh), mp_policy=policy, shard_placement_fn=_axis(self.shard))
         for experts in mixtures if c.expert > 1 else ():
             shard(experts.router)
-            fully_shard(experts, mesh=over(self.expert_mesh), mp_policy=policy)
+            along = _axis(self.shard // c.expert)
+            fully_shard(experts, mesh=over(self.expert_mesh), mp_policy=policy, shard_placement_fn=along)
         for block in [*model.vision.blocks, *model.decoder.blocks]:
             shard(block)
         shard(model)
@@ -143,23 +146,29 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def like(whole: Tensor, target: Tensor) -> Tensor:
-    """`whole`, which every process has, cut as the target is."""
+def put(target: Tensor, whole: Tensor) -> None:
+    """Into `target`, which may be a part, what belongs there of a tensor that every process has."""
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
+    local(target).copy_(whole)
+
+
+def cut_like(part: Tensor, target: Tensor) -> Tensor:
+    """A part as what it is part of: as much of another tensor as is here of `target`."""
     if not isinstance(target, DTensor):
-        return whole
-    return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-
-
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Those cut alike together: one fused call of an optimizer takes no others."""
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    return list(groups.values())
+        return part
+    return DTensor.from_local(
+        part, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+    )
 
 
 def _mesh(mesh: DeviceMesh, replicate: int) -> DeviceMesh:
     return mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
+
+
+def _axis(parts: int) -> Callable[[nn.Parameter], Shard]:
+    """Experts are cut across, so that all processes hold as much of them, be there more processes than experts."""
+    return lambda p: Shard(1 if p.ndim == 3 and p.shape[1] % parts == 0 else 0)
 
 
 def _shards(x: Tensor) -> int:
@@ -250,12 +259,11 @@ def _own(index: Tensor, part: int, experts: int) -> Tensor:
 def _send_tokens(experts: Experts, mesh: DeviceMesh, capacity: float) -> None:
     for name in ("gate_up", "down"):
         _cut(experts, name, mesh, 0)
-    dropped = torch.zeros((), dtype=torch.int64, device=experts.down.device)
-    experts.register_buffer("dropped", dropped, persistent=False)
-    experts.backend = _travelling(experts.backend, mesh, capacity, dropped)
+    experts.register_buffer("dropped", torch.zeros((), dtype=torch.int64, device=experts.down.device), persistent=False)
+    experts.backend = _travelling(experts.backend, mesh, capacity, experts)
 
 
-def _travelling(backend: Backend, mesh: DeviceMesh, capacity: float, dropped: Tensor) -> Backend:
+def _travelling(backend: Backend, mesh: DeviceMesh, capacity: float, experts: Any) -> Backend:
     """Each process sends every other `capacity` times an even share of its T·K slots at most: all shapes are known
     beforehand, and no number of tokens is asked for. What is over is counted in `dropped`, and adds nothing."""
     group, parts = mesh.get_group(), mesh.size()
@@ -273,7 +281,7 @@ def _travelling(backend: Backend, mesh: DeviceMesh, capacity: float, dropped: Te
         place = at - starts[to]
         fits = (at < ends[-1]) & (place < C)
         row = torch.where(fits, to * C + place, parts * C)  # one row more takes what is not sent
-        dropped.add_(ends[-1] - fits.sum())
+        experts.dropped.add_(ends[-1] - fits.sum())
 
         of = torch.searchsorted(offsets, at, right=True) - to * here  # expert, as its process counts them
         index = torch.full((parts * C + 1,), here, dtype=torch.int32, device=x.device)
@@ -294,7 +302,7 @@ def _travelling(backend: Backend, mesh: DeviceMesh, capacity: float, dropped: Te
     return run
 
 
-def dropped(model: nn.Module) -> Tensor | None:
-    """Slots of tokens that found no room on their way to an expert, since the start; None where none travel."""
+def dropped(model: nn.Module) -> Tensor:
+    """Slots of tokens that found no room on their way to an expert, since the start."""
     counts = [buffer for name, buffer in model.named_buffers() if name.endswith("mlp.dropped")]
-    return torch.stack(counts).sum() if counts else None
+    return torch.stack(counts).sum() if counts else torch.zeros((), device=next(model.parameters()).device)

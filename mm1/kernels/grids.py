@@ -63,7 +63,7 @@ class Grids:
             raise ValueError(f"grids: an image of {most} patches exceeds the longest there may be, {self.longest}")
         table += [first, 0, 0, 0] * (images - len(self.sizes))
         with torch.inference_mode(False):  # whoever evaluates first may train with them later
-            self._fill(_moved(torch.tensor(table, dtype=torch.int32).view(-1, 4), device), patches, merge)
+            self._fill(moved_to(torch.tensor(table, dtype=torch.int32).view(-1, 4), device), patches, merge)
 
     @classmethod
     def of_tensors(cls, first: Tensor, rows: Tensor, h: Tensor, w: Tensor, patches: int, *, merge: int = 1) -> "Grids":
@@ -96,9 +96,13 @@ class Grids:
             with torch.inference_mode(False):
                 other = Grids.__new__(Grids)
                 other.sizes, other.used, other.longest = self.sizes, self.used, self.longest
-                other._fill(_moved(self.table, device), self.patches, self.merge)
+                other._fill(moved_to(self.table, device), self.patches, self.merge)
             self._elsewhere[str(device)] = other
         return self._elsewhere[str(device)]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.table, self.owner, self.cu_seqlens, self.strips
 
     def with_class_token(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where a class token precedes each image: int64 rows of the N tokens and of the P patches, and cu_seqlens."""
@@ -110,7 +114,7 @@ class Grids:
         return cu_seqlens[:-1].long(), patches.long(), cu_seqlens
 
 
-def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+def moved_to(x: Tensor, device: torch.device | str) -> Tensor:
     device = torch.device(device)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 

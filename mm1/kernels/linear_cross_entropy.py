@@ -137,8 +137,8 @@ _op.register_autograd(_gradients, setup_context=_save)
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """x [T, D], weight [V, D], targets int [T] with -100 for no loss -> fp32 [].
 
-    reduction: "mean" over targets, or "sum". Products run in the dtype of autocast where that is on, else in that of the
-    weight; a weight of fp32 gets gradients of fp32. Without any target the loss is 0, and so are its gradients. No
+    reduction: "mean" over targets, or "sum". Products run in the dtype of autocast where that is on, else in that of
+    the weight; a weight of fp32 gets gradients of fp32. Without any target the loss is 0, and so are its gradients. No
     gradients of gradients.
     """
     expect(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], "linear_cross_entropy", "weight",

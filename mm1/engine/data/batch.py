@@ -1,15 +1,19 @@
 """The packed Batch: the only form in which data enters the model, for training, evaluation and prefill."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mm1.engine.data.document import Budget, Document
-from mm1.kernels.grids import Grids
+from mm1.kernels.grids import Grids, moved_to
 from mm1.kernels.linear_cross_entropy import IGNORED
+
+TENSORS = ("tokens", "targets", "positions", "cu_seqlens", "pixels", "image_slots", "target_rows")
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,18 @@ class Batch:
     image_slots: Tensor  # int64 [N·n], the token row of each image token, T for absent images
     target_rows: Tensor  # int64 [target_count], rows with a target: the head sees no others
     target_count: int
+    digest: int  # CRC-32 of tokens and pixels: tells whether data changed
     keys: tuple[str, ...]  # where each document came from
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "targets", "positions", "cu_seqlens", "pixels", "image_slots", "target_rows")
-        }
+        """To a GPU from pinned memory, without waiting."""
+        moved = {name: moved_to(getattr(self, name), device) for name in TENSORS}
         return replace(self, **moved, grids=self.grids.to(device))
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator that this stream uses the tensors, if they were made on another."""
+        for x in (*(getattr(self, name) for name in TENSORS), *self.grids.tensors):
+            x.record_stream(stream)
 
     @property
     def used_tokens(self) -> int:
@@ -75,7 +83,7 @@ def pack(documents: Sequence[Document], budget: Budget, *, image_id: int, patch:
     # The encoder takes the images in order of their size, because equal ones side by side run as one batch.
     by_size = sorted(range(len(images)), key=lambda i: (images[i].size, images[i].shape))
     image_slots[: len(found)] = found.reshape(-1, slots)[by_size].ravel()
-    pixels = [images[i].reshape(-1, 3) for i in by_size]
+    pixels = [np.ascontiguousarray(images[i]).reshape(-1, 3) for i in by_size]
     sizes = [(images[i].shape[0] // patch, images[i].shape[1] // patch) for i in by_size]
     return Batch(
         tokens=torch.from_numpy(tokens),
@@ -87,5 +95,6 @@ def pack(documents: Sequence[Document], budget: Budget, *, image_id: int, patch:
         image_slots=torch.from_numpy(image_slots),
         target_rows=torch.from_numpy(rows_with_target),
         target_count=len(rows_with_target),
+        digest=reduce(lambda crc, array: zlib.crc32(array.data, crc), pixels, zlib.crc32(tokens.data)),
         keys=tuple(d.key for d in documents),
     )

@@ -79,9 +79,9 @@ class Mixture:
         assert drawn is not None
         return drawn
 
-    def iterate(self, position: int, workers: int) -> Iterator[Drawn]:
-        """From `position` on; the order does not depend on the number of workers."""
-        documents = self._documents.slice(slice(position, None))
+    def iterate(self, position: int, workers: int, stride: int = 1) -> Iterator[Drawn]:
+        """Every stride-th from `position` on; the order does not depend on the number of workers."""
+        documents = self._documents.slice(slice(position, None, stride))
         if workers:
             if not flags.FLAGS.is_parsed():  # where there is jax, Grain reads a flag of absl, which nobody parses here
                 flags.FLAGS.mark_as_parsed()

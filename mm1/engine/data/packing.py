@@ -31,7 +31,7 @@ class _Waiting:
 
 
 class Loader:
-    """Endless packed batches of a mixture.
+    """Endless packed batches of a mixture: of every stride-th position, from `first` on.
 
     quarantine: a file to which every record that was skipped, and the damage (shard, reason) found in whole files, is
     appended as one JSON line. max_bad records of one source in a row raise DataError naming the last one's shard.
@@ -40,11 +40,12 @@ class Loader:
     def __init__(
         self, mixture: "Mixture", budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int = 64,
         workers: int = 0, max_bad: int = 100, quarantine: Path | None = None, damage: Sequence[tuple[str, str]] = (),
+        first: int = 0, stride: int = 1,
     ):  # fmt: skip
         self.mixture, self.budget, self.buffer, self.workers = mixture, budget, buffer, workers
         self.layout = {"image_id": image_id, "patch": patch, "slots": slots}
         self.max_bad, self.quarantine, self.damage = max_bad, quarantine, damage
-        self.position = 0
+        self.position, self.stride = first, stride
         self.waiting: list[_Waiting] = []
         self.skipped = 0
         self.in_a_row: dict[int, int] = {}
@@ -97,7 +98,7 @@ class Loader:
 
     def _refill(self) -> None:
         if self._stream is None:
-            self._stream = self.mixture.iterate(self.position, self.workers)
+            self._stream = self.mixture.iterate(self.position, self.workers, self.stride)
             for shard, reason in self.damage:
                 self._list(shard, "", reason, -1)
         while len(self.waiting) < self.buffer:
@@ -109,7 +110,7 @@ class Loader:
             self.waiting += [
                 self._wait(self.position, piece, document) for piece, document in enumerate(drawn.documents)
             ]
-            self.position += 1
+            self.position += self.stride
 
     def _wait(self, position: int, piece: int, document: Document) -> _Waiting:
         patches = document.patches(self.layout["patch"])

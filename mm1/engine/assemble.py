@@ -1,0 +1,227 @@
+"""A checkpoint to train from, of published weights on disk: CLIP's encoder, Honeybee's connector, a Llama-type decoder.
+
+Nothing is downloaded. Files are mapped and copied tensor by tensor: memory holds about one model, in fp32.
+Sources: Hewitt 2021 (Initializing New Word Embeddings for Pretrained Language Models) for the rows of new tokens;
+Komatsuzaki et al. 2023 (Sparse Upcycling, arXiv 2212.05055), by which MM1's section 3.4 starts its experts.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mm1.engine import checkpoint, config
+from mm1.engine.convert import from_hf
+from mm1.engine.data.document import SPECIAL
+from mm1.engine.data.record import DataError
+
+State = dict[str, Tensor]
+Parts = tuple[config.Model, State, str]  # and the text of tokenizer.json
+ROWS = 64  # the vocabulary is a multiple of it: whole tiles of tensor cores in products with the head
+
+
+def assemble(
+    out: Path, *, vision: Path | str | None = None, decoder: Path | str | None = None, source: Path | None = None,
+    connector: Path | None = None, tokenizer: Path | None = None, image_tokens: int | None = None,
+    image_size: int | None = None, context: int | None = None, experts: int = 0, moe_every: int = 2,
+    experts_per_token: int = 2, seed: int = 0,
+) -> Path:  # fmt: skip
+    """Write a checkpoint of a vision and a decoder, or of a checkpoint of ours (`source`), to `out`; returns that.
+
+    vision, decoder: transformers' folder (config.json, and safetensors whole or in shards), a .safetensors file with
+    config.json beside it, or a named size of ours: random weights. connector: Honeybee's .safetensors; None: random.
+    tokenizer: a tokenizer.json; None: the decoder's. image_tokens: of the connector; None: 144. image_size: pixels a
+    side; None: as the encoder was trained. context: longest document, which a sliding window has to hold. experts:
+    copies of the dense MLP in every moe_every-th layer; 0: none. seed: of whatever is random.
+    Raises DataError for whatever is missing, damaged or not supported, and if `out` is there already.
+    """
+    if out.exists():
+        raise DataError(f"{out} exists already: give another folder")
+    parts = (vision, decoder, connector, tokenizer, image_tokens, context)
+    if source is not None:
+        if any(part is not None for part in parts):
+            raise DataError("a checkpoint has its own vision, decoder, connector and tokenizer: give none beside it")
+        c, state, text = _checkpoint(source)
+    elif vision is None or decoder is None:
+        raise DataError("neither a checkpoint nor both vision and decoder are given")
+    else:
+        c, state, text = _published(vision, decoder, connector, tokenizer, image_tokens, context, seed)
+    if image_size is not None:
+        c = replace(c, image_size=image_size, image_patches=(image_size // c.vision.patch) ** 2)
+    if experts:
+        sparse = replace(c.decoder, experts=experts, moe_every=moe_every, experts_per_token=experts_per_token)
+        _upcycle(state, c.decoder, sparse, seed)
+        c = replace(c, decoder=sparse)
+    texts = {"config.json": json.dumps({"model": config.to_dict(c)}, indent=1), "tokenizer.json": text}
+    checkpoint.write(out, {"model.safetensors": state}, texts)
+    return out
+
+
+def _checkpoint(source: Path) -> Parts:
+    if not source.is_dir():
+        raise DataError(f"no checkpoint at {source}")
+    model = checkpoint.load(source, device="cpu", dtype=torch.float32)
+    assert model.tokenizer is not None
+    return model.config, dict(model.state_dict()), Path(model.tokenizer.path).read_text()
+
+
+def _published(
+    vision: Path | str, decoder: Path | str, connector: Path | None, tokenizer: Path | None, image_tokens: int | None,
+    context: int | None, seed: int,
+) -> Parts:  # fmt: skip
+    v, v_folder = _part("vision", vision)
+    d, d_folder = _part("decoder", decoder)
+    tokenizer = tokenizer or (d_folder and d_folder / "tokenizer.json")
+    if tokenizer is None:
+        raise DataError(f"the size {decoder} has no tokenizer: give one")
+    text, known, tokens = _tokenizer(tokenizer)
+    if d_folder is None:
+        d = replace(d, vocabulary=_rows(max(d.vocabulary, tokens)))
+    honeybee = None if connector is None else _tensors(connector)
+    if honeybee and any(name.startswith("abstractor.") for name in honeybee):  # may be a file of all of Honeybee
+        honeybee = {name: tensor for name, tensor in honeybee.items() if name.startswith("abstractor.")}
+    image_tokens = 144 if image_tokens is None else image_tokens
+    model = from_hf(vision=v, decoder=d, connector=honeybee, image_tokens=image_tokens, context=context, seed=seed)
+    c, state = model.config, dict(model.state_dict())
+    if v_folder and (pixels := v_folder / "preprocessor_config.json").is_file():
+        fields = {"image_mean": c.vision.mean, "image_std": c.vision.std} | _json(pixels)
+        c = replace(c, vision=replace(c.vision, mean=tuple(fields["image_mean"]), std=tuple(fields["image_std"])))
+    if d_folder:
+        c = replace(c, decoder=replace(c.decoder, vocabulary=_rows(max(c.decoder.vocabulary, tokens))))
+        for name in {"decoder.embedding.weight", "decoder.head.weight"} & set(state):
+            state[name] = _grown(state[name], known, tokens, c.decoder.vocabulary)
+    return c, state, text
+
+
+def _rows(tokens: int) -> int:
+    return -(-tokens // ROWS) * ROWS
+
+
+def _grown(old: Tensor, known: int, tokens: int, rows: int) -> Tensor:
+    """old [V, D] -> [rows, D]: the mean of the `known` first ones for all up to `tokens`, and for all that are new.
+
+    Rows past `tokens` that `old` has, of no token, stay. The mean bounds what new tokens take from the old ones'
+    probabilities (Hewitt 2021); random rows may take nearly all.
+    """
+    mean = old[:known].mean(0)
+    new = torch.cat([old, mean.expand(rows - len(old), -1)])
+    new[known:tokens] = mean
+    return new
+
+
+def _upcycle(state: State, dense: config.Decoder, sparse: config.Decoder, seed: int) -> None:
+    """Put copies of the dense MLP for experts into `state`, and routers, random as MM1.initialize makes them.
+
+    The weights of a token's choices sum to one: the mixture computes what the MLP did, whatever its router says.
+    """
+    layers = [layer for layer in range(dense.layers) if config.is_moe(sparse, layer)]
+    if dense.experts:
+        raise DataError(f"the decoder has {dense.experts} experts already: only a dense one can be given experts")
+    if not layers:
+        raise DataError(f"moe_every is {sparse.moe_every}, expected at most the decoder's {dense.layers} layers")
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        mlp = f"decoder.blocks.{layer}.mlp."
+        gate, up, down = (state.pop(f"{mlp}{name}.weight") for name in ("gate", "up", "down"))
+        router = torch.empty(sparse.experts, sparse.width)
+        state[f"{mlp}router.weight"] = router.normal_(0.0, sparse.width**-0.5, generator=generator)
+        state[f"{mlp}gate_up"] = torch.cat([gate, up]).expand(sparse.experts, -1, -1)  # one, until it is written
+        state[f"{mlp}down"] = down.expand(sparse.experts, -1, -1)
+
+
+def _tokenizer(path: Path) -> tuple[str, int, int]:
+    """tokenizer.json with the special tokens it lacked, and the number of its ids before and after.
+
+    What tokenizer_config.json calls bos and eos becomes <bos> and <eos>, under its id, whose row is trained.
+    """
+    text, settings = json.dumps(_json(path)), path.with_name("tokenizer_config.json")
+    try:
+        old = Tokenizer.from_str(text)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+    names = _renamed(old, _json(settings) if settings.is_file() else {})
+    spec = json.loads(old.to_str())
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model, vocabulary = spec["model"], spec["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    else:  # Unigram's: its unknown token is a number
+        model["vocab"] = [(names.get(token, token), score) for token, score in vocabulary]
+    if "merges" in model:  # some files can merge "<" and "s>" of a text into what is meant to begin one
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+    # Documents are encoded whole and get bos and eos elsewhere; a template would name tokens that are gone.
+    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
+    new = Tokenizer.from_str(json.dumps(spec))
+    new.add_special_tokens(list(SPECIAL))
+    known, tokens = (max(t.get_vocab().values(), default=-1) + 1 for t in (old, new))
+    return new.to_str(), known, tokens
+
+
+def _renamed(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Token of `tokenizer` -> our name for it. One that is bos and eos both is eos, without which no text ends."""
+    names: dict[str, str] = {}
+    for ours, field in (("<eos>", "eos_token"), ("<bos>", "bos_token")):
+        theirs = settings.get(field)
+        theirs = theirs["content"] if isinstance(theirs, dict) else theirs
+        if theirs and tokenizer.token_to_id(theirs) is not None and tokenizer.token_to_id(ours) is None:
+            names.setdefault(theirs, ours)
+    return names
+
+
+def _part(part: str, given: Path | str) -> tuple[Any, Path | None]:
+    """What from_hf takes for it, and its folder: None for a named size."""
+    path = Path(given)
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        return (_json(folder / "config.json"), _tensors(path)), folder
+    if str(given) not in config.MODELS:
+        raise DataError(f"{part}: {given} is no folder, no file and no named size ({', '.join(config.MODELS)})")
+    return getattr(config.named(str(given)), part), None
+
+
+def _tensors(path: Path) -> State:
+    """Tensors of a .safetensors file or a folder's, mapped: read when they are copied."""
+    files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
+    if not path.is_dir():
+        files = [path]
+    elif not files[0].is_file() and index.is_file():
+        shards = _json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise DataError(f"{index}: weight_map is missing")
+        files = [path / name for name in sorted(set(shards.values()))]
+    elif not files[0].is_file() and (others := sorted(path.glob("*.bin"))):
+        files = others
+    state: State = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise DataError(
+                f"{file}: convert it to safetensors; other files of weights can run code when they are read"
+            )
+        if not file.is_file():
+            raise DataError(f"no such file of weights: {file}")
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file} is not a whole safetensors file: {error}") from None
+    return state
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return found

@@ -1,0 +1,108 @@
+"""What feeds a process of a run: micro-batches of its packers in turn, and a thread that has the next ones ready."""
+
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mm1.engine.data.batch import Batch
+from mm1.engine.data.document import Budget
+from mm1.engine.data.packing import Loader
+
+AHEAD = 2  # batches that are ready
+
+
+class Streams:
+    """The run's i-th micro-batch is of packer i mod S, and goes to process i mod R; here are those of one process.
+
+    Which batches a run sees does therefore not depend on R, as long as R divides S and the micro-batches of a step.
+    """
+
+    def __init__(self, loaders: Mapping[int, Loader], streams: int, rank: int = 0, ranks: int = 1):
+        self.loaders, self.streams, self.rank, self.ranks = loaders, streams, rank, ranks
+        self.taken = 0  # micro-batches, by all processes
+
+    def __next__(self) -> Batch:
+        batch = next(self.loaders[(self.taken + self.rank) % self.streams])
+        self.taken += self.ranks
+        return batch
+
+    @property
+    def budget(self) -> Budget:
+        return next(iter(self.loaders.values())).budget
+
+    @property
+    def skipped(self) -> int:
+        return sum(loader.skipped for loader in self.loaders.values())
+
+    def state(self) -> dict[str, Any]:
+        """Of this process: its packers' states by their numbers."""
+        return {"taken": self.taken, "streams": {str(i): loader.state() for i, loader in self.loaders.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+        for i, loader in self.loaders.items():
+            loader.restore(state["streams"][str(i)])
+
+
+def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of all processes."""
+    return {"taken": states[0]["taken"], "streams": {i: s for state in states for i, s in state["streams"].items()}}
+
+
+class Fed(NamedTuple):
+    batch: Batch  # on the device
+    state: dict[str, Any]  # of the streams behind it
+    skipped: int
+    ready: Any  # CUDA event, or None
+
+
+class Feed:
+    """Streams' batches on a device, AHEAD of them prepared by a thread; `state` is that behind the last one taken."""
+
+    def __init__(self, streams: Streams, device: torch.device):
+        self.device, self.state, self.skipped = device, streams.state(), streams.skipped
+        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(streams,), name="feed", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        fed = self._queue.get()
+        if isinstance(fed, BaseException):
+            self._queue.put(fed)  # whoever asks again is told again
+            raise fed
+        self.state, self.skipped = fed.state, fed.skipped
+        if fed.ready is not None:
+            current = torch.cuda.current_stream()
+            current.wait_event(fed.ready)
+            fed.batch.record_stream(current)
+        return fed.batch
+
+    def close(self) -> None:
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _work(self, streams: Streams) -> None:
+        side = torch.cuda.Stream() if self.device.type == "cuda" else None
+        try:
+            while not self._closed.is_set():
+                with torch.cuda.stream(side):
+                    batch = next(streams).to(self.device)
+                    ready = side.record_event() if side else None
+                self._put(Fed(batch, streams.state(), streams.skipped, ready))
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, fed: Fed | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(fed, timeout=0.1)
+            except queue.Full:
+                continue

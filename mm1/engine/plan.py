@@ -1,0 +1,330 @@
+"""What a run would need on N GPUs: memory of the fullest one by part, time of a step, days. Nothing is allocated.
+
+    memory   parameters, gradients and AdamW's moments of a share; weights gathered to compute with; what backward needs
+    time     max(operations / (share of peak · peak), FSDP's traffic) + what tensor and expert parallelism send + AdamW
+
+Parameters, operations and bytes sent are counted as parallel.py shares and train.py steps; rates are assumed, and
+`show` prints every assumption. Sources: Rajbhandari et al. 2020 (ZeRO) for 16 bytes of state a parameter, Zhao et al.
+2023 (FSDP) for what is gathered, Korthikanti et al. 2023 for activations.
+"""
+
+import dataclasses
+import math
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from mm1.engine import config
+from mm1.engine.data.record import DataError
+from mm1.engine.ledger import Load, ledger
+from mm1.engine.model import MM1
+from mm1.kernels.device import DEVICES
+from mm1.kernels.linear_cross_entropy import CHUNK
+
+NODE = 8  # GPUs of one machine
+USABLE = 0.92  # of the memory: the rest is CUDA's, NCCL's, and gaps that the allocator cannot fill
+REACHED = 0.8  # of a link's rate
+SHARES = {"dense": 0.40, "mixture": 0.25}  # of peak, that executed operations reach
+ADAMW = 28  # bytes a parameter: it reads weight, gradient and two moments and writes all but the gradient
+
+
+class Hardware(NamedTuple):
+    memory: float  # bytes
+    link: float  # GB/s that a GPU sends to the others of its node
+
+
+# Vendors' data sheets: capacity, and half of the two-way rate of NVLink, Infinity Fabric or, for RTX, PCIe x16.
+HARDWARE = {
+    "a100": Hardware(80e9, 300), "a100-40gb": Hardware(40e9, 300), "rtx4090": Hardware(24e9, 32),
+    "h100": Hardware(80e9, 450), "h200": Hardware(141e9, 450), "b200": Hardware(180e9, 900),
+    "rtx5090": Hardware(32e9, 64), "mi300x": Hardware(192e9, 448),
+}  # fmt: skip
+# Axis along which `tensor` cuts a weight of a decoder layer; `expert` cuts the experts' along the same.
+AXES = {
+    "attention.qkv.weight": 0, "attention.out.weight": 1, "mlp.gate.weight": 0, "mlp.up.weight": 0,
+    "mlp.down.weight": 1, "mlp.gate_up": 0, "mlp.down": 0,
+}  # fmt: skip
+EXPERTS = ("mlp.gate_up", "mlp.down")
+CUT_OPERATIONS = ("decoder linear", "decoder attention", "experts")  # of the ledger; a tensor group repeats the others
+
+
+class Share(NamedTuple):
+    """A parameter on one GPU, in elements."""
+
+    block: str  # with which it is gathered; "" for what lies outside of blocks, which stays gathered
+    used: int  # that the GPU computes with
+    held: int  # that the fullest GPU keeps: FSDP cuts the first axis, so three rows among two are two and one
+    ranks: int  # that keep the rest, `stride` GPUs apart
+    stride: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    gpus: int
+    device: str
+    parameters: int
+    shard: int  # GPUs among which parameters lie in shares
+    uneven: float  # the fullest GPU's share of the parameters over an even one
+    memory: dict[str, float]  # bytes on the fullest GPU
+    usable: float  # bytes
+    remedies: tuple[str, ...]  # settings each of which fits, where this does not
+    operations: int  # useful, of a step
+    seconds: dict[str, float]  # of a step
+    step: float  # seconds, where FSDP's are beside those of operations
+    tokens_per_second: float
+    images_per_second: float
+    mfu: float
+    days: float
+    assumptions: tuple[str, ...]
+
+
+def plan(
+    run: config.Run, gpus: int, device: str = "h200", *, share: float | None = None, network: float = 50.0,
+    document: int = 1024,
+) -> Plan:  # fmt: skip
+    """Of a run on `gpus` of a device of mm1/kernels/device.py.
+
+    share: of peak that executed operations reach (None: SHARES). network: GB/s that a GPU sends to other nodes.
+    document: tokens of a typical one. Raises DataError with one line for whatever cannot be.
+    """
+    c, t, tensor = run.model, run.train, run.parallel.tensor
+    _expect(device in HARDWARE, f"unknown device {device!r}; known: {', '.join(HARDWARE)}")
+    share = SHARES["mixture" if c.decoder.experts else "dense"] if share is None else share
+    _expect(0 < share <= 1, f"share of peak is {share}, expected above 0 and at most 1")
+    _expect(network > 0 and document > 0, f"network {network} and document {document}, expected above 0")
+    parts, load, hardware = shares(run, gpus), typical(run, document), HARDWARE[device]
+    used, usable = memory(run, gpus, load), USABLE * hardware.memory
+    counted, sequences = ledger(c, load, checkpointing=t.checkpoint_activations), t.accumulate * tensor // gpus
+    executed = sum(
+        n / (tensor if part in CUT_OPERATIONS else 1)
+        for kind in (counted.forward, counted.backward, counted.padding, counted.recompute)
+        for part, n in kind.items()
+    )
+    peak = DEVICES[device].tflops * 1e12
+    each = {"operations": executed / (share * peak), **traffic(run, gpus, load, hardware.link, network)}
+    seconds = {part: sequences * n for part, n in each.items()}
+    seconds["AdamW"] = ADAMW * sum(s.held for s in parts) / (DEVICES[device].bandwidth * 1e9)
+    step = sum(seconds.values()) - min(seconds["operations"], seconds["FSDP"])
+    return Plan(
+        gpus, device, sum(math.prod(shape) for shape in _parameters(c).values()), _shard(run, gpus),
+        sum(s.held for s in parts) / sum(s.used / s.ranks for s in parts), used, usable,
+        () if sum(used.values()) <= usable else _remedies(run, gpus, usable, document),
+        t.accumulate * counted.useful, seconds, step, t.accumulate * load.tokens / step,
+        t.accumulate * len(load.grids) / step, t.accumulate * counted.useful / (step * gpus * peak),
+        t.steps * step / 86_400,
+        (
+            f"executed operations, recomputed ones too, run at {share:.0%} of {peak / 1e12:.0f} TFLOP/s",
+            f"a sequence is {load.tokens} tokens in documents of {document}, of which {len(load.grids)} images of"
+            f" {load.patches // max(load.images, 1)} patches; {load.targets} tokens are targets",
+            f"a step is {t.accumulate} sequences, {sequences} one after the other; a tensor group shares them",
+            f"{NODE} GPUs are a node; each sends {hardware.link:g} GB/s inside it and {network:g} GB/s out of it,"
+            f" of which {REACHED:.0%} are reached",
+            "every sequence FSDP gathers bf16 weights forward and backward and sums fp32 gradients, beside operations",
+            "what tensor and expert parallelism send is waited for; tokens spread evenly over the experts",
+            "activations are counted as eager torch keeps them, also for compiled blocks",
+            f"{USABLE:.0%} of {hardware.memory / 1e9:.0f} GB of memory are usable",
+            "data, checkpoints and failures take no time",
+        ),
+    )  # fmt: skip
+
+
+def typical(run: config.Run, document: int) -> Load:
+    """A full sequence: documents of so many tokens, as many images as the budgets hold, and targets that are text."""
+    d, m = run.data, run.model
+    few = f"setting data.tokens is {d.tokens}, too few for one image of {m.connector.tokens} tokens"
+    _expect(d.tokens >= m.connector.tokens + 2, few)
+    full = m.image_patches if m.image_mode == "native" else (m.image_size // m.vision.patch) ** 2
+    patches, images = d.patches or d.images * full, min(d.images, d.tokens // m.connector.tokens)
+    lengths = [document] * (d.tokens // document) + [d.tokens % document] * (d.tokens % document > 0)
+    grids = [(1, max(1, min(full, patches // d.images)))] * images
+    return Load(lengths, grids, d.tokens - images * m.connector.tokens, d.tokens, d.images, patches)
+
+
+@cache
+def _parameters(c: config.Model) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in MM1(c).named_parameters()}
+
+
+def shares(run: config.Run, gpus: int) -> list[Share]:
+    """Of every parameter. Raises DataError for settings of `parallel` that do not go together."""
+    p, found = run.parallel, []
+    shard = _shard(run, gpus)
+    for name, (rows, *columns) in _parameters(run.model).items():
+        path = name.split(".", 3)
+        block = ".".join(path[:3]) if path[1] == "blocks" else ""
+        axis = AXES.get(path[-1]) if path[0] == "decoder" and block else None
+        # Experts are cut among `expert` neighbours first, and each of these parts among the others that shard.
+        apart = p.expert if axis is not None and path[-1] in EXPERTS else 1
+        parts, ranks, stride = 1 if axis is None else p.tensor * apart, shard // apart, p.tensor * apart
+        used = rows * math.prod(columns) // parts
+        across = len(columns) == 2 and columns[0] % ranks == 0  # as parallel cuts experts
+        here = columns[0] if across else rows if axis else rows // parts
+        found.append(Share(block, used, -(-here // ranks) * (used // here), ranks, stride))
+    return found
+
+
+def _shard(run: config.Run, gpus: int) -> int:
+    p, d, t = run.parallel, run.model.decoder, run.train
+    shard, left = divmod(gpus, p.replicate * p.tensor)
+    _expect(shard > 0 and not left, f"{gpus} GPUs are no multiple of replicate {p.replicate} × tensor {p.tensor}")
+    _expect(p.tensor == 1 or p.expert == 1, "settings parallel.tensor and parallel.expert are both above 1")
+    for setting, count, what in (
+        ("expert", shard, f"{shard} GPUs that shard"), ("expert", d.experts, f"{d.experts} experts"),
+        ("tensor", d.experts, f"{d.experts} experts"), ("tensor", d.kv_heads, f"{d.kv_heads} kv_heads"),
+        ("tensor", d.ffn, f"{d.ffn} ffn"),
+    ):  # fmt: skip
+        value = getattr(p, setting)
+        _expect(count % value == 0, f"setting parallel.{setting} is {value}, expected a divisor of the {what}")
+    data = gpus // p.tensor
+    for name, count in (("data.streams", run.data.streams), ("train.accumulate", t.accumulate)):
+        _expect(
+            count % data == 0, f"setting {name} is {count}, expected a multiple of the {data} processes that take data"
+        )
+    _expect(t.dtype != "fp32", "setting train.dtype is 'fp32', expected auto or bf16: peak rates are known of bf16")
+    return shard
+
+
+def memory(run: config.Run, gpus: int, load: Load) -> dict[str, float]:
+    """Bytes on the fullest GPU by part, bf16 with state of fp32, where all are at once: as backward begins."""
+    d, p, alone, parts = run.model.decoder, run.parallel, gpus == 1, shares(run, gpus)
+    held, blocks = sum(s.held for s in parts), dict.fromkeys((s.block for s in parts), 0)
+    for s in parts:
+        blocks[s.block] += s.used
+    outside, sizes = blocks.pop(""), [*blocks.values()]
+    # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; while one
+    # block's gradients are copied to fp32 to be summed, the others' are gone.
+    gathered = sum(sizes) if alone else max(map(sum, zip(sizes, [*sizes[1:], 0])))
+    travels = p.capacity if p.expert > 1 and d.experts else 0.0
+    kept = activations(
+        run.model, load, 2, residual=4 if alone else 2, tensor=p.tensor, capacity=travels,
+        checkpointing=run.train.checkpoint_activations,
+    )  # fmt: skip
+    return {
+        "parameters": 4 * held,
+        "gradients": 4 * held,
+        "moments of AdamW": 8 * held,
+        "gathered weights": 2 * (outside + gathered),
+        "gradients on their way": 0 if alone else 6 * max(outside, *sizes),
+        "logits": min(2 * load.targets * d.vocabulary, CHUNK["cuda"]),
+        "head's gradient": (4 if alone else 2) * d.vocabulary * d.width,
+        # Of one layer: slots in the experts' order, and what is sent, made and sent back.
+        "tokens on their way": 2 * load.tokens * d.experts_per_token * d.width * (1 + 3 * travels) * (travels > 0),
+    } | kept  # fmt: skip
+
+
+def activations(
+    c: config.Model, load: Load, itemsize: int, *, residual: int = 4, tensor: int = 1, capacity: float = 0.0,
+    checkpointing: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Bytes kept for backward of one sequence.
+
+    itemsize: bytes of an element of products; residual: of the residual stream. capacity: of experts to which tokens
+    travel, 0 where they stay. checkpointing: of blocks their input alone, and all of one that is computed again.
+    """
+    v, k, d = c.vision, c.connector, c.decoder
+    rows, slots, routed = load.patches + v.class_token * load.images, load.images * k.tokens, d.experts_per_token
+    # Inputs of the norms; their outputs, q k v, y and the MLP's, of which quick_gelu keeps its sigmoid too.
+    gelu = 3 if v.activation == "quick_gelu" else 2
+    vision = rows * (residual * 2 * v.width + itemsize * (6 * v.width + gelu * v.ffn))
+    # The same; q and k before their norms in fp32, and rotated. gate, up, silu(gate), their product.
+    pairs = (d.heads + d.kv_heads) * d.head_width / tensor
+    attention = residual * 2 * d.width + 4 * pairs + itemsize * (2 * d.width + 3 * pairs)
+    dense = attention + itemsize * 4 * d.ffn / tensor
+    # Gate and up of each slot, on a tensor group of all experts' slots; logits, and their fp32 input if that is a copy.
+    # Of tokens that travel also the rows that were taken in, and in fp32 what came back.
+    mixture = attention + itemsize * routed * (capacity or 1) * 2 * d.ffn + 4 * (d.experts + d.width * (itemsize < 4))
+    mixture += routed * d.width * (itemsize * capacity + 4 * (capacity > 0))
+    layers = [load.tokens * (mixture if config.is_moe(d, layer) else dense) for layer in range(d.layers)]
+    readout = 2 * (k.readout_depth - 1) * d.width
+    connector = {  # x, W1 x and W3 c of each block, as kernels/conv_block.py keeps them; k, v; rows of the pool
+        "c-abstractor": load.patches * v.width + 3 * k.depth * k.hidden * (load.patches + slots)
+        + slots * (k.hidden + readout),
+        "attention": load.patches * (v.width + 2 * d.width) + slots * 13 * d.width,
+        "average": slots * (v.width + readout),
+    }[k.kind]  # fmt: skip
+    found = {
+        "activations outside of blocks": 3 * v.patch**2 * load.patches + itemsize * connector + 4 * slots * d.width
+        + residual * (rows * v.width + load.tokens * d.width) + itemsize * load.targets * d.width,
+        "activations of blocks": v.layers * vision + sum(layers),
+    }  # fmt: skip
+    if checkpointing:
+        found["activations of blocks"] = residual * (v.layers * rows * v.width + d.layers * load.tokens * d.width)
+        found["a block computed again"] = max(vision, *layers)
+    return found
+
+
+def traffic(run: config.Run, gpus: int, load: Load, link: float, network: float) -> dict[str, float]:
+    """Seconds of one sequence that GPUs send for, by who sends. link, network: GB/s inside a node and out of it."""
+    p, d, again = run.parallel, run.model.decoder, run.train.checkpoint_activations
+
+    def ring(ranks: int, stride: int) -> float:
+        """Bytes/s of a GPU; where a group has several in a node, its rings leave the node by the ports of all."""
+        out = network * max(1, NODE // stride)
+        return REACHED * 1e9 * (link if ranks * stride <= NODE else min(link, out))
+
+    fsdp = 0.0
+    for s in shares(run, gpus) if gpus > 1 else ():
+        gathers = 2 if s.block else 1
+        fsdp += s.held * (s.ranks - 1) * (2 * gathers + 4) / ring(s.ranks, s.stride)
+        copies = 8 * s.held * (p.replicate - 1) / p.replicate
+        fsdp += copies / ring(p.replicate, gpus // p.replicate)
+    passes = 3 if again else 2  # forward, backward, and forward again
+    state = 2 * load.tokens * d.width  # bytes
+    sums = 2 * passes * d.layers * 2 * (p.tensor - 1) / p.tensor * state
+    near = min(p.expert, NODE)
+    slowest = max((near - 1) / link, (p.expert - near) / network) / (p.expert * REACHED * 1e9)
+    mixtures = sum(config.is_moe(d, layer) for layer in range(d.layers))
+    sent = 2 * passes * mixtures * d.experts_per_token * p.capacity * state
+    return {"FSDP": fsdp, "tensor": sums / ring(p.tensor, 1), "expert": sent * slowest}
+
+
+def _remedies(run: config.Run, gpus: int, usable: float, document: int) -> tuple[str, ...]:
+    """Up to three changes that fit, those of fewest settings first."""
+    p, t, experts = run.parallel, run.train, run.model.decoder.experts
+    ways = [(1, p.expert), *((2**n, 1) for n in range(1, 4)), *((1, 2**n) for n in range(1, experts.bit_length()))]
+    ways = {replace(p, replicate=r, tensor=a, expert=b) for r in (p.replicate, 1) for a, b in ways} | {p}
+    found: dict[str, int] = {}
+    for scale, way, train in product((1, 2, 4, 8), ways, (t, replace(t, checkpoint_activations=True))):
+        other, changes = replace(run, parallel=way, train=train), [f"{gpus * scale} GPUs"] * (scale > 1)
+        changes += ["train.checkpoint_activations=true"] * (train != t)
+        changes += [f"parallel.{name}={n}" for name, n in vars(way).items() if n != getattr(p, name)]
+        with suppress(DataError):
+            if sum(memory(other, gpus * scale, typical(other, document)).values()) <= usable:
+                found[", ".join(changes)] = len(changes) + scale
+    return tuple(sorted(found, key=lambda text: (found[text], text))[:3])
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    return dataclasses.asdict(plan)
+
+
+def show(plan: Plan) -> str:
+    """Lines to print."""
+    total = sum(plan.memory.values())
+    fits = "fits" if total <= plan.usable else "does not fit"
+    remedies = [f"  would fit: {text}" for text in plan.remedies] or ["  nothing tried would fit"]
+    names = {"FSDP": "FSDP (beside operations)", "tensor": "tensor parallelism", "expert": "expert parallelism"}
+    lines = [
+        f"{plan.gpus} × {plan.device}, {plan.parameters / 1e6:,.0f} M parameters, shared by {plan.shard}",
+        *([f"  the fullest GPU holds {plan.uneven:.2f} × an even share"] if plan.uneven > 1.05 else []),
+        "", "memory of a GPU, GB",
+        *(f"  {name:32}{n / 1e9:8.2f}" for name, n in plan.memory.items() if n),
+        f"  {'in all':32}{total / 1e9:8.2f}   {fits} in the usable {plan.usable / 1e9:.1f}",
+        *(remedies if total > plan.usable else []),
+        "", f"time of a step of {plan.operations:.3g} useful operations, s",
+        *(f"  {names.get(name, name):32}{n:8.2f}" for name, n in plan.seconds.items() if n),
+        f"  {'in all':32}{plan.step:8.2f}   MFU {plan.mfu:.1%}",
+        "", f"{plan.tokens_per_second:,.0f} tokens/s, {plan.images_per_second:,.0f} images/s, {plan.days:,.1f} days",
+        "", "assumed", *(f"  {line}" for line in plan.assumptions),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _expect(right: bool, otherwise: str) -> None:
+    if not right:
+        raise DataError(otherwise)

@@ -1,0 +1,318 @@
+"""Plans against counts by hand, torch's own cuts, and what autograd really keeps."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from small import document, packed, small_model
+from torch import nn
+
+from mm1.engine.config import Data, Parallel, Run, Train, load_run
+from mm1.engine.data.record import DataError
+from mm1.engine.decoder import Attention
+from mm1.engine.experts import Experts
+from mm1.engine.ledger import Load, ledger
+from mm1.engine.model import MM1, parameter_counts
+from mm1.engine.plan import HARDWARE, activations, memory, plan, shares, show, to_dict, traffic, typical
+from mm1.engine.train import _recompute_blocks
+from mm1.kernels.device import DEVICES
+
+DENSE, MIXTURE = small_model(experts=0), small_model(experts=4, moe_every=1)
+
+
+def run_of(model=DENSE, train=Train(accumulate=16), **parallel) -> Run:
+    return Run(model, Data(tokens=160, images=4, patches=240), train, Parallel(**parallel))
+
+
+def held(run: Run, gpus: int) -> int:
+    return sum(s.held for s in shares(run, gpus))
+
+
+def elements(*parameters: nn.Parameter) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["mm1-7b", "mm1-3b-moe"])
+def test_state_takes_16_bytes_of_every_parameter(name):
+    run = load_run(name)
+    counts = parameter_counts(run.model)
+    everything = (
+        sum(counts[part] for part in ("vision", "connector", "decoder")) + run.model.decoder.width
+    )  # image norm
+    found = plan(run, 1)
+    assert found.parameters == everything
+    assert sum(found.memory[part] for part in ("parameters", "gradients", "moments of AdamW")) == 16 * everything
+    assert found.memory["gathered weights"] == 2 * everything, "autocast's copies in bf16"
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_shares_are_the_whole_when_put_together(model):
+    whole = elements(*MM1(model).parameters())
+    assert (
+        2 * memory(run_of(model), 2, typical(run_of(model), 64))["parameters"] == 4 * whole
+    )  # all first axes are even
+    assert held(run_of(model, replicate=2), 4) == held(run_of(model), 2) == whole // 2
+    assert held(run_of(model, tensor=2), 2) > whole // 2, "encoder and norms are on both"
+
+
+def test_twice_the_gpus_hold_half_each():
+    run = load_run("mm1-7b")
+    assert held(run, 8) / held(run, 16) == pytest.approx(2, rel=3e-3)  # but tables of few rows
+    assert held(replace(run, parallel=Parallel(replicate=2)), 16) == held(run, 8)
+
+
+def test_the_fullest_gpu_holds_the_first_of_torchs_chunks():
+    """As FSDP cuts: of a position table of 27 rows 27 of 64 GPUs have one; experts are cut across, and so evenly."""
+    run, gpus = load_run("mm1-7b-moe"), 64
+    with torch.device("meta"):
+        across = lambda p: p.ndim == 3 and p.shape[1] % gpus == 0  # noqa: E731
+        expected = [p.chunk(gpus, dim=int(across(p)))[0].numel() for p in MM1(run.model).parameters()]
+    assert [s.held for s in shares(run, gpus)] == expected
+    assert 1 < plan(run, gpus).uneven < 1.01
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_tensor_halves_heads_and_mlps_and_nothing_else(model):
+    modules = [*MM1(model).decoder.modules()]
+    cut = sum(elements(m.qkv.weight, m.out.weight) for m in modules if isinstance(m, Attention))
+    if model is DENSE:
+        cut += sum(elements(*m.mlp.parameters()) for m in modules if hasattr(m, "mlp"))
+    cut += sum(elements(m.gate_up, m.down) for m in modules if isinstance(m, Experts))
+    one, two = (sum(s.used for s in shares(run_of(model, tensor=t), 2)) for t in (1, 2))
+    assert one - two == cut // 2
+
+
+def test_expert_cuts_experts_alone():
+    experts = sum(elements(m.gate_up, m.down) for m in MM1(MIXTURE).modules() if isinstance(m, Experts))
+    rest = elements(*MM1(MIXTURE).parameters()) - experts
+    assert sum(s.used for s in shares(run_of(MIXTURE, expert=2), 2)) == rest + experts // 2
+    assert held(run_of(MIXTURE, expert=2), 2) == held(run_of(MIXTURE), 2) == (rest + experts) // 2
+    assert {(s.ranks, s.stride) for s in shares(run_of(MIXTURE, expert=2), 8)} == {(8, 1), (4, 2)}
+
+
+def test_two_blocks_are_gathered_and_all_that_is_no_block():
+    first, second = MM1(DENSE).vision.blocks  # larger than the decoder's
+    outside = elements(*(p for n, p in MM1(DENSE).named_parameters() if ".blocks." not in n))
+    found = memory(run_of(), 2, typical(run_of(), 64))
+    assert found["gathered weights"] == 2 * (outside + elements(*first.parameters(), *second.parameters()))
+    assert found["gradients on their way"] == 6 * max(outside, elements(*first.parameters()))
+
+
+def kept(model: MM1, batch) -> int:
+    """Bytes of what autograd keeps, without weights and the gradient of the head's that waits there."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        losses = model(batch)
+    head = 4 * model.decoder.head_weight.numel()
+    assert losses.nll.requires_grad
+    return sum(storage.nbytes() for at, storage in found.items() if at not in weights) - head
+
+
+def wider(**decoder):
+    """Wide enough that statistics of single rows, which no estimate counts, are little beside the rows."""
+    c = small_model(**decoder)
+    return replace(
+        c, vision=replace(c.vision, width=64, ffn=160),
+        decoder=replace(c.decoder, width=128, head_width=32, ffn=320, layers=4),
+    )  # fmt: skip
+
+
+CASES = {
+    "dense": wider(experts=0),
+    "mixture": wider(experts=4),
+    "every layer a mixture": wider(experts=4, moe_every=1, experts_per_token=1),
+    "quick_gelu, class token": replace(
+        wider(experts=0), vision=replace(wider().vision, activation="quick_gelu", class_token=True, pre_norm=True)
+    ),
+    "average": replace(wider(experts=0), connector=replace(wider().connector, kind="average")),
+    "attention": replace(wider(experts=0), connector=replace(wider().connector, kind="attention")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_activations_are_those_that_autograd_keeps(name):
+    model = MM1(CASES[name]).initialize()
+    batch = packed([document((6, 6), 20, (8, 8), 30) for _ in range(4)])
+    estimate = activations(CASES[name], Load.of(batch), 4)
+    # A CPU's RMSNorm keeps its normalised input as well, a GPU's does not.
+    assert 0.75 < sum(estimate.values()) / kept(model, batch) < 1.1
+    again = activations(CASES[name], Load.of(batch), 4, checkpointing=True)
+    _recompute_blocks(model)
+    assert 0.75 < (sum(again.values()) - again["a block computed again"]) / kept(model, batch) < 1.25
+
+
+def test_a_block_that_is_computed_again_is_the_largest():
+    load = Load([160], [], 160, 160, 0, 0)
+    whole, again = (activations(DENSE, load, 2, checkpointing=flag) for flag in (False, True))
+    assert again["a block computed again"] == whole["activations of blocks"] / DENSE.decoder.layers
+
+
+def test_a_tensor_group_shares_what_lies_between_its_cuts():
+    load = Load([160], [], 160, 160, 0, 0)
+    whole, half = (activations(DENSE, load, 2, tensor=t)["activations of blocks"] for t in (1, 2))
+    d = DENSE.decoder
+    projections = (3 * 2 + 4) * (d.heads + d.kv_heads) * d.head_width + 2 * 4 * d.ffn  # bytes of a token, q and k fp32
+    assert whole - half == d.layers * 160 * projections / 2
+
+
+def test_tokens_that_travel_take_their_room():
+    d, load = MIXTURE.decoder, Load([160], [], 160, 160, 0, 0)
+    stay, travel = (activations(MIXTURE, load, 2, capacity=c)["activations of blocks"] for c in (0.0, 2.0))
+    slots = 160 * d.experts_per_token * d.layers
+    more = 2 * 2 * d.ffn + 2 * 2 * d.width + 4 * d.width  # as many products again, rows of twice as many slots, results
+    assert travel - stay == slots * more
+    assert memory(run_of(MIXTURE, expert=2), 2, load)["tokens on their way"] == 2 * 320 * d.width * 7
+    assert not memory(run_of(DENSE, expert=2), 2, load)["tokens on their way"]
+
+
+def test_a_step_takes_as_long_as_its_operations():
+    run = load_run("mm1-1b", ["train.checkpoint_activations=true"])
+    counted = ledger(run.model, typical(run, 1024), checkpointing=True)
+    found = plan(run, 1, "h100", share=0.5)
+    assert found.operations == 512 * counted.totals()["useful"]
+    assert found.seconds["operations"] == pytest.approx(512 * counted.executed / (0.5 * 989e12))
+    assert found.seconds["AdamW"] == pytest.approx(28 * found.parameters / 3352e9)
+    assert found.step == sum(found.seconds.values())
+    assert found.mfu == pytest.approx(counted.mfu(found.step / 512, 989e12))
+    assert found.tokens_per_second == pytest.approx(512 * 4096 / found.step)
+    assert found.days == pytest.approx(200_000 * found.step / 86_400)
+
+
+def test_a_tensor_group_repeats_all_but_the_decoders_layers():
+    run = load_run("mm1-1b")
+    parts = ledger(run.model, typical(run, 1024))
+    cut = sum(sum(kind.get(part, 0) for kind in (parts.forward, parts.backward, parts.recompute))
+              for part in ("decoder linear", "decoder attention"))  # fmt: skip
+    one, two = (plan(replace(run, parallel=Parallel(tensor=t)), 2, share=0.4).seconds["operations"] for t in (1, 2))
+    assert two / one == pytest.approx(2 * (parts.executed - cut / 2) / parts.executed)
+
+
+def test_what_fsdp_sends():
+    """Of two GPUs each receives the other half: bf16 twice (of what is no block once), and fp32 gradients once."""
+    outside = elements(*(p for n, p in MM1(DENSE).named_parameters() if ".blocks." not in n))
+    blocks = elements(*MM1(DENSE).parameters()) - outside
+    load = typical(run_of(), 64)
+    expected = (8 * blocks + 6 * outside) / 2
+    assert traffic(run_of(), 2, load, 1.0, 1.0)["FSDP"] * 0.8e9 == pytest.approx(expected)
+    copies = 8 * (blocks + outside) / 2 / 2  # to and from the other pair, half of their half each
+    assert traffic(run_of(replicate=2), 4, load, 1.0, 1.0)["FSDP"] * 0.8e9 == pytest.approx(expected + copies)
+    assert traffic(run_of(), 1, load, 1.0, 1.0) == {"FSDP": 0, "tensor": 0, "expert": 0}
+
+
+def test_groups_that_leave_the_node_are_as_fast_as_all_their_ports():
+    """16 GPUs in a ring use eight ports a node; pairs in tensor groups have four; neighbours never leave."""
+    times = {}
+    for network in (1, 50, 1000):
+        times[network] = [
+            traffic(run_of(**way), 16, typical(run_of(), 64), 450.0, network) for way in ({}, {"tensor": 2})
+        ]
+    assert times[1][0]["FSDP"] / times[1000][0]["FSDP"] == pytest.approx(450 / 8)
+    assert times[50][0]["FSDP"] / times[1000][0]["FSDP"] == pytest.approx(450 / 400)
+    assert times[50][1]["FSDP"] / times[1000][1]["FSDP"] == pytest.approx(450 / 200)
+    assert times[1][1]["tensor"] == times[1000][1]["tensor"] > 0
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_tensor_and_expert_parallelism_send(again):
+    train, passes = Train(accumulate=16, checkpoint_activations=again), 3 if again else 2
+    load = Load([160], [], 160, 160, 0, 0)
+    x = 2 * 160 * 32  # bytes of the hidden state; two layers, each of them with two sums a pass
+    sums = traffic(run_of(DENSE, train, tensor=2), 2, load, 1.0, 1.0)["tensor"]
+    assert sums * 0.8e9 == pytest.approx(passes * 2 * 2 * x)
+    # There and back; two choices a token, room for twice as many, of which half go to the other.
+    sent = traffic(run_of(MIXTURE, train, expert=2), 2, load, 1.0, 1.0)["expert"]
+    assert sent * 0.8e9 == pytest.approx(passes * 2 * 2 * x * 2 * 2 / 2)
+    many = run_of(small_model(experts=16, moe_every=1), train, expert=16)
+    far = traffic(many, 16, load, 450.0, 50.0)["expert"]  # half of the peers are in the other node, all on one port
+    assert far * 0.8 * 50e9 == pytest.approx(passes * 2 * 2 * x * 2 * 2 / 2)
+
+
+def test_only_what_is_longer_of_operations_and_fsdp_counts():
+    for network in (0.1, 400.0):
+        found = plan(load_run("mm1-7b"), 16, network=network)
+        both = found.seconds["operations"], found.seconds["FSDP"]
+        assert found.step == pytest.approx(max(both) + found.seconds["AdamW"])
+        assert (both[1] > both[0]) == (network < 1)
+
+
+def test_what_does_not_fit_says_what_would():
+    run = load_run("mm1-30b")
+    found = plan(run, 8, "h100")
+    assert sum(found.memory.values()) > found.usable
+    assert found.remedies
+    for text in found.remedies:
+        changes = text.split(", ")
+        gpus = next((int(c.removesuffix(" GPUs")) for c in changes if c.endswith(" GPUs")), 8)
+        other = plan(load_run("mm1-30b", [c for c in changes if "=" in c]), gpus, "h100")
+        assert sum(other.memory.values()) <= other.usable
+        assert f"would fit: {text}" in show(found)
+    assert "does not fit" in show(found)
+    assert "nothing tried would fit" in show(plan(run, 1, "rtx4090"))
+    assert not plan(load_run("mm1-7b"), 8).remedies
+
+
+def test_every_part_and_assumption_is_shown():
+    found = plan(load_run("mm1-7b-moe", ["parallel.expert=32"]), 64)
+    text = show(found)
+    for line in (
+        *found.assumptions,
+        "48,017 M",
+        "25% of 989 TFLOP/s",
+        "450 GB/s",
+        "expert parallelism",
+        "tokens on their",
+    ):
+        assert line in text
+    assert "tensor parallelism" not in text, "there is none"
+    assert json.loads(json.dumps(to_dict(found)))["memory"] == found.memory
+
+
+def test_the_devices_are_those_of_the_kernels():
+    assert HARDWARE.keys() == DEVICES.keys()
+
+
+@pytest.mark.parametrize(
+    "settings, gpus, words",
+    [
+        (["parallel.tensor=2"], 3, "3 GPUs are no multiple of replicate 1 × tensor 2"),
+        (["parallel.replicate=4"], 2, "2 GPUs are no multiple"),
+        ([], 0, "0 GPUs are no multiple"),
+        ([], -8, "-8 GPUs are no multiple"),
+        (["parallel.expert=3"], 4, "parallel.expert is 3, expected a divisor of the 4 GPUs that shard"),
+        (["parallel.expert=64"], 64, "parallel.expert is 64, expected a divisor of the 32 experts"),
+        (["parallel.tensor=16"], 16, "parallel.tensor is 16, expected a divisor of the 8 kv_heads"),
+        (["parallel.tensor=2", "parallel.expert=2"], 4, "both above 1"),
+        (["train.accumulate=12"], 8, "train.accumulate is 12, expected a multiple of the 8"),
+        (["data.streams=12"], 8, "data.streams is 12, expected a multiple of the 8"),
+        (["train.dtype=fp32"], 8, "train.dtype is 'fp32'"),
+        (["data.tokens=100"], 8, "data.tokens is 100, too few for one image"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_a_line(settings, gpus, words):
+    with pytest.raises(DataError) as error:
+        plan(load_run("mm1-7b-moe", settings), gpus)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given", [{"device": "abacus"}, {"share": 0.0}, {"share": 1.5}, {"network": 0.0}, {"document": 0}], ids=str
+)
+def test_rates_that_cannot_be_are_refused(given):
+    with pytest.raises(DataError, match=r"abacus.*known: a100|expected above 0"):
+        plan(run_of(), 1, **given)
+
+
+def test_images_fill_no_more_than_the_tokens():
+    load = typical(Run(DENSE, Data(tokens=10, images=9, patches=90)), 4)
+    assert (list(load.documents), len(load.grids), load.targets) == ([4, 4, 2], 2, 2)  # of four tokens each
+    assert math.prod(load.grids[0]) == 10
+    assert (load.images, load.patches) == (9, 90), "the budgets are computed all the same"

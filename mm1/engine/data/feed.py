@@ -11,7 +11,7 @@ from mm1.engine.data.batch import Batch
 from mm1.engine.data.document import Budget
 from mm1.engine.data.packing import Loader
 
-AHEAD = 2  # batches that are ready
+AHEAD = {"cuda": 2, "cpu": 0}  # batches that are ready
 
 
 class Streams:
@@ -52,25 +52,25 @@ def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"taken": states[0]["taken"], "streams": {i: s for state in states for i, s in state["streams"].items()}}
 
 
-class Fed(NamedTuple):
-    batch: Batch  # on the device
-    state: dict[str, Any]  # of the streams behind it
-    skipped: int
-    ready: Any  # CUDA event, or None
-
-
 class Feed:
-    """Streams' batches on a device, AHEAD of them prepared by a thread; `state` is that behind the last one taken."""
+    """Streams' batches on a device; `state` is that behind the last one taken.
 
-    def __init__(self, streams: Streams, device: torch.device):
-        self.device, self.state, self.skipped = device, streams.state(), streams.skipped
-        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(AHEAD)
+    A thread has so many ready `ahead`. On a CPU the next is made when it is asked for: a thread beside the products
+    halved their speed on two cores, and Grain's own threads decode in any case.
+    """
+
+    def __init__(self, streams: Streams, device: torch.device, ahead: int | None = None):
+        self.streams, self.device = streams, device
+        self.state, self.skipped = streams.state(), streams.skipped
+        self.ahead = AHEAD[device.type] if ahead is None else ahead
+        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(self.ahead)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(streams,), name="feed", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
+        if self.ahead:
+            self._thread.start()
 
     def __next__(self) -> Batch:
-        fed = self._queue.get()
+        fed = self._queue.get() if self.ahead else self._made(None)
         if isinstance(fed, BaseException):
             self._queue.put(fed)  # whoever asks again is told again
             raise fed
@@ -89,20 +89,29 @@ class Feed:
             except queue.Empty:
                 self._thread.join(0.01)
 
-    def _work(self, streams: Streams) -> None:
+    def _made(self, side: "torch.cuda.Stream | None") -> "Fed":
+        with torch.cuda.stream(side):
+            batch = next(self.streams).to(self.device)
+            return Fed(batch, self.streams.state(), self.streams.skipped, side.record_event() if side else None)
+
+    def _work(self) -> None:
         side = torch.cuda.Stream() if self.device.type == "cuda" else None
         try:
             while not self._closed.is_set():
-                with torch.cuda.stream(side):
-                    batch = next(streams).to(self.device)
-                    ready = side.record_event() if side else None
-                self._put(Fed(batch, streams.state(), streams.skipped, ready))
+                self._put(self._made(side))
         except BaseException as error:
             self._put(error)
 
-    def _put(self, fed: Fed | BaseException) -> None:
+    def _put(self, fed: "Fed | BaseException") -> None:
         while not self._closed.is_set():
             try:
                 return self._queue.put(fed, timeout=0.1)
             except queue.Full:
                 continue
+
+
+class Fed(NamedTuple):
+    batch: Batch  # on the device
+    state: dict[str, Any]  # of the streams behind it
+    skipped: int
+    ready: Any  # CUDA event, or None

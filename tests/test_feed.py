@@ -1,0 +1,77 @@
+"""Micro-batches dealt to processes, and made ready by a thread."""
+
+import dataclasses
+
+import pytest
+import torch
+from small import small_run
+
+from mm1.engine.data.document import TextTokenizer
+from mm1.engine.data.feed import Feed, Streams, merged
+from mm1.engine.data.record import DataError
+from mm1.engine.train import make_streams
+
+CPU = torch.device("cpu")
+
+
+def streams(rank=0, ranks=1, count=4, **data):
+    run = small_run(accumulate=4)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, streams=count, **data))
+    return make_streams(run, TextTokenizer(run.data.tokenizer), None, rank=rank, ranks=ranks)
+
+
+def keys(feed, count):
+    return [next(feed).keys for _ in range(count)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_share_the_batches_of_one(ranks):
+    truth = keys(streams(), 12)
+    parts = [keys(streams(rank, ranks), 12 // ranks) for rank in range(ranks)]
+    assert [parts[i % ranks][i // ranks] for i in range(12)] == truth
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 4), (4, 2)])
+def test_other_processes_go_on_with_what_is_next(before, after):
+    truth = keys(streams(), 16)
+    begun = [streams(rank, before) for rank in range(before)]
+    for part in begun:
+        keys(part, 8 // before)
+    state = merged([part.state() for part in begun])
+    resumed = [streams(rank, after) for rank in range(after)]
+    for part in resumed:
+        part.restore(state)
+    parts = [keys(part, 8 // after) for part in resumed]
+    assert [parts[i % after][i // after] for i in range(8)] == truth[8:]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_state_is_that_behind_the_last_batch_taken(ahead):
+    truth = keys(streams(), 8)
+    feed = Feed(streams(), CPU, ahead)
+    assert keys(feed, 5) == truth[:5]
+    state = feed.state
+    feed.close()
+    resumed = streams()
+    resumed.restore(state)
+    assert keys(Feed(resumed, CPU, ahead), 3) == truth[5:]
+
+
+class Broken(Streams):
+    def __next__(self):
+        raise DataError("shard-1: 100 unreadable records in a row")
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_what_is_wrong_with_the_data_is_told_where_a_batch_is_taken(ahead):
+    feed = Feed(Broken({}, 1), CPU, ahead)
+    for _ in range(2):
+        with pytest.raises(DataError, match="shard-1"):
+            next(feed)
+    feed.close()
+
+
+@pytest.mark.parametrize("count, ranks, setting", [(3, 2, "data.streams is 3"), (6, 3, "train.accumulate is 4")])
+def test_refuses_what_cannot_be_dealt_evenly(count, ranks, setting):
+    with pytest.raises(DataError, match=f"{setting}, expected a multiple of the {ranks} processes"):
+        streams(0, ranks, count)

@@ -158,9 +158,9 @@ class Steps:
         self.model = MM1(c).initialize().to(device)
         self.optimizers = _optimizers(self.model)
         self.compiled = {
-            False: _compiled(self.model, self.model.compile_blocks),
+            False: {block: torch.compile(block.forward, dynamic=False) for block in _blocks(self.model)},
             # Where batches are of several shapes, as torch chooses: from the second on with shapes as variables.
-            True: _compiled(self.model, lambda: [block.compile() for block in _blocks(self.model)]),
+            True: {block: torch.compile(block.forward) for block in _blocks(self.model)},
         }
 
     def row(self, rounds: int | None, budget: float) -> Row:
@@ -266,9 +266,9 @@ class Steps:
                     swap(mlp, "backend", BACKENDS["torch"]())
                 call = self.compiled[rung.baseline][block] if rung.compiled and self._compilable(block, rung) else None
                 if rung.checkpointing and not isinstance(block, ConvBlock):
-                    call = partial(checkpoint, call or block._call_impl, use_reentrant=False)
+                    call = partial(checkpoint, call or block.forward, use_reentrant=False)
                 if call is not None:
-                    swap(block, "_compiled_call_impl", call)
+                    swap(block, "forward", call)
             with torch._dynamo.config.patch(recompile_limit=64):  # every way's variants of a block count together
                 yield
 
@@ -360,15 +360,6 @@ def _optimizers(model: MM1) -> dict[bool, torch.optim.Optimizer]:
 
 def _blocks(model: MM1) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, VisionBlock | ConvBlock | Block)]
-
-
-def _compiled(model: MM1, compile_blocks: Callable[[], Any]) -> dict[nn.Module, Any]:
-    """The compiled call of each block; the model itself is left as it was."""
-    compile_blocks()
-    calls = {block: block._compiled_call_impl for block in _blocks(model)}
-    for block in calls:
-        block._compiled_call_impl = None
-    return calls
 
 
 def _graphs() -> int:

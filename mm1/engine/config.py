@@ -319,14 +319,16 @@ def from_dict(table: dict[str, Any]) -> Run:
     """The run of nested plain values, as `dataclasses.asdict` and TOML give them; "model" may be a size's name."""
     table = dict(table)
     model = table.pop("model", None)
-    base = Run(named(model)) if isinstance(model, str) else None
-    if model == "digits":
-        base = DIGITS_RUN
+    base = None
+    if isinstance(model, str):
+        base = DIGITS_RUN if model == "digits" else Run(named(model))
     if isinstance(model, dict):
         model, size = dict(model), None
         if "size" in model:
             size = named(model.pop("size"))
-        base = Run(_build(Model, model, "model", size))
+        base = dataclasses.replace(
+            DIGITS_RUN if size is DIGITS else Run(DIGITS), model=_build(Model, model, "model", size)
+        )
     init = table.get("train", {}).get("init") if isinstance(table.get("train"), dict) else None
     if model is None and init:
         base = Run(_build(Model, _config_of(init)["model"], "model"))

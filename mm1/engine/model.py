@@ -9,7 +9,7 @@ Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +78,15 @@ class MM1(nn.Module):
         x = self.decoder.embedding(tokens)
         return self.decoder(x, cache.lengths.clone(), one_each, cache=cache)[0] @ self.decoder.head_weight.T
 
-    def compile_blocks(self) -> None:
-        """Compile each kind of block once; shapes are the packed budgets, so they never change."""
+    def compile_blocks(self, fullgraph: bool = False, **options: Any) -> None:
+        """Compile each kind of block once; shapes are the packed budgets, so they never change.
+
+        fullgraph: a graph break is an error. options: of torch.compile. Their forward, not their call: what gathers a
+        block's parameters before it stays outside.
+        """
         for module in self.modules():
             if isinstance(module, VisionBlock | ConvBlock | Block):
-                module.compile(dynamic=False)
+                module.forward = torch.compile(module.forward, dynamic=False, fullgraph=fullgraph, **options)
 
     def initialize(self, seed: int = 0, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> "MM1":
         """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases.

@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -74,10 +75,9 @@ def no_recompiles(policy: str, compiles: bool) -> Iterator[Callable[[], None]]:
     try:
         yield warm
     except torch._dynamo.exc.RecompileError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise DataError(
-            f'a step was compiled again (train.recompile="warn" goes on): {"; ".join(lines[:4])}'
-        ) from error
+        where, *guards = re.findall(r"(?:Recompiling function|- \d+/\d+:) (.*)", str(error))
+        why = "; ".join(sorted(guards, key=lambda guard: "mismatch" not in guard))  # other kinds of blocks fail by type
+        raise DataError(f'{where} was compiled again: {why} (train.recompile="warn" goes on)') from error
     finally:
         config.error_on_recompile = before
 

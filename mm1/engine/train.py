@@ -120,7 +120,8 @@ class Trainer:
             _recompute_blocks(self.model)
         if t.compile:
             safety.load_compiled(folder)
-            self.model.compile_blocks()
+            # Experts that are sharded otherwise than their block are gathered inside of it, where its graph breaks.
+            self.model.compile_blocks(fullgraph=t.recompile == "error" and run.parallel.expert == 1)
 
     def fit(self) -> None:
         t = self.run.train

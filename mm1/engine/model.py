@@ -86,7 +86,8 @@ class MM1(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, VisionBlock | ConvBlock | Block):
-                module.forward = torch.compile(module.forward, dynamic=False, fullgraph=fullgraph, **options)
+                call = torch.compile(module.forward, dynamic=False, fullgraph=fullgraph, **options)
+                module.forward = call  # pyright: ignore[reportAttributeAccessIssue]
 
     def initialize(self, seed: int = 0, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> "MM1":
         """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases.

@@ -52,6 +52,21 @@ def train(
 
 
 @app.command
+def replay(folder: Positional[Path], step: int) -> None:
+    """Run one step of a run again, and say whether its data, the hardware or a kernel makes it differ.
+
+    Args:
+        folder: of the run.
+        step: which.
+    """
+    from mm1.engine.replay import replay, show
+
+    found = replay(folder, step)
+    print(show(found))
+    print(json.dumps(found))
+
+
+@app.command
 def plan(
     run: Positional[str],
     gpus: int = 8,

@@ -9,6 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,12 @@ class Pending(NamedTuple):
     before: dict[str, Any]  # state of this process's data before it
     known: dict[str, Any]  # metrics that the host knows
 
+    def named(self) -> dict[str, float]:
+        """SUMS by name; waits for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(SUMS, self.sums.tolist()))
+
 
 class Trainer:
     def __init__(self, run: Run, folder: Path, display: Any, resume: bool, world: World | None = None):
@@ -86,6 +93,8 @@ class Trainer:
             run, self.tokenizer, folder / "quarantine.jsonl", display.warn, self.world.data_rank, self.world.data_size,
             len(state["data"]["streams"]) if state else 0,
         )  # fmt: skip
+        # Written down: whoever goes on with the run may have another number of processes.
+        self.run = run = replace(run, data=replace(run.data, streams=self.streams.streams))
         torch.manual_seed(t.seed)
         with torch.device("meta"):
             self.model = MM1(run.model)
@@ -105,10 +114,8 @@ class Trainer:
         if newest is None and t.init:
             checkpoint.check(Path(t.init))
             checkpoint.read_into(Path(t.init), {name: p.detach() for name, p in self.model.named_parameters()})
-        if newest is not None and state is not None:
-            self._restore(newest)
-            self.streams.restore(state["data"])
-            self.rewinds = state["rewinds"]
+        if newest is not None:
+            self.take_up(newest)
         if self.world.first:
             # Drop what a run wrote after the checkpoint it is resumed from; damage (position -1) is listed anew.
             ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
@@ -122,6 +129,13 @@ class Trainer:
             safety.load_compiled(folder)
             # Experts that are sharded otherwise than their block are gathered inside of it, where its graph breaks.
             self.model.compile_blocks(fullgraph=t.recompile == "error" and run.parallel.expert == 1)
+
+    def take_up(self, folder: Path) -> None:
+        """Where the run was that wrote this checkpoint."""
+        self._restore(folder)
+        state = checkpoint.read_json(folder, "state.json")
+        self.streams.restore(state["data"])
+        self.rewinds = state["rewinds"]
 
     def fit(self) -> None:
         t = self.run.train
@@ -213,9 +227,7 @@ class Trainer:
 
     def _settle(self, done: Pending, pending: deque[Pending]) -> None:
         """Show what a step gave, and decide what follows; as `sums` are the same on all processes, so is that."""
-        if done.arrived is not None:
-            done.arrived.synchronize()
-        sums, accumulate = dict(zip(SUMS, done.sums.tolist())), self.run.train.accumulate
+        sums, accumulate = done.named(), self.run.train.accumulate
         self.stop.agreed = self.stop.agreed or sums["stop"] > 0
         if sums["targets"] and math.isfinite(sums["loss"] + sums["norm"]):
             self.left_out = 0

@@ -1,0 +1,122 @@
+"""A step of a run again, and what is said to differ."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from small import FOLDER, small_run
+from test_train import Quiet
+
+from mm1.engine import replay as module
+from mm1.engine.config import Source
+from mm1.engine.data.record import DataError
+from mm1.engine.display import Display
+from mm1.engine.replay import replay, show
+from mm1.engine.train import Trainer, train
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run of 12 steps with checkpoints at 8 and 12, of files of its own."""
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {i} " + "ab " * (i % 9)}) + "\n" for i in range(60))
+    )
+    run = small_run()
+    sources = (
+        Source("captions", (str(FOLDER / "test-captions.tar.gz"),), 45),
+        Source("text", (str(tmp_path / "text.jsonl"),), 10),
+    )
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, sources=sources))
+    train(run, tmp_path / "run", display=Display(tmp_path / "run", run.train))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "step, begun", [(1, "the start"), (7, "the start"), (9, "step-00000008"), (11, "step-00000008")]
+)
+def test_a_sound_step_is_the_same_again(step, begun, folder):
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    found = replay(folder, step)
+    assert found["from"] == begun
+    assert found["verdict"] == ["nothing differs"]
+    assert found["recorded"] == found["again"]
+    assert found["fp32"]["loss"] == pytest.approx(found["again"]["loss"], rel=1e-5)
+    assert len(found["documents"]) == 5
+    assert found["documents"][0]["loss"] >= found["documents"][-1]["loss"]
+    assert "nothing differs" in show(found)
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
+
+
+def test_changed_files_are_data(folder):
+    path = folder.parent / "text.jsonl"
+    path.write_text(path.read_text().replace("line", "lime"))
+    assert replay(folder, 11)["verdict"][0].startswith("data: that of step")
+
+
+def test_another_result_of_the_same_data_is_hardware(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[9]["loss"] *= 1.001
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replay(folder, 10)["verdict"] == ["hardware: step 10 gives another result than the run wrote down"]
+    assert replay(folder, 11)["verdict"] == ["hardware: step 10 gives another result than the run wrote down"]
+
+
+def test_results_that_vary_are_hardware(folder, monkeypatch):
+    compute, count = module._compute, iter(range(9))
+    monkeypatch.setattr(module, "_compute", lambda *a: compute(*a)._replace(loss=1.0 + next(count)))
+    assert replay(folder, 10)["verdict"][0].startswith("hardware: two computations of the same differ")
+
+
+def test_what_fp32_does_not_confirm_is_a_kernel(folder, monkeypatch):
+    compute = module._compute
+
+    def wrong(trainer, batches, dtype):
+        found = compute(trainer, batches, dtype)
+        plain = "forward" not in vars(trainer.model.decoder.blocks[0])
+        return found._replace(norm=found.norm * 1.01) if plain else found
+
+    monkeypatch.setattr(module, "_compute", wrong)
+    monkeypatch.setattr(Trainer, "take_up", with_blocks(Trainer.take_up))
+    assert replay(folder, 10)["verdict"] == ["kernel: float32 and fp32 differ by 0.01"]
+
+
+def with_blocks(take_up):
+    """As if they were compiled."""
+
+    def run(self, folder):
+        take_up(self, folder)
+        for block in self.model.decoder.blocks:
+            block.forward = block.forward
+
+    return run
+
+
+def test_a_step_left_out_is_not_finite_again(tmp_path):
+    trainer = Trainer(small_run(steps=6, save_every=3), tmp_path / "run", Quiet(), False)
+    trainer.display = Display(tmp_path / "run", trainer.run.train)
+    step = trainer._step
+
+    def poisoned():
+        weight = trainer.model.decoder.norm.weight
+        if trainer.step == 3:
+            weight.data[0] = float("nan")  # and so it stays in the checkpoint of step 6, but not in that of step 3
+        return step()
+
+    trainer._step = poisoned
+    trainer.fit()
+    found = replay(tmp_path / "run", 4)
+    assert found["recorded"]["loss"] != found["recorded"]["loss"]
+    assert torch.isfinite(torch.tensor(found["again"]["loss"]))
+    assert found["verdict"] == ["hardware: step 4 gives another result than the run wrote down"]
+
+
+@pytest.mark.parametrize("step", [0, 13])
+def test_refuses_steps_that_were_not(step, folder):
+    with pytest.raises(DataError, match=f"nothing down of step {step}, only of 12 up to 12"):
+        replay(folder, step)
+
+
+def test_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(DataError, match="is no folder of a run"):
+        replay(tmp_path, 1)

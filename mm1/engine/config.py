@@ -117,9 +117,12 @@ class Model:
     image_mode: str = "squash"  # to image_size², or "native": own aspect ratio, at most image_patches
     image_size: int = 378
     image_patches: int = 729
+    image_parts: int = 1  # k: besides the whole image k × k parts of it, each of image_size²; squash only
 
     def __post_init__(self):
-        _positive(self, "model", "image_size", "image_patches")
+        _positive(self, "model", "image_size", "image_patches", "image_parts")
+        _check(self.image_parts == 1 or self.image_mode == "squash", "model.image_parts", self.image_parts,
+               "1 where image_mode is native")  # fmt: skip
         _check(self.image_mode in ("squash", "native"), "model.image_mode", self.image_mode, "squash or native")
         whole = self.image_mode == "native" or self.image_size % self.vision.patch == 0
         _check(whole, "model.image_size", self.image_size, f"a multiple of the patch size {self.vision.patch}")
@@ -288,6 +291,20 @@ DIGITS_RUN = Run(
 )  # fmt: skip
 
 
+# What a recipe changes of the defaults, which are MM1's pre-training: 4096 tokens and up to 16 images a sequence, 512
+# sequences a step, the law's learning rate, nothing frozen (section 3.3). Fine-tuning (section 4.1): 10k steps of 256
+# sequences of 2048 tokens, positions interpolated to 672 pixels, an image of 1344 as five of 144 tokens each. Its
+# warm-up was not published: 3 % of the steps, as LLaVA's.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "pretrain": {},
+    "finetune": {
+        "model": {"image_mode": "squash", "image_size": 672, "image_patches": 2304, "image_parts": 2},
+        "data": {"tokens": 2048, "images": 14},
+        "train": {"steps": 10_000, "accumulate": 256, "peak_lr": 1e-5, "final_lr": 0.0, "warmup": 300},
+    },
+}
+
+
 def named(name: str) -> Model:
     if name not in MODELS:
         raise DataError(f"unknown size {name!r}; known: {', '.join(MODELS)}")
@@ -295,8 +312,10 @@ def named(name: str) -> Model:
 
 
 def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> Run:
-    """A run from a named size or a TOML file (`model = "digits"` or a [model] table, [data], [[data.sources]], [train])
-    and `key=value` settings ("train.steps=100"). Raises DataError with one line for whatever is wrong.
+    """A run from a named size or a TOML file (`model = "digits"` or a [model] table, `recipe`, [data],
+    [[data.sources]], [train], [parallel]) and `key=value` settings ("train.steps=100").
+
+    Raises DataError with one line for whatever is wrong.
     """
     if name_or_file.endswith(".toml"):
         try:
@@ -318,7 +337,8 @@ def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> R
 def from_dict(table: dict[str, Any]) -> Run:
     """The run of nested plain values, as `dataclasses.asdict` and TOML give them; "model" may be a size's name."""
     table = dict(table)
-    model = table.pop("model", None)
+    model, recipe = table.pop("model", None), table.pop("recipe", "pretrain")
+    _check(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
     base = None
     if isinstance(model, str):
         base = DIGITS_RUN if model == "digits" else Run(named(model))
@@ -334,7 +354,10 @@ def from_dict(table: dict[str, Any]) -> Run:
         base = Run(_build(Model, _config_of(init)["model"], "model"))
     if base is None:
         raise DataError(f"setting model is {model!r}, expected a size's name or a [model] table")
-    return _build(Run, table, "", base)
+    changes = {part: {**of} for part, of in RECIPES[recipe].items()}
+    if isinstance(model, dict):
+        changes.get("model", {}).update(model)  # what is said outweighs the recipe
+    return _build(Run, table, "", _build(Run, changes, "", base))
 
 
 def _config_of(folder: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
     from mm1.engine.data.images import ImagePolicy
 
     c = model.config
-    policy = ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches)
+    policy = ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches, c.image_parts)
     encode = DocumentEncoder(tokenizer_of(model), policy, c.connector.tokens, exact_budget([], c.vision.patch))
     return [encode.prompt(parts) for parts in prompts]
 

@@ -337,7 +337,7 @@ def make_streams(
     for name, number in (("data.streams", count), ("train.accumulate", t.accumulate)):
         if number % ranks:
             raise DataError(f"setting {name} is {number}, expected a multiple of the {ranks} processes that take data")
-    policy = ImagePolicy(patch=m.vision.patch, mode=m.image_mode, size=m.image_size, max_patches=m.image_patches)
+    policy = ImagePolicy(m.vision.patch, m.image_mode, m.image_size, m.image_patches, m.image_parts)
     budget = Budget(
         tokens=d.tokens,
         images=d.images,
@@ -345,8 +345,10 @@ def make_streams(
         documents=d.documents or max(1, d.tokens // 16),
         longest=policy.longest,
     )
-    if budget.tokens < m.connector.tokens + 2:
-        raise DataError(f"setting data.tokens is {d.tokens}, too few for one image of {m.connector.tokens} tokens")
+    views = 1 if m.image_parts == 1 else 1 + m.image_parts**2
+    for name, found, needed in (("tokens", d.tokens, views * m.connector.tokens + 2), ("images", d.images, views)):
+        if found < needed:
+            raise DataError(f"setting data.{name} is {found}, too few for one image, expected {needed}")
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
     damage = [found for source in sources for found in source.damage]

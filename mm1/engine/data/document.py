@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mm1.engine.data.images import ImagePolicy
 
-Unit = tuple[list[int], np.ndarray | None]  # token ids, and the image if these are its slots
+Unit = tuple[list[int], list[np.ndarray]]  # token ids, and the views of an image if these are their slots
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
 
 
@@ -84,7 +84,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Record -> documents: `slots` tokens an image, bos and eos around, cut in pieces that fit the budget alone."""
+    """Record -> documents: `slots` tokens a view of an image, bos and eos around, cut in pieces that fit the budget."""
 
     tokenizer: TextTokenizer
     policy: "ImagePolicy"
@@ -95,22 +95,23 @@ class DocumentEncoder:
         from mm1.engine.data.images import decode
 
         parts = [part if isinstance(part, str) else decode(part) for part in record.parts]
-        return self._cut([*self.units(parts), ([self.tokenizer.eos], None)], record)
+        return self._cut([*self.units(parts), ([self.tokenizer.eos], [])], record)
 
     def prompt(self, parts: "Sequence[str | Image.Image]") -> Document:
         """One document without an end, whatever the budget."""
         units = self.units(parts)
         tokens = [token for ids, _ in units for token in ids]
-        return Document(np.array(tokens, np.int32), tuple(image for _, image in units if image is not None), "prompt")
+        return Document(np.array(tokens, np.int32), tuple(view for _, views in units for view in views), "prompt")
 
     def units(self, parts: "Sequence[str | Image.Image]") -> list[Unit]:
         t = self.tokenizer
-        units: list[Unit] = [([t.bos], None)]
+        units: list[Unit] = [([t.bos], [])]
         for part in parts:
             if isinstance(part, str):
-                units.append((t.encode(part), None))
+                units.append((t.encode(part), []))
             else:
-                units.append(([t.image] * self.slots, self.policy.resize(part)))
+                views = self.policy.views(part)
+                units.append(([t.image] * self.slots * len(views), views))
         return units
 
     def _cut(self, units: list[Unit], record: Record) -> list[Document]:
@@ -125,17 +126,21 @@ class DocumentEncoder:
             pieces.append(Document(np.array(tokens, np.int32), tuple(images), f"{record.shard}:{key}"))
             tokens, images = [], []
 
-        for ids, image in units:
-            if image is not None:
-                area = image.shape[0] * image.shape[1] // self.policy.patch**2
-                used = sum(i.shape[0] * i.shape[1] for i in images) // self.policy.patch**2
-                full = len(images) == self.budget.images or used + area > self.budget.patches
-                if area > self.budget.patches or self.slots > self.budget.tokens - 1:
-                    raise Unreadable(f"an image of {area} patches exceeds the packing budget", record.shard)
-                if full or len(tokens) + self.slots > self.budget.tokens:
+        for ids, views in units:
+            if views:
+                area, used = (
+                    sum(v.shape[0] * v.shape[1] for v in of) // self.policy.patch**2 for of in (views, images)
+                )
+                count, budget = len(views), self.budget
+                if area > budget.patches or count > budget.images or len(ids) > budget.tokens - 1:
+                    raise Unreadable(
+                        f"an image of {count} views, {area} patches exceeds the packing budget", record.shard
+                    )
+                full = len(images) + count > budget.images or used + area > budget.patches
+                if full or len(tokens) + len(ids) > budget.tokens:
                     close()
                 tokens += ids
-                images.append(image)
+                images += views
             else:
                 while len(tokens) + len(ids) > self.budget.tokens:
                     room = self.budget.tokens - len(tokens)

@@ -66,6 +66,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 class ImagePolicy:
     """How an image becomes whole patches, bicubic.
 
+    parts: k > 1 adds to the whole image k × k parts of it, each as large as the whole one, row by row (MM1, section 5:
+    four of 672 pixels beside an overview of an image of 1344).
+
     squash: to size x size, aspect ratio not kept, as DFN5B-CLIP ViT-H-14-378 was trained.
     native: aspect ratio as near as patches allow, at most max_patches; never enlarged but by rounding each
     side to whole patches; untouched if it fits as it is.
@@ -75,6 +78,7 @@ class ImagePolicy:
     mode: str = "squash"
     size: int = 378
     max_patches: int = 729
+    parts: int = 1
 
     def __post_init__(self):
         if self.mode not in ("squash", "native"):
@@ -88,6 +92,15 @@ class ImagePolicy:
     def longest(self) -> int:
         """Most patches an image may come to."""
         return (self.size // self.patch) ** 2 if self.mode == "squash" else self.max_patches
+
+    def views(self, image: Image.Image) -> list[np.ndarray]:
+        """The image, and its parts if there are any."""
+        if self.parts == 1:
+            return [self.resize(image)]
+        n, k = self.size, self.parts
+        large = np.array(image.resize((k * n, k * n), Image.Resampling.BICUBIC))
+        rows = large.reshape(k, n, k, n, 3).swapaxes(1, 2).reshape(k * k, n, n, 3)
+        return [self.resize(image), *map(np.ascontiguousarray, rows)]
 
     def resize(self, image: Image.Image) -> np.ndarray:
         """image: RGB -> uint8 [H, W, 3], H and W multiples of patch."""

@@ -111,6 +111,21 @@ def test_a_wrong_rung_is_not_timed_and_says_by_how_much_it_is_off(rung, monkeypa
     assert re.fullmatch(r"(loss differs by \S+ and )?gradient norm differs by \S+ from that of 'plain'", failed[rung])
 
 
+@pytest.fixture
+def eager_peers(monkeypatch):
+    monkeypatch.setattr(train, "PEERS", [rung for rung in train.PEERS if not rung.compiled])
+
+
+@pytest.mark.slow
+def test_transformers_is_compiled_too(monkeypatch):
+    monkeypatch.setattr(train, "ladder", eager)
+    row = measured(rounds=2)
+    eager_way, compiled = (row["variants"][name] for name in ("transformers", "transformers compiled"))
+    assert eager_way["compile_seconds"] == 0 < compiled["compile_seconds"]
+    assert (eager_way["mfu"] * eager_way["median"]) == pytest.approx(compiled["mfu"] * compiled["median"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("eager_peers")
 def test_a_rung_that_raises_is_listed_with_its_reason_and_the_others_go_on(monkeypatch):
     def broken(*args, **settings):
         raise RuntimeError("no such kernel\nat a place")
@@ -122,6 +137,7 @@ def test_a_rung_that_raises_is_listed_with_its_reason_and_the_others_go_on(monke
     assert list(row["variants"]) == ["plain", "attention", "vision kernels", "experts", "fused AdamW", "transformers"]
 
 
+@pytest.mark.usefixtures("eager_peers")
 def test_the_row_has_what_the_report_reads(capsys):
     row = measured(rounds=2)
     assert not row["failed"]

@@ -170,10 +170,10 @@ class Steps:
         # Two models are too large for many a GPU: the peer is timed when ours is gone.
         self.release()
         try:
-            ways["transformers"] = transformers_way(self)
+            others = transformers_ways(self)
             turns = max((len(taken) for taken in seconds.values()), default=rounds or 1)
-            alone = interleaved({"transformers": ways["transformers"].step}, rounds=turns, control=False)
-            seconds, failed = seconds | alone.seconds, failed | alone.failed
+            alone = interleaved({name: way.step for name, way in others.items()}, rounds=turns, control=False)
+            ways, seconds, failed = ways | others, seconds | alone.seconds, failed | alone.failed
         except Exception as error:
             failed["transformers"] = "not installed" if isinstance(error, ImportError) else reason(error)
         variants = {name: self._variant(seconds[name], way) for name, way in ways.items() if name in seconds}
@@ -373,10 +373,16 @@ def _cache_hits() -> int:
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
-def transformers_way(steps: Steps) -> Way:
+# As its users run it; not in turns with ours.
+PEERS = [
+    Rung("transformers", "CLIP, mean and decoder of the same sizes, padded, eager, fused AdamW", frozenset(CHANGES),
+         baseline=True),
+    Rung("transformers compiled", "the same by torch.compile", frozenset(CHANGES), compiled=True, baseline=True),
+]  # fmt: skip
+
+
+def transformers_ways(steps: Steps) -> dict[str, Way]:
     """On the padded batches; images are all of the full size, and ready as floats."""
-    rung = Rung("transformers", "CLIP, mean and decoder of the same sizes, padded, eager, fused AdamW; not in turns",
-                frozenset(CHANGES), baseline=True)  # fmt: skip
     c, batches = steps.config, steps.sets[False][0]
     torch.manual_seed(0)
     model = TransformersModel(c).to(steps.device)
@@ -384,10 +390,10 @@ def transformers_way(steps: Steps) -> Way:
     inputs = [(_inputs(c, batch), batch.target_count) for batch in batches]
     targets = sum(count for _, count in inputs)
 
-    def step() -> None:
+    def step(call: Callable[..., Tensor]) -> None:
         for given, count in inputs:
             with steps.autocast():
-                loss = model(*given) * count
+                loss = call(*given) * count
             loss.backward()
         finish(model, optimizer, targets)
 
@@ -396,7 +402,16 @@ def transformers_way(steps: Steps) -> Way:
     images, longest = len(load.grids), int(batches[0].cu_seqlens[1])
     load = replace(load, grids=[(side, side)] * images, images=images, patches=images * side**2,
                    pairs=load.tokens * longest, heads=load.tokens)  # fmt: skip
-    return Way(rung, step, ledger(same, load), steps.data_seconds(rung), {}, 0.0, 0, 0, steps.peak_bytes(step))
+    ways = {}
+    for rung in PEERS:
+        once = partial(step, torch.compile(model) if rung.compiled else model)
+        begin = time.perf_counter()
+        once()
+        first = time.perf_counter() - begin
+        data, peak = steps.data_seconds(rung), steps.peak_bytes(once)
+        ways[rung.name] = Way(rung, once, ledger(same, load), data, {}, first, 0, 0, peak)
+        print(f"  {rung.name:20} first {first:.1f} s", flush=True)
+    return ways
 
 
 def _inputs(c: config.Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -137,6 +137,12 @@ def liger_cross_entropy(problem: Any) -> Way:
     return Way(lambda w: loss(w["weight"], w["x"], problem.targets), problem.leaves)
 
 
+def chunked(problem: Any) -> Way:
+    options = torch.nn.LinearCrossEntropyOptions()  # since torch 2.13
+    targets = problem.targets.long()
+    return Way(lambda w: F.linear_cross_entropy(w["x"], w["weight"], targets, options=options), problem.leaves)
+
+
 def padded(rows: Tensor, sizes: Sizes) -> Tensor:
     longest = max(h * w for h, w in sizes)
     parts = rows.split([h * w for h, w in sizes])
@@ -249,6 +255,7 @@ PEERS = [
     Peer("compiled", dict.fromkeys(PLAIN, compiled)),
     Peer("max-autotune", dict.fromkeys(PLAIN, partial(compiled, mode="max-autotune-no-cudagraphs"))),
     Peer("grouped_mm", {"grouped_gemm": torch_grouped_gemm, "moe_mlp": partial(layer_of, "torch")}),
+    Peer("torch chunked", {"linear_cross_entropy": chunked}),
     Peer("transformers", {**dict.fromkeys(EMBEDDINGS, siglip2), "qwen_embed": qwen}, "transformers"),
     *(
         Peer(f"transformers {name}", {"moe_mlp": partial(transformers_experts, name)}, "transformers")

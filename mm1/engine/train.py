@@ -116,7 +116,9 @@ class Trainer:
             checkpoint.read_into(Path(t.init), {name: p.detach() for name, p in self.model.named_parameters()})
         if newest is not None:
             self.take_up(newest)
-        if self.world.first:
+        if self.world.first and newest is not None:
+            self._saved(newest)  # a kill may have come before
+        if self.world.first and self.step < t.steps:
             # Drop what a run wrote after the checkpoint it is resumed from; damage (position -1) is listed anew.
             ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
             reached = lambda at: at >= 0 and at < ends.get(at % max(len(ends), 1), 0)  # noqa: E731
@@ -385,7 +387,9 @@ def _recompute_blocks(model: MM1) -> None:
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop all other lines of a JSON-lines file; a kill may have cut the last one short."""
+    """Drop all other lines of a JSON-lines file, at once; a kill may have cut the last one short."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}") and keep(json.loads(line))]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        fresh = path.with_name(f".{path.name}.kept")
+        fresh.write_text("".join(f"{line}\n" for line in lines))
+        fresh.replace(path)

@@ -21,7 +21,7 @@ _PIL_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 def decode(data: bytes) -> Image.Image:
     """The first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable."""
     # Not catch_warnings: that is global too, and a data thread would race with the training thread for it.
-    if _PIL_WARNS not in warnings.filters:
+    if warnings.filters[:1] != [_PIL_WARNS]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)

@@ -1,0 +1,435 @@
+"""A run that was stopped or killed and goes on ends with the same bits as one that nobody disturbed."""
+
+import collections
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import resume_runs
+import torch
+from small import FOLDER, small_model, small_run
+
+from mm1.engine import checkpoint
+from mm1.engine.config import DIGITS_RUN, Parallel, Run, Source, to_dict
+from mm1.engine.data import feed
+from mm1.engine.data.document import TextTokenizer
+from mm1.engine.display import Display
+from mm1.engine.model import MM1
+from mm1.engine.train import Trainer, make_streams, train
+
+TIMES = ("seconds", "data_seconds")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in the processes that are started: the bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def changed(run: Run, **data) -> Run:
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """30 texts and 24 captions, 7 of them unreadable, and a shard that breaks off: an epoch is two or three steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lines = [json.dumps({"text": text}) for text in (FOLDER / "text.txt").read_text().splitlines()[:30]]
+    for at, broken in {3: '{"text": ', 11: '{"text": ""}', 17: "[]", 29: '{"text": 5}'}.items():
+        lines[at] = broken
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    with tarfile.open(FOLDER / "test-captions.tar.gz") as whole, tarfile.open(folder / "captions.tar", "w") as small:
+        for number, member in enumerate(itertools.islice(whole, 48)):
+            content = whole.extractfile(member).read()
+            content = b"broken" if number in (6, 20, 40) else content  # .png and .txt by turns
+            member.size = len(content)
+            small.addfile(member, io.BytesIO(content))
+    whole = (folder / "captions.tar").read_bytes()
+    (folder / "short.tar").write_bytes(whole[: len(whole) // 8 // 512 * 512 + 100])
+    captions = (str(folder / "captions.tar"), str(folder / "short.tar"))
+    return Source("captions", captions, 45), Source("text", (str(folder / "text.jsonl"),), 20)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def left_by(folder: Path) -> dict:
+    """All that a run left which is not a time; the quarantine in an order of its own, as streams write by turns."""
+    newest = checkpoint.latest(folder)
+    checkpoint.check(newest)
+    assert not list(folder.glob(".step-*"))
+    quarantine = [json.dumps(line, sort_keys=True) for line in lines_of(folder / "quarantine.jsonl")]
+    metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in lines_of(folder / "metrics.jsonl")]
+    return {
+        "link": (folder / "checkpoint").resolve().name,
+        "state": checkpoint.read_json(newest, "state.json"),
+        "metrics": metrics,
+        "quarantine": sorted(quarantine),
+        "tensors": tensors_of(newest),
+    }
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / checkpoint.SHARDS).is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        dcp_to_torch_save(folder / checkpoint.SHARDS, folder.parent / "whole.pt")
+        return torch.load(folder.parent / "whole.pt")
+    files = ("model.safetensors", "optimizer.safetensors")
+    return {name: x for file in files for name, x in checkpoint.read_tensors(folder, file).items()}
+
+
+def assert_same(found: dict, truth: dict) -> None:
+    assert set(found["tensors"]) == set(truth["tensors"])
+    for name, value in truth["tensors"].items():
+        assert torch.equal(found["tensors"][name], value), name
+    for part in truth:
+        if part != "tensors":
+            assert found[part] == truth[part], part
+
+
+def quiet(folder: Path, run: Run) -> Display:
+    return Display(folder, run.train, out=io.StringIO())
+
+
+def go_on(run: Run, folder: Path, stop: int | None = None, number: int = signal.SIGTERM) -> dict:
+    """Resumed, or begun, to its end; or until a signal that comes amid step `stop`, whose state is given then."""
+    trainer = Trainer(run, folder, quiet(folder, run), True)
+    step = trainer._step
+
+    def signalled():
+        if trainer.step + 1 == stop:
+            os.kill(os.getpid(), number)
+        return step()
+
+    trainer._step = signalled
+    if stop is None:
+        trainer.fit()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+        assert checkpoint.latest(folder).name == f"step-{stop:08d}"
+    return checkpoint.read_json(checkpoint.latest(folder), "state.json")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What a run leaves that nobody stops, made once for each run."""
+
+    @functools.cache
+    def truth(run: Run) -> dict:
+        folder = tmp_path_factory.mktemp("truth")
+        go_on(run, folder)
+        return left_by(folder)
+
+    return truth
+
+
+SHORT = {"steps": 8, "save_every": 4}
+
+
+@pytest.mark.parametrize("stops", [(1,), (5,), (2, 4, 7)], ids=["at once", "later", "three times"])
+def test_a_run_resumed_within_an_epoch_ends_with_the_same_bits(stops, undisturbed, tmp_path):
+    """Weights, moments, random state, position of the data, all metrics and the list of bad records."""
+    run = small_run(**SHORT)
+    for stop in stops:
+        state = go_on(run, tmp_path, stop)
+        stream = state["data"]["streams"]["0"]
+        assert state["step"] == stop
+        assert len(stream["waiting"]) > 10  # documents of other batches
+        assert stream["position"] < 600
+    go_on(run, tmp_path)
+    assert_same(left_by(tmp_path), undisturbed(run))
+
+
+@pytest.mark.parametrize("stops", [(3,), (1, 2, 6)], ids=["once", "three times"])
+def test_a_run_resumed_over_the_ends_of_epochs_ends_with_the_same_bits(stops, tiny, undisturbed, tmp_path):
+    run = changed(small_run(**SHORT), sources=tiny)
+    records, positions = 30 + 24 + 3, []
+    for stop in (*stops, None):
+        positions.append(go_on(run, tmp_path, stop)["data"]["streams"]["0"]["position"])
+    assert records < positions[-2] < positions[-1] - records  # whole epochs before and behind the last stop
+    truth = undisturbed(run)
+    assert truth["state"]["data"]["streams"]["0"]["skipped"] > 10
+    assert_same(left_by(tmp_path), truth)
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_run_resumed_amid_the_turn_of_its_streams_ends_with_the_same_bits(stop, tiny, undisturbed, tmp_path):
+    """Four packers, two micro-batches a step: an odd step ends between the second and the third."""
+    run = changed(small_run(**SHORT), streams=4, sources=tiny, buffer=8)
+    assert go_on(run, tmp_path, stop)["data"]["taken"] % 4 == 2 * (stop % 2)
+    go_on(run, tmp_path)
+    assert_same(left_by(tmp_path), undisturbed(run))
+
+
+def test_a_run_with_worker_processes_resumed_ends_with_the_bits_of_one_without(tiny, undisturbed, tmp_path):
+    run = changed(small_run(**SHORT), sources=tiny)
+    go_on(changed(run, workers=2), tmp_path, 3)
+    go_on(changed(run, workers=2), tmp_path)
+    assert_same(left_by(tmp_path), undisturbed(run))
+
+
+def test_batches_made_ahead_are_made_again(tiny, undisturbed, tmp_path, monkeypatch):
+    """A thread had drawn more than the run took: on a GPU always, here by order."""
+    run = changed(small_run(**SHORT), sources=tiny, streams=4, buffer=8)
+    truth = undisturbed(run)
+    monkeypatch.setitem(feed.AHEAD, "cpu", 3)
+    for stop in (3, 6, None):
+        go_on(run, tmp_path, stop)
+    found = left_by(tmp_path)
+    for drawn_ahead in (found, truth):  # may be listed already
+        drawn_ahead["quarantine"] = sorted(set(found["quarantine"]) & set(truth["quarantine"]))
+    assert_same(found, truth)
+
+
+def test_a_mixture_of_experts_resumed_ends_with_the_same_bits(undisturbed, tmp_path):
+    run = dataclasses.replace(small_run(**SHORT), model=small_model(experts=4))
+    go_on(run, tmp_path, 3)
+    go_on(run, tmp_path)
+    assert_same(left_by(tmp_path), undisturbed(run))
+
+
+def test_a_compiled_run_resumed_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+    compile_blocks = MM1.compile_blocks
+    monkeypatch.setattr(MM1, "compile_blocks", lambda self, **options: compile_blocks(self, backend="eager", **options))
+    run = small_run(**SHORT, compile=True)
+    torch.compiler.reset()
+    go_on(run, tmp_path, 3)
+    torch.compiler.reset()
+    go_on(run, tmp_path)
+    torch.compiler.reset()
+    assert_same(left_by(tmp_path), undisturbed(run))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_the_step_it_comes_in(number, tmp_path):
+    run = small_run(**SHORT)
+    before = signal.getsignal(number)
+    assert go_on(run, tmp_path, 2, number)["step"] == 2
+    assert len(lines_of(tmp_path / "metrics.jsonl")) == 2
+    assert signal.getsignal(number) == before
+
+
+class Process:
+    """resume_runs.py, once or twice by torchrun, with pid files and run.json beside the folder."""
+
+    def __init__(self, run: Run, folder: Path, processes: int = 1, *more: str):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder.with_name("run.json")
+        path.write_text(json.dumps(to_dict(run)))
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+        command = [sys.executable, *(torchrun if processes > 1 else ()), resume_runs.__file__, str(path), str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.pids = [folder.with_name(f"pid-{rank}") for rank in range(processes)]
+        for path in self.pids:
+            path.unlink(missing_ok=True)
+        with folder.with_name("stderr.txt").open("w") as errors:
+            self.popen = subprocess.Popen([*command, *more], env=environment, stderr=errors)
+        self.begun = {path.name for path in folder.glob("*step-*")}
+
+    def wait_for(self, seen) -> None:
+        deadline = time.monotonic() + 120
+        while not seen():
+            assert self.popen.poll() is None, f"ended before: {self.errors()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+
+    def wait_for_lines(self, count: int) -> None:
+        """More than there were when it was started."""
+        path = self.folder / "metrics.jsonl"
+        self.wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
+
+    def wait_for_save(self, count: int) -> None:
+        """Until it begins to write its count-th checkpoint."""
+        found: set[str] = set()
+
+        def seen() -> bool:
+            found.update(path.name for path in self.folder.glob(".step-*.partial"))
+            return len(found - self.begun) >= count
+
+        self.wait_for(seen)
+
+    def kill(self) -> None:
+        """All of its processes: those of torchrun are in sessions of their own."""
+        self.wait_for(lambda: all(path.exists() and path.read_text() for path in self.pids))
+        pids = [int(path.read_text()) for path in self.pids]
+        for pid in {self.popen.pid, *pids}:
+            os.kill(pid, signal.SIGKILL)
+        self.popen.wait()
+        for pid in {*pids} - {self.popen.pid}:
+            while Path(f"/proc/{pid}").exists():
+                time.sleep(0.001)
+
+    def finish(self) -> None:
+        assert self.popen.wait(300) == 0, self.errors()
+
+    def errors(self) -> str:
+        return self.folder.with_name("stderr.txt").read_text()[-2000:]
+
+
+def test_sigusr1_saves_and_exits_and_the_run_goes_on_with_the_same_bits(tiny, undisturbed, tmp_path):
+    run = changed(small_run(steps=20, save_every=50), sources=tiny)
+    folder = tmp_path / "run"
+    process = Process(run, folder)
+    process.wait_for_lines(1)
+    process.popen.send_signal(signal.SIGUSR1)
+    assert process.popen.wait(60) == -signal.SIGINT or process.popen.returncode > 0
+    assert "KeyboardInterrupt" in process.errors()
+    reached = checkpoint.read_json(checkpoint.latest(folder), "state.json")["step"]
+    assert 0 < reached == len(lines_of(folder / "metrics.jsonl")) < 20
+    go_on(run, folder)
+    assert_same(left_by(folder), undisturbed(run))
+
+
+def where(folder: Path) -> str:
+    """What a kill left."""
+    steps = [line["step"] for line in lines_of(folder / "metrics.jsonl")]
+    partial = [f"{p.name} with {sum(x.is_file() for x in p.rglob('*'))} files" for p in folder.glob(".step-*.partial")]
+    newest = checkpoint.latest(folder)
+    line = f"step {steps[-1] if steps else 0} done, {newest.name if newest else 'nothing'} saved"
+    return line + (f", amid {', '.join(partial)}" if partial else "")
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_random_moments_a_run_ends_with_the_same_bits_and_loses_nothing(tiny, undisturbed, tmp_path):
+    """Amid steps and saves and at any other time; each metric and each bad record is there once. Prints each moment."""
+    run, folder, draw = changed(small_run(steps=150, save_every=2), sources=tiny), tmp_path / "run", random.Random(0)
+    amid = 0
+    for kill in range(30):
+        lines = len(lines_of(folder / "metrics.jsonl"))
+        process = Process(run, folder)
+        if kill % 2:
+            process.wait_for_save(draw.randint(1, 3))
+            time.sleep(draw.uniform(0, 0.02))
+        else:
+            process.wait_for_lines(lines + draw.randint(0, 4))
+            time.sleep(draw.uniform(0, 0.1))
+        process.kill()
+        amid += bool(list(folder.glob(".step-*.partial")))
+        print(f"kill {kill + 1}: {where(folder)}")
+    print(f"{amid} of 30 amid a save")
+    process = Process(run, folder)
+    process.finish()
+    found = left_by(folder)
+    assert [line["step"] for line in found["metrics"]] == list(range(1, 151))
+    assert len(set(found["quarantine"])) == len(found["quarantine"]) > 20
+    assert_same(found, undisturbed(run))
+    assert amid >= 3
+
+
+@pytest.mark.slow
+def test_killed_at_each_change_of_a_file_a_run_ends_with_the_same_bits_and_loses_nothing(tiny, undisturbed, tmp_path):
+    """One run after another, resumed and killed at the first, second, … file it makes, renames, empties or deletes."""
+    run, killed = changed(small_run(steps=6, save_every=2, keep=1), sources=tiny, buffer=12), tmp_path / "killed"
+
+    def dies_amid_step_4():
+        trainer = Trainer(run, killed, quiet(killed, run), True)
+        step = trainer._step
+        trainer._step = lambda: resume_runs.die() if trainer.step == 3 else step()
+        trainer.fit()
+
+    assert not resume_runs.forked(dies_amid_step_4)
+    process = Process(run, tmp_path / "runs" / "all", 1, str(killed))
+    process.finish()
+    notes = sorted((tmp_path / "runs" / "all").glob("*.txt"), key=lambda note: int(note.stem))
+    assert len(notes) > 30
+    wrong = []
+    for note in notes:
+        try:
+            assert_same(left_by(note.with_suffix("")), undisturbed(run))
+        except AssertionError as error:
+            wrong.append(f"{note.read_text()}: {str(error).splitlines()[0]}")
+    print(*(note.read_text() for note in notes), sep="\n")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_six_times_end_with_the_same_bits(tiny, tmp_path):
+    """Sharded checkpoints are written beside the steps: kills fall amid that, too. Prints each moment."""
+    run = changed(small_run(steps=60, save_every=3, accumulate=4), sources=tiny, streams=4, buffer=12)
+    run, draw = dataclasses.replace(run, parallel=Parallel()), random.Random(0)
+    Process(run, tmp_path / "truth" / "run", 2).finish()
+    folder = tmp_path / "killed" / "run"
+    for kill in range(6):
+        lines = len(lines_of(folder / "metrics.jsonl"))
+        process = Process(run, folder, 2)
+        if kill % 2:
+            process.wait_for_save(draw.randint(2, 3))
+            time.sleep(draw.uniform(0, 0.03))
+        else:
+            process.wait_for_lines(lines + draw.randint(1, 6))
+            time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        print(f"kill {kill + 1}: {where(folder)}")
+    Process(run, folder, 2).finish()
+    found = left_by(folder)
+    assert [line["step"] for line in found["metrics"]] == list(range(1, 61))
+    assert len(set(found["quarantine"])) == len(found["quarantine"]) > 20
+    assert_same(found, left_by(tmp_path / "truth" / "run"))
+
+
+def drawn(loader) -> collections.Counter:
+    """Documents that wait, by their keys."""
+    return collections.Counter(waiting.document.key for waiting in loader.waiting)
+
+
+def assert_each_once_an_epoch(came: collections.Counter, sources, positions: int) -> None:
+    """Of each source no document came more than once more than another, and none of all that were drawn is missing."""
+    assert came.total() == positions
+    for source in sources:
+        keys = [f"{path}:" for path in source.paths]
+        counts = [count for key, count in came.items() if key.startswith(tuple(keys))]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_two_hundred_batches_of_the_demo_are_full_and_hold_each_document_once():
+    run, batches, images = DIGITS_RUN.data, 200, 0
+    loader = make_streams(DIGITS_RUN, TextTokenizer(run.tokenizer), None).loaders[0]
+    came, tokens = collections.Counter(), 0
+    for _ in range(batches):
+        batch = next(loader)
+        came.update(batch.keys)
+        tokens += batch.used_tokens
+        images += len(batch.grids.sizes)
+    fill, image_fill = tokens / batches / run.tokens, images / batches / run.images
+    print(f"{fill:.1%} of the tokens, {image_fill:.1%} of the images")
+    assert fill >= 0.97
+    assert image_fill > 0.9  # 94 %
+    assert_each_once_an_epoch(came + drawn(loader), run.sources, loader.position)
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_no_document_is_lost_or_repeated_over_many_epochs(streams, tiny):
+    """Nor more than once more than another, however many packers share the records."""
+    run = changed(small_run(), sources=tiny, streams=streams, buffer=12)
+    packers = make_streams(run, TextTokenizer(run.data.tokenizer), None)
+    came = collections.Counter()
+    for _ in range(60):
+        came.update(next(packers).keys)
+    loaders = packers.loaders.values()
+    while len({loader.position // streams for loader in loaders}) > 1:  # all up to the same place of the stream
+        min(loaders, key=lambda loader: loader.position).buffer += 1
+        min(loaders, key=lambda loader: loader.position)._refill()
+    for loader in loaders:
+        came += drawn(loader)
+    drawn_in_all = sum(loader.position // streams for loader in loaders)
+    assert min(came.values()) > 3
+    assert_each_once_an_epoch(came, run.data.sources, drawn_in_all - packers.skipped)

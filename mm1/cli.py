@@ -36,6 +36,7 @@ def train(
     out: Path | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
     resume: bool = False,
+    profile: bool = False,
 ) -> None:
     """Train a named size or what a TOML file says.
 
@@ -44,11 +45,15 @@ def train(
         out: folder for checkpoints and metrics (default: runs/NAME).
         set: one setting, such as train.steps=100; may be repeated.
         resume: continue from the newest complete checkpoint in `out`.
+        profile: of four steps behind the first ones leave a trace and a table of their parts in `out`/profile.
     """
     from mm1.engine.config import load_run
     from mm1.engine.train import train
 
-    train(load_run(run, set), out or Path("runs") / Path(run).stem, resume=resume)
+    folder = out or Path("runs") / Path(run).stem
+    train(load_run(run, set), folder, resume=resume, profile=profile)
+    if profile:
+        print((folder / "profile" / "table.txt").read_text())
 
 
 @app.command

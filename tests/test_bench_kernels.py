@@ -17,7 +17,8 @@ from mm1.kernels.dispatch import Cost
 LIMITS = {"copy": 1e10, "gemm": {"fp32": 1e11, "bf16": 1e11}}
 TINY = {
     "moe_mlp": ("tiny", 12), "grouped_gemm": (20, 3, 16, 24), "route": (20, 8, 2), "patch_embed": ("native", 2, 16),
-    "embed_patches": ("budget", 2, 16), "qwen_embed": ("native", 2, 16), "conv_block": ("mixed", 2, 16), "c_abstractor": ("mixed", 2, 16),
+    "embed_patches": ("budget", 2, 16), "qwen_embed": ("native", 2, 16),
+    "conv_block": ("mixed", 2, 16), "c_abstractor": ("mixed", 2, 16),
     "adaptive_pool": ("mixed", 2, 16), "attention": (3, 20, 4, 2, 16, True), "linear_cross_entropy": (20, 16, 64),
 }  # fmt: skip
 PRESENT = [peer for peer in PEERS if missing(peer, "cpu") is None and peer.name not in ("compiled", "max-autotune")]

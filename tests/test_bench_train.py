@@ -26,7 +26,7 @@ SQUASHED = dataclasses.replace(
 MODELS = {"images of several sizes, mixture": MIXTURE, "images of one size, class token": SQUASHED}
 TOKENS, PEAK = 192, 1e9
 LADDER = ["plain", "packing", "attention", "vision kernels", "experts", "fused AdamW", "torch.compile",
-          "checkpointing", "torch.compile only"]  # fmt: skip
+          "recompute selective", "recompute blocks", "torch.compile only"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def steps(c=MIXTURE, dtype="fp32") -> train.Steps:
     return train.Steps(c, TOKENS, "cpu", dtype, PEAK)
 
 
-def eager(c) -> list[train.Rung]:
+def eager(c, dtype="fp32") -> list[train.Rung]:
     return [rung for rung in ladder(c) if not rung.compiled]
 
 
@@ -169,7 +169,7 @@ def test_the_row_has_what_the_report_reads(capsys):
 
 
 def test_a_row_that_is_there_is_not_measured_again(monkeypatch):
-    monkeypatch.setattr(train, "ladder", lambda c: eager(c)[-1:])
+    monkeypatch.setattr(train, "ladder", lambda c, dtype: eager(c)[-1:])
     record = Record()
     for _ in range(2):
         train.measure(record, ["tiny"], rounds=1)
@@ -209,7 +209,7 @@ def test_padding_is_in_the_ledger_and_shrinks_up_the_ladder():
         == 3 * (pairs * TOKENS**2) - 3 * (found["packing"].forward["decoder attention"])
     )
     blocks = {"vision linear", "vision attention", "decoder linear", "decoder attention", "router", "experts"}
-    assert set(found["checkpointing"].recompute) == blocks
+    assert set(found["recompute blocks"].recompute) == blocks
 
 
 def test_steps_leave_the_weights_and_the_modules_as_they_were():
@@ -284,7 +284,7 @@ for name in ("tokenizers", "PIL", "grain", "transformers", "timm", "pynvml", "ty
 from mm1.bench import train
 from mm1.bench.record import Record
 train.SIZES["tiny"] = train.SIZES["digits"]._replace(tokens=96)
-train.ladder = lambda c: [train.Rung("packing", "")]
+train.ladder = lambda c, dtype: [train.Rung("packing", "")]
 record = Record()
 record.header["ceilings"] = {"gemm": {"fp32": 1e9}}
 train.measure(record, ["tiny"], rounds=1)

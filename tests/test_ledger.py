@@ -247,11 +247,11 @@ def test_a_dense_text_model_by_the_published_formula():
 def test_recomputed_is_apart_and_counts_in_hfu_alone():
     batch = packed(documents(), ROOMY)
     for c in VARIANTS.values():
-        kept, again = ledger(c, batch), ledger(c, batch, checkpointing=True)
+        kept, again = ledger(c, batch), ledger(c, batch, recompute="blocks")
         assert kept.useful == again.useful
         assert kept.mfu(2.0, 1e9) == again.mfu(2.0, 1e9) == kept.useful / 2e9
         assert kept.hfu(2.0, 1e9) == kept.executed / 2e9 < again.hfu(2.0, 1e9)
-        # Without checkpointing only attention's scores, half of its forward; with it also all of the blocks' rows.
+        # Without recomputing only attention's scores, half of its forward; with it also all of the blocks' rows.
         assert {part: 2 * n for part, n in kept.recompute.items()} == {
             part: n + kept.padding[part] // 3 for part, n in kept.forward.items() if "attention" in part
         }

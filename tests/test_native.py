@@ -16,6 +16,7 @@ def run(*command):
     return done.stdout
 
 
+@pytest.mark.slow
 @not_interpreted
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("cc")), reason="needs cmake and a C compiler")
 def test_the_library_is_built_and_passes_its_tests(tmp_path):

@@ -16,7 +16,7 @@ from mm1.engine.experts import Experts
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1, parameter_counts
 from mm1.engine.plan import HARDWARE, activations, memory, plan, shares, show, to_dict, traffic, typical
-from mm1.engine.train import _recompute_blocks
+from mm1.engine.recompute import recompute_blocks
 from mm1.kernels.device import DEVICES
 
 DENSE, MIXTURE = small_model(experts=0), small_model(experts=4, moe_every=1)
@@ -144,14 +144,14 @@ def test_activations_are_those_that_autograd_keeps(name):
     estimate = activations(CASES[name], Load.of(batch), 4)
     # A CPU's RMSNorm keeps its normalised input as well, a GPU's does not.
     assert 0.75 < sum(estimate.values()) / kept(model, batch) < 1.1
-    again = activations(CASES[name], Load.of(batch), 4, checkpointing=True)
-    _recompute_blocks(model)
+    again = activations(CASES[name], Load.of(batch), 4, recompute="blocks")
+    recompute_blocks(model, "blocks")
     assert 0.75 < (sum(again.values()) - again["a block computed again"]) / kept(model, batch) < 1.25
 
 
 def test_a_block_that_is_computed_again_is_the_largest():
     load = Load([160], [], 160, 160, 0, 0)
-    whole, again = (activations(DENSE, load, 2, checkpointing=flag) for flag in (False, True))
+    whole, again = (activations(DENSE, load, 2, recompute=what) for what in ("none", "blocks"))
     assert again["a block computed again"] == whole["activations of blocks"] / DENSE.decoder.layers
 
 
@@ -174,8 +174,8 @@ def test_tokens_that_travel_take_their_room():
 
 
 def test_a_step_takes_as_long_as_its_operations():
-    run = load_run("mm1-1b", ["train.checkpoint_activations=true"])
-    counted = ledger(run.model, typical(run, 1024), checkpointing=True)
+    run = load_run("mm1-1b", ["train.recompute=blocks"])
+    counted = ledger(run.model, typical(run, 1024), recompute="blocks")
     found = plan(run, 1, "h100", share=0.5)
     assert found.operations == 512 * counted.totals()["useful"]
     assert found.seconds["operations"] == pytest.approx(512 * counted.executed / (0.5 * 989e12))
@@ -220,9 +220,9 @@ def test_groups_that_leave_the_node_are_as_fast_as_all_their_ports():
     assert times[1][1]["tensor"] == times[1000][1]["tensor"] > 0
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_what_tensor_and_expert_parallelism_send(again):
-    train, passes = Train(accumulate=16, checkpoint_activations=again), 3 if again else 2
+@pytest.mark.parametrize("recompute", ["none", "selective", "blocks"])
+def test_what_tensor_and_expert_parallelism_send(recompute):
+    train, passes = Train(accumulate=16, recompute=recompute), 3 if recompute == "blocks" else 2
     load = Load([160], [], 160, 160, 0, 0)
     x = 2 * 160 * 32  # bytes of the hidden state; two layers, each of them with two sums a pass
     sums = traffic(run_of(DENSE, train, tensor=2), 2, load, 1.0, 1.0)["tensor"]

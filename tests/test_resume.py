@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from mm1.engine.data import feed
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.display import Display
 from mm1.engine.model import MM1
-from mm1.engine.train import Trainer, make_streams, train
+from mm1.engine.train import Trainer, make_streams
 
 TIMES = ("seconds", "data_seconds")
 

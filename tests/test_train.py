@@ -1,11 +1,7 @@
 import dataclasses
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from pathlib import Path
 
@@ -66,7 +62,9 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert_same(trained(tmp_path / "a", small_run()), trained(tmp_path / "b", small_run()))
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}], ids=["plain", "recompute"])
+@pytest.mark.parametrize(
+    "options", [{}, {"recompute": "blocks"}, {"recompute": "selective"}], ids=["plain", "blocks", "selective"]
+)
 def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, options):
     truth = trained(tmp_path / "truth", small_run())
     trained(tmp_path / "run", small_run(steps=8) if not options else small_run(steps=8, **options))
@@ -311,80 +309,3 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path):
     other = dataclasses.replace(small_run(), model=dataclasses.replace(small_run().model, image_patches=32))
     with pytest.raises(DataError, match="holds another model"):
         train(other, tmp_path / "run", resume=True)
-
-
-KILLED = """
-import sys; sys.path.insert(0, {tests!r})
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-from small import document, packed, small_model, small_run
-from mm1.engine.train import train
-train(small_run(steps=40, save_every=2), Path({folder!r}), resume=True)
-"""
-
-
-def start(folder):
-    code = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder))
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-
-
-def kill_after_lines(process, folder, lines, delay=0.0):
-    """SIGKILL once metrics.jsonl has so many lines."""
-    path = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and len(path.read_text().splitlines()) >= lines:
-            time.sleep(delay)
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def undisturbed(tmp_path):
-    """The weights of the run that KILLED makes, on one thread as there: the bits depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return trained(tmp_path / "truth", small_run(steps=40, save_every=2))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_killed_thrice_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
-    """SIGKILL amid a step, and amid a save (save_every 2: right after an even step's line a save is under way)."""
-    truth = undisturbed(tmp_path)
-    folder = tmp_path / "run"
-    kill_after_lines(start(folder), folder, 1)  # before there is any checkpoint
-    kill_after_lines(start(folder), folder, 5)
-    kill_after_lines(start(folder), folder, 16, 0.004)
-    assert start(folder).wait() == 0
-    found = checkpoint.read_tensors(checkpoint.latest(folder), "model.safetensors")
-    assert_same(found, truth)
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
-
-
-@pytest.mark.slow
-def test_killed_at_ten_random_moments_and_resumed_equals_undisturbed_bit_for_bit(tmp_path):
-    """Moments drawn over steps and saves alike; prints where each kill fell."""
-    truth = undisturbed(tmp_path)
-    folder, draw = tmp_path / "run", random.Random(0)
-    for kill in range(10):
-        kill_after_lines(start(folder), folder, 4 * kill - draw.randint(0, 3), draw.uniform(0, 0.15))
-        partial = [path.name for path in folder.glob(".step-*.partial")]
-        print(f"kill {kill + 1}: newest checkpoint {checkpoint.latest(folder)}, amid a save: {bool(partial)}")
-    assert start(folder).wait() == 0
-    assert_same(checkpoint.read_tensors(checkpoint.latest(folder), "model.safetensors"), truth)
-
-
-def test_sigterm_saves_and_stops(tmp_path):
-    process = start(tmp_path / "run")
-    path = tmp_path / "run" / "metrics.jsonl"
-    while not (path.exists() and path.read_text()):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    assert process.wait() != 0
-    step = checkpoint.read_json(checkpoint.latest(tmp_path / "run"), "state.json")["step"]
-    assert step == len(path.read_text().splitlines()) < 40

@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mm1.autotune.gpu_state import watched
 from mm1.bench import mix, plain
@@ -25,15 +24,17 @@ from mm1.bench.peer_models import TransformersModel
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import ceilings
 from mm1.bench.timing import interleaved, noise, ratio, reason, summary
-from mm1.engine import config, connector, decoder, vision
+from mm1.engine import config, connector, decoder, float8, vision
 from mm1.engine.connector import ConvBlock
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.record import DataError
 from mm1.engine.decoder import Block
 from mm1.engine.experts import BACKENDS, Experts
+from mm1.engine.float8 import converted
 from mm1.engine.ledger import Ledger, Load, ledger
 from mm1.engine.model import MM1
 from mm1.engine.optim import adamw
+from mm1.engine.recompute import recomputed
 from mm1.engine.vision import VisionBlock
 from mm1.kernels.linear_cross_entropy import IGNORED
 
@@ -67,7 +68,8 @@ class Rung(NamedTuple):
     change: str
     plain: frozenset[str] = frozenset()
     compiled: bool = False
-    checkpointing: bool = False
+    recompute: str = "none"
+    float8: bool = False
     baseline: bool = False
 
     @property
@@ -85,16 +87,19 @@ CHANGES = {
 FULL = Rung("torch.compile", "each kind of block compiled", compiled=True)
 
 
-def ladder(c: config.Model) -> list[Rung]:
-    """From plain to full, what it costs to keep no activations, and the plain one with torch.compile alone."""
+def ladder(c: config.Model, dtype: str = "fp32") -> list[Rung]:
+    """From plain to full, what float8 wins and recomputing costs, and the plain one with torch.compile alone."""
     left = [part for part in CHANGES if part != "experts" or c.decoder.experts]
     every = frozenset(left)
     rungs = [Rung("plain", "documents padded to the longest, torch's attention, all eager", every)]
     while left:
         rungs.append(CHANGES[left.pop(0)]._replace(plain=frozenset(left)))
-    again = FULL._replace(name="checkpointing", change="blocks run again in backward: slower, less memory")
+    wide = dtype == "bf16" and c.decoder.width >= float8.WIDE
     return [
-        *rungs, FULL, again._replace(checkpointing=True),
+        *rungs, FULL,
+        *[FULL._replace(name="float8", change="the decoder's wide linears by torchao, tensorwise", float8=True)] * wide,
+        FULL._replace(name="recompute selective", change="all but products again in backward", recompute="selective"),
+        FULL._replace(name="recompute blocks", change="blocks again in backward, for least memory", recompute="blocks"),
         Rung("torch.compile only", "plain, with its blocks compiled", every, compiled=True, baseline=True),
     ]  # fmt: skip
 
@@ -157,14 +162,10 @@ class Steps:
         torch.compiler.reset()  # the model before may have had the same blocks
         self.model = MM1(c).initialize().to(device)
         self.optimizers = _optimizers(self.model)
-        self.compiled = {
-            False: {block: torch.compile(block.forward, dynamic=False) for block in _blocks(self.model)},
-            # Where batches are of several shapes, as torch chooses: from the second on with shapes as variables.
-            True: {block: torch.compile(block.forward) for block in _blocks(self.model)},
-        }
+        self.compiled: dict[tuple[nn.Module, str, bool], Callable] = {}
 
     def row(self, rounds: int | None, budget: float) -> Row:
-        ways, failed = self.check(ladder(self.config))
+        ways, failed = self.check(ladder(self.config, self.dtype))
         samples = interleaved({name: way.step for name, way in ways.items()}, rounds=rounds, budget=budget)
         share, seconds, failed = noise(samples), samples.seconds, failed | samples.failed
         # Two models are too large for many a GPU: the peer is timed when ours is gone.
@@ -212,8 +213,11 @@ class Steps:
         return ways, failed
 
     def _differs(self, way: Way, truth: Way) -> str | None:
+        loose = 10 if way.rung.float8 else 1
         errors = {name: abs(way.found[name] - value) / abs(value) for name, value in truth.found.items()}
-        wrong = [f"{name} differs by {e:.2g}" for name, e in errors.items() if not e <= TOLERANCES[name][self.dtype]]
+        wrong = [
+            f"{name} differs by {e:.2g}" for name, e in errors.items() if not e <= loose * TOLERANCES[name][self.dtype]
+        ]
         return f"{' and '.join(wrong)} from that of {truth.rung.name!r}" if wrong else None
 
     def _try(self, rung: Rung) -> Way:
@@ -264,13 +268,21 @@ class Steps:
             for block in _blocks(self.model):
                 if isinstance(mlp := getattr(block, "mlp", None), Experts) and "experts" in rung.plain:
                     swap(mlp, "backend", BACKENDS["torch"]())
-                call = self.compiled[rung.baseline][block] if rung.compiled and self._compilable(block, rung) else None
-                if rung.checkpointing and not isinstance(block, ConvBlock):
-                    call = partial(checkpoint, call or block.forward, use_reentrant=False)
-                if call is not None:
-                    swap(block, "forward", call)
+                if rung.compiled and self._compilable(block, rung):
+                    swap(block, "forward", self._compiled(block, rung))
+            for parent, name, linear in converted(self.model.decoder, "tensorwise") if rung.float8 else ():
+                stack.enter_context(patch.dict(parent._modules, {name: linear}))
             with torch._dynamo.config.patch(recompile_limit=64):  # every way's variants of a block count together
                 yield
+
+    def _compiled(self, block: nn.Module, rung: Rung) -> Callable:
+        key = (block, rung.recompute, rung.baseline)
+        if key not in self.compiled:
+            again = rung.recompute != "none" and not isinstance(block, ConvBlock)
+            forward = recomputed(block.forward, rung.recompute) if again else block.forward
+            # Where batches are of several shapes, as torch chooses: from the second on with shapes as variables.
+            self.compiled[key] = torch.compile(forward, dynamic=None if rung.baseline else False)
+        return self.compiled[key]
 
     def _compilable(self, module: nn.Module, rung: Rung) -> bool:
         if isinstance(module, ConvBlock):  # of images of several sizes a loop over sizes, another one each batch
@@ -286,7 +298,7 @@ class Steps:
             rows = batches[0].grids.longest + self.config.vision.class_token
             pairs = load.tokens**2 if rung.packed else load.pairs
             load = replace(load, pairs=pairs, patch_pairs=load.images * rows**2)
-        return ledger(self.config, load, checkpointing=rung.checkpointing)
+        return ledger(self.config, load, recompute=rung.recompute)
 
     def data_seconds(self, rung: Rung) -> float:
         taken = []

@@ -175,7 +175,8 @@ class Train:
     clip: float = 1.0
     compile: bool = True
     recompile: str = "error"  # what compiling again after the first steps is; or "warn"
-    checkpoint_activations: bool = False
+    recompute: str = "none"  # in backward instead of keeping it: "none", "blocks" or "selective"
+    float8: str = "none"  # products of the decoder's wide linears: "tensorwise" or "rowwise" scales, by torchao
     dtype: str = "auto"  # bf16 on a GPU, fp32 on a CPU
     seed: int = 0
     init: str = ""  # checkpoint folder whose weights the run begins with, such as `mm1 convert` makes
@@ -194,6 +195,10 @@ class Train:
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _check(self.dtype in ("auto", "bf16", "fp32"), "train.dtype", self.dtype, "auto, bf16 or fp32")
         _check(self.recompile in ("error", "warn"), "train.recompile", self.recompile, "error or warn")
+        recomputes = ("none", "blocks", "selective")
+        _check(self.recompute in recomputes, "train.recompute", self.recompute, "none, blocks or selective")
+        recipes = ("none", "tensorwise", "rowwise")
+        _check(self.float8 in recipes, "train.float8", self.float8, "none, tensorwise or rowwise")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ useful       what the documents, the images and the targets themselves need, onc
 padding      what is computed beyond: rows of the budgets that no token, patch or image fills, rows of a head without a
              target, pairs that a dense attention computes to mask them.
 recompute    forward again: attention's scores in backward, which makes 2.5 times forward of it (Dao et al. 2022), and
-             every block where activations are not kept.
+             every block where only its input is kept.
 
 MFU = useful / (seconds · peak), HFU = all three / (seconds · peak), as Chowdhery et al. 2022 (PaLM), appendix B, define
 them; but their 6N + 12LHQT a token counts all n² pairs of causal attention, hidden ones as well.
@@ -101,8 +101,8 @@ class _Rows(NamedTuple):
     targets: int
 
 
-def ledger(c: config.Model, load: Load | Batch, *, checkpointing: bool = False) -> Ledger:
-    """Of a training step on `load`; checkpointing: each block of encoder and decoder runs again in backward."""
+def ledger(c: config.Model, load: Load | Batch, *, recompute: str = "none") -> Ledger:
+    """Of a training step on `load`. recompute: as train.recompute; "blocks" alone runs products again."""
     load = Load.of(load) if isinstance(load, Batch) else load
     kept, patches = int(c.vision.class_token), [h * w for h, w in load.grids]
     used = sum(load.documents)
@@ -132,10 +132,10 @@ def ledger(c: config.Model, load: Load | Batch, *, checkpointing: bool = False) 
     forward, whole = _forward(c, own), _forward(c, computed)
     backward = {part: _backward(part) * n for part, n in forward.items()}
     padding = {part: (1 + _backward(part)) * (whole[part] - n) for part, n in forward.items()}
-    recompute = {part: n // 2 for part, n in whole.items() if part.endswith("attention")}
-    if checkpointing:
-        recompute |= {part: whole[part] + recompute.get(part, 0) for part in IN_BLOCKS}
-    return Ledger(forward, backward, padding, recompute)
+    again = {part: n // 2 for part, n in whole.items() if part.endswith("attention")}
+    if recompute == "blocks":
+        again |= {part: whole[part] + again.get(part, 0) for part in IN_BLOCKS}
+    return Ledger(forward, backward, padding, again)
 
 
 def _backward(part: str) -> int:

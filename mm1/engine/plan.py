@@ -98,7 +98,7 @@ def plan(
     _expect(network > 0 and document > 0, f"network {network} and document {document}, expected above 0")
     parts, load, hardware = shares(run, gpus), typical(run, document), HARDWARE[device]
     used, usable = memory(run, gpus, load), USABLE * hardware.memory
-    counted, sequences = ledger(c, load, checkpointing=t.checkpoint_activations), t.accumulate * tensor // gpus
+    counted, sequences = ledger(c, load, recompute=t.recompute), t.accumulate * tensor // gpus
     executed = sum(
         n / (tensor if part in CUT_OPERATIONS else 1)
         for kind in (counted.forward, counted.backward, counted.padding, counted.recompute)
@@ -202,7 +202,7 @@ def memory(run: config.Run, gpus: int, load: Load) -> dict[str, float]:
     travels = p.capacity if p.expert > 1 and d.experts else 0.0
     kept = activations(
         run.model, load, 2, residual=4 if alone else 2, tensor=p.tensor, capacity=travels,
-        checkpointing=run.train.checkpoint_activations,
+        recompute=run.train.recompute,
     )  # fmt: skip
     return {
         "parameters": 4 * held,
@@ -219,12 +219,13 @@ def memory(run: config.Run, gpus: int, load: Load) -> dict[str, float]:
 
 def activations(
     c: config.Model, load: Load, itemsize: int, *, residual: int = 4, tensor: int = 1, capacity: float = 0.0,
-    checkpointing: bool = False,
+    recompute: str = "none",
 ) -> dict[str, float]:  # fmt: skip
     """Bytes kept for backward of one sequence.
 
     itemsize: bytes of an element of products; residual: of the residual stream. capacity: of experts to which tokens
-    travel, 0 where they stay. checkpointing: of blocks their input alone, and all of one that is computed again.
+    travel, 0 where they stay. recompute: as train.recompute: of blocks their input, "selective" also results of
+    products, attention and experts; and all of one block that is computed again.
     """
     v, k, d = c.vision, c.connector, c.decoder
     rows, slots, routed = load.patches + v.class_token * load.images, load.images * k.tokens, d.experts_per_token
@@ -239,7 +240,14 @@ def activations(
     # Of tokens that travel also the rows that were taken in, and in fp32 what came back.
     mixture = attention + itemsize * routed * (capacity or 1) * 2 * d.ffn + 4 * (d.experts + d.width * (itemsize < 4))
     mixture += routed * d.width * (itemsize * capacity + 4 * (capacity > 0))
-    layers = [load.tokens * (mixture if config.is_moe(d, layer) else dense) for layer in range(d.layers)]
+    kinds = [config.is_moe(d, layer) for layer in range(d.layers)]
+    layers = [load.tokens * (mixture if moe else dense) for moe in kinds]
+    # Results of products, of attention and of experts, which selective recomputing keeps.
+    attended = 2 * (d.heads + d.kv_heads) * d.head_width / tensor + 2 * d.width
+    of_dense = itemsize * (attended + 2 * d.ffn / tensor)
+    of_mixture = itemsize * (attended + routed * (capacity or 1) * 2 * d.ffn) + 4 * d.experts
+    results = v.layers * rows * itemsize * (6 * v.width + v.ffn)
+    results += load.tokens * sum(of_mixture if moe else of_dense for moe in kinds)
     readout = 2 * (k.readout_depth - 1) * d.width
     connector = {  # x, W1 x and W3 c of each block, as kernels/conv_block.py keeps them; k, v; rows of the pool
         "c-abstractor": load.patches * v.width + 3 * k.depth * k.hidden * (load.patches + slots)
@@ -252,15 +260,16 @@ def activations(
         + residual * (rows * v.width + load.tokens * d.width) + itemsize * load.targets * d.width,
         "activations of blocks": v.layers * vision + sum(layers),
     }  # fmt: skip
-    if checkpointing:
-        found["activations of blocks"] = residual * (v.layers * rows * v.width + d.layers * load.tokens * d.width)
+    if recompute != "none":
+        inputs = residual * (v.layers * rows * v.width + d.layers * load.tokens * d.width)
+        found["activations of blocks"] = inputs + (results if recompute == "selective" else 0.0)
         found["a block computed again"] = max(vision, *layers)
     return found
 
 
 def traffic(run: config.Run, gpus: int, load: Load, link: float, network: float) -> dict[str, float]:
     """Seconds of one sequence that GPUs send for, by who sends. link, network: GB/s inside a node and out of it."""
-    p, d, again = run.parallel, run.model.decoder, run.train.checkpoint_activations
+    p, d, t = run.parallel, run.model.decoder, run.train
 
     def ring(ranks: int, stride: int) -> float:
         """Bytes/s of a GPU; where a group has several in a node, its rings leave the node by the ports of all."""
@@ -273,7 +282,7 @@ def traffic(run: config.Run, gpus: int, load: Load, link: float, network: float)
         fsdp += s.held * (s.ranks - 1) * (2 * gathers + 4) / ring(s.ranks, s.stride)
         copies = 8 * s.held * (p.replicate - 1) / p.replicate
         fsdp += copies / ring(p.replicate, gpus // p.replicate)
-    passes = 3 if again else 2  # forward, backward, and forward again
+    passes = 3 if t.recompute == "blocks" else 2  # forward, backward, and forward again
     state = 2 * load.tokens * d.width  # bytes
     sums = 2 * passes * d.layers * 2 * (p.tensor - 1) / p.tensor * state
     near = min(p.expert, NODE)
@@ -289,9 +298,10 @@ def _remedies(run: config.Run, gpus: int, usable: float, document: int) -> tuple
     ways = [(1, p.expert), *((2**n, 1) for n in range(1, 4)), *((1, 2**n) for n in range(1, experts.bit_length()))]
     ways = {replace(p, replicate=r, tensor=a, expert=b) for r in (p.replicate, 1) for a, b in ways} | {p}
     found: dict[str, int] = {}
-    for scale, way, train in product((1, 2, 4, 8), ways, (t, replace(t, checkpoint_activations=True))):
+    trains = [replace(t, recompute=what) for what in dict.fromkeys((t.recompute, "selective", "blocks"))]
+    for scale, way, train in product((1, 2, 4, 8), ways, trains):
         other, changes = replace(run, parallel=way, train=train), [f"{gpus * scale} GPUs"] * (scale > 1)
-        changes += ["train.checkpoint_activations=true"] * (train != t)
+        changes += [f"train.recompute={train.recompute}"] * (train != t)
         changes += [f"parallel.{name}={n}" for name, n in vars(way).items() if n != getattr(p, name)]
         with suppress(DataError):
             if sum(memory(other, gpus * scale, typical(other, document)).values()) <= usable:

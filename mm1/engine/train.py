@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from mm1.engine import checkpoint, safety
 from mm1.engine.config import Run, from_dict, peak_lr, to_dict
@@ -28,25 +27,33 @@ from mm1.engine.data.packing import Loader
 from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import open_source
 from mm1.engine.display import Display, Silent
+from mm1.engine.float8 import float8_linears
 from mm1.engine.model import MM1, parameter_counts
 from mm1.engine.optim import adamw, learning_rate
 from mm1.engine.parallel import World, cut_like, dropped, local, put
+from mm1.engine.recompute import recompute_blocks
 
 WARM = 2  # steps, after which nothing is compiled any more
 SUMS = ("loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "data", "dropped", "norm")
 
 
-def train(run: Run, folder: Path, *, resume: bool = False, display: Display | None = None) -> MM1:
+def train(
+    run: Run, folder: Path, *, resume: bool = False, display: Display | None = None, profile: bool = False
+) -> MM1:
     """Train to run.train.steps, writing checkpoints and metrics.jsonl into `folder`; returns the model.
 
     Under torchrun on all its processes. resume continues from the newest complete checkpoint, bit-exactly on the same
     machine with the same number of threads and processes, or starts if there is none. SIGTERM, SIGUSR1 and Ctrl-C save
-    before they stop.
+    before they stop. profile: of steps behind the first leave a trace and a table in folder/profile (see profile.py).
     """
     world = World(run.parallel)
     try:
         shown = display or (Display(folder, run.train) if world.first else Silent())
         trainer = Trainer(run, folder, shown, resume, world)
+        if profile:
+            from mm1.engine.profile import profile as watch
+
+            watch(trainer, folder / "profile")
         trainer.fit()
         return trainer.model
     finally:
@@ -98,6 +105,10 @@ class Trainer:
         torch.manual_seed(t.seed)
         with torch.device("meta"):
             self.model = MM1(run.model)
+        if t.float8 != "none":
+            if run.parallel.tensor > 1:
+                raise DataError("settings train.float8 and parallel.tensor > 1 are not made for each other")
+            float8_linears(self.model.decoder, t.float8)
         self.world.place(self.model, self.dtype)
         self.model.to_empty(device=self.device).initialize(t.seed, put)
         for buffer in self.model.buffers():
@@ -125,8 +136,8 @@ class Trainer:
             _keep_lines(folder / "metrics.jsonl", lambda line: line["step"] <= self.step)
             _keep_lines(folder / "quarantine.jsonl", lambda line: reached(line["position"]))
         self.world.wait()
-        if t.checkpoint_activations:
-            _recompute_blocks(self.model)
+        if t.recompute != "none":
+            recompute_blocks(self.model, t.recompute)
         if t.compile:
             safety.load_compiled(folder)
             # Experts that are sharded otherwise than their block are gathered inside of it, where its graph breaks.
@@ -377,13 +388,6 @@ def _law_parameters(run: Run) -> int:
     """N of the learning-rate law: the dense decoder without embeddings, also for a mixture (paper, section 3.4)."""
     counts = parameter_counts(run.model)
     return counts.get("decoder_dense_non_embedding", counts["decoder_non_embedding"])
-
-
-def _recompute_blocks(model: MM1) -> None:
-    """Keep only each block's input, and run the block again in backward."""
-    for block in [*model.vision.blocks, *model.decoder.blocks]:
-        inner = block.forward
-        block.forward = lambda *args, inner=inner: recompute(inner, *args, use_reentrant=False)
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

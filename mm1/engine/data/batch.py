@@ -29,6 +29,7 @@ class Batch:
     image_slots: Tensor  # int64 [N·n], the token row of each image token, T for absent images
     target_rows: Tensor  # int64 [target_count], rows with a target: the head sees no others
     target_count: int
+    used_tokens: int  # of T
     digest: int  # CRC-32 of tokens and pixels: tells whether data changed
     keys: tuple[str, ...]  # where each document came from
 
@@ -41,10 +42,6 @@ class Batch:
         """Tells the allocator that this stream uses the tensors, if they were made on another."""
         for x in (*(getattr(self, name) for name in TENSORS), *self.grids.tensors):
             x.record_stream(stream)
-
-    @property
-    def used_tokens(self) -> int:
-        return int(self.cu_seqlens[-1])
 
 
 def exact_budget(documents: Sequence[Document], patch: int) -> Budget:
@@ -95,6 +92,7 @@ def pack(documents: Sequence[Document], budget: Budget, *, image_id: int, patch:
         image_slots=torch.from_numpy(image_slots),
         target_rows=torch.from_numpy(rows_with_target),
         target_count=len(rows_with_target),
+        used_tokens=int(cu_seqlens[-1]),
         digest=reduce(lambda crc, array: zlib.crc32(array.data, crc), pixels, zlib.crc32(tokens.data)),
         keys=tuple(d.key for d in documents),
     )

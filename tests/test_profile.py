@@ -1,0 +1,88 @@
+"""A profile says where the time goes, and the run that is watched is the run that is not."""
+
+import gzip
+import json
+import re
+
+import pytest
+import torch
+from small import small_run
+from test_train import Quiet, assert_same, trained
+
+from mm1.engine import profile as profiling
+from mm1.engine.data.record import DataError
+from mm1.engine.ledger import Load, ledger
+from mm1.engine.model import MM1
+from mm1.engine.profile import STEPS, Marks, profile
+from mm1.engine.train import WARM, Trainer
+
+RUN = small_run(steps=6)
+
+
+def profiled(run, folder) -> Trainer:
+    trainer = Trainer(run, folder, Quiet(), False)
+    profile(trainer, folder / "profile")
+    trainer.fit()
+    return trainer
+
+
+def test_weights_and_metrics_are_those_of_a_run_that_nobody_watches(tmp_path):
+    trainer = profiled(small_run(steps=8), tmp_path / "watched")
+    found = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    assert_same(found, trained(tmp_path / "run", small_run(steps=8), display=Quiet()))
+    assert len(trainer.display.metrics) == trainer.run.train.steps
+    assert "_step" not in vars(trainer) or trainer._step.__func__ is Trainer._step
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A folder of a run, its marks, and the batches that its model saw."""
+    folder, seen, drawn = tmp_path_factory.mktemp("run"), [], []
+    init, forward = Marks.__init__, MM1.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Marks, "__init__", lambda self, trainer: (seen.append(self), init(self, trainer))[1])
+        patch.setattr(MM1, "forward", lambda self, batch: (drawn.append(batch), forward(self, batch))[1])
+        profiled(RUN, folder)
+    return folder, seen[0], drawn
+
+
+def test_every_millisecond_is_a_parts_and_operations_are_the_ledgers(watched):
+    _, marks, drawn = watched
+    seconds = marks.seconds()
+    assert sum(seconds.values()) == pytest.approx((marks.marks[-1][1] - marks.marks[0][1]) / STEPS)
+    assert set(seconds) == {*profiling.PARTS, *(f"{part} backward" for part in profiling.PARTS), *profiling.OTHER}
+    assert all(taken > 0 for taken in seconds.values())
+    batches = drawn[2 * WARM : 2 * (WARM + STEPS)]
+    assert [c.useful for c in marks.operations()] == [ledger(RUN.model, Load.of(batch)).useful for batch in batches]
+
+
+def test_marks_stand_in_the_order_of_the_work(watched):
+    forward = ["data", "between", "vision", "between", "connector", "between", "decoder", "head", "between"]
+    backward = [f"{part} backward" for part in ("head", "decoder", "connector", "vision")]
+    step = [*(forward + backward) * 2, "update", "outside"]
+    assert [name for name, _ in watched[1].marks] == [*step * STEPS, "end"]
+
+
+def test_what_it_leaves_can_be_read(watched):
+    folder = watched[0] / "profile"
+    trace = json.loads(gzip.decompress((folder / "trace-0.json.gz").read_bytes()))
+    assert any("mm1::" in str(event.get("name")) for event in trace["traceEvents"])
+    table = (folder / "table.txt").read_text()
+    shares = [float(found) for found in re.findall(r"([\d.]+)%", table.split("in all")[0])]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert re.search(r"of executed operations [\d.]+% are padding and [\d.]+% run a second time", table)
+    assert "aten::mm" in table
+
+
+def test_compiled_blocks_are_not_compiled_again(tmp_path, monkeypatch):
+    compile_blocks = MM1.compile_blocks
+    monkeypatch.setattr(MM1, "compile_blocks", lambda self, **options: compile_blocks(self, backend="eager", **options))
+    torch.compiler.reset()
+    profiled(small_run(steps=6, compile=True, recompute="selective"), tmp_path)
+    torch.compiler.reset()
+
+
+def test_a_run_that_is_too_short_is_told_at_once(tmp_path):
+    with pytest.raises(DataError, match="a profile needs 6 steps, and 5 are left of the run"):
+        profile(Trainer(small_run(steps=5), tmp_path, Quiet(), False), tmp_path / "profile")

@@ -1,0 +1,92 @@
+"""Recomputing changes what is kept and what runs twice, and nothing else."""
+
+import weakref
+
+import pytest
+import torch
+from small import document, packed, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm1.engine.ledger import Load
+from mm1.engine.model import MM1
+from mm1.engine.plan import activations
+from mm1.engine.recompute import recompute_blocks
+
+WAYS = ["none", "selective", "blocks"]
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all that operations made and that is not gone again."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[storage.data_ptr()] = weakref.ref(storage)
+        return result
+
+    @property
+    def bytes(self) -> int:
+        return sum(found.nbytes() for ref in self.made.values() if (found := ref()) is not None)
+
+
+def made(what: str, experts: int, compiled: bool = False):
+    torch.manual_seed(0)
+    model = MM1(small_model(experts=experts)).initialize()
+    if what != "none":
+        recompute_blocks(model, what)
+    if compiled:
+        model.compile_blocks(fullgraph=True, backend="aot_eager")
+    return model, packed([document((6, 6), 20, (8, 8), 30) for _ in range(4)])
+
+
+def gradients(model: MM1, batch) -> dict[str, torch.Tensor]:
+    model.objective(model(batch), batch.target_count).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "mixture"])
+def test_gradients_are_the_same_bits(experts, compiled):
+    truth = gradients(*made("none", experts))
+    for what in ("selective", "blocks"):
+        torch.compiler.reset()
+        found = gradients(*made(what, experts, compiled))
+        for name, value in truth.items():
+            if compiled:
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+            else:
+                assert torch.equal(found[name], value), (what, name)
+
+
+def test_selective_runs_no_product_twice():
+    flops = {}
+    for what in WAYS:
+        model, batch = made(what, 0)
+        with FlopCounterMode(display=False) as counter:
+            gradients(model, batch)
+        flops[what] = counter.get_total_flops()
+    assert flops["none"] == flops["selective"] < 0.85 * flops["blocks"]
+
+
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "mixture"])
+def test_what_is_kept_is_what_the_plan_says(experts):
+    found, expected = {}, {}
+    for what in WAYS:
+        model, batch = made(what, experts)
+        with Alive() as alive:
+            losses = model(batch)
+        found[what] = alive.bytes - 4 * model.decoder.head_weight.numel()  # whose gradient forward made
+        assert losses.nll.requires_grad
+        estimate = activations(small_model(experts=experts), Load.of(batch), 4, recompute=what)
+        expected[what] = sum(estimate.values()) - estimate.get("a block computed again", 0)
+    assert found["blocks"] < found["selective"] < found["none"]
+    for what in WAYS:
+        assert 0.75 < expected[what] / found[what] < 1.25, what

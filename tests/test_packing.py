@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from small import FOLDER, IMAGE, PATCH, SLOTS, small_run
 
+from mm1.engine.config import Source
+from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
-from mm1.engine.data.record import DataError, Record, Unreadable
+from mm1.engine.data.record import Answer, DataError, Record, Unreadable
 from mm1.engine.train import make_streams
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
@@ -172,3 +174,36 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         TextTokenizer(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match="no such tokenizer"):
         TextTokenizer(tmp_path / "other.json")
+
+
+def test_of_a_conversation_answers_and_their_ends_alone_are_targets():
+    parts = ("USER: ", png(), "how many? ASSISTANT:", Answer(" two"), "USER: sure? ASSISTANT:", Answer(" yes"))
+    (document,) = encode(*parts, tokens=200)
+    batch = pack([document], exact_budget([document], PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
+    learned = batch.targets[batch.target_rows].tolist()
+    eos = TOKENIZER.eos
+    assert learned == [*TOKENIZER.encode(" two"), eos, *TOKENIZER.encode(" yes"), eos]
+    # The row before an answer's first token is the last of the question.
+    asked = document.tokens[: int(batch.target_rows[0]) + 1].tolist()
+    assert asked[-3:] == TOKENIZER.encode("how many? ASSISTANT:")[-3:]
+    assert (document.tokens == eos).sum() == 2
+
+
+def test_pieces_of_a_long_conversation_know_what_was_given():
+    long = "why? " * 30
+    pieces = encode(f"USER: {long} ASSISTANT:", Answer(f" {long}"), tokens=40)
+    learned = [t for piece in pieces for t in piece.tokens[1:][piece.targets(IMAGE)].tolist()]
+    whole = [*TOKENIZER.encode(f" {long}"), TOKENIZER.eos]
+    assert len(whole) - len(pieces) <= len(learned) < len(whole)  # the first of a piece is nobody's target
+    assert all(piece.targets(IMAGE).any() for piece in pieces)
+    assert len(pieces) < len(encode(f"USER: {long} ASSISTANT:", f" {long}", tokens=40))  # pieces of the question went
+
+
+def test_answers_are_what_a_run_learns(tmp_path):
+    talks = [{"conversations": [{"from": "human", "value": f"number {n}?"}, {"from": "gpt", "value": f"{n}"}]}
+             for n in range(50)]  # fmt: skip
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    batch = next(loader(sources=(Source("conversations", (str(tmp_path / "talks.json"),)),)))
+    tokens = sum(len(TOKENIZER.encode(f" {talks[int(key.rpartition(':')[2])]['conversations'][1]['value']}")) + 1
+                 for key in batch.keys)  # fmt: skip
+    assert batch.target_count == tokens > 0

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mm1.engine.data.record import DataError, Unreadable
-from mm1.engine.data.sources import Captions, Interleaved, Text, expand, open_source
+from mm1.engine.data.record import Answer, DataError, Unreadable
+from mm1.engine.data.sources import Captions, Conversations, Interleaved, Text, expand, open_source
 
 PNG = b"\x89PNG any bytes: sources do not look inside images"
 ROOT = Path(__file__).parents[1]
@@ -300,3 +300,50 @@ def test_a_wrong_path_or_kind_is_one_clear_line(tmp_path, kind, path, why):
     with pytest.raises(DataError, match=why) as caught:
         open_source(kind, path, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def turns(*texts):
+    """By turns of human and gpt."""
+    return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
+
+
+def test_conversations_are_asked_and_answered(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(PNG + name.encode())
+    talks = [
+        {"id": "1", "image": "a.png", "conversations": turns("<image>\nWhat is it?", "A box. ", "Where?", "Here.")},
+        {"conversations": turns("Hello", "Good day")},
+        {"image": ["a.png", "b.png"], "conversations": turns("Is <image> like <image>?", "Yes")},
+    ]
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    for source in (
+        open_source("conversations", "talks.json", tmp_path),
+        Conversations(write_lines(tmp_path / "talks.jsonl.gz", talks)),
+    ):
+        assert source[0].parts == (
+            "USER: ", PNG + b"a.png", "\nWhat is it? ASSISTANT:", " A box.", "USER: Where? ASSISTANT:", " Here.",
+        )  # fmt: skip
+        assert [isinstance(part, Answer) for part in source[0].parts] == [False, False, False, True, False, True]
+        assert source[1].parts == ("USER: Hello ASSISTANT:", " Good day")
+        assert source[2].parts == ("USER: Is ", PNG + b"a.png", " like ", PNG + b"b.png", "? ASSISTANT:", " Yes")
+    answers = pickle.loads(pickle.dumps(source[0])).parts
+    assert isinstance(answers[3], Answer)
+
+
+@pytest.mark.parametrize(
+    "talk, why",
+    [
+        ([], "expected a list"),
+        ({"conversations": []}, "expected a list"),
+        ({"conversations": ["hello"]}, "of objects"),
+        ({"conversations": turns("<image>", "a box")}, "0 images for 1 marks"),
+        ({"conversations": turns("what?", "a box"), "image": "a.png"}, "1 images for 0 marks"),
+        ({"conversations": turns("what?")}, "the last turn is no answer"),
+        ({"conversations": turns("what?", " ")}, "empty turn"),
+        ({"conversations": turns("what?", 5)}, "turn is of type int"),
+        ({"conversations": [{"from": "system", "value": "be kind"}, *turns("what?", "a box")]}, "from 'system'"),
+        ({"conversations": turns("<image>", "a box"), "image": "../a.png"}, "not a path inside"),
+    ],
+)
+def test_conversations_that_cannot_be_used_are_told(tmp_path, talk, why):
+    assert why in reason(Conversations(write_lines(tmp_path / "bad.jsonl", [talk])))

@@ -136,7 +136,9 @@ def is_moe(decoder: Decoder, layer: int) -> bool:
 class Source:
     """One data set of a mixture. weight: its share of the tokens drawn, relative to the others."""
 
-    kind: str  # "captions" (WebDataset tars), "interleaved" (OBELICS-type json/jsonl/parquet) or "text"
+    # "captions" (WebDataset tars), "interleaved" (OBELICS-type json/jsonl/parquet), "text", or "conversations"
+    # (LLaVA-type json/jsonl, of which answers alone are trained on)
+    kind: str
     paths: tuple[str, ...]
     weight: float = 1.0
 

@@ -21,7 +21,7 @@ class Batch:
     """B documents in T packed tokens with N images; what lies past the last of each is padding."""
 
     tokens: Tensor  # int32 [T]
-    targets: Tensor  # int32 [T], the next token, -100 where there is no loss: images, last token, padding
+    targets: Tensor  # int32 [T], the next token, -100 where there is no loss: images, what is given, padding
     positions: Tensor  # int32 [T], place inside its document
     cu_seqlens: Tensor  # int32 [B+1]; documents past the last are empty
     pixels: Tensor  # uint8 [ΣHW, 3], image after image in the order of grids, row by row
@@ -69,7 +69,7 @@ def pack(documents: Sequence[Document], budget: Budget, *, image_id: int, patch:
         rows = slice(end - length, end)
         tokens[rows] = document.tokens
         positions[rows] = np.arange(length)
-        targets[end - length : end - 1] = np.where(document.tokens[1:] == image_id, IGNORED, document.tokens[1:])
+        targets[end - length : end - 1] = np.where(document.targets(image_id), document.tokens[1:], IGNORED)
     cu_seqlens = np.full(budget.documents + 1, used, np.int32)
     cu_seqlens[: len(documents) + 1] = np.concatenate([[0], ends])
     image_slots = np.full(budget.images * slots, budget.tokens, np.int64)

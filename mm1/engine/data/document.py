@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mm1.engine.data.record import DataError, Record, Unreadable
+from mm1.engine.data.record import Answer, DataError, Record, Unreadable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,17 +19,23 @@ if TYPE_CHECKING:
 
     from mm1.engine.data.images import ImagePolicy
 
-Unit = tuple[list[int], list[np.ndarray]]  # token ids, and the views of an image if these are their slots
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
 
 
 @dataclass(frozen=True)
 class Document:
-    """tokens int32 [n], where each image holds its slots; images uint8 [H, W, 3] in order; where it came from."""
+    """tokens int32 [n], where each image holds its slots; images uint8 [H, W, 3] in order; where it came from; which
+    tokens are no target, bool [n] or None."""
 
     tokens: np.ndarray
     images: tuple[np.ndarray, ...]
     key: str
+    given: np.ndarray | None = None
+
+    def targets(self, image_id: int) -> np.ndarray:
+        """bool [n - 1]: which tokens behind the first are learned."""
+        text = self.tokens[1:] != image_id
+        return text if self.given is None else text & ~self.given[1:]
 
     def patches(self, patch: int) -> int:
         return sum(image.shape[0] * image.shape[1] for image in self.images) // patch**2
@@ -82,9 +88,20 @@ class Budget:
     longest: int | None = None  # patches of one image; None: no bound but that of all
 
 
+class Unit(NamedTuple):
+    """Token ids, and the views of an image if these are their slots. given: they are no targets."""
+
+    ids: list[int]
+    views: list[np.ndarray]
+    given: bool = False
+
+
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Record -> documents: `slots` tokens a view of an image, bos and eos around, cut in pieces that fit the budget."""
+    """Record -> documents: `slots` tokens a view of an image, bos and eos around, cut in pieces that fit the budget.
+
+    Of a record with answers each of them has an eos, and all else is given.
+    """
 
     tokenizer: TextTokenizer
     policy: "ImagePolicy"
@@ -95,23 +112,29 @@ class DocumentEncoder:
         from mm1.engine.data.images import decode
 
         parts = [part if isinstance(part, str) else decode(part) for part in record.parts]
-        return self._cut([*self.units(parts), ([self.tokenizer.eos], [])], record)
+        units, eos = self.units(parts), [self.tokenizer.eos]
+        if not any(isinstance(part, Answer) for part in parts):
+            return self._cut([*units, Unit(eos, [])], record)
+        bos, *units = units
+        ended = (Unit(u.ids + eos, []) if isinstance(part, Answer) else u._replace(given=True)
+                 for part, u in zip(parts, units))  # fmt: skip
+        return self._cut([bos, *ended], record)
 
     def prompt(self, parts: "Sequence[str | Image.Image]") -> Document:
         """One document without an end, whatever the budget."""
         units = self.units(parts)
-        tokens = [token for ids, _ in units for token in ids]
-        return Document(np.array(tokens, np.int32), tuple(view for _, views in units for view in views), "prompt")
+        tokens = [token for unit in units for token in unit.ids]
+        return Document(np.array(tokens, np.int32), tuple(view for unit in units for view in unit.views), "prompt")
 
     def units(self, parts: "Sequence[str | Image.Image]") -> list[Unit]:
         t = self.tokenizer
-        units: list[Unit] = [([t.bos], [])]
+        units = [Unit([t.bos], [])]
         for part in parts:
             if isinstance(part, str):
-                units.append((t.encode(part), []))
+                units.append(Unit(t.encode(part), []))
             else:
                 views = self.policy.views(part)
-                units.append(([t.image] * self.slots * len(views), views))
+                units.append(Unit([t.image] * self.slots * len(views), views))
         return units
 
     def _cut(self, units: list[Unit], record: Record) -> list[Document]:
@@ -119,14 +142,16 @@ class DocumentEncoder:
         pieces: list[Document] = []
         tokens: list[int] = []
         images: list[np.ndarray] = []
+        given: list[bool] = []
 
         def close():
-            nonlocal tokens, images
+            nonlocal tokens, images, given
             key = record.key if not pieces else f"{record.key}+{len(pieces)}"
-            pieces.append(Document(np.array(tokens, np.int32), tuple(images), f"{record.shard}:{key}"))
-            tokens, images = [], []
+            marks = np.array(given) if any(given) else None
+            pieces.append(Document(np.array(tokens, np.int32), tuple(images), f"{record.shard}:{key}", marks))
+            tokens, images, given = [], [], []
 
-        for ids, views in units:
+        for ids, views, no_target in units:
             if views:
                 area, used = (
                     sum(v.shape[0] * v.shape[1] for v in of) // self.policy.patch**2 for of in (views, images)
@@ -141,13 +166,16 @@ class DocumentEncoder:
                     close()
                 tokens += ids
                 images += views
+                given += [no_target] * len(ids)
             else:
                 while len(tokens) + len(ids) > self.budget.tokens:
                     room = self.budget.tokens - len(tokens)
                     tokens += ids[:room]
+                    given += [no_target] * room
                     ids = ids[room:]
                     close()
                 tokens += ids
+                given += [no_target] * len(ids)
         close()
         # A piece of which nothing can be a target teaches nothing (an image alone, a lone end-of-text).
-        return [piece for piece in pieces if (piece.tokens[1:] != self.tokenizer.image).any()]
+        return [piece for piece in pieces if piece.targets(self.tokenizer.image).any()]

@@ -19,6 +19,10 @@ class Unreadable(ValueError):
         return ": ".join(part for part in (self.shard, self.key, self.reason) if part)
 
 
+class Answer(str):
+    """A text that ends where it ends; beside one, only answers are trained on."""
+
+
 @dataclass(frozen=True)
 class Record:
     """Texts and encoded images in reading order. `key` inside the shard: tar basename, line or row number."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mm1.engine.data.record import DataError, Record, Unreadable
+from mm1.engine.data.record import Answer, DataError, Record, Unreadable
 from mm1.engine.data.tar import File, members, read_member
 
 IMAGES = {"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"}
@@ -314,6 +314,46 @@ class Interleaved(Source):
         return tuple(parts)
 
 
+class Conversations(Source):
+    """LLaVA's form: "conversations" of {"from": "human" | "gpt", "value": text}, and "image", one or a list, each in
+    the place of an <image> of what people say. They ask as "USER: … ASSISTANT:", and answers alone are trained on.
+
+    An image is named as in Interleaved.
+    """
+
+    readers: ClassVar = {
+        ".json": _Json,
+        ".jsonl": partial(_Lines, parse=_json),
+        ".jsonl.gz": partial(_Lines, parse=_json),
+    }
+
+    def _parts(self, item, folder):
+        turns = item.get("conversations") if isinstance(item, dict) else None
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
+            raise Unreadable('expected a list "conversations" of objects')
+        named = item.get("image", item.get("images"))
+        images = named if isinstance(named, list) else [] if named is None else [named]
+        texts = [_checked(turn.get("value"), "turn").strip() for turn in turns]
+        speakers = [turn.get("from") for turn in turns]
+        if strange := [who for who in speakers if who not in ("human", "gpt")]:
+            raise Unreadable(f"a turn is from {strange[0]!r}, expected human or gpt")
+        if speakers[-1] != "gpt":
+            raise Unreadable("the last turn is no answer")
+        marks = sum(text.count("<image>") for text, who in zip(texts, speakers) if who == "human")
+        if marks != len(images):
+            raise Unreadable(f"{len(images)} images for {marks} marks <image>")
+        left, parts = iter(images), []
+        for text, who in zip(texts, speakers):
+            if who == "gpt":
+                parts.append(Answer(f" {text}"))
+                continue
+            before, *behind = f"USER: {text} ASSISTANT:".split("<image>")
+            parts.append(before)
+            for text in behind:
+                parts += [read_image(next(left), folder), text]
+        return tuple(parts)
+
+
 def read_image(name: Any, folder: Path) -> bytes:
     """Bytes of an image that a document names. Data is not trusted: no name leads out of the folder."""
     if not isinstance(name, str):
@@ -368,7 +408,7 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: braces.start()] + name + pattern[braces.end() :])
 
 
-KINDS = {"captions": Captions, "interleaved": Interleaved, "text": Text}
+KINDS = {"captions": Captions, "interleaved": Interleaved, "text": Text, "conversations": Conversations}
 
 
 def open_source(kind: str, paths: str | Path | Sequence[str | Path], base: Path) -> Source:

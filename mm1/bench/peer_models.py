@@ -4,12 +4,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm1.bench import mix
 from mm1.engine import config
-from mm1.engine.connector import AveragePool
+from mm1.engine.connector import readout
 from mm1.engine.convert import LLAMA, MIXTURES, views_of
 from mm1.engine.decoder import DecoderLM
 from mm1.engine.model import MM1
@@ -42,8 +41,31 @@ def transformers_decoder(decoder: DecoderLM) -> Any:
     return model
 
 
+class Abstractor(nn.Module):
+    """Of images of one size, as Honeybee's code assembles it of timm's stages; without blocks the mean alone."""
+
+    def __init__(self, c: config.Model):
+        super().__init__()
+        k, width = c.connector, c.vision.width
+        side, blocks = math.isqrt(k.tokens), k.depth if k.kind == "c-abstractor" else 0
+        stages = [nn.Identity(), nn.Identity()]
+        if blocks:
+            from timm.layers import LayerNorm2d
+            from timm.models.regnet import RegStage
+
+            stages = [RegStage(depth=blocks, in_chs=wide, out_chs=k.hidden, stride=1, dilation=1, act_layer=nn.SiLU,
+                               norm_layer=LayerNorm2d) for wide in (width, k.hidden)]  # fmt: skip
+            width = k.hidden
+        self.net = nn.Sequential(stages[0], nn.AdaptiveAvgPool2d(side), stages[1])
+        self.readout = readout(width, c.decoder.width, k.readout_depth)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, Dv, h, w] -> [N, n, D]"""
+        return self.readout(self.net(features).flatten(2).transpose(1, 2))
+
+
 class TransformersModel(nn.Module):
-    """CLIP's encoder, adaptive mean, readout, and transformers' decoder of our sizes."""
+    """CLIP's encoder, timm's stages as a connector, and transformers' decoder of our sizes."""
 
     def __init__(self, c: config.Model):
         super().__init__()
@@ -55,8 +77,7 @@ class TransformersModel(nn.Module):
             hidden_size=v.width, intermediate_size=v.ffn, num_hidden_layers=v.layers, num_attention_heads=v.heads,
             image_size=c.image_size, patch_size=v.patch, hidden_act=v.activation,
         ))  # fmt: skip
-        self.pool = AveragePool(v.width, c.decoder.width, tokens=c.connector.tokens,
-                                readout_depth=c.connector.readout_depth)  # fmt: skip
+        self.connector = Abstractor(c)
 
     def forward(self, tokens: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
         """int [B, L], what is no padding bool [B, L], labels [B, L], fp32 [N, 3, S, S] -> mean loss."""
@@ -64,7 +85,6 @@ class TransformersModel(nn.Module):
         if len(pixels):
             features = self.vision(pixels).last_hidden_state[:, 1:].transpose(1, 2)
             side = math.isqrt(features.shape[2])
-            pooled = F.adaptive_avg_pool2d(features.unflatten(2, (side, side)), self.pool.out)
-            images = self.pool.readout(pooled.flatten(2).transpose(1, 2))
+            images = self.connector(features.unflatten(2, (side, side)))
             x = x.masked_scatter((tokens == mix.IMAGE)[..., None], images.to(x.dtype))
         return self.decoder(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False).loss

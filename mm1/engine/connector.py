@@ -26,7 +26,7 @@ def _side(tokens: int) -> int:
     return math.isqrt(tokens)
 
 
-def _readout(in_width: int, out_width: int, depth: int) -> nn.Sequential:
+def readout(in_width: int, out_width: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Linear(in_width, out_width)]
     for _ in range(depth - 1):
         layers += [nn.SiLU(), nn.Linear(out_width, out_width)]
@@ -37,7 +37,7 @@ class AveragePool(nn.Module):
     def __init__(self, in_width: int, out_width: int, *, tokens: int = 144, readout_depth: int = 1):
         super().__init__()
         self.out = (_side(tokens), _side(tokens))
-        self.readout = _readout(in_width, out_width, readout_depth)
+        self.readout = readout(in_width, out_width, readout_depth)
 
     def forward(self, tokens: Tensor, grids) -> Tensor:
         return self.readout(adaptive_pool(tokens, grids, self.out))
@@ -141,7 +141,7 @@ class CAbstractor(nn.Module):
         if depth:
             # Index 1 is the pool, which has no parameters.
             self.net = nn.ModuleDict({"0": Stage(in_width, hidden, depth), "2": Stage(hidden, hidden, depth)})
-        self.readout = _readout(hidden if depth else in_width, out_width, readout_depth)
+        self.readout = readout(hidden if depth else in_width, out_width, readout_depth)
 
     def forward(self, tokens: Tensor, grids) -> Tensor:
         grids = as_grids(grids, tokens.device)

@@ -396,7 +396,7 @@ def _cache_hits() -> int:
 
 # As its users run it.
 PEERS = [
-    Rung("transformers", "CLIP, timm's stages, decoder of the same sizes; padded, eager, fused AdamW", frozenset(CHANGES),
+    Rung("transformers", "CLIP, timm's stages, decoder of our sizes; padded, eager, fused AdamW", frozenset(CHANGES),
          baseline=True),
     Rung("transformers compiled", "the same by torch.compile", frozenset(CHANGES), compiled=True, baseline=True),
 ]  # fmt: skip

@@ -4,7 +4,8 @@ from PIL import Image
 from small import small_mm1
 
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import generate, interleave, sample
+from mm1.engine.generate import generate, interleave
+from mm1.engine.sampling import sample
 
 
 def picture(height=12, width=24, seed=0):
@@ -67,9 +68,9 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_the_nucleus(model):
     assert generate(model, PROMPTS, seed=5, **options) == generate(model, PROMPTS, seed=5, **options)
     assert generate(model, PROMPTS, seed=5, **options) != generate(model, PROMPTS, seed=6, **options)
     logits = torch.tensor([[3.0, 1.0, 2.0, -9.0]]).expand(1000, -1)
-    assert set(sample(logits, 1.0, 0.6, None).tolist()) == {0}
-    assert set(sample(logits, 1.0, 0.8, None).tolist()) == {0, 2}
-    counts = sample(logits, 1.0, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 1000
+    assert set(sample(logits, 1.0, 0.6).tolist()) == {0}
+    assert set(sample(logits, 1.0, 0.8).tolist()) == {0, 2}
+    counts = sample(logits, 1.0, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 1000
     assert (counts - logits[0].softmax(-1)).abs().max() < 0.05
 
 

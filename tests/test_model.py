@@ -3,13 +3,11 @@ import dataclasses
 import pytest
 import torch
 from conftest import gradients, relative_error
-from small import DOCUMENTS, PATCH, document, documents, packed, small_mm1
+from small import PATCH, document, documents, packed, small_mm1
 
 from mm1.engine.config import MODELS, peak_lr
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Budget
-from mm1.engine.decoder import Cache
-from mm1.engine.generate import new_cache, prefill
 from mm1.engine.model import MM1, parameter_counts
 
 ROOMY = Budget(tokens=120, images=9, patches=80, documents=8)
@@ -64,41 +62,6 @@ def test_text_only_batch_runs_and_gives_the_encoder_zero_gradients():
     for (name, _), grad in zip(model.named_parameters(), grads):
         if name.startswith(("vision", "connector", "image_norm")):
             assert not grad.any(), name
-
-
-def test_cached_decoding_gives_the_logits_of_the_full_pass():
-    model = small_mm1().eval()
-    docs = [document(*parts) for parts in [*DOCUMENTS, (12,), ((2, 2), 9)]]
-    cut = [doc.tokens.size - min(4, int((doc.tokens == 3)[::-1].argmax()) or doc.tokens.size - 1) for doc in docs]
-    docs, cut = docs[5:] + docs[:1], cut[5:] + cut[:1]  # those that end in at least four text tokens
-    with torch.no_grad():
-        full = model.logits(packed(docs))
-        ends = packed(docs).cu_seqlens.tolist()
-        prompts = [dataclasses.replace(doc, tokens=doc.tokens[:n]) for doc, n in zip(docs, cut)]
-        cache = new_cache(model, prompts, 8)
-        logits = [prefill(model, prompts, cache)]
-        for step in range(3):
-            tokens = torch.tensor([doc.tokens[n + step] for doc, n in zip(docs, cut)])
-            logits.append(model.step(tokens, cache))
-    for i, n in enumerate(cut):
-        for step, row in enumerate(range(ends[i] + n - 1, ends[i] + n + 3)):
-            assert relative_error(logits[step][i], full[row]) < 1e-5
-
-
-def test_prefill_in_two_parts_equals_one():
-    model = small_mm1().eval()
-    batch = packed([document(9)])
-    c = model.config.decoder
-    with torch.no_grad():
-        full = model.logits(batch)
-        cache = Cache(c, 1, 12, "cpu", torch.float32)
-        x = model.decoder.embedding(batch.tokens)
-        parts = []
-        for first, last in [(0, 4), (4, 10)]:
-            rows = slice(first, last)
-            cu = torch.tensor([0, last - first], dtype=torch.int32)
-            parts.append(model.decoder(x[rows], batch.positions[rows], cu, cache=cache)[0])
-    assert relative_error(torch.cat(parts) @ model.decoder.head_weight.T, full) < 1e-5
 
 
 def test_compiled_blocks_equal_eager_ones():

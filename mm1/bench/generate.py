@@ -25,14 +25,14 @@ from mm1.bench.record import Record, Row
 from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
 from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
 from mm1.engine import config
+from mm1.engine.cache import PAGE, Cache
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
-from mm1.engine.decoder import Cache
-from mm1.engine.generate import new_cache, sample
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1
-from mm1.kernels.dispatch import Cost
+from mm1.engine.sampling import sample
+from mm1.kernels.dispatch import Cost, cdiv
 
 SHOTS = (0, 4, 8)
 TEXT = 30  # tokens that follow each image
@@ -164,21 +164,22 @@ class Bench:
         return {"mm1": lambda: self.prefill(documents)[0], "transformers": theirs}
 
     def first_tokens(self, documents: Sequence[Document]) -> dict[str, Way]:
-        prefill, _ = self.prefill(documents)
-        return {"mm1": lambda: lambda: sample(prefill(), 0.0, 1.0, None)}
+        prefill = self.prefill(documents)[0]
+        return {"mm1": lambda: lambda: sample(prefill(), 0.0)}
 
     def steps(self, documents: Sequence[Document]) -> dict[str, Way]:
         """Each step leaves the cache as it was."""
-        prefill, cache = self.prefill(documents)
-        tokens = prefill().argmax(-1)
+        prefill, cache, tables = self.prefill(documents)
+        tokens, decoder, ends = prefill().argmax(-1), self.model.decoder, [len(d.tokens) for d in documents]
+        rows = cache.rows(tables, ends, [end + 1 for end in ends])
+        positions, attends = torch.tensor(ends, device=self.device), cache.attends(rows)
 
         def ours() -> Tensor:
-            logits = self.model.step(tokens, cache)
-            cache.lengths -= 1
-            return logits
+            x = decoder.embedding(tokens)
+            return decoder(x, positions, rows.cu_seqlens, attends=attends)[0] @ decoder.head_weight.T
 
         def theirs(kind: str) -> Call:
-            past = self.past(kind, cache.capacity)
+            past = self.past(kind, ends[0] + ROOM)
             self.peer(self.ids(documents), past_key_values=past, logits_to_keep=1)
 
             def step() -> Tensor:
@@ -193,18 +194,21 @@ class Bench:
 
         return {"mm1": lambda: ours, **{name: partial(theirs, kind) for name, kind in CACHES.items()}}
 
-    def prefill(self, documents: Sequence[Document]) -> tuple[Call, Cache]:
-        """Logits [B, V] of the packed prompts' last tokens, and the cache, which each call fills anew."""
-        c, cache = self.config, new_cache(self.model, documents, ROOM)
+    def prefill(self, documents: Sequence[Document]) -> tuple[Call, Cache, list[list[int]]]:
+        """Logits [B, V] of the packed prompts' last tokens, the cache, which each call fills anew, and its pages."""
+        c, lengths = self.config, [len(document.tokens) for document in documents]
+        weight, need = self.model.decoder.embedding.weight, [cdiv(n + ROOM, PAGE) for n in lengths]
+        cache = Cache(c.decoder, sum(need), weight.device, weight.dtype)
+        tables = [cache.take(count) or [] for count in need]
+        attends = cache.attends(cache.rows(tables, [0] * len(lengths), lengths))
         budget = exact_budget(documents, c.vision.patch)
         batch = pack(documents, budget, image_id=IMAGE, patch=c.vision.patch, slots=c.connector.tokens).to(self.device)
         last = batch.cu_seqlens[1:].long() - 1
 
         def call() -> Tensor:
-            cache.lengths.zero_()
-            return self.model.hidden(batch, cache)[0][last] @ self.model.decoder.head_weight.T
+            return self.model.hidden(batch, attends)[0][last] @ self.model.decoder.head_weight.T
 
-        return call, cache
+        return call, cache, tables
 
     @cached_property
     def peer(self) -> Any:

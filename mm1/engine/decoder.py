@@ -4,6 +4,8 @@
 Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 3.4 for the mixture's placement.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from mm1.engine import config
 from mm1.engine.experts import Experts
 from mm1.kernels.attention import attention
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rope(NamedTuple):
@@ -32,41 +36,6 @@ def rotate(x: Tensor, angles: Rope) -> Tensor:
     # Halves as a dimension of their own: Inductor's CPU code for a chunk of the last one, and its gradient, is scalar.
     a, b = x.unflatten(-1, (2, -1)).unbind(-2)
     return torch.stack([a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin], dim=-2).flatten(-2)
-
-
-class LayerCache:
-    """Keys and values of one layer, [B, S, G, Dh], of which each document has filled `lengths`."""
-
-    def __init__(self, documents: int, capacity: int, c: config.Decoder, device, dtype):
-        shape = (documents, capacity, c.kv_heads, c.head_width)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-        """Append the new rows k, v [T, G, Dh] at flat `slots`, and attend to all that each document has by now."""
-        documents, capacity = self.k.shape[:2]
-        self.k.flatten(0, 1)[slots] = k
-        self.v.flatten(0, 1)[slots] = v
-        starts = torch.arange(documents + 1, device=q.device, dtype=torch.int32) * capacity
-        return attention(
-            q, self.k.flatten(0, 1), self.v.flatten(0, 1), cu_seqlens, causal=True, cu_seqlens_k=starts, used_k=lengths
-        )
-
-
-class Cache:
-    """Key-value cache of B documents of up to `capacity` tokens each."""
-
-    def __init__(self, c: config.Decoder, documents: int, capacity: int, device, dtype):
-        self.layers = [LayerCache(documents, capacity, c, device, dtype) for _ in range(c.layers)]
-        self.capacity = capacity
-        self.lengths = torch.zeros(documents, dtype=torch.int32, device=device)
-
-    def extend(self, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
-        """Count the new rows of a packed step in, and return their flat slots int64 [T]."""
-        new = cu_seqlens.diff()
-        document = torch.repeat_interleave(torch.arange(len(new), device=new.device), new, output_size=len(positions))
-        self.lengths += new
-        return document * self.capacity + positions
 
 
 class Attention(nn.Module):
@@ -131,25 +100,19 @@ class DecoderLM(nn.Module):
         return self.embedding.weight if self.config.tied else self.head.weight
 
     def forward(
-        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None,
+        attends: Sequence[Attend] = (),
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """x [T, D] embedded tokens of packed documents, positions int [T], mask bool [T] (False: padding).
 
+        attends: of each layer (q, k, v) -> y, if the documents have more before these tokens, such as a Cache's.
         Returns hidden [T, D] after the final norm, and the mean over mixture layers of load-balance and z-loss.
         """
         c = self.config
         angles = rope(positions, c.head_width, c.rope_theta)
-        attends = [None] * c.layers if cache is None else self._attends(cache, positions, cu_seqlens)
         load_balance = z_loss = x.new_zeros((), dtype=torch.float32)
-        for block, attend in zip(self.blocks, attends):
+        for block, attend in zip_longest(self.blocks, attends):
             x, balance, z = block(x, angles, cu_seqlens, mask, attend)
             load_balance, z_loss = load_balance + balance, z_loss + z
         mixtures = max(1, sum(config.is_moe(c, layer) for layer in range(c.layers)))
         return self.norm(x), load_balance / mixtures, z_loss / mixtures
-
-    def _attends(self, cache: Cache, positions: Tensor, cu_seqlens: Tensor) -> list:
-        slots = cache.extend(cu_seqlens, positions)
-        return [
-            lambda q, k, v, layer=layer: layer.attend(q, k, v, cu_seqlens, slots, cache.lengths)
-            for layer in cache.layers
-        ]

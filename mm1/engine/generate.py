@@ -1,22 +1,36 @@
-"""Generation: packed prefill of prompts of unequal length, then one token a step for all of them over a KV cache."""
+"""Generation: many requests at once over a paged cache.
 
+A step of the Engine lets in the requests that have room, runs their prompts packed, behind the pages that they share
+with earlier ones, and then one token of each document that goes on. Images are encoded together, and once: their
+features are kept by content.
+"""
+
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mm1.engine.data.batch import exact_budget, pack
+from mm1.engine.cache import PAGE, Cache, Rows, image_digest, names
+from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
 from mm1.engine.data.record import DataError
-from mm1.engine.decoder import Cache
 from mm1.engine.model import MM1
+from mm1.engine.sampling import Sampling, penalized, sample
+from mm1.kernels.dispatch import cdiv
+from mm1.kernels.grids import Grids
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Prompt = Sequence["str | Image.Image"]
+
+
+class Busy(RuntimeError):
+    """The queue is full; try again later."""
 
 
 @torch.inference_mode()
@@ -27,35 +41,273 @@ def generate(
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     seed: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, a sequence of texts and PIL images; returns the new texts.
 
-    temperature 0 is greedy; otherwise sampling among the smallest set of tokens with probability ≥ top_p. A text ends
-    at the model's end-of-text, before the first stop string, or after max_tokens. on_text(prompt number, piece) is
-    called as text arrives.
+    Settings are those of Sampling; prompt i draws with seed + i. on_text(prompt number, piece) is called as text
+    arrives.
     """
-    tokenizer = tokenizer_of(model)
-    if temperature < 0 or not 0 < top_p <= 1 or max_tokens < 1:
-        raise DataError(f"temperature {temperature}, top_p {top_p}, max_tokens {max_tokens}: expected ≥ 0, (0, 1], ≥ 1")
-    if not prompts:
-        return []
     documents = encode_prompts(model, prompts)
-    device = model.decoder.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
-    cache = new_cache(model, documents, max_tokens)
-    texts = [_Text(tokenizer, stop, partial(on_text, i) if on_text else None) for i in range(len(prompts))]
-    logits = prefill(model, documents, cache)
-    for _ in range(max_tokens):
-        tokens = sample(logits, temperature, top_p, generator)
-        for text, token in zip(texts, tokens.tolist()):
-            text.add(token)
-        if all(text.done for text in texts):
-            break
-        logits = model.step(tokens, cache)
-    return [text.finish() for text in texts]
+    pages = sum(cdiv(len(document.tokens) + max_tokens, PAGE) for document in documents)
+    engine = Engine(model, tokens=pages * PAGE, batch=max(len(prompts), 1), queue=max(len(prompts), 1))
+    requests = []
+    for i, document in enumerate(documents):
+        sampling = Sampling(
+            max_tokens, temperature, top_p, top_k, repetition_penalty, tuple(stop), None if seed is None else seed + i
+        )
+        requests.append(engine.submit(document, sampling, partial(on_text, i) if on_text else None))
+    engine.run()
+    return [request.text for request in requests]
+
+
+@torch.inference_mode()
+def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Log-probability of each answer behind its prompt, summed over its tokens: for multiple choice.
+
+    A prompt's answers share its pages. Raises DataError for an empty answer.
+    """
+    tokenizer, encoded = tokenizer_of(model), encode_prompts(model, prompts)
+    documents = [[(prompt, tokenizer.encode(answer)) for answer in of] for prompt, of in zip(encoded, answers)]
+    flat = [pair for of in documents for pair in of]
+    if any(not ids for _, ids in flat):
+        raise DataError("an answer to score is empty")
+    pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)
+    engine = Engine(model, tokens=max(pages, 1) * PAGE, queue=max(len(flat), 1))
+    requests = [[engine.submit_answer(prompt, ids) for prompt, ids in of] for of in documents]
+    engine.run()
+    return [[sum(request.logprobs) for request in of] for of in requests]
+
+
+class Request:
+    """A prompt and what comes of it. finish: None while it runs, then "stop", "length", "scored" or "cancelled"."""
+
+    def __init__(self, document: Document, sampling: Sampling, text: "_Text", cached: list[bytes], scored: int = 0):
+        self.document, self.sampling, self.cached, self.scored = document, sampling, cached, scored
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []  # of tokens, or of those that are scored
+        self.finish: str | None = None
+        self._text = text
+        self.pages: list[int] = []
+        self.shared = 0  # of them, with what was computed before
+        self.rows = 0  # that the cache holds
+        self.generator: torch.Generator | None = None
+
+    @property
+    def text(self) -> str:
+        return self._text.text
+
+    @property
+    def room(self) -> int:
+        """Pages, also for all that is to come."""
+        return cdiv(len(self.document.tokens) + (0 if self.scored else self.sampling.max_tokens), PAGE)
+
+
+class Engine:
+    """A model and the requests it works on.
+
+    tokens: of the cache; batch: documents at once; queue: requests that wait; prefill: rows of prompts a step, if it
+    is more than one; images: whose features are kept. Not for several threads at once.
+    """
+
+    def __init__(
+        self, model: MM1, *, tokens: int = 65_536, batch: int = 64, queue: int = 1024, prefill: int = 8192,
+        images: int = 1024,
+    ):  # fmt: skip
+        weight = model.decoder.embedding.weight
+        self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
+        self.cache = Cache(model.config.decoder, cdiv(tokens, PAGE), weight.device, weight.dtype)
+        self.batch, self.queue, self.prefill, self.images = batch, queue, prefill, images
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.features: OrderedDict[bytes, Tensor] = OrderedDict()  # [n, D] of an image by its content
+        self.encoded = self.computed = 0  # images and rows of prompts, since the beginning
+
+    def submit(
+        self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None
+    ) -> Request:
+        """Raises Busy if the queue is full, DataError for a prompt that is more than the cache holds."""
+        document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt])[0]
+        request = Request(document, sampling, _Text(self.tokenizer, sampling.stop, on_text), self._names(document))
+        request.generator = torch.Generator(self.device)
+        if sampling.seed is None:
+            request.generator.seed()
+        else:
+            request.generator.manual_seed(sampling.seed)
+        return self._enqueue(request)
+
+    def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
+        """Whose tokens are not chosen but scored."""
+        tokens = np.array([*prompt.tokens, *answer], np.int32)
+        document = Document(tokens, prompt.images, prompt.key)
+        known = self._names(document)[: (len(prompt.tokens) - 1) // PAGE]
+        return self._enqueue(Request(document, Sampling(), _Text(self.tokenizer, (), None), known, len(answer)))
+
+    def _names(self, document: Document) -> list[bytes]:
+        return names(document, self.tokenizer.image, self.model.config.connector.tokens)
+
+    def _enqueue(self, request: Request) -> Request:
+        if request.room > self.cache.pages:
+            tokens = self.cache.pages * PAGE
+            raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows exceed {tokens}")
+        if len(self.waiting) >= self.queue:
+            raise Busy(f"{len(self.waiting)} requests wait already")
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """What it has so far stays."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+            request.finish = "cancelled"
+        elif request in self.running:
+            self._end(request, "cancelled")
+
+    def run(self) -> None:
+        """Until nothing is left."""
+        while self.step():
+            pass
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Whether there is more to do."""
+        going, fresh = list(self.running), self._admitted()
+        if going:
+            self._choose(going, self._decoded(going))
+        if fresh:
+            self._choose(fresh, self._prefilled(fresh))
+        return bool(self.running or self.waiting)
+
+    def _admitted(self) -> list[Request]:
+        """In their order. One whose beginning another is about to compute waits for it, and shares it then."""
+        fresh: list[Request] = []
+        computing: set[bytes] = set()
+        rows = 0
+        while self.waiting and len(self.running) < self.batch:
+            request = self.waiting[0]
+            shared = self.cache.shared(request.cached)
+            new = len(request.document.tokens) - len(shared) * PAGE
+            if computing.intersection(request.cached) or (fresh and rows + new > self.prefill):
+                break
+            pages = self.cache.take(request.room, shared)
+            if pages is None:
+                break
+            request.pages, request.shared = pages, len(shared)
+            fresh.append(self.waiting.popleft())
+            self.running.append(request)
+            computing.update(request.cached)
+            rows += new
+        return fresh
+
+    def _prefilled(self, fresh: Sequence[Request]) -> Tensor:
+        """Logits [B, V] behind the prompts."""
+        starts = [request.shared * PAGE for request in fresh]
+        ends = [len(request.document.tokens) for request in fresh]
+        rows = self.cache.rows([request.pages for request in fresh], starts, ends)
+        tokens = np.concatenate([r.document.tokens[start:] for r, start in zip(fresh, starts)])
+        positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends)])
+        x = self.model.decoder.embedding(self._moved(tokens))
+        images = np.flatnonzero(tokens == self.tokenizer.image)
+        if len(images):
+            x = x.index_copy(0, self._moved(images), self._image_rows(fresh, starts).to(x.dtype))
+        hidden = self._hidden(x, self._moved(positions), rows)
+        self.computed += len(tokens)
+        for request, end in zip(fresh, ends):
+            request.rows = end
+            self.cache.remember(request.pages, request.cached)
+        last = rows.cu_seqlens[1:].long() - 1
+        for i, request in enumerate(fresh):
+            if request.scored:
+                self._score(request, hidden[last[i] - request.scored : last[i]])
+        return self._logits(hidden[last])
+
+    def _decoded(self, going: Sequence[Request]) -> Tensor:
+        """Logits [B, V] behind one token more."""
+        starts = [request.rows for request in going]
+        rows = self.cache.rows([request.pages for request in going], starts, [start + 1 for start in starts])
+        x = self.model.decoder.embedding(self._moved(np.array([request.tokens[-1] for request in going])))
+        for request in going:
+            request.rows += 1
+        return self._logits(self._hidden(x, self._moved(np.array(starts)), rows))
+
+    def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
+        return self.model.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.model.decoder.head_weight.T
+
+    def _moved(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _image_rows(self, fresh: Sequence[Request], starts: Sequence[int]) -> Tensor:
+        """Features of the images' tokens from each document's start on, in their order."""
+        slots, parts = self.model.config.connector.tokens, []
+        wanted: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        for request, start in zip(fresh, starts):
+            before = int((request.document.tokens[:start] == self.tokenizer.image).sum())
+            images = request.document.images[before // slots :]
+            digests = [image_digest(image) for image in images]
+            wanted.update(zip(digests, images))
+            parts.append((digests, before % slots))
+        features = self._features(wanted)
+        return torch.cat([torch.cat([features[d] for d in digests])[cut:] for digests, cut in parts if digests])
+
+    def _features(self, wanted: "OrderedDict[bytes, np.ndarray]") -> dict[bytes, Tensor]:
+        """Of all these images; those that are not known are encoded together, equal sizes side by side."""
+        missing = sorted((d for d in wanted if d not in self.features), key=lambda d: wanted[d].shape)
+        if missing:
+            patch, images = self.model.config.vision.patch, [wanted[digest] for digest in missing]
+            pixels = self._moved(np.concatenate([np.ascontiguousarray(image).reshape(-1, 3) for image in images]))
+            grids = Grids([(h // patch, w // patch) for h, w, _ in (i.shape for i in images)], device=self.device)
+            encoded = self.model.encode(pixels, grids).unflatten(0, (len(images), -1))
+            self.features.update(zip(missing, encoded.unbind()))
+            self.encoded += len(missing)
+        found = {digest: self.features[digest] for digest in wanted}
+        for digest in found:
+            self.features.move_to_end(digest)
+        while len(self.features) > self.images:
+            self.features.popitem(last=False)
+        return found
+
+    def _score(self, request: Request, hidden: Tensor) -> None:
+        tokens = self._moved(request.document.tokens[-request.scored :]).long()
+        found = self._logits(hidden).float().log_softmax(-1).gather(1, tokens[:, None])
+        request.logprobs = found[:, 0].tolist()
+
+    def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
+        """The next token of each; what a request gets does not depend on the others."""
+        tokens = logits.argmax(-1)
+        for i, request in enumerate(requests):
+            how = request.sampling
+            if request.scored or how.plain:
+                continue
+            row = logits[i].float()
+            if how.repetition_penalty != 1:
+                seen = np.unique(np.array([*request.document.tokens, *request.tokens], np.int64))
+                row = penalized(row, self._moved(seen), how.repetition_penalty)
+            tokens[i] = sample(row[None], how.temperature, how.top_p, how.top_k, request.generator)[0]
+        probabilities = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        for request, token, logprob in zip(requests, tokens.tolist(), probabilities.tolist()):
+            if request.scored:
+                self._end(request, "scored")
+                continue
+            request.tokens.append(token)
+            request.logprobs.append(logprob)
+            request._text.add(token)
+            if request._text.done:
+                self._end(request, "stop")
+            elif len(request.tokens) == request.sampling.max_tokens:
+                self._end(request, "length")
+
+    def _end(self, request: Request, why: str) -> None:
+        request.finish = why
+        request._text.finish()
+        self.running.remove(request)
+        self.cache.drop(request.pages)
 
 
 def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":
@@ -82,33 +334,6 @@ def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
     policy = ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches, c.image_parts)
     encode = DocumentEncoder(tokenizer_of(model), policy, c.connector.tokens, exact_budget([], c.vision.patch))
     return [encode.prompt(parts) for parts in prompts]
-
-
-def new_cache(model: MM1, documents: Sequence[Document], max_tokens: int) -> Cache:
-    weight = model.decoder.embedding.weight
-    longest = max(len(document.tokens) for document in documents)
-    return Cache(model.config.decoder, len(documents), longest + max_tokens, weight.device, weight.dtype)
-
-
-def prefill(model: MM1, documents: Sequence[Document], cache: Cache) -> Tensor:
-    """Run the prompts packed, without padding; logits [B, V] after the last token of each."""
-    c = model.config
-    budget = exact_budget(documents, c.vision.patch)
-    batch = pack(
-        documents, budget, image_id=tokenizer_of(model).image, patch=c.vision.patch, slots=c.connector.tokens
-    ).to(model.decoder.embedding.weight.device)
-    hidden = model.hidden(batch, cache)[0]
-    return hidden[batch.cu_seqlens[1:].long() - 1] @ model.decoder.head_weight.T
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Token ids int64 [B] of logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probability, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    before = probability.cumsum(-1) - probability
-    probability = probability.masked_fill(before >= top_p, 0.0)
-    return token.gather(-1, torch.multinomial(probability, 1, generator=generator))[:, 0]
 
 
 def tokenizer_of(model: MM1) -> TextTokenizer:

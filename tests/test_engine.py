@@ -1,0 +1,215 @@
+"""However requests are batched, paged, shared and cancelled, each gets what it gets alone, and no page is lost."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
+from test_generate import PROMPTS, picture
+
+from mm1.engine.cache import PAGE, Cache, image_digest, names
+from mm1.engine.data.batch import exact_budget, pack
+from mm1.engine.data.document import Document
+from mm1.engine.data.record import DataError
+from mm1.engine.generate import Busy, Engine, encode_prompts, generate, score
+from mm1.engine.sampling import Sampling, penalized
+
+LONG = "seven and two and one and nine make nineteen and not eighteen, "
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["dense", "mixture"])
+def model(request):
+    return small_mm1(seed=3, experts=request.param).eval()
+
+
+def of_full_passes(model, document: Document, count: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities by the training forward of all so far, again for each."""
+    ids, found = document.tokens.tolist(), []
+    for _ in range(count):
+        grown = Document(np.array(ids, np.int32), document.images, "")
+        batch = pack([grown], exact_budget([grown], PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
+        with torch.inference_mode():
+            logits = model.logits(batch)[-1].log_softmax(-1)
+        ids.append(int(logits.argmax()))
+        found.append(float(logits.max()))
+    return ids[len(document.tokens) :], found
+
+
+def drained(engine: Engine) -> bool:
+    """No request, and every page free or known without a user."""
+    return not (engine.running or engine.waiting or any(engine.cache.users)) and engine.cache.room == engine.cache.pages
+
+
+def test_tokens_and_log_probabilities_are_those_of_full_passes(model):
+    """Batched, paged, continued while others join; on each its own."""
+    engine = Engine(model, tokens=4096, batch=3)
+    documents = [document(*parts) for parts in [*DOCUMENTS, (40,), ((2, 2), 30, (3, 2), 9)]]
+    requests = [engine.submit(d, Sampling(max_tokens=6)) for d in documents]
+    engine.run()
+    assert drained(engine)
+    for request, d in zip(requests, documents):
+        tokens, logprobs = of_full_passes(model, d, 6)
+        count = len(request.tokens)
+        assert count == 6 or (request.finish == "stop" and request.tokens[-1] == model.tokenizer.eos)
+        assert request.tokens == tokens[:count]
+        assert request.logprobs == pytest.approx(logprobs[:count], abs=1e-4)
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(model):
+    shots = [LONG, picture(24, 24, 1), LONG, picture(12, 24, 2), "that was it. "]
+    prompts = [[*shots, f"question {i}: how many? answer:"] for i in range(6)]
+    alone = [Engine(model) for _ in prompts]
+    truth = []
+    for engine, prompt in zip(alone, prompts):
+        truth.append(engine.submit(prompt, Sampling(max_tokens=5)))
+        engine.run()
+    engine = Engine(model)
+    found = [engine.submit(prompt, Sampling(max_tokens=5)) for prompt in prompts]
+    engine.run()
+    assert [r.tokens for r in found] == [r.tokens for r in truth]
+    for a, b in zip(found, truth):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    lengths = [len(r.document.tokens) for r in found]
+    common = len(encode_prompts(model, [shots])[0].tokens) // PAGE * PAGE
+    assert engine.computed <= lengths[0] + sum(n - common for n in lengths[1:])
+    assert engine.encoded == 2
+    assert drained(engine)
+
+
+def test_other_images_behind_the_same_tokens_share_nothing(model):
+    def prompt(seed):
+        return [LONG[:20], picture(24, 24, seed), LONG, "how many? answer:"]
+
+    a, b = encode_prompts(model, [prompt(1), prompt(2)])
+    assert np.array_equal(a.tokens, b.tokens)
+    mine, other = (names(d, model.tokenizer.image, SLOTS) for d in (a, b))
+    first = int(np.flatnonzero(a.tokens == model.tokenizer.image)[0]) // PAGE
+    assert mine[:first] == other[:first]
+    assert not set(mine[first:]) & set(other[first:])
+    engine = Engine(model)
+    found = []
+    for seed in (1, 2):
+        found.append(engine.submit(prompt(seed), Sampling(max_tokens=6)))
+        engine.run()
+    assert found[1].tokens == of_full_passes(model, b, 6)[0][: len(found[1].tokens)]
+    assert found[1].logprobs != found[0].logprobs
+
+
+def test_a_page_is_named_by_the_images_it_holds_a_part_of():
+    """An image over the border of pages is part of both names; a later one of neither."""
+    tokens = np.array([1] * (PAGE - 2) + [IMAGE] * SLOTS + [5] * PAGE + [IMAGE] * SLOTS + [6] * PAGE, np.int32)
+    a, b, c = (np.full((PATCH, PATCH, 3), n, np.uint8) for n in (1, 2, 3))
+    plain, first, second = (names(Document(tokens, images, ""), IMAGE, SLOTS) for images in ((a, b), (c, b), (a, c)))
+    assert plain[0] != first[0]
+    assert plain[0] == second[0]
+    assert plain[1] == second[1] or tokens[PAGE : 2 * PAGE].tolist().count(IMAGE) > SLOTS - 2
+    assert plain[2] != second[2]
+    assert len({image_digest(x) for x in (a, b, c, a.reshape(-1, 2, 3))}) == 4
+
+
+def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
+    """Random lengths, images, settings, cancels and refusals, a small cache and a short queue."""
+    draw = random.Random(0)
+    engine = Engine(model, tokens=1024, batch=8, queue=12, prefill=128, images=4)
+    pictures = [picture(12, 12 * n, n) for n in (1, 2, 3)]
+    made, refused, kinds = [], 0, {}
+    for number in range(1000):
+        parts = [LONG[: draw.randint(0, 60)]]
+        for _ in range(draw.randint(0, 2)):
+            parts += [draw.choice(pictures), f"{draw.randint(0, 3)}"]
+        sampling = Sampling(
+            max_tokens=draw.randint(1, 12), temperature=draw.choice([0, 0, 0.8]), top_k=draw.choice([0, 5]), seed=number
+        )
+        if number % 50 == 7:
+            with pytest.raises(DataError, match="exceed 1024"):
+                engine.submit([LONG * 200], sampling)
+            continue
+        try:
+            made.append((parts, sampling, engine.submit(parts, sampling)))
+        except Busy:
+            refused += 1
+        if draw.random() < 0.1 and made:
+            engine.cancel(draw.choice(made[-12:])[2])
+        for _ in range(draw.choice([0, 0, 1, 3])):
+            engine.step()
+    engine.run()
+    assert drained(engine)
+    assert refused + len(made) == 980
+    for _, sampling, request in made:
+        kinds[request.finish] = kinds.get(request.finish, 0) + 1
+        assert request.finish in ("stop", "length", "cancelled")
+        assert len(request.tokens) == sampling.max_tokens or request.finish != "length"
+    assert min(kinds["cancelled"], kinds["length"], refused) > 10
+    for parts, sampling, request in draw.sample([m for m in made if m[2].finish != "cancelled"], 40):
+        alone = Engine(model)
+        truth = alone.submit(parts, sampling)
+        alone.run()
+        assert (request.tokens, request.text) == (truth.tokens, truth.text)
+
+
+def test_pages_go_to_who_needs_them_and_known_ones_last(model):
+    cache = Cache(model.config.decoder, 6, torch.device("cpu"), torch.float32)
+    a = cache.take(3)
+    cache.remember(a, [b"1", b"2"])
+    cache.drop(a)
+    assert (cache.room, cache.free, list(cache.idle)) == (6, [2, 3, 4, 5], [0, 1])
+    b = cache.take(4, cache.shared([b"1", b"x"]))
+    assert b == [0, 2, 3, 4]
+    assert cache.take(3) is None
+    assert cache.room == 2
+    c = cache.take(2)  # the known one nobody uses is given up
+    assert sorted(c) == [1, 5]
+    assert cache.shared([b"1", b"2"]) == [0]
+    cache.drop(b)
+    cache.drop(c)
+    assert cache.room == 6
+
+
+def test_answers_are_scored_as_full_passes_do(model):
+    prompts = [[LONG, picture(), "how many? answer:"], ["one"]]
+    answers = [[" two", " three", " seven"], [" and", " or"]]
+    found = score(model, prompts, answers)
+    for d, of, scores in zip(encode_prompts(model, prompts), answers, found):
+        for answer, value in zip(of, scores):
+            ids = model.tokenizer.encode(answer)
+            grown = Document(np.array([*d.tokens, *ids], np.int32), d.images, "")
+            with torch.inference_mode():
+                logits = model.logits(packed([grown])).log_softmax(-1)[-len(ids) - 1 : -1]
+            assert value == pytest.approx(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
+    with pytest.raises(DataError, match="empty"):
+        score(model, prompts[:1], [[""]])
+
+
+def test_repeated_tokens_are_made_less_likely():
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    assert penalized(logits, torch.tensor([0, 1]), 2.0).tolist() == [1.0, -4.0, 1.0]
+
+
+def test_sampled_texts_do_not_depend_on_who_else_is_there(model):
+    options = {"max_tokens": 8, "temperature": 1.2, "top_k": 20, "repetition_penalty": 1.3}
+    together = generate(model, PROMPTS, seed=5, **options)
+    assert together == [generate(model, [prompt], seed=5 + i, **options)[0] for i, prompt in enumerate(PROMPTS)]
+
+
+def test_what_a_prompt_meets_in_the_cache_is_within_rounding(model):
+    engine = Engine(model)
+    prompt = [LONG, picture(24, 24, 1), LONG, "answer:"]
+    first = engine.submit(prompt, Sampling(max_tokens=1))
+    engine.run()
+    computed = engine.computed
+    again = engine.submit(prompt, Sampling(max_tokens=1))
+    engine.run()
+    assert engine.computed - computed <= PAGE
+    assert relative_error(torch.tensor(again.logprobs), torch.tensor(first.logprobs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"max_tokens": 0}, "max_tokens is 0"), ({"top_k": -1}, "top_k"), ({"repetition_penalty": 0.0}, "repetition"),
+     ({"top_p": 0.0}, "top_p")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_told(settings, message):
+    with pytest.raises(DataError, match=message):
+        Sampling(**settings)

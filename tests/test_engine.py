@@ -14,6 +14,8 @@ from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.generate import Busy, Engine, encode_prompts, generate, score
+from mm1.engine.packed import PackedLinear
+from mm1.engine.packed import packed as packed_weights
 from mm1.engine.sampling import Sampling, penalized
 
 LONG = "seven and two and one and nine make nineteen and not eighteen, "
@@ -213,3 +215,19 @@ def test_what_a_prompt_meets_in_the_cache_is_within_rounding(model):
 def test_settings_that_cannot_be_are_told(settings, message):
     with pytest.raises(DataError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_weights_give_the_decoder_itself_and_leave_it_alone(tied):
+    decoder = small_mm1(experts=4, tied=tied).eval().decoder
+    names = [name for name, _ in decoder.named_parameters()]
+    twin, head = packed_weights(decoder)
+    x, positions, cu = torch.randn(11, 32), torch.arange(11), torch.tensor([0, 11], dtype=torch.int32)
+    with torch.inference_mode():
+        truth, found = (d(x, positions, cu)[0] for d in (decoder, twin))
+        assert relative_error(found, truth) < 1e-5
+        assert relative_error(head(found), truth @ decoder.head_weight.T) < 1e-5
+    assert [name for name, _ in decoder.named_parameters()] == names
+    assert all(type(m) is not PackedLinear for m in decoder.modules())
+    mine, other = (dict(d.named_parameters()) for d in (decoder, twin))
+    assert all(mine[name] is p for name, p in other.items())

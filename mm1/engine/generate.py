@@ -19,6 +19,7 @@ from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
 from mm1.engine.data.record import DataError
 from mm1.engine.model import MM1
+from mm1.engine.packed import packed
 from mm1.engine.sampling import Sampling, penalized, sample
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.grids import Grids
@@ -108,7 +109,7 @@ class Request:
 
 
 class Engine:
-    """A model and the requests it works on.
+    """A model, as it is when this begins, and the requests it works on.
 
     tokens: of the cache; batch: documents at once; queue: requests that wait; prefill: rows of prompts a step, if it
     is more than one; images: whose features are kept. Not for several threads at once.
@@ -120,6 +121,7 @@ class Engine:
     ):  # fmt: skip
         weight = model.decoder.embedding.weight
         self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
+        self.decoder, self.head = packed(model.decoder)
         self.cache = Cache(model.config.decoder, cdiv(tokens, PAGE), weight.device, weight.dtype)
         self.batch, self.queue, self.prefill, self.images = batch, queue, prefill, images
         self.waiting: deque[Request] = deque()
@@ -235,10 +237,10 @@ class Engine:
         return self._logits(self._hidden(x, self._moved(np.array(starts)), rows))
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
-        return self.model.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
+        return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.model.decoder.head_weight.T
+        return self.head(hidden)
 
     def _moved(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

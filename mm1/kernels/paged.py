@@ -130,9 +130,12 @@ def _(q, k, v, cu_q, tables, lengths, rows):
     return q.new_empty(q.shape)
 
 
+_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
 def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int) -> Tensor:
     """A segment after another. Pages side by side are read where they are, others are copied first."""
-    page, groups = k.shape[1], k.shape[2]
+    page, groups, width = k.shape[1:]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts = cu_q.tolist()
     for b, length in enumerate(lengths.tolist()):
@@ -142,10 +145,14 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
         n, used = end - start, cdiv(length, page)
         table = tables[b, :used]
         first = int(table[0])
-        if int(table[-1]) - first == used - 1 and (used < 3 or bool((table.diff() == 1).all())):
-            found = (x[first : first + used] for x in (k, v))
-        else:
-            found = (x.index_select(0, table) for x in (k, v))
+        in_order = int(table[-1]) - first == used - 1 and (used < 3 or bool((table.diff() == 1).all()))
+        if in_order and n == 1:  # of a token, the overhead of every further call would count
+            size, (of_page, row, group, _) = (1, groups, length, width), k.stride()
+            strides, at = (0, group, row, 1), first * of_page
+            keys, values = (x.as_strided(size, strides, x.storage_offset() + at) for x in (k, v))
+            y[start] = _on_cpu(q[start].view(1, groups, -1, width), keys, values, 0.0, False)[0].view(-1, width)
+            continue
+        found = (x[first : first + used] if in_order else x.index_select(0, table) for x in (k, v))
         keys, values = (x.flatten(0, 1)[:length].transpose(0, 1)[None] for x in found)  # [1, G, length, Dh]
         # The heads of a group are rows: torch's flash attention on CPU takes no groups.
         own = q[start:end].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, R, n, Dh]
@@ -154,9 +161,7 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
             hidden = torch.ones(n, length, dtype=torch.bool).triu(length - n + 1)
             bias = torch.zeros(n, length, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
             bias = bias.repeat(own.shape[1], 1)[None, None]
-        found, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            own.flatten(1, 2)[None], keys, values, 0.0, False, attn_mask=bias
-        )
+        found, _ = _on_cpu(own.flatten(1, 2)[None], keys, values, 0.0, False, attn_mask=bias)
         y[start:end] = found[0].unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
     return y
 

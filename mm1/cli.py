@@ -157,6 +157,8 @@ def generate(
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: int | None = None,
 ) -> None:
@@ -169,6 +171,8 @@ def generate(
         max_tokens: longest continuation.
         temperature: 0 is greedy.
         top_p: sample among the most probable tokens of this total.
+        top_k: and among so many (0: all).
+        repetition_penalty: of tokens that are in prompt or text; 1 is none.
         stop: end before this string; may be repeated.
         seed: of the sampling.
     """
@@ -184,8 +188,8 @@ def generate(
     model = load(checkpoint)
     for parts in prompts:
         generate(
-            model, [parts], max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed,
-            on_text=show,
+            model, [parts], max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            repetition_penalty=repetition_penalty, stop=stop, seed=seed, on_text=show,
         )  # fmt: skip
         print()
 

@@ -12,6 +12,7 @@ from mm1.kernels.paged import paged_attention
 PAGE = 4
 SEGMENTS = {  # (new rows, keys in all)
     "a token of each": [(1, 1), (1, 9), (1, 4), (1, 30)],
+    "tokens that see equally many": [(1, 9)] * 3,
     "prompts": [(5, 5), (1, 1), (7, 7)],
     "behind prefixes": [(3, 20), (6, 8), (1, 17), (2, 2)],
     "some without": [(0, 5), (1, 6), (0, 0), (2, 9)],
@@ -76,12 +77,14 @@ def test_keys_split_over_programs_give_one_softmax(monkeypatch):
 
 
 def test_queries_of_any_strides_and_layers_of_one_tensor():
-    *given, rows, own = problem(SEGMENTS["behind prefixes"])
+    *given, rows, own = problem(SEGMENTS["behind prefixes"] + [(1, 13)], side_by_side=True)
     q, k, v, *rest = given
     both = torch.stack([k, v], 2)  # [pages, page, 2, G, Dh]
     wide = torch.cat([q, q], 2)[:, :, : q.shape[2]]
-    found = paged_attention(wide, both[:, :, 0], both[:, :, 1], *rest, rows=rows)
-    assert relative_error(found.cpu(), in_order(q, given[3], given[5], own)) < 2e-6
+    apart = torch.stack([k, v], 1)  # [pages, 2, page, G, Dh]: rows of neighbouring pages are not evenly spaced
+    for k, v in ((both[:, :, 0], both[:, :, 1]), (apart[:, 0], apart[:, 1])):
+        found = paged_attention(wide, k, v, *rest, rows=rows)
+        assert relative_error(found.cpu(), in_order(q, given[3], given[5], own)) < 2e-6
 
 
 def test_no_segment_at_all():

@@ -40,6 +40,8 @@ class Vision:
     activation: str = "quick_gelu"  # or "gelu"
     class_token: bool = True  # CLIP's: attends and is attended to, but is not passed on
     pre_norm: bool = True  # CLIP's LayerNorm between embedding and blocks
+    patch_norm: bool = False  # AIM's bias and LayerNorm of patches, before the positions
+    bias: bool = True  # of the blocks' linears
     interpolation: str = "bicubic"
     eps: float = 1e-5
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as DFN5B's

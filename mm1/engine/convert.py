@@ -1,4 +1,4 @@
-"""An MM1 of published weights: CLIP vision towers, Honeybee's C-Abstractor, Llama-type decoders.
+"""An MM1 of published weights: CLIP and AIM vision towers, Honeybee's C-Abstractor, Llama-type decoders.
 
 Tables map our parameters to names in the source's state dict, several where we fuse what it keeps apart. Each
 name gets a view of our parameter in the source's shape, so that loading is comparing shapes and copying.
@@ -30,6 +30,12 @@ CLIP: Table = {
     "blocks": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2",
     "qkv": QKV, "out": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
 }  # fmt: skip
+AIM: Table = {  # of apple/ml-aim, version 1
+    "patch_weight": "preprocessor.patchifier.proj.weight", "patch_bias": "preprocessor.patchifier.proj.bias",
+    "patch_norm": "preprocessor.patchifier.norm", "positions": "positions",
+    "blocks": "trunk.blocks", "norm1": "norm_1", "norm2": "norm_2",
+    "qkv": "attn.qkv", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+}  # fmt: skip
 LLAMA: Table = {
     "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "blocks": "model.layers", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
@@ -45,6 +51,7 @@ MIXTURES: tuple[Table, ...] = (  # of transformers 5, then of files of Qwen3-MoE
     {"mlp.router": "block_sparse_moe.gate", "mlp.down": "block_sparse_moe.experts.{e}.w2.weight",
      "mlp.gate_up": "block_sparse_moe.experts.{e}.w1.weight block_sparse_moe.experts.{e}.w3.weight"},
 )  # fmt: skip
+AIM_UNUSED = r"head\..*|trunk\.post_trunk_norm\..*"
 CLIP_UNUSED = r".*position_ids|post_layernorm\..*|text_model\..*|(text|visual)_projection\..*|logit_scale"
 
 # What fields that config.json leaves out mean, and which values of a field this engine honours.
@@ -53,6 +60,8 @@ CLIP_FIELDS = {
     "ffn": ("intermediate_size", 3072), "patch": ("patch_size", 32), "eps": ("layer_norm_eps", 1e-5),
     "activation": ("hidden_act", "quick_gelu"),
 }  # fmt: skip
+AIM_HONOURED = {"num_channels": (3,), "use_bias": (False,), "mlp_hidden_dim": (None,), "ffn_dropout_rate": (0.0,)}
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP_HONOURED = {"model_type": ("clip_vision_model",), "hidden_act": tuple(ACTIVATIONS), "num_channels": (3,)}
 DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {"sliding_window": 4096}, "mixtral": {"rope_theta": 1_000_000.0},
@@ -72,6 +81,8 @@ def from_hf(
 ) -> MM1:  # fmt: skip
     """A model in fp32 of transformers' (config, state dict) for vision and decoder and Honeybee's state dict.
 
+    AIM's config is that of its files: img_size, patch_size, embed_dim, num_blocks, num_heads.
+
     A part given as a config of ours is initialised from `seed`, as is the connector if None. image_tokens: of
     the connector, which no tensor tells. context: longest document, which a sliding window has to hold; None:
     max_position_embeddings. Raises DataError for a field or tensor missing, unknown or not supported.
@@ -82,7 +93,7 @@ def from_hf(
     c = c or config.Connector(tokens=image_tokens, position_grid=v.table)
     model = MM1(config.Model(v, c, d, "squash", v.table[0] * v.patch, math.prod(v.table))).initialize(seed)
     if v_state is not None:
-        _load_clip(model.vision, v_state)
+        (_load_aim if v.patch_norm else _load_clip)(model.vision, v_state)
     if c_state is not None:
         _fill("connector", dict(model.connector.named_parameters()), c_state)
     if d_state is not None:
@@ -109,11 +120,23 @@ def _expect(part: str, source: dict[str, Any], honoured: Mapping[str, tuple]) ->
 
 
 def _vision(source: dict[str, Any]) -> config.Vision:
+    if "num_blocks" in source:
+        return _aim(source)
     if source["model_type"] == "clip":
         source = {"model_type": "clip_vision_model"} | source["vision_config"]
     _expect("vision", source, CLIP_HONOURED)
     fields: dict[str, Any] = {ours: source.get(*theirs) for ours, theirs in CLIP_FIELDS.items()}
     return config.Vision(table=(source.get("image_size", 224) // fields["patch"],) * 2, **fields)
+
+
+def _aim(source: dict[str, Any]) -> config.Vision:
+    _expect("vision", source, AIM_HONOURED)
+    width, patch = source["embed_dim"], source["patch_size"]
+    return config.Vision(
+        width, source["num_blocks"], source["num_heads"], int(source.get("mlp_ratio", 4) * width), patch,
+        (source["img_size"] // patch,) * 2, activation="gelu", class_token=False, pre_norm=False, patch_norm=True,
+        bias=False, eps=1e-6, **IMAGENET,
+    )  # fmt: skip
 
 
 def _decoder(source: dict[str, Any], context: int | None) -> config.Decoder:
@@ -160,6 +183,18 @@ def _load_clip(encoder: VisionEncoder, state: State) -> None:
     _fill("vision", views, {name.removeprefix("vision_model."): state[name] for name in state}, CLIP_UNUSED)
     encoder.class_token.add_(positions[0])
     encoder.positions.copy_(positions[1:].view_as(encoder.positions))
+
+
+def _load_aim(encoder: VisionEncoder, state: State) -> None:
+    """AIM's positions are a formula; here its values at the grid it was trained on, resampled to others and learned."""
+    c, views = encoder.config, views_of(encoder, AIM)
+    views[AIM["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
+    del views[AIM["positions"]]
+    _fill("vision", views, state, AIM_UNUSED)
+    (rows, columns), frequencies = c.table, 10_000.0 ** (-torch.arange(c.width // 4) / (c.width // 4))
+    r, k = torch.arange(rows)[:, None] * frequencies, torch.arange(columns)[:, None] * frequencies
+    parts = k.sin()[None], k.cos()[None], r.sin()[:, None], r.cos()[:, None]  # the column's half first
+    encoder.positions.copy_(torch.cat([part.expand(rows, columns, -1) for part in parts], -1))
 
 
 def _load_llama(decoder: DecoderLM, state: State) -> None:

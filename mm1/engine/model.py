@@ -98,7 +98,7 @@ class MM1(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in sorted(self.named_parameters()):
             last, value = name.rpartition(".")[2], torch.empty(parameter.shape, device=device)
-            if last == "bias":
+            if last in ("bias", "patch_bias"):
                 value.zero_()
             elif last == "weight" and parameter.ndim == 1:
                 value.fill_(1.0)

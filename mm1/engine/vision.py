@@ -1,10 +1,11 @@
 """ViT encoder on packed patches: images of any grid, full attention inside each image.
 
     x = embed(pixels) [P, Dv];  x = norm(x) (CLIP's pre-norm);  L × [x += attention(norm(x)); x += mlp(norm(x))]
+    AIM: x = norm(embed(pixels) + bias) + positions, linears without biases
 
-The result is the last block's output, before CLIP's final norm, without class tokens: hidden_states[-1] of
-transformers' CLIPVisionModel, the layer Honeybee's C-Abstractor is fed (MM1 does not say which).
-Source: Dosovitskiy et al. 2021.
+The result is the last block's output, before the final norm, without class tokens: hidden_states[-1] of transformers'
+CLIPVisionModel, the layer Honeybee's C-Abstractor is fed (MM1 does not say which).
+Sources: Dosovitskiy et al. 2021; El-Nouby et al. 2024 (AIM).
 """
 
 import torch
@@ -15,6 +16,7 @@ from mm1.engine import config
 from mm1.kernels.attention import attention
 from mm1.kernels.grids import Grids
 from mm1.kernels.patch_embed import patch_embed
+from mm1.kernels.positions import positions
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -30,11 +32,11 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.heads, self.activation = c.heads, ACTIVATIONS[c.activation]
         self.norm1 = nn.LayerNorm(c.width, c.eps)
-        self.qkv = nn.Linear(c.width, 3 * c.width)
-        self.out = nn.Linear(c.width, c.width)
+        self.qkv = nn.Linear(c.width, 3 * c.width, bias=c.bias)
+        self.out = nn.Linear(c.width, c.width, bias=c.bias)
         self.norm2 = nn.LayerNorm(c.width, c.eps)
-        self.fc1 = nn.Linear(c.width, c.ffn)
-        self.fc2 = nn.Linear(c.ffn, c.width)
+        self.fc1 = nn.Linear(c.width, c.ffn, bias=c.bias)
+        self.fc2 = nn.Linear(c.ffn, c.width, bias=c.bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # (P, H, Dh) each
@@ -48,6 +50,9 @@ class VisionEncoder(nn.Module):
         self.config = c
         self.patch_weight = nn.Parameter(torch.empty(c.width, c.patch * c.patch * 3))
         self.positions = nn.Parameter(torch.empty(*c.table, c.width))
+        if c.patch_norm:
+            self.patch_bias = nn.Parameter(torch.empty(c.width))
+            self.patch_norm = nn.LayerNorm(c.width, c.eps)
         if c.class_token:
             self.class_token = nn.Parameter(torch.empty(c.width))  # its position is part of it
         self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else nn.Identity()
@@ -56,10 +61,13 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
         """pixels uint8 [ΣHW, 3], grids of the batch -> [P, Dv]."""
         c = self.config
+        bias, table = (self.patch_bias, None) if c.patch_norm else (None, self.positions)
         x, cu_seqlens = patch_embed(
-            pixels, grids, self.patch_weight, None, self.positions, patch_size=c.patch, mean=c.mean, std=c.std,
+            pixels, grids, self.patch_weight, bias, table, patch_size=c.patch, mean=c.mean, std=c.std,
             interpolation=c.interpolation,
         )  # fmt: skip
+        if c.patch_norm:
+            x = self.patch_norm(x) + positions(self.positions, grids, c.interpolation).to(x.dtype)
         patch_rows = None
         if c.class_token:
             class_rows, patch_rows, cu_seqlens = grids.to(x.device).with_class_token()

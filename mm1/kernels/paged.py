@@ -9,6 +9,7 @@ busy. Bound by reading keys and values once, 2·G·Dh elements a token.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import triton
@@ -134,35 +135,44 @@ _on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int) -> Tensor:
-    """A segment after another. Pages side by side are read where they are, others are copied first."""
+    """A segment after another, or single tokens that see equally many keys at once.
+
+    Pages side by side are read where they are, others are copied first.
+    """
     page, groups, width = k.shape[1:]
+    of_page, of_row, of_group, _ = k.stride()
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    starts = cu_q.tolist()
-    for b, length in enumerate(lengths.tolist()):
-        start, end = starts[b], starts[b + 1]
-        if start == end or not length:
-            continue
-        n, used = end - start, cdiv(length, page)
-        table = tables[b, :used]
-        first = int(table[0])
-        in_order = int(table[-1]) - first == used - 1 and (used < 3 or bool((table.diff() == 1).all()))
-        if in_order and n == 1:  # of a token, the overhead of every further call would count
-            size, (of_page, row, group, _) = (1, groups, length, width), k.stride()
-            strides, at = (0, group, row, 1), first * of_page
-            keys, values = (x.as_strided(size, strides, x.storage_offset() + at) for x in (k, v))
-            y[start] = _on_cpu(q[start].view(1, groups, -1, width), keys, values, 0.0, False)[0].view(-1, width)
-            continue
-        found = (x[first : first + used] if in_order else x.index_select(0, table) for x in (k, v))
-        keys, values = (x.flatten(0, 1)[:length].transpose(0, 1)[None] for x in found)  # [1, G, length, Dh]
+    starts, seen, firsts = cu_q.tolist(), lengths.tolist(), tables[:, :1].flatten().tolist()
+
+    def tokens(start: int, count: int, first: int, step: int, length: int) -> None:
+        """New rows of `count` segments of one, whose pages are side by side from `first` on, `step` apart."""
+        size, strides = (count, groups, length, width), (step * of_page, of_group, of_row, 1)
+        keys, values = (x.as_strided(size, strides, x.storage_offset() + first * of_page) for x in (k, v))
         # The heads of a group are rows: torch's flash attention on CPU takes no groups.
-        own = q[start:end].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, R, n, Dh]
-        bias = None
-        if n > 1:
-            hidden = torch.ones(n, length, dtype=torch.bool).triu(length - n + 1)
-            bias = torch.zeros(n, length, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
-            bias = bias.repeat(own.shape[1], 1)[None, None]
-        found, _ = _on_cpu(own.flatten(1, 2)[None], keys, values, 0.0, False, attn_mask=bias)
-        y[start:end] = found[0].unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
+        own = q[start : start + count].view(count, groups, -1, width)
+        y[start : start + count] = _on_cpu(own, keys, values, 0.0, False)[0].reshape(count, -1, width)
+
+    used = [cdiv(length, page) for length in seen]
+    even = of_page == page * of_row
+    side_by_side = [even and bool((tables[b, :n].diff() == 1).all()) for b, n in enumerate(used)]
+    steps = {b - a for a, b in pairwise(firsts)}
+    if rows == 1 < len(seen) == len(q) and len({*seen}) == len(steps) == 1 and min(steps) > 0 and all(side_by_side):
+        tokens(0, len(seen), firsts[0], min(steps), seen[0])
+        return y
+    for b, length in enumerate(seen):
+        start, n = starts[b], starts[b + 1] - starts[b]
+        if not n or not length:
+            continue
+        if n == 1 and side_by_side[b]:
+            tokens(start, 1, firsts[b], 0, length)
+            continue
+        chosen = slice(firsts[b], firsts[b] + used[b]) if side_by_side[b] else tables[b, : used[b]].long()
+        keys, values = (x[chosen].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (k, v))  # [1, G, length, Dh]
+        own = q[start : start + n].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, R, n, Dh]
+        hidden = torch.ones(n, length, dtype=torch.bool).triu(length - n + 1)
+        bias = torch.zeros(n, length, dtype=q.dtype).masked_fill_(hidden, float("-inf")).repeat(own.shape[1], 1)
+        found, _ = _on_cpu(own.flatten(1, 2)[None], keys, values, 0.0, False, attn_mask=bias[None, None])
+        y[start : start + n] = found[0].unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
     return y
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm1.autotune import gpu_state
 from mm1.autotune.clock import Call, capture
@@ -31,6 +31,7 @@ from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1
+from mm1.engine.packed import packed
 from mm1.engine.sampling import sample
 from mm1.kernels.dispatch import Cost, cdiv
 
@@ -141,6 +142,11 @@ class Bench:
             model = MM1(self.config)
         return model.initialize().to(DTYPES[self.dtype]).eval()
 
+    @cached_property
+    def packed(self) -> tuple[nn.Module, nn.Module]:
+        """Decoder and head as the engine runs them."""
+        return packed(self.model.decoder)
+
     def rows(self, case: Case, key: Row, rounds: int | None, budget: float) -> Iterator[Row]:
         """The row of these key fields; of a decoding step on a GPU also that of its CUDA graph."""
         documents = prompts(self.config, case.shots, case.batch, images=case.what == "first token")
@@ -170,13 +176,13 @@ class Bench:
     def steps(self, documents: Sequence[Document]) -> dict[str, Way]:
         """Each step leaves the cache as it was."""
         prefill, cache, tables = self.prefill(documents)
-        tokens, decoder, ends = prefill().argmax(-1), self.model.decoder, [len(d.tokens) for d in documents]
+        tokens, ends, (decoder, head) = prefill().argmax(-1), [len(d.tokens) for d in documents], self.packed
         rows = cache.rows(tables, ends, [end + 1 for end in ends])
         positions, attends = torch.tensor(ends, device=self.device), cache.attends(rows)
 
         def ours() -> Tensor:
-            x = decoder.embedding(tokens)
-            return decoder(x, positions, rows.cu_seqlens, attends=attends)[0] @ decoder.head_weight.T
+            x = self.model.decoder.embedding(tokens)
+            return head(decoder(x, positions, rows.cu_seqlens, attends=attends)[0])
 
         def theirs(kind: str) -> Call:
             past = self.past(kind, ends[0] + ROOM)
@@ -203,10 +209,11 @@ class Bench:
         attends = cache.attends(cache.rows(tables, [0] * len(lengths), lengths))
         budget = exact_budget(documents, c.vision.patch)
         batch = pack(documents, budget, image_id=IMAGE, patch=c.vision.patch, slots=c.connector.tokens).to(self.device)
-        last = batch.cu_seqlens[1:].long() - 1
+        last, (decoder, head) = batch.cu_seqlens[1:].long() - 1, self.packed
 
         def call() -> Tensor:
-            return self.model.hidden(batch, attends)[0][last] @ self.model.decoder.head_weight.T
+            x = self.model.embed(batch)
+            return head(decoder(x, batch.positions, batch.cu_seqlens, attends=attends)[0][last])
 
         return call, cache, tables
 

@@ -8,7 +8,7 @@ Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from mm1.engine import config
 from mm1.engine.connector import ConvBlock, build
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.decoder import Attend, Block, DecoderLM
+from mm1.engine.decoder import Block, DecoderLM
 from mm1.engine.vision import VisionBlock, VisionEncoder
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -54,15 +54,20 @@ class MM1(nn.Module):
         c = self.config.decoder
         return losses.nll + targets * (c.load_balance * losses.load_balance + c.z_loss * losses.z_loss)
 
-    def hidden(self, batch: Batch, attends: Sequence[Attend] = ()) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states [T, D] of the packed batch, and the two auxiliary losses. attends: as DecoderLM's."""
-        x = self.decoder.embedding(batch.tokens)
-        if batch.grids.images:
-            # Absent images point one past the end, at a row that is dropped again.
-            x = torch.cat([x, x.new_zeros(1, x.shape[1])])
-            x = x.index_copy(0, batch.image_slots, self.encode(batch.pixels, batch.grids).to(x.dtype))[:-1]
+    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Final hidden states [T, D] of the packed batch, and the two auxiliary losses."""
+        x = self.embed(batch)
         mask = torch.arange(len(x), device=x.device) < batch.cu_seqlens[-1]
-        return self.decoder(x, batch.positions, batch.cu_seqlens, mask, attends)
+        return self.decoder(x, batch.positions, batch.cu_seqlens, mask)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """[T, D], text and images."""
+        x = self.decoder.embedding(batch.tokens)
+        if not batch.grids.images:
+            return x
+        # Absent images point one past the end, at a row that is dropped again.
+        x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+        return x.index_copy(0, batch.image_slots, self.encode(batch.pixels, batch.grids).to(x.dtype))[:-1]
 
     def encode(self, pixels: Tensor, grids) -> Tensor:
         """Image tokens [N·n, D]."""

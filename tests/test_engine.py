@@ -9,6 +9,7 @@ from conftest import relative_error
 from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
 from test_generate import PROMPTS, picture
 
+from mm1.engine import packed as packing
 from mm1.engine.cache import PAGE, Cache, image_digest, names
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
@@ -218,7 +219,8 @@ def test_settings_that_cannot_be_are_told(settings, message):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_packed_weights_give_the_decoder_itself_and_leave_it_alone(tied):
+def test_packed_weights_give_the_decoder_itself_and_leave_it_alone(tied, monkeypatch):
+    monkeypatch.setattr(packing, "LEAST", 1)
     decoder = small_mm1(experts=4, tied=tied).eval().decoder
     names = [name for name, _ in decoder.named_parameters()]
     twin, head = packed_weights(decoder)
@@ -226,6 +228,7 @@ def test_packed_weights_give_the_decoder_itself_and_leave_it_alone(tied):
     with torch.inference_mode():
         truth, found = (d(x, positions, cu)[0] for d in (decoder, twin))
         assert relative_error(found, truth) < 1e-5
+        assert sum(type(m) is PackedLinear for m in (*twin.modules(), head)) == 8
         assert relative_error(head(found), truth @ decoder.head_weight.T) < 1e-5
     assert [name for name, _ in decoder.named_parameters()] == names
     assert all(type(m) is not PackedLinear for m in decoder.modules())

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mm1.engine.decoder import DecoderLM
 
 ROWS = 8  # that the order of the weights is chosen for; others work as well
+LEAST = 1 << 17  # numbers in a weight; a smaller one stays in the cores' caches, and the call costs more than it saves
+_linear = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PackedLinear(nn.Module):
@@ -22,24 +24,24 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return _linear(x, self.packed, None, "none", [], "")
 
 
 def packed(decoder: DecoderLM) -> tuple[nn.Module, nn.Module]:
-    """The decoder and its head: on a CPU copies with linears packed as they are now, all else shared; elsewhere itself.
+    """The decoder and its head: on a CPU copies, wide linears packed as they are now, all else shared.
 
-    A copy takes the memory of its linears once more.
+    Elsewhere they are themselves. A copy takes the memory of its linears once more.
     """
     weight = decoder.head_weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return decoder, Head(decoder)
     shared = {id(x): x for x in (*decoder.parameters(), *decoder.buffers())}
     twin = copy.deepcopy(decoder, shared)
-    for module in list(twin.modules()):
+    for module in list(twin.blocks.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.bias is None:
+            if type(child) is nn.Linear and child.bias is None and child.weight.numel() >= LEAST:
                 setattr(module, name, PackedLinear(child.weight))
-    return twin, PackedLinear(weight)
+    return twin, PackedLinear(weight) if weight.numel() >= LEAST else Head(decoder)
 
 
 class Head(nn.Module):

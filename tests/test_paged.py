@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import DEVICE, relative_error
+from conftest import DEVICE, not_interpreted, relative_error
 
+from mm1.autotune.static import compile_launch
 from mm1.kernels import paged
 from mm1.kernels.attention import attention
-from mm1.kernels.dispatch import INTERPRETED
+from mm1.kernels.dispatch import DEVICES, INTERPRETED, recording
 from mm1.kernels.paged import paged_attention
 
 PAGE = 4
@@ -121,3 +122,23 @@ def test_it_counts_what_is_seen():
     cost = paged.cost([1, 3], [5, 4], heads=4, groups=2, width=16)
     assert cost.flops == 4 * (5 + 4 + 3 + 2) * 4 * 16
     assert cost.bytes == 2 * 16 * (2 * 2 * 9 + 2 * 4 * 4)
+
+
+@not_interpreted
+@pytest.mark.parametrize("device", ["a100", "h200", "b200", "rtx5090", "mi300x"])
+def test_its_code_fits_every_gpu(device):
+    """A token of one document in MM1-3B, of many in a 7B, and a prompt behind a prefix."""
+    for B, rows, heads, groups in ((1, 1, 24, 24), (64, 1, 32, 8), (4, 100, 32, 8)):
+        q = torch.empty(B * rows, heads, 128, device="meta", dtype=torch.bfloat16)
+        k = torch.empty(4096, 16, groups, 128, device="meta", dtype=torch.bfloat16)
+        numbers = (torch.empty(n, device="meta", dtype=torch.int32) for n in (B + 1, B))
+        cu_q, lengths = numbers
+        tables = torch.empty(B, 256, device="meta", dtype=torch.int32)
+        with recording(DEVICES[device]) as found:
+            paged.forward(q, k, k, cu_q, tables, lengths, rows)
+        assert len(found) == 2
+        for launch in found:
+            code = compile_launch(launch, DEVICES[device])
+            assert code.spills == 0, code
+            assert code.shared <= DEVICES[device].shared, code
+            assert launch.kernel is paged._merge_kernel or code.matrix, code

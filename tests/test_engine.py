@@ -70,6 +70,10 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(model):
         engine.run()
     engine = Engine(model)
     found = [engine.submit(prompt, Sampling(max_tokens=5)) for prompt in prompts]
+    engine.step()
+    assert len(engine.running) == 1  # the others wait for what it computes
+    engine.step()
+    assert len(engine.running) == 6
     engine.run()
     assert [r.tokens for r in found] == [r.tokens for r in truth]
     for a, b in zip(found, truth):

@@ -193,7 +193,8 @@ class Engine:
             request = self.waiting[0]
             shared = self.cache.shared(request.cached)
             new = len(request.document.tokens) - len(shared) * PAGE
-            if computing.intersection(request.cached) or (fresh and rows + new > self.prefill):
+            missing = request.cached[len(shared) :]
+            if computing.intersection(missing) or (fresh and rows + new > self.prefill):
                 break
             pages = self.cache.take(request.room, shared)
             if pages is None:
@@ -201,7 +202,7 @@ class Engine:
             request.pages, request.shared = pages, len(shared)
             fresh.append(self.waiting.popleft())
             self.running.append(request)
-            computing.update(request.cached)
+            computing.update(missing)
             rows += new
         return fresh
 

@@ -152,6 +152,7 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
         own = q[start : start + count].view(count, groups, -1, width)
         y[start : start + count] = _on_cpu(own, keys, values, 0.0, False)[0].reshape(count, -1, width)
 
+    masks: dict[tuple[int, int], Tensor] = {}
     used = [cdiv(length, page) for length in seen]
     even = of_page == page * of_row
     side_by_side = [even and bool((tables[b, :n].diff() == 1).all()) for b, n in enumerate(used)]
@@ -169,9 +170,10 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
         chosen = slice(firsts[b], firsts[b] + used[b]) if side_by_side[b] else tables[b, : used[b]].long()
         keys, values = (x[chosen].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (k, v))  # [1, G, length, Dh]
         own = q[start : start + n].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, R, n, Dh]
-        hidden = torch.ones(n, length, dtype=torch.bool).triu(length - n + 1)
-        bias = torch.zeros(n, length, dtype=q.dtype).masked_fill_(hidden, float("-inf")).repeat(own.shape[1], 1)
-        found, _ = _on_cpu(own.flatten(1, 2)[None], keys, values, 0.0, False, attn_mask=bias[None, None])
+        if (n, length) not in masks:
+            mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)
+            masks[n, length] = mask.repeat(own.shape[1], 1)[None, None]
+        found, _ = _on_cpu(own.flatten(1, 2)[None], keys, values, 0.0, False, attn_mask=masks[n, length])
         y[start : start + n] = found[0].unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
     return y
 

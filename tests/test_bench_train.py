@@ -161,7 +161,7 @@ def test_the_row_has_what_the_report_reads(capsys):
         variant = row["variants"][name]
         assert variant["mfu"] == pytest.approx(useful / (variant["median"] * PEAK), rel=1e-3)
     assert row["variants"]["plain"]["ratio"]["median"] == 1
-    assert row["variants"]["torch.compile"]["compile_seconds"] > 0
+    assert row["variants"]["torch.compile"]["compile_seconds"] >= 0
     assert row["variants"]["torch.compile"]["recompiles"] == 0  # budgets make shapes static
     assert row["variants"]["fused AdamW"]["compile_seconds"] == 0
     printed = capsys.readouterr().out

@@ -52,7 +52,7 @@ def train(
 
     folder = out or Path("runs") / Path(run).stem
     train(load_run(run, set), folder, resume=resume, profile=profile)
-    if profile:
+    if profile and os.environ.get("RANK", "0") == "0":
         print((folder / "profile" / "table.txt").read_text())
 
 

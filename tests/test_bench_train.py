@@ -13,6 +13,7 @@ from conftest import relative_error
 from small import small_model
 
 from mm1.bench import mix, plain, train
+from mm1.bench.peer_models import Abstractor
 from mm1.bench.record import Record
 from mm1.engine import connector, decoder, vision
 from mm1.engine.data.record import DataError
@@ -293,3 +294,13 @@ print(list(record.rows[0]["variants"]), record.rows[0]["failed"])
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "['packing'] {'transformers': 'not installed'}"
+
+
+@pytest.mark.parametrize("kind", ["c-abstractor", "average"])
+def test_the_peers_connector_has_our_connectors_parameters(kind):
+    pytest.importorskip("timm")
+    connector_config = dataclasses.replace(MIXTURE.connector, kind=kind, position_grid=None)
+    c = dataclasses.replace(MIXTURE, connector=connector_config)
+    ours = connector.build(c.connector, c.vision.width, c.decoder.width)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(Abstractor(c)) == count(ours) > 0

@@ -40,6 +40,10 @@ def of_full_passes(model, document: Document, count: int) -> tuple[list[int], li
     return ids[len(document.tokens) :], found
 
 
+def names_of(document: Document, image_id: int = IMAGE) -> list[bytes]:
+    return names(document.tokens, [image_digest(image) for image in document.images], image_id, SLOTS)
+
+
 def drained(engine: Engine) -> bool:
     """No request, and every page free or known without a user."""
     return not (engine.running or engine.waiting or any(engine.cache.users)) and engine.cache.room == engine.cache.pages
@@ -91,7 +95,7 @@ def test_other_images_behind_the_same_tokens_share_nothing(model):
 
     a, b = encode_prompts(model, [prompt(1), prompt(2)])
     assert np.array_equal(a.tokens, b.tokens)
-    mine, other = (names(d, model.tokenizer.image, SLOTS) for d in (a, b))
+    mine, other = (names_of(d, model.tokenizer.image) for d in (a, b))
     first = int(np.flatnonzero(a.tokens == model.tokenizer.image)[0]) // PAGE
     assert mine[:first] == other[:first]
     assert not set(mine[first:]) & set(other[first:])
@@ -108,7 +112,7 @@ def test_a_page_is_named_by_the_images_it_holds_a_part_of():
     """An image over the border of pages is part of both names; a later one of neither."""
     tokens = np.array([1] * (PAGE - 2) + [IMAGE] * SLOTS + [5] * PAGE + [IMAGE] * SLOTS + [6] * PAGE, np.int32)
     a, b, c = (np.full((PATCH, PATCH, 3), n, np.uint8) for n in (1, 2, 3))
-    plain, first, second = (names(Document(tokens, images, ""), IMAGE, SLOTS) for images in ((a, b), (c, b), (a, c)))
+    plain, first, second = (names_of(Document(tokens, images, "")) for images in ((a, b), (c, b), (a, c)))
     assert plain[0] != first[0]
     assert plain[0] == second[0]
     assert plain[1] == second[1] or tokens[PAGE : 2 * PAGE].tolist().count(IMAGE) > SLOTS - 2
@@ -185,6 +189,8 @@ def test_answers_are_scored_as_full_passes_do(model):
             with torch.inference_mode():
                 logits = model.logits(packed([grown])).log_softmax(-1)[-len(ids) - 1 : -1]
             assert value == pytest.approx(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
+    first, again = score(model, prompts[:1], [[LONG, LONG]])[0]  # all of whose pages are known by then
+    assert again == pytest.approx(first, abs=1e-4)
     with pytest.raises(DataError, match="empty"):
         score(model, prompts[:1], [[""]])
 
@@ -238,3 +244,22 @@ def test_packed_weights_give_the_decoder_itself_and_leave_it_alone(tied, monkeyp
     assert all(type(m) is not PackedLinear for m in decoder.modules())
     mine, other = (dict(d.named_parameters()) for d in (decoder, twin))
     assert all(mine[name] is p for name, p in other.items())
+
+
+def test_a_listener_that_fails_costs_the_others_nothing(model):
+    def fail(_):
+        raise RuntimeError("gone")
+
+    prompts = [[LONG], [LONG[10:]], ["one"]]
+    engine = Engine(model)
+    found = [engine.submit(p, Sampling(max_tokens=6), fail if i == 1 else None) for i, p in enumerate(prompts)]
+    with pytest.raises(RuntimeError, match="gone"):
+        engine.run()
+    engine.run()
+    assert found[1].finish == "failed"
+    for i in (0, 2):
+        other = Engine(model)
+        alone = other.submit(prompts[i], Sampling(max_tokens=6))
+        other.run()
+        assert found[i].tokens == alone.tokens
+    assert drained(engine)

@@ -70,6 +70,8 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_the_nucleus(model):
     logits = torch.tensor([[3.0, 1.0, 2.0, -9.0]]).expand(1000, -1)
     assert set(sample(logits, 1.0, 0.6).tolist()) == {0}
     assert set(sample(logits, 1.0, 0.8).tolist()) == {0, 2}
+    assert set(sample(logits, 1.0, top_k=1).tolist()) == {0}
+    assert set(sample(logits, 5.0, top_k=2).tolist()) == {0, 2}
     counts = sample(logits, 1.0, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 1000
     assert (counts - logits[0].softmax(-1)).abs().max() < 0.05
 

@@ -14,6 +14,7 @@ PAGE = 4
 SEGMENTS = {  # (new rows, keys in all)
     "a token of each": [(1, 1), (1, 9), (1, 4), (1, 30)],
     "tokens that see equally many": [(1, 9)] * 3,
+    "tokens of equally many pages": [(1, 9), (1, 12), (1, 11)],
     "prompts": [(5, 5), (1, 1), (7, 7)],
     "behind prefixes": [(3, 20), (6, 8), (1, 17), (2, 2)],
     "some without": [(0, 5), (1, 6), (0, 0), (2, 9)],
@@ -70,10 +71,13 @@ def test_widths_and_16_bits(width):
     assert relative_error(found.cpu(), in_order(given[0], given[3], given[5], own)) < 8e-3
 
 
-def test_keys_split_over_programs_give_one_softmax(monkeypatch):
+@pytest.mark.parametrize("most", [1, 2, 64])
+def test_keys_split_over_programs_give_one_softmax(most, monkeypatch):
+    """Many blocks of keys in one program, whose maximum rises, to one block a program."""
     monkeypatch.setattr(paged, "KEYS", 16)
+    monkeypatch.setattr(paged, "MOST_SPLITS", most)
     *given, rows, own = problem([(1, 70), (2, 33), (1, 3)])
-    assert paged.splits(3, 2, given[4].shape[1] * PAGE, 132) > 4
+    assert paged.splits(3, 2, given[4].shape[1] * PAGE, 132) == min(most, 8)
     assert relative_error(paged_attention(*given, rows=rows).cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
 
 

@@ -7,8 +7,10 @@ import torch
 from small import document, packed, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm1.engine import recompute
 from mm1.engine.ledger import Load
 from mm1.engine.model import MM1
 from mm1.engine.plan import activations
@@ -74,6 +76,17 @@ def test_selective_runs_no_product_twice():
             gradients(model, batch)
         flops[what] = counter.get_total_flops()
     assert flops["none"] == flops["selective"] < 0.85 * flops["blocks"]
+
+
+def test_attention_is_kept_whoever_computes_it():
+    import torch.nn.attention.varlen  # declares its operation
+
+    ops = torch.ops
+    kept = (ops.mm1.flash.default, ops.mm1.attention_segments.default, ops.torch_attn._varlen_attn.default,
+            ops.aten._scaled_dot_product_flash_attention.default, ops.aten._scaled_mm.default)  # fmt: skip
+    again = (ops.aten.mul.Tensor, ops.aten.silu.default, ops.aten._to_copy.default, ops.aten.rsqrt.default)
+    policies = [[recompute._keeps(None, op) for op in of] for of in (kept, again)]
+    assert policies == [[CheckpointPolicy.MUST_SAVE] * len(kept), [CheckpointPolicy.PREFER_RECOMPUTE] * len(again)]
 
 
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "mixture"])

@@ -307,23 +307,25 @@ def where(folder: Path) -> str:
     return line + (f", amid {', '.join(partial)}" if partial else "")
 
 
+def killed(run: Run, folder: Path, processes: int, *, amid_a_save: bool, draw: random.Random) -> bool:
+    """Begin or go on with a run and kill it at a moment that is drawn; whether a checkpoint is left half-written."""
+    process = Process(run, folder, processes)
+    if amid_a_save:
+        process.wait_for_save(draw.randint(processes, 3))
+        time.sleep(draw.uniform(0, 0.02))
+    else:
+        process.wait_for_lines(len(lines_of(folder / "metrics.jsonl")) + draw.randint(0, 4))
+        time.sleep(draw.uniform(0, 0.1 * processes))
+    process.kill()
+    print(f"killed at {where(folder)}")
+    return bool(list(folder.glob(".step-*.partial")))
+
+
 @pytest.mark.slow
 def test_killed_at_thirty_random_moments_a_run_ends_with_the_same_bits_and_loses_nothing(tiny, undisturbed, tmp_path):
     """Amid steps and saves and at any other time; each metric and each bad record is there once. Prints each moment."""
     run, folder, draw = changed(small_run(steps=150, save_every=2), sources=tiny), tmp_path / "run", random.Random(0)
-    amid = 0
-    for kill in range(30):
-        lines = len(lines_of(folder / "metrics.jsonl"))
-        process = Process(run, folder)
-        if kill % 2:
-            process.wait_for_save(draw.randint(1, 3))
-            time.sleep(draw.uniform(0, 0.02))
-        else:
-            process.wait_for_lines(lines + draw.randint(0, 4))
-            time.sleep(draw.uniform(0, 0.1))
-        process.kill()
-        amid += bool(list(folder.glob(".step-*.partial")))
-        print(f"kill {kill + 1}: {where(folder)}")
+    amid = sum(killed(run, folder, 1, amid_a_save=bool(kill % 2), draw=draw) for kill in range(30))
     print(f"{amid} of 30 amid a save")
     process = Process(run, folder)
     process.finish()
@@ -368,16 +370,7 @@ def test_two_processes_killed_six_times_end_with_the_same_bits(tiny, tmp_path):
     Process(run, tmp_path / "truth" / "run", 2).finish()
     folder = tmp_path / "killed" / "run"
     for kill in range(6):
-        lines = len(lines_of(folder / "metrics.jsonl"))
-        process = Process(run, folder, 2)
-        if kill % 2:
-            process.wait_for_save(draw.randint(2, 3))
-            time.sleep(draw.uniform(0, 0.03))
-        else:
-            process.wait_for_lines(lines + draw.randint(1, 6))
-            time.sleep(draw.uniform(0, 0.2))
-        process.kill()
-        print(f"kill {kill + 1}: {where(folder)}")
+        killed(run, folder, 2, amid_a_save=bool(kill % 2), draw=draw)
     Process(run, folder, 2).finish()
     found = left_by(folder)
     assert [line["step"] for line in found["metrics"]] == list(range(1, 61))

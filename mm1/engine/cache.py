@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mm1.engine import config
-from mm1.engine.data.document import Document
 from mm1.kernels.attention import attention
 from mm1.kernels.paged import paged_attention
 
@@ -128,16 +127,18 @@ class Cache:
         return Rows(cu_seqlens, table, lengths, flat.long(), max(new, default=0), any(starts))
 
 
-def names(document: Document, image_id: int, slots: int) -> list[bytes]:
-    """Of a document's full pages, whose last token is not its own last: each says what it and all before it hold."""
+def names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: int) -> list[bytes]:
+    """Of a document's full pages, whose last token is not its own last: each says what it and all before it hold.
+
+    digests: of its images.
+    """
     found, name = [], b""
-    digests = [image_digest(image) for image in document.images]
-    images = np.cumsum(document.tokens == image_id)  # tokens of images up to each row
-    for start in range(0, len(document.tokens) - PAGE, PAGE):
+    images = np.cumsum(tokens == image_id)  # tokens of images up to each row
+    for start in range(0, len(tokens) - PAGE, PAGE):
         rows = slice(start, start + PAGE)
         first, last = (int(images[start - 1]) if start else 0) // slots, -(-int(images[start + PAGE - 1]) // slots)
         seen = b"".join(digests[first:last]) if images[start + PAGE - 1] else b""
-        name = hashlib.sha256(name + document.tokens[rows].tobytes() + seen).digest()
+        name = hashlib.sha256(name + tokens[rows].tobytes() + seen).digest()
         found.append(name)
     return found
 

@@ -85,10 +85,15 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
 
 
 class Request:
-    """A prompt and what comes of it. finish: None while it runs, then "stop", "length", "scored" or "cancelled"."""
+    """A prompt and what comes of it.
 
-    def __init__(self, document: Document, sampling: Sampling, text: "_Text", cached: list[bytes], scored: int = 0):
-        self.document, self.sampling, self.cached, self.scored = document, sampling, cached, scored
+    finish: None while it runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text raised.
+    """
+
+    def __init__(self, document: Document, sampling: Sampling, text: "_Text", scored: int = 0):
+        self.document, self.sampling, self.scored = document, sampling, scored
+        self.digests = [image_digest(image) for image in document.images]
+        self.cached: list[bytes] = []  # names of the pages that may be shared
         self.tokens: list[int] = []
         self.logprobs: list[float] = []  # of tokens, or of those that are scored
         self.finish: str | None = None
@@ -134,7 +139,7 @@ class Engine:
     ) -> Request:
         """Raises Busy if the queue is full, DataError for a prompt that is more than the cache holds."""
         document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt])[0]
-        request = Request(document, sampling, _Text(self.tokenizer, sampling.stop, on_text), self._names(document))
+        request = Request(document, sampling, _Text(self.tokenizer, sampling.stop, on_text))
         request.generator = torch.Generator(self.device)
         if sampling.seed is None:
             request.generator.seed()
@@ -146,11 +151,7 @@ class Engine:
         """Whose tokens are not chosen but scored."""
         tokens = np.array([*prompt.tokens, *answer], np.int32)
         document = Document(tokens, prompt.images, prompt.key)
-        known = self._names(document)[: (len(prompt.tokens) - 1) // PAGE]
-        return self._enqueue(Request(document, Sampling(), _Text(self.tokenizer, (), None), known, len(answer)))
-
-    def _names(self, document: Document) -> list[bytes]:
-        return names(document, self.tokenizer.image, self.model.config.connector.tokens)
+        return self._enqueue(Request(document, Sampling(), _Text(self.tokenizer, (), None), len(answer)))
 
     def _enqueue(self, request: Request) -> Request:
         if request.room > self.cache.pages:
@@ -158,6 +159,10 @@ class Engine:
             raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows exceed {tokens}")
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
+        tokens, slots = request.document.tokens, self.model.config.connector.tokens
+        # Rows before an answer's are computed anew, because their logits are what it is scored by.
+        shareable = (len(tokens) - request.scored - 1) // PAGE
+        request.cached = names(tokens, request.digests, self.tokenizer.image, slots)[:shareable]
         self.waiting.append(request)
         return request
 
@@ -252,9 +257,8 @@ class Engine:
         wanted: OrderedDict[bytes, np.ndarray] = OrderedDict()
         for request, start in zip(fresh, starts):
             before = int((request.document.tokens[:start] == self.tokenizer.image).sum())
-            images = request.document.images[before // slots :]
-            digests = [image_digest(image) for image in images]
-            wanted.update(zip(digests, images))
+            digests = request.digests[before // slots :]
+            wanted.update(zip(digests, request.document.images[before // slots :]))
             parts.append((digests, before % slots))
         features = self._features(wanted)
         return torch.cat([torch.cat([features[d] for d in digests])[cut:] for digests, cut in parts if digests])
@@ -294,23 +298,32 @@ class Engine:
                 row = penalized(row, self._moved(seen), how.repetition_penalty)
             tokens[i] = sample(row[None], how.temperature, how.top_p, how.top_k, request.generator)[0]
         probabilities = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        failed: Exception | None = None
         for request, token, logprob in zip(requests, tokens.tolist(), probabilities.tolist()):
             if request.scored:
                 self._end(request, "scored")
                 continue
             request.tokens.append(token)
             request.logprobs.append(logprob)
-            request._text.add(token)
-            if request._text.done:
-                self._end(request, "stop")
-            elif len(request.tokens) == request.sampling.max_tokens:
-                self._end(request, "length")
+            try:
+                request._text.add(token)
+                if request._text.done:
+                    self._end(request, "stop")
+                elif len(request.tokens) == request.sampling.max_tokens:
+                    self._end(request, "length")
+            except Exception as error:  # of its on_text; the others are to have their tokens
+                failed, request._text.emit = failed or error, None
+                if request in self.running:
+                    self._end(request, "failed")
+                request.finish = "failed"
+        if failed:
+            raise failed
 
     def _end(self, request: Request, why: str) -> None:
         request.finish = why
-        request._text.finish()
         self.running.remove(request)
         self.cache.drop(request.pages)
+        request._text.finish()
 
 
 def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":

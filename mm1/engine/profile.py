@@ -47,7 +47,7 @@ def profile(trainer: Trainer, folder: Path) -> None:
 
     def watched() -> Pending:
         count = trainer.step - begun
-        if count == WARM:
+        if count == WARM and not marks.undo:  # a run that goes back may come here again
             marks.set()
         if count < WARM + STEPS:
             pending = step()

@@ -33,5 +33,6 @@ def recompute_blocks(model: MM1, what: str) -> None:
 
 
 def _keeps(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op in PRODUCTS or op.namespace == "mm1"
+    # Attention's other back-ends: aten's, torch_attn::_varlen_attn, those of flash-attn and xformers.
+    kept = op in PRODUCTS or op.namespace == "mm1" or any(part in op.name() for part in ("attn", "attention"))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

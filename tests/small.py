@@ -15,12 +15,11 @@ SLOTS, IMAGE, PATCH = 4, 3, 4
 
 
 def small_model(**decoder) -> Model:
+    sizes = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn": 40}
     return Model(
         vision=dataclasses.replace(DIGITS.vision, width=32, layers=2, heads=2, ffn=48),
         connector=dataclasses.replace(DIGITS.connector, tokens=SLOTS, hidden=24),
-        decoder=dataclasses.replace(
-            DIGITS.decoder, width=32, layers=2, heads=4, kv_heads=2, head_width=8, ffn=40, **decoder
-        ),
+        decoder=dataclasses.replace(DIGITS.decoder, **sizes | decoder),
         image_mode="native", image_size=24, image_patches=64,
     )  # fmt: skip
 

@@ -10,11 +10,12 @@ from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine import packed as packing
+from mm1.engine import quantize
 from mm1.engine.cache import PAGE, Cache, image_digest, names
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import Busy, Engine, encode_prompts, generate, score
+from mm1.engine.generate import Busy, Engine, encode_prompts, generate, n_best, score
 from mm1.engine.packed import PackedLinear
 from mm1.engine.packed import packed as packed_weights
 from mm1.engine.sampling import Sampling, penalized
@@ -49,9 +50,13 @@ def drained(engine: Engine) -> bool:
     return not (engine.running or engine.waiting or any(engine.cache.users)) and engine.cache.room == engine.cache.pages
 
 
-def test_tokens_and_log_probabilities_are_those_of_full_passes(model):
+@pytest.mark.parametrize("by", ["one call", "torch"])
+def test_tokens_and_log_probabilities_are_those_of_full_passes(model, by):
     """Batched, paged, continued while others join; on each its own."""
     engine = Engine(model, tokens=4096, batch=3)
+    assert engine.one_step
+    if by == "torch":
+        engine.one_step = None
     documents = [document(*parts) for parts in [*DOCUMENTS, (40,), ((2, 2), 30, (3, 2), 9)]]
     requests = [engine.submit(d, Sampling(max_tokens=6)) for d in documents]
     engine.run()
@@ -176,6 +181,38 @@ def test_pages_go_to_who_needs_them_and_known_ones_last(model):
     cache.drop(b)
     cache.drop(c)
     assert cache.room == 6
+
+
+def test_the_best_of_several_comes_first_and_their_prompt_is_computed_once(model):
+    engine = Engine(model)
+    prompt, sampling = [LONG, picture(24, 24, 1), LONG, "answer:"], Sampling(max_tokens=6, temperature=1.5, seed=3)
+    found = n_best(engine, prompt, 5, sampling)
+    means = [sum(r.logprobs) / len(r.logprobs) for r in found]
+    assert means == sorted(means, reverse=True)
+    assert len({r.text for r in found}) > 1
+    length = len(found[0].document.tokens)
+    assert engine.computed <= length + 4 * (length - length // PAGE * PAGE + PAGE)
+    assert engine.encoded == 1
+    alone = {generate(model, [prompt], max_tokens=6, temperature=1.5, seed=3 + i)[0] for i in range(5)}
+    assert {r.text for r in found} == alone
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_narrow_weights_generate_and_leave_the_model_alone(model, how, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(quantize, "LEAST", 1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    engine = Engine(model, weights=how)
+    assert (engine.one_step is None) == (how == "int4")
+    found = [engine.submit(prompt, Sampling(max_tokens=6)) for prompt in PROMPTS]
+    engine.run()
+    assert drained(engine)
+    wide = [r.logprobs[0] for r in found]
+    other = Engine(model)
+    truth = [other.submit(prompt, Sampling(max_tokens=6)) for prompt in PROMPTS]
+    other.run()
+    assert wide == pytest.approx([r.logprobs[0] for r in truth], abs=0.1 if how == "int8" else 1.0)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_answers_are_scored_as_full_passes_do(model):

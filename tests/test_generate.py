@@ -67,13 +67,27 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_the_nucleus(model):
     options = {"max_tokens": 8, "temperature": 1.5, "top_p": 0.9}
     assert generate(model, PROMPTS, seed=5, **options) == generate(model, PROMPTS, seed=5, **options)
     assert generate(model, PROMPTS, seed=5, **options) != generate(model, PROMPTS, seed=6, **options)
+
+
+def test_each_row_is_sampled_by_its_own_settings():
     logits = torch.tensor([[3.0, 1.0, 2.0, -9.0]]).expand(1000, -1)
-    assert set(sample(logits, 1.0, 0.6).tolist()) == {0}
-    assert set(sample(logits, 1.0, 0.8).tolist()) == {0, 2}
-    assert set(sample(logits, 1.0, top_k=1).tolist()) == {0}
-    assert set(sample(logits, 5.0, top_k=2).tolist()) == {0, 2}
-    counts = sample(logits, 1.0, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 1000
-    assert (counts - logits[0].softmax(-1)).abs().max() < 0.05
+    u = (torch.arange(1000) + 0.5) / 1000
+
+    def drawn(temperature, top_p=1.0, top_k=0):
+        return sample(logits, *(torch.full((1000,), x) for x in (temperature, top_p, top_k)), u)
+
+    assert set(drawn(1.0, 0.6).tolist()) == {0}
+    assert set(drawn(1.0, 0.8).tolist()) == {0, 2}
+    assert set(drawn(1.0, top_k=1).tolist()) == {0}
+    assert set(drawn(5.0, top_k=2).tolist()) == {0, 2}
+    assert set(drawn(0.0).tolist()) == {0}
+    counts = drawn(1.0).bincount(minlength=4) / 1000
+    assert (counts - logits[0].softmax(-1)).abs().max() < 2e-3
+    settings = [torch.tensor(x) for x in ([1.0, 0.0, 5.0], [1.0, 1.0, 0.5], [0, 0, 3], [0.9, 0.9, 0.9])]
+    together = sample(logits[:3], *settings)
+    assert together.tolist() == [int(sample(logits[:1], *(x[i : i + 1] for x in settings))) for i in range(3)]
+    almost = torch.tensor([1 - 2**-24])  # of flat probabilities, whose sum is not quite 1
+    assert int(sample(torch.zeros(1, 7), *(torch.tensor([x]) for x in (1.0, 1.0, 3)), almost)) == 2
 
 
 def test_no_prompts_give_no_texts(model):

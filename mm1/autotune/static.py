@@ -34,7 +34,7 @@ from mm1.kernels.tuning import cache_folder, pinned
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-    torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16",
+    torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {16: torch.bfloat16, 32: torch.float32}

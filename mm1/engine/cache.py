@@ -102,16 +102,7 @@ class Cache:
 
     def attends(self, rows: Rows) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
         """A layer's attention, by layers."""
-        return [partial(self._attend, layer, rows) for layer in range(len(self.k))]
-
-    def _attend(self, layer: int, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """New rows q [T, H, Dh], k and v [T, G, Dh] are kept, and see all of their document up to themselves."""
-        keys, values = self.k[layer], self.v[layer]
-        keys.flatten(0, 1).index_copy_(0, rows.slots, k)
-        values.flatten(0, 1).index_copy_(0, rows.slots, v)
-        if not rows.behind:
-            return attention(q, k, v, rows.cu_seqlens, causal=True)
-        return paged_attention(q, keys, values, rows.cu_seqlens, rows.tables, rows.lengths, rows=rows.most)
+        return [partial(_attend, keys, values, rows) for keys, values in zip(self.k.unbind(), self.v.unbind())]
 
     def rows(self, tables: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> Rows:
         """Of documents whose pages are `tables`, the rows from `starts` to `ends`."""
@@ -125,6 +116,15 @@ class Cache:
         arrays = (np.cumsum([0, *new], dtype=np.int32), table, np.array(ends, np.int32), np.concatenate([[], *slots]))
         cu_seqlens, table, lengths, flat = (torch.from_numpy(x).to(device) for x in arrays)
         return Rows(cu_seqlens, table, lengths, flat.long(), max(new, default=0), any(starts))
+
+
+def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """New rows q [T, H, Dh], k and v [T, G, Dh] are kept, and see all of their document up to themselves."""
+    keys.flatten(0, 1).index_copy_(0, rows.slots, k)
+    values.flatten(0, 1).index_copy_(0, rows.slots, v)
+    if not rows.behind:
+        return attention(q, k, v, rows.cu_seqlens, causal=True)
+    return paged_attention(q, keys, values, rows.cu_seqlens, rows.tables, rows.lengths, rows=rows.most)
 
 
 def names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: int) -> list[bytes]:

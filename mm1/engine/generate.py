@@ -5,8 +5,10 @@ with earlier ones, and then one token of each document that goes on. Images are 
 features are kept by content.
 """
 
+import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,12 @@ from mm1.engine.cache import PAGE, Cache, Rows, image_digest, names
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
 from mm1.engine.data.record import DataError
+from mm1.engine.decode import step_of
+from mm1.engine.graphs import PAGES, Graphs
 from mm1.engine.model import MM1
-from mm1.engine.packed import packed
-from mm1.engine.sampling import Sampling, penalized, sample
+from mm1.engine.packed import Head, packed
+from mm1.engine.quantize import quantized
+from mm1.engine.sampling import Draw, Sampling, penalized, sample
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.grids import Grids
 
@@ -46,16 +51,18 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    weights: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, a sequence of texts and PIL images; returns the new texts.
 
-    Settings are those of Sampling; prompt i draws with seed + i. on_text(prompt number, piece) is called as text
-    arrives.
+    Settings are those of Sampling and, weights, of Engine; prompt i draws with seed + i. on_text(prompt number, piece)
+    is called as text arrives.
     """
     documents = encode_prompts(model, prompts)
     pages = sum(cdiv(len(document.tokens) + max_tokens, PAGE) for document in documents)
-    engine = Engine(model, tokens=pages * PAGE, batch=max(len(prompts), 1), queue=max(len(prompts), 1))
+    count = max(len(prompts), 1)
+    engine = Engine(model, tokens=pages * PAGE, batch=count, queue=count, weights=weights)
     requests = []
     for i, document in enumerate(documents):
         sampling = Sampling(
@@ -84,6 +91,16 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
     return [[sum(request.logprobs) for request in of] for of in requests]
 
 
+def n_best(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Sampling) -> "list[Request]":
+    """n continuations of one prompt, whose pages they share, the likeliest first: by the mean of their tokens'
+    log-probabilities. The i-th that is begun draws with seed + i."""
+    document = prompt if isinstance(prompt, Document) else encode_prompts(engine.model, [prompt])[0]
+    seed = random.randrange(1 << 32) if sampling.seed is None else sampling.seed
+    found = [engine.submit(document, replace(sampling, seed=seed + i)) for i in range(n)]
+    engine.run()
+    return sorted(found, key=lambda request: -np.mean(request.logprobs))
+
+
 class Request:
     """A prompt and what comes of it.
 
@@ -100,8 +117,9 @@ class Request:
         self._text = text
         self.pages: list[int] = []
         self.shared = 0  # of them, with what was computed before
+        self.table = np.empty(0, np.int32)  # the same pages
         self.rows = 0  # that the cache holds
-        self.generator: torch.Generator | None = None
+        self.random = random.Random(sampling.seed)
 
     @property
     def text(self) -> str:
@@ -117,17 +135,22 @@ class Engine:
     """A model, as it is when this begins, and the requests it works on.
 
     tokens: of the cache; batch: documents at once; queue: requests that wait; prefill: rows of prompts a step, if it
-    is more than one; images: whose features are kept. Not for several threads at once.
+    is more than one; images: whose features are kept; weights: as they are, or "int8", "int4", "float8" (quantize.py).
+    Not for several threads at once.
     """
 
     def __init__(
         self, model: MM1, *, tokens: int = 65_536, batch: int = 64, queue: int = 1024, prefill: int = 8192,
-        images: int = 1024,
+        images: int = 1024, weights: str | None = None,
     ):  # fmt: skip
         weight = model.decoder.embedding.weight
         self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
-        self.decoder, self.head = packed(model.decoder)
-        self.cache = Cache(model.config.decoder, cdiv(tokens, PAGE), weight.device, weight.dtype)
+        self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
+        graphs = self.device.type == "cuda"
+        self.cache = Cache(model.config.decoder, cdiv(tokens, PAGE) + graphs, weight.device, weight.dtype)
+        self.graphs = Graphs(self.decoder, self.head, self.cache, batch) if graphs else None
+        plain = (self.decoder, self.head) if weights else (model.decoder, Head(model.decoder))
+        self.one_step = step_of(*plain, self.cache)
         self.batch, self.queue, self.prefill, self.images = batch, queue, prefill, images
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -139,13 +162,7 @@ class Engine:
     ) -> Request:
         """Raises Busy if the queue is full, DataError for a prompt that is more than the cache holds."""
         document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt])[0]
-        request = Request(document, sampling, _Text(self.tokenizer, sampling.stop, on_text))
-        request.generator = torch.Generator(self.device)
-        if sampling.seed is None:
-            request.generator.seed()
-        else:
-            request.generator.manual_seed(sampling.seed)
-        return self._enqueue(request)
+        return self._enqueue(Request(document, sampling, _Text(self.tokenizer, sampling.stop, on_text)))
 
     def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
         """Whose tokens are not chosen but scored."""
@@ -184,9 +201,10 @@ class Engine:
         """Whether there is more to do."""
         going, fresh = list(self.running), self._admitted()
         if going:
-            self._choose(going, self._decoded(going))
+            self._decode(going)
         if fresh:
-            self._choose(fresh, self._prefilled(fresh))
+            logits = self._prefilled(fresh)
+            self._choose(fresh, logits, *likeliest(logits), [drawn(request) for request in fresh])
         return bool(self.running or self.waiting)
 
     def _admitted(self) -> list[Request]:
@@ -204,7 +222,7 @@ class Engine:
             pages = self.cache.take(request.room, shared)
             if pages is None:
                 break
-            request.pages, request.shared = pages, len(shared)
+            request.pages, request.table, request.shared = pages, np.array(pages, np.int32), len(shared)
             fresh.append(self.waiting.popleft())
             self.running.append(request)
             computing.update(missing)
@@ -233,14 +251,23 @@ class Engine:
                 self._score(request, hidden[last[i] - request.scored : last[i]])
         return self._logits(hidden[last])
 
-    def _decoded(self, going: Sequence[Request]) -> Tensor:
-        """Logits [B, V] behind one token more."""
-        starts = [request.rows for request in going]
-        rows = self.cache.rows([request.pages for request in going], starts, [start + 1 for start in starts])
-        x = self.model.decoder.embedding(self._moved(np.array([request.tokens[-1] for request in going])))
+    def _decode(self, going: Sequence[Request]) -> None:
+        """One token more."""
+        tokens, starts = [request.tokens[-1] for request in going], [request.rows for request in going]
+        tables, draws = [request.table for request in going], [drawn(request) for request in going]
         for request in going:
             request.rows += 1
-        return self._logits(self._hidden(x, self._moved(np.array(starts)), rows))
+        if self.one_step:
+            self._choose(going, *self.one_step(tokens, starts, tables), draws)
+        elif self.graphs and max(map(len, tables)) <= PAGES:
+            inside = [draw if r.sampling.repetition_penalty == 1 else Draw(0, 1, 0, 0) for r, draw in zip(going, draws)]
+            left = [None if draw is done else draw for draw, done in zip(draws, inside)]
+            self._choose(going, *self.graphs(tokens, starts, tables, inside), left)
+        else:
+            rows = self.cache.rows([request.pages for request in going], starts, [start + 1 for start in starts])
+            x = self.model.decoder.embedding(self._moved(np.array(tokens)))
+            logits = self._logits(self._hidden(x, self._moved(np.array(starts)), rows))
+            self._choose(going, logits, *likeliest(logits), draws)
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
         return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
@@ -285,21 +312,25 @@ class Engine:
         found = self._logits(hidden).float().log_softmax(-1).gather(1, tokens[:, None])
         request.logprobs = found[:, 0].tolist()
 
-    def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
-        """The next token of each; what a request gets does not depend on the others."""
-        tokens = logits.argmax(-1)
-        for i, request in enumerate(requests):
-            how = request.sampling
-            if request.scored or how.plain:
-                continue
-            row = logits[i].float()
-            if how.repetition_penalty != 1:
-                seen = np.unique(np.array([*request.document.tokens, *request.tokens], np.int64))
-                row = penalized(row, self._moved(seen), how.repetition_penalty)
-            tokens[i] = sample(row[None], how.temperature, how.top_p, how.top_k, request.generator)[0]
-        probabilities = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    def _choose(
+        self, requests: Sequence[Request], logits: Tensor, tokens: list[int], logprobs: list[float],
+        draws: Sequence[Draw | None],
+    ) -> None:  # fmt: skip
+        """The next token of each, another than these where there is a draw still; nobody's depends on the others."""
+        left = [i for i, draw in enumerate(draws) if draw and not (requests[i].scored or requests[i].sampling.plain)]
+        if left:
+            rows = logits[left].float()
+            seen = rows.clone()
+            for row, request in zip(seen, (requests[i] for i in left)):
+                if request.sampling.repetition_penalty != 1:
+                    known = np.unique(np.array([*request.document.tokens, *request.tokens], np.int64))
+                    row.copy_(penalized(row, self._moved(known), request.sampling.repetition_penalty))
+            found = sample(seen, *self._moved(np.array([draws[i] for i in left], np.float32).T).unbind())
+            sure = rows.log_softmax(-1).gather(1, found[:, None])[:, 0]
+            for i, token, logprob in zip(left, found.tolist(), sure.tolist()):
+                tokens[i], logprobs[i] = token, logprob
         failed: Exception | None = None
-        for request, token, logprob in zip(requests, tokens.tolist(), probabilities.tolist()):
+        for request, token, logprob in zip(requests, tokens, logprobs):
             if request.scored:
                 self._end(request, "scored")
                 continue
@@ -358,13 +389,26 @@ def tokenizer_of(model: MM1) -> TextTokenizer:
     return model.tokenizer
 
 
+def drawn(request: Request) -> Draw:
+    """Of its next token."""
+    how = request.sampling
+    return Draw(how.temperature, how.top_p, how.top_k, request.random.random() if how.temperature else 0.0)
+
+
+def likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
+    """Tokens of logits [B, V] and their log-probabilities."""
+    best, tokens = logits.float().log_softmax(-1).max(-1)
+    return tokens.tolist(), best.tolist()
+
+
 class _Text:
     """The text of one prompt as it grows: ends at end-of-text or before a stop string, and streams what is settled."""
 
     def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], emit: Callable[[str], None] | None):
         self.tokenizer, self.stop, self.emit = tokenizer, [s for s in stop if s], emit
         self.ids: list[int] = []
-        self.text, self.sent, self.done = "", 0, False
+        self.text, self.sent, self.done = "", 0, False  # text: without half a character at its end
+        self._piece = tokenizer.stream()
 
     def add(self, token: int) -> None:
         if self.done:
@@ -373,21 +417,25 @@ class _Text:
             self.done = True
         else:
             self.ids.append(token)
-            self.text = self.tokenizer.decode(self.ids)
-            found = [at for s in self.stop if (at := self.text.find(s)) >= 0]
-            if found:
-                self.text, self.done = self.text[: min(found)], True
+            self._grow(self._piece(token))
         if self.emit:
-            self._send(self.text if self.done else self.text[: self._settled()])
+            self._send(self.text[: self._settled()])
 
-    def finish(self) -> str:
+    def finish(self) -> None:
+        if not self.done:
+            self._grow(self.tokenizer.decode(self.ids)[len(self.text) :])
         if self.emit:
             self._send(self.text)
-        return self.text
+
+    def _grow(self, piece: str) -> None:
+        before, self.text = len(self.text), self.text + piece
+        found = [at for s in self.stop if (at := self.text.find(s, max(0, before - len(s)))) >= 0]
+        if found:
+            self.text, self.done = self.text[: min(found)], True
 
     def _settled(self) -> int:
-        """Characters that later tokens cannot change: not half a character, not the beginning of a stop string."""
-        end = len(self.text.rstrip("\ufffd"))
+        """Characters that later tokens cannot change: without the beginning of a stop string at the end."""
+        end = len(self.text)
         for s in self.stop:
             for size in range(min(len(s) - 1, end), 0, -1):
                 if self.text[:end].endswith(s[:size]):

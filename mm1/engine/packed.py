@@ -35,19 +35,25 @@ def packed(decoder: DecoderLM) -> tuple[nn.Module, nn.Module]:
     weight = decoder.head_weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return decoder, Head(decoder)
-    shared = {id(x): x for x in (*decoder.parameters(), *decoder.buffers())}
-    twin = copy.deepcopy(decoder, shared)
-    for module in list(twin.blocks.modules()):
+    other = twin(decoder)
+    for module in list(other.blocks.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear and child.bias is None and child.weight.numel() >= LEAST:
                 setattr(module, name, PackedLinear(child.weight))
-    return twin, PackedLinear(weight) if weight.numel() >= LEAST else Head(decoder)
+    return other, PackedLinear(weight) if weight.numel() >= LEAST else Head(decoder)
+
+
+def twin(decoder: DecoderLM) -> DecoderLM:
+    """Other modules of the same parameters."""
+    return copy.deepcopy(decoder, {id(x): x for x in (*decoder.parameters(), *decoder.buffers())})
 
 
 class Head(nn.Module):
+    """Hidden states [T, D] -> logits [T, V]."""
+
     def __init__(self, decoder: DecoderLM):
         super().__init__()
-        self.decoder = decoder
+        self.weight = decoder.head_weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.decoder.head_weight.T
+        return x @ self.weight.T

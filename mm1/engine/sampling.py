@@ -1,6 +1,7 @@
 """Which token comes next."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,21 +42,34 @@ class Sampling:
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
+class Draw(NamedTuple):
+    """How one token is drawn: settings of Sampling, and a number in [0, 1) that decides."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    u: float
+
+
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Of logits [V]; seen int64: tokens."""
     found = logits[seen]
     return logits.index_copy(0, seen, torch.where(found > 0, found / penalty, found * penalty))
 
 
-def sample(
-    logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None
-) -> Tensor:
-    """Token ids int64 [B] of logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probability, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, u: Tensor) -> Tensor:
+    """Token ids int64 [B] of logits [B, V], each by its own settings [B] of Sampling and a number u in [0, 1).
+
+    u is a place among the probabilities that are left, likeliest first: what a document gets depends on nobody else's,
+    and is the same on every device. Nothing waits for the GPU.
+    """
+    hot = torch.where(temperature > 0, temperature, 1.0)
+    probability, token = (logits.float() / hot[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probability.cumsum(-1) - probability
-    probability = probability.masked_fill(before >= top_p, 0.0)
-    if top_k:
-        probability = probability[:, :top_k]
-    return token.gather(-1, torch.multinomial(probability, 1, generator=generator))[:, 0]
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    left = (before < top_p[:, None]) & ((rank < top_k[:, None]) | (top_k[:, None] == 0))
+    upto = (probability * left).cumsum(-1)
+    # Rounding may leave u · total at or above the last sum; the last that is left is meant then.
+    place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=left.sum(-1) - 1)
+    place = torch.where(temperature > 0, place, 0)
+    return token.gather(-1, place[:, None])[:, 0]

@@ -391,9 +391,8 @@ def moe_mlp(
     given = [None if w is None else w.to(dtype) if w.ndim == 3 else w.to(dtype).contiguous() for w in given]
     x, weight = x.to(dtype), weight.float().contiguous()
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *given))
-    slots = index.numel()
     on_gpu = INTERPRETED or x.device.type != "cpu"
-    if on_gpu and not recorded and 0 < slots <= few_tokens.MAX_SLOTS and slots <= few_tokens.ROWS * len(down):
+    if on_gpu and not recorded and few_tokens.few(index.numel(), len(down)):
         return _few(x, index, weight, *given, activation, limit, shift, interleaved)
     order = sort_by_expert(index, len(down)) if order is None else Order(*(t.contiguous() for t in order))
     keep = recorded and not recompute

@@ -3,7 +3,7 @@
 Nor PIL and tokenizers before a text or an encoded image is met: who packs documents of ready tokens needs neither.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,13 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> Callable[[int], str]:
+        """Of a growing text: what each further token adds, once its last character is whole."""
+        from tokenizers.decoders import DecodeStream
+
+        growing = DecodeStream(skip_special_tokens=True)
+        return lambda token: growing.step(self._tokenizer, token) or ""
 
 
 @dataclass(frozen=True)

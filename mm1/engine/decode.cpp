@@ -1,0 +1,324 @@
+// One token more of each of B documents, on a CPU: the whole decoder in one call, all threads from its first layer to its
+// last. A step reads every weight once and computes little with it; torch's products of few rows, and some ten calls a
+// layer, do not get near the memory's rate. decode.py compiles this for the machine it runs on; decoder.py says what it
+// computes. Arithmetic is in fp32, whatever weights and cache are stored as.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, MOST_ROWS = 8;  // of x at once: 2 · 8 sums and a row of x fit 32 registers
+#else
+constexpr int LANES = 8, MOST_ROWS = 4;
+#endif
+template <class T> using Lanes [[gnu::vector_size(LANES * sizeof(T))]] = T;
+using Vec = Lanes<float>;
+struct bf16 { uint16_t bits; };
+
+extern "C" {
+struct Matrix {  // [N, K], rows one after the other
+    const void *data;
+    const float *scale;  // of each row, if it is stored as int8
+    int64_t kind;        // 0 float, 1 bf16, 2 int8
+};
+
+struct Layer {
+    const float *norm1, *q_norm, *k_norm, *norm2;  // q_norm and k_norm may be null
+    Matrix qkv, out, router, gate, up, down;
+    int64_t experts;  // 1 of a dense layer, which has no router
+    int64_t gate_stride;  // rows from an expert's gate to the next one's, and of up
+    void *k, *v;  // [pages, page, G, Dh], stored as `cache` says
+};
+
+struct Model {
+    int64_t width, heads, groups, head, ffn, chosen, layers, vocabulary, page, cache;
+    float eps;
+    const float *frequencies;  // [Dh/2]
+    const float *norm;
+    Matrix embedding, lm_head;
+    const Layer *layer;
+};
+}
+
+template <class T> static Lanes<T> raw(const T *p) {
+    Lanes<T> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static Vec load(const float *p) { return raw(p); }
+static Vec load(const int8_t *p) { return __builtin_convertvector(raw(p), Vec); }
+static Vec load(const bf16 *p) {
+    return (Vec)(__builtin_convertvector(raw(&p->bits), Lanes<uint32_t>) << 16);
+}
+static float one(float x) { return x; }
+static float one(int8_t x) { return x; }
+static float one(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+static void put(float *p, float x) { *p = x; }
+static void put(bf16 *p, float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    p->bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static void save(float *p, Vec x) { std::memcpy(p, &x, sizeof x); }
+static Vec all(float x) { return x - Vec{}; }
+template <int N> static float sum(const float *x) {  // by halves, which are vectors as well
+    typedef float Half __attribute__((vector_size(N * 2)));
+    Half a, b;
+    std::memcpy(&a, x, sizeof a);
+    std::memcpy(&b, x + N / 2, sizeof b);
+    a += b;
+    return sum<N / 2>((const float *)&a);
+}
+template <> float sum<1>(const float *x) { return *x; }
+static float sum(Vec x) { return sum<LANES>((const float *)&x); }
+
+// e^x to 2 ulp (Cephes' polynomial); below -87 as of -87.
+static Vec exp(Vec x) {
+    x = x > all(88) ? all(88) : x < all(-87) ? all(-87) : x;
+    Vec n = (x * 1.44269504f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+             1.6666665459e-1f) * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1) * (Vec)((__builtin_convertvector(n, Lanes<int32_t>) + 127) << 23);
+}
+
+// out[m][n] = w[n] · x[m]
+template <int N, int M, class W>
+static void tile(const W *w, int64_t stride, const float *const *x, int64_t K, float (*out)[N]) {
+    Vec acc[N][M] = {};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES)
+        for (int n = 0; n < N; n++) {
+            Vec a = load(w + n * stride + k);
+            __builtin_prefetch(w + n * stride + k + 1024);
+            for (int m = 0; m < M; m++) acc[n][m] += a * load(x[m] + k);
+        }
+    for (int n = 0; n < N; n++)
+        for (int m = 0; m < M; m++) {
+            float y = sum(acc[n][m]);
+            for (int64_t i = k; i < K; i++) y += one(w[n * stride + i]) * x[m][i];
+            out[m][n] = y;
+        }
+}
+
+template <int N, int M, class W, class Emit>
+static void some(const W *w, int64_t stride, const float *const *x, int64_t K, int m, int n, Emit &&emit) {
+    float out[M][N];
+    tile<N, M>(w, stride, x + m, K, out);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) emit(m + i, n + j, out[i][j]);
+}
+
+// emit(m, n, w[n] · x[m]) for n < N of at most 4
+template <class W, class Emit>
+static void rows(const W *w, int64_t stride, int N, const float *const *x, int M, int64_t K, Emit &&emit) {
+    int m = 0;
+    if (N == 4) {
+        for (; m + MOST_ROWS <= M; m += MOST_ROWS)
+            for (int n = 0; n < 4; n += 2) some<2, MOST_ROWS>(w + n * stride, stride, x, K, m, n, emit);
+        for (; m + 2 <= M; m += 2) some<4, 2>(w, stride, x, K, m, 0, emit);
+        for (; m < M; m++) some<4, 1>(w, stride, x, K, m, 0, emit);
+    } else
+        for (; m < M; m++)
+            for (int n = 0; n < N; n++) some<1, 1>(w + n * stride, stride, x, K, m, n, emit);
+}
+
+// Rows first … first + N - 1 of w, at most 4.
+template <class Emit>
+static void product(const Matrix &w, int64_t first, int N, const float *const *x, int M, int64_t K, Emit &&emit) {
+    if (w.kind == 0) rows((const float *)w.data + first * K, K, N, x, M, K, emit);
+    if (w.kind == 1) rows((const bf16 *)w.data + first * K, K, N, x, M, K, emit);
+    if (w.kind == 2)
+        rows((const int8_t *)w.data + first * K, K, N, x, M, K,
+             [&](int m, int n, float y) { emit(m, n, y * w.scale[first + n]); });
+}
+
+static void norm(const float *x, const float *weight, int64_t n, float eps, float *y) {
+    float total[1][1];
+    tile<1, 1>(x, 0, &x, n, total);
+    float scale = 1 / std::sqrt(total[0][0] / n + eps);
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+// Softmax in place without its division, over n; returns the sum.
+static float exponentials(float *s, int64_t n) {
+    float top = *std::max_element(s, s + n), total = 0;
+    int64_t i = 0;
+    Vec sums = {};
+    for (; i + LANES <= n; i += LANES) {
+        Vec e = exp(load(s + i) - top);
+        sums += e;
+        save(s + i, e);
+    }
+    for (; i < n; i++) total += s[i] = std::exp(s[i] - top);
+    return total + sum(sums);
+}
+
+// q, k, v of one group of one document, fp32 [R + 2, Dh], to y [R, Dh] over its pages, which k and v are added to.
+template <class T>
+static void attend(const Model &c, const Layer &l, float *qkv, int64_t g, int64_t position, const int32_t *pages,
+                   const float *cosines, const float *sines, float *scores, float *y) {
+    int64_t R = c.heads / c.groups, D = c.head, half = D / 2, stride = c.groups * D, length = position + 1;
+    for (int64_t r = 0; r <= R; r++) {  // the queries, and the key
+        float *x = qkv + r * D;
+        if (const float *weight = r < R ? l.q_norm : l.k_norm) norm(x, weight, D, c.eps, x);
+        for (int64_t i = 0; i < half; i++) {
+            float a = x[i], b = x[i + half];
+            x[i] = a * cosines[i] - b * sines[i];
+            x[i + half] = b * cosines[i] + a * sines[i];
+        }
+    }
+    auto at = [&](void *cache, int64_t j) {
+        return (T *)cache + (pages[j / c.page] * c.page + j % c.page) * stride + g * D;
+    };
+    for (int64_t i = 0; i < D; i++) {
+        put(at(l.k, position) + i, qkv[R * D + i]);
+        put(at(l.v, position) + i, qkv[(R + 1) * D + i]);
+    }
+    std::vector<const float *> q(R);
+    for (int64_t r = 0; r < R; r++) q[r] = qkv + r * D;
+    float scale = 1 / std::sqrt(float(D));
+    for (int64_t j = 0; j < length; j += 4)  // of one page: its size is a multiple of 4
+        rows(at(l.k, j), stride, int(std::min<int64_t>(4, length - j)), q.data(), int(R), D,
+             [&](int r, int n, float s) { scores[r * length + j + n] = s * scale; });
+    for (int64_t r = 0; r < R; r++) {
+        float *s = scores + r * length, *out = y + r * D, total = exponentials(s, length);
+        std::fill(out, out + D, 0.f);
+        for (int64_t j = 0; j < length; j++) {
+            const T *v = at(l.v, j);
+            int64_t i = 0;
+            for (; i + LANES <= D; i += LANES) save(out + i, load(out + i) + load(v + i) * s[j]);
+            for (; i < D; i++) out[i] += one(v[i]) * s[j];
+        }
+        for (int64_t i = 0; i < D; i++) out[i] /= total;
+    }
+}
+
+// Experts of a token by its logits: the highest, of equal ones the first; softmax over the chosen.
+static void choose(const float *logits, int64_t E, int64_t K, int32_t *index, float *weight) {
+    float total = 0;
+    for (int64_t k = 0; k < K; k++) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < E; e++)
+            if (std::find(index, index + k, e) == index + k && (best < 0 || logits[e] > logits[best])) best = e;
+        index[k] = int32_t(best);
+        total += weight[k] = std::exp(logits[best] - logits[index[0]]);
+    }
+    for (int64_t k = 0; k < K; k++) weight[k] /= total;
+}
+
+// tokens, positions int64 [B], pages: of each document; logits fp32 [B, V], and of each the best and its log-probability.
+extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, const int64_t *positions,
+                       const int32_t *const *pages, float *logits, int64_t *best, float *logprobs, int threads) {
+    const Model &c = *model;
+    const int64_t D = c.width, H = c.heads * c.head, K = c.chosen, half = c.head / 2, R = c.heads / c.groups;
+    const int64_t QKV = (R + 2) * c.head * c.groups, longest = 1 + *std::max_element(positions, positions + B);
+    int64_t most = 1;
+    for (int64_t i = 0; i < c.layers; i++) most = std::max(most, c.layer[i].experts);
+    std::vector<float> x(B * D), y(B * D), qkv(B * QKV), attended(B * H), hidden(B * K * c.ffn), cosines(B * half),
+        sines(B * half), router(B * most), weight(B * K);
+    std::vector<int32_t> index(B * K);
+    struct Slot { int64_t token, place; };  // place: of its hidden row
+    std::vector<std::vector<Slot>> slots(most);
+    std::vector<int64_t> active;
+    std::vector<const float *> normed(B), rows_attended(B);
+    for (int64_t b = 0; b < B; b++) normed[b] = &y[b * D], rows_attended[b] = &attended[b * H];
+
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(R * longest);
+        std::vector<const float *> inputs(B * K);
+        #pragma omp for schedule(static)
+        for (int64_t b = 0; b < B; b++) {
+            for (int64_t i = 0; i < half; i++) {
+                float angle = float(positions[b]) * c.frequencies[i];
+                cosines[b * half + i] = std::cos(angle), sines[b * half + i] = std::sin(angle);
+            }
+            for (int64_t i = 0, at = tokens[b] * D; i < D; i++)
+                x[b * D + i] = c.embedding.kind ? one(((const bf16 *)c.embedding.data)[at + i])
+                                                : ((const float *)c.embedding.data)[at + i];
+        }
+        // emit(m, n, value) of all rows n of w, shared among the threads
+        auto linear = [&](const Matrix &w, int64_t N, const std::vector<const float *> &in, int64_t width, auto emit) {
+            #pragma omp for schedule(static)
+            for (int64_t n = 0; n < N; n += 4)
+                product(w, n, int(std::min<int64_t>(4, N - n)), in.data(), int(B), width,
+                        [&](int m, int i, float v) { emit(m, n + i, v); });
+        };
+        auto normalize = [&](const float *by) {
+            #pragma omp for schedule(static)
+            for (int64_t b = 0; b < B; b++) norm(&x[b * D], by, D, c.eps, &y[b * D]);
+        };
+        for (int64_t i = 0; i < c.layers; i++) {
+            const Layer &l = c.layer[i];
+            normalize(l.norm1);
+            linear(l.qkv, QKV, normed, D, [&](int m, int64_t n, float v) { qkv[m * QKV + n] = v; });
+            #pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < B * c.groups; task++) {
+                int64_t b = task / c.groups, g = task % c.groups;
+                auto one_group = c.cache ? attend<bf16> : attend<float>;
+                one_group(c, l, &qkv[b * QKV + g * (R + 2) * c.head], g, positions[b], pages[b], &cosines[b * half],
+                          &sines[b * half], scores.data(), &attended[b * H + g * R * c.head]);
+            }
+            linear(l.out, D, rows_attended, H, [&](int m, int64_t n, float v) { x[m * D + n] += v; });
+            normalize(l.norm2);
+            const int64_t E = l.experts, chosen = E > 1 ? K : 1;
+            if (E > 1) linear(l.router, E, normed, D, [&](int m, int64_t n, float v) { router[m * E + n] = v; });
+            #pragma omp single
+            {
+                active.clear();
+                for (int64_t b = 0; b < B; b++) {
+                    index[b * chosen] = 0, weight[b * chosen] = 1;
+                    if (E > 1) choose(&router[b * E], E, K, &index[b * K], &weight[b * K]);
+                }
+                for (auto &slot : slots) slot.clear();
+                for (int64_t s = 0; s < B * chosen; s++) {
+                    if (slots[index[s]].empty()) active.push_back(index[s]);
+                    slots[index[s]].push_back({s / chosen, s});
+                }
+                std::sort(active.begin(), active.end());  // sums in one order, whoever else is there
+            }
+            const int64_t F = c.ffn, blocks = (F + 3) / 4;
+            #pragma omp for schedule(static)
+            for (int64_t task = 0; task < int64_t(active.size()) * blocks; task++) {
+                int64_t e = active[task / blocks], f = task % blocks * 4;
+                int N = int(std::min<int64_t>(4, F - f)), M = int(slots[e].size());
+                for (int m = 0; m < M; m++) inputs[m] = normed[slots[e][m].token];
+                auto row = [&](int m) { return &hidden[slots[e][m].place * F + f]; };
+                product(l.gate, e * l.gate_stride + f, N, inputs.data(), M, D,
+                        [&](int m, int n, float v) { row(m)[n] = v / (1 + std::exp(-v)); });
+                product(l.up, e * l.gate_stride + f, N, inputs.data(), M, D, [&](int m, int n, float v) { row(m)[n] *= v; });
+            }
+            #pragma omp for schedule(static)
+            for (int64_t n = 0; n < D; n += 4)
+                for (int64_t e : active) {
+                    int M = int(slots[e].size());
+                    for (int m = 0; m < M; m++) inputs[m] = &hidden[slots[e][m].place * F];
+                    product(l.down, e * D + n, int(std::min<int64_t>(4, D - n)), inputs.data(), M, F,
+                            [&](int m, int j, float v) {
+                                const Slot &slot = slots[e][m];
+                                x[slot.token * D + n + j] += v * weight[slot.place];
+                            });
+                }
+        }
+        normalize(c.norm);
+        linear(c.lm_head, c.vocabulary, normed, D, [&](int m, int64_t n, float v) { logits[m * c.vocabulary + n] = v; });
+        #pragma omp for schedule(static)
+        for (int64_t b = 0; b < B; b++) {
+            const float *row = logits + b * c.vocabulary, *top = std::max_element(row, row + c.vocabulary);
+            Vec sums = {};
+            int64_t i = 0;
+            for (; i + LANES <= c.vocabulary; i += LANES) sums += exp(load(row + i) - *top);
+            float total = sum(sums);
+            for (; i < c.vocabulary; i++) total += std::exp(row[i] - *top);
+            best[b] = top - row, logprobs[b] = -std::log(total);
+        }
+    }
+}

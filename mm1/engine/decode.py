@@ -1,0 +1,146 @@
+"""One decoding step on a CPU in one call: decode.cpp, compiled for this machine when it is first wanted."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mm1.engine.cache import PAGE, Cache
+from mm1.kernels.tuning import cache_folder
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("kind", c_int64)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm1", "q_norm", "k_norm", "norm2")),
+        *((name, _Matrix) for name in ("qkv", "out", "router", "gate", "up", "down")),
+        ("experts", c_int64), ("gate_stride", c_int64), ("k", c_void_p), ("v", c_void_p),
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("width", "heads", "groups", "head", "ffn", "chosen", "layers", "vocabulary")),
+        ("page", c_int64), ("cache", c_int64), ("eps", c_float), ("frequencies", c_void_p), ("norm", c_void_p),
+        ("embedding", _Matrix), ("lm_head", _Matrix), ("layer", POINTER(_Layer)),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> "ctypes.CDLL | None":
+    """The compiled code, from the user's cache if it was compiled before; None, with a warning, without a compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        warnings.warn(
+            "no C++ compiler found: each token is decoded by many calls of torch in place of one", stacklevel=2
+        )
+        return None
+    parts = [SOURCE.read_text(), compiler, *FLAGS, _processor()]
+    path = cache_folder().parent / "native" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ours = path.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([compiler, *FLAGS, "-o", str(ours), str(SOURCE)], capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[:1]
+            warnings.warn(f"{compiler} cannot compile {SOURCE.name}, decoding by torch: {reason}", stacklevel=2)
+            return None
+        ours.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def _processor() -> str:
+    """What -march=native means here: a home folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return os.uname().machine
+    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
+
+
+def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
+    """None where it cannot run: on a GPU, in fp16, with weights that torchao packs, without a compiler.
+
+    decoder, head: a DecoderLM and its Head, or as quantize.py makes them.
+    """
+    known = all(type(p) is nn.Parameter and p.dtype in KINDS for p in decoder.parameters())
+    on_cpu = known and cache.k.device.type == "cpu"
+    return Step(decoder, head, cache, code) if on_cpu and (code := library()) else None
+
+
+class Step:
+    """A decoder, its head and a cache; weights are used where they are."""
+
+    def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
+        c = decoder.config
+        self.vocabulary, self.code, self._kept = c.vocabulary, code, [cache.k, cache.v]
+        layers = (_Layer * c.layers)()
+        for layer, block, k, v in zip(layers, decoder.blocks, cache.k, cache.v):
+            a, mlp = block.attention, block.mlp
+            layer.norm1, layer.norm2 = self._vector(block.norm1.weight), self._vector(block.norm2.weight)
+            if c.qk_norm:
+                layer.q_norm, layer.k_norm = self._vector(a.q_norm.weight), self._vector(a.k_norm.weight)
+            layer.qkv, layer.out = self._linear(a.qkv), self._linear(a.out)
+            layer.k, layer.v, layer.experts = k.data_ptr(), v.data_ptr(), 1
+            if hasattr(mlp, "router"):
+                layer.experts, layer.gate_stride = c.experts, 2 * c.ffn
+                layer.router = self._linear(mlp.router)
+                gate_up, scale = mlp.gate_up, getattr(mlp, "gate_up_scale", None)
+                layer.gate = self._matrix(gate_up, scale)
+                layer.up = self._matrix(gate_up[:, c.ffn :], None if scale is None else scale[:, c.ffn :])
+                layer.down = self._matrix(mlp.down, getattr(mlp, "down_scale", None))
+            else:
+                layer.gate, layer.up, layer.down = map(self._linear, (mlp.gate, mlp.up, mlp.down))
+        frequencies = c.rope_theta ** (-torch.arange(0, c.head_width, 2, dtype=torch.float32) / c.head_width)
+        self._model = _Model(
+            c.width, c.heads, c.kv_heads, c.head_width, c.ffn, c.experts_per_token, c.layers, c.vocabulary, PAGE,
+            KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
+            self._matrix(decoder.embedding.weight), self._linear(head), layers,
+        )  # fmt: skip
+
+    def _vector(self, x: Any) -> int:
+        self._kept.append(x.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _linear(self, module: nn.Module) -> _Matrix:
+        return self._matrix(module.weight, getattr(module, "scale", None))
+
+    def _matrix(self, weight: Any, scale: Tensor | None = None) -> _Matrix:
+        """scale: of int8's rows."""
+        self._kept += [weight, scale]
+        return _Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), KINDS[weight.dtype])
+
+    def __call__(
+        self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray]
+    ) -> tuple[Tensor, list[int], list[float]]:
+        """Logits fp32 [B, V] behind a token of each of B documents, the likeliest and their log-probabilities.
+
+        positions: rows that the cache has of each; tables int32: their pages, also for this row.
+        """
+        B = len(tokens)
+        logits, best, logprobs = torch.empty(B, self.vocabulary), np.empty(B, np.int64), np.empty(B, np.float32)
+        pages = np.array([table.ctypes.data for table in tables], np.uintp)
+        given = (np.array(tokens, np.int64), np.array(positions, np.int64), pages)
+        pointers = [x.ctypes.data for x in (*given, logits.numpy(), best, logprobs)]
+        self.code.decode(
+            ctypes.byref(self._model), c_int64(B), *map(c_void_p, pointers), c_int(torch.get_num_threads())
+        )
+        return logits, best.tolist(), logprobs.tolist()

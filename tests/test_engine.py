@@ -197,6 +197,20 @@ def test_the_best_of_several_comes_first_and_their_prompt_is_computed_once(model
     assert {r.text for r in found} == alone
 
 
+def test_what_is_forgotten_is_computed_again(model):
+    engine = Engine(model)
+    prompt = [LONG, picture(24, 24, 1), LONG, "answer:"]
+    first = engine.submit(prompt, Sampling(max_tokens=3))
+    engine.step()
+    engine.forget()  # while it runs
+    engine.run()
+    again = engine.submit(prompt, Sampling(max_tokens=3))
+    engine.run()
+    assert again.tokens == first.tokens
+    assert (engine.computed, engine.encoded) == (2 * len(first.document.tokens), 2)
+    assert drained(engine)
+
+
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_narrow_weights_generate_and_leave_the_model_alone(model, how, monkeypatch):
     pytest.importorskip("torchao")

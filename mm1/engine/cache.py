@@ -100,6 +100,12 @@ class Cache:
             if name not in self.known:
                 self.known[name], self.names[page] = page, name
 
+    def forget(self) -> None:
+        """What pages hold; those in use stay with their users."""
+        self.free = sorted([*self.free, *self.idle])
+        self.known, self.names = {}, {}
+        self.idle.clear()
+
     def attends(self, rows: Rows) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
         """A layer's attention, by layers."""
         return [partial(_attend, keys, values, rows) for keys, values in zip(self.k.unbind(), self.v.unbind())]

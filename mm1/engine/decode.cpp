@@ -1,7 +1,7 @@
-// One token more of each of B documents, on a CPU: the whole decoder in one call, all threads from its first layer to its
-// last. A step reads every weight once and computes little with it; torch's products of few rows, and some ten calls a
-// layer, do not get near the memory's rate. decode.py compiles this for the machine it runs on; decoder.py says what it
-// computes. Arithmetic is in fp32, whatever weights and cache are stored as.
+// Few new rows of documents, on a CPU: the whole decoder in one call, all threads from its first layer to its last. A
+// step reads every weight once and computes little with it; torch's products of few rows, and some ten calls a layer, do
+// not get near the memory's rate. decode.py compiles this for the machine it runs on; decoder.py says what it computes.
+// Arithmetic is in fp32, whatever weights and cache are stored as. A row's bits do not depend on which others there are.
 
 #include <algorithm>
 #include <cmath>
@@ -116,21 +116,21 @@ static void some(const W *w, int64_t stride, const float *const *x, int64_t K, i
         for (int j = 0; j < N; j++) emit(m + i, n + j, out[i][j]);
 }
 
-// emit(m, n, w[n] · x[m]) for n < N of at most 4
+// emit(m, n, w[n] · x[m]) for n < N: few rows of x, which stay in the first cache, meet all of w in turn.
 template <class W, class Emit>
 static void rows(const W *w, int64_t stride, int N, const float *const *x, int M, int64_t K, Emit &&emit) {
-    int m = 0;
-    if (N == 4) {
-        for (; m + MOST_ROWS <= M; m += MOST_ROWS)
-            for (int n = 0; n < 4; n += 2) some<2, MOST_ROWS>(w + n * stride, stride, x, K, m, n, emit);
-        for (; m + 2 <= M; m += 2) some<4, 2>(w, stride, x, K, m, 0, emit);
-        for (; m < M; m++) some<4, 1>(w, stride, x, K, m, 0, emit);
-    } else
-        for (; m < M; m++)
-            for (int n = 0; n < N; n++) some<1, 1>(w + n * stride, stride, x, K, m, n, emit);
+    int m = 0, whole = N / 4 * 4;
+    for (; m + MOST_ROWS <= M; m += MOST_ROWS)
+        for (int n = 0; n < whole; n += 2) some<2, MOST_ROWS>(w + n * stride, stride, x, K, m, n, emit);
+    for (; m + 2 <= M; m += 2)
+        for (int n = 0; n < whole; n += 4) some<4, 2>(w + n * stride, stride, x, K, m, n, emit);
+    for (; m < M; m++)
+        for (int n = 0; n < whole; n += 4) some<4, 1>(w + n * stride, stride, x, K, m, n, emit);
+    for (int n = whole; n < N; n++)
+        for (m = 0; m < M; m++) some<1, 1>(w + n * stride, stride, x, K, m, n, emit);
 }
 
-// Rows first … first + N - 1 of w, at most 4.
+// Rows first … first + N - 1 of w.
 template <class Emit>
 static void product(const Matrix &w, int64_t first, int N, const float *const *x, int M, int64_t K, Emit &&emit) {
     if (w.kind == 0) rows((const float *)w.data + first * K, K, N, x, M, K, emit);
@@ -161,12 +161,17 @@ static float exponentials(float *s, int64_t n) {
     return total + sum(sums);
 }
 
-// q, k, v of one group of one document, fp32 [R + 2, Dh], to y [R, Dh] over its pages, which k and v are added to.
 template <class T>
-static void attend(const Model &c, const Layer &l, float *qkv, int64_t g, int64_t position, const int32_t *pages,
-                   const float *cosines, const float *sines, float *scores, float *y) {
-    int64_t R = c.heads / c.groups, D = c.head, half = D / 2, stride = c.groups * D, length = position + 1;
-    for (int64_t r = 0; r <= R; r++) {  // the queries, and the key
+static T *at(const Model &c, void *cache, const int32_t *pages, int64_t position, int64_t g) {
+    return (T *)cache + ((pages[position / c.page] * c.page + position % c.page) * c.groups + g) * c.head;
+}
+
+// Of one row and group, fp32 [R + 2, Dh]: turns queries and key, and keeps key and value.
+template <class T>
+static void keep(const Model &c, const Layer &l, float *qkv, int64_t g, int64_t position, const int32_t *pages,
+                 const float *cosines, const float *sines) {
+    int64_t R = c.heads / c.groups, D = c.head, half = D / 2;
+    for (int64_t r = 0; r <= R; r++) {
         float *x = qkv + r * D;
         if (const float *weight = r < R ? l.q_norm : l.k_norm) norm(x, weight, D, c.eps, x);
         for (int64_t i = 0; i < half; i++) {
@@ -175,24 +180,25 @@ static void attend(const Model &c, const Layer &l, float *qkv, int64_t g, int64_
             x[i + half] = b * cosines[i] + a * sines[i];
         }
     }
-    auto at = [&](void *cache, int64_t j) {
-        return (T *)cache + (pages[j / c.page] * c.page + j % c.page) * stride + g * D;
-    };
-    for (int64_t i = 0; i < D; i++) {
-        put(at(l.k, position) + i, qkv[R * D + i]);
-        put(at(l.v, position) + i, qkv[(R + 1) * D + i]);
-    }
-    std::vector<const float *> q(R);
-    for (int64_t r = 0; r < R; r++) q[r] = qkv + r * D;
+    T *k = at<T>(c, l.k, pages, position, g), *v = at<T>(c, l.v, pages, position, g);
+    for (int64_t i = 0; i < D; i++) put(k + i, qkv[R * D + i]), put(v + i, qkv[(R + 1) * D + i]);
+}
+
+// y [R, Dh] of the queries of one row and group, over its document up to itself.
+template <class T>
+static void attend(const Model &c, const Layer &l, const float *q, int64_t g, int64_t position, const int32_t *pages,
+                   const float **heads, float *scores, float *y) {
+    int64_t R = c.heads / c.groups, D = c.head, length = position + 1;
+    for (int64_t r = 0; r < R; r++) heads[r] = q + r * D;
     float scale = 1 / std::sqrt(float(D));
     for (int64_t j = 0; j < length; j += 4)  // of one page: its size is a multiple of 4
-        rows(at(l.k, j), stride, int(std::min<int64_t>(4, length - j)), q.data(), int(R), D,
+        rows(at<T>(c, l.k, pages, j, g), c.groups * D, int(std::min<int64_t>(4, length - j)), heads, int(R), D,
              [&](int r, int n, float s) { scores[r * length + j + n] = s * scale; });
     for (int64_t r = 0; r < R; r++) {
         float *s = scores + r * length, *out = y + r * D, total = exponentials(s, length);
         std::fill(out, out + D, 0.f);
         for (int64_t j = 0; j < length; j++) {
-            const T *v = at(l.v, j);
+            const T *v = at<T>(c, l.v, pages, j, g);
             int64_t i = 0;
             for (; i + LANES <= D; i += LANES) save(out + i, load(out + i) + load(v + i) * s[j]);
             for (; i < D; i++) out[i] += one(v[i]) * s[j];
@@ -214,12 +220,15 @@ static void choose(const float *logits, int64_t E, int64_t K, int32_t *index, fl
     for (int64_t k = 0; k < K; k++) weight[k] /= total;
 }
 
-// tokens, positions int64 [B], pages: of each document; logits fp32 [B, V], and of each the best and its log-probability.
-extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, const int64_t *positions,
-                       const int32_t *const *pages, float *logits, int64_t *best, float *logprobs, int threads) {
+// B rows by their tokens, or embedded already fp32 [B, D]; positions [B]; pages: of each row's document. Of `count` rows
+// `wanted` logits fp32 [count, V], and of each the best and its log-probability.
+extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, const float *embedded,
+                       const int64_t *positions, const int32_t *const *pages, int64_t count, const int64_t *wanted,
+                       float *logits, int64_t *best, float *logprobs, int threads) {
     const Model &c = *model;
     const int64_t D = c.width, H = c.heads * c.head, K = c.chosen, half = c.head / 2, R = c.heads / c.groups;
     const int64_t QKV = (R + 2) * c.head * c.groups, longest = 1 + *std::max_element(positions, positions + B);
+    const int64_t block = B > MOST_ROWS ? 32 : 4;  // rows of a weight at once; to many rows of x they come from a cache
     int64_t most = 1;
     for (int64_t i = 0; i < c.layers; i++) most = std::max(most, c.layer[i].experts);
     std::vector<float> x(B * D), y(B * D), qkv(B * QKV), attended(B * H), hidden(B * K * c.ffn), cosines(B * half),
@@ -228,28 +237,30 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
     struct Slot { int64_t token, place; };  // place: of its hidden row
     std::vector<std::vector<Slot>> slots(most);
     std::vector<int64_t> active;
-    std::vector<const float *> normed(B), rows_attended(B);
+    std::vector<const float *> normed(B), rows_attended(B), last(count);
     for (int64_t b = 0; b < B; b++) normed[b] = &y[b * D], rows_attended[b] = &attended[b * H];
+    for (int64_t i = 0; i < count; i++) last[i] = normed[wanted[i]];
 
     #pragma omp parallel num_threads(threads)
     {
         std::vector<float> scores(R * longest);
-        std::vector<const float *> inputs(B * K);
+        std::vector<const float *> inputs(std::max(B * K, R));
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < B; b++) {
             for (int64_t i = 0; i < half; i++) {
                 float angle = float(positions[b]) * c.frequencies[i];
                 cosines[b * half + i] = std::cos(angle), sines[b * half + i] = std::sin(angle);
             }
-            for (int64_t i = 0, at = tokens[b] * D; i < D; i++)
-                x[b * D + i] = c.embedding.kind ? one(((const bf16 *)c.embedding.data)[at + i])
-                                                : ((const float *)c.embedding.data)[at + i];
+            for (int64_t i = 0; i < D; i++)
+                x[b * D + i] = embedded           ? embedded[b * D + i]
+                               : c.embedding.kind ? one(((const bf16 *)c.embedding.data)[tokens[b] * D + i])
+                                                  : ((const float *)c.embedding.data)[tokens[b] * D + i];
         }
         // emit(m, n, value) of all rows n of w, shared among the threads
         auto linear = [&](const Matrix &w, int64_t N, const std::vector<const float *> &in, int64_t width, auto emit) {
             #pragma omp for schedule(static)
-            for (int64_t n = 0; n < N; n += 4)
-                product(w, n, int(std::min<int64_t>(4, N - n)), in.data(), int(B), width,
+            for (int64_t n = 0; n < N; n += block)
+                product(w, n, int(std::min(block, N - n)), in.data(), int(in.size()), width,
                         [&](int m, int i, float v) { emit(m, n + i, v); });
         };
         auto normalize = [&](const float *by) {
@@ -260,12 +271,18 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
             const Layer &l = c.layer[i];
             normalize(l.norm1);
             linear(l.qkv, QKV, normed, D, [&](int m, int64_t n, float v) { qkv[m * QKV + n] = v; });
+            auto group = [&](int64_t b, int64_t g) { return &qkv[b * QKV + g * (R + 2) * c.head]; };
+            #pragma omp for schedule(static)
+            for (int64_t task = 0; task < B * c.groups; task++) {
+                int64_t b = task / c.groups, g = task % c.groups;
+                (c.cache ? keep<bf16> : keep<float>)(c, l, group(b, g), g, positions[b], pages[b], &cosines[b * half],
+                                                     &sines[b * half]);
+            }
             #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < B * c.groups; task++) {
                 int64_t b = task / c.groups, g = task % c.groups;
-                auto one_group = c.cache ? attend<bf16> : attend<float>;
-                one_group(c, l, &qkv[b * QKV + g * (R + 2) * c.head], g, positions[b], pages[b], &cosines[b * half],
-                          &sines[b * half], scores.data(), &attended[b * H + g * R * c.head]);
+                (c.cache ? attend<bf16> : attend<float>)(c, l, group(b, g), g, positions[b], pages[b], inputs.data(),
+                                                         scores.data(), &attended[b * H + g * R * c.head]);
             }
             linear(l.out, D, rows_attended, H, [&](int m, int64_t n, float v) { x[m * D + n] += v; });
             normalize(l.norm2);
@@ -285,11 +302,11 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
                 }
                 std::sort(active.begin(), active.end());  // sums in one order, whoever else is there
             }
-            const int64_t F = c.ffn, blocks = (F + 3) / 4;
+            const int64_t F = c.ffn, blocks = (F + block - 1) / block;
             #pragma omp for schedule(static)
             for (int64_t task = 0; task < int64_t(active.size()) * blocks; task++) {
-                int64_t e = active[task / blocks], f = task % blocks * 4;
-                int N = int(std::min<int64_t>(4, F - f)), M = int(slots[e].size());
+                int64_t e = active[task / blocks], f = task % blocks * block;
+                int N = int(std::min(block, F - f)), M = int(slots[e].size());
                 for (int m = 0; m < M; m++) inputs[m] = normed[slots[e][m].token];
                 auto row = [&](int m) { return &hidden[slots[e][m].place * F + f]; };
                 product(l.gate, e * l.gate_stride + f, N, inputs.data(), M, D,
@@ -297,11 +314,11 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
                 product(l.up, e * l.gate_stride + f, N, inputs.data(), M, D, [&](int m, int n, float v) { row(m)[n] *= v; });
             }
             #pragma omp for schedule(static)
-            for (int64_t n = 0; n < D; n += 4)
+            for (int64_t n = 0; n < D; n += block)
                 for (int64_t e : active) {
                     int M = int(slots[e].size());
                     for (int m = 0; m < M; m++) inputs[m] = &hidden[slots[e][m].place * F];
-                    product(l.down, e * D + n, int(std::min<int64_t>(4, D - n)), inputs.data(), M, F,
+                    product(l.down, e * D + n, int(std::min(block, D - n)), inputs.data(), M, F,
                             [&](int m, int j, float v) {
                                 const Slot &slot = slots[e][m];
                                 x[slot.token * D + n + j] += v * weight[slot.place];
@@ -309,9 +326,9 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
                 }
         }
         normalize(c.norm);
-        linear(c.lm_head, c.vocabulary, normed, D, [&](int m, int64_t n, float v) { logits[m * c.vocabulary + n] = v; });
+        linear(c.lm_head, c.vocabulary, last, D, [&](int m, int64_t n, float v) { logits[m * c.vocabulary + n] = v; });
         #pragma omp for schedule(static)
-        for (int64_t b = 0; b < B; b++) {
+        for (int64_t b = 0; b < count; b++) {
             const float *row = logits + b * c.vocabulary, *top = std::max_element(row, row + c.vocabulary);
             Vec sums = {};
             int64_t i = 0;

@@ -21,6 +21,7 @@ from mm1.kernels.tuning import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+PRODUCTS = 300_000_000  # so many multiplications and additions take less than torch's calls (digits: 220 rows of 1.4 M)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -87,7 +88,7 @@ def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
 
 
 class Step:
-    """A decoder, its head and a cache; weights are used where they are."""
+    """A decoder, its head and a cache; weights are used where they are. few: rows, up to which torch is slower."""
 
     def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
         c = decoder.config
@@ -110,6 +111,8 @@ class Step:
             else:
                 layer.gate, layer.up, layer.down = map(self._linear, (mlp.gate, mlp.up, mlp.down))
         frequencies = c.rope_theta ** (-torch.arange(0, c.head_width, 2, dtype=torch.float32) / c.head_width)
+        mlp = 3 * c.ffn * (c.experts_per_token if c.experts else 1)
+        self.few = PRODUCTS // (c.layers * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_width + mlp))
         self._model = _Model(
             c.width, c.heads, c.kv_heads, c.head_width, c.ffn, c.experts_per_token, c.layers, c.vocabulary, PAGE,
             KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
@@ -129,18 +132,24 @@ class Step:
         return _Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), KINDS[weight.dtype])
 
     def __call__(
-        self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray]
-    ) -> tuple[Tensor, list[int], list[float]]:
-        """Logits fp32 [B, V] behind a token of each of B documents, the likeliest and their log-probabilities.
+        self, rows: Sequence[int] | Tensor, positions: Sequence[int] | np.ndarray, tables: Sequence[np.ndarray],
+        wanted: Sequence[int] | np.ndarray | None = None,
+    ) -> tuple[Tensor, list[int], list[float]]:  # fmt: skip
+        """Logits fp32 [B, V] of B new rows or of those `wanted`, the likeliest tokens and their log-probabilities.
 
-        positions: rows that the cache has of each; tables int32: their pages, also for this row.
+        rows: tokens, or embedded ones fp32 [B, D]; positions: in their documents, of which a row sees what the cache
+        has and what is new up to itself; tables int32: pages of each row's document.
         """
-        B = len(tokens)
-        logits, best, logprobs = torch.empty(B, self.vocabulary), np.empty(B, np.int64), np.empty(B, np.float32)
+        B, last = len(positions), range(len(positions)) if wanted is None else wanted
+        logits, best = torch.empty(len(last), self.vocabulary), np.empty(len(last), np.int64)
+        logprobs = np.empty(len(last), np.float32)
+        given = rows.contiguous().numpy() if isinstance(rows, Tensor) else np.array(rows, np.int64)
+        places = (None, given.ctypes.data) if isinstance(rows, Tensor) else (given.ctypes.data, None)
         pages = np.array([table.ctypes.data for table in tables], np.uintp)
-        given = (np.array(tokens, np.int64), np.array(positions, np.int64), pages)
-        pointers = [x.ctypes.data for x in (*given, logits.numpy(), best, logprobs)]
+        at, which = np.array(positions, np.int64), np.array(last, np.int64)
         self.code.decode(
-            ctypes.byref(self._model), c_int64(B), *map(c_void_p, pointers), c_int(torch.get_num_threads())
-        )
+            ctypes.byref(self._model), c_int64(B), *map(c_void_p, (*places, at.ctypes.data, pages.ctypes.data)),
+            c_int64(len(last)), *(c_void_p(x.ctypes.data) for x in (which, logits.numpy(), best, logprobs)),
+            c_int(torch.get_num_threads()),
+        )  # fmt: skip
         return logits, best.tolist(), logprobs.tolist()

@@ -183,6 +183,11 @@ class Engine:
         self.waiting.append(request)
         return request
 
+    def forget(self) -> None:
+        """What is known of earlier prompts and images, as after a change of weights."""
+        self.cache.forget()
+        self.features.clear()
+
     def cancel(self, request: Request) -> None:
         """What it has so far stays."""
         if request in self.waiting:
@@ -203,8 +208,11 @@ class Engine:
         if going:
             self._decode(going)
         if fresh:
-            logits = self._prefilled(fresh)
-            self._choose(fresh, logits, *likeliest(logits), [drawn(request) for request in fresh])
+            found = self._prefilled(fresh)
+            for request in fresh:
+                request.rows = len(request.document.tokens)
+                self.cache.remember(request.pages, request.cached)
+            self._choose(fresh, *found, [drawn(request) for request in fresh])
         return bool(self.running or self.waiting)
 
     def _admitted(self) -> list[Request]:
@@ -229,27 +237,28 @@ class Engine:
             rows += new
         return fresh
 
-    def _prefilled(self, fresh: Sequence[Request]) -> Tensor:
-        """Logits [B, V] behind the prompts."""
+    def _prefilled(self, fresh: Sequence[Request]) -> tuple[Tensor, list[int], list[float]]:
+        """Logits [B, V] behind the prompts, the likeliest tokens and their log-probabilities."""
         starts = [request.shared * PAGE for request in fresh]
         ends = [len(request.document.tokens) for request in fresh]
-        rows = self.cache.rows([request.pages for request in fresh], starts, ends)
         tokens = np.concatenate([r.document.tokens[start:] for r, start in zip(fresh, starts)])
         positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends)])
         x = self.model.decoder.embedding(self._moved(tokens))
         images = np.flatnonzero(tokens == self.tokenizer.image)
         if len(images):
             x = x.index_copy(0, self._moved(images), self._image_rows(fresh, starts).to(x.dtype))
-        hidden = self._hidden(x, self._moved(positions), rows)
         self.computed += len(tokens)
-        for request, end in zip(fresh, ends):
-            request.rows = end
-            self.cache.remember(request.pages, request.cached)
-        last = rows.cu_seqlens[1:].long() - 1
+        if self.one_step and len(tokens) <= self.one_step.few and not any(request.scored for request in fresh):
+            tables = [r.table for r, start, end in zip(fresh, starts, ends) for _ in range(start, end)]
+            last = np.cumsum([end - start for start, end in zip(starts, ends)]) - 1
+            return self.one_step(x.float(), positions, tables, last)
+        rows = self.cache.rows([request.pages for request in fresh], starts, ends)
+        hidden, last = self._hidden(x, self._moved(positions), rows), rows.cu_seqlens[1:].long() - 1
         for i, request in enumerate(fresh):
             if request.scored:
                 self._score(request, hidden[last[i] - request.scored : last[i]])
-        return self._logits(hidden[last])
+        logits = self._logits(hidden[last])
+        return logits, *likeliest(logits)
 
     def _decode(self, going: Sequence[Request]) -> None:
         """One token more."""

@@ -1,18 +1,21 @@
 """Generation by its parts, beside transformers.
 
     prefill       the prompt's tokens through the decoder, logits of the last; text fills the images' places
-    first token   the images' encoding, prefill, and the likeliest token; transformers has no such encoder and connector
-    decode        one token more for every prompt, over a cache that holds the prompts
+    first token   by the engine, images encoded, nothing known; with the features of the shots' images known from other
+                  queries; with their pages known as well; transformers has no such model
+    decode        one token more for every prompt, over a cache that holds the prompts; once with weights in int8
+    generate      NEW tokens for every prompt, greedily, by the engine and by transformers' generate
 
 Prompts are random: `shots` examples, each an image and TEXT tokens, and a query like them. Those of a batch are of one
 length, which spares transformers its padding. Its parameters are views of ours: both read the same random weights.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from mm1.autotune import gpu_state
 from mm1.autotune.clock import Call, capture
+from mm1.bench.comparison import OWN
 from mm1.bench.peer_models import transformers_decoder
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
@@ -27,18 +31,24 @@ from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
 from mm1.engine import config
 from mm1.engine.cache import PAGE, Cache
 from mm1.engine.data.batch import exact_budget, pack
-from mm1.engine.data.document import Document
+from mm1.engine.data.document import Document, TextTokenizer
 from mm1.engine.data.record import DataError
+from mm1.engine.decode import step_of
+from mm1.engine.generate import Engine
+from mm1.engine.graphs import Graphs
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1
-from mm1.engine.packed import packed
+from mm1.engine.packed import Head, packed
+from mm1.engine.quantize import quantized
+from mm1.engine.sampling import Draw, Sampling
 from mm1.kernels.dispatch import Cost, cdiv
 
 SHOTS = (0, 4, 8)
 TEXT = 30  # tokens that follow each image
 IMAGE = 3  # stands in for the number of a tokenizer's image token
-ROOM = 64  # tokens that a cache holds beyond the prompt
+NEW = ROOM = 64  # tokens that a cache holds beyond the prompt
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the logits' rms; roundings of bf16 add up to 2e-2 in 26 layers
+NARROW = 0.2  # of int8's logits, on random weights
 CACHES = {"transformers": "DynamicCache", "transformers static": "StaticCache"}
 _30M = replace(
     config.DIGITS.decoder, vocabulary=8192, width=512, layers=8, heads=8, kv_heads=8, head_width=64, ffn=1408, experts=0
@@ -60,6 +70,18 @@ class Scale(NamedTuple):
 GPU = Scale(("mm1-1b", "mm1-3b"), (1, 2, 4, 8, 16, 32, 64, 128), 32_768, 16_384)
 CPU = Scale(("digits", "digits-30m"), (1, 8), 2048, 512)
 PREFILLED = (1, 8)  # batches
+
+
+class Tokens:
+    """In the place of a tokenizer: nothing ends a text, and there is none."""
+
+    image, eos = IMAGE, -1
+
+    def stream(self) -> Callable[[int], str]:
+        return lambda token: ""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
 
 
 class Case(NamedTuple):
@@ -104,8 +126,10 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
 def cases(c: config.Model, scale: Scale) -> list[Case]:
     every = [(shots, batch) for shots in SHOTS for batch in scale.batches]
     fit = {most: [(s, b) for s, b in every if b * prompt_length(c, s) <= most] for most in scale[2:]}
-    prefilled = [(what, s, b) for what in ("prefill", "first token") for s, b in fit[scale.prefilled] if b in PREFILLED]
-    return [Case(*case) for case in prefilled] + [Case("decode", s, b) for s, b in fit[scale.decoded]]
+    few = [(s, b) for s, b in fit[scale.prefilled] if b in PREFILLED]
+    whole = [(s, b) for s, b in fit[scale.decoded] if b in PREFILLED and s != 4]
+    found = [Case(what, s, b) for what in ("prefill", "first token") for s, b in few]
+    return found + [Case("decode", s, b) for s, b in fit[scale.decoded]] + [Case("generate", s, b) for s, b in whole]
 
 
 def prompt_length(c: config.Model, shots: int) -> int:
@@ -147,17 +171,23 @@ class Bench:
         return packed(self.model.decoder)
 
     def rows(self, case: Case, key: Row, rounds: int | None, budget: float) -> Iterator[Row]:
-        """The row of these key fields; of a decoding step on a GPU also that of its CUDA graph."""
+        """The row of these key fields; of a decoding step on a GPU also that beside transformers' CUDA graph."""
         documents = prompts(self.config, case.shots, case.batch, images=case.what == "first token")
         prompt = prompt_length(self.config, case.shots)
         row = key | {"shape": {"batch": case.batch, "prompt": prompt, "images": len(documents[0].images)}}
-        ways = {"prefill": self.prefills, "first token": self.first_tokens, "decode": self.steps}[case.what](documents)
+        ways = {"prefill": self.prefills, "first token": self.first_tokens, "decode": self.steps,
+                "generate": self.generates}[case.what](documents)  # fmt: skip
         context, new = (prompt, 1) if case.what == "decode" else (0, prompt)
         cost, tokens = self.cost(documents, context, new), case.batch * new
+        if case.what == "generate":
+            steps = [cost, *(self.cost(documents, prompt + i, 1) for i in range(NEW - 1))]
+            cost = Cost(sum(step.flops for step in steps), sum(step.bytes for step in steps))
+            tokens = case.batch * NEW
         found = checked(ways, TOLERANCE[self.dtype])
         yield self.timed(row, cost, tokens, found, rounds, budget)
-        if self.device == "cuda" and case.what == "decode":
-            graphs = {name: partial(captured, call) for name, call in found.calls.items() if name != "transformers"}
+        if self.device == "cuda" and "transformers static" in found.calls:
+            graphs = {"mm1": lambda: found.calls["mm1"]}  # is one already
+            graphs["transformers static"] = partial(captured, found.calls["transformers static"])
             found = checked(graphs, TOLERANCE[self.dtype])
             yield self.timed(row | {"mode": "graph"}, cost, tokens, found, rounds, budget)
 
@@ -169,19 +199,81 @@ class Bench:
         return {"mm1": lambda: self.prefill(documents)[0], "transformers": theirs}
 
     def first_tokens(self, documents: Sequence[Document]) -> dict[str, Way]:
-        prefill = self.prefill(documents)[0]
-        return {"mm1": lambda: lambda: prefill().argmax(-1)}
+        def way(before: Callable[[Engine], object], known: Sequence[Document] = ()) -> Call:
+            engine, queries = self.engine(documents), self.queries(documents)
+            for document in known:
+                engine.submit(document, Sampling(max_tokens=1))
+            engine.run()
+
+            def call() -> Tensor:
+                before(engine)
+                requests = [engine.submit(document, Sampling(max_tokens=1)) for document in next(queries)]
+                engine.run()
+                return torch.tensor([request.logprobs[0] for request in requests])
+
+            return call
+
+        ways: dict[str, Way] = {"mm1": partial(way, Engine.forget)}
+        if len(documents[0].images) > 1:
+            ways["mm1 features known"] = partial(way, lambda engine: engine.cache.forget(), documents[:1])
+            ways["mm1 pages known"] = partial(way, lambda engine: None, documents[:1])
+        return ways
+
+    def queries(self, documents: Sequence[Document]) -> Iterator[list[Document]]:
+        """The same shots for all; the last image is another each time."""
+        for count in itertools.count(1):
+            found = []
+            for b, document in enumerate(documents):
+                image = document.images[-1].copy()
+                image.reshape(-1)[:8] = np.frombuffer((count * len(documents) + b).to_bytes(8, "little"), np.uint8)
+                tokens, slots = documents[0].tokens, self.config.connector.tokens
+                tokens = np.concatenate([tokens[: -slots - TEXT], document.tokens[-slots - TEXT :]])
+                found.append(Document(tokens, (*documents[0].images[:-1], image), ""))
+            yield found
+
+    def generates(self, documents: Sequence[Document]) -> dict[str, Way]:
+        ids, engine = self.ids(documents), self.engine(documents)
+
+        def result(tokens: Sequence[Sequence[int]]) -> Tensor:
+            """Roundings of bf16 make other texts."""
+            return torch.tensor(tokens) if self.dtype == "fp32" else torch.tensor([len(of) for of in tokens])
+
+        def ours() -> Tensor:
+            engine.forget()
+            requests = [engine.submit(document, Sampling(max_tokens=NEW)) for document in documents]
+            engine.run()
+            return result([request.tokens for request in requests])
+
+        def theirs() -> Call:
+            options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            mask, prompt = torch.ones_like(ids), ids.shape[1]
+            return lambda: result(self.peer.generate(ids, attention_mask=mask, **options)[:, prompt:].tolist())
+
+        return {"mm1": lambda: ours, "transformers": theirs}
+
+    def engine(self, documents: Sequence[Document]) -> Engine:
+        """With room for these, their shots once more, and NEW tokens of each."""
+        self.model.tokenizer = cast(TextTokenizer, Tokens())
+        pages = sum(cdiv(len(document.tokens) + NEW, PAGE) for document in [*documents, documents[0]])
+        return Engine(self.model, tokens=pages * PAGE, batch=len(documents))
 
     def steps(self, documents: Sequence[Document]) -> dict[str, Way]:
         """Each step leaves the cache as it was."""
         prefill, cache, tables = self.prefill(documents)
-        tokens, ends, (decoder, head) = prefill().argmax(-1), [len(d.tokens) for d in documents], self.packed
-        rows = cache.rows(tables, ends, [end + 1 for end in ends])
-        positions, attends = torch.tensor(ends, device=self.device), cache.attends(rows)
+        tokens, ends = prefill().argmax(-1), [len(d.tokens) for d in documents]
+        pages = [np.array(table, np.int32) for table in tables]
 
-        def ours() -> Tensor:
-            x = self.model.decoder.embedding(tokens)
-            return head(decoder(x, positions, rows.cu_seqlens, attends=attends)[0])
+        def ours(weights: str | None = None) -> Call:
+            decoder = self.model.decoder
+            ours, head = quantized(decoder, weights) if weights else (decoder, Head(decoder))
+            ids = tokens.tolist()
+            if self.device == "cuda":
+                graphs, greedy = Graphs(ours, head, cache, len(ids)), [Draw(0.0, 1.0, 0, 0.0)] * len(ids)
+                return lambda: graphs(ids, ends, pages, greedy)[0]
+            step = step_of(ours, head, cache)
+            if step is None:
+                raise RuntimeError("no C++ compiler")
+            return lambda: step(ids, ends, pages)[0]
 
         def theirs(kind: str) -> Call:
             past = self.past(kind, ends[0] + ROOM)
@@ -197,13 +289,14 @@ class Bench:
 
             return step
 
-        return {"mm1": lambda: ours, **{name: partial(theirs, kind) for name, kind in CACHES.items()}}
+        return {"mm1": ours, **{name: partial(theirs, kind) for name, kind in CACHES.items()},
+                "mm1 int8": partial(ours, "int8")}  # fmt: skip
 
     def prefill(self, documents: Sequence[Document]) -> tuple[Call, Cache, list[list[int]]]:
         """Logits [B, V] of the packed prompts' last tokens, the cache, which each call fills anew, and its pages."""
         c, lengths = self.config, [len(document.tokens) for document in documents]
         weight, need = self.model.decoder.embedding.weight, [cdiv(n + ROOM, PAGE) for n in lengths]
-        cache = Cache(c.decoder, sum(need), weight.device, weight.dtype)
+        cache = Cache(c.decoder, sum(need) + 2, weight.device, weight.dtype)  # two of them for graphs to spare
         tables = [cache.take(count) or [] for count in need]
         attends = cache.attends(cache.rows(tables, [0] * len(lengths), lengths))
         budget = exact_budget(documents, c.vision.patch)
@@ -254,7 +347,10 @@ class Bench:
         failed, least, variants = found.failed | samples.failed, floor(cost, self.dtype, self.limits), {}
         for name, seconds in samples.seconds.items():
             v = summary(seconds)
-            if self.device == "cuda" and impossible(v["median"], cost, self.dtype, self.limits, 0):
+            counted = name == CONTROL or not name.startswith(
+                OWN
+            )  # others know more, or read less, than what is counted
+            if self.device == "cuda" and counted and impossible(v["median"], cost, self.dtype, self.limits, 0):
                 failed[name] = f"{least / v['median']:.0%} of what this GPU can do: counted or timed wrongly"
                 continue
             v |= {"samples": seconds, "error": found.errors.get(name), "tokens_per_s": tokens / v["median"]}
@@ -275,7 +371,7 @@ def checked(ways: dict[str, Way], tolerance: float) -> Checked:
             result = call().float()
             truth = result if name == "mm1" else truth
             errors[name] = float((result - truth).square().mean().sqrt() / truth.square().mean().sqrt())
-            if errors[name] <= tolerance:
+            if errors[name] <= (NARROW if name == "mm1 int8" else tolerance):
                 calls[name] = call
             else:
                 failed[name] = f"differs from mm1 by {errors[name]:.1g} of rms"

@@ -32,6 +32,8 @@ from mm1.kernels.grids import Grids
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mm1.engine.data.images import ImagePolicy
+
 Prompt = Sequence["str | Image.Image"]
 
 
@@ -384,12 +386,18 @@ def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[l
 
 
 def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
+    c = model.config
+    budget = exact_budget([], c.vision.patch)
+    encode = DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, budget)
+    return [encode.prompt(parts) for parts in prompts]
+
+
+def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":
+    """How the model was trained to see an image; parts: with other sub-images, 1 for none."""
     from mm1.engine.data.images import ImagePolicy
 
     c = model.config
-    policy = ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches, c.image_parts)
-    encode = DocumentEncoder(tokenizer_of(model), policy, c.connector.tokens, exact_budget([], c.vision.patch))
-    return [encode.prompt(parts) for parts in prompts]
+    return ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches, parts or c.image_parts)
 
 
 def tokenizer_of(model: MM1) -> TextTokenizer:

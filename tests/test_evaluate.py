@@ -1,0 +1,425 @@
+"""The runner: which shots stand in which prompt, what is kept and gone on with, what is counted as wrong."""
+
+import gzip
+import io
+import json
+import random
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from small import FOLDER, small_mm1, small_run
+from test_generate import picture
+
+from mm1.cli import main
+from mm1.engine.cache import PAGE
+from mm1.engine.data.images import read
+from mm1.engine.data.record import DataError
+from mm1.engine.data.sources import read_image
+from mm1.engine.evaluation import evaluate as runner
+from mm1.engine.evaluation.benchmarks import BENCHMARKS, Sample
+from mm1.engine.evaluation.cider import cider
+from mm1.engine.evaluation.evaluate import How, Prompts, evaluate, show
+from mm1.engine.evaluation.vqa import accuracy
+from mm1.engine.fewshot import Retrieval, Shot, few_shot, question
+from mm1.engine.generate import Engine, generate
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_mm1(seed=3).eval()
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Ten questions about five images, and eight to draw shots from."""
+
+    def sample(key, number, truth):
+        path = tmp_path / f"{number}.png"
+        if not path.exists():
+            picture(12 * (1 + number % 2), 24, number).save(path)
+        return Sample(key, path, f"how many {key}?", tuple([truth] * 6 + ["none"] * 4))
+
+    draw = random.Random(0)
+    samples = [sample(i, i // 2, draw.choice("12345")) for i in range(10)]
+    return samples, [sample(100 + i, 10 + i, draw.choice("12345")) for i in range(8)]
+
+
+def run(model, made, out, name="vqav2", **options):
+    return evaluate(model, name, *made, out, display=io.StringIO(), **options)
+
+
+def rows(out, n):
+    first, *rest = [json.loads(line) for line in (out / f"{n}-shot.jsonl").read_text().splitlines()]
+    assert set(first) == {"settings"}
+    return {row["key"]: row for row in rest}
+
+
+def always_right(model, made, out, name="vqav2"):
+    """These samples, with what the model says of them without shots for references."""
+    run(model, made, out, name, shots=(0,))
+    said = {key: row["prediction"] for key, row in rows(out, 0).items()}
+    assert "" not in said.values()
+    return [Sample(s.key, s.image, s.question, (said[s.key],) * 10) for s in made[0]], made[1]
+
+
+def by_hand(model, made, keys, query, benchmark=BENCHMARKS["vqav2"]):
+    """The prediction of a prompt put together part by part."""
+    known = {sample.key: sample for of in made for sample in of}
+    shots = [Shot(question(read(s.image), s.question), s.references[0]) for s in (known[key] for key in keys)]
+    prompt = few_shot(shots, question(read(query.image), query.question))
+    return generate(model, [prompt], max_tokens=benchmark.max_tokens, stop=benchmark.stop)[0].strip()
+
+
+def test_predictions_are_those_of_prompts_by_hand_and_scores_those_of_the_metric(model, made, tmp_path):
+    found = run(model, made, tmp_path / "out", shots=(0, 3))
+    assert [row["shots"] for row in found["results"]] == [0, 3]
+    for result, n in zip(found["results"], (0, 3)):
+        kept = rows(tmp_path / "out", n)
+        assert set(kept) == {sample.key for sample in made[0]}
+        for sample in made[0]:
+            row = kept[sample.key]
+            assert len(set(row["shots"])) == n
+            assert row["prediction"] == by_hand(model, made, row["shots"], sample)
+            assert row["references"] == list(sample.references)
+            assert row["score"] == accuracy(row["prediction"], sample.references)
+        assert result["score"] == pytest.approx(10 * sum(row["score"] for row in kept.values()))
+        assert (result["samples"], result["unreadable"]) == (10, {})
+    assert len({row["prediction"] for row in rows(tmp_path / "out", 3).values()}) > 1
+
+
+def test_random_shots_are_of_the_seed_and_the_query(model, made, tmp_path):
+    def drawn(out, samples=made[0], **how):
+        run(model, (samples, made[1]), tmp_path / out, shots=(4,), how=How(**how))
+        return {key: row["shots"] for key, row in rows(tmp_path / out, 4).items()}
+
+    first = drawn("a")
+    assert len({tuple(keys) for keys in first.values()}) > 7
+    assert drawn("b", made[0][3:7]) == {sample.key: first[sample.key] for sample in made[0][3:7]}
+    assert drawn("c", seed=1) != first
+    counts = [sum(key in keys for keys in first.values()) for key in range(100, 108)]
+    assert min(counts) > 0
+
+
+def counted(monkeypatch):
+    engines = []
+
+    class Counted(Engine):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            engines.append(self)
+
+    monkeypatch.setattr(runner, "Engine", Counted)
+    return engines
+
+
+def test_fixed_shots_are_the_same_and_computed_once(model, made, tmp_path, monkeypatch):
+    engines = counted(monkeypatch)
+    computed = {}
+    for choose in ("fixed", "random"):
+        run(model, made, tmp_path / choose, shots=(5,), how=How(choose))
+        computed[choose] = engines[-1].computed
+    shots = {tuple(row["shots"]) for row in rows(tmp_path / "fixed", 5).values()}
+    assert len(shots) == 1
+    assert engines[0].encoded == 5 + 5
+    assert computed["fixed"] < 0.5 * computed["random"]
+    (keys,) = shots
+    run(model, made, tmp_path / "other", shots=(5,), how=How("fixed", seed=1))
+    assert {tuple(row["shots"]) for row in rows(tmp_path / "other", 5).values()} != shots
+    for sample in made[0]:
+        assert rows(tmp_path / "fixed", 5)[sample.key]["prediction"] == by_hand(model, made, keys, sample)
+
+
+def test_similar_shots_are_the_nearest_with_the_nearest_last(model, made, tmp_path):
+    samples, pool = made
+    run(model, made, tmp_path / "out", shots=(1, 3), how=How("similar"))
+    nearest = Retrieval(model, [read(sample.image) for sample in pool]).nearest([read(s.image) for s in samples], 3)
+    for n in (1, 3):
+        kept = rows(tmp_path / "out", n)
+        assert [kept[s.key]["shots"] for s in samples] == [[pool[i].key for i in near[-n:]] for near in nearest]
+    assert (tmp_path / "out" / "features.npz").exists()
+
+
+@pytest.mark.parametrize("choose", ["random", "fixed", "similar"])
+def test_a_query_is_never_among_its_shots_nor_is_its_image(model, made, tmp_path, choose):
+    samples, _ = made
+    run(model, (samples, samples), tmp_path / "out", shots=(3,), how=How(choose))
+    image = {sample.key: sample.image for sample in samples}
+    for key, row in rows(tmp_path / "out", 3).items():
+        assert len(row["shots"]) == 3
+        assert image[key] not in {image[shot] for shot in row["shots"]}
+        assert choose != "similar" or not any(shot % 2 for shot in row["shots"])  # the first question of each image
+
+
+def test_batches_and_sharing_change_no_prediction(model, made, tmp_path):
+    truth = None
+    for batch in (1, 3, 64):
+        for n in (0, 4):
+            run(model, made, tmp_path / str(batch), shots=(n,), batch=batch)
+        kept = [rows(tmp_path / str(batch), n) for n in (0, 4)]
+        truth = truth or kept
+        assert kept == truth
+
+
+def test_captions_are_scored_together(model, made, tmp_path):
+    texts = ["a dog runs", "two cats sit on a bed", "one red bus"]
+    samples = [Sample(i, made[1][i].image, "", (text, f"{text} there")) for i, text in enumerate(texts)]
+    pool = [Sample(9 + i, made[1][3 + i].image, "", ("a cat",)) for i in range(3)]
+    found = run(model, (samples, pool), tmp_path / "out", "coco", shots=(2,))
+    kept = rows(tmp_path / "out", 2)
+    truth = cider({k: row["prediction"] for k, row in kept.items()}, {s.key: s.references for s in samples})[0]
+    assert found["results"][0]["score"] == 100 * truth
+    assert "score" not in kept[0]
+    right = always_right(model, (samples, pool), tmp_path / "right", "coco")
+    assert run(model, right, tmp_path / "again", "coco", shots=(0,))["results"][0]["score"] > 100
+    assert "CIDEr" in show(found)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("torn", [0, 1, 30])
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, made, tmp_path, monkeypatch, torn):
+    truth = run(model, made, tmp_path / "whole", shots=(2,))
+    add, seen = runner.Log.add, []
+
+    def killed_after_four(self, row):
+        assert self.path.read_bytes().count(b"\n") == 1 + len(seen)  # as they come
+        if len(seen) == 4:
+            raise Killed
+        seen.append(row["key"])
+        add(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Log, "add", killed_after_four)
+        with pytest.raises(Killed):
+            run(model, made, tmp_path / "out", shots=(2,), batch=2)
+    file = tmp_path / "out" / "2-shot.jsonl"
+    data = file.read_bytes()
+    assert data.count(b"\n") == 5
+    if torn:
+        file.write_bytes(data[:-torn])
+    done = 4 - bool(torn)
+    engines = counted(monkeypatch)
+    assert run(model, made, tmp_path / "out", shots=(2,)) == truth
+    assert rows(tmp_path / "out", 2) == rows(tmp_path / "whole", 2)
+    assert file.read_text().count("\n") == 11
+    assert engines[0].encoded <= 2 * (10 - done) + 8
+    engines.clear()
+    assert run(model, made, tmp_path / "out", shots=(2,)) == truth
+    assert not engines  # nothing is left to do
+
+
+def test_similar_shots_go_on_too(model, made, tmp_path):
+    truth = run(model, made, tmp_path / "out", shots=(2,), how=How("similar"))
+    file = tmp_path / "out" / "2-shot.jsonl"
+    data = file.read_bytes()
+    file.write_bytes(b"".join(data.splitlines(keepends=True)[:4]))
+    assert run(model, made, tmp_path / "out", shots=(2,), how=How("similar")) == truth
+    assert sorted(file.read_bytes().splitlines()) == sorted(data.splitlines())
+
+
+def test_other_settings_are_refused_before_anything_runs(model, made, tmp_path):
+    out = tmp_path / "out"
+    run(model, made, out, shots=(2,))
+    other = small_mm1(seed=4).eval()
+    other_answers = [Sample(s.key, s.image, s.question, s.references[::-1]) for s in made[0]]
+    changed = {
+        "seed 0 instead of 1": lambda: run(model, made, out, shots=(0, 2), how=How(seed=1)),
+        "choose 'random' instead of 'fixed'": lambda: run(model, made, out, shots=(2,), how=How("fixed")),
+        "model '": lambda: run(other, made, out, shots=(2,)),
+        "samples '": lambda: run(model, (made[0][1:], made[1]), out, shots=(2,)),
+        "samples '\\w+' instead": lambda: run(model, (other_answers, made[1]), out, shots=(2,)),
+        "pool '": lambda: run(model, (made[0], made[1][1:]), out, shots=(2,)),
+        "benchmark 'vqav2' instead of 'okvqa'": lambda: run(model, made, out, "okvqa", shots=(2,)),
+    }
+    kept = (out / "2-shot.jsonl").read_bytes()
+    for message, again in changed.items():
+        with pytest.raises(DataError, match=message):
+            again()
+    assert (out / "2-shot.jsonl").read_bytes() == kept
+    for bad in (b"x\n", b'{"key": 1}\n', kept + b"{}\n"):
+        (out / "2-shot.jsonl").write_bytes(bad)
+        with pytest.raises(DataError, match=r"2-shot\.jsonl is not a file of predictions"):
+            run(model, made, out, shots=(2,))
+
+
+def test_unreadable_images_are_counted_listed_and_wrong(model, made, tmp_path):
+    samples, pool = made
+    truth = run(model, made, tmp_path / "whole", shots=(3,), how=How("fixed"))
+    first = rows(tmp_path / "whole", 3)[0]["shots"][0]
+    bad = next(sample for sample in pool if sample.key == first)
+    bad.image.write_bytes(b"no image")
+    right = always_right(model, made, tmp_path / "right")
+    samples[4].image.unlink()  # of two questions
+    assert run(model, right, tmp_path / "some", shots=(0,))["results"][0]["score"] == pytest.approx(80)
+    found = run(model, made, tmp_path / "out", shots=(3,), how=How("fixed"))
+    kept = rows(tmp_path / "out", 3)
+    (result,) = found["results"]
+    assert set(result["unreadable"]) == {"4", "5"}
+    assert all("2.png: No such file" in why for why in result["unreadable"].values())
+    assert (kept[4]["prediction"], kept[4]["score"], kept[4]["shots"]) == ("", 0, [])
+    assert result["score"] == pytest.approx(10 * sum(row["score"] for row in kept.values()))
+    assert list(found["unreadable_shots"]) == [str(bad.image)]
+    assert all(first not in row["shots"] and len(row["shots"]) in (0, 3) for row in kept.values())
+    said = show(found)
+    assert "2 of them unreadable, counted as wrong" in said
+    assert said.count("No such file") == 1
+    assert said.count("not an image") == 1
+    assert truth["unreadable_shots"] == {}
+    for sample in samples[:8]:
+        sample.image.write_bytes(b"")
+    found = run(model, made, tmp_path / "mostly", shots=(0,), batch=1)  # more in a row than are looked at together
+    assert len(found["results"][0]["unreadable"]) == 8
+    similar = run(model, made, tmp_path / "similar", shots=(3,), how=How("similar"))
+    assert list(similar["unreadable_shots"]) == [str(bad.image)]
+    assert set(similar["results"][0]["unreadable"]) == set("01234567")
+
+
+def test_too_few_shots_and_half_answered_samples_are_refused(model, made, tmp_path):
+    samples, pool = made
+    with pytest.raises(DataError, match="8 answered samples to draw shots from, expected over 8"):
+        run(model, made, tmp_path / "a", shots=(8,))
+    with pytest.raises(DataError, match="0 answered samples"):
+        run(model, (samples, [Sample(1, samples[0].image, "what?", ())]), tmp_path / "b", shots=(1,))
+    with pytest.raises(DataError, match="choose is 'best', expected one of random, fixed, similar"):
+        How("best")
+    half = [*samples[:5], *(Sample(s.key, s.image, s.question, ()) for s in samples[5:])]
+    with pytest.raises(DataError, match="vqav2: 5: no references, which others have"):
+        run(model, (half, pool), tmp_path / "c")
+    for sample in pool[:6]:
+        sample.image.write_bytes(b"")
+    with pytest.raises(DataError, match="2 readable shots, expected 3"):
+        run(model, made, tmp_path / "d", shots=(3,))
+
+
+def test_without_answers_there_is_a_submission_and_no_score(model, made, tmp_path):
+    samples, pool = made
+    asked = [Sample(s.key, s.image, s.question, ()) for s in samples]
+    found = run(model, (asked, pool), tmp_path / "out", shots=(2,))
+    (result,) = found["results"]
+    assert result["score"] is None
+    run(model, made, tmp_path / "answered", shots=(2,))
+    truth = [{"question_id": k, "answer": row["prediction"]} for k, row in rows(tmp_path / "answered", 2).items()]
+    given = json.loads((tmp_path / "out" / "2-shot-submission.json").read_text())
+    assert given == sorted(truth, key=lambda row: row["question_id"])
+    assert f"submission: {result['submission']}" in show(found)
+    assert not list((tmp_path / "answered").glob("*submission*"))
+
+
+def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path):
+    samples, pool = made
+    prompts = Prompts(model, BENCHMARKS["vqav2"], pool, How(text_shots=True), tmp_path / "f.npz")
+    document, keys = prompts.document(0, samples[0])
+    known = {sample.key: sample for sample in pool}
+    begin = "".join(f"Question: {known[k].question} Short answer: {known[k].references[0]}\n" for k in keys)
+    assert len(keys) == 2
+    assert len(document.images) == 1
+    text = model.tokenizer.decode(document.tokens.tolist())
+    assert text == begin + f" Question: {samples[0].question} Short answer:"
+    for choose in ("random", "similar"):
+        run(model, made, tmp_path / choose, shots=(0, 1), how=How(choose, text_shots=True))
+        kept = [rows(tmp_path / choose, n) for n in (0, 1)]
+        assert [{len(row["shots"]) for row in of.values()} for of in kept] == [{2}, {1}]
+    assert [row["shots"][-1:] for row in kept[0].values()] == [row["shots"] for row in kept[1].values()]
+    with pytest.raises(DataError, match="1 answered samples to draw shots from, expected over 2"):
+        run(model, (samples, pool[:1]), tmp_path / "few", shots=(0,), how=How(text_shots=True))
+    plain, _ = Prompts(model, BENCHMARKS["vqav2"], pool, How(), tmp_path / "f.npz").document(0, samples[0])
+    assert plain.tokens.tolist() == document.tokens.tolist()[:1] + document.tokens.tolist()[-len(plain.tokens) + 1 :]
+
+
+def test_only_the_last_images_have_sub_images(made, tmp_path):
+    from test_fewshot import parted
+
+    model = parted.__wrapped__()
+    samples, pool = made
+    for high, many in {None: 20, 0: 4, 1: 8, 2: 12, 9: 20}.items():
+        prompts = Prompts(model, BENCHMARKS["vqav2"], pool, How(high=high), tmp_path / "f.npz")
+        document, _ = prompts.document(3, samples[0])
+        assert len(document.images) == many
+        assert (document.tokens == model.tokenizer.image).sum() == 4 * many
+        images = runner._engine(prompts, 3, 6).cache.pages * PAGE - 6 * (4 * runner.TEXT + prompts.benchmark.max_tokens)
+        assert 0 <= images - 6 * 4 * many < PAGE
+
+
+def test_the_display_is_plain_lines_without_a_terminal(model, made, tmp_path):
+    out = io.StringIO()
+    evaluate(model, "vqav2", *made, tmp_path / "out", shots=(0, 2), display=out)
+    assert [line.split("/s")[0].rsplit(" ", 1)[0] for line in out.getvalue().splitlines()] == [
+        "vqav2 2-shot 10/10", "vqav2 0-shot 10/10"
+    ]  # fmt: skip
+
+
+def digits_questions(folder, count):
+    """Questions of the demo about its digits, in VQAv2's files."""
+    for split, name in (("val", "test-interleaved"), ("train", "train-questions")):
+        with gzip.open(FOLDER / f"{name}.jsonl.gz", "rt") as file:
+            items = [json.loads(line) for line in file][:count]
+        asked, answered = [], []
+        for number, item in enumerate(items):
+            key = 10 * number + (split == "train")
+            path = folder / f"{split}2014" / f"COCO_{split}2014_{key:012d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(io.BytesIO(read_image(item["image"], FOLDER))).convert("RGB").save(path, quality=95)
+            asked.append({"question_id": key, "image_id": key, "question": item["question"]})
+            answered.append({"question_id": key, "answers": [{"answer": item["answer"]}] * 10})
+        subset = f"{split}2014"
+        (folder / f"v2_OpenEnded_mscoco_{subset}_questions.json").write_text(
+            json.dumps({"data_subtype": subset, "questions": asked})
+        )
+        (folder / f"v2_mscoco_{subset}_annotations.json").write_text(json.dumps({"annotations": answered}))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from mm1.engine.train import train
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    train(small_run(steps=1), out)
+    return out
+
+
+def command(monkeypatch, capsys, *arguments):
+    """In this process: what `mm1` prints, and its status."""
+    monkeypatch.setattr(sys, "argv", ["mm1", *map(str, arguments)])
+    status = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code or 0
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_the_command_evaluates_the_demos_questions(checkpoint, tmp_path, monkeypatch, capsys):
+    digits_questions(tmp_path / "data", 12)
+    common = ("eval", checkpoint, "vqav2", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    status, out, err = command(monkeypatch, capsys, *common, "--shots", 0, 4, "--limit", 6)
+    assert status == 0, err
+    table, last = out[: out.rindex("\n{")], json.loads(out.splitlines()[-1])
+    assert [row["shots"] for row in last["results"]] == [0, 4]
+    assert [row["samples"] for row in last["results"]] == [6, 6]
+    assert all(0 <= row["score"] <= 100 for row in last["results"])
+    assert "accuracy" in table
+    assert "vqav2 4-shot 6/6" in err
+    kept = rows(tmp_path / "out", 4)
+    assert all(key % 10 == 1 for row in kept.values() for key in row["shots"])  # of the training split
+    again = command(monkeypatch, capsys, *common, "--shots", 0, 4, "--limit", 6)
+    assert again == (0, out, "")
+    status, _, err = command(monkeypatch, capsys, *common, "--shots", 4, "--limit", 6, "--choose", "fixed")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "choose 'random' instead of 'fixed'" in err
+    status, _, err = command(monkeypatch, capsys, "eval", checkpoint, "vqav3", *common[3:])
+    assert (status, err) == (2, f"mm1: unknown benchmark 'vqav3'; known: {', '.join(BENCHMARKS)}\n")
+
+
+def test_models_are_told_apart_by_any_weight(model):
+    from mm1.engine.fewshot import fingerprint
+
+    other = small_mm1(seed=3).eval()
+    assert fingerprint(other) == fingerprint(model)
+    with torch.no_grad():
+        other.connector.get_parameter(next(iter(dict(other.connector.named_parameters())))).flatten()[0] += 1
+    assert fingerprint(other) != fingerprint(model)

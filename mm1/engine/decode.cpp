@@ -49,7 +49,10 @@ template <class T> static Lanes<T> raw(const T *p) {
     return v;
 }
 static Vec load(const float *p) { return raw(p); }
-static Vec load(const int8_t *p) { return __builtin_convertvector(raw(p), Vec); }
+static Vec load(const int8_t *p) {  // by doubles: compilers know no step from 8 to 32 bits
+    auto wider = __builtin_convertvector(raw(p), Lanes<int16_t>);
+    return __builtin_convertvector(__builtin_convertvector(wider, Lanes<int32_t>), Vec);
+}
 static Vec load(const bf16 *p) {
     return (Vec)(__builtin_convertvector(raw(&p->bits), Lanes<uint32_t>) << 16);
 }

@@ -30,7 +30,7 @@ def tiny(monkeypatch):
     """The only size, and ceilings that need no measuring."""
     monkeypatch.setitem(generate.MODELS, "tiny", small_model())
     monkeypatch.setattr(generate, "SHOTS", (0, 2))
-    monkeypatch.setattr(generate, "CPU", Scale(("tiny",), (1, 2), decoded=THREE, prefilled=ONE))
+    monkeypatch.setattr(generate, "CPU", Scale(("tiny",), (1, 2), decoded=THREE, prefilled=ONE, queries=3))
     monkeypatch.setattr(generate, "ceilings", lambda device: LIMITS)
 
 
@@ -44,15 +44,20 @@ def test_rows_have_their_fields_and_are_not_measured_twice(tiny, tmp_path, capsy
     one, two, three = "0-shot batch=1", "0-shot batch=2", "2-shot batch=1"
     assert [(row["what"], row["case"]) for row in record.rows] == [
         ("prefill", one), ("first token", one), ("decode", one), ("decode", two), ("decode", three),
-        ("generate", one), ("generate", three),
+        ("generate", one), ("generate", three), ("queries", "2-shot batch=3"),
     ]  # fmt: skip
     for row in record.rows:
         batch, new = row["shape"]["batch"], {"decode": 1, "generate": NEW}.get(row["what"])
-        prompt = THREE if row["case"] == three else ONE
-        assert row["shape"] == {"batch": batch, "prompt": prompt, "images": int(row["what"] == "first token")}
+        images = {"first token": 1, "queries": 3}.get(row["what"], 0)
+        prompt = THREE if row["case"].startswith("2-shot") else ONE
+        assert row["shape"] == {"batch": batch, "prompt": prompt, "images": images}
         assert (row["bench"], row["model"], row["dtype"], row["mode"]) == ("generate", "tiny", "fp32", "host")
         assert row["failed"] == {}
-        others = {"decode": [*generate.CACHES, "mm1 int8"], "first token": []}.get(row["what"], ["transformers"])
+        own = {"decode": ["mm1 int8"], "queries": ["mm1 without shared pages"]}.get(row["what"], [])
+        others = [
+            *own,
+            *{"decode": generate.CACHES, "first token": [], "queries": []}.get(row["what"], ["transformers"]),
+        ]
         assert set(row["variants"]) == {"mm1", "mm1 again", *others}
         for name, v in row["variants"].items():
             assert v["n"] == len(v["samples"]) == 2
@@ -62,7 +67,7 @@ def test_rows_have_their_fields_and_are_not_measured_twice(tiny, tmp_path, capsy
             assert ("ratio" in v) == (name in others)
             assert name not in others or 0 <= v["error"] < (0.1 if name == "mm1 int8" else 1e-4)
     printed = capsys.readouterr().out
-    assert printed.count("× mm1's") == 1 + 3 * 3 + 2
+    assert printed.count("× mm1's") == 1 + 3 * 3 + 2 + 1
     measure(Record(tmp_path / "record.json"), rounds=2)
     assert capsys.readouterr().out == ""
 
@@ -155,8 +160,8 @@ def test_a_baseline_that_differs_is_failed_with_its_reason(tiny, monkeypatch):
     monkeypatch.setattr(generate, "transformers_decoder", wrong)
     measure(record := Record(), rounds=1)
     for row in [row for row in record.rows if row["what"] != "generate"]:  # whose tokens may be the same
-        peers = {"decode": set(generate.CACHES), "first token": set()}.get(row["what"], {"transformers"})
-        assert set(row["variants"]) - {"mm1 int8"} == {"mm1", "mm1 again"}
+        peers = {"decode": set(generate.CACHES), "prefill": {"transformers"}}.get(row["what"], set())
+        assert not any("transformers" in name for name in row["variants"])
         assert set(row["failed"]) == peers
         assert all(why.startswith("differs from mm1 by ") for why in row["failed"].values())
 

@@ -6,6 +6,7 @@ import torch
 from conftest import relative_error
 from small import small_mm1
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 from mm1.engine import graphs
 from mm1.engine.cache import PAGE, Cache
@@ -67,3 +68,19 @@ def test_settings_of_each_row_are_obeyed_inside(monkeypatch):
     assert chosen[:3, 0].tolist() == [order[0], order[0], order[1]]
     assert order.index(int(chosen[3, 0])) > 10
     assert torch.allclose(chosen[:, 1], logits.log_softmax(-1)[range(4), chosen[:, 0].long()].double())
+
+
+@pytest.mark.slow
+def test_compiled_code_writes_into_the_cache_and_copies_none_of_it():
+    """A copy would cost a step more than all weights do. Inductor's loops say over what they go."""
+    torch._dynamo.reset()
+    decoder = small_mm1(experts=0).eval().decoder
+    cache = Cache(decoder.config, 40, torch.device("cpu"), torch.float32)
+    ours = Graphs(decoder, Head(decoder), cache, 8)
+    whole = torch.from_numpy(ours._rows(8, [5] * 5, [3] * 5, [np.array([p], np.int32) for p in range(1, 6)]))
+    with torch.inference_mode():
+        _, [code] = run_and_get_code(ours.step, whole, None)
+    assert "mm1.paged_attention" in code
+    assert f"< static_cast<int64_t>({cache.k[0].numel()}L)" not in code
+    assert f"< static_cast<int64_t>({40 * PAGE}L)" not in code
+    assert code.count("empty_strided_cpu((640") == code.count("empty_strided_cpu((40, 16") == 0

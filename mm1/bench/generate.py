@@ -5,6 +5,8 @@
                   queries; with their pages known as well; transformers has no such model
     decode        one token more for every prompt, over a cache that holds the prompts; once with weights in int8
     generate      NEW tokens for every prompt, greedily, by the engine and by transformers' generate
+    queries       ANSWER tokens to each of many queries behind the same shots, from nothing known on; and the same
+                  without sharing pages
 
 Prompts are random: `shots` examples, each an image and TEXT tokens, and a query like them. Those of a batch are of one
 length, which spares transformers its padding. Its parameters are views of ours: both read the same random weights.
@@ -47,6 +49,7 @@ SHOTS = (0, 4, 8)
 TEXT = 30  # tokens that follow each image
 IMAGE = 3  # stands in for the number of a tokenizer's image token
 NEW = ROOM = 64  # tokens that a cache holds beyond the prompt
+ANSWER = 4  # tokens
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the logits' rms; roundings of bf16 add up to 2e-2 in 26 layers
 NARROW = 0.2  # of int8's logits, on random weights
 CACHES = {"transformers": "DynamicCache", "transformers static": "StaticCache"}
@@ -59,16 +62,18 @@ Way = Callable[[], Call]  # makes a call, whose result is logits or tokens
 
 
 class Scale(NamedTuple):
-    """What suits a machine: models, batches, and the most prompt tokens of a batch, to decode after and to prefill."""
+    """What suits a machine: models, batches, the most prompt tokens of a batch, to decode after and to prefill, and
+    queries."""
 
     models: tuple[str, ...]
     batches: tuple[int, ...]
     decoded: int
     prefilled: int
+    queries: int
 
 
-GPU = Scale(("mm1-1b", "mm1-3b"), (1, 2, 4, 8, 16, 32, 64, 128), 32_768, 16_384)
-CPU = Scale(("digits", "digits-30m"), (1, 8), 2048, 512)
+GPU = Scale(("mm1-1b", "mm1-3b"), (1, 2, 4, 8, 16, 32, 64, 128), 32_768, 16_384, 64)
+CPU = Scale(("digits", "digits-30m"), (1, 8), 2048, 512, 200)
 PREFILLED = (1, 8)  # batches
 
 
@@ -125,11 +130,12 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
 
 def cases(c: config.Model, scale: Scale) -> list[Case]:
     every = [(shots, batch) for shots in SHOTS for batch in scale.batches]
-    fit = {most: [(s, b) for s, b in every if b * prompt_length(c, s) <= most] for most in scale[2:]}
+    fit = {most: [(s, b) for s, b in every if b * prompt_length(c, s) <= most] for most in scale[2:4]}
     few = [(s, b) for s, b in fit[scale.prefilled] if b in PREFILLED]
     whole = [(s, b) for s, b in fit[scale.decoded] if b in PREFILLED and s != 4]
     found = [Case(what, s, b) for what in ("prefill", "first token") for s, b in few]
-    return found + [Case("decode", s, b) for s, b in fit[scale.decoded]] + [Case("generate", s, b) for s, b in whole]
+    found += [Case("decode", s, b) for s, b in fit[scale.decoded]] + [Case("generate", s, b) for s, b in whole]
+    return [*found, Case("queries", SHOTS[-1], scale.queries)]
 
 
 def prompt_length(c: config.Model, shots: int) -> int:
@@ -172,11 +178,11 @@ class Bench:
 
     def rows(self, case: Case, key: Row, rounds: int | None, budget: float) -> Iterator[Row]:
         """The row of these key fields; of a decoding step on a GPU also that beside transformers' CUDA graph."""
-        documents = prompts(self.config, case.shots, case.batch, images=case.what == "first token")
+        documents = prompts(self.config, case.shots, case.batch, images=case.what in ("first token", "queries"))
         prompt = prompt_length(self.config, case.shots)
         row = key | {"shape": {"batch": case.batch, "prompt": prompt, "images": len(documents[0].images)}}
         ways = {"prefill": self.prefills, "first token": self.first_tokens, "decode": self.steps,
-                "generate": self.generates}[case.what](documents)  # fmt: skip
+                "generate": self.generates, "queries": self.answers}[case.what](documents)  # fmt: skip
         context, new = (prompt, 1) if case.what == "decode" else (0, prompt)
         cost, tokens = self.cost(documents, context, new), case.batch * new
         if case.what == "generate":
@@ -251,11 +257,28 @@ class Bench:
 
         return {"mm1": lambda: ours, "transformers": theirs}
 
+    def answers(self, documents: Sequence[Document]) -> dict[str, Way]:
+        def way(share: bool) -> Call:
+            engine, queries = self.engine(documents), next(self.queries(documents))
+
+            def call() -> Tensor:
+                engine.forget()
+                requests = [engine.submit(document, Sampling(max_tokens=ANSWER)) for document in queries]
+                for request in requests if not share else ():
+                    request.cached = []  # no page has a name
+                engine.run()
+                return torch.tensor([request.logprobs[0] for request in requests])
+
+            return call
+
+        return {"mm1": partial(way, True), "mm1 without shared pages": partial(way, False)}
+
     def engine(self, documents: Sequence[Document]) -> Engine:
-        """With room for these, their shots once more, and NEW tokens of each."""
+        """With room for 64 of these, the shots once more, and NEW tokens of each."""
         self.model.tokenizer = cast(TextTokenizer, Tokens())
-        pages = sum(cdiv(len(document.tokens) + NEW, PAGE) for document in [*documents, documents[0]])
-        return Engine(self.model, tokens=pages * PAGE, batch=len(documents))
+        batch = min(len(documents), 64)
+        pages = sum(cdiv(len(document.tokens) + NEW, PAGE) for document in [*documents[:batch], documents[0]])
+        return Engine(self.model, tokens=pages * PAGE, batch=batch)
 
     def steps(self, documents: Sequence[Document]) -> dict[str, Way]:
         """Each step leaves the cache as it was."""

@@ -1,7 +1,7 @@
 // Few new rows of documents, on a CPU: the whole decoder in one call, all threads from its first layer to its last. A
-// step reads every weight once and computes little with it; torch's products of few rows, and some ten calls a layer, do
-// not get near the memory's rate. decode.py compiles this for the machine it runs on; decoder.py says what it computes.
-// Arithmetic is in fp32, whatever weights and cache are stored as. A row's bits do not depend on which others there are.
+// step reads every weight once and computes little with it; torch's products of few rows, and some ten calls a layer,
+// do not get near the memory's rate. decode.py compiles this for the machine it runs on; decoder.py says what it
+// computes. Arithmetic is in fp32, whatever weights and cache are stored as. A row's bits do not depend on the others.
 
 #include <algorithm>
 #include <cmath>
@@ -92,15 +92,15 @@ static Vec exp(Vec x) {
     return (p * r * r + r + 1) * (Vec)((__builtin_convertvector(n, Lanes<int32_t>) + 127) << 23);
 }
 
-// out[m][n] = w[n] · x[m]
+// out[m][n] = w[n] · x[m]; ahead: numbers to the row that is wanted soon
 template <int N, int M, class W>
-static void tile(const W *w, int64_t stride, const float *const *x, int64_t K, float (*out)[N]) {
+static void tile(const W *w, int64_t stride, const float *const *x, int64_t K, float (*out)[N], int64_t ahead = 0) {
     Vec acc[N][M] = {};
     int64_t k = 0;
     for (; k + LANES <= K; k += LANES)
         for (int n = 0; n < N; n++) {
             Vec a = load(w + n * stride + k);
-            __builtin_prefetch(w + n * stride + k + 1024);
+            __builtin_prefetch(w + n * stride + k + ahead);
             for (int m = 0; m < M; m++) acc[n][m] += a * load(x[m] + k);
         }
     for (int n = 0; n < N; n++)
@@ -112,9 +112,10 @@ static void tile(const W *w, int64_t stride, const float *const *x, int64_t K, f
 }
 
 template <int N, int M, class W, class Emit>
-static void some(const W *w, int64_t stride, const float *const *x, int64_t K, int m, int n, Emit &&emit) {
+static void some(const W *w, int64_t stride, const float *const *x, int64_t K, int m, int n, int64_t ahead,
+                 Emit &&emit) {
     float out[M][N];
-    tile<N, M>(w, stride, x + m, K, out);
+    tile<N, M>(w, stride, x + m, K, out, ahead);
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) emit(m + i, n + j, out[i][j]);
 }
@@ -123,14 +124,15 @@ static void some(const W *w, int64_t stride, const float *const *x, int64_t K, i
 template <class W, class Emit>
 static void rows(const W *w, int64_t stride, int N, const float *const *x, int M, int64_t K, Emit &&emit) {
     int m = 0, whole = N / 4 * 4;
+    int64_t ahead = std::max<int64_t>(1, 1024 / stride) * stride;  // 4 kB: without, memory waits for the products
     for (; m + MOST_ROWS <= M; m += MOST_ROWS)
-        for (int n = 0; n < whole; n += 2) some<2, MOST_ROWS>(w + n * stride, stride, x, K, m, n, emit);
+        for (int n = 0; n < whole; n += 2) some<2, MOST_ROWS>(w + n * stride, stride, x, K, m, n, ahead, emit);
     for (; m + 2 <= M; m += 2)
-        for (int n = 0; n < whole; n += 4) some<4, 2>(w + n * stride, stride, x, K, m, n, emit);
+        for (int n = 0; n < whole; n += 4) some<4, 2>(w + n * stride, stride, x, K, m, n, ahead, emit);
     for (; m < M; m++)
-        for (int n = 0; n < whole; n += 4) some<4, 1>(w + n * stride, stride, x, K, m, n, emit);
+        for (int n = 0; n < whole; n += 4) some<4, 1>(w + n * stride, stride, x, K, m, n, ahead, emit);
     for (int n = whole; n < N; n++)
-        for (m = 0; m < M; m++) some<1, 1>(w + n * stride, stride, x, K, m, n, emit);
+        for (m = 0; m < M; m++) some<1, 1>(w + n * stride, stride, x, K, m, n, ahead, emit);
 }
 
 // Rows first … first + N - 1 of w.
@@ -164,9 +166,9 @@ static float exponentials(float *s, int64_t n) {
     return total + sum(sums);
 }
 
-template <class T>
-static T *at(const Model &c, void *cache, const int32_t *pages, int64_t position, int64_t g) {
-    return (T *)cache + ((pages[position / c.page] * c.page + position % c.page) * c.groups + g) * c.head;
+// Of one group the first of a page's rows, which are c.groups · c.head apart.
+template <class T> static T *page_of(const Model &c, void *cache, int32_t page, int64_t g) {
+    return (T *)cache + (page * c.page * c.groups + g) * c.head;
 }
 
 // Of one row and group, fp32 [R + 2, Dh]: turns queries and key, and keeps key and value.
@@ -183,31 +185,51 @@ static void keep(const Model &c, const Layer &l, float *qkv, int64_t g, int64_t 
             x[i + half] = b * cosines[i] + a * sines[i];
         }
     }
-    T *k = at<T>(c, l.k, pages, position, g), *v = at<T>(c, l.v, pages, position, g);
+    int64_t row = position % c.page * c.groups * D;
+    T *k = page_of<T>(c, l.k, pages[position / c.page], g) + row;
+    T *v = page_of<T>(c, l.v, pages[position / c.page], g) + row;
     for (int64_t i = 0; i < D; i++) put(k + i, qkv[R * D + i]), put(v + i, qkv[(R + 1) * D + i]);
 }
 
-// y [R, Dh] of the queries of one row and group, over its document up to itself.
-template <class T>
-static void attend(const Model &c, const Layer &l, const float *q, int64_t g, int64_t position, const int32_t *pages,
-                   const float **heads, float *scores, float *y) {
-    int64_t R = c.heads / c.groups, D = c.head, length = position + 1;
-    for (int64_t r = 0; r < R; r++) heads[r] = q + r * D;
-    float scale = 1 / std::sqrt(float(D));
-    for (int64_t j = 0; j < length; j += 4)  // of one page: its size is a multiple of 4
-        rows(at<T>(c, l.k, pages, j, g), c.groups * D, int(std::min<int64_t>(4, length - j)), heads, int(R), D,
-             [&](int r, int n, float s) { scores[r * length + j + n] = s * scale; });
-    for (int64_t r = 0; r < R; r++) {
-        float *s = scores + r * length, *out = y + r * D, total = exponentials(s, length);
-        std::fill(out, out + D, 0.f);
-        for (int64_t j = 0; j < length; j++) {
-            const T *v = at<T>(c, l.v, pages, j, g);
-            int64_t i = 0;
-            for (; i + LANES <= D; i += LANES) save(out + i, load(out + i) + load(v + i) * s[j]);
-            for (; i < D; i++) out[i] += one(v[i]) * s[j];
+// y[i…] += Σ_j s[j] · v[j][i…] over N vectors of rows j, `stride` apart
+template <int N, class T>
+static void weighted(const T *v, int64_t stride, int64_t rows, const float *s, float *y) {
+    Vec acc[N];
+    for (int i = 0; i < N; i++) acc[i] = load(y + i * LANES);
+    for (int64_t j = 0; j < rows; j++)
+        for (int i = 0; i < N; i++) {
+            acc[i] += load(v + j * stride + i * LANES) * s[j];
+            __builtin_prefetch(v + (j + rows) * stride + i * LANES);
         }
-        for (int64_t i = 0; i < D; i++) out[i] /= total;
+    for (int i = 0; i < N; i++) save(y + i * LANES, acc[i]);
+}
+
+// y [H, Dh] of a row's queries, over its document up to itself, of groups `first` to `end`: page by page, as they lie.
+template <class T>
+static void attend(const Model &c, const Layer &l, const float *qkv, int64_t first, int64_t end, int64_t position,
+                   const int32_t *pages, const float **heads, float *scores, float *y) {
+    int64_t R = c.heads / c.groups, D = c.head, length = position + 1, stride = c.groups * D;
+    float scale = 1 / std::sqrt(float(D));
+    for (int64_t h = first * R; h < end * R; h++) heads[h] = qkv + (h / R * (R + 2) + h % R) * D;
+    for (int64_t j = 0; j < length; j += c.page)
+        for (int64_t g = first; g < end; g++)
+            rows(page_of<T>(c, l.k, pages[j / c.page], g), stride, int(std::min(c.page, length - j)), heads + g * R,
+                 int(R), D, [&](int r, int n, float s) { scores[(g * R + r) * length + j + n] = s * scale; });
+    std::fill(y + first * R * D, y + end * R * D, 0.f);
+    for (int64_t h = first * R; h < end * R; h++) {
+        float total = exponentials(scores + h * length, length);
+        for (int64_t j = 0; j < length; j++) scores[h * length + j] /= total;
     }
+    for (int64_t j = 0; j < length; j += c.page)
+        for (int64_t h = first * R; h < end * R; h++) {
+            const T *v = page_of<T>(c, l.v, pages[j / c.page], h / R);
+            const float *s = scores + h * length + j;
+            int64_t n = std::min(c.page, length - j), i = 0;
+            for (; i + 4 * LANES <= D; i += 4 * LANES) weighted<4>(v + i, stride, n, s, y + h * D + i);
+            for (; i + LANES <= D; i += LANES) weighted<1>(v + i, stride, n, s, y + h * D + i);
+            for (; i < D; i++)
+                for (int64_t m = 0; m < n; m++) y[h * D + i] += one(v[m * stride + i]) * s[m];
+        }
 }
 
 // Experts of a token by its logits: the highest, of equal ones the first; softmax over the chosen.
@@ -223,8 +245,8 @@ static void choose(const float *logits, int64_t E, int64_t K, int32_t *index, fl
     for (int64_t k = 0; k < K; k++) weight[k] /= total;
 }
 
-// B rows by their tokens, or embedded already fp32 [B, D]; positions [B]; pages: of each row's document. Of `count` rows
-// `wanted` logits fp32 [count, V], and of each the best and its log-probability.
+// B rows by their tokens, or embedded already fp32 [B, D]; positions [B]; pages: of each row's document. Of `count`
+// rows `wanted` logits fp32 [count, V], and of each the best and its log-probability.
 extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, const float *embedded,
                        const int64_t *positions, const int32_t *const *pages, int64_t count, const int64_t *wanted,
                        float *logits, int64_t *best, float *logprobs, int threads) {
@@ -232,6 +254,7 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
     const int64_t D = c.width, H = c.heads * c.head, K = c.chosen, half = c.head / 2, R = c.heads / c.groups;
     const int64_t QKV = (R + 2) * c.head * c.groups, longest = 1 + *std::max_element(positions, positions + B);
     const int64_t block = B > MOST_ROWS ? 32 : 4;  // rows of a weight at once; to many rows of x they come from a cache
+    const int64_t together = B < threads ? 1 : c.groups;  // of a row by one thread: their keys lie side by side
     int64_t most = 1;
     for (int64_t i = 0; i < c.layers; i++) most = std::max(most, c.layer[i].experts);
     std::vector<float> x(B * D), y(B * D), qkv(B * QKV), attended(B * H), hidden(B * K * c.ffn), cosines(B * half),
@@ -246,8 +269,8 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
 
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scores(R * longest);
-        std::vector<const float *> inputs(std::max(B * K, R));
+        std::vector<float> scores(c.heads * longest);
+        std::vector<const float *> inputs(std::max(B * K, c.heads));
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < B; b++) {
             for (int64_t i = 0; i < half; i++) {
@@ -282,10 +305,10 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
                                                      &sines[b * half]);
             }
             #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < B * c.groups; task++) {
+            for (int64_t task = 0; task < B * c.groups; task += together) {
                 int64_t b = task / c.groups, g = task % c.groups;
-                (c.cache ? attend<bf16> : attend<float>)(c, l, group(b, g), g, positions[b], pages[b], inputs.data(),
-                                                         scores.data(), &attended[b * H + g * R * c.head]);
+                (c.cache ? attend<bf16> : attend<float>)(c, l, &qkv[b * QKV], g, g + together, positions[b], pages[b],
+                                                         inputs.data(), scores.data(), &attended[b * H]);
             }
             linear(l.out, D, rows_attended, H, [&](int m, int64_t n, float v) { x[m * D + n] += v; });
             normalize(l.norm2);
@@ -314,7 +337,8 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
                 auto row = [&](int m) { return &hidden[slots[e][m].place * F + f]; };
                 product(l.gate, e * l.gate_stride + f, N, inputs.data(), M, D,
                         [&](int m, int n, float v) { row(m)[n] = v / (1 + std::exp(-v)); });
-                product(l.up, e * l.gate_stride + f, N, inputs.data(), M, D, [&](int m, int n, float v) { row(m)[n] *= v; });
+                product(l.up, e * l.gate_stride + f, N, inputs.data(), M, D,
+                        [&](int m, int n, float v) { row(m)[n] *= v; });
             }
             #pragma omp for schedule(static)
             for (int64_t n = 0; n < D; n += block)

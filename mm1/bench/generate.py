@@ -176,6 +176,10 @@ class Bench:
         """Decoder and head as the engine runs them."""
         return packed(self.model.decoder)
 
+    @cached_property
+    def narrow(self) -> tuple[nn.Module, nn.Module]:
+        return quantized(self.model.decoder, "int8")
+
     def rows(self, case: Case, key: Row, rounds: int | None, budget: float) -> Iterator[Row]:
         """The row of these key fields; of a decoding step on a GPU also that beside transformers' CUDA graph."""
         documents = prompts(self.config, case.shots, case.batch, images=case.what in ("first token", "queries"))
@@ -286,14 +290,12 @@ class Bench:
         tokens, ends = prefill().argmax(-1), [len(d.tokens) for d in documents]
         pages = [np.array(table, np.int32) for table in tables]
 
-        def ours(weights: str | None = None) -> Call:
-            decoder = self.model.decoder
-            ours, head = quantized(decoder, weights) if weights else (decoder, Head(decoder))
+        def ours(decoder: nn.Module, head: nn.Module) -> Call:
             ids = tokens.tolist()
             if self.device == "cuda":
-                graphs, greedy = Graphs(ours, head, cache, len(ids)), [Draw(0.0, 1.0, 0, 0.0)] * len(ids)
+                graphs, greedy = Graphs(decoder, head, cache, len(ids)), [Draw(0.0, 1.0, 0, 0.0)] * len(ids)
                 return lambda: graphs(ids, ends, pages, greedy)[0]
-            step = step_of(ours, head, cache)
+            step = step_of(decoder, head, cache)
             if step is None:
                 raise RuntimeError("no C++ compiler")
             return lambda: step(ids, ends, pages)[0]
@@ -312,8 +314,9 @@ class Bench:
 
             return step
 
-        return {"mm1": ours, **{name: partial(theirs, kind) for name, kind in CACHES.items()},
-                "mm1 int8": partial(ours, "int8")}  # fmt: skip
+        decoder = self.model.decoder
+        peers = {name: partial(theirs, kind) for name, kind in CACHES.items()}
+        return {"mm1": lambda: ours(decoder, Head(decoder)), **peers, "mm1 int8": lambda: ours(*self.narrow)}
 
     def prefill(self, documents: Sequence[Document]) -> tuple[Call, Cache, list[list[int]]]:
         """Logits [B, V] of the packed prompts' last tokens, the cache, which each call fills anew, and its pages."""

@@ -51,7 +51,7 @@ bench: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,integrations,report,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,integrations,report,serve,dev]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchtitan spmd_types   # for one test of one module
 	touch $@
 

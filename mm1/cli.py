@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = tyro.extras.SubcommandApp()
 Positional = tyro.conf.Positional
 Many = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Weights = Literal["int8", "int4", "float8"] | None
 
 
 @app.command
@@ -161,6 +162,7 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: int | None = None,
+    weights: Weights = None,
 ) -> None:
     """Continue a prompt of interleaved images and text.
 
@@ -175,6 +177,7 @@ def generate(
         repetition_penalty: of tokens that are in prompt or text; 1 is none.
         stop: end before this string; may be repeated.
         seed: of the sampling.
+        weights: round the decoder's to fewer bits.
     """
     from mm1.engine.checkpoint import load
     from mm1.engine.data.images import read
@@ -189,9 +192,100 @@ def generate(
     for parts in prompts:
         generate(
             model, [parts], max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-            repetition_penalty=repetition_penalty, stop=stop, seed=seed, on_text=show,
+            repetition_penalty=repetition_penalty, stop=stop, seed=seed, weights=weights, on_text=show,
         )  # fmt: skip
         print()
+
+
+@app.command
+def serve(
+    checkpoint: Positional[Path],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    max_images: int = 32,
+    max_pixels: int = 1 << 25,
+    max_bytes: int = 1 << 25,
+    batch: int = 64,
+    queue: int = 256,
+    tokens: int = 65_536,
+    weights: Weights = None,
+    allow_urls: bool = False,
+) -> None:
+    """Answer OpenAI's chat API, and show a page to try the model on.
+
+    Args:
+        checkpoint: a checkpoint folder, or the folder of a run.
+        host: address to listen at; one that others can reach needs a key.
+        port: 0 is any that is free.
+        api_key: that clients have to send (default: MM1_API_KEY, which other users of this machine cannot see).
+        max_images: of one request.
+        max_pixels: of one image.
+        max_bytes: of one request.
+        batch: requests at once.
+        queue: requests that wait.
+        tokens: of the cache.
+        weights: round the decoder's to fewer bits.
+        allow_urls: fetch images from public http and https addresses.
+    """
+    from mm1.engine.serve.app import serve
+
+    engine = {"batch": batch, "queue": queue, "tokens": tokens, "weights": weights}
+    serve(
+        checkpoint, host=host, port=port, api_key=api_key, engine=engine, max_images=max_images,
+        max_pixels=max_pixels, max_bytes=max_bytes, allow_urls=allow_urls,
+    )  # fmt: skip
+
+
+@app.command
+def eval(
+    checkpoint: Positional[Path],
+    benchmark: Positional[str],
+    data: tuple[Path, ...],
+    out: Path,
+    images: Path | None = None,
+    split: str | None = None,
+    shots: tuple[int, ...] = (0, 4, 8),
+    shots_from: tuple[Path, ...] = (),
+    choose: Literal["random", "fixed", "similar"] = "random",
+    seed: int = 0,
+    text_shots: bool = False,
+    high: int | None = None,
+    limit: int | None = None,
+    batch: int = 64,
+    weights: Weights = None,
+) -> None:
+    """Evaluate with a few shots: captions by CIDEr, questions by VQA accuracy. Goes on where it was.
+
+    The last line of standard output is one JSON object.
+
+    Args:
+        checkpoint: a checkpoint folder, or the folder of a run.
+        benchmark: coco, nocaps, textcaps, vqav2, okvqa, textvqa or vizwiz.
+        data: the benchmark's folder, or its files.
+        out: folder of predictions, one line a sample.
+        images: folder with the images somewhere below it (default: that of the data).
+        split: which (default: test of coco, val of others).
+        shots: how many examples a prompt has; several numbers are done in turn.
+        shots_from: folder or files to draw them from (default: the training split in `data`, or else the samples
+            themselves, without those of the query's image).
+        choose: random for each query, fixed for all, or by similarity of images.
+        seed: of the drawing.
+        text_shots: begin zero-shot prompts with two shots without images, as Flamingo does and MM1 does not.
+        high: only so many of a prompt's last images with sub-images.
+        limit: that many samples, drawn at random.
+        batch: prompts at once.
+        weights: round the decoder's to fewer bits.
+    """
+    from mm1.engine.checkpoint import load
+    from mm1.engine.evaluation.evaluate import How, evaluate, samples_of, show
+
+    samples, pool = samples_of(benchmark, data, images, split, shots_from, limit, seed)
+    how = How(choose, seed, text_shots, high)
+    model = load(checkpoint)
+    found = evaluate(model, benchmark, samples, pool, out, shots=shots, how=how, batch=batch, weights=weights)
+    print(show(found))
+    print(json.dumps(found))
 
 
 @dataclass

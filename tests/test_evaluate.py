@@ -340,7 +340,8 @@ def test_only_the_last_images_have_sub_images(made, tmp_path):
         document, _ = prompts.document(3, samples[0])
         assert len(document.images) == many
         assert (document.tokens == model.tokenizer.image).sum() == 4 * many
-        images = runner._engine(prompts, 3, 6).cache.pages * PAGE - 6 * (4 * runner.TEXT + prompts.benchmark.max_tokens)
+        room = runner._engine(prompts, 3, 6, None).cache.pages * PAGE
+        images = room - 6 * (4 * runner.TEXT + prompts.benchmark.max_tokens)
         assert 0 <= images - 6 * 4 * many < PAGE
 
 

@@ -90,6 +90,13 @@ def test_each_row_is_sampled_by_its_own_settings():
     assert int(sample(torch.zeros(1, 7), *(torch.tensor([x]) for x in (1.0, 1.0, 3)), almost)) == 2
 
 
+def test_logits_that_are_no_numbers_harm_nobody():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [float("nan")] * 3, [float("inf")] * 3, [float("-inf")] * 3])
+    found = sample(logits, *(torch.full((4,), x) for x in (1.0, 0.5, 0, 0.1)))
+    assert int(found[0]) == 1
+    assert all(0 <= token < 3 for token in found.tolist())
+
+
 def test_no_prompts_give_no_texts(model):
     assert generate(model, []) == []
 

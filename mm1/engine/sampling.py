@@ -70,6 +70,6 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, u:
     left = (before < top_p[:, None]) & ((rank < top_k[:, None]) | (top_k[:, None] == 0))
     upto = (probability * left).cumsum(-1)
     # Rounding may leave u · total at or above the last sum; the last that is left is meant then.
-    place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=left.sum(-1) - 1)
+    place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=left.sum(-1) - 1).clamp(min=0)
     place = torch.where(temperature > 0, place, 0)
     return token.gather(-1, place[:, None])[:, 0]

@@ -75,21 +75,22 @@ def samples_of(
 
 def evaluate(
     model: MM1, name: str, samples: Sequence[Sample], pool: Sequence[Sample], out: Path, *,
-    shots: Sequence[int] = (0, 4, 8), how: How = How(), batch: int = 64, display: TextIO | None = None,
+    shots: Sequence[int] = (0, 4, 8), how: How = How(), batch: int = 64, weights: str | None = None,
+    display: TextIO | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots, drawn from `pool`.
 
     A sample whose image cannot be read is counted, listed, and scored as an empty prediction. Samples without
-    references give a submission instead of a score. Raises DataError if `out` holds predictions by other settings.
+    references give a submission instead of a score. batch, weights: of Engine. Raises DataError if `out` holds
+    predictions by other settings.
     """
     benchmark = benchmarks.benchmark(name)
     unanswered = [sample for sample in samples if not sample.references]
     if unanswered and len(unanswered) < len(samples):
         raise DataError(f"{name}: {unanswered[0].key}: no references, which others have")
     pool = [sample for sample in pool if sample.references]
-    common = {
-        "benchmark": name, **vars(how), "model": fingerprint(model), "samples": _digest(samples), "pool": _digest(pool)
-    }  # fmt: skip
+    common = {"benchmark": name, **vars(how), "model": fingerprint(model), "weights": weights,
+              "samples": _digest(samples), "pool": _digest(pool)}  # fmt: skip
     logs = {n: Log(out / f"{n}-shot.jsonl", {**common, "shots": n}) for n in sorted(set(shots))}
     prompts = Prompts(model, benchmark, pool, how, out / "features.npz")
     engine: Engine | None = None
@@ -98,7 +99,7 @@ def evaluate(
         todo = sorted((s for s in samples if s.key not in log.rows), key=lambda s: str(s.image))
         if todo:
             prompts.check(n, todo)
-            engine = engine or _engine(prompts, n, batch)
+            engine = engine or _engine(prompts, n, batch, weights)
             with log, _Progress(f"{name} {n}-shot", len(samples), len(log.rows), display or sys.stderr) as progress:
                 _run(engine, benchmark, partial(prompts.document, n), todo, log, progress)
         results.append({"shots": n, **_summary(benchmark, samples, log)})
@@ -252,13 +253,13 @@ def _readable(paths: Iterable[Path], found: list[Path], missed: dict[Path, str])
         yield image
 
 
-def _engine(prompts: Prompts, n: int, batch: int) -> Engine:
+def _engine(prompts: Prompts, n: int, batch: int, weights: str | None) -> Engine:
     """With a cache for `batch` prompts, at least four, that have TEXT tokens to each image."""
     slots = prompts.model.config.connector.tokens
     most = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
     images = most * _views(prompts.high) + (n + 1 - most) * _views(prompts.low)
     length = images * slots + (n + 1) * TEXT + prompts.benchmark.max_tokens
-    return Engine(prompts.model, tokens=max(batch, 4) * length, batch=batch, queue=batch)
+    return Engine(prompts.model, tokens=max(batch, 4) * length, batch=batch, queue=batch, weights=weights)
 
 
 def _run(

@@ -1,0 +1,190 @@
+"""An Engine behind asyncio: a thread of its own takes the steps, requests come and go as coroutines.
+
+async with AsyncEngine(engine) as running:
+    async for piece in running.stream(prompt, Sampling(max_tokens=32)):
+        print(piece, end="")
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import torch
+
+from mm1.engine.data.document import Document
+from mm1.engine.generate import Busy, Engine, Prompt, Request, encode_prompts
+from mm1.engine.sampling import Sampling
+
+
+class Dead(RuntimeError):
+    """The engine has ended, and why."""
+
+
+class Stream:
+    """Pieces of one request's text; what has come since the last look comes as one, so that slow readers hold no more
+    than the text. Raises what the engine failed with.
+
+    request: what it has come to; whole when the pieces end.
+    """
+
+    request: Request
+
+    def __init__(self):
+        self._pieces: list[str] = []
+        self._news = asyncio.Event()
+        self._end: Exception | None = None  # StopAsyncIteration for a good one
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> str:
+        while not self._pieces:
+            if self._end:
+                raise self._end
+            await self._heard()
+        text, self._pieces = "".join(self._pieces), []
+        return text
+
+    async def _heard(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+    def _hear(self, news: str | Exception) -> None:
+        if isinstance(news, Exception):
+            self._end = self._end or news
+        elif news:
+            self._pieces.append(news)
+        self._news.set()
+
+
+class AsyncEngine:
+    """Use it with `async with`, in one loop. The engine is then its thread's alone.
+
+    A step that fails ends the requests that ran with its error, and the next goes on without them. dead: why no more
+    is computed, if the device does not answer any longer.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.dead: Exception | None = None
+        self._opened = 0  # the loop's
+        self._streams: dict[Stream, Request] = {}  # the thread's, as is
+        self._news: list[tuple[Stream, str | Exception]] = []  # what is to be told to the loop
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="mm1-engine", daemon=True)
+
+    async def __aenter__(self) -> "AsyncEngine":
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.dead = self.dead or Dead("the engine is closed")
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    @asynccontextmanager
+    async def open(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncIterator[Stream]:
+        """A request, which is cancelled if it is left before its end. Raises Busy, DataError and Dead."""
+        if self._opened >= self.engine.batch + self.engine.queue:
+            raise Busy(f"{self._opened} requests are being worked on already")
+        self._opened += 1
+        stream = Stream()
+        try:
+            if not isinstance(prompt, Document):
+                [prompt] = await asyncio.to_thread(encode_prompts, self.engine.model, [prompt])
+            if self.dead:  # looked at here, because its thread may not look any more
+                raise Dead(f"the engine has stopped: {self.dead}")
+            self._inbox.put(partial(self._submit, stream, prompt, sampling))
+            await stream._heard()
+            if stream._end and not hasattr(stream, "request"):
+                raise stream._end
+            yield stream
+        finally:
+            self._opened -= 1
+            self._inbox.put(partial(self._cancel, stream))
+
+    async def stream(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncGenerator[str, None]:
+        """Pieces of the text. Closing it, or cancelling who reads it, cancels the request."""
+        async with self.open(prompt, sampling) as stream:
+            async for piece in stream:
+                yield piece
+
+    async def generate(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> Request:
+        """The finished request."""
+        async with self.open(prompt, sampling) as stream:
+            async for _ in stream:
+                pass
+            return stream.request
+
+    # From here on in the thread.
+
+    def _work(self) -> None:
+        more = False
+        while True:
+            while not more or not self._inbox.empty():
+                command = self._inbox.get()
+                if command is None:
+                    self._fail(list(self._streams), self.dead or Dead("the engine is closed"))
+                    return self._report()
+                command()
+                more = True
+            more = not self.dead and self._step()
+            self._report()
+
+    def _submit(self, stream: Stream, document: Document, sampling: Sampling) -> None:
+        def on_text(piece: str) -> None:
+            self._news.append((stream, piece))
+
+        try:
+            if self.dead:
+                raise Dead(f"the engine has stopped: {self.dead}")
+            stream.request = self._streams[stream] = self.engine.submit(document, sampling, on_text)
+            self._news.append((stream, ""))
+        except Exception as error:
+            self._news.append((stream, error))
+
+    def _cancel(self, stream: Stream) -> None:
+        if request := self._streams.pop(stream, None):
+            self.engine.cancel(request)
+
+    def _step(self) -> bool:
+        try:
+            return self.engine.step()
+        except Exception as error:
+            logging.getLogger("mm1").exception("a step failed")
+            error.__traceback__ = None  # its frames hold the step's tensors
+            failed = error
+        try:
+            running = [s for s, request in self._streams.items() if request in self.engine.running]
+            self._fail(running or list(self._streams), failed)
+            torch.zeros(1, device=self.engine.device).item()
+        except Exception as error:  # CUDA's errors stay
+            self.dead = Dead(f"{error} after {failed}")
+            self._news += [(stream, self.dead) for stream in self._streams]
+            self._streams.clear()
+        return bool(self._streams)
+
+    def _fail(self, streams: list[Stream], error: Exception) -> None:
+        for stream in streams:
+            self._news.append((stream, error))
+            self._cancel(stream)
+
+    def _report(self) -> None:
+        """All news of a step at once."""
+        for stream in [s for s, request in self._streams.items() if request.finish]:
+            del self._streams[stream]
+            self._news.append((stream, StopAsyncIteration()))
+        if self._news:
+            news, self._news = self._news, []
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(_deliver, news)
+
+
+def _deliver(news: list[tuple[Stream, str | Exception]]) -> None:
+    for stream, what in news:
+        stream._hear(what)

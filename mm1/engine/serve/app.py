@@ -1,0 +1,466 @@
+"""`mm1 serve`: a checkpoint behind OpenAI's chat API, with a page to try it on."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mm1.engine.asynchronous import AsyncEngine, Dead, Stream
+from mm1.engine.cache import PAGE
+from mm1.engine.data.document import Document
+from mm1.engine.data.record import DataError, Unreadable
+from mm1.engine.data.sources import read_image
+from mm1.engine.generate import Busy, Engine, policy_of
+from mm1.engine.sampling import Sampling
+from mm1.engine.serve import chat, urls
+from mm1.engine.serve.images import Decoder
+from mm1.engine.serve.metrics import Metrics
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import Message, Receive, Scope, Send
+
+BODY_SECONDS = 60  # for a request to arrive
+SEND_SECONDS = 60  # for a reader to take anything
+STOP_SECONDS = 10  # for answers to end when the server is to
+OPEN = ("/", "/health")  # without a key
+LOOPBACK = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+PAGE_FILE = Path(__file__).with_name("page.html")
+
+
+class Refusal(Exception):
+    """What a client is told, as OpenAI would."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
+        super().__init__(message)
+        self.status, self.code = status, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+
+
+def refusal_of(error: Exception) -> Refusal:
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+
+    match error:
+        case Refusal():
+            return error
+        case DataError() | Unreadable():
+            return Refusal(400, str(error))
+        case Busy():
+            return Refusal(429, str(error), "rate_limit_exceeded", retry_after="1")
+        case Dead():
+            return Refusal(503, str(error), "engine_dead")
+        case ClientDisconnect():
+            return Refusal(499, "the client left")
+        case HTTPException():
+            return Refusal(error.status_code, error.detail, **(error.headers or {}))
+    return Refusal(500, f"{type(error).__name__}: {error}"[:300])
+
+
+class Service:
+    """The ASGI application of one engine, which is its own from then on.
+
+    max_pixels: of one image; max_bytes: of one request. Without a key it answers to loopback names alone, so that no
+    web page can reach it under another name.
+    """
+
+    def __init__(
+        self, engine: Engine, name: str, *, key: str | None = None, max_images: int = 32, max_pixels: int = 1 << 25,
+        max_bytes: int = 1 << 25, allow_urls: bool = False,
+    ):  # fmt: skip
+        from starlette.applications import Starlette
+        from starlette.routing import Route
+
+        c = engine.model.config
+        self.engine, self.name, self.key, self.allow_urls = AsyncEngine(engine), name, key, allow_urls
+        self.max_images, self.max_bytes = max_images, max_bytes
+        self.decoder, self.metrics = Decoder(policy_of(engine.model), max_pixels), Metrics(engine)
+        self.tokenizer, self.slots = engine.tokenizer, c.connector.tokens
+        self.files: OrderedDict[str, bytes] = OrderedDict()
+        self.active = self.held = 0  # requests, and bytes of their bodies
+        self.begun = int(time.time())
+        self.page = PAGE_FILE.read_text()
+        self.app = Starlette(
+            routes=[
+                Route("/", self._page),
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+                Route("/v1/models", self._models),
+                Route("/v1/files", self._upload, methods=["POST"]),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            ],
+            exception_handlers={Exception: _refused, **dict.fromkeys(_expected(), _refused)},
+            lifespan=self._lifespan,
+        )
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = 499  # the client left before it had an answer
+        arriving = True
+
+        async def received() -> "Message":
+            nonlocal arriving
+            message = await receive()
+            arriving = message.get("more_body", False)
+            return message
+
+        async def sent(message: "Message") -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if arriving:
+                    await _thrown_away(receive)
+            await send(message)
+
+        try:
+            if refusal := self._forbids(scope):
+                await _json(refusal.body, refusal.status, refusal.headers)(scope, received, sent)
+            else:
+                await self.app(scope, received, sent)
+        finally:
+            if scope["path"].startswith("/v1/"):
+                self.metrics.requests.labels(status).inc()
+
+    def _forbids(self, scope: "Scope") -> Refusal | None:
+        headers = dict(scope["headers"])
+        if self.key:
+            given, expected = headers.get(b"authorization", b""), b"Bearer " + self.key.encode()
+            if scope["path"] in OPEN or hmac.compare_digest(given, expected):
+                return None
+            return Refusal(401, "wrong or missing API key", "invalid_api_key", www_authenticate="Bearer")
+        host, origin = headers.get(b"host", b""), headers.get(b"origin")
+        if not LOOPBACK.fullmatch(host) or origin not in (None, b"http://" + host):
+            return Refusal(403, "without an API key this server answers to its own page and to loopback names alone")
+        return None
+
+    @asynccontextmanager
+    async def _lifespan(self, _: object) -> AsyncIterator[None]:
+        async with self.engine, self.decoder:
+            yield
+
+    async def _page(self, _: "Request") -> "Response":
+        hashes = {
+            tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", self.page, re.DOTALL)
+        }
+        policy = (
+            f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
+            "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        headers = {"content-security-policy": policy, "x-content-type-options": "nosniff",
+                   "referrer-policy": "no-referrer", "cache-control": "no-cache"}  # fmt: skip
+        return _response(self.page, 200, "text/html", headers)
+
+    async def _health(self, _: "Request") -> "Response":
+        engine, dead = self.engine.engine, self.engine.dead
+        if dead:
+            return _json({"status": "dead", "reason": str(dead)}, 503)
+        pages = {"total": engine.cache.pages, "free": engine.cache.room}
+        now = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
+        return _json({"status": "ok", "model": self.name, **now})
+
+    async def _metrics(self, _: "Request") -> "Response":
+        text, media_type = self.metrics.text()
+        return _response(text, 200, media_type)
+
+    async def _models(self, _: "Request") -> "Response":
+        model = {"id": self.name, "object": "model", "created": self.begun, "owned_by": "mm1"}
+        return _json({"object": "list", "data": [model]})
+
+    async def _upload(self, request: "Request") -> "Response":
+        """An image, kept in memory by its content, the last used longest."""
+        from starlette.datastructures import UploadFile
+
+        async with self._bounded(request) as bounded, bounded.form(max_files=1, max_fields=8) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise DataError("expected multipart/form-data with an image as its field file")
+            data = await file.read()
+            await self._views(data)
+            name = f"file-{hashlib.sha256(data).hexdigest()[:32]}"
+            self.files[name] = data
+            self.files.move_to_end(name)
+            while sum(map(len, self.files.values())) > 8 * self.max_bytes:
+                self.files.popitem(last=False)
+            return _json({
+                "id": name, "object": "file", "bytes": len(data), "created_at": int(time.time()),
+                "filename": file.filename, "purpose": str(form.get("purpose", "vision")), "status": "processed",
+            })  # fmt: skip
+
+    async def _chat(self, request: "Request") -> Any:
+        """An ASGI application: a response that begins when the engine has taken the request."""
+        begun = time.monotonic()
+
+        async def respond(scope: "Scope", receive: "Receive", send: "Send") -> None:
+            async with self._bounded(request) as bounded:
+                asked = chat.parse(await bounded.body())
+                await _while_connected(receive, self._answer(asked, begun, scope, receive, send))
+
+        return respond
+
+    @asynccontextmanager
+    async def _bounded(self, request: "Request") -> AsyncIterator["Request"]:
+        """The same request, refused while it arrives if it is too large or slow, or if there are too many."""
+        from starlette.requests import Request
+
+        engine, held = self.engine.engine, 0
+        if self.active >= engine.batch + engine.queue:
+            raise Busy(f"{self.active} requests are being worked on already")
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+
+        async def receive() -> "Message":
+            nonlocal held
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await request.receive()
+            except TimeoutError:
+                raise Refusal(408, f"the request took more than {BODY_SECONDS} s to arrive") from None
+            size = len(message.get("body", b""))
+            held += size
+            self.held += size
+            if held > self.max_bytes:
+                raise Refusal(413, f"the request has more than {self.max_bytes} bytes", connection="close")
+            if self.held > 32 * self.max_bytes:
+                raise Busy("all requests together are too large")
+            return message
+
+        self.active += 1
+        try:
+            yield Request(request.scope, receive)
+        finally:
+            self.active -= 1
+            self.held -= held
+
+    async def _answer(self, asked: chat.Asked, begun: float, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if asked.model not in (None, self.name):
+            raise Refusal(404, f"there is no model {asked.model[:60]!r} here but {self.name!r}", "model_not_found")
+        document, reply = await self._document(asked.parts), chat.Reply(self.name, self.tokenizer)
+        async with AsyncExitStack() as opened:
+            streams = [await opened.enter_async_context(self._opened(document, s)) for s in asked.samplings]
+            requests = [stream.request for stream in streams]
+            if not asked.stream:
+                try:
+                    await _all(self._pieces(stream, begun, None) for stream in streams)
+                except Exception as error:  # the engine's thread has written it down
+                    raise refusal_of(error) from None
+                content = reply.whole(requests, requests[0].shared * PAGE, asked.logprobs)
+                return await _json(content)(scope, receive, send)
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+            async def emit(event: dict[str, Any] | str, more: bool = True) -> None:
+                text = event if isinstance(event, str) else json.dumps(event)
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+
+            try:
+                await _all(
+                    self._streamed(i, stream, begun, asked.logprobs, reply, emit) for i, stream in enumerate(streams)
+                )
+                if asked.usage:
+                    await emit(reply.last(requests, requests[0].shared * PAGE))
+                await emit("[DONE]", more=False)
+            except TimeoutError:
+                return  # which makes the server close the connection
+            except Exception as error:
+                await emit(refusal_of(error).body, more=False)
+
+    async def _streamed(
+        self, index: int, stream: Stream, begun: float, logprobs: bool, reply: chat.Reply, emit: Callable
+    ) -> None:
+        told = 0
+
+        async def tell(delta: dict[str, str], finish: str | None = None) -> None:
+            nonlocal told
+            of = reply.logprobs(stream.request, told) if logprobs else None
+            told += len(of["content"]) if of else 0
+            await emit(reply.chunk(index, delta, finish, of))
+
+        await emit(reply.chunk(index, {"role": "assistant", "content": ""}))
+        await self._pieces(stream, begun, lambda piece: tell({"content": piece}))
+        await tell({}, stream.request.finish)
+
+    async def _pieces(self, stream: Stream, begun: float, take: Callable[[str], Awaitable[None]] | None) -> None:
+        first = None
+        async for piece in stream:
+            first = first or time.monotonic()
+            if take:
+                await take(piece)
+        ended, made = time.monotonic(), len(stream.request.tokens)
+        self.metrics.first.observe((first or ended) - begun)
+        if first and made > 1:
+            self.metrics.next.observe((ended - first) / (made - 1))
+
+    @asynccontextmanager
+    async def _opened(self, document: Document, sampling: Sampling) -> AsyncIterator[Stream]:
+        async with self.engine.open(document, sampling) as stream:
+            try:
+                yield stream
+            finally:
+                self.metrics.count(stream.request)
+
+    async def _document(self, parts: tuple[str | chat.Picture, ...]) -> Document:
+        pictures = sum(isinstance(part, chat.Picture) for part in parts)
+        if pictures > self.max_images:
+            raise DataError(f"{pictures} images, expected at most {self.max_images}")
+        tokens = self.engine.engine.cache.pages * PAGE
+        if (size := sum(len(part) for part in parts if isinstance(part, str))) > 64 * tokens:
+            raise DataError(f"a text of {size} characters exceeds {tokens} tokens")  # and would take long to encode
+        found = [part if isinstance(part, str) else await self._views(await self._data(part)) for part in parts]
+        return await asyncio.to_thread(chat.encode, self.tokenizer, self.slots, found)
+
+    async def _data(self, picture: chat.Picture) -> bytes:
+        url = picture.url
+        if url.startswith("data:"):
+            return read_image(url, Path())
+        if url in self.files:
+            self.files.move_to_end(url)
+            return self.files[url]
+        if url.startswith("file-"):
+            raise DataError(f"there is no file {url[:60]!r} any more, or never was: upload it again")
+        if not url.startswith(("http://", "https://")):
+            raise DataError("an image is a data: URL or the id of an uploaded file")
+        if not self.allow_urls:
+            raise DataError("URLs are not fetched here (mm1 serve --allow-urls would)")
+        return await urls.fetch(url, self.max_bytes)
+
+    async def _views(self, data: bytes) -> list[np.ndarray]:
+        try:
+            views = await self.decoder.decode(data)
+        except Unreadable:
+            self.metrics.images.labels("refused").inc()
+            raise
+        self.metrics.images.labels("decoded").inc()
+        return views
+
+
+async def _all(work: Any) -> None:
+    """All of them; when one fails the others end, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in work:
+                group.create_task(coroutine)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _while_connected(receive: "Receive", work: Coroutine[Any, Any, None]) -> None:
+    """Ends the work when the client goes."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    if not tasks[0].cancelled():
+        tasks[0].result()
+
+
+async def _thrown_away(receive: "Receive") -> None:
+    """The rest of a body: a client that is still sending would not read the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(BODY_SECONDS / 10):
+            while (await receive()).get("more_body"):
+                pass
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+
+    return Refusal, DataError, Unreadable, Busy, Dead, HTTPException, ClientDisconnect
+
+
+async def _refused(_: "Request", error: Exception) -> "Response":
+    refusal = refusal_of(error)
+    return _json(refusal.body, refusal.status, refusal.headers)
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> "Response":
+    return _response(json.dumps(content), status, "application/json", headers)
+
+
+def _response(content: str | bytes, status: int, kind: str, headers: dict[str, str] | None = None) -> "Response":
+    from starlette.responses import Response
+
+    return Response(content, status, headers, kind)
+
+
+def serve(
+    checkpoint: Path, *, host: str, port: int, api_key: str | None, engine: dict[str, Any], **limits: Any
+) -> None:
+    """Until SIGTERM or SIGINT: then it takes nothing more, and what runs has STOP_SECONDS.
+
+    engine, limits: settings of Engine and of Service. Raises DataError, also for an address that others can reach
+    without a key.
+    """
+    try:
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"serving needs {error.name}: pip install 'mm1-engine[serve]'") from None
+    from mm1.engine.checkpoint import load
+
+    key = api_key or os.environ.get("MM1_API_KEY")
+    if not key and not _loopback(host):
+        raise DataError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
+    folder = checkpoint.absolute()
+    name = folder.parent.name if folder.name == "checkpoint" else folder.name
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listener:
+        service = Service(Engine(load(checkpoint), **engine), name, key=key, **limits)
+        for number in (signal.SIGINT, signal.SIGTERM):  # which uvicorn raises once more when it has ended
+            signal.signal(number, lambda *_: None)
+        where = f"[{host}]" if ":" in host else host
+        print(f"{name}: http://{where}:{listener.getsockname()[1]}", flush=True)
+        server = server_of(service)
+        server.run(sockets=[listener])
+    if not server.started:
+        raise OSError("the server did not start")
+
+
+def server_of(service: Service) -> "uvicorn.Server":
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(
+        service, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    ))  # fmt: skip
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,70 @@
+"""Bytes behind a URL of strangers: from public addresses alone, once, in bounded time and size."""
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from mm1.engine.data.record import DataError
+
+SECONDS = 10
+
+
+async def fetch(url: str, most: int) -> bytes:
+    """Raises DataError. Redirects are not followed: each would have to be looked at like the first."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        head = f"GET {path} HTTP/1.0\r\nHost: {parts.netloc.rpartition('@')[2]}\r\nUser-Agent: mm1\r\n\r\n".encode(
+            "ascii"
+        )
+        if not host or head.split(b"\r\n", 1)[0].count(b" ") != 2:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise DataError(f"{url[:60]!r} is no http or https URL in ASCII") from None
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await _got(host, port, parts.scheme == "https", head, most)
+    except TimeoutError:
+        raise DataError(f"{host} took more than {SECONDS} s") from None
+    except OSError as error:
+        raise DataError(f"{host}: {error}") from None
+
+
+async def _got(host: str, port: int, encrypted: bool, head: bytes, most: int) -> bytes:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(where[0]) for *_, where in found]
+    if not addresses or not all(map(public, addresses)):
+        raise DataError(f"{host} is not at a public address")
+    # That very address, for a second look-up of the name could give another.
+    context = {"ssl": ssl.create_default_context(), "server_hostname": host} if encrypted else {}
+    reader, writer = await asyncio.open_connection(addresses[0], port, **context)
+    try:
+        writer.write(head)
+        answer = b""
+        while len(answer) <= most + 65536 and (more := await reader.read(65536)):
+            answer += more
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+    lines, _, body = answer.partition(b"\r\n\r\n")
+    status = lines.split(b"\r\n")[0].split(b" ")[1:2]
+    if status != [b"200"] or b"\ntransfer-encoding:" in lines.lower():
+        raise DataError(
+            f"{host} answered {b''.join(status).decode('latin-1')[:9] or 'nothing'}, expected 200 and plain bytes"
+        )
+    if len(body) > most:
+        raise DataError(f"what {host} sends has more than {most} bytes")
+    return body
+
+
+def public(address: str) -> bool:
+    """Neither private, loopback, link-local nor multicast, nor an IPv4 address in the clothes of an IPv6 one."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip.is_global and ip in ipaddress.ip_network("2000::/3") and not (ip.sixtofour or ip.teredo)
+    return ip.is_global and not ip.is_multicast

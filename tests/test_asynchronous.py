@@ -1,0 +1,242 @@
+"""Behind asyncio each request gets what the Engine alone gives it, and whoever leaves leaves nothing behind."""
+
+import asyncio
+import threading
+from contextlib import aclosing
+
+import pytest
+import torch
+from small import small_mm1
+from test_engine import drained
+from test_generate import PROMPTS
+
+from mm1.engine.asynchronous import AsyncEngine, Dead
+from mm1.engine.data.record import DataError
+from mm1.engine.generate import Busy, Engine, encode_prompts
+from mm1.engine.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_mm1(seed=3).eval()
+
+
+def alone(model, prompt, sampling):
+    engine = Engine(model)
+    request = engine.submit(prompt, sampling)
+    engine.run()
+    return request
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def step_that(engine, act):
+    """Steps of the engine, each before its own work handed to act."""
+    step = engine.step
+
+    def acting():
+        act()
+        return step()
+
+    engine.step = acting
+
+
+def test_many_at_once_get_what_each_gets_alone(model):
+    samplings = [
+        Sampling(12),
+        Sampling(12, temperature=0.9, seed=5),
+        Sampling(9, stop=("e",)),
+        Sampling(7, top_k=3, temperature=1.0, seed=1),
+    ]
+
+    async def all_of_them():
+        async with AsyncEngine(engine) as running:
+
+            async def streamed(prompt, sampling):
+                return "".join([piece async for piece in running.stream(prompt, sampling)])
+
+            documents = encode_prompts(model, PROMPTS)
+            return await asyncio.gather(
+                asyncio.gather(*(running.generate(p, s) for p in PROMPTS for s in samplings)),
+                asyncio.gather(*(streamed(d, s) for d in documents for s in samplings)),
+            )
+
+    engine = Engine(model, batch=5, tokens=1024)
+    finished, texts = asyncio.run(all_of_them())
+    truth = [alone(model, p, s) for p in PROMPTS for s in samplings]
+    assert [r.tokens for r in finished] == [r.tokens for r in truth]
+    assert [r.finish for r in finished] == [r.finish for r in truth]
+    assert texts == [r.text for r in truth]
+    assert drained(engine)
+
+
+@pytest.mark.parametrize("way", ["closed", "cancelled", "cancelled before it is accepted"])
+def test_who_leaves_cancels_the_request(model, way):
+    engine = Engine(model, tokens=4096)
+    submitted = []
+    submit = engine.submit
+    engine.submit = lambda *args: submitted.append(submit(*args)) or submitted[-1]
+
+    async def leave():
+        async with AsyncEngine(engine) as running:
+            if way == "closed":
+                async with aclosing(running.stream(PROMPTS[0], Sampling(2000))) as stream:
+                    await anext(stream)
+            else:
+                task = asyncio.create_task(running.generate(encode_prompts(model, PROMPTS[:1])[0], Sampling(2000)))
+                if way == "cancelled":
+                    await until(lambda: submitted and submitted[0].tokens)
+                else:
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await until(lambda: submitted and submitted[0].finish)
+            assert submitted[0].finish == "cancelled"
+            assert len(submitted[0].tokens) < 2000
+            assert drained(engine)
+            return await running.generate(PROMPTS[1], Sampling(5))
+
+    assert asyncio.run(leave()).tokens == alone(model, PROMPTS[1], Sampling(5)).tokens
+
+
+def test_a_full_queue_and_a_prompt_too_long_are_the_callers_to_know(model):
+    engine = Engine(model, tokens=256, batch=1, queue=1)
+
+    async def refused():
+        async with AsyncEngine(engine) as running:
+            with pytest.raises(DataError, match="exceed 256"):
+                await running.generate(PROMPTS[0], Sampling(300))
+            async with running.open(PROMPTS[0], Sampling(100)), running.open(PROMPTS[1], Sampling(100)):
+                with pytest.raises(Busy):
+                    await running.generate(PROMPTS[2])
+            await running.generate(PROMPTS[2], Sampling(2))
+        with pytest.raises(Dead, match="closed"):
+            await running.generate(PROMPTS[2])
+
+    asyncio.run(refused())
+    assert drained(engine)
+
+
+def test_the_engines_own_refusal_comes_through(model):
+    """Two wait for pages, one more than its queue takes, while its batch has room."""
+    engine = Engine(model, tokens=256, batch=8, queue=1)
+
+    async def refused():
+        async with AsyncEngine(engine) as running, running.open(PROMPTS[0], Sampling(200)) as first:
+            await anext(first)
+            async with running.open(PROMPTS[1], Sampling(200)):
+                with pytest.raises(Busy):
+                    await running.generate(PROMPTS[2], Sampling(200))
+
+    asyncio.run(refused())
+
+
+def test_it_says_that_it_is_full_also_while_a_step_takes_long(model):
+    engine = Engine(model, batch=2, queue=1)
+    gate, reached = threading.Event(), threading.Event()
+    step_that(engine, lambda: reached.set() or gate.wait())
+
+    async def asked():
+        async with AsyncEngine(engine) as running:
+            tasks = [asyncio.create_task(running.generate(PROMPTS[0], Sampling(3))) for _ in range(3)]
+            await until(reached.is_set)
+            with pytest.raises(Busy):
+                await running.generate(PROMPTS[0])
+            gate.set()
+            return await tasks[0]
+
+    assert asyncio.run(asked()).finish == "length"
+
+
+def test_a_failing_step_fails_those_that_ran_and_no_others(model):
+    engine = Engine(model, batch=2, tokens=4096)
+
+    def out_of_memory():
+        if len(engine.running) == 2 and engine.waiting:
+            raise torch.OutOfMemoryError("no more")
+
+    step_that(engine, out_of_memory)
+
+    async def three():
+        async with AsyncEngine(engine) as running:
+            results = await asyncio.gather(
+                *(running.generate(p, Sampling(50)) for p in PROMPTS[:3]), return_exceptions=True
+            )
+            assert running.dead is None
+            return results
+
+    results = asyncio.run(three())
+    failed = [r for r in results if isinstance(r, torch.OutOfMemoryError)]
+    [(i, good)] = [(i, r) for i, r in enumerate(results) if not isinstance(r, Exception)]
+    assert len(failed) == 2
+    assert good.tokens == alone(model, PROMPTS[i], Sampling(50)).tokens
+    assert drained(engine)
+
+
+def test_steps_that_always_fail_leave_nobody_waiting(model):
+    engine = Engine(model)
+
+    def fail():
+        if engine.waiting or engine.running:
+            raise ZeroDivisionError
+
+    step_that(engine, fail)
+
+    async def ask():
+        async with asyncio.timeout(60), AsyncEngine(engine) as running:
+            for _ in range(3):
+                with pytest.raises(ZeroDivisionError):
+                    await running.generate(PROMPTS[0])
+
+    asyncio.run(ask())
+    assert drained(engine)
+
+
+def test_a_device_that_does_not_answer_ends_it(model):
+    engine = Engine(model)
+
+    def fail():
+        engine.device = torch.device("meta")  # of which nothing can be read
+        raise RuntimeError("an illegal memory access was encountered")
+
+    async def ask():
+        async with asyncio.timeout(60), AsyncEngine(engine) as running:
+            async with running.open(PROMPTS[0], Sampling(2000)) as stream:
+                step_that(engine, fail)
+                with pytest.raises((Dead, RuntimeError), match="illegal memory"):
+                    async for _ in stream:
+                        pass
+            await until(lambda: running.dead)
+            with pytest.raises(Dead, match="illegal memory"):
+                await running.generate(PROMPTS[0])
+
+    asyncio.run(ask())
+
+
+def test_closing_ends_those_in_flight(model):
+    engine = Engine(model, tokens=4096)
+
+    async def close():
+        async with AsyncEngine(engine) as running:
+            task = asyncio.create_task(running.generate(PROMPTS[0], Sampling(2000)))
+            await until(lambda: engine.running)
+        with pytest.raises(Dead, match="closed"):
+            await task
+
+    asyncio.run(close())
+    assert drained(engine)
+
+
+def test_a_slow_reader_gets_all_in_few_pieces(model):
+    async def slow():
+        async with AsyncEngine(Engine(model)) as running, running.open(PROMPTS[0], Sampling(60)) as stream:
+            await until(lambda: stream.request.finish)
+            await asyncio.sleep(0.05)
+            return [piece async for piece in stream]
+
+    assert asyncio.run(slow()) == [alone(model, PROMPTS[0], Sampling(60)).text]

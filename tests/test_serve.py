@@ -1,0 +1,992 @@
+"""What a client of the server gets is what the Engine alone gives; what is wrong is refused and hurts nobody else."""
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small import SLOTS, small_mm1, small_run
+from test_generate import PROMPTS, picture
+
+pytest.importorskip("uvicorn", reason="serving is an extra")
+pytest.importorskip("starlette")
+openai = pytest.importorskip("openai")
+
+from mm1.engine.data.batch import exact_budget  # noqa: E402
+from mm1.engine.data.document import Budget, DocumentEncoder  # noqa: E402
+from mm1.engine.data.images import ImagePolicy, decode  # noqa: E402
+from mm1.engine.data.record import DataError, Unreadable  # noqa: E402
+from mm1.engine.data.sources import open_source  # noqa: E402
+from mm1.engine.generate import Busy, Engine, encode_prompts  # noqa: E402
+from mm1.engine.sampling import Sampling  # noqa: E402
+from mm1.engine.serve import app, chat, images, urls  # noqa: E402
+from mm1.engine.serve.app import Service, server_of  # noqa: E402
+from mm1.engine.serve.images import Decoder  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+CHAT = "/v1/chat/completions"
+LONG = 1500  # tokens that take the small model a second or more
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_mm1(seed=5).eval()
+
+
+@contextmanager
+def serving(model, *, batch=8, queue=64, tokens=8192, small=False, **options):
+    """Port and service, on a thread and an event loop of its own. small: what its sockets hold."""
+    service = Service(Engine(model, tokens=tokens, batch=batch, queue=queue), "small", **options)
+    listener = socket.create_server(("127.0.0.1", 0))
+    if small:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    server = server_of(service)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive())
+        yield listener.getsockname()[1], service
+    finally:
+        server.should_exit = True
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with serving(model) as (port, service):
+        yield port, service
+
+
+@pytest.fixture
+def port(served):
+    return served[0]
+
+
+@pytest.fixture
+def client(port):
+    with client_of(port) as client:
+        yield client
+
+
+def client_of(port, key="none"):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.005)
+
+
+def asked(port, method, path, body=None, headers=None):
+    """Status, headers, body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = json.dumps(body) if isinstance(body, dict | list) else body
+    connection.request(method, path, body, headers or {}, encode_chunked=not isinstance(body, str | bytes | None))
+    answer = connection.getresponse()
+    found = answer.status, answer.headers, answer.read()
+    connection.close()
+    return found
+
+
+def refused(port, body, status=400):
+    found, _, answer = asked(port, "POST", CHAT, body)
+    assert found == status, answer
+    error = json.loads(answer)["error"]
+    assert {"message", "type", "code"} <= error.keys()
+    assert "\n" not in error["message"]
+    return error["message"]
+
+
+def health(port):
+    return json.loads(asked(port, "GET", "/health")[2])
+
+
+def idle(port):
+    now = health(port)
+    return now["running"] == now["waiting"] == 0 and now["pages"]["free"] == now["pages"]["total"]
+
+
+def metric(port, name):
+    lines = asked(port, "GET", "/metrics")[2].decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+
+def png(image) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def image_url(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def parts(prompt):
+    return [text(part) if isinstance(part, str) else image_url(data_url(png(part))) for part in prompt]
+
+
+def raw(prompt, **more):
+    """A request for the prompt as it is."""
+    return {"messages": [{"role": "user", "content": parts(prompt)}], "template": "none", **more}
+
+
+def create(client, prompt, **more):
+    return client.chat.completions.create(
+        model="small",
+        messages=raw(prompt)["messages"],
+        extra_body={"template": "none", **more.pop("extra", {})},
+        **more,
+    )
+
+
+def alone(model, prompt, *args, **kwargs):
+    engine = Engine(model)
+    request = engine.submit(prompt, Sampling(*args, **kwargs))
+    engine.run()
+    return request
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_an_answer_is_the_engines(model, client, prompt):
+    truth = alone(model, prompt, 12)
+    found = create(client, prompt, max_tokens=12, logprobs=True)
+    [choice] = found.choices
+    assert (choice.message.content, choice.message.role) == (truth.text, "assistant")
+    assert choice.finish_reason == truth.finish
+    assert [entry.logprob for entry in choice.logprobs.content] == pytest.approx(truth.logprobs, abs=1e-4)
+    assert [entry.token for entry in choice.logprobs.content] == [model.tokenizer.decode([t]) for t in truth.tokens]
+    assert found.usage.prompt_tokens == len(truth.document.tokens)
+    assert found.usage.completion_tokens == len(truth.tokens)
+    assert found.usage.total_tokens == len(truth.document.tokens) + len(truth.tokens)
+
+
+def test_a_streamed_answer_adds_up_to_it(model, client):
+    truth = alone(model, PROMPTS[0], 40)
+    chunks = list(create(client, PROMPTS[0], max_tokens=40, logprobs=True, stream=True,
+                         stream_options={"include_usage": True}))  # fmt: skip
+    *body, last = chunks
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert body[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in body) == truth.text
+    assert [chunk.choices[0].finish_reason for chunk in body] == [None] * (len(body) - 1) + [truth.finish]
+    entries = [entry for chunk in body if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [entry.logprob for entry in entries] == pytest.approx(truth.logprobs, abs=1e-4)
+    assert last.choices == []
+    assert last.usage.completion_tokens == len(truth.tokens)
+
+
+def test_a_stream_is_events_that_end_with_done(port):
+    status, headers, body = asked(port, "POST", CHAT, raw(["one"], stream=True, max_tokens=3))
+    assert status == 200
+    assert headers["content-type"].startswith("text/event-stream")
+    events = body.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-2])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_are_submissions_with_seeds_one_apart(model, client, stream):
+    settings = {"temperature": 0.9, "top_p": 0.95}
+    truth = [alone(model, PROMPTS[0], 16, **settings, top_k=20, repetition_penalty=1.1, seed=7 + i) for i in range(3)]
+    found = create(client, PROMPTS[0], max_completion_tokens=16, **settings, seed=7, n=3, stream=stream,
+                   extra={"top_k": 20, "repetition_penalty": 1.1})  # fmt: skip
+    texts = ["", "", ""]
+    for choice in [c for chunk in found for c in chunk.choices] if stream else found.choices:
+        texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+    assert texts == [request.text for request in truth]
+    assert len(set(texts)) == 3
+
+
+def test_it_stops_before_any_stop_string(model, client):
+    plain = alone(model, PROMPTS[0], 30).text
+    for stop in (plain[5:8], [plain[9:12], plain[6:8]]):
+        truth = alone(model, PROMPTS[0], 30, stop=(stop,) if isinstance(stop, str) else tuple(stop))
+        found = create(client, PROMPTS[0], max_tokens=30, stop=stop).choices[0]
+        assert (found.message.content, found.finish_reason) == (truth.text, "stop")
+
+
+def test_a_shared_prompt_is_computed_once_and_said_so(model, client, port):
+    prompt = ["that was a long beginning, and it is longer yet, " * 3, *PROMPTS[0]]
+    truth = alone(model, prompt, 4)
+    first, second = (create(client, prompt, max_tokens=4) for _ in range(2))
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert first.choices == second.choices
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert len(truth.document.tokens) - 17 <= cached < len(truth.document.tokens)
+    assert metric(port, "mm1_prompt_tokens_total") >= 2 * len(truth.document.tokens)
+
+
+def test_an_uploaded_image_is_the_same_image(model, client, port):
+    upload = client.files.create(file=("two.png", png(PROMPTS[1][0])), purpose="vision")
+    assert (upload.filename, upload.bytes) == ("two.png", len(png(PROMPTS[1][0])))
+    assert client.files.create(file=("again.png", png(PROMPTS[1][0])), purpose="vision").id == upload.id
+    truth = alone(model, PROMPTS[1], 8).text
+    for part in (image_url(upload.id), {"type": "file", "file": {"file_id": upload.id}}):
+        message = {"role": "user", "content": [part]}
+        found = client.chat.completions.create(model="small", messages=[message], max_tokens=8,
+                                               extra_body={"template": "none"})  # fmt: skip
+        assert found.choices[0].message.content == truth
+    assert "upload it again" in refused(port, raw([]) | {"messages": [
+        {"role": "user", "content": [image_url("file-0123")]}]})  # fmt: skip
+    with pytest.raises(openai.BadRequestError, match="not an image"):
+        client.files.create(file=("no.png", b"no image"), purpose="vision")
+    assert asked(port, "POST", "/v1/files", {"file": "x"})[0] == 400
+
+
+def test_uploads_are_bounded_and_the_last_used_stay(model):
+    with serving(model, max_bytes=2000) as (port, service), client_of(port) as client:
+        first = client.files.create(file=("a", png(picture(20, 24, 0))), purpose="vision").id
+        for seed in range(1, 13):
+            client.files.create(file=("a", png(picture(20, 24, seed))), purpose="vision")
+            message = {"role": "user", "content": [image_url(first)]}
+            client.chat.completions.create(model="small", messages=[message], max_tokens=1)
+        assert first in service.files
+        assert 10 * 1400 < sum(map(len, service.files.values())) <= 16_000
+
+
+def test_the_async_client_streams_many_side_by_side(model, port):
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0) as client:
+
+            async def one(prompt):
+                chunks = await client.chat.completions.create(
+                    model="small", max_tokens=20, stream=True, extra_body={"template": "none"},
+                    messages=raw(prompt)["messages"],
+                )  # fmt: skip
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+            return await asyncio.gather(*(one(prompt) for prompt in PROMPTS * 3))
+
+    assert asyncio.run(all_of_them()) == [alone(model, prompt, 20).text for prompt in PROMPTS] * 3
+
+
+def test_models_lists_the_one_there_is(client, port):
+    assert [model.id for model in client.models.list()] == ["small"]
+    with pytest.raises(openai.NotFoundError, match="'small'"):
+        client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "one"}])
+    assert asked(port, "GET", "/v1/nothing")[0] == 404
+    assert asked(port, "GET", CHAT)[0] == 405
+    assert json.loads(asked(port, "GET", "/v1/nothing")[2])["error"]["type"] == "invalid_request_error"
+
+
+def encoder(model):
+    c = model.config
+    policy = ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches)
+    return DocumentEncoder(model.tokenizer, policy, SLOTS, exact_budget([], c.vision.patch))
+
+
+def encoded(model, asked: chat.Asked):
+    """As the server encodes it, decoding in this process."""
+    views = encoder(model).policy.views
+    found = [views(decode(base64.b64decode(p.url.split(",")[1]))) if isinstance(p, chat.Picture) else p
+             for p in asked.parts]  # fmt: skip
+    return chat.encode(model.tokenizer, SLOTS, found)
+
+
+def test_messages_are_laid_out_as_conversations_were_in_training(model, tmp_path):
+    turns = ["<image>\nhow many sevens? ", "two", "and here: <image><image>, nines?", "none\n", "sure?", "yes"]
+    pictures = [data_url(png(picture(12, 24, seed))) for seed in range(3)]
+    record = {"image": pictures, "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}  # fmt: skip
+    (tmp_path / "talk.jsonl").write_text(json.dumps(record))
+    encode = encoder(model)
+    large = Budget(tokens=4096, images=16, patches=4096, documents=1)
+    [trained] = DocumentEncoder(encode.tokenizer, encode.policy, SLOTS, large)(
+        open_source("conversations", str(tmp_path / "talk.jsonl"), Path())[0]
+    )
+    left = iter(pictures)
+
+    def content(turn):
+        first, *rest = turn.split("<image>")
+        return [text(first), *(p for words in rest for p in (image_url(next(left)), text(words)))]
+
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn if i % 2 else content(turn)}
+                for i, turn in enumerate(turns[:-1])]  # fmt: skip
+    found = encoded(model, chat.parse(json.dumps({"messages": messages}).encode()))
+    answer = [*model.tokenizer.encode(" yes"), model.tokenizer.eos]
+    assert [*found.tokens, *answer] == trained.tokens.tolist()
+    assert all(np.array_equal(a, b) for a, b in zip(found.images, trained.images, strict=True))
+
+
+def test_a_systems_words_come_first_on_a_line_of_their_own():
+    body = {"messages": [{"role": "system", "content": "Count."}, {"role": "user", "content": " how many? "}]}
+    assert chat.parse(json.dumps(body).encode()).parts == ("Count.\nUSER: how many? ASSISTANT:",)
+
+
+def test_shots_can_be_asked_exactly_as_the_demo_was_trained(model):
+    """Whatever the messages are cut into."""
+    prompt = [
+        "quiz\n",
+        picture(seed=1),
+        "question: how many twos? answer: one\n",
+        picture(),
+        "question: sevens? answer:",
+    ]
+    [truth] = encode_prompts(model, [prompt])
+    a, b = (image_url(data_url(png(prompt[i]))) for i in (1, 3))
+    messages = [
+        {"role": "system", "content": "quiz\n"},
+        {"role": "user", "content": [a, text("question: how many "), text("twos? answer:")]},
+        {"role": "assistant", "content": " one\n"},
+        {"role": "user", "content": [b, text("question: sevens? answer:")]},
+    ]
+    for body in (raw(prompt), {"messages": messages, "template": "none"}):
+        found = encoded(model, chat.parse(json.dumps(body).encode()))
+        assert found.tokens.tolist() == truth.tokens.tolist()
+        assert all(np.array_equal(x, y) for x, y in zip(found.images, truth.images, strict=True))
+
+
+def test_a_mark_in_a_text_is_text(model, client):
+    """No client can make slots of images without images."""
+    found = create(client, ["<image><eos><bos>"], max_tokens=1)
+    assert found.usage.prompt_tokens == len(encode_prompts(model, [["<image><eos><bos>"]])[0].tokens)
+    assert model.tokenizer.image not in encode_prompts(model, [["<image><eos><bos>"]])[0].tokens
+
+
+ONE = [{"role": "user", "content": "one"}]
+WRONG = [
+    "", "{", "null", "[]", "3", '"x"', "{}", '{"messages": NaN}', "[" * 100_000, b"\xff\xfe",
+    '{"seed": 1' + "0" * 5000 + "}",
+    {"messages": None}, {"messages": []}, {"messages": {}}, {"messages": ["one"]}, {"messages": [{}]},
+    {"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": 3}]},
+    {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": [], "content": "x"}]},
+    {"messages": [{"role": "user", "content": ["one"]}]}, {"messages": [{"role": "user", "content": [{}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:"}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 3}}]}]},
+    {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
+    {"messages": [*ONE, {"role": "assistant", "content": "two"}]},
+    {"messages": [{"role": "assistant", "content": [image_url("data:image/png;base64,")]}, *ONE]},
+    *({"messages": ONE, name: value} for name, values in {
+        "max_tokens": (0, -1, 1.5, "3", True, [], 1 << 30), "temperature": (-1, "hot", [], True, 1e300),
+        "top_p": (0, 1.1, "x", {}), "n": (0, 17, 1.0, "2"), "top_k": (-1, 0.5), "seed": (0.5, "s", 1 << 63),
+        "repetition_penalty": (0, 1e-300, "x", float("nan"), float("inf")),
+        "stop": (3, [3], {}, "", ["x"] * 17, "x" * 1000), "stream": ("yes", 1),
+        "stream_options": (True, {"include_usage": "x"}), "logprobs": (1, "x"), "top_logprobs": (3,),
+        "template": ("chatml", 3, []), "model": (3, {}), "tools": ([{"type": "function"}], "x"),
+        "response_format": ({"type": "json_object"},), "audio": ({"voice": "x"},), "frequency_penalty": (0.5,),
+        "logit_bias": ({"5": 1},), "unheard_of": (1,), "max_completion_tokens": (0,),
+    }.items() for value in values),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", WRONG, ids=lambda body: repr(body)[:70])
+def test_what_is_wrong_is_refused_in_one_line(port, body):
+    message = refused(port, body)
+    assert 0 < len(message) < 400
+
+
+def test_what_asks_for_nothing_is_let_through(port):
+    body = {"messages": [{**ONE[0], "name": "me", "tool_calls": None}], "max_tokens": 1, "temperature": 1e-9,
+            "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "me", "logit_bias": None,
+            "frequency_penalty": 0, "presence_penalty": 0.0, "store": False, "metadata": {"a": "b"}}  # fmt: skip
+    assert asked(port, "POST", CHAT, body)[0] == 200
+
+
+def test_next_to_no_temperature_is_none(model, client):
+    settings = {"temperature": 1e-40, "max_tokens": 20, "seed": 1}
+    assert create(client, PROMPTS[0], **settings).choices[0].message.content == alone(model, PROMPTS[0], 20).text
+
+
+def test_a_prompt_longer_than_the_cache_is_refused(port):
+    assert "exceed 8192" in refused(port, raw(["one"], max_tokens=9000))
+    assert "exceeds 8192" in refused(port, raw(["one " * 200_000]))
+
+
+def header_of(width, height) -> bytes:
+    """A PNG that claims to be so large, and ends where its pixels begin."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return head + struct.pack(">I", 1 << 20) + b"IDAT"
+
+
+def bomb(side: int) -> bytes:
+    """Black, whole and valid: a thousandth of its pixels' bytes."""
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + side)) for _ in range(side)) + packer.flush()
+    found = b"\x89PNG\r\n\x1a\n"
+    for name, content in (
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)),
+        (b"IDAT", rows),
+        (b"IEND", b""),
+    ):
+        found += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return found
+
+
+def form_of(image, form, **options) -> bytes:
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+NO_IMAGES = {
+    "truncated": (png(picture(64, 64))[:-400], "broken image"),
+    "of a billion pixels": (header_of(40_000, 25_000), "pixels"),
+    "of 2^62 pixels": (header_of((1 << 31) - 1, (1 << 31) - 1), "pixels"),
+    "of a few pixels too many": (header_of(5800, 5800), "expected at most 33554432"),
+    "a bomb": (bomb(12_000), "pixels"),
+    "text": (b"hello", "not an image"),
+    "empty": (b"", "not an image"),
+    "tiff": (form_of(picture(), "TIFF"), "not an image"),
+    "eps": (form_of(picture(), "EPS"), "not an image"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_good_image_is_refused(port, name):
+    data, why = NO_IMAGES[name]
+    before = metric(port, "mm1_images_total")
+    assert why in refused(port, raw([]) | {"messages": [{"role": "user", "content": [image_url(data_url(data))]}]})
+    assert metric(port, "mm1_images_total") == before + 1
+
+
+NO_URLS = ["data:text/html;base64,AAAA", "data:image/png;base64,@@", "file:///etc/passwd", "/etc/passwd",
+           "http://127.0.0.1/a.png", "https://example.com/a.png", "", "data:"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", NO_URLS)
+def test_an_image_is_data_or_an_upload_and_nothing_else(port, url):
+    refused(port, {"messages": [{"role": "user", "content": [image_url(url)]}]})
+
+
+def test_images_are_counted_before_any_is_decoded(model):
+    with serving(model, max_images=2) as (port, service):
+        body = {"messages": [{"role": "user", "content": [image_url("data:image/png;base64,AAAA")] * 3}]}
+        assert "3 images, expected at most 2" in refused(port, body)
+        assert not service.decoder.views
+        assert asked(port, "POST", CHAT, raw([picture()] * 2, max_tokens=1))[0] == 200
+
+
+def test_all_formats_and_modes_are_what_this_process_decodes():
+    policy = ImagePolicy(4, "native", 24, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cases = [form_of(picture(12, 24).convert(mode), form) for form, modes in {
+        "PNG": ("RGB", "L", "RGBA", "P", "LA", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"),
+        "GIF": ("RGB", "P"), "BMP": ("RGB", "L")}.items() for mode in modes]  # fmt: skip
+    cases += [form_of(picture(12, 24), "JPEG", exif=exif),
+              form_of(picture(), "GIF", save_all=True, append_images=[picture(seed=1)])]  # fmt: skip
+
+    async def decoded():
+        async with Decoder(policy, 10_000) as decoder:
+            return [await decoder.decode(case) for case in cases]
+
+    for case, found in zip(cases, asyncio.run(decoded()), strict=True):
+        [truth], [view] = policy.views(decode(case)), found
+        assert np.array_equal(view, truth)
+
+
+def test_an_image_of_parts_comes_with_them():
+    policy = ImagePolicy(4, "squash", 8, parts=2)
+
+    async def decoded():
+        async with Decoder(policy, 10_000, processes=1) as decoder:
+            return await decoder.decode(png(picture(20, 20)))
+
+    truth = policy.views(picture(20, 20))
+    assert all(np.array_equal(a, b) for a, b in zip(asyncio.run(decoded()), truth, strict=True))
+
+
+def test_the_process_that_decodes_has_nothing(monkeypatch):
+    monkeypatch.setenv("MM1_API_KEY", "secret")
+
+    async def looked_at():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 1_000_000, processes=1) as decoder:
+            process = await decoder.idle.get()
+            decoder.idle.put_nowait(process)
+            folder = Path(f"/proc/{process.pid}")
+            return (folder / "limits").read_text(), (folder / "environ").read_bytes(), (folder / "maps").read_text()
+
+    limits, environment, maps = asyncio.run(looked_at())
+    found = {line[:25].strip(): line[26:].split()[0] for line in limits.splitlines()}
+    assert found["Max open files"] == "3"
+    assert found["Max core file size"] == found["Max file size"] == found["Max processes"] == "0"
+    assert found["Max address space"] == str((512 << 20) + 32_000_000)
+    assert b"secret" not in environment
+    assert "libtorch" not in maps
+
+
+def test_too_little_memory_refuses_one_image():
+    async def decoded():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 60_000_000, processes=1) as decoder:
+            process = await decoder.idle.get()
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (200 << 20, 200 << 20))
+            decoder.idle.put_nowait(process)
+            with pytest.raises(Unreadable):
+                await decoder.decode(form_of(Image.new("RGB", (7000, 7000)), "PNG"))
+            return await decoder.decode(png(picture()))
+
+    assert len(asyncio.run(decoded())) == 1
+
+
+def killed(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+def stopped(pid):
+    os.kill(pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("how", [killed, stopped])
+def test_a_process_that_breaks_fails_its_own_image(monkeypatch, how):
+    monkeypatch.setattr(images, "SECONDS", 0.3)
+
+    async def decoded():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=2) as decoder:
+            ill, well = await decoder.idle.get(), await decoder.idle.get()
+            how(ill.pid)
+            decoder.idle.put_nowait(ill)
+            decoder.idle.put_nowait(well)
+            with pytest.raises(Unreadable, match="broke" if how is killed else "took more than"):
+                await decoder.decode(png(picture(seed=0)))
+            monkeypatch.setattr(images, "SECONDS", 30)
+            for seed in range(1, 4):
+                assert len(await decoder.decode(png(picture(seed=seed)))) == 1
+            assert await ill.wait() != 0
+
+    asyncio.run(decoded())
+
+
+def test_who_leaves_while_an_image_is_decoded_leaves_no_answer_for_the_next():
+    policy = ImagePolicy(4, "native", 24, 64)
+
+    async def decoded():
+        async with Decoder(policy, 1_000_000, processes=1) as decoder:
+            task = asyncio.create_task(decoder.decode(png(picture(800, 800, 1))))
+            while not decoder.idle.empty():
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return await decoder.decode(png(picture(12, 24, 2)))
+
+    assert np.array_equal(asyncio.run(decoded())[0], policy.views(picture(12, 24, 2))[0])
+
+
+def test_no_more_images_wait_than_may():
+    async def decoded():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=1, waiting=2) as decoder:
+            return await asyncio.gather(
+                *(decoder.decode(png(picture(seed=s))) for s in range(5)), return_exceptions=True
+            )
+
+    found = asyncio.run(decoded())
+    assert [isinstance(f, Busy) for f in found].count(True) == 2
+    assert [isinstance(f, list) for f in found].count(True) == 3
+
+
+def test_reading_images_needs_no_torch():
+    code = "import sys, mm1.engine.serve.images; print({'torch', 'starlette'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found == "set()\n"
+
+
+OWN = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "192.168.0.1",
+    "172.16.0.1",
+    "169.254.169.254",
+    "0.0.0.0",
+    "::1",
+    "fe80::1",
+    "fd00::1",
+    "::ffff:127.0.0.1",
+    "64:ff9b::7f00:1",
+    "2002:7f00:1::",
+    "224.0.0.1",
+    "100.64.0.1",
+    "::",
+    "255.255.255.255",
+]
+
+
+@pytest.mark.parametrize("address", OWN)
+def test_no_address_of_ones_own_is_public(address):
+    assert not urls.public(address)
+
+
+def test_public_addresses_are():
+    assert urls.public("93.184.216.34")
+    assert urls.public("2606:2800:220:1:248:1893:25c8:1946")
+
+
+@pytest.fixture
+def host():
+    """A web server that answers what the path says."""
+    answers = {
+        "/a.png": b"HTTP/1.0 200 OK\r\nContent-Type: image/png\r\n\r\n" + png(PROMPTS[1][0]),
+        "/large": b"HTTP/1.0 200 OK\r\n\r\n" + bytes(1 << 20),
+        "/moved": b"HTTP/1.0 302 Found\r\nLocation: /a.png\r\n\r\n",
+        "/nothing": b"",
+    }
+
+    def answer():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            path = connection.recv(4096).decode().split()[1]
+            with connection:
+                if path != "/never":
+                    connection.sendall(answers[path])
+                else:
+                    time.sleep(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_url_is_fetched_once_from_a_public_address_and_within_bounds(monkeypatch, host):
+    def fetched(path):
+        return asyncio.run(urls.fetch(host + path, 1 << 16))
+
+    for name in ("localhost", "127.0.0.1", "127.1", "0x7f000001", "[::1]"):
+        with pytest.raises(DataError, match="address"):
+            asyncio.run(urls.fetch(f"http://{name}:{host.rpartition(':')[2]}/a.png", 1 << 16))
+    for wrong in ("ftp://x/a", "http:///a", "http://x:99999/", "http://x/a b", "http://x/\r\nHost: y", "http://ü/"):
+        with pytest.raises(DataError):
+            asyncio.run(urls.fetch(wrong, 1 << 16))
+    monkeypatch.setattr(urls, "public", lambda address: True)
+    assert fetched("/a.png") == png(PROMPTS[1][0])
+    with pytest.raises(DataError, match="more than 65536 bytes"):
+        fetched("/large")
+    with pytest.raises(DataError, match="answered 302"):
+        fetched("/moved")
+    with pytest.raises(DataError, match="answered nothing"):
+        fetched("/nothing")
+    monkeypatch.setattr(urls, "SECONDS", 0.2)
+    with pytest.raises(DataError, match="took more than"):
+        fetched("/never")
+
+
+def test_urls_are_fetched_where_that_is_allowed(model, monkeypatch, host):
+    with serving(model, allow_urls=True) as (port, _), client_of(port) as client:
+        message = {"role": "user", "content": [image_url(f"{host}/a.png")]}
+        assert "public address" in refused(port, {"messages": [message]})
+        monkeypatch.setattr(urls, "public", lambda address: True)
+        found = client.chat.completions.create(model="small", messages=[message], max_tokens=8,
+                                               extra_body={"template": "none"})  # fmt: skip
+        assert found.choices[0].message.content == alone(model, PROMPTS[1], 8).text
+
+
+def test_with_a_key_nothing_is_answered_without_it(model):
+    with serving(model, key="sesame") as (port, _):
+        with client_of(port, "sesame") as client:
+            assert create(client, ["one"], max_tokens=1).choices
+        with client_of(port, "sesamf") as client, pytest.raises(openai.AuthenticationError, match="API key"):
+            create(client, ["one"], max_tokens=1)
+        for path, status in {"/v1/models": 401, "/metrics": 401, "/v1/files": 401, "/health": 200, "/": 200}.items():
+            assert asked(port, "GET", path)[0] == status
+            assert asked(port, "GET", path, headers={"Authorization": "Bearer sesam\xe9"})[0] == status
+        assert (
+            asked(port, "GET", "/v1/models", headers={"Authorization": "Bearer sesame", "Host": "a.example"})[0] == 200
+        )
+
+
+def test_without_a_key_no_other_page_and_no_other_name_reaches_it(port):
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
+                    {"Host": "127.0.0.1.evil.example"}):  # fmt: skip
+        assert asked(port, "GET", "/v1/models", headers=headers)[0] == 403
+    own = f"127.0.0.1:{port}"
+    assert asked(port, "GET", "/v1/models", headers={"Host": own, "Origin": f"http://{own}"})[0] == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_too_large_is_refused_while_it_arrives(model, chunked):
+    with serving(model, max_bytes=100_000) as (port, service):
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+        for path, body in ((CHAT, b"{"), ("/v1/files", head)):
+            body += b" " * 8_000_000  # more than a socket holds
+            pieces = iter([body[i : i + 50_000] for i in range(0, len(body), 50_000)]) if chunked else body
+            status, _, answer = asked(port, "POST", path, pieces, {"Content-Type": "multipart/form-data; boundary=x"})
+            assert status == 413, answer
+            assert "100000 bytes" in json.loads(answer)["error"]["message"]
+        assert service.held == service.active == 0
+
+
+def test_a_refusal_reaches_who_is_still_sending(model):
+    with serving(model, key="sesame") as (port, _):
+        assert asked(port, "POST", CHAT, b" " * 8_000_000)[0] == 401
+        assert asked(port, "POST", "/v1/nothing", b" " * 8_000_000, {"Authorization": "Bearer sesame"})[0] == 404
+
+
+def test_a_body_that_never_comes_is_not_waited_for(model, monkeypatch):
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    with serving(model) as (port, service), socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{{".encode())
+        assert b" 408 " in connection.recv(1000)
+        until(lambda: not service.active)
+
+
+def begun(port, size):
+    """A connection that has sent so many of a thousand bytes."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(
+        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n".encode() + b" " * size
+    )
+    return connection
+
+
+def test_requests_that_are_still_arriving_count(model):
+    with serving(model, batch=1, queue=1) as (port, service):
+        arriving = [begun(port, 10), begun(port, 10)]
+        until(lambda: service.active == 2)
+        assert asked(port, "POST", CHAT, raw(["one"]))[0] == 429
+        for connection in arriving:
+            connection.close()
+        until(lambda: not service.active)
+        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
+
+
+def test_all_requests_together_are_bounded(model, monkeypatch):
+    monkeypatch.setattr(app, "BODY_SECONDS", 4)
+    with serving(model, max_bytes=1000) as (port, service):
+        arriving = []
+        while service.held <= 31_000:
+            arriving.append(begun(port, 900))
+            until(lambda: service.held >= 900 * len(arriving))
+        last = begun(port, 900)
+        assert b" 429 " in last.recv(1000)
+        for connection in [*arriving, last]:
+            connection.close()
+        until(lambda: not service.held)
+
+
+def streaming(port, prompt, **more):
+    """A connection that has read the head of a stream."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    send(connection, raw(prompt, stream=True, **more))
+    found = b""
+    while b"data: " not in found:
+        found += connection.recv(1000)
+    assert b" 200 " in found
+    return connection
+
+
+def send(connection, body):
+    body = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+
+
+def test_a_full_queue_is_said_and_when_to_come_again(model):
+    with serving(model, batch=1, queue=1) as (port, _):
+        first, second = streaming(port, PROMPTS[0], max_tokens=LONG), streaming(port, PROMPTS[1], max_tokens=LONG)
+        status, headers, answer = asked(port, "POST", CHAT, raw(["one"]))
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert json.loads(answer)["error"]["code"] == "rate_limit_exceeded"
+        with client_of(port) as client, pytest.raises(openai.RateLimitError):
+            create(client, ["one"])
+        assert health(port)["running"] == 1
+        first.close()
+        second.close()
+        until(lambda: idle(port))
+        assert metric(port, "mm1_requests_total") == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_disconnects_frees_the_engine(model, stream):
+    with serving(model) as (port, service):
+        if stream:
+            connection = streaming(port, PROMPTS[0], max_tokens=7000, n=1)
+        else:
+            connection = socket.create_connection(("127.0.0.1", port))
+            send(connection, raw(PROMPTS[0], max_tokens=7000))
+        until(lambda: health(port)["running"] == 1)
+        assert health(port)["pages"]["free"] < 100
+        connection.close()
+        until(lambda: idle(port))
+        until(lambda: not service.active)
+        assert metric(port, "mm1_tokens_total") < 7000
+        assert metric(port, "mm1_pages_used") == 0
+
+
+def test_a_slow_reader_holds_nobody_up_and_gets_all(model):
+    with serving(model, small=True) as (port, _), client_of(port) as client:
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slow.connect(("127.0.0.1", port))
+        send(slow, raw(PROMPTS[0], max_tokens=2000, stream=True, logprobs=True))
+        truth = alone(model, PROMPTS[1], 30).text
+        assert create(client, PROMPTS[1], max_tokens=30).choices[0].message.content == truth
+        until(lambda: idle(port))  # the engine is done with it, read or not
+        assert create(client, PROMPTS[1], max_tokens=30).choices[0].message.content == truth
+        received = b""
+        while more := slow.recv(1 << 16):
+            received += more
+        events = [line for line in received.decode().split("\r\n") if line.startswith("data: ")]
+        found = "".join(
+            choice["delta"].get("content", "")
+            for event in "".join(events).split("data: ")[1:]
+            if not event.startswith("[DONE]")
+            for choice in json.loads(event)["choices"]
+        )
+        assert found == alone(model, PROMPTS[0], 2000).text
+
+
+def test_a_reader_that_takes_nothing_is_left_in_the_end(model, monkeypatch):
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.2)
+    with serving(model, small=True) as (port, service):
+        stuck = socket.socket()
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        stuck.connect(("127.0.0.1", port))
+        send(stuck, raw(PROMPTS[0], max_tokens=500, n=16, stream=True, logprobs=True, temperature=1))
+        until(lambda: metric(port, "mm1_requests_total"))
+        until(lambda: not service.active and idle(port))
+        stuck.close()
+
+
+def test_two_hundred_clients_at_once_get_their_answers_and_health_answers_meanwhile(model):
+    truth = {i: alone(model, prompt, 6 + i).text for i, prompt in enumerate(PROMPTS)}
+
+    async def ask(i):
+        body = json.dumps(raw(PROMPTS[i % 4], max_tokens=6 + i % 4)).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n".encode())
+        writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        return i, int(head.split()[1]), json.loads(answer)
+
+    async def all_of_them():
+        tasks = [asyncio.create_task(ask(i)) for i in range(200)]
+        answered = 0
+        while not all(task.done() for task in tasks):
+            assert (await asyncio.to_thread(health, port))["status"] == "ok"
+            answered += 1
+        return [await task for task in tasks], answered
+
+    with serving(model, batch=32, queue=256) as (port, service):
+        found, answered = asyncio.run(all_of_them())
+        until(lambda: idle(port))
+        assert metric(port, "mm1_requests_total") == 200
+        assert metric(port, "mm1_first_token_seconds_count") == 200
+        assert service.held == service.active == 0
+    assert answered
+    assert {status for _, status, _ in found} == {200}
+    for i, _, answer in found:
+        assert answer["choices"][0]["message"]["content"] == truth[i % 4]
+
+
+def fails_behind(tokens, engine):
+    step = engine.step
+
+    def failing():
+        if any(len(request.tokens) > tokens for request in engine.running):
+            raise MemoryError("no more")
+        return step()
+
+    engine.step = failing
+
+
+def test_a_failing_step_is_told_and_the_next_request_is_answered(model):
+    with serving(model) as (port, service), client_of(port) as client:
+        fails_behind(20, service.engine.engine)
+        with pytest.raises(openai.InternalServerError, match="no more"):
+            create(client, PROMPTS[0], max_tokens=50)
+        with pytest.raises(openai.APIError, match="no more"):
+            list(create(client, PROMPTS[0], max_tokens=50, stream=True))
+        assert create(client, PROMPTS[0], max_tokens=5).choices[0].message.content == alone(model, PROMPTS[0], 5).text
+        assert idle(port)
+
+
+def test_a_dead_engine_is_told_by_health_and_to_every_client(model):
+    with serving(model) as (port, service):
+        service.engine.dead = app.Dead("gone")
+        status, _, answer = asked(port, "GET", "/health")
+        assert (status, json.loads(answer)["status"]) == (503, "dead")
+        assert "gone" in refused(port, raw(["one"]), 503)
+
+
+def test_metrics_are_those_of_what_was_done(model):
+    with serving(model) as (port, _), client_of(port) as client:
+        truth = alone(model, PROMPTS[0], 10)
+        create(client, PROMPTS[0], max_tokens=10)
+        list(create(client, PROMPTS[0], max_tokens=10, stream=True))
+        refused(port, "{")
+        assert metric(port, 'mm1_requests_total{status="200"}') == 2
+        assert metric(port, 'mm1_requests_total{status="400"}') == 1
+        assert metric(port, "mm1_tokens_total") == 2 * len(truth.tokens)
+        assert metric(port, "mm1_prompt_tokens_total") == 2 * len(truth.document.tokens)
+        assert metric(port, "mm1_first_token_seconds_count") == metric(port, "mm1_token_seconds_count") == 2
+        assert metric(port, "mm1_images_total") == 2
+        assert metric(port, "mm1_running") == metric(port, "mm1_waiting") == 0
+        assert metric(port, "mm1_pages") == 8192 / 16
+
+
+def test_an_address_that_others_reach_takes_a_key(monkeypatch):
+    monkeypatch.delenv("MM1_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "192.168.1.7", "example.com", ""):
+        with pytest.raises(DataError, match="can be reached by others: set MM1_API_KEY"):
+            app.serve(Path("nowhere"), host=host, port=0, api_key=None, engine={})
+
+
+def test_what_runs_too_long_is_cut_off_at_the_end(model, monkeypatch):
+    monkeypatch.setattr(app, "STOP_SECONDS", 0.2)
+    with serving(model) as (port, service):
+        connection = streaming(port, PROMPTS[0], max_tokens=7000)
+    while received := connection.recv(1 << 16):
+        assert b"[DONE]" not in received
+    connection.close()
+    assert not service.engine.engine.running
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_lets_answers_end(tmp_path_factory, number):
+    from mm1.engine.train import train
+
+    folder = tmp_path_factory.getbasetemp() / "served"
+    if not folder.exists():
+        train(small_run(steps=2), folder)
+    command = [sys.executable, "-m", "mm1.cli", "serve", str(folder), "--port", "0", "--tokens", "4096"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MM1_API_KEY": "sesame"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("served: http://127.0.0.1:"), process.communicate()
+        with client_of(int(line.rpartition(":")[2]), "sesame") as client:
+            assert [model.id for model in client.models.list()] == ["served"]
+            chunks = client.chat.completions.create(model="served", stream=True, max_tokens=600, messages=ONE)
+            next(chunks)
+            process.send_signal(number)
+            *_, last = chunks
+            assert last.choices[0].finish_reason in ("stop", "length")
+        out, errors = process.communicate(timeout=60)
+        assert (process.returncode, out, errors) == (0, "", "")
+    finally:
+        process.kill()

@@ -15,7 +15,8 @@ from mm1.engine.packed import Head
 from mm1.engine.quantize import Linear4, quantized
 
 VARIANTS = {
-    "dense": {},
+    "as it is": {},
+    "dense": {"experts": 0, "experts_per_token": 0},
     "mixture": {"experts": 5, "moe_every": 1},
     "one expert": {"experts": 1, "experts_per_token": 1},
     "no q and k norms": {"qk_norm": False, "tied": False},

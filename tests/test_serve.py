@@ -41,7 +41,7 @@ from mm1.engine.serve.images import Decoder  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CHAT = "/v1/chat/completions"
-LONG = 1500  # tokens that take the small model a second or more
+LONG = 6000  # tokens that take the small model a second or more
 
 
 @pytest.fixture(scope="module")

@@ -368,5 +368,5 @@ def test_what_it_cannot_do_is_one_line(monkeypatch):
                 quantize._check(gpu, how)
     for how in ("int8", "int4"):
         monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-        with pytest.raises(DataError, match=r"need torchao: pip install"):
+        with pytest.raises(DataError, match=r"needs torchao: pip install"):
             quantized(decoder, how)

@@ -114,8 +114,8 @@ class Step:
         mlp = 3 * c.ffn * (c.experts_per_token if c.experts else 1)
         self.few = PRODUCTS // (c.layers * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_width + mlp))
         self._model = _Model(
-            c.width, c.heads, c.kv_heads, c.head_width, c.ffn, max(c.experts_per_token, 1), c.layers, c.vocabulary, PAGE,
-            KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
+            c.width, c.heads, c.kv_heads, c.head_width, c.ffn, max(c.experts_per_token, 1), c.layers, c.vocabulary,
+            PAGE, KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
             self._matrix(decoder.embedding.weight), self._linear(head), layers,
         )  # fmt: skip
 

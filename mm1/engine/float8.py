@@ -11,6 +11,7 @@ from torch import nn
 
 from mm1.engine.data.record import DataError
 from mm1.engine.decoder import DecoderLM
+from mm1.engine.quantize import importing_torchao
 
 WIDE = 2048  # both sides of a weight; under it scaling costs what the products win, as torchao's tables for H100 show
 
@@ -27,11 +28,9 @@ def float8_linears(decoder: DecoderLM, recipe: str) -> None:
 
 def converted(decoder: DecoderLM, recipe: str) -> Sequence[tuple[nn.Module, str, nn.Module]]:
     """Parents, names and what belongs there."""
-    try:
+    with importing_torchao("setting train.float8"):
         from torchao.float8 import Float8LinearConfig
         from torchao.float8.float8_linear import Float8Linear
-    except ImportError as error:
-        raise DataError(f'setting train.float8 needs torchao: pip install "mm1-engine[quantize]" ({error})') from None
     options = Float8LinearConfig.from_recipe_name(recipe)  # pyright: ignore[reportArgumentType]
     found = [(parent, name, Float8Linear.from_float(old, options)) for parent, name, old in _wide(decoder)]
     if not found:

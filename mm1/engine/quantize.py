@@ -12,6 +12,10 @@ there: of 78 M parameters in fp32, one thread, 22 ms a token and 50 for eight, w
 prompt of 256 takes 501 in place of 391.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,10 +109,8 @@ def _linear(weight: Tensor, how: str) -> nn.Module:
 
 def rounded(weight: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """weight [..., N, K] in 8 bits, and its scales fp32 [..., N]."""
-    try:
+    with importing_torchao('weights "int8" or "float8"'):
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
-    except ImportError as error:
-        raise _missing(error) from None
     if weight.ndim == 3:  # one by one, because rounding takes several copies
         data, scale = zip(*(rounded(w, how) for w in weight))
         return torch.stack(data), torch.stack(scale)
@@ -119,16 +121,26 @@ def rounded(weight: Tensor, how: str) -> tuple[Tensor, Tensor]:
 
 def grouped(weight: Tensor, group: int) -> Tensor:
     """weight [N, K] in 4 bits, as torchao packs it for the device."""
-    try:
+    with importing_torchao('weights "int4"'):
         from torchao.prototype.quantization.int4 import Int4OpaqueTensor
         from torchao.quantization import Int4TilePackedTo4dTensor
-    except ImportError as error:
-        raise _missing(error) from None
     weight = weight.detach().to(torch.bfloat16)
     if weight.device.type == "cpu":
         return Int4OpaqueTensor.from_hp(weight, [1, group])
     return Int4TilePackedTo4dTensor.from_hp(weight, [1, group], ntile_size=16 if torch.version.hip else 8)
 
 
-def _missing(error: ImportError) -> DataError:
-    return DataError(f'weights of fewer bits need torchao: pip install "mm1-engine[quantize]" ({error})')
+@contextmanager
+def importing_torchao(what: str) -> Iterator[None]:
+    """Without its warnings of libraries for other machines. Raises DataError if it is not there."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except ImportError as error:
+        raise DataError(f'{what}: needs torchao: pip install "mm1-engine[quantize]" ({error})') from None
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -19,7 +19,8 @@ TINY = {
     "moe_mlp": ("tiny", 12), "grouped_gemm": (20, 3, 16, 24), "route": (20, 8, 2), "patch_embed": ("native", 2, 16),
     "embed_patches": ("budget", 2, 16), "qwen_embed": ("native", 2, 16),
     "conv_block": ("mixed", 2, 16), "c_abstractor": ("mixed", 2, 16),
-    "adaptive_pool": ("mixed", 2, 16), "attention": (3, 20, 4, 2, 16, True), "linear_cross_entropy": (20, 16, 64),
+    "adaptive_pool": ("mixed", 2, 16), "attention": (3, 20, 4, 2, 16, True),
+    "paged_attention": (3, 20, 40, 4, 2, 16), "linear_cross_entropy": (20, 16, 64),
 }  # fmt: skip
 PRESENT = [peer for peer in PEERS if missing(peer, "cpu") is None and peer.name not in ("compiled", "max-autotune")]
 
@@ -38,7 +39,8 @@ def test_every_op_and_every_peer_that_is_here_gives_what_wide_arithmetic_gives(o
     assert bench.failed == {}
     assert set(bench.ways) == {"mm1", *(peer.name for peer in PRESENT if op in peer.ways)}
     assert bench.errors["mm1"] < 1e-5
-    row = next(iter(bench.rows(0.0)))
+    row, *more = bench.rows(0.0)
+    assert len(more) == OPS[op].backward
     assert set(row["variants"]) == {*bench.ways, "mm1 again"}
     assert all(found["ratio"]["n"] >= 7 for name, found in row["variants"].items() if not name.startswith("mm1"))
 
@@ -101,13 +103,14 @@ def test_costs_are_those_of_the_shape_and_of_both_directions(op):
     assert forward.bytes > 0.5 * read_and_written or op == "moe_mlp"
 
 
-def test_a_record_goes_on_where_it_was_and_knows_what_a_process_died_over(tmp_path):
+@pytest.mark.parametrize("op", ["adaptive_pool", "paged_attention"])
+def test_a_record_goes_on_where_it_was_and_knows_what_a_process_died_over(op, tmp_path):
     path = tmp_path / "results.json"
     record = Record(path)
-    assert kernels.measure(record, ["adaptive_pool"], shapes=["tiny"], budget=0.0)
+    assert kernels.measure(record, [op], shapes=["tiny"], budget=0.0)
     again = Record(path)
     assert again.rows == record.rows
-    kernels.measure(again, ["adaptive_pool"], shapes=["tiny"], budget=0.0)
+    kernels.measure(again, [op], shapes=["tiny"], budget=0.0)
     assert again.rows == record.rows
     died = Record(path)
     died._write({"bench": "kernels", "op": "route"})

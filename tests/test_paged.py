@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import DEVICE, not_interpreted, relative_error
+from conftest import DEVICE, needs_triton, not_interpreted, relative_error
 
 from mm1.autotune.static import compile_launch
 from mm1.kernels import paged
 from mm1.kernels.attention import attention
-from mm1.kernels.dispatch import DEVICES, INTERPRETED, recording
-from mm1.kernels.paged import paged_attention
+from mm1.kernels.dispatch import DEVICES, INTERPRETED, power_of_2, recording
+from mm1.kernels.paged import PAGED, Config, PagedShape, paged_attention
+from mm1.kernels.tuning import listening, pinned
 
 PAGE = 4
 SEGMENTS = {  # (new rows, keys in all)
@@ -74,11 +75,93 @@ def test_widths_and_16_bits(width):
 @pytest.mark.parametrize("most", [1, 2, 64])
 def test_keys_split_over_programs_give_one_softmax(most, monkeypatch):
     """Many blocks of keys in one program, whose maximum rises, to one block a program."""
-    monkeypatch.setattr(paged, "KEYS", 16)
     monkeypatch.setattr(paged, "MOST_SPLITS", most)
     *given, rows, own = problem([(1, 70), (2, 33), (1, 3)])
-    assert paged.splits(3, 2, given[4].shape[1] * PAGE, 132) == min(most, 8)
-    assert relative_error(paged_attention(*given, rows=rows).cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
+    config = Config(block_n=16)
+    assert paged.splits(config, PagedShape(128, 6, 4, 16), DEVICES["h200"]) == min(most, 8)
+    with pinned(paged_attention=config):
+        found = paged_attention(*given, rows=rows)
+    assert relative_error(found.cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [16, 80])
+@pytest.mark.parametrize(
+    "config",
+    [Config(16, 16, programs=1), Config(32, 16, 2, 2, 8), Config(64, 32, 8, 1), Config(16, 64, 4, 4, 4)],
+    ids=lambda config: "-".join(map(str, vars(config).values())),
+)
+def test_every_configuration_gives_the_same(config, width):
+    """Of 17 new rows by 4 heads, which are several tiles or part of one."""
+    *given, rows, own = problem([(17, 40), (1, 70), (0, 9), (5, 5)], heads=(8, 2), width=width)
+    with pinned(paged_attention=config):
+        found = paged_attention(*given, rows=rows)
+    assert relative_error(found.cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
+
+
+def on_meta(B, rows, heads, groups, pages=256, width=128, dtype=torch.bfloat16, device="h200"):
+    """The launches of a call, whose tensors have no values that the host could wait for."""
+    q = torch.empty(B * rows, heads, width, device="meta", dtype=dtype)
+    k = torch.empty(4096, 16, groups, width, device="meta", dtype=dtype)
+    cu_q, lengths = (torch.empty(n, device="meta", dtype=torch.int32) for n in (B + 1, B))
+    tables = torch.empty(B, pages, device="meta", dtype=torch.int32)
+    with recording(DEVICES[device]) as found:
+        paged.forward(q, k, k, cu_q, tables, lengths, rows)
+    return found
+
+
+def test_a_configuration_is_looked_up_by_what_the_host_knows():
+    with listening() as looked:
+        on_meta(64, 1, 32, 8)
+        on_meta(3, 100, 24, 24, pages=129)
+        on_meta(2, 5, 20, 1, pages=1, width=80)
+    assert [tuple(look_up.shape) for look_up in looked] == [
+        (4096, 512, 4, 128), (4096, 72, 100, 128), (16, 2, 100, 80)]  # fmt: skip
+
+
+@not_interpreted
+def test_one_compiled_kernel_serves_any_number_of_keys_rows_and_splits():
+    def constants(launch):
+        values = dict(zip(launch.kernel.arg_names, launch.arguments))
+        return tuple(values[p.name] for p in launch.kernel.params if p.is_constexpr)
+
+    sizes = [(1, 17, 30), (1, 40, 300), (3, 90, 17), (64, 33, 300), (5, 1000, 1)]
+    with pinned(paged_attention=Config(64)):
+        found = [on_meta(B, rows, 32, 8, pages) for B, rows, pages in sizes]
+    assert len({constants(launches[0]) for launches in found}) == 1
+    assert len(found[3]) == 1, "where there are programs enough keys are not split, and nothing is merged"
+    assert len(found[0]) == 2
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_keys_are_split_until_every_unit_is_busy_or_there_are_none_left(device):
+    for keys in (16, 1024, 32768):
+        for groups in (1, 8, 24, 2048):
+            for rows in (1, 4, 1024):
+                for config in (Config(), Config(64, 32, programs=8)):
+                    shape = PagedShape(keys, groups, rows, 128)
+                    count = paged.splits(config, shape, device)
+                    tiles = groups * -(-rows // config.block_m)
+                    assert count == power_of_2(count) <= paged.MOST_SPLITS
+                    assert count * config.block_n < 2 * max(keys, config.block_n)
+                    busy = tiles * count >= config.programs * device.units
+                    assert busy or count == paged.MOST_SPLITS or count * config.block_n >= keys
+                    assert count == 1 or tiles * count < 2 * config.programs * device.units + tiles
+
+
+def test_predictions_know_the_bandwidth_and_that_a_program_alone_is_slow():
+    for device in DEVICES.values():
+        for shape in (PagedShape(8192, 8, 4, 128), PagedShape(4096, 512, 4, 128)):
+            least = 2 * shape.keys * shape.groups * 128 * 2 / (device.bandwidth * 1e9)
+            times = [paged.seconds(c, shape, torch.bfloat16, device)
+                     for c in PAGED.choices(shape, torch.bfloat16, device)]  # fmt: skip
+            assert min(times) > least
+            assert paged.seconds(Config(stages=2), shape, torch.bfloat16, device) < 4 * least + 2e-5
+    alone, split = Config(16, 128, programs=1), PagedShape(8192, 1, 4, 128)
+    with pytest.MonkeyPatch.context() as patch:
+        by_many = paged.seconds(alone, split, torch.bfloat16, DEVICES["h200"])
+        patch.setattr(paged, "MOST_SPLITS", 1)
+        assert paged.seconds(alone, split, torch.bfloat16, DEVICES["h200"]) > 2 * by_many
 
 
 def test_queries_of_any_strides_and_layers_of_one_tensor():
@@ -128,21 +211,41 @@ def test_it_counts_what_is_seen():
     assert cost.bytes == 2 * 16 * (2 * 2 * 9 + 2 * 4 * 4)
 
 
+GPUS = ("a100", "h200", "b200", "rtx5090", "mi300x")
+
+
+def check_code(launches, device, dtype=torch.bfloat16):
+    for launch in launches:
+        code = compile_launch(launch, DEVICES[device])
+        assert code.spills <= (8 if dtype == torch.float32 else 0), code
+        assert code.shared <= DEVICES[device].shared, code
+        assert dtype == torch.float32 or launch.kernel is paged._merge_kernel or code.matrix, code
+
+
 @not_interpreted
-@pytest.mark.parametrize("device", ["a100", "h200", "b200", "rtx5090", "mi300x"])
+@pytest.mark.parametrize("device", GPUS)
 def test_its_code_fits_every_gpu(device):
     """A token of one document in MM1-3B, of many in a 7B, and a prompt behind a prefix."""
-    for B, rows, heads, groups in ((1, 1, 24, 24), (64, 1, 32, 8), (4, 100, 32, 8)):
-        q = torch.empty(B * rows, heads, 128, device="meta", dtype=torch.bfloat16)
-        k = torch.empty(4096, 16, groups, 128, device="meta", dtype=torch.bfloat16)
-        numbers = (torch.empty(n, device="meta", dtype=torch.int32) for n in (B + 1, B))
-        cu_q, lengths = numbers
-        tables = torch.empty(B, 256, device="meta", dtype=torch.int32)
-        with recording(DEVICES[device]) as found:
-            paged.forward(q, k, k, cu_q, tables, lengths, rows)
-        assert len(found) == 2
-        for launch in found:
-            code = compile_launch(launch, DEVICES[device])
-            assert code.spills == 0, code
-            assert code.shared <= DEVICES[device].shared, code
-            assert launch.kernel is paged._merge_kernel or code.matrix, code
+    for sizes in ((1, 1, 24, 24), (64, 1, 32, 8), (4, 100, 32, 8)):
+        check_code(on_meta(*sizes, device=device), device)
+
+
+@not_interpreted
+@pytest.mark.parametrize("config", [Config(16, 128, 8, 2, 8), Config(32, 64, stages=2), Config(64, 64, 8, 2, 1)],
+                         ids=lambda config: "-".join(map(str, vars(config).values())))  # fmt: skip
+@pytest.mark.parametrize("device", GPUS)
+def test_other_configurations_have_code_that_fits_too(config, device):
+    if not PAGED.legal(config, PagedShape(4096, 32, 400, 128), torch.bfloat16, DEVICES[device]):
+        pytest.skip("is not legal there")
+    with pinned(paged_attention=config):
+        check_code(on_meta(4, 100, 32, 8, device=device)[:1], device)
+
+
+@not_interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, width", [(torch.float32, 128), (torch.float32, 256), (torch.bfloat16, 256),
+                                          (torch.bfloat16, 80)])  # fmt: skip
+@pytest.mark.parametrize("device", GPUS)
+def test_the_default_has_code_that_fits_at_other_widths_and_in_fp32(device, dtype, width):
+    for rows in (1, 100):
+        check_code(on_meta(4, rows, 32, 8, width=width, dtype=dtype, device=device), device, dtype)

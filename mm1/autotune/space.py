@@ -5,6 +5,7 @@ Shapes are MM1's and those of models in wide use, their first size in octaves: a
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from mm1.kernels import (
     few_tokens,
     flash,
     grouped_gemm,
+    paged,
     patch_embed,
 )
 from mm1.kernels.conv_depthwise import Geometry
@@ -35,6 +37,7 @@ from mm1.kernels.tuning import Tunable, TuneError
 FAN = 2  # experts a token
 SIDE = 27  # patches of an image: 378 pixels in patches of 14
 POOL = (12, 12)
+PAGE = 16  # tokens
 BOOLS = {"0": False, "false": False, "1": True, "true": True}
 NORMALISE = [0.0167, 0.0175, 0.0175], [0.1, 0.2, 0.3]  # about 1 / (255 · std)
 
@@ -101,6 +104,10 @@ EMBEDDINGS = ((1024, 588, True), (1152, 588, True), (1280, 588, True), (768, 768
               (1152, 1536, False))  # fmt: skip
 CHANNELS = (768, 1024)  # of C-Abstractors
 HEADS = ((16, 16, 80, False), (16, 16, 64, False), (32, 8, 128, True))
+# (groups, heads a group) of MM1-3B, MM1-7B and Qwen3-30B-A3B, of 128 each; (segments, new rows of each) of a step
+DECODERS = ((24, 1), (8, 4), (4, 8))
+STEPS = ((1, 1), (4, 1), (16, 1), (64, 1), (256, 1), (1, 256), (8, 256))
+CACHED = 1 << 23  # rows of keys at most, 4 GB of bf16 with their values
 
 
 def _gemm_shapes() -> Iterator[Shape]:
@@ -153,6 +160,14 @@ def _gate_shapes() -> Iterator[conv_gate.GateShape]:
 
 def _flash_shapes() -> Iterator[FlashShape]:
     return (FlashShape(rows, *heads) for heads in HEADS for rows in octaves(1024, 131072))
+
+
+def _paged_shapes() -> Iterator[paged.PagedShape]:
+    for groups, heads in DECODERS:
+        for segments, new in STEPS:
+            for keys in octaves(256, 32768):
+                if segments * groups * keys <= CACHED:
+                    yield paged.PagedShape(keys, segments * groups, new * heads, 128)
 
 
 def _gemm(s: Shape, new: Inputs) -> Callable[[], Any]:
@@ -323,6 +338,18 @@ def _flash_backward(s: FlashShape, new: Inputs) -> Callable[[], Any]:
     return lambda: flash.backward(dy, q, k, v, y, lse, cu, cu, None, s.causal)
 
 
+def _paged(s: paged.PagedShape, new: Inputs) -> Callable[[], Any]:
+    """Segments of 8 groups of 4 heads where it can be, their pages scattered."""
+    groups, heads, pages = gcd(s.groups, 8), gcd(s.rows, 4), cdiv(s.keys, PAGE)
+    segments, rows = s.groups // groups, s.rows // heads
+    k, v = (new.floats(segments * pages, PAGE, groups, s.width) for _ in range(2))
+    q = new.floats(segments * rows, groups * heads, s.width)
+    starts, tables = torch.arange(0, len(q) + 1, rows), torch.randperm(segments * pages).view(segments, pages)
+    lengths = torch.full((segments,), s.keys)
+    cu_q, tables, lengths = (x.to(new.device, torch.int32) for x in (starts, tables, lengths))
+    return lambda: paged.forward(q, k, v, cu_q, tables, lengths, rows)
+
+
 _ROWS = [
     Kernel(tunable, launched, False, False, _row_shapes, example)
     for tunable, launched, example in (
@@ -351,6 +378,7 @@ KERNELS = {
         Kernel(FLASH, ("_forward_kernel",), True, False, _flash_shapes, _flash),
         Kernel(DQ, ("_dq_kernel",), True, False, _flash_shapes, _flash_backward),
         Kernel(DKV, ("_dkv_kernel",), True, False, _flash_shapes, _flash_backward),
+        Kernel(paged.PAGED, ("_paged_kernel", "_merge_kernel"), True, False, _paged_shapes, _paged),
     )
 }
 

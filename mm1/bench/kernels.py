@@ -29,6 +29,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 LOOSE = 5  # times as wrong as this project may a peer be
 LAUNCHES = 200e-6  # seconds: in less than that launches may show
 BUDGET = {"cuda": 0.4, "cpu": 4.0}  # seconds a row
+DIRECTIONS = ("forward", "forward+backward")
 ENERGY = 0.15  # seconds of calls whose energy is counted: the counter moves a dozen times
 
 
@@ -63,9 +64,10 @@ def measure(
     for op, case in cases:
         if time.monotonic() > end:
             break
-        if record.has(bench="kernels", op=op, case=case, dtype=name, what="forward+backward"):
+        last = {"bench": "kernels", "op": op, "case": case, "dtype": name, "what": DIRECTIONS[OPS[op].backward]}
+        if record.has(**last):
             continue
-        with record.at(bench="kernels", op=op, case=case, dtype=name, what="forward+backward"):
+        with record.at(**last):
             for row in Bench(op, case, device, name, chosen, limits).rows(budget or BUDGET[device]):
                 record.add(row)
                 right &= "mm1" in row["variants"]
@@ -90,7 +92,7 @@ class Bench:
     def __init__(self, op: str, case: str, device: str, dtype: str, peers: Sequence[Peer], limits: dict[str, Any]):
         self.problem = OPS[op].problem(Maker(device, DTYPES[dtype]), *OPS[op].cases[device][case])
         self.row = {"bench": "kernels", "op": op, "case": case, "shape": self.problem.shape, "dtype": dtype}
-        self.device, self.dtype, self.limits = device, dtype, limits
+        self.device, self.dtype, self.limits, self.backward = device, dtype, limits, OPS[op].backward
         self.failed: dict[str, str] = {}
         self.errors: dict[str, float] = {}
         self.ways: dict[str, Way] = {}
@@ -108,7 +110,9 @@ class Bench:
         return dy, self._results(Way(self.problem.plain, leaves), dy.to(y.dtype))
 
     def _results(self, way: Way, dy: Tensor) -> dict[str, Tensor]:
-        """The result and the gradients, by name."""
+        """The result and the gradients, by name; of an op without backward the result."""
+        if not self.backward:
+            return {"y": way.packed(torch.no_grad()(way.run)(way.leaves))}
         leaves = _given(way)
         y = way.run(leaves)
         spread = way.spread(dy.to(y.dtype))
@@ -131,7 +135,7 @@ class Bench:
         return None
 
     def rows(self, budget: float) -> Iterator[Row]:
-        for what in ("forward", "forward+backward"):
+        for what in DIRECTIONS[: 1 + self.backward]:
             calls = {name: _call(way, what, self.dy) for name, way in self.ways.items()}
             row = self._row(what, "stream" if self.device == "cuda" else "host", calls, budget)
             yield row

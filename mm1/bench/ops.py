@@ -18,9 +18,9 @@ from mm1.engine.connector import CAbstractor, ConvBlock
 from mm1.kernels import adaptive_pool as pool
 from mm1.kernels import attention as attend
 from mm1.kernels import conv_block as conv
-from mm1.kernels import experts, grouped_gemm, linear_cross_entropy, patch_embed
+from mm1.kernels import experts, grouped_gemm, linear_cross_entropy, paged, patch_embed
 from mm1.kernels import route as routing
-from mm1.kernels.dispatch import Cost
+from mm1.kernels.dispatch import Cost, cdiv
 from mm1.kernels.grids import Grids
 
 Sizes = list[tuple[int, int]]
@@ -388,6 +388,51 @@ class Attention:
         )
 
 
+PAGE = 16  # tokens, the engine's
+
+
+class PagedAttention:
+    """A token of each document behind keys in scattered pages: of the first document the most, of others by chance."""
+
+    tolerance = 1.0
+
+    def __init__(self, new: Maker, batch: int, least: int, most: int, heads: int, kv_heads: int, width: int):
+        draw = random.Random(0)
+        self.lengths = [most, *(draw.randint(least, most) for _ in range(batch - 1))]
+        counts = [cdiv(length, PAGE) for length in self.lengths]
+        order = list(torch.randperm(sum(counts)).split(counts))
+        tables = torch.nn.utils.rnn.pad_sequence(order, batch_first=True)
+        self.tables = tables.to(new.device, torch.int32)
+        self.used = torch.tensor(self.lengths, device=new.device, dtype=torch.int32)
+        self.cu_seqlens = torch.arange(batch + 1, device=new.device, dtype=torch.int32)
+        self.mask = None
+        if least < most:
+            self.mask = (torch.arange(most, device=new.device) < self.used[:, None])[:, None, None]
+        k, v = (new(sum(counts), PAGE, kv_heads, width) for _ in range(2))
+        self.leaves = {"q": new(batch, heads, width), "k": k, "v": v}
+        self.shape = {"batch": batch, "keys": sum(self.lengths), "heads": heads, "kv_heads": kv_heads, "width": width}
+
+    def ours(self, leaves: Leaves) -> Tensor:
+        q, k, v = leaves.values()
+        return paged.paged_attention(q, k, v, self.cu_seqlens, self.tables, self.used)
+
+    def gathered(self, pages: Tensor) -> Tensor:
+        """[B, longest, G, Dh] in order."""
+        return pages[self.tables].flatten(1, 2)[:, : self.lengths[0]]
+
+    def attend(self, leaves: Leaves) -> Tensor:
+        """Of gathered keys and values."""
+        q, k, v = leaves["q"][:, :, None], leaves["k"].transpose(1, 2), leaves["v"].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)[:, :, 0]
+
+    def plain(self, leaves: Leaves) -> Tensor:
+        return self.attend({"q": leaves["q"], "k": self.gathered(leaves["k"]), "v": self.gathered(leaves["v"])})
+
+    def cost(self, backward: bool) -> Cost:
+        q, k, _ = self.leaves.values()
+        return paged.cost([1] * len(q), self.lengths, q.shape[1], k.shape[2], q.shape[2], itemsize=q.itemsize)
+
+
 class LinearCrossEntropy:
     tolerance = 1.0
 
@@ -413,6 +458,7 @@ class LinearCrossEntropy:
 class Op(NamedTuple):
     problem: Callable[..., Any]
     cases: dict[str, dict[str, tuple[Any, ...]]]  # "cuda" and "cpu": by name, the most telling first
+    backward: bool = True
 
 
 def _named(*parts: Any) -> str:
@@ -458,6 +504,12 @@ OPS = {
                  "captions": (128, 192, 32, 8, 128, True)},
         "cpu": {"vit-h": (8, 196, 4, 4, 80, False), "decoder": (4, 256, 8, 2, 64, True)},
     }),
+    "paged_attention": Op(PagedAttention, {
+        "cuda": {f"batch={B} keys={keys}": (B, *sizes, 32, 8, 128) for B, keys, sizes in (
+            (8, "2048-8192", (2048, 8192)), (64, "2048-8192", (2048, 8192)), (1, 8192, (8192, 8192)),
+            (64, 4096, (4096, 4096)), (1, 2048, (2048, 2048)))},
+        "cpu": {"batch=8 keys=128-512": (8, 128, 512, 8, 2, 64), "batch=1 keys=512": (1, 512, 512, 8, 2, 64)},
+    }, backward=False),
     "embed_patches": Op(embed_patches, {
         "cuda": _images(("native", 64, 1152, 16), ("budget", 256, 1152, 16), ("square", 64, 1280)),
         "cpu": _images(("budget", 16, 768), ("native", 3, 768)),

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PatchEmbed, QwenEmbed, Sizes, by_size
+from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PagedAttention, PatchEmbed, QwenEmbed, Sizes, by_size
 from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.attention import BACKENDS
+from mm1.kernels.dispatch import cdiv
 from mm1.kernels.route import Routing, sort_by_expert
 
 Rows = Callable[[Tensor], Tensor]
@@ -246,8 +247,48 @@ def backend(name: str, problem: Attention) -> Way:
     return Way(partial(problem.ours, backend=name), problem.leaves)
 
 
+def gathered(problem: PagedAttention) -> Way:
+    """Keys and values already in order: what a cache without pages leaves to do."""
+    leaves = {name: leaf if name == "q" else problem.gathered(leaf) for name, leaf in problem.leaves.items()}
+    return Way(problem.attend, leaves)
+
+
+def varlen_gathered(problem: PagedAttention) -> Way:
+    """Likewise, without rows for shorter documents than the longest."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    leaves = dict(problem.leaves)
+    for name in ("k", "v"):
+        whole = problem.gathered(leaves[name])
+        leaves[name] = torch.cat([rows[:length] for rows, length in zip(whole, problem.lengths)])
+    cu_k, longest = F.pad(problem.used.cumsum(0), (1, 0)).int(), problem.lengths[0]
+
+    def run(w: Leaves) -> Any:
+        return varlen_attn(w["q"], w["k"], w["v"], problem.cu_seqlens, cu_k, 1, longest, enable_gqa=True)
+
+    return Way(run, leaves)
+
+
+def flash_pages(problem: PagedAttention) -> Way:
+    """In scattered pages of 256: flash-attn takes no smaller ones."""
+    from flash_attn import flash_attn_with_kvcache
+
+    batch, most = len(problem.lengths), cdiv(problem.lengths[0], 256)
+    order = torch.randperm(batch * most, device=problem.used.device)
+    table, leaves = order.view(batch, most).int(), dict(problem.leaves)
+    for name in ("k", "v"):
+        whole = problem.gathered(leaves[name])
+        pages = F.pad(whole, (0, 0, 0, 0, 0, most * 256 - whole.shape[1])).unflatten(1, (most, 256)).flatten(0, 1)
+        leaves[name] = pages[order.argsort()]
+    return Way(
+        lambda w: flash_attn_with_kvcache(
+            w["q"][:, None], w["k"], w["v"], cache_seqlens=problem.used, block_table=table
+        )[:, 0], leaves,
+    )  # fmt: skip
+
+
 PLAIN = ("moe_mlp", "patch_embed", "c_abstractor", "grouped_gemm", "attention", "embed_patches", "qwen_embed",
-         "conv_block", "route", "adaptive_pool", "linear_cross_entropy")  # fmt: skip
+         "conv_block", "route", "adaptive_pool", "linear_cross_entropy", "paged_attention")  # fmt: skip
 EMBEDDINGS = ("patch_embed", "embed_patches")
 PEERS = [
     Peer("dense", {"moe_mlp": dense_experts, "grouped_gemm": dense_gemm, **dict.fromkeys(EMBEDDINGS, dense_embedding)}),
@@ -255,6 +296,8 @@ PEERS = [
     Peer("compiled", dict.fromkeys(PLAIN, compiled)),
     Peer("max-autotune", dict.fromkeys(PLAIN, partial(compiled, mode="max-autotune-no-cudagraphs"))),
     Peer("grouped_mm", {"grouped_gemm": torch_grouped_gemm, "moe_mlp": partial(layer_of, "torch")}),
+    Peer("torch gathered", {"paged_attention": gathered}),
+    Peer("varlen gathered", {"paged_attention": varlen_gathered}, gpu=True),
     Peer("torch chunked", {"linear_cross_entropy": chunked}),
     Peer("transformers", {**dict.fromkeys(EMBEDDINGS, siglip2), "qwen_embed": qwen}, "transformers"),
     *(
@@ -267,7 +310,8 @@ PEERS = [
     Peer("megablocks", {"moe_mlp": partial(layer_of, "megablocks")}, "megablocks", gpu=True),
     *(Peer(name, {"attention": partial(backend, name)}, gpu=name != "segments")
       for name in BACKENDS if name not in ("reference", "flash", "xformers")),
-    Peer("flash-attn", {"attention": partial(backend, "flash")}, "flash_attn", gpu=True),
+    Peer("flash-attn", {"attention": partial(backend, "flash"), "paged_attention": flash_pages}, "flash_attn",
+         gpu=True),
     Peer("xformers", {"attention": partial(backend, "xformers")}, "xformers", gpu=True),
 ]  # fmt: skip
 COMPILED = ("compiled", "max-autotune")  # a minute each on a CPU: there only when asked for

@@ -9,34 +9,115 @@ busy. Bound by reading keys and values once, 2·G·Dh elements a token.
 """
 
 import math
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mm1.kernels import flash_tiles
+from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, launch, on_cpu, power_of_2
+from mm1.kernels.model import LAUNCH, product_seconds
 from mm1.kernels.tiles import dot
+from mm1.kernels.tuning import Tunable, config_for
 
-ROWS = 16  # the least a matrix instruction takes: a group's heads, and new rows if there are several
-KEYS = 64  # at once
-MOST_SPLITS = 64
+MOST_SPLITS = 64  # what one program merges
+
+
+@dataclass(frozen=True)
+class Config(flash_tiles.Config):
+    """block_m: rows of a group (its heads, and new rows if there are several), block_n: keys at once; programs: a
+    multiprocessor, which keys are split for."""
+
+    block_m: int = 16
+    block_n: int = 64
+    warps: int = 4
+    programs: int = 2
+
+
+class PagedShape(NamedTuple):
+    """What the host knows without waiting for the device."""
+
+    keys: int  # of a segment at most, to the next power of two
+    groups: int  # of all segments
+    rows: int  # of a group at most: new ones by heads
+    width: int
+
+    def tiles(self, config: Config) -> int:
+        return cdiv(self.rows, config.block_m)
+
+
+def splits(config: Config, shape: PagedShape, device: Device) -> int:
+    """As many as keep every unit busy, but none without keys of its own; a power of two, so few are compiled."""
+    wanted = cdiv(config.programs * device.units, max(shape.groups * shape.tiles(config), 1))
+    return min(power_of_2(wanted), power_of_2(cdiv(shape.keys, config.block_n)), MOST_SPLITS)
+
+
+def _padded(shape: PagedShape) -> flash_tiles.FlashShape:
+    return flash_tiles.FlashShape(shape.keys, shape.groups, shape.groups, power_of_2(shape.width), False)
+
+
+def legal(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) -> bool:
+    """As attention's tiles are."""
+    return flash_tiles.legal("flash", config, _padded(shape), dtype, device)
+
+
+def space(shape: PagedShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    """What is worth measuring where it is legal."""
+    axes = product((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4), (1, 2, 4, 8))
+    return (Config(*axis) for axis in axes if axis[0] <= max(16, power_of_2(shape.rows)))
+
+
+def default(shape: PagedShape, dtype: torch.dtype, device: Device) -> Config:
+    """All rows of a group in one tile, as far as it spills no register; fewer stages, then less until it fits."""
+    most, warps = (64, 4) if shape.width <= 128 else (32, 8)
+    config = Config(min(max(power_of_2(shape.rows), 16), most), warps=warps)
+    if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
+        config = Config(16, 16, stages=2)
+    elif config.block_m == 64 and not device.asynchronous:
+        config = replace(config, block_n=32)
+    while not legal(config, shape, dtype, device) and config.stages > 1:
+        config = replace(config, stages=config.stages - 1)
+    while not legal(config, shape, dtype, device):
+        config = replace(config, block_m=max(config.block_m // 2, 16), block_n=config.block_n // 2)
+    return config
+
+
+def seconds(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) -> float:
+    """Predicted where all segments have `keys`: scores and results as products side by side, then parts are merged."""
+    count, width, size = splits(config, shape, device), power_of_2(shape.width), dtype.itemsize
+    depth = 2 * width * cdiv(cdiv(shape.keys, config.block_n), count)
+    shared = flash_tiles.shared_bytes("flash", config, width, size, device)
+    parts = 0 if count == 1 else 4 * count * shape.groups * shape.rows * shape.width
+    moved = 2 * shape.groups * shape.width * size * (shape.keys + shape.rows) + parts
+    merging = LAUNCH + parts / (device.bandwidth * 1e9) if parts else 0.0
+    return merging + product_seconds(
+        shape.groups * shape.tiles(config) * count, depth, config.block_m, config.block_n, width, config.warps,
+        config.stages, shared, moved, size, device,
+    )  # fmt: skip
+
+
+PAGED = Tunable("paged_attention", PagedShape, Config, space, legal, default, seconds, ("width",))
 
 
 @triton.jit
 def _paged_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, table_ptr, lengths_ptr, y_ptr, lse_ptr, stride_qt, stride_qh, stride_kp, stride_kr,
-    stride_kg, stride_table, T, scale, H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_kg, stride_table, T, splits, tiles, scale, H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y fp32 [SPLITS, T, H, WIDTH] and lse fp32 [SPLITS, T, H], base 2: of a split's keys alone."""
+    """y [splits, T, H, WIDTH], of a split's keys alone, and lse fp32 [splits, T, H], base 2, unless it is None."""
     R: tl.constexpr = H // G
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    m = pid // SPLITS % TILES
-    g = pid // (SPLITS * TILES) % G
-    b = pid // (SPLITS * TILES * G)
+    split = pid % splits
+    m = pid // splits % tiles
+    g = pid // (splits * tiles) % G
+    b = pid // (splits * tiles * G)
     first = tl.load(cu_ptr + b)
     n = tl.load(cu_ptr + b + 1) - first
     length = tl.load(lengths_ptr + b)
@@ -52,7 +133,7 @@ def _paged_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    span = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N
+    span = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     stop = tl.where(m * BLOCK_M < n * R, tl.minimum((split + 1) * span, length), 0)
     for start in range(split * span, stop, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
@@ -73,53 +154,49 @@ def _paged_kernel(
         top = new
     seen = total > 0
     y = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
     out = (split * T + place) * H + head
-    tl.store(y_ptr + out[:, None] * WIDTH + d[None, :], y, inside[:, None] & wide[None, :])
-    tl.store(lse_ptr + out, lse, inside)
+    tl.store(y_ptr + out[:, None] * WIDTH + d[None, :], y.to(y_ptr.dtype.element_ty), inside[:, None] & wide[None, :])
+    if lse_ptr is not None:
+        lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+        tl.store(lse_ptr + out, lse, inside)
 
 
 @triton.jit
 def _merge_kernel(
-    y_ptr, lse_ptr, out_ptr, rows, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    y_ptr, lse_ptr, out_ptr, rows, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """out[row] = Σ_s y[s, row] 2^(lse[s, row]) / Σ_s 2^(lse[s, row])"""
     row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
+    s = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + s * rows + row, s < SPLITS, other=float("-inf"))
+    lse = tl.load(lse_ptr + s * rows + row)
     top = tl.max(lse, 0)
     w = tl.where(lse == float("-inf"), 0.0, tl.exp2(lse - top))
     total = tl.sum(w, 0)
-    inside = (s < SPLITS)[:, None] & (d < WIDTH)[None, :]
-    y = tl.load(y_ptr + (s * rows + row)[:, None] * WIDTH + d[None, :], inside, other=0.0)
+    y = tl.load(y_ptr + (s * rows + row)[:, None] * WIDTH + d[None, :], (d < WIDTH)[None, :], other=0.0)
     y = tl.sum(y * w[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + row * WIDTH + d, y.to(out_ptr.dtype.element_ty), d < WIDTH)
-
-
-def splits(segments: int, groups: int, longest: int, units: int) -> int:
-    """As many as keep every unit at work twice, but none without KEYS keys; a power of two, so few are compiled."""
-    wanted = cdiv(2 * units, max(segments * groups, 1))
-    return min(power_of_2(wanted), power_of_2(cdiv(longest, KEYS)), MOST_SPLITS)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int
 ) -> Tensor:  # fmt: skip
     (T, H, width), (_, page, G, _) = q.shape, k.shape
-    B, device = len(lengths), device_of(q)
-    count = splits(B, G, tables.shape[1] * page, device.units)
-    tiles = cdiv(rows * (H // G), ROWS)
-    part = q.new_empty(count, T, H, width, dtype=torch.float32)
-    lse = q.new_empty(count, T, H, dtype=torch.float32)
+    B, device, block_d = len(lengths), device_of(q), power_of_2(width)
+    shape = PagedShape(power_of_2(tables.shape[1] * page), B * G, rows * (H // G), width)
+    config = config_for(PAGED, shape, q.dtype, device)
+    count, tiles = splits(config, shape, device), shape.tiles(config)
     out = q.new_empty(T, H, width)
+    part = out if count == 1 else q.new_empty(count, T, H, width, dtype=torch.float32)
+    lse = None if count == 1 else q.new_empty(count, T, H, dtype=torch.float32)
     launch(
         _paged_kernel, B * G * tiles * count, q, k, v, cu_q, tables, lengths, part, lse, *q.stride()[:2],
-        *k.stride()[:3], tables.stride(0), T, width**-0.5 / math.log(2), H, G, width, page, tiles, count, ROWS, KEYS,
-        power_of_2(width), num_warps=4, num_stages=3,
+        *k.stride()[:3], tables.stride(0), T, count, tiles, width**-0.5 / math.log(2), H, G, width, page,
+        config.block_m, config.block_n, block_d, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    launch(_merge_kernel, T * H, part, lse, out, T * H, width, count, power_of_2(count), power_of_2(width), num_warps=1)
+    if count > 1:
+        launch(_merge_kernel, T * H, part, lse, out, T * H, width, count, block_d,
+               num_warps=cdiv(count * block_d, 2048))  # fmt: skip
     return out
 
 

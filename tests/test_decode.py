@@ -1,6 +1,7 @@
 """The CPU's decoding step beside the decoder it stands for."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from small import small_mm1
 
 from mm1.engine import decode, quantize
 from mm1.engine.cache import PAGE, Cache
-from mm1.engine.decode import step_of
+from mm1.engine.decode import PRODUCTS, step_of
 from mm1.engine.packed import Head
 from mm1.engine.quantize import Linear4, quantized
 
@@ -125,3 +126,89 @@ def test_without_a_compiler_torch_decodes_and_it_is_said(monkeypatch, tmp_path):
     decode.library.cache_clear()
     half = small_mm1().half().decoder
     assert step_of(half, Head(half), Cache(half.config, 1, torch.device("cpu"), torch.float16)) is None
+
+
+def first_step(decoder, dtype=torch.float32, tokens=(7,)):
+    cache = Cache(decoder.config, len(tokens), torch.device("cpu"), dtype)
+    tables = [np.array([b], np.int32) for b in range(len(tokens))]
+    return step_of(decoder, Head(decoder), cache)(list(tokens), [0] * len(tokens), tables)[0], cache
+
+
+def test_keys_and_values_are_rounded_to_the_nearest():
+    decoder = small_mm1().eval().bfloat16().decoder
+    exact = small_mm1().eval().decoder
+    exact.load_state_dict({name: p.float() for name, p in decoder.state_dict().items()})
+    tokens = range(10, 40)
+    for kept, truth in zip(
+        *(
+            cache.v[0, :, 0]
+            for _, cache in (first_step(decoder, torch.bfloat16, tokens), first_step(exact, tokens=tokens))
+        )
+    ):
+        away = (kept.float() - truth).abs() / (truth.abs() * 2**-8 + 1e-30)
+        assert away.max() < 1.001  # half a unit in the last of 8 bits; cut off, nearly twice
+
+
+def test_of_equal_experts_the_first_are_chosen():
+    """As by route; all logits are zero."""
+    decoder = small_mm1(experts=5, moe_every=1).eval().decoder
+    with torch.inference_mode():
+        for block in decoder.blocks:
+            block.mlp.router.weight.zero_()
+        x, cu_seqlens = decoder.embedding(torch.tensor([7])), torch.tensor([0, 1], dtype=torch.int32)
+        truth = decoder(x, torch.tensor([0]), cu_seqlens)[0] @ decoder.head_weight.T
+    assert relative_error(first_step(decoder)[0], truth) < 1e-5
+
+
+def test_scores_and_logits_of_hundreds_overflow_nothing():
+    """Norms of 40 make scores of thousands, of either sign; a head of 300 logits of hundreds."""
+    decoder = small_mm1(tied=False).eval().decoder
+    with torch.inference_mode():
+        for block in decoder.blocks:
+            block.attention.q_norm.weight.fill_(40.0)
+            block.attention.k_norm.weight.fill_(40.0)
+        decoder.head.weight.mul_(300)
+        ids = torch.arange(10, 50)
+        cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+        hidden = decoder(decoder.embedding(ids), torch.arange(len(ids)), cu_seqlens)[0]
+        truth = (hidden @ decoder.head_weight.T)[-1:]
+        cache = Cache(decoder.config, 3, torch.device("cpu"), torch.float32)
+        tables = [np.arange(3, dtype=np.int32)] * len(ids)
+        step = step_of(decoder, Head(decoder), cache)
+        logits, best, logprobs = step(ids.tolist(), range(len(ids)), tables, [len(ids) - 1])
+    assert relative_error(logits, truth) < 1e-4
+    assert best == truth.argmax(-1).tolist()
+    assert abs(logprobs[0] - float(truth.log_softmax(-1).max())) < 1e-3
+
+
+def test_a_cache_of_more_than_2_to_31_numbers():
+    """Its memory is never touched but for two pages, of one layer's keys, which are its values as well."""
+    decoder = small_mm1(layers=1, heads=32, kv_heads=32, head_width=128, width=8, ffn=8).eval().bfloat16().decoder
+    pages = (1 << 31) // (PAGE * 32 * 128) + 2
+    store = torch.from_numpy(np.zeros((1, pages, PAGE, 32, 128), np.int16)).view(torch.bfloat16)
+    step = step_of(decoder, Head(decoder), SimpleNamespace(k=store, v=store))
+    first, last = (step([7], [0], [np.array([page], np.int32)])[0] for page in (0, pages - 1))
+    assert torch.equal(first, last)
+    assert store[0, pages - 1, 0].any()
+
+
+def test_a_prompt_is_for_one_call_while_its_products_are_few():
+    """All but the head's: of a mixture those of the chosen experts."""
+    for experts, chosen in ((0, 1), (5, 2)):
+        decoder = small_mm1(experts=experts, experts_per_token=2, moe_every=1).eval().decoder
+        a, mlp = decoder.blocks[0].attention, 3 * 40 * 32 * chosen
+        row = 2 * (a.qkv.weight.numel() + a.out.weight.numel() + mlp)
+        step = step_of(decoder, Head(decoder), Cache(decoder.config, 1, torch.device("cpu"), torch.float32))
+        assert step.few == PRODUCTS // row
+
+
+def test_another_processor_compiles_anew(monkeypatch, tmp_path):
+    """A home folder may be shared by several machines."""
+    monkeypatch.setenv("MM1_CACHE", str(tmp_path))
+    monkeypatch.setattr(decode, "FLAGS", ("-std=c++17", "-O0", "-fopenmp", "-shared", "-fPIC"))
+    for processor in ("one", "another", "one"):
+        monkeypatch.setattr(decode, "_processor", lambda name=processor: name)
+        decode.library.cache_clear()
+        assert decode.library()
+    decode.library.cache_clear()
+    assert len(list((tmp_path / "native").iterdir())) == 2

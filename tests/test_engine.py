@@ -9,6 +9,7 @@ from conftest import relative_error
 from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
 from test_generate import PROMPTS, picture
 
+from mm1.engine import generate as generating
 from mm1.engine import packed as packing
 from mm1.engine import quantize
 from mm1.engine.cache import PAGE, Cache, image_digest, names
@@ -18,7 +19,7 @@ from mm1.engine.data.record import DataError
 from mm1.engine.generate import Busy, Engine, encode_prompts, generate, n_best, score
 from mm1.engine.packed import PackedLinear
 from mm1.engine.packed import packed as packed_weights
-from mm1.engine.sampling import Sampling, penalized
+from mm1.engine.sampling import Draw, Sampling, penalized
 
 LONG = "seven and two and one and nine make nineteen and not eighteen, "
 
@@ -128,7 +129,7 @@ def test_a_page_is_named_by_the_images_it_holds_a_part_of():
 def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
     """Random lengths, images, settings, cancels and refusals, a small cache and a short queue."""
     draw = random.Random(0)
-    engine = Engine(model, tokens=1024, batch=8, queue=12, prefill=128, images=4)
+    engine = Engine(model, tokens=1024, batch=8, queue=8, prefill=128, images=4)
     pictures = [picture(12, 12 * n, n) for n in (1, 2, 3)]
     made, refused, kinds = [], 0, {}
     for number in range(1000):
@@ -170,7 +171,7 @@ def test_pages_go_to_who_needs_them_and_known_ones_last(model):
     a = cache.take(3)
     cache.remember(a, [b"1", b"2"])
     cache.drop(a)
-    assert (cache.room, cache.free, list(cache.idle)) == (6, [2, 3, 4, 5], [0, 1])
+    assert (cache.room, cache.free, list(cache.idle)) == (6, [2, 3, 4, 5], [1, 0])
     b = cache.take(4, cache.shared([b"1", b"x"]))
     assert b == [0, 2, 3, 4]
     assert cache.take(3) is None
@@ -314,3 +315,111 @@ def test_a_listener_that_fails_costs_the_others_nothing(model):
         other.run()
         assert found[i].tokens == alone.tokens
     assert drained(engine)
+
+
+def test_a_penalty_is_of_prompt_and_text_and_log_probabilities_are_without_it(model):
+    engine, given = Engine(model), document(12)
+    request = engine.submit(given, Sampling(max_tokens=8, repetition_penalty=1e6))
+    engine.run()
+    ids = given.tokens.tolist()
+    for token, logprob in zip(request.tokens, request.logprobs):
+        plain = of_logits(model, ids, given)
+        assert token == int(penalized(plain, torch.tensor(sorted(set(ids))), 1e6).argmax())
+        assert logprob == pytest.approx(float(plain.log_softmax(-1)[token]), abs=1e-4)
+        ids.append(token)
+    assert len(set(request.tokens)) == len(request.tokens)
+
+
+def of_logits(model, ids, given):
+    grown = type(given)(np.array(ids, np.int32), given.images, "")
+    with torch.inference_mode():
+        return model.logits(packed([grown]))[-1]
+
+
+def test_a_step_takes_prompts_up_to_its_rows_and_at_least_one(model):
+    engine = Engine(model, prefill=50)
+    for count in (60, 20, 20, 20):
+        engine.submit(document(count), Sampling(max_tokens=1))
+    computed = []
+    while engine.step():
+        computed.append(engine.computed)
+    assert computed == [61, 61 + 42]  # the last is the third step, after which there is no more
+    assert engine.computed == 61 + 42 + 21
+
+
+def test_features_that_were_used_last_stay(model):
+    engine = Engine(model, images=2)
+    for seed in (1, 2, 1, 3, 1):
+        engine.submit([picture(seed=seed), f"{seed}{engine.encoded}"], Sampling(max_tokens=1))
+        engine.run()
+    assert engine.encoded == 3
+
+
+def test_the_best_is_by_the_mean_also_of_unequal_lengths(model, monkeypatch):
+    engine = Engine(model)
+    made = iter([[-1.0] * 4, [-1.5], [-0.5] * 9])
+    submit = engine.submit
+
+    def fixed(*given):
+        request = submit(*given)
+        request.logprobs = next(made)
+        return request
+
+    monkeypatch.setattr(engine, "submit", fixed)
+    monkeypatch.setattr(engine, "run", lambda: None)
+    found = n_best(engine, ["one"], 3, Sampling(temperature=1.0, seed=1))
+    assert [len(request.logprobs) for request in found] == [9, 4, 1]
+
+
+class Inside:
+    """In the place of Graphs: steps by decode.cpp, and what was to be drawn inside."""
+
+    def __init__(self, step):
+        self.step, self.draws = step, []
+
+    def __call__(self, tokens, positions, tables, draws):
+        assert max(map(len, tables)) <= generating.PAGES
+        self.draws.append(list(draws))
+        return self.step(tokens, positions, tables)
+
+
+@pytest.mark.parametrize("pages", [512, 1])
+def test_by_graphs_penalties_are_outside_and_long_documents_go_without(model, pages, monkeypatch):
+    """A greedy text with a penalty, among others, is the same; of more pages than a graph holds, torch's step."""
+    monkeypatch.setattr(generating, "PAGES", pages)
+    sampling = Sampling(max_tokens=6, repetition_penalty=1.8)
+    found = []
+    for by in ("one call", "graphs"):
+        engine = Engine(model)
+        if by == "graphs":
+            engine.graphs, engine.one_step = Inside(engine.one_step), None
+        requests = [engine.submit([LONG], s) for s in (sampling, Sampling(max_tokens=6))]
+        engine.run()
+        found.append([r.tokens for r in requests])
+        if by == "graphs":
+            assert all(draw == Draw(0, 1, 0, 0) for draws in engine.graphs.draws for draw in draws)
+            assert bool(engine.graphs.draws) == (pages == 512)
+    assert found[0] == found[1]
+
+
+def test_pages_used_longest_ago_go_first_and_forgotten_ones_are_free(model):
+    cache = Cache(model.config.decoder, 4, torch.device("cpu"), torch.float32)
+    for name in (b"1", b"2", b"3"):
+        page = cache.take(1)
+        cache.remember(page, [name])
+        cache.drop(page)
+    assert cache.take(5, cache.shared([b"3"])) is None  # a held page is no room
+    assert cache.take(2)
+    assert (cache.shared([b"1"]), cache.shared([b"3"])) == ([], [2])
+    cache.forget()
+    assert cache.room == 2
+    assert cache.shared([b"3"]) == []
+
+
+def test_what_two_computed_is_known_once(model):
+    cache = Cache(model.config.decoder, 2, torch.device("cpu"), torch.float32)
+    for page in (cache.take(1), cache.take(1)):
+        cache.remember(page, [b"1"])
+        cache.drop(page)
+    assert (cache.shared([b"1"]), cache.free, cache.room) == ([0], [1], 2)
+    assert cache.take(2) == [0, 1]

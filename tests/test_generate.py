@@ -4,7 +4,7 @@ from PIL import Image
 from small import small_mm1
 
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import generate, interleave
+from mm1.engine.generate import _Text, generate, interleave
 from mm1.engine.sampling import sample
 
 
@@ -117,3 +117,31 @@ def test_refuses_bad_settings(model):
     model_without.tokenizer = None
     with pytest.raises(DataError, match="no tokenizer"):
         generate(model_without, PROMPTS)
+
+
+class Letters:
+    """Tokens are letters."""
+
+    eos = -1
+
+    def stream(self):
+        return chr
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("stop, text, pieces", [
+    (("cde",), "ab", ["a", "b"]),  # over three tokens
+    (("xyz", "f", "bcd"), "a", ["a"]),  # of several the earliest, whatever their order
+    (("d", "cd"), "ab", ["a", "b"]),  # two that end at once: what begins first
+    (("zz",), "abcdef", ["a", "b", "c", "d", "e", "f"]),
+    (("fgh",), "abcdef", ["a", "b", "c", "d", "e", "f"]),  # its beginning comes at the end
+])  # fmt: skip
+def test_stops_over_several_tokens_are_never_seen(stop, text, pieces):
+    seen = []
+    grown = _Text(Letters(), stop, seen.append)
+    for letter in "abcdef":
+        grown.add(ord(letter))
+    grown.finish()
+    assert (grown.text, seen) == (text, pieces)

@@ -11,8 +11,9 @@ from torch._inductor.utils import run_and_get_code
 from mm1.engine import graphs
 from mm1.engine.cache import PAGE, Cache
 from mm1.engine.decode import step_of
-from mm1.engine.graphs import PAGES, Graphs
+from mm1.engine.graphs import PAGES, Captured, Graphs
 from mm1.engine.packed import Head
+from mm1.engine.sampling import Draw
 
 
 @pytest.mark.parametrize("experts", [0, 4])
@@ -84,3 +85,43 @@ def test_compiled_code_writes_into_the_cache_and_copies_none_of_it():
     assert f"< static_cast<int64_t>({cache.k[0].numel()}L)" not in code
     assert f"< static_cast<int64_t>({40 * PAGE}L)" not in code
     assert code.count("empty_strided_cpu((640") == code.count("empty_strided_cpu((40, 16") == 0
+
+
+class Replayed(Graphs):
+    """_capture without CUDA: a replay runs the step and copies into what it returned."""
+
+    def _capture(self, size, sampled):
+        whole, draws = torch.from_numpy(self._rows(size, [], [], []).copy()), torch.zeros(size, 4)
+        logits, chosen = self.step(whole, draws if sampled else None)
+
+        def replay():
+            for kept, new in zip((logits, chosen), self.step(whole, draws if sampled else None)):
+                kept.copy_(new)
+
+        return Captured(type("Graph", (), {"replay": staticmethod(replay)}), whole, draws, logits, chosen)
+
+
+@torch.inference_mode()
+def test_calls_of_any_order_have_their_own_rows_and_draws(monkeypatch):
+    monkeypatch.setattr(graphs.torch, "compile", lambda f, **_: f)
+    decoder = small_mm1().eval().decoder
+    ours = Replayed(decoder, Head(decoder), Cache(decoder.config, 9, torch.device("cpu"), torch.float32), 8)
+    greedy, hot = Draw(0.0, 1.0, 0, 0.0), Draw(5.0, 1.0, 0, 0.999)
+
+    def call(draws):
+        tables = [np.array([1 + b], np.int32) for b in range(len(draws))]
+        logits, tokens, logprobs = ours([9] * len(draws), [0] * len(draws), tables, draws)
+        assert torch.allclose(logits, logits[:1], atol=1e-5)
+        ranks = [logits[0].argsort(descending=True).tolist().index(token) for token in tokens]
+        assert torch.allclose(logits[0].log_softmax(-1)[tokens], torch.tensor(logprobs), atol=1e-5)
+        return [rank > 10 for rank in ranks]
+
+    def pages():
+        return ours.cache.k[:, 6:].clone()
+
+    for draws in ([hot] * 3, [greedy] * 3, [greedy, hot, greedy], [hot, greedy], [greedy], [hot] * 8):
+        assert call(draws) == [draw is hot for draw in draws]
+    before = pages()
+    assert call([greedy] * 5) == [False] * 5
+    assert torch.equal(pages(), before)  # of those who had the rows that are spare now
+    assert set(ours.captured) == {(4, True), (4, False), (2, True), (1, False), (8, True), (8, False)}

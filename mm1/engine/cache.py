@@ -75,7 +75,7 @@ class Cache:
     def drop(self, pages: Sequence[int]) -> None:
         """A document is done with them."""
         gone = []
-        for page in pages:
+        for page in reversed(pages):  # a beginning without its first page is of no use
             self.users[page] -= 1
             if not self.users[page]:
                 if page in self.names:

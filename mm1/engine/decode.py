@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import warnings
@@ -48,24 +49,27 @@ class _Model(ctypes.Structure):
 @cache
 def library() -> "ctypes.CDLL | None":
     """The compiled code, from the user's cache if it was compiled before; None, with a warning, without a compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+    if not compiler:
         warnings.warn(
             "no C++ compiler found: each token is decoded by many calls of torch in place of one", stacklevel=2
         )
         return None
-    parts = [SOURCE.read_text(), compiler, *FLAGS, _processor()]
+    parts = [SOURCE.read_text(), *compiler, *FLAGS, _processor()]
     path = cache_folder().parent / "native" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ours = path.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([compiler, *FLAGS, "-o", str(ours), str(SOURCE)], capture_output=True, text=True)
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[:1]
-            warnings.warn(f"{compiler} cannot compile {SOURCE.name}, decoding by torch: {reason}", stacklevel=2)
-            return None
-        ours.replace(path)
-    return ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ours = path.with_suffix(f".{os.getpid()}")
+            command = [*compiler, *FLAGS, "-o", str(ours), str(SOURCE)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            ours.replace(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:  # no such compiler, no place to write, a damaged file
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
+        warnings.warn(f"{compiler[0]} cannot compile {SOURCE.name}, decoding by torch: {reason}", stacklevel=2)
+        return None
 
 
 def _processor() -> str:
@@ -82,7 +86,7 @@ def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
 
     decoder, head: a DecoderLM and its Head, or as quantize.py makes them.
     """
-    known = all(type(p) is nn.Parameter and p.dtype in KINDS for p in decoder.parameters())
+    known = all(type(p) is nn.Parameter and p.dtype in KINDS and p.is_contiguous() for p in decoder.parameters())
     on_cpu = known and cache.k.device.type == "cpu"
     return Step(decoder, head, cache, code) if on_cpu and (code := library()) else None
 

@@ -84,8 +84,6 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
     tokenizer, encoded = tokenizer_of(model), encode_prompts(model, prompts)
     documents = [[(prompt, tokenizer.encode(answer)) for answer in of] for prompt, of in zip(encoded, answers)]
     flat = [pair for of in documents for pair in of]
-    if any(not ids for _, ids in flat):
-        raise DataError("an answer to score is empty")
     pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)
     engine = Engine(model, tokens=max(pages, 1) * PAGE, queue=max(len(flat), 1))
     requests = [[engine.submit_answer(prompt, ids) for prompt, ids in of] for of in documents]
@@ -120,7 +118,6 @@ class Request:
         self.pages: list[int] = []
         self.shared = 0  # of them, with what was computed before
         self.table = np.empty(0, np.int32)  # the same pages
-        self.rows = 0  # that the cache holds
         self.random = random.Random(sampling.seed)
 
     @property
@@ -149,7 +146,8 @@ class Engine:
         self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
         self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
         graphs = self.device.type == "cuda"
-        self.cache = Cache(model.config.decoder, cdiv(tokens, PAGE) + graphs, weight.device, weight.dtype)
+        self.pages = cdiv(tokens, PAGE)
+        self.cache = Cache(model.config.decoder, self.pages + graphs, weight.device, weight.dtype)
         self.graphs = Graphs(self.decoder, self.head, self.cache, batch) if graphs else None
         plain = (self.decoder, self.head) if weights else (model.decoder, Head(model.decoder))
         self.one_step = step_of(*plain, self.cache)
@@ -167,15 +165,17 @@ class Engine:
         return self._enqueue(Request(document, sampling, _Text(self.tokenizer, sampling.stop, on_text)))
 
     def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
-        """Whose tokens are not chosen but scored."""
+        """Whose tokens are not chosen but scored. Raises DataError for none, and as submit does."""
+        if not len(answer):
+            raise DataError("an answer to score is empty")
         tokens = np.array([*prompt.tokens, *answer], np.int32)
         document = Document(tokens, prompt.images, prompt.key)
         return self._enqueue(Request(document, Sampling(), _Text(self.tokenizer, (), None), len(answer)))
 
     def _enqueue(self, request: Request) -> Request:
-        if request.room > self.cache.pages:
-            tokens = self.cache.pages * PAGE
-            raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows exceed {tokens}")
+        if request.room > self.pages:
+            exceed = f"exceed {self.pages * PAGE}"
+            raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
         tokens, slots = request.document.tokens, self.model.config.connector.tokens
@@ -206,13 +206,11 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Whether there is more to do."""
-        going, fresh = list(self.running), self._admitted()
-        if going:
-            self._decode(going)
-        if fresh:
+        if self.running:
+            self._decode(list(self.running))
+        if fresh := self._admitted():  # afterwards: a listener that fails in decoding leaves nobody half admitted
             found = self._prefilled(fresh)
             for request in fresh:
-                request.rows = len(request.document.tokens)
                 self.cache.remember(request.pages, request.cached)
             self._choose(fresh, *found, [drawn(request) for request in fresh])
         return bool(self.running or self.waiting)
@@ -264,10 +262,9 @@ class Engine:
 
     def _decode(self, going: Sequence[Request]) -> None:
         """One token more."""
-        tokens, starts = [request.tokens[-1] for request in going], [request.rows for request in going]
+        tokens = [request.tokens[-1] for request in going]
+        starts = [len(request.document.tokens) + len(request.tokens) - 1 for request in going]  # rows in the cache
         tables, draws = [request.table for request in going], [drawn(request) for request in going]
-        for request in going:
-            request.rows += 1
         if self.one_step:
             self._choose(going, *self.one_step(tokens, starts, tables), draws)
         elif self.graphs and max(map(len, tables)) <= PAGES:
@@ -342,6 +339,8 @@ class Engine:
                 tokens[i], logprobs[i] = token, logprob
         failed: Exception | None = None
         for request, token, logprob in zip(requests, tokens, logprobs):
+            if request.finish:  # cancelled by the on_text of one before it
+                continue
             if request.scored:
                 self._end(request, "scored")
                 continue
@@ -349,6 +348,8 @@ class Engine:
             request.logprobs.append(logprob)
             try:
                 request._text.add(token)
+                if request.finish:  # cancelled by its own on_text
+                    continue
                 if request._text.done:
                     self._end(request, "stop")
                 elif len(request.tokens) == request.sampling.max_tokens:
@@ -462,5 +463,5 @@ class _Text:
 
     def _send(self, text: str) -> None:
         if self.emit and len(text) > self.sent:
-            self.emit(text[self.sent :])
-            self.sent = len(text)
+            piece, self.sent = text[self.sent :], len(text)  # before its on_text, which may cancel
+            self.emit(piece)

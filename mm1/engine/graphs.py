@@ -74,7 +74,9 @@ class Graphs:
         cu_seqlens = torch.arange(len(whole) + 1, dtype=torch.int32, device=whole.device)
         rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, 1, True)
         x = self.decoder.embedding(whole[:, 0])
-        hidden = self.decoder(x, positions, cu_seqlens, attends=self.cache.attends(rows))[0]
+        # All engines of a process share Block.forward's code, each with four or five versions of it; torch allows 8.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            hidden = self.decoder(x, positions, cu_seqlens, attends=self.cache.attends(rows))[0]
         logits = self.head(hidden).float()
         tokens = logits.argmax(-1) if draws is None else sample(logits, *draws.unbind(1))
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]

@@ -63,13 +63,14 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, u:
     u is a place among the probabilities that are left, likeliest first: what a document gets depends on nobody else's,
     and is the same on every device. Nothing waits for the GPU.
     """
-    hot = torch.where(temperature > 0, temperature, 1.0)
+    hot = torch.where(temperature > 0, temperature, 1.0).clamp(min=1e-6)  # below, logits over it may be infinite
     probability, token = (logits.float() / hot[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probability.cumsum(-1) - probability
     rank = torch.arange(logits.shape[1], device=logits.device)
     left = (before < top_p[:, None]) & ((rank < top_k[:, None]) | (top_k[:, None] == 0))
     upto = (probability * left).cumsum(-1)
-    # Rounding may leave u · total at or above the last sum; the last that is left is meant then.
+    # Rounding may leave u · total at or above the last sum; the last that is left is meant then. Of NaN, and of a top_p
+    # that is zero in fp32, none is left: the first.
     place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=left.sum(-1) - 1).clamp(min=0)
     place = torch.where(temperature > 0, place, 0)
     return token.gather(-1, place[:, None])[:, 0]

@@ -44,7 +44,7 @@ class Metrics:
     def count(self, request: Request) -> None:
         """One that has ended or was left."""
         shared = request.shared * PAGE
-        if request.rows:
+        if request.pages:
             self.prompt.labels("shared").inc(shared)
             self.prompt.labels("computed").inc(len(request.document.tokens) - shared)
         self.made.inc(len(request.tokens))

@@ -228,6 +228,8 @@ def serve(
         weights: round the decoder's to fewer bits.
         allow_urls: fetch images from public http and https addresses.
     """
+    if not 0 <= port < 1 << 16:
+        raise DataError(f"port is {port}, expected 0 to 65535")
     from mm1.engine.serve.app import serve
 
     engine = {"batch": batch, "queue": queue, "tokens": tokens, "weights": weights}

@@ -178,6 +178,35 @@ def test_a_failing_step_fails_those_that_ran_and_no_others(model):
     assert drained(engine)
 
 
+def test_a_prompt_that_fails_fails_alone(model, monkeypatch):
+    engine = Engine(model, tokens=4096)
+    prefilled = engine._prefilled
+
+    def bad_beginnings(fresh):
+        if any(request.sampling.seed == 13 for request in fresh):
+            raise torch.OutOfMemoryError("no more")
+        return prefilled(fresh)
+
+    monkeypatch.setattr(engine, "_prefilled", bad_beginnings)
+
+    async def two():
+        async with AsyncEngine(engine) as running:
+            good = asyncio.create_task(running.generate(PROMPTS[0], Sampling(200)))
+            while not engine.running:
+                await asyncio.sleep(0.001)
+            with pytest.raises(torch.OutOfMemoryError):
+                await running.generate(PROMPTS[1], Sampling(5, seed=13))
+            return await good
+
+    assert asyncio.run(two()).tokens == alone(model, PROMPTS[0], Sampling(200)).tokens
+    assert drained(engine)
+
+
+def test_who_never_began_is_told(model):
+    with pytest.raises(RuntimeError, match="async with"):
+        asyncio.run(AsyncEngine(Engine(model)).generate(PROMPTS[0]))
+
+
 def test_steps_that_always_fail_leave_nobody_waiting(model):
     engine = Engine(model)
 

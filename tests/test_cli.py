@@ -110,7 +110,7 @@ def test_generate_takes_images_and_marks(folder):
 
 
 BAD = [
-    (["train", "mm1-4b"], "unknown size 'mm1-4b'; known: digits"),
+    (["train", "mm1-4b"], "unknown size 'mm1-4b', and no such file or folder; known: digits"),
     (["train", "nothing.toml"], "no such file: nothing.toml"),
     (["train", "mm1-3b"], "no data is given"),
     (["train", "digits", "--set", "data.tokenizer=none.json"], "no such tokenizer file: none.json"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from PIL import Image
 from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
 from test_generate import PROMPTS, picture
 
@@ -245,6 +246,60 @@ def test_answers_are_scored_as_full_passes_do(model):
     assert again == pytest.approx(first, abs=1e-4)
     with pytest.raises(DataError, match="empty"):
         score(model, prompts[:1], [[""]])
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"batch": 0}, "batch is 0"), ({"queue": 0}, "queue is 0"), ({"tokens": 0}, "tokens is 0"),
+    ({"images": -1}, "images is -1"), ({"tokens": 1 << 50}, "no memory for a cache"),
+])  # fmt: skip
+def test_an_engine_that_could_do_nothing_is_refused(model, settings, message):
+    with pytest.raises(DataError, match=message):
+        Engine(model, **settings)
+
+
+@pytest.mark.parametrize("prompt, kind", [("one", "str"), ([None], "NoneType"), ([np.zeros((4, 4, 3))], "ndarray")])
+def test_what_is_no_prompt_is_told(model, prompt, kind):
+    with pytest.raises(DataError, match=f"texts and PIL images, not {kind}"):
+        generate(model, [prompt])
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "I;16", "I", "1", "CMYK", "F"])
+def test_images_of_any_mode_are_taken(model, mode):
+    grey = Image.new("L", (24, 12), 200)
+    given = grey.convert("I").convert("I;16") if mode == "I;16" else grey.convert(mode)
+    [document] = encode_prompts(model, [[given]])
+    assert document.images[0].shape == (12, 24, 3)
+
+
+def test_images_that_are_none_are_told(model):
+    with pytest.raises(DataError, match="0 x 4"):
+        generate(model, [[Image.new("RGB", (0, 4))]])
+
+
+def test_a_prefill_that_fails_costs_those_that_run_nothing(model, monkeypatch):
+    engine = Engine(model)
+    first = engine.submit([LONG], Sampling(max_tokens=6))
+    engine.step()
+    second = engine.submit(["one"], Sampling(max_tokens=6))
+    monkeypatch.setattr(engine, "_prefilled", lambda fresh: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    monkeypatch.undo()
+    engine.run()
+    assert second.finish == "failed"
+    assert first.finish in ("stop", "length")
+    assert drained(engine)
+
+
+def test_answers_go_with_their_prompts(model):
+    for answers in ([[" one"]], [" one", " two"]):
+        with pytest.raises(DataError, match="2 prompts"):
+            score(model, [["one"], ["two"]], answers)
+
+
+def test_one_stop_may_be_a_string(model):
+    plain = generate(model, [PROMPTS[0]], max_tokens=16)[0]
+    assert generate(model, [PROMPTS[0]], max_tokens=16, stop=plain[3:6]) == [plain.split(plain[3:6])[0]]
 
 
 def test_repeated_tokens_are_made_less_likely():

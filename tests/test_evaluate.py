@@ -424,3 +424,20 @@ def test_models_are_told_apart_by_any_weight(model):
     with torch.no_grad():
         other.connector.get_parameter(next(iter(dict(other.connector.named_parameters())))).flatten()[0] += 1
     assert fingerprint(other) != fingerprint(model)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"shots": (3, -1)}, "shots are"), ({"shots": ()}, "shots are"), ({"batch": 0}, "batch is 0"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_told(model, made, tmp_path, settings, message):
+    with pytest.raises(DataError, match=message):
+        evaluate(model, "vqav2", *made, tmp_path, **settings)
+
+
+def test_no_samples_and_no_data_are_told(tmp_path):
+    with pytest.raises(DataError, match="limit is 0"):
+        runner.samples_of("vqav2", [tmp_path], limit=0)
+    with pytest.raises(DataError, match="no data"):
+        runner.samples_of("vqav2", [])
+    with pytest.raises(DataError, match="high is -1"):
+        How(high=-1)

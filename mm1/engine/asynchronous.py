@@ -90,6 +90,8 @@ class AsyncEngine:
     @asynccontextmanager
     async def open(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncIterator[Stream]:
         """A request, which is cancelled if it is left before its end. Raises Busy, DataError and Dead."""
+        if not self._thread.is_alive():
+            raise self.dead or RuntimeError("an AsyncEngine is used within `async with`")
         if self._opened >= self.engine.batch + self.engine.queue:
             raise Busy(f"{self._opened} requests are being worked on already")
         self._opened += 1
@@ -160,8 +162,9 @@ class AsyncEngine:
             error.__traceback__ = None  # its frames hold the step's tensors
             failed = error
         try:
+            ended = [s for s, request in self._streams.items() if request.finish == "failed"]
             running = [s for s, request in self._streams.items() if request in self.engine.running]
-            self._fail(running or list(self._streams), failed)
+            self._fail(ended or running or list(self._streams), failed)
             torch.zeros(1, device=self.engine.device).item()
         except Exception as error:  # CUDA's errors stay
             self.dead = Dead(f"{error} after {failed}")

@@ -1,7 +1,7 @@
 """Keys and values of every layer in pages of PAGE tokens: who has which, and what one forward sees of them.
 
 A prompt's full pages stay known by what they hold, token ids and contents of images alike, and by all before them: a
-later prompt that begins the same shares them. What nobody uses any more is given up last used first out.
+later prompt that begins the same shares them. What nobody uses any more is given up, least recently used first.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mm1.engine import config
+from mm1.engine.data.record import DataError
 from mm1.kernels.attention import attention
 from mm1.kernels.paged import paged_attention
 
@@ -37,7 +38,10 @@ class Cache:
 
     def __init__(self, c: config.Decoder, pages: int, device: torch.device, dtype: torch.dtype):
         shape = (c.layers, pages, PAGE, c.kv_heads, c.head_width)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        try:
+            self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        except RuntimeError as error:
+            raise DataError(f"no memory for a cache of {pages * PAGE} tokens ({error})") from None
         self.pages = pages
         self.users = [0] * pages
         self.free = list(range(pages))  # in order

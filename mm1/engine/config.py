@@ -316,7 +316,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 def named(name: str) -> Model:
     if name not in MODELS:
-        raise DataError(f"unknown size {name!r}; known: {', '.join(MODELS)}")
+        raise DataError(f"unknown size {name!r}, and no such file or folder; known: {', '.join(MODELS)}")
     return MODELS[name]
 
 

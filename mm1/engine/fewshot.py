@@ -20,7 +20,7 @@ from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder
 from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.vqa import normalize
-from mm1.engine.generate import Busy, Engine, Prompt, Request, encode_prompts, policy_of, tokenizer_of
+from mm1.engine.generate import Busy, Engine, Prompt, Request, checked, encode_prompts, policy_of, tokenizer_of
 from mm1.engine.model import MM1
 from mm1.engine.sampling import Sampling
 from mm1.kernels.grids import Grids
@@ -79,7 +79,7 @@ def piece(model: MM1, parts: Prompt, policy: "ImagePolicy | None" = None) -> Pie
     c = model.config
     budget = exact_budget([], c.vision.patch)
     encode = DocumentEncoder(tokenizer_of(model), policy or policy_of(model), c.connector.tokens, budget)
-    units = encode.units(parts)[1:]  # without begin-of-text
+    units = encode.units(checked(parts))[1:]  # without begin-of-text
     return Piece([token for unit in units for token in unit.ids], tuple(v for unit in units for v in unit.views))
 
 

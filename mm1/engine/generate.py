@@ -19,7 +19,7 @@ from torch import Tensor
 from mm1.engine.cache import PAGE, Cache, Rows, image_digest, names
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
-from mm1.engine.data.record import DataError
+from mm1.engine.data.record import DataError, Unreadable
 from mm1.engine.decode import step_of
 from mm1.engine.graphs import PAGES, Graphs
 from mm1.engine.model import MM1
@@ -61,16 +61,16 @@ def generate(
     Settings are those of Sampling and, weights, of Engine; prompt i draws with seed + i. on_text(prompt number, piece)
     is called as text arrives.
     """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, stop)
     documents = encode_prompts(model, prompts)
     pages = sum(cdiv(len(document.tokens) + max_tokens, PAGE) for document in documents)
     count = max(len(prompts), 1)
-    engine = Engine(model, tokens=pages * PAGE, batch=count, queue=count, weights=weights)
+    engine = Engine(model, tokens=max(pages, 1) * PAGE, batch=count, queue=count, weights=weights)
     requests = []
     for i, document in enumerate(documents):
-        sampling = Sampling(
-            max_tokens, temperature, top_p, top_k, repetition_penalty, tuple(stop), None if seed is None else seed + i
-        )
-        requests.append(engine.submit(document, sampling, partial(on_text, i) if on_text else None))
+        own = replace(sampling, seed=None if seed is None else seed + i)
+        requests.append(engine.submit(document, own, partial(on_text, i) if on_text else None))
     engine.run()
     return [request.text for request in requests]
 
@@ -82,6 +82,8 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
     A prompt's answers share its pages. Raises DataError for an empty answer.
     """
     tokenizer, encoded = tokenizer_of(model), encode_prompts(model, prompts)
+    if len(answers) != len(encoded) or any(isinstance(of, str) for of in answers):
+        raise DataError(f"{len(encoded)} prompts, expected as many lists of answers")
     documents = [[(prompt, tokenizer.encode(answer)) for answer in of] for prompt, of in zip(encoded, answers)]
     flat = [pair for of in documents for pair in of]
     pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)
@@ -104,7 +106,8 @@ def n_best(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Samp
 class Request:
     """A prompt and what comes of it.
 
-    finish: None while it runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text raised.
+    finish: None while it runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text or its prompt
+    raised.
     """
 
     def __init__(self, document: Document, sampling: Sampling, text: "_Text", scored: int = 0):
@@ -142,6 +145,11 @@ class Engine:
         self, model: MM1, *, tokens: int = 65_536, batch: int = 64, queue: int = 1024, prefill: int = 8192,
         images: int = 1024, weights: str | None = None,
     ):  # fmt: skip
+        for name, value, least in (
+            ("tokens", tokens, 1), ("batch", batch, 1), ("queue", queue, 1), ("images", images, 0)
+        ):  # fmt: skip
+            if value < least:
+                raise DataError(f"{name} is {value}, expected ≥ {least}")
         weight = model.decoder.embedding.weight
         self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
         self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
@@ -186,7 +194,7 @@ class Engine:
         return request
 
     def forget(self) -> None:
-        """What is known of earlier prompts and images, as after a change of weights."""
+        """What is known of earlier prompts and images. After a change of weights make a new Engine."""
         self.cache.forget()
         self.features.clear()
 
@@ -209,7 +217,12 @@ class Engine:
         if self.running:
             self._decode(list(self.running))
         if fresh := self._admitted():  # afterwards: a listener that fails in decoding leaves nobody half admitted
-            found = self._prefilled(fresh)
+            try:
+                found = self._prefilled(fresh)
+            except Exception:  # theirs alone: who ran before goes on
+                for request in fresh:
+                    self._end(request, "failed")
+                raise
             for request in fresh:
                 self.cache.remember(request.pages, request.cached)
             self._choose(fresh, *found, [drawn(request) for request in fresh])
@@ -306,7 +319,7 @@ class Engine:
             pixels = self._moved(np.concatenate([np.ascontiguousarray(image).reshape(-1, 3) for image in images]))
             grids = Grids([(h // patch, w // patch) for h, w, _ in (i.shape for i in images)], device=self.device)
             encoded = self.model.encode(pixels, grids).unflatten(0, (len(images), -1))
-            self.features.update(zip(missing, encoded.unbind()))
+            self.features.update(zip(missing, (x.clone() for x in encoded.unbind())))  # none holds the others
             self.encoded += len(missing)
         found = {digest: self.features[digest] for digest in wanted}
         for digest in found:
@@ -390,7 +403,22 @@ def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
     c = model.config
     budget = exact_budget([], c.vision.patch)
     encode = DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, budget)
-    return [encode.prompt(parts) for parts in prompts]
+    return [encode.prompt(checked(parts)) for parts in prompts]
+
+
+def checked(parts: Prompt) -> "list[str | Image.Image]":
+    """Images in RGB and upright, whatever they were. Raises DataError for what is neither text nor image."""
+    from PIL import Image
+
+    from mm1.engine.data.images import upright
+
+    wrong = [parts] if isinstance(parts, str) else [p for p in parts if not isinstance(p, str | Image.Image)]
+    if wrong:
+        raise DataError(f"a prompt is a sequence of texts and PIL images, not {type(wrong[0]).__name__}")
+    try:
+        return [part if isinstance(part, str) else upright(part) for part in parts]
+    except Unreadable as error:
+        raise DataError(str(error)) from None
 
 
 def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":

@@ -27,13 +27,25 @@ def decode(data: bytes) -> Image.Image:
         image = Image.open(BytesIO(data), formats=FORMATS)
         if not 0 < image.width * image.height <= MAX_PIXELS:
             raise Unreadable(f"image of {image.width} x {image.height} pixels, expected 1 to {MAX_PIXELS}")
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return upright(image)
     except Unreadable:
         raise
     except UnidentifiedImageError:  # PIL's own words name a buffer at a memory address
         raise Unreadable(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # PIL's codecs raise nearly every type there is on bad bytes
+        raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Any of PIL's as decode() gives them. Raises Unreadable."""
+    try:
+        image.load()
+        if not image.width * image.height:
+            raise Unreadable(f"image of {image.width} x {image.height} pixels")
+        return _rgb(ImageOps.exif_transpose(image))
+    except Unreadable:
+        raise
+    except Exception as error:
         raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
 
 

@@ -175,7 +175,7 @@ def _load(file: Path) -> Any:
         return json.loads(file.read_bytes())
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from None
 
 
@@ -201,7 +201,7 @@ def _coco(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """COCO, NoCaps: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     captions: dict[Key, list[str]] = defaultdict(list)
     for file, data in loaded:
-        for row in data.get("annotations", []):
+        for row in data.get("annotations") or []:
             key = _field(file, row, "image_id", (int, str))
             captions[key].append(_field(file, row, "caption", str, key))
     samples = []
@@ -246,12 +246,12 @@ def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     "answers": [{"answer"}]}]}."""
     answers: dict[Key, tuple[str, ...]] = {}
     for file, data in loaded:
-        for row in data.get("annotations", []):
+        for row in data.get("annotations") or []:
             key = _field(file, row, "question_id", (int, str))
             answers[key] = _answers(file, row, key)
     samples, annotated = [], bool(answers)
     for file, data in loaded:
-        for row in data.get("questions", []):
+        for row in data.get("questions") or []:
             key = _field(file, row, "question_id", (int, str))
             image = _field(file, row, "image_id", (int, str), key)
             if annotated and not answers.get(key):

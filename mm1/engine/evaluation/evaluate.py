@@ -56,6 +56,8 @@ class How:
     def __post_init__(self):
         if self.choose not in CHOICES:
             raise DataError(f"choose is {self.choose!r}, expected one of {', '.join(CHOICES)}")
+        if self.high is not None and self.high < 0:
+            raise DataError(f"high is {self.high}, expected ≥ 0")
 
 
 def samples_of(
@@ -64,6 +66,10 @@ def samples_of(
 ) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
     """What is evaluated, and what shots are drawn from. limit: at most so many, drawn with `seed`."""
     split = split or benchmarks.benchmark(name).split
+    if not data:
+        raise DataError("no data: expected the benchmark's folder, or its files")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}, expected ≥ 1")
     folder = images or (data[0] if data[0].is_dir() else data[0].parent)
     where = benchmarks.Images(folder)
     samples = benchmarks.read(name, benchmarks.find(name, data, split), where, split)
@@ -85,6 +91,10 @@ def evaluate(
     predictions by other settings.
     """
     benchmark = benchmarks.benchmark(name)
+    if batch < 1:
+        raise DataError(f"batch is {batch}, expected ≥ 1")
+    if not shots or min(shots) < 0:
+        raise DataError(f"shots are {list(shots)}, expected numbers ≥ 0")
     unanswered = [sample for sample in samples if not sample.references]
     if unanswered and len(unanswered) < len(samples):
         raise DataError(f"{name}: {unanswered[0].key}: no references, which others have")
@@ -99,7 +109,7 @@ def evaluate(
         todo = sorted((s for s in samples if s.key not in log.rows), key=lambda s: str(s.image))
         if todo:
             prompts.check(n, todo)
-            engine = engine or _engine(prompts, n, batch, weights)
+            engine = engine or _engine(prompts, n, min(batch, len(samples)), weights)
             with log, _Progress(f"{name} {n}-shot", len(samples), len(log.rows), display or sys.stderr) as progress:
                 _run(engine, benchmark, partial(prompts.document, n), todo, log, progress)
         results.append({"shots": n, **_summary(benchmark, samples, log)})
@@ -279,11 +289,13 @@ def _run(
             while coming and len(engine.waiting) < engine.queue and (coming[0][1].done() or not running):
                 sample, future = coming.popleft()
                 found = future.result()
-                if isinstance(found, str):
-                    log.add(_row(benchmark, sample, [], "") | {"unreadable": found})
-                    progress.add()
-                else:
+                try:
+                    if isinstance(found, str):
+                        raise DataError(found)
                     running.append((engine.submit(found[0], sampling), sample, found[1]))
+                except DataError as error:  # its image, or it is too long
+                    log.add(_row(benchmark, sample, [], "") | {"unreadable": str(error)})
+                    progress.add()
             engine.step()
             for request, sample, keys in [r for r in running if r[0].finish]:
                 log.add(_row(benchmark, sample, keys, benchmark.answer(request.text)))

@@ -69,5 +69,5 @@ def test_an_unfinished_write_is_not_seen_and_swept_away(tmp_path):
 def test_a_named_size_has_random_weights_and_no_tokenizer():
     model = checkpoint.load("digits")
     assert model.tokenizer is None
-    with pytest.raises(DataError, match="unknown size 'mm1-4b'; known: digits"):
+    with pytest.raises(DataError, match="unknown size 'mm1-4b', and no such file or folder; known: digits"):
         checkpoint.load("mm1-4b")

@@ -1,6 +1,7 @@
 """However requests are batched, paged, shared and cancelled, each gets what it gets alone, and no page is lost."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -298,6 +299,7 @@ def test_answers_go_with_their_prompts(model):
 
 
 def test_one_stop_may_be_a_string(model):
+    assert Sampling(stop="six").stop == ("six",)
     plain = generate(model, [PROMPTS[0]], max_tokens=16)[0]
     assert generate(model, [PROMPTS[0]], max_tokens=16, stop=plain[3:6]) == [plain.split(plain[3:6])[0]]
 
@@ -410,20 +412,21 @@ def test_features_that_were_used_last_stay(model):
     assert engine.encoded == 3
 
 
-def test_the_best_is_by_the_mean_also_of_unequal_lengths(model, monkeypatch):
-    engine = Engine(model)
-    made = iter([[-1.0] * 4, [-1.5], [-0.5] * 9])
-    submit = engine.submit
-
-    def fixed(*given):
-        request = submit(*given)
-        request.logprobs = next(made)
-        return request
-
-    monkeypatch.setattr(engine, "submit", fixed)
-    monkeypatch.setattr(engine, "run", lambda: None)
-    found = n_best(engine, ["one"], 3, Sampling(temperature=1.0, seed=1))
+def test_the_best_is_by_the_mean_also_of_unequal_lengths(monkeypatch):
+    made = [SimpleNamespace(logprobs=logprobs) for logprobs in ([-1.0] * 4, [-1.5], [-0.5] * 9)]
+    monkeypatch.setattr(generating, "several", lambda *_: made)
+    found = n_best(None, ["one"], 3, Sampling())
     assert [len(request.logprobs) for request in found] == [9, 4, 1]
+
+
+def test_more_than_may_wait_are_continued_in_turn(model):
+    engine = Engine(model, batch=1, queue=2)
+    other = engine.submit([LONG], Sampling(max_tokens=3))
+    found = generating.several(engine, ["one"], 5, Sampling(max_tokens=4, temperature=1.0, seed=7))
+    alone = [generate(model, [["one"]], max_tokens=4, temperature=1.0, seed=7 + i)[0] for i in range(5)]
+    assert [request.text for request in found] == alone
+    assert other.finish
+    assert drained(engine)
 
 
 class Inside:

@@ -949,6 +949,12 @@ def test_metrics_are_those_of_what_was_done(model):
         assert metric(port, "mm1_pages") == 8192 / 16
 
 
+@pytest.mark.parametrize("limit", [{"max_images": -1}, {"max_pixels": 0}, {"max_bytes": 0}])
+def test_limits_that_let_nothing_through_are_refused(model, limit):
+    with pytest.raises(DataError, match=f"{next(iter(limit))} is"):
+        app.Service(Engine(model, tokens=64), "small", **limit)
+
+
 def test_an_address_that_others_reach_takes_a_key(monkeypatch):
     monkeypatch.delenv("MM1_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "192.168.1.7", "example.com", ""):

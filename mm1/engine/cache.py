@@ -123,9 +123,10 @@ class Cache:
         slots = [table[b, np.arange(s, e) // PAGE].astype(np.int64) * PAGE + np.arange(s, e) % PAGE
                  for b, (s, e) in enumerate(zip(starts, ends))]  # fmt: skip
         new = [end - start for start, end in zip(starts, ends)]
-        arrays = (np.cumsum([0, *new], dtype=np.int32), table, np.array(ends, np.int32), np.concatenate([[], *slots]))
+        flat = np.concatenate([np.empty(0, np.int64), *slots])
+        arrays = (np.cumsum([0, *new], dtype=np.int32), table, np.array(ends, np.int32), flat)
         cu_seqlens, table, lengths, flat = (torch.from_numpy(x).to(device) for x in arrays)
-        return Rows(cu_seqlens, table, lengths, flat.long(), max(new, default=0), any(starts))
+        return Rows(cu_seqlens, table, lengths, flat, max(new, default=0), any(starts))
 
 
 def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

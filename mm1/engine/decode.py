@@ -86,7 +86,11 @@ def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
 
     decoder, head: a DecoderLM and its Head, or as quantize.py makes them.
     """
-    known = all(type(p) is nn.Parameter and p.dtype in KINDS and p.is_contiguous() for p in decoder.parameters())
+    named = decoder.named_parameters()
+    known = all(
+        type(p) is nn.Parameter and p.dtype in KINDS and p.is_contiguous() and not name.endswith("bias")
+        for name, p in named
+    )
     on_cpu = known and cache.k.device.type == "cpu"
     return Step(decoder, head, cache, code) if on_cpu and (code := library()) else None
 

@@ -20,7 +20,7 @@ from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder
 from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.vqa import normalize
-from mm1.engine.generate import Busy, Engine, Prompt, Request, checked, encode_prompts, policy_of, tokenizer_of
+from mm1.engine.generate import Engine, Prompt, checked, policy_of, several, tokenizer_of
 from mm1.engine.model import MM1
 from mm1.engine.sampling import Sampling
 from mm1.kernels.grids import Grids
@@ -199,17 +199,8 @@ def vote(
 
     The chains share the prompt's pages; chain i draws with seed + i. One that ends with nothing has no vote.
     """
-    document = prompt if isinstance(prompt, Document) else encode_prompts(engine.model, [prompt])[0]
-    requests: list[Request] = []
-    while len(requests) < samples:
-        sampling = Sampling(max_tokens, temperature, stop=tuple(stop), seed=seed + len(requests))
-        try:
-            requests.append(engine.submit(document, sampling))
-        except Busy:
-            engine.step()
-    while any(request.finish is None for request in requests):
-        engine.step()
-    texts = [request.text for request in requests]
+    how = Sampling(max_tokens, temperature, stop=stop, seed=seed)
+    texts = [request.text for request in several(engine, prompt, samples, how)]
     votes = Counter(answer for text in texts if (answer := normalize(final_answer(text, markers))))
     winner, count = votes.most_common(1)[0] if votes else ("", 0)
     return Vote(winner, count / samples, texts)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mm1.engine.cache import PAGE, Cache, Rows, image_digest, names
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
-from mm1.engine.data.record import DataError, Unreadable
+from mm1.engine.data.record import DataError, Unreadable, at_least
 from mm1.engine.decode import step_of
 from mm1.engine.graphs import PAGES, Graphs
 from mm1.engine.model import MM1
@@ -51,7 +51,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int | None = None,
     weights: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
@@ -61,7 +61,6 @@ def generate(
     Settings are those of Sampling and, weights, of Engine; prompt i draws with seed + i. on_text(prompt number, piece)
     is called as text arrives.
     """
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, stop)
     documents = encode_prompts(model, prompts)
     pages = sum(cdiv(len(document.tokens) + max_tokens, PAGE) for document in documents)
@@ -93,14 +92,24 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
     return [[sum(request.logprobs) for request in of] for of in requests]
 
 
-def n_best(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Sampling) -> "list[Request]":
-    """n continuations of one prompt, whose pages they share, the likeliest first: by the mean of their tokens'
-    log-probabilities. The i-th that is begun draws with seed + i."""
+def several(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Sampling) -> "list[Request]":
+    """n continuations of one prompt, whose pages they share; the i-th draws with seed + i. Others go on meanwhile."""
     document = prompt if isinstance(prompt, Document) else encode_prompts(engine.model, [prompt])[0]
     seed = random.randrange(1 << 32) if sampling.seed is None else sampling.seed
-    found = [engine.submit(document, replace(sampling, seed=seed + i)) for i in range(n)]
-    engine.run()
-    return sorted(found, key=lambda request: -np.mean(request.logprobs))
+    found: list[Request] = []
+    while len(found) < n:
+        try:
+            found.append(engine.submit(document, replace(sampling, seed=seed + len(found))))
+        except Busy:
+            engine.step()
+    while any(request.finish is None for request in found):
+        engine.step()
+    return found
+
+
+def n_best(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Sampling) -> "list[Request]":
+    """`several`, the likeliest first: by the mean of their tokens' log-probabilities."""
+    return sorted(several(engine, prompt, n, sampling), key=lambda request: -np.mean(request.logprobs))
 
 
 class Request:
@@ -145,11 +154,8 @@ class Engine:
         self, model: MM1, *, tokens: int = 65_536, batch: int = 64, queue: int = 1024, prefill: int = 8192,
         images: int = 1024, weights: str | None = None,
     ):  # fmt: skip
-        for name, value, least in (
-            ("tokens", tokens, 1), ("batch", batch, 1), ("queue", queue, 1), ("images", images, 0)
-        ):  # fmt: skip
-            if value < least:
-                raise DataError(f"{name} is {value}, expected ≥ {least}")
+        at_least(1, tokens=tokens, batch=batch, queue=queue)
+        at_least(0, images=images)
         weight = model.decoder.embedding.weight
         self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
         self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
@@ -270,7 +276,7 @@ class Engine:
         for i, request in enumerate(fresh):
             if request.scored:
                 self._score(request, hidden[last[i] - request.scored : last[i]])
-        logits = self._logits(hidden[last])
+        logits = self.head(hidden[last])
         return logits, *likeliest(logits)
 
     def _decode(self, going: Sequence[Request]) -> None:
@@ -287,14 +293,11 @@ class Engine:
         else:
             rows = self.cache.rows([request.pages for request in going], starts, [start + 1 for start in starts])
             x = self.model.decoder.embedding(self._moved(np.array(tokens)))
-            logits = self._logits(self._hidden(x, self._moved(np.array(starts)), rows))
+            logits = self.head(self._hidden(x, self._moved(np.array(starts)), rows))
             self._choose(going, logits, *likeliest(logits), draws)
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
         return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
 
     def _moved(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -330,7 +333,7 @@ class Engine:
 
     def _score(self, request: Request, hidden: Tensor) -> None:
         tokens = self._moved(request.document.tokens[-request.scored :]).long()
-        found = self._logits(hidden).float().log_softmax(-1).gather(1, tokens[:, None])
+        found = self.head(hidden).float().log_softmax(-1).gather(1, tokens[:, None])
         request.logprobs = found[:, 0].tolist()
 
     def _choose(
@@ -481,13 +484,8 @@ class _Text:
 
     def _settled(self) -> int:
         """Characters that later tokens cannot change: without the beginning of a stop string at the end."""
-        end = len(self.text)
-        for s in self.stop:
-            for size in range(min(len(s) - 1, end), 0, -1):
-                if self.text[:end].endswith(s[:size]):
-                    end -= size
-                    break
-        return end
+        sizes = (size for s in self.stop for size in range(1, len(s)) if self.text.endswith(s[:size]))
+        return len(self.text) - max(sizes, default=0)
 
     def _send(self, text: str) -> None:
         if self.emit and len(text) > self.sent:

@@ -1,5 +1,6 @@
 """Which token comes next."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     seed: int | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         fits = {
             "max_tokens": (self.max_tokens >= 1, "≥ 1"), "temperature": (self.temperature >= 0, "≥ 0"),
             "top_p": (0 < self.top_p <= 1, "(0, 1]"), "top_k": (self.top_k >= 0, "≥ 0"),

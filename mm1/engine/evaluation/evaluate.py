@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mm1.engine.data.document import Document
 from mm1.engine.data.images import ImagePolicy, read
-from mm1.engine.data.record import DataError
+from mm1.engine.data.record import DataError, at_least
 from mm1.engine.evaluation import benchmarks
 from mm1.engine.evaluation.benchmarks import Benchmark, Key, Sample
 from mm1.engine.evaluation.cider import cider
@@ -56,8 +56,7 @@ class How:
     def __post_init__(self):
         if self.choose not in CHOICES:
             raise DataError(f"choose is {self.choose!r}, expected one of {', '.join(CHOICES)}")
-        if self.high is not None and self.high < 0:
-            raise DataError(f"high is {self.high}, expected ≥ 0")
+        at_least(0, high=self.high)
 
 
 def samples_of(
@@ -68,8 +67,7 @@ def samples_of(
     split = split or benchmarks.benchmark(name).split
     if not data:
         raise DataError("no data: expected the benchmark's folder, or its files")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}, expected ≥ 1")
+    at_least(1, limit=limit)
     folder = images or (data[0] if data[0].is_dir() else data[0].parent)
     where = benchmarks.Images(folder)
     samples = benchmarks.read(name, benchmarks.find(name, data, split), where, split)
@@ -91,8 +89,7 @@ def evaluate(
     predictions by other settings.
     """
     benchmark = benchmarks.benchmark(name)
-    if batch < 1:
-        raise DataError(f"batch is {batch}, expected ≥ 1")
+    at_least(1, batch=batch)
     if not shots or min(shots) < 0:
         raise DataError(f"shots are {list(shots)}, expected numbers ≥ 0")
     unanswered = [sample for sample in samples if not sample.references]

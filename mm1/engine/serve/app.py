@@ -22,7 +22,7 @@ import numpy as np
 from mm1.engine.asynchronous import AsyncEngine, Dead, Stream
 from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
-from mm1.engine.data.record import DataError, Unreadable
+from mm1.engine.data.record import DataError, Unreadable, at_least
 from mm1.engine.data.sources import read_image
 from mm1.engine.generate import Busy, Engine, policy_of
 from mm1.engine.sampling import Sampling
@@ -94,6 +94,8 @@ class Service:
         from starlette.applications import Starlette
         from starlette.routing import Route
 
+        at_least(0, max_images=max_images)
+        at_least(1, max_pixels=max_pixels, max_bytes=max_bytes)
         c = engine.model.config
         self.engine, self.name, self.key, self.allow_urls = AsyncEngine(engine), name, key, allow_urls
         self.max_images, self.max_bytes = max_images, max_bytes

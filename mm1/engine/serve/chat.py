@@ -25,9 +25,8 @@ from mm1.engine.sampling import Sampling
 
 WHOLE = {"max_tokens": (1, 1 << 24), "max_completion_tokens": (1, 1 << 24), "top_k": (0, 1 << 24),
          "n": (1, 16), "seed": (-(1 << 63), (1 << 63) - 17)}  # fmt: skip
-# Logits over a temperature or a penalty near zero are infinite, and what is drawn of them undefined.
+# A penalty near zero makes logits infinite, and what is drawn of them undefined.
 REAL = {"temperature": (0, 100), "top_p": (1e-6, 1), "repetition_penalty": (0.1, 10)}
-COLD = 0.01  # below it nothing but the likeliest token is ever drawn
 # Of what is not done here, what asks for nothing.
 NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],),
            "tool_choice": ("none",), "functions": ([],), "modalities": (["text"],), "top_logprobs": (0,),
@@ -68,8 +67,6 @@ def parse(body: bytes) -> Asked:
     count, seed = numbers.pop("n", 1), numbers.pop("seed", None)
     if "max_completion_tokens" in numbers:
         numbers["max_tokens"] = numbers.pop("max_completion_tokens")
-    if numbers.get("temperature", 0) < COLD:
-        numbers["temperature"] = 0.0
     stop = asked.get("stop", [])
     stop = [stop] if isinstance(stop, str) else _typed("stop", stop, list)
     if len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop):
@@ -78,7 +75,7 @@ def parse(body: bytes) -> Asked:
     return Asked(
         tuple(_laid_out(asked.get("messages"), asked.get("template", "conversation"))),
         tuple(
-            Sampling(**numbers, stop=tuple(stop), seed=None if seed is None else seed + i) for i in range(count)
+            Sampling(**numbers, stop=stop, seed=None if seed is None else seed + i) for i in range(count)
         ),
         _typed("model", asked["model"], str) if "model" in asked else None,
         _typed("stream", asked.get("stream", False), bool),

@@ -1,71 +1,46 @@
 """What a client of the server gets is what the Engine alone gives; what is wrong is refused and hurts nobody else."""
 
 import asyncio
-import base64
-import http.client
 import json
 import os
-import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
-import time
-import zlib
-from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from small import SLOTS, small_mm1, small_run
+from service import (
+    CHAT,
+    LONG,
+    ROOT,
+    alone,
+    asked,
+    client_of,
+    create,
+    fails_behind,
+    health,
+    idle,
+    image_url,
+    metric,
+    openai,
+    png,
+    raw,
+    refused,
+    serving,
+    until,
+)
+from small import small_mm1, small_run
 from test_generate import PROMPTS, picture
 
-pytest.importorskip("uvicorn", reason="serving is an extra")
-pytest.importorskip("starlette")
-openai = pytest.importorskip("openai")
-
-from mm1.engine.data.batch import exact_budget  # noqa: E402
-from mm1.engine.data.document import Budget, DocumentEncoder  # noqa: E402
-from mm1.engine.data.images import ImagePolicy, decode  # noqa: E402
-from mm1.engine.data.record import DataError, Unreadable  # noqa: E402
-from mm1.engine.data.sources import open_source  # noqa: E402
-from mm1.engine.generate import Busy, Engine, encode_prompts  # noqa: E402
-from mm1.engine.sampling import Sampling  # noqa: E402
-from mm1.engine.serve import app, chat, images, urls  # noqa: E402
-from mm1.engine.serve.app import Service, server_of  # noqa: E402
-from mm1.engine.serve.images import Decoder  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
-CHAT = "/v1/chat/completions"
-LONG = 6000  # tokens that take the small model a second or more
+from mm1.engine.data.record import DataError
+from mm1.engine.generate import Engine, encode_prompts
+from mm1.engine.serve import app
 
 
 @pytest.fixture(scope="module")
 def model():
     return small_mm1(seed=5).eval()
-
-
-@contextmanager
-def serving(model, *, batch=8, queue=64, tokens=8192, small=False, **options):
-    """Port and service, on a thread and an event loop of its own. small: what its sockets hold."""
-    service = Service(Engine(model, tokens=tokens, batch=batch, queue=queue), "small", **options)
-    listener = socket.create_server(("127.0.0.1", 0))
-    if small:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    server = server_of(service)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        until(lambda: server.started or not thread.is_alive())
-        yield listener.getsockname()[1], service
-    finally:
-        server.should_exit = True
-        thread.join(60)
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -83,94 +58,6 @@ def port(served):
 def client(port):
     with client_of(port) as client:
         yield client
-
-
-def client_of(port, key="none"):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.005)
-
-
-def asked(port, method, path, body=None, headers=None):
-    """Status, headers, body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    body = json.dumps(body) if isinstance(body, dict | list) else body
-    connection.request(method, path, body, headers or {}, encode_chunked=not isinstance(body, str | bytes | None))
-    answer = connection.getresponse()
-    found = answer.status, answer.headers, answer.read()
-    connection.close()
-    return found
-
-
-def refused(port, body, status=400):
-    found, _, answer = asked(port, "POST", CHAT, body)
-    assert found == status, answer
-    error = json.loads(answer)["error"]
-    assert {"message", "type", "code"} <= error.keys()
-    assert "\n" not in error["message"]
-    return error["message"]
-
-
-def health(port):
-    return json.loads(asked(port, "GET", "/health")[2])
-
-
-def idle(port):
-    now = health(port)
-    return now["running"] == now["waiting"] == 0 and now["pages"]["free"] == now["pages"]["total"]
-
-
-def metric(port, name):
-    lines = asked(port, "GET", "/metrics")[2].decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
-
-
-def png(image) -> bytes:
-    file = BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def data_url(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def image_url(url):
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def parts(prompt):
-    return [text(part) if isinstance(part, str) else image_url(data_url(png(part))) for part in prompt]
-
-
-def raw(prompt, **more):
-    """A request for the prompt as it is."""
-    return {"messages": [{"role": "user", "content": parts(prompt)}], "template": "none", **more}
-
-
-def create(client, prompt, **more):
-    return client.chat.completions.create(
-        model="small",
-        messages=raw(prompt)["messages"],
-        extra_body={"template": "none", **more.pop("extra", {})},
-        **more,
-    )
-
-
-def alone(model, prompt, *args, **kwargs):
-    engine = Engine(model)
-    request = engine.submit(prompt, Sampling(*args, **kwargs))
-    engine.run()
-    return request
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -296,73 +183,6 @@ def test_models_lists_the_one_there_is(client, port):
     assert json.loads(asked(port, "GET", "/v1/nothing")[2])["error"]["type"] == "invalid_request_error"
 
 
-def encoder(model):
-    c = model.config
-    policy = ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches)
-    return DocumentEncoder(model.tokenizer, policy, SLOTS, exact_budget([], c.vision.patch))
-
-
-def encoded(model, asked: chat.Asked):
-    """As the server encodes it, decoding in this process."""
-    views = encoder(model).policy.views
-    found = [views(decode(base64.b64decode(p.url.split(",")[1]))) if isinstance(p, chat.Picture) else p
-             for p in asked.parts]  # fmt: skip
-    return chat.encode(model.tokenizer, SLOTS, found)
-
-
-def test_messages_are_laid_out_as_conversations_were_in_training(model, tmp_path):
-    turns = ["<image>\nhow many sevens? ", "two", "and here: <image><image>, nines?", "none\n", "sure?", "yes"]
-    pictures = [data_url(png(picture(12, 24, seed))) for seed in range(3)]
-    record = {"image": pictures, "conversations": [
-        {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}  # fmt: skip
-    (tmp_path / "talk.jsonl").write_text(json.dumps(record))
-    encode = encoder(model)
-    large = Budget(tokens=4096, images=16, patches=4096, documents=1)
-    [trained] = DocumentEncoder(encode.tokenizer, encode.policy, SLOTS, large)(
-        open_source("conversations", str(tmp_path / "talk.jsonl"), Path())[0]
-    )
-    left = iter(pictures)
-
-    def content(turn):
-        first, *rest = turn.split("<image>")
-        return [text(first), *(p for words in rest for p in (image_url(next(left)), text(words)))]
-
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn if i % 2 else content(turn)}
-                for i, turn in enumerate(turns[:-1])]  # fmt: skip
-    found = encoded(model, chat.parse(json.dumps({"messages": messages}).encode()))
-    answer = [*model.tokenizer.encode(" yes"), model.tokenizer.eos]
-    assert [*found.tokens, *answer] == trained.tokens.tolist()
-    assert all(np.array_equal(a, b) for a, b in zip(found.images, trained.images, strict=True))
-
-
-def test_a_systems_words_come_first_on_a_line_of_their_own():
-    body = {"messages": [{"role": "system", "content": "Count."}, {"role": "user", "content": " how many? "}]}
-    assert chat.parse(json.dumps(body).encode()).parts == ("Count.\nUSER: how many? ASSISTANT:",)
-
-
-def test_shots_can_be_asked_exactly_as_the_demo_was_trained(model):
-    """Whatever the messages are cut into."""
-    prompt = [
-        "quiz\n",
-        picture(seed=1),
-        "question: how many twos? answer: one\n",
-        picture(),
-        "question: sevens? answer:",
-    ]
-    [truth] = encode_prompts(model, [prompt])
-    a, b = (image_url(data_url(png(prompt[i]))) for i in (1, 3))
-    messages = [
-        {"role": "system", "content": "quiz\n"},
-        {"role": "user", "content": [a, text("question: how many "), text("twos? answer:")]},
-        {"role": "assistant", "content": " one\n"},
-        {"role": "user", "content": [b, text("question: sevens? answer:")]},
-    ]
-    for body in (raw(prompt), {"messages": messages, "template": "none"}):
-        found = encoded(model, chat.parse(json.dumps(body).encode()))
-        assert found.tokens.tolist() == truth.tokens.tolist()
-        assert all(np.array_equal(x, y) for x, y in zip(found.images, truth.images, strict=True))
-
-
 def test_a_mark_in_a_text_is_text(model, client):
     """No client can make slots of images without images."""
     found = create(client, ["<image><eos><bos>"], max_tokens=1)
@@ -371,6 +191,8 @@ def test_a_mark_in_a_text_is_text(model, client):
 
 
 ONE = [{"role": "user", "content": "one"}]
+
+
 WRONG = [
     "", "{", "null", "[]", "3", '"x"', "{}", '{"messages": NaN}', "[" * 100_000, b"\xff\xfe",
     '{"seed": 1' + "0" * 5000 + "}",
@@ -420,288 +242,6 @@ def test_next_to_no_temperature_is_none(model, client):
 def test_a_prompt_longer_than_the_cache_is_refused(port):
     assert "exceed 8192" in refused(port, raw(["one"], max_tokens=9000))
     assert "exceeds 8192" in refused(port, raw(["one " * 200_000]))
-
-
-def header_of(width, height) -> bytes:
-    """A PNG that claims to be so large, and ends where its pixels begin."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return head + struct.pack(">I", 1 << 20) + b"IDAT"
-
-
-def bomb(side: int) -> bytes:
-    """Black, whole and valid: a thousandth of its pixels' bytes."""
-    packer = zlib.compressobj(9)
-    rows = b"".join(packer.compress(bytes(1 + side)) for _ in range(side)) + packer.flush()
-    found = b"\x89PNG\r\n\x1a\n"
-    for name, content in (
-        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)),
-        (b"IDAT", rows),
-        (b"IEND", b""),
-    ):
-        found += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    return found
-
-
-def form_of(image, form, **options) -> bytes:
-    file = BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-NO_IMAGES = {
-    "truncated": (png(picture(64, 64))[:-400], "broken image"),
-    "of a billion pixels": (header_of(40_000, 25_000), "pixels"),
-    "of 2^62 pixels": (header_of((1 << 31) - 1, (1 << 31) - 1), "pixels"),
-    "of a few pixels too many": (header_of(5800, 5800), "expected at most 33554432"),
-    "a bomb": (bomb(12_000), "pixels"),
-    "text": (b"hello", "not an image"),
-    "empty": (b"", "not an image"),
-    "tiff": (form_of(picture(), "TIFF"), "not an image"),
-    "eps": (form_of(picture(), "EPS"), "not an image"),
-}
-
-
-@pytest.mark.parametrize("name", NO_IMAGES)
-def test_what_is_no_good_image_is_refused(port, name):
-    data, why = NO_IMAGES[name]
-    before = metric(port, "mm1_images_total")
-    assert why in refused(port, raw([]) | {"messages": [{"role": "user", "content": [image_url(data_url(data))]}]})
-    assert metric(port, "mm1_images_total") == before + 1
-
-
-NO_URLS = ["data:text/html;base64,AAAA", "data:image/png;base64,@@", "file:///etc/passwd", "/etc/passwd",
-           "http://127.0.0.1/a.png", "https://example.com/a.png", "", "data:"]  # fmt: skip
-
-
-@pytest.mark.parametrize("url", NO_URLS)
-def test_an_image_is_data_or_an_upload_and_nothing_else(port, url):
-    refused(port, {"messages": [{"role": "user", "content": [image_url(url)]}]})
-
-
-def test_images_are_counted_before_any_is_decoded(model):
-    with serving(model, max_images=2) as (port, service):
-        body = {"messages": [{"role": "user", "content": [image_url("data:image/png;base64,AAAA")] * 3}]}
-        assert "3 images, expected at most 2" in refused(port, body)
-        assert not service.decoder.views
-        assert asked(port, "POST", CHAT, raw([picture()] * 2, max_tokens=1))[0] == 200
-
-
-def test_all_formats_and_modes_are_what_this_process_decodes():
-    policy = ImagePolicy(4, "native", 24, 64)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    cases = [form_of(picture(12, 24).convert(mode), form) for form, modes in {
-        "PNG": ("RGB", "L", "RGBA", "P", "LA", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"),
-        "GIF": ("RGB", "P"), "BMP": ("RGB", "L")}.items() for mode in modes]  # fmt: skip
-    cases += [form_of(picture(12, 24), "JPEG", exif=exif),
-              form_of(picture(), "GIF", save_all=True, append_images=[picture(seed=1)])]  # fmt: skip
-
-    async def decoded():
-        async with Decoder(policy, 10_000) as decoder:
-            return [await decoder.decode(case) for case in cases]
-
-    for case, found in zip(cases, asyncio.run(decoded()), strict=True):
-        [truth], [view] = policy.views(decode(case)), found
-        assert np.array_equal(view, truth)
-
-
-def test_an_image_of_parts_comes_with_them():
-    policy = ImagePolicy(4, "squash", 8, parts=2)
-
-    async def decoded():
-        async with Decoder(policy, 10_000, processes=1) as decoder:
-            return await decoder.decode(png(picture(20, 20)))
-
-    truth = policy.views(picture(20, 20))
-    assert all(np.array_equal(a, b) for a, b in zip(asyncio.run(decoded()), truth, strict=True))
-
-
-def test_the_process_that_decodes_has_nothing(monkeypatch):
-    monkeypatch.setenv("MM1_API_KEY", "secret")
-
-    async def looked_at():
-        async with Decoder(ImagePolicy(4, "native", 24, 64), 1_000_000, processes=1) as decoder:
-            process = await decoder.idle.get()
-            decoder.idle.put_nowait(process)
-            folder = Path(f"/proc/{process.pid}")
-            return (folder / "limits").read_text(), (folder / "environ").read_bytes(), (folder / "maps").read_text()
-
-    limits, environment, maps = asyncio.run(looked_at())
-    found = {line[:25].strip(): line[26:].split()[0] for line in limits.splitlines()}
-    assert found["Max open files"] == "3"
-    assert found["Max core file size"] == found["Max file size"] == found["Max processes"] == "0"
-    assert found["Max address space"] == str((512 << 20) + 32_000_000)
-    assert b"secret" not in environment
-    assert "libtorch" not in maps
-
-
-def test_too_little_memory_refuses_one_image():
-    async def decoded():
-        async with Decoder(ImagePolicy(4, "native", 24, 64), 60_000_000, processes=1) as decoder:
-            process = await decoder.idle.get()
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (200 << 20, 200 << 20))
-            decoder.idle.put_nowait(process)
-            with pytest.raises(Unreadable):
-                await decoder.decode(form_of(Image.new("RGB", (7000, 7000)), "PNG"))
-            return await decoder.decode(png(picture()))
-
-    assert len(asyncio.run(decoded())) == 1
-
-
-def killed(pid):
-    os.kill(pid, signal.SIGKILL)
-
-
-def stopped(pid):
-    os.kill(pid, signal.SIGSTOP)
-
-
-@pytest.mark.parametrize("how", [killed, stopped])
-def test_a_process_that_breaks_fails_its_own_image(monkeypatch, how):
-    monkeypatch.setattr(images, "SECONDS", 0.3)
-
-    async def decoded():
-        async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=2) as decoder:
-            ill, well = await decoder.idle.get(), await decoder.idle.get()
-            how(ill.pid)
-            decoder.idle.put_nowait(ill)
-            decoder.idle.put_nowait(well)
-            with pytest.raises(Unreadable, match="broke" if how is killed else "took more than"):
-                await decoder.decode(png(picture(seed=0)))
-            monkeypatch.setattr(images, "SECONDS", 30)
-            for seed in range(1, 4):
-                assert len(await decoder.decode(png(picture(seed=seed)))) == 1
-            assert await ill.wait() != 0
-
-    asyncio.run(decoded())
-
-
-def test_who_leaves_while_an_image_is_decoded_leaves_no_answer_for_the_next():
-    policy = ImagePolicy(4, "native", 24, 64)
-
-    async def decoded():
-        async with Decoder(policy, 1_000_000, processes=1) as decoder:
-            task = asyncio.create_task(decoder.decode(png(picture(800, 800, 1))))
-            while not decoder.idle.empty():
-                await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            return await decoder.decode(png(picture(12, 24, 2)))
-
-    assert np.array_equal(asyncio.run(decoded())[0], policy.views(picture(12, 24, 2))[0])
-
-
-def test_no_more_images_wait_than_may():
-    async def decoded():
-        async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=1, waiting=2) as decoder:
-            return await asyncio.gather(
-                *(decoder.decode(png(picture(seed=s))) for s in range(5)), return_exceptions=True
-            )
-
-    found = asyncio.run(decoded())
-    assert [isinstance(f, Busy) for f in found].count(True) == 2
-    assert [isinstance(f, list) for f in found].count(True) == 3
-
-
-def test_reading_images_needs_no_torch():
-    code = "import sys, mm1.engine.serve.images; print({'torch', 'starlette'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert found == "set()\n"
-
-
-OWN = [
-    "127.0.0.1",
-    "10.1.2.3",
-    "192.168.0.1",
-    "172.16.0.1",
-    "169.254.169.254",
-    "0.0.0.0",
-    "::1",
-    "fe80::1",
-    "fd00::1",
-    "::ffff:127.0.0.1",
-    "64:ff9b::7f00:1",
-    "2002:7f00:1::",
-    "224.0.0.1",
-    "100.64.0.1",
-    "::",
-    "255.255.255.255",
-]
-
-
-@pytest.mark.parametrize("address", OWN)
-def test_no_address_of_ones_own_is_public(address):
-    assert not urls.public(address)
-
-
-def test_public_addresses_are():
-    assert urls.public("93.184.216.34")
-    assert urls.public("2606:2800:220:1:248:1893:25c8:1946")
-
-
-@pytest.fixture
-def host():
-    """A web server that answers what the path says."""
-    answers = {
-        "/a.png": b"HTTP/1.0 200 OK\r\nContent-Type: image/png\r\n\r\n" + png(PROMPTS[1][0]),
-        "/large": b"HTTP/1.0 200 OK\r\n\r\n" + bytes(1 << 20),
-        "/moved": b"HTTP/1.0 302 Found\r\nLocation: /a.png\r\n\r\n",
-        "/nothing": b"",
-    }
-
-    def answer():
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            path = connection.recv(4096).decode().split()[1]
-            with connection:
-                if path != "/never":
-                    connection.sendall(answers[path])
-                else:
-                    time.sleep(1)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-def test_a_url_is_fetched_once_from_a_public_address_and_within_bounds(monkeypatch, host):
-    def fetched(path):
-        return asyncio.run(urls.fetch(host + path, 1 << 16))
-
-    for name in ("localhost", "127.0.0.1", "127.1", "0x7f000001", "[::1]"):
-        with pytest.raises(DataError, match="address"):
-            asyncio.run(urls.fetch(f"http://{name}:{host.rpartition(':')[2]}/a.png", 1 << 16))
-    for wrong in ("ftp://x/a", "http:///a", "http://x:99999/", "http://x/a b", "http://x/\r\nHost: y", "http://ü/"):
-        with pytest.raises(DataError):
-            asyncio.run(urls.fetch(wrong, 1 << 16))
-    monkeypatch.setattr(urls, "public", lambda address: True)
-    assert fetched("/a.png") == png(PROMPTS[1][0])
-    with pytest.raises(DataError, match="more than 65536 bytes"):
-        fetched("/large")
-    with pytest.raises(DataError, match="answered 302"):
-        fetched("/moved")
-    with pytest.raises(DataError, match="answered nothing"):
-        fetched("/nothing")
-    monkeypatch.setattr(urls, "SECONDS", 0.2)
-    with pytest.raises(DataError, match="took more than"):
-        fetched("/never")
-
-
-def test_urls_are_fetched_where_that_is_allowed(model, monkeypatch, host):
-    with serving(model, allow_urls=True) as (port, _), client_of(port) as client:
-        message = {"role": "user", "content": [image_url(f"{host}/a.png")]}
-        assert "public address" in refused(port, {"messages": [message]})
-        monkeypatch.setattr(urls, "public", lambda address: True)
-        found = client.chat.completions.create(model="small", messages=[message], max_tokens=8,
-                                               extra_body={"template": "none"})  # fmt: skip
-        assert found.choices[0].message.content == alone(model, PROMPTS[1], 8).text
 
 
 def test_with_a_key_nothing_is_answered_without_it(model):
@@ -901,17 +441,6 @@ def test_two_hundred_clients_at_once_get_their_answers_and_health_answers_meanwh
     assert {status for _, status, _ in found} == {200}
     for i, _, answer in found:
         assert answer["choices"][0]["message"]["content"] == truth[i % 4]
-
-
-def fails_behind(tokens, engine):
-    step = engine.step
-
-    def failing():
-        if any(len(request.tokens) > tokens for request in engine.running):
-            raise MemoryError("no more")
-        return step()
-
-    engine.step = failing
 
 
 def test_a_failing_step_is_told_and_the_next_request_is_answered(model):

@@ -10,12 +10,9 @@ import threading
 from queue import Empty, Queue
 
 import pytest
+from service import alone, asked, fails_behind, health, idle, png, serving, until
 from small import small_mm1
 from test_generate import picture
-
-pytest.importorskip("uvicorn", reason="serving is an extra")
-pytest.importorskip("openai")
-from test_serve import alone, asked, fails_behind, health, idle, png, serving, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

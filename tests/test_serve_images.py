@@ -1,0 +1,339 @@
+"""Images of strangers: decoded apart, within bounds, and fetched from public addresses alone."""
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from service import (
+    CHAT,
+    ROOT,
+    alone,
+    asked,
+    client_of,
+    data_url,
+    image_url,
+    metric,
+    png,
+    raw,
+    refused,
+    serving,
+)
+from small import small_mm1
+from test_generate import PROMPTS, picture
+
+from mm1.engine.data.images import ImagePolicy, decode
+from mm1.engine.data.record import DataError, Unreadable
+from mm1.engine.generate import Busy
+from mm1.engine.serve import images, urls
+from mm1.engine.serve.images import Decoder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_mm1(seed=5).eval()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with serving(model) as (port, service):
+        yield port, service
+
+
+@pytest.fixture
+def port(served):
+    return served[0]
+
+
+def header_of(width, height) -> bytes:
+    """A PNG that claims to be so large, and ends where its pixels begin."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return head + struct.pack(">I", 1 << 20) + b"IDAT"
+
+
+def bomb(side: int) -> bytes:
+    """Black, whole and valid: a thousandth of its pixels' bytes."""
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + side)) for _ in range(side)) + packer.flush()
+    found = b"\x89PNG\r\n\x1a\n"
+    for name, content in (
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)),
+        (b"IDAT", rows),
+        (b"IEND", b""),
+    ):
+        found += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return found
+
+
+def form_of(image, form, **options) -> bytes:
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+NO_IMAGES = {
+    "truncated": (png(picture(64, 64))[:-400], "broken image"),
+    "of a billion pixels": (header_of(40_000, 25_000), "pixels"),
+    "of 2^62 pixels": (header_of((1 << 31) - 1, (1 << 31) - 1), "pixels"),
+    "of a few pixels too many": (header_of(5800, 5800), "expected at most 33554432"),
+    "a bomb": (bomb(12_000), "pixels"),
+    "text": (b"hello", "not an image"),
+    "empty": (b"", "not an image"),
+    "tiff": (form_of(picture(), "TIFF"), "not an image"),
+    "eps": (form_of(picture(), "EPS"), "not an image"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_good_image_is_refused(port, name):
+    data, why = NO_IMAGES[name]
+    before = metric(port, "mm1_images_total")
+    assert why in refused(port, raw([]) | {"messages": [{"role": "user", "content": [image_url(data_url(data))]}]})
+    assert metric(port, "mm1_images_total") == before + 1
+
+
+NO_URLS = ["data:text/html;base64,AAAA", "data:image/png;base64,@@", "file:///etc/passwd", "/etc/passwd",
+           "http://127.0.0.1/a.png", "https://example.com/a.png", "", "data:"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", NO_URLS)
+def test_an_image_is_data_or_an_upload_and_nothing_else(port, url):
+    refused(port, {"messages": [{"role": "user", "content": [image_url(url)]}]})
+
+
+def test_images_are_counted_before_any_is_decoded(model):
+    with serving(model, max_images=2) as (port, service):
+        body = {"messages": [{"role": "user", "content": [image_url("data:image/png;base64,AAAA")] * 3}]}
+        assert "3 images, expected at most 2" in refused(port, body)
+        assert not service.decoder.views
+        assert asked(port, "POST", CHAT, raw([picture()] * 2, max_tokens=1))[0] == 200
+
+
+def test_all_formats_and_modes_are_what_this_process_decodes():
+    policy = ImagePolicy(4, "native", 24, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cases = [form_of(picture(12, 24).convert(mode), form) for form, modes in {
+        "PNG": ("RGB", "L", "RGBA", "P", "LA", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"),
+        "GIF": ("RGB", "P"), "BMP": ("RGB", "L")}.items() for mode in modes]  # fmt: skip
+    cases += [form_of(picture(12, 24), "JPEG", exif=exif),
+              form_of(picture(), "GIF", save_all=True, append_images=[picture(seed=1)])]  # fmt: skip
+
+    async def decoded():
+        async with Decoder(policy, 10_000) as decoder:
+            return [await decoder.decode(case) for case in cases]
+
+    for case, found in zip(cases, asyncio.run(decoded()), strict=True):
+        [truth], [view] = policy.views(decode(case)), found
+        assert np.array_equal(view, truth)
+
+
+def test_an_image_of_parts_comes_with_them():
+    policy = ImagePolicy(4, "squash", 8, parts=2)
+
+    async def decoded():
+        async with Decoder(policy, 10_000, processes=1) as decoder:
+            return await decoder.decode(png(picture(20, 20)))
+
+    truth = policy.views(picture(20, 20))
+    assert all(np.array_equal(a, b) for a, b in zip(asyncio.run(decoded()), truth, strict=True))
+
+
+def test_the_process_that_decodes_has_nothing(monkeypatch):
+    monkeypatch.setenv("MM1_API_KEY", "secret")
+
+    async def looked_at():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 1_000_000, processes=1) as decoder:
+            process = await decoder.idle.get()
+            decoder.idle.put_nowait(process)
+            folder = Path(f"/proc/{process.pid}")
+            return (folder / "limits").read_text(), (folder / "environ").read_bytes(), (folder / "maps").read_text()
+
+    limits, environment, maps = asyncio.run(looked_at())
+    found = {line[:25].strip(): line[26:].split()[0] for line in limits.splitlines()}
+    assert found["Max open files"] == "3"
+    assert found["Max core file size"] == found["Max file size"] == found["Max processes"] == "0"
+    assert found["Max address space"] == str((512 << 20) + 32_000_000)
+    assert b"secret" not in environment
+    assert "libtorch" not in maps
+
+
+def test_too_little_memory_refuses_one_image():
+    async def decoded():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 60_000_000, processes=1) as decoder:
+            process = await decoder.idle.get()
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (200 << 20, 200 << 20))
+            decoder.idle.put_nowait(process)
+            with pytest.raises(Unreadable):
+                await decoder.decode(form_of(Image.new("RGB", (7000, 7000)), "PNG"))
+            return await decoder.decode(png(picture()))
+
+    assert len(asyncio.run(decoded())) == 1
+
+
+def killed(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+def stopped(pid):
+    os.kill(pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("how", [killed, stopped])
+def test_a_process_that_breaks_fails_its_own_image(monkeypatch, how):
+    monkeypatch.setattr(images, "SECONDS", 0.3)
+
+    async def decoded():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=2) as decoder:
+            ill, well = await decoder.idle.get(), await decoder.idle.get()
+            how(ill.pid)
+            decoder.idle.put_nowait(ill)
+            decoder.idle.put_nowait(well)
+            with pytest.raises(Unreadable, match="broke" if how is killed else "took more than"):
+                await decoder.decode(png(picture(seed=0)))
+            monkeypatch.setattr(images, "SECONDS", 30)
+            for seed in range(1, 4):
+                assert len(await decoder.decode(png(picture(seed=seed)))) == 1
+            assert await ill.wait() != 0
+
+    asyncio.run(decoded())
+
+
+def test_who_leaves_while_an_image_is_decoded_leaves_no_answer_for_the_next():
+    policy = ImagePolicy(4, "native", 24, 64)
+
+    async def decoded():
+        async with Decoder(policy, 1_000_000, processes=1) as decoder:
+            task = asyncio.create_task(decoder.decode(png(picture(800, 800, 1))))
+            while not decoder.idle.empty():
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return await decoder.decode(png(picture(12, 24, 2)))
+
+    assert np.array_equal(asyncio.run(decoded())[0], policy.views(picture(12, 24, 2))[0])
+
+
+def test_no_more_images_wait_than_may():
+    async def decoded():
+        async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=1, waiting=2) as decoder:
+            return await asyncio.gather(
+                *(decoder.decode(png(picture(seed=s))) for s in range(5)), return_exceptions=True
+            )
+
+    found = asyncio.run(decoded())
+    assert [isinstance(f, Busy) for f in found].count(True) == 2
+    assert [isinstance(f, list) for f in found].count(True) == 3
+
+
+def test_reading_images_needs_no_torch():
+    code = "import sys, mm1.engine.serve.images; print({'torch', 'starlette'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found == "set()\n"
+
+
+OWN = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "192.168.0.1",
+    "172.16.0.1",
+    "169.254.169.254",
+    "0.0.0.0",
+    "::1",
+    "fe80::1",
+    "fd00::1",
+    "::ffff:127.0.0.1",
+    "64:ff9b::7f00:1",
+    "2002:7f00:1::",
+    "224.0.0.1",
+    "100.64.0.1",
+    "::",
+    "255.255.255.255",
+]
+
+
+@pytest.mark.parametrize("address", OWN)
+def test_no_address_of_ones_own_is_public(address):
+    assert not urls.public(address)
+
+
+def test_public_addresses_are():
+    assert urls.public("93.184.216.34")
+    assert urls.public("2606:2800:220:1:248:1893:25c8:1946")
+
+
+@pytest.fixture
+def host():
+    """A web server that answers what the path says."""
+    answers = {
+        "/a.png": b"HTTP/1.0 200 OK\r\nContent-Type: image/png\r\n\r\n" + png(PROMPTS[1][0]),
+        "/large": b"HTTP/1.0 200 OK\r\n\r\n" + bytes(1 << 20),
+        "/moved": b"HTTP/1.0 302 Found\r\nLocation: /a.png\r\n\r\n",
+        "/nothing": b"",
+    }
+
+    def answer():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            path = connection.recv(4096).decode().split()[1]
+            with connection:
+                if path != "/never":
+                    connection.sendall(answers[path])
+                else:
+                    time.sleep(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_url_is_fetched_once_from_a_public_address_and_within_bounds(monkeypatch, host):
+    def fetched(path):
+        return asyncio.run(urls.fetch(host + path, 1 << 16))
+
+    for name in ("localhost", "127.0.0.1", "127.1", "0x7f000001", "[::1]"):
+        with pytest.raises(DataError, match="address"):
+            asyncio.run(urls.fetch(f"http://{name}:{host.rpartition(':')[2]}/a.png", 1 << 16))
+    for wrong in ("ftp://x/a", "http:///a", "http://x:99999/", "http://x/a b", "http://x/\r\nHost: y", "http://ü/"):
+        with pytest.raises(DataError):
+            asyncio.run(urls.fetch(wrong, 1 << 16))
+    monkeypatch.setattr(urls, "public", lambda address: True)
+    assert fetched("/a.png") == png(PROMPTS[1][0])
+    with pytest.raises(DataError, match="more than 65536 bytes"):
+        fetched("/large")
+    with pytest.raises(DataError, match="answered 302"):
+        fetched("/moved")
+    with pytest.raises(DataError, match="answered nothing"):
+        fetched("/nothing")
+    monkeypatch.setattr(urls, "SECONDS", 0.2)
+    with pytest.raises(DataError, match="took more than"):
+        fetched("/never")
+
+
+def test_urls_are_fetched_where_that_is_allowed(model, monkeypatch, host):
+    with serving(model, allow_urls=True) as (port, _), client_of(port) as client:
+        message = {"role": "user", "content": [image_url(f"{host}/a.png")]}
+        assert "public address" in refused(port, {"messages": [message]})
+        monkeypatch.setattr(urls, "public", lambda address: True)
+        found = client.chat.completions.create(model="small", messages=[message], max_tokens=8,
+                                               extra_body={"template": "none"})  # fmt: skip
+        assert found.choices[0].message.content == alone(model, PROMPTS[1], 8).text

@@ -63,6 +63,22 @@ def test_it_is_attention_over_the_rows_in_order(segments, heads, side_by_side):
     assert relative_error(paged.reference(*given).cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_that_begin_with_the_same_pages(dtype):
+    """Three begin alike and go on for themselves, two others begin alike in another way, one is alone; their new rows
+    are one or several, and begin at a page's end or within one."""
+    segments = [(3, 37), (1, 34), (20, 55), (2, 21), (5, 24), (4, 40)]
+    q, k, v, cu_q, tables, lengths, rows, own = problem(segments, dtype=torch.float32)
+    for pattern, of, count in ((0, (1, 2), 2), (3, (4,), 1)):
+        for b in of:
+            tables[b, :count] = tables[pattern, :count]
+            own[b][:, : count * PAGE] = own[pattern][:, : count * PAGE]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    found = paged_attention(q, k, v, cu_q, tables, lengths, rows=rows)
+    truth = in_order(q, cu_q, lengths, [x.to(dtype) for x in own])
+    assert relative_error(found.cpu(), truth) < (2e-6 if dtype == torch.float32 else 8e-3)
+
+
 @pytest.mark.parametrize("width", [16, 32, 80])
 def test_widths_and_16_bits(width):
     *given, rows, own = problem(SEGMENTS["behind prefixes"], width=width, dtype=torch.bfloat16)

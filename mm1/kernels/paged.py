@@ -11,7 +11,7 @@ busy. Bound by reading keys and values once, 2·G·Dh elements a token.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import product, takewhile
 from typing import NamedTuple
 
 import torch
@@ -212,46 +212,51 @@ _on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int) -> Tensor:
-    """A segment after another, or single tokens that see equally many keys at once.
+    """Pages that several segments begin with are attended to by all their rows at once, the rest by each alone.
 
-    Pages side by side are read where they are, others are copied first.
+    Two softmaxes become one as in `_merge_kernel` (Juravsky et al. 2024, Hydragen).
     """
-    page, groups, width = k.shape[1:]
-    of_page, of_row, of_group, _ = k.stride()
+    page, groups = k.shape[1:3]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    starts, seen, firsts = cu_q.tolist(), lengths.tolist(), tables[:, :1].flatten().tolist()
-
-    def tokens(start: int, count: int, first: int, step: int, length: int) -> None:
-        """New rows of `count` segments of one, whose pages are side by side from `first` on, `step` apart."""
-        size, strides = (count, groups, length, width), (step * of_page, of_group, of_row, 1)
-        keys, values = (x.as_strided(size, strides, x.storage_offset() + first * of_page) for x in (k, v))
-        # The heads of a group are rows: torch's flash attention on CPU takes no groups.
-        own = q[start : start + count].view(count, groups, -1, width)
-        y[start : start + count] = _on_cpu(own, keys, values, 0.0, False)[0].reshape(count, -1, width)
-
+    starts, seen, pages = cu_q.tolist(), lengths.tolist(), tables.tolist()
     masks: dict[tuple[int, int], Tensor] = {}
-    used = [cdiv(length, page) for length in seen]
-    even = of_page == page * of_row
-    side_by_side = [even and bool((tables[b, :n].diff() == 1).all()) for b, n in enumerate(used)]
-    steps = {b - a for a, b in pairwise(firsts)}
-    if rows == 1 < len(seen) == len(q) and len({*seen}) == len(steps) == 1 and min(steps) > 0 and all(side_by_side):
-        tokens(0, len(seen), firsts[0], min(steps), seen[0])
-        return y
+
+    def attended(own: Tensor, chosen: list[int], length: int, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Rows [n, H, Dh] over these pages, and the logarithm of each softmax's sum [n, H]."""
+        side_by_side = chosen[-1] - chosen[0] == len(chosen) - 1 and chosen == sorted(chosen)
+        at = slice(chosen[0], chosen[-1] + 1) if side_by_side else torch.tensor(chosen)
+        keys, values = (x[at].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (k, v))  # [1, G, length, Dh]
+        # The heads of a group are rows: torch's flash attention on CPU takes no groups.
+        q = own.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, G, R·n, Dh]
+        found, sums = _on_cpu(q, keys, values, 0.0, False, attn_mask=mask)
+        return tuple(x[0].unflatten(1, (-1, len(own))).transpose(1, 2).transpose(0, 1).flatten(1, 2)
+                     for x in (found, sums[..., None]))  # fmt: skip
+
+    beginnings: dict[int, list[int]] = {}
     for b, length in enumerate(seen):
-        start, n = starts[b], starts[b + 1] - starts[b]
-        if not n or not length:
-            continue
-        if n == 1 and side_by_side[b]:
-            tokens(start, 1, firsts[b], 0, length)
-            continue
-        chosen = slice(firsts[b], firsts[b] + used[b]) if side_by_side[b] else tables[b, : used[b]].long()
-        keys, values = (x[chosen].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (k, v))  # [1, G, length, Dh]
-        own = q[start : start + n].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, R, n, Dh]
-        if (n, length) not in masks:
-            mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)
-            masks[n, length] = mask.repeat(own.shape[1], 1)[None, None]
-        found, _ = _on_cpu(own.flatten(1, 2)[None], keys, values, 0.0, False, attn_mask=masks[n, length])
-        y[start : start + n] = found[0].unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2)
+        if length and starts[b + 1] > starts[b]:
+            beginnings.setdefault(pages[b][0], []).append(b)
+    for same in beginnings.values():
+        least = min((seen[b] - starts[b + 1] + starts[b]) // page for b in same)  # before anybody's new rows
+        columns = zip(*(pages[b][:least] for b in same))
+        before = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns)) if len(same) > 1 else 0
+        common: tuple[Tensor, ...] = ()
+        if before:
+            every = [torch.arange(starts[b], starts[b + 1]) for b in same]
+            common = attended(q[torch.cat(every)], pages[same[0]][:before], before * page)
+        at = 0
+        for b in same:
+            n, length = starts[b + 1] - starts[b], seen[b] - before * page
+            if (n, length) not in masks:
+                mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)
+                masks[n, length] = mask.repeat(q.shape[1] // groups, 1)[None, None]
+            chosen = pages[b][before : cdiv(seen[b], page)]
+            own, own_sums = attended(q[starts[b] : starts[b + 1]], chosen, length, masks[n, length])
+            if common:
+                first, sums = (x[at : at + n] for x in common)
+                own = torch.lerp(own.float(), first.float(), (sums - own_sums).sigmoid())
+            at += n
+            y[starts[b] : starts[b + 1]] = own
     return y
 
 

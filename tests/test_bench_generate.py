@@ -12,6 +12,7 @@ from small import IMAGE, PATCH, SLOTS, small_model
 from mm1.bench import generate
 from mm1.bench.generate import NEW, TEXT, Bench, Case, Scale, checked, measure, prompts
 from mm1.bench.record import Record
+from mm1.engine.cache import PAGE
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.record import DataError
 
@@ -146,6 +147,45 @@ def test_first_tokens_are_the_same_whatever_is_known_and_each_query_is_new():
         seen += [document.images[-1].tobytes() for document in of]
         assert all(np.array_equal(a, b) for a, b in zip(of[0].images[:-1], of[1].images[:-1]))
     assert len(set(seen)) == 6
+
+
+def test_each_way_knows_what_it_says_and_no_more(monkeypatch):
+    """Images that are encoded and rows that are computed by a call, after others like it."""
+    engines, bench = [], small_bench()
+
+    class Kept(generate.Engine):
+        def __init__(self, *given, **settings):
+            super().__init__(*given, **settings)
+            engines.append(self)
+
+    monkeypatch.setattr(generate, "Engine", Kept)
+
+    def work(way):
+        call = way()
+        for _ in range(3):
+            before = engines[-1].encoded, engines[-1].computed
+            call()
+        return engines[-1].encoded - before[0], engines[-1].computed - before[1]
+
+    one = prompts(bench.config, 2, 1, images=True)
+    assert work(bench.first_tokens(one)["mm1"]) == (3, THREE)
+    assert work(bench.first_tokens(one)["mm1 features known"]) == (1, THREE)
+    encoded, computed = work(bench.first_tokens(one)["mm1 pages known"])
+    assert (encoded, computed <= ONE + PAGE) == (1, True)
+    texts = prompts(bench.config, 2, 3, images=False)
+    assert work(lambda: bench.generates(texts)["mm1"]()) == (0, 3 * THREE)
+    many = prompts(bench.config, 2, 5, images=True)
+    assert work(bench.answers(many)["mm1 without shared pages"]) == (7, 5 * THREE)
+    encoded, computed = work(bench.answers(many)["mm1"])
+    assert (encoded, computed <= THREE + 4 * (ONE + PAGE)) == (7, True)
+
+
+def test_whole_texts_cost_their_prompt_and_a_step_for_each_token_but_the_last(tiny):
+    measure(record := Record(), rounds=1)
+    row = next(row for row in record.rows if row["what"] == "generate")
+    bench, documents = small_bench(), prompts(small_model(), 0, 1, images=False)
+    steps = [bench.cost(documents, ONE + i, 1).flops for i in range(NEW - 1)]
+    assert row["flops"] == bench.cost(documents, 0, ONE).flops + sum(steps)
 
 
 def test_a_baseline_that_differs_is_failed_with_its_reason(tiny, monkeypatch):

@@ -72,6 +72,17 @@ def test_tokens_and_log_probabilities_are_those_of_full_passes(model, by):
         assert request.logprobs == pytest.approx(logprobs[:count], abs=1e-4)
 
 
+def test_what_a_fresh_cache_happens_to_hold_is_never_read(model):
+    engines = [Engine(model, tokens=512) for _ in range(2)]
+    for engine, value in zip(engines, (0.0, float("nan"))):
+        engine.cache.k.fill_(value)
+        engine.cache.v.fill_(value)
+    found = [[engine.submit(prompt, Sampling(max_tokens=5)) for prompt in PROMPTS] for engine in engines]
+    for engine in engines:
+        engine.run()
+    assert [r.logprobs for r in found[0]] == [r.logprobs for r in found[1]]
+
+
 def test_a_shared_beginning_is_computed_once_and_changes_nothing(model):
     shots = [LONG, picture(24, 24, 1), LONG, picture(12, 24, 2), "that was it. "]
     prompts = [[*shots, f"question {i}: how many? answer:"] for i in range(6)]

@@ -49,6 +49,7 @@ def test_rows_that_are_not_needed_touch_their_own_page_alone(monkeypatch):
     monkeypatch.setattr(graphs.torch, "compile", lambda f, **_: f)
     decoder = small_mm1().eval().decoder
     cache = Cache(decoder.config, 6, torch.device("cpu"), torch.float32)
+    cache.k.zero_()
     ours = Graphs(decoder, Head(decoder), cache, 4)
     with torch.inference_mode():
         ours.step(torch.from_numpy(ours._rows(4, [9], [0], [np.array([3], np.int32)])), None)
@@ -106,6 +107,7 @@ def test_calls_of_any_order_have_their_own_rows_and_draws(monkeypatch):
     monkeypatch.setattr(graphs.torch, "compile", lambda f, **_: f)
     decoder = small_mm1().eval().decoder
     ours = Replayed(decoder, Head(decoder), Cache(decoder.config, 9, torch.device("cpu"), torch.float32), 8)
+    ours.cache.k.zero_()
     greedy, hot = Draw(0.0, 1.0, 0, 0.0), Draw(5.0, 1.0, 0, 0.999)
 
     def call(draws):

@@ -39,7 +39,7 @@ class Cache:
     def __init__(self, c: config.Decoder, pages: int, device: torch.device, dtype: torch.dtype):
         shape = (c.layers, pages, PAGE, c.kv_heads, c.head_width)
         try:
-            self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         except RuntimeError as error:
             raise DataError(f"no memory for a cache of {pages * PAGE} tokens ({error})") from None
         self.pages = pages

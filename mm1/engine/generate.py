@@ -130,7 +130,7 @@ class Request:
         self.pages: list[int] = []
         self.shared = 0  # of them, with what was computed before
         self.table = np.empty(0, np.int32)  # the same pages
-        self.random = random.Random(sampling.seed)
+        self.random = random.Random(sampling.seed) if sampling.temperature else None
 
     @property
     def text(self) -> str:
@@ -441,7 +441,7 @@ def tokenizer_of(model: MM1) -> TextTokenizer:
 def drawn(request: Request) -> Draw:
     """Of its next token."""
     how = request.sampling
-    return Draw(how.temperature, how.top_p, how.top_k, request.random.random() if how.temperature else 0.0)
+    return Draw(how.temperature, how.top_p, how.top_k, request.random.random() if request.random else 0.0)
 
 
 def likeliest(logits: Tensor) -> tuple[list[int], list[float]]:

@@ -212,52 +212,52 @@ _on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int) -> Tensor:
-    """Pages that several segments begin with are attended to by all their rows at once, the rest by each alone.
-
-    Two softmaxes become one as in `_merge_kernel` (Juravsky et al. 2024, Hydragen).
+    """Pages that several segments begin with are attended to by all their rows at once; what follows them by each on
+    its own, equal sizes side by side. Two softmaxes become one as in `_merge_kernel` (Juravsky et al. 2024, Hydragen).
     """
     page, groups = k.shape[1:3]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, seen, pages = cu_q.tolist(), lengths.tolist(), tables.tolist()
-    masks: dict[tuple[int, int], Tensor] = {}
 
-    def attended(own: Tensor, chosen: list[int], length: int, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Rows [n, H, Dh] over these pages, and the logarithm of each softmax's sum [n, H]."""
-        side_by_side = chosen[-1] - chosen[0] == len(chosen) - 1 and chosen == sorted(chosen)
-        at = slice(chosen[0], chosen[-1] + 1) if side_by_side else torch.tensor(chosen)
-        keys, values = (x[at].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (k, v))  # [1, G, length, Dh]
+    def attended(own: Tensor, chosen: list[list[int]], length: int, mask: Tensor | None = None) -> list[Tensor]:
+        """Rows [B, n, H, Dh] of B segments over their pages, and the logarithm of each softmax's sum [B, n, H, 1]."""
+        [B, n], first, last = own.shape[:2], chosen[0][0], chosen[0][-1]
+        side_by_side = B == 1 and chosen[0] == [*range(first, last + 1)]  # which need no copy
+        found = (x[first : last + 1] if side_by_side else x[torch.tensor(chosen)] for x in (k, v))
+        keys, values = (x.reshape(B, -1, groups, x.shape[-1])[:, :length].transpose(1, 2) for x in found)
         # The heads of a group are rows: torch's flash attention on CPU takes no groups.
-        q = own.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, G, R·n, Dh]
-        found, sums = _on_cpu(q, keys, values, 0.0, False, attn_mask=mask)
-        return tuple(x[0].unflatten(1, (-1, len(own))).transpose(1, 2).transpose(0, 1).flatten(1, 2)
-                     for x in (found, sums[..., None]))  # fmt: skip
+        queries = own.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R·n, Dh]
+        result, sums = _on_cpu(queries, keys, values, 0.0, False, attn_mask=mask)
+        return [x.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(2, 3) for x in (result, sums[..., None])]
 
     beginnings: dict[int, list[int]] = {}
     for b, length in enumerate(seen):
         if length and starts[b + 1] > starts[b]:
             beginnings.setdefault(pages[b][0], []).append(b)
     for same in beginnings.values():
-        least = min((seen[b] - starts[b + 1] + starts[b]) // page for b in same)  # before anybody's new rows
-        columns = zip(*(pages[b][:least] for b in same))
-        before = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns)) if len(same) > 1 else 0
-        common: tuple[Tensor, ...] = ()
-        if before:
-            every = [torch.arange(starts[b], starts[b + 1]) for b in same]
-            common = attended(q[torch.cat(every)], pages[same[0]][:before], before * page)
-        at = 0
+        before = _in_common([pages[b][: (seen[b] - starts[b + 1] + starts[b]) // page] for b in same])
+        every = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in same])
+        common = attended(q[every][None], [pages[same[0]][:before]], before * page) if before else []
+        places = torch.zeros(len(q), dtype=torch.long).index_copy_(0, every, torch.arange(len(every)))
+        sizes: dict[tuple[int, int], list[int]] = {}
         for b in same:
-            n, length = starts[b + 1] - starts[b], seen[b] - before * page
-            if (n, length) not in masks:
-                mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)
-                masks[n, length] = mask.repeat(q.shape[1] // groups, 1)[None, None]
-            chosen = pages[b][before : cdiv(seen[b], page)]
-            own, own_sums = attended(q[starts[b] : starts[b + 1]], chosen, length, masks[n, length])
+            sizes.setdefault((starts[b + 1] - starts[b], seen[b]), []).append(b)
+        for (n, length), alike in sizes.items():
+            at = torch.tensor([starts[b] for b in alike])[:, None] + torch.arange(n)
+            mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)[:, before * page :]
+            mask = mask.repeat(q.shape[1] // groups, 1)[None, None]
+            chosen = [pages[b][before : cdiv(length, page)] for b in alike]
+            own, own_sums = attended(q[at], chosen, length - before * page, mask)
             if common:
-                first, sums = (x[at : at + n] for x in common)
+                first, sums = (x[0, places[at]] for x in common)
                 own = torch.lerp(own.float(), first.float(), (sums - own_sums).sigmoid())
-            at += n
-            y[starts[b] : starts[b + 1]] = own
+            y[at] = own.to(y.dtype)
     return y
+
+
+def _in_common(tables: list[list[int]]) -> int:
+    """Pages that all of several begin with."""
+    return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*tables))) if len(tables) > 1 else 0
 
 
 on_cpu(_forward, on_host)

@@ -276,7 +276,7 @@ def _run(
     sampling = Sampling(benchmark.max_tokens, stop=benchmark.stop)
     coming, running = deque[tuple[Sample, Future]](), list[tuple[Request, Sample, list[Key]]]()
     ahead, left = 2 * engine.batch, iter(todo)
-    threads = ThreadPoolExecutor(4)
+    threads = ThreadPoolExecutor(4 if engine.device.type == "cuda" else 1)  # beside all cores they would hinder
     try:
         while True:
             while len(coming) < ahead and (sample := next(left, None)):

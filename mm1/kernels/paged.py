@@ -244,8 +244,10 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
             sizes.setdefault((starts[b + 1] - starts[b], seen[b]), []).append(b)
         for (n, length), alike in sizes.items():
             at = torch.tensor([starts[b] for b in alike])[:, None] + torch.arange(n)
-            mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)[:, before * page :]
-            mask = mask.repeat(q.shape[1] // groups, 1)[None, None]
+            mask = None  # a token alone sees all
+            if n > 1:
+                mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)[:, before * page :]
+                mask = mask.repeat(q.shape[1] // groups, 1)[None, None]
             chosen = [pages[b][before : cdiv(length, page)] for b in alike]
             own, own_sums = attended(q[at], chosen, length - before * page, mask)
             if common:

@@ -37,39 +37,47 @@ def train(
     out: Path | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
     resume: bool = False,
+    accept_other_data: bool = False,
     profile: bool = False,
 ) -> None:
-    """Train a named size or what a TOML file says.
+    """Train a named size or the run of a TOML file.
+
+    SIGTERM, SIGUSR1 and Ctrl-C save and stop with status 143, or 130 for Ctrl-C.
 
     Args:
         run: a named size (digits, mm1-3b, …) or a .toml file.
         out: folder for checkpoints and metrics (default: runs/NAME).
         set: one setting, such as train.steps=100; may be repeated.
-        resume: continue from the newest complete checkpoint in `out`.
-        profile: of four steps behind the first ones leave a trace and a table of their parts in `out`/profile.
+        resume: continue from the newest whole checkpoint in `out`, or start if there is none.
+        accept_other_data: continue although data, seed, budgets or tokenizer are not those of the checkpoint.
+        profile: write a trace and a table of parts of four steps to `out`/profile.
     """
     from mm1.engine.config import load_run
     from mm1.engine.train import train
 
     folder = out or Path("runs") / Path(run).stem
-    train(load_run(run, set), folder, resume=resume, profile=profile)
+    train(load_run(run, set), folder, resume=resume, profile=profile, accept_other_data=accept_other_data)
     if profile and os.environ.get("RANK", "0") == "0":
         print((folder / "profile" / "table.txt").read_text())
 
 
 @app.command
 def replay(folder: Positional[Path], step: int) -> None:
-    """Run one step of a run again, and say whether its data, the hardware or a kernel makes it differ.
+    """Compute one step of a run again, and say whether its data, the hardware or a kernel makes it differ.
+
+    A run of several processes is replayed under torchrun on as many, or on one within the rounding of its dtype. The
+    last line of standard output is one JSON object.
 
     Args:
-        folder: of the run.
-        step: which.
+        folder: the run's folder.
+        step: number of the step, as in metrics.jsonl.
     """
     from mm1.engine.replay import replay, show
 
-    found = replay(folder, step)
-    print(show(found))
-    print(json.dumps(found))
+    report = replay(folder, step)
+    if os.environ.get("RANK", "0") == "0":
+        print(show(report))
+        print(json.dumps(report))
 
 
 @app.command
@@ -492,8 +500,8 @@ def main() -> None:
         app.cli(prog="mm1", description="Train and run MM1-type multimodal models.")
     except (DataError, TuneError) as error:
         sys.exit(_say(error, 2))
-    except KeyboardInterrupt:
-        sys.exit(_say("stopped", 1))
+    except KeyboardInterrupt as error:  # of a training run that saved, safety.Stopped
+        sys.exit(_say(error or "stopped", getattr(error, "status", 1)))
     except (OSError, FloatingPointError) as error:  # a full disk; a loss that is not finite
         sys.exit(_say(error, 1))
 

@@ -269,23 +269,6 @@ def iter_of(batches, feed):
     return Given()
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    trainer = Trainer(small_run(save_every=4), tmp_path / "run", Quiet(), False)
-    save = checkpoint.save_file
-
-    def full(tensors, path):
-        if trainer.step > 4 and path.name.startswith("optimizer"):
-            raise OSError(28, "No space left on device", str(path))
-        save(tensors, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        trainer.fit()
-    assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
-    checkpoint.check(tmp_path / "run" / "checkpoint")
-    assert not list((tmp_path / "run").glob(".*partial"))
-
-
 def test_a_hang_says_where_it_hangs(tmp_path):
     code = "import time\nfrom mm1.engine.safety import Watch\ndef stuck(): time.sleep(3)\nwith Watch(0.2): stuck()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -306,6 +289,6 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path):
     train(small_run(steps=4), tmp_path / "run")
     with pytest.raises(DataError, match="holds a run already"):
         train(small_run(steps=4), tmp_path / "run")
-    other = dataclasses.replace(small_run(), model=dataclasses.replace(small_run().model, image_patches=32))
-    with pytest.raises(DataError, match="holds another model"):
+    other = dataclasses.replace(small_run(), model=small_model(layers=1))
+    with pytest.raises(DataError, match=r"holds another model than this run's: model\.decoder\.layers is 1, was 2"):
         train(other, tmp_path / "run", resume=True)

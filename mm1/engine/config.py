@@ -186,6 +186,7 @@ class Train:
     init: str = ""  # checkpoint folder whose weights the run begins with, such as `mm1 convert` makes
     save_every: int = 1_000
     keep: int = 2  # checkpoints
+    save_retries: int = 3  # failed saves in a row, each tried again after save_every steps, before the run stops
     skips: int = 10  # steps in a row whose loss is not finite, which are left out; one more, and the run rewinds
     rewinds: int = 2  # to the last checkpoint, before the run stops
     hang: float = 1800.0  # seconds without a step, after which all stacks are printed; 0: never
@@ -195,7 +196,7 @@ class Train:
     def __post_init__(self):
         _positive(self, "train", "steps", "accumulate", "clip", "save_every", "keep", "log_every")
         _check(self.warmup >= 0, "train.warmup", self.warmup, "0 or more")
-        for name in ("skips", "rewinds", "hang"):
+        for name in ("skips", "rewinds", "hang", "save_retries"):
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _check(self.dtype in ("auto", "bf16", "fp32"), "train.dtype", self.dtype, "auto, bf16 or fp32")
         _check(self.recompile in ("error", "warn"), "train.recompile", self.recompile, "error or warn")
@@ -378,6 +379,14 @@ def _config_of(folder: str) -> dict[str, Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def changes(before: Any, now: Any, where: str) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two dataclasses of one kind differ, by their dotted names: (before, now)."""
+    if not dataclasses.is_dataclass(now):
+        return {} if before == now else {where: (before, now)}
+    pairs = ((f"{where}.{f.name}", getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now))
+    return {name: values for part, a, b in pairs for name, values in changes(a, b, part).items()}
 
 
 def _put(table: dict[str, Any], key: str, value: Any) -> None:

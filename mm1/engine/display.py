@@ -1,6 +1,7 @@
 """What a training run shows: a live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
 
 import json
+import logging
 import sys
 import time
 from collections import deque
@@ -14,6 +15,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mm1.engine.config import Train
+
+
+class _Shown(logging.Handler):
+    """Prints records on a console, between the updates of its live line."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(record.getMessage(), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def logged(console: Console):
+    """Print what the package logs, such as the number of records that were indexed, on `console`."""
+    log, handler = logging.getLogger("mm1"), _Shown(console)
+    level, propagates = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagates
 
 
 class Silent:
@@ -42,13 +70,9 @@ class Display:
 
     @contextmanager
     def run(self, step: int):
-        """Shows the run from `step` on."""
-        self.metrics = (self.folder / "metrics.jsonl").open("a")
-        self.board = None
-        if self.train.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.folder))
+        """Show the run from `step` on."""
+        self.board = self._board(step + 1) if self.train.tensorboard else None
+        self.last = step
         self.progress = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
         self.task = self.progress.add_task("train", total=self.train.steps, completed=step)
         self.live = (
@@ -61,7 +85,6 @@ class Display:
         finally:
             if self.live:
                 self.live.stop()
-            self.metrics.close()
             if self.board:
                 self.board.close()
 
@@ -70,9 +93,12 @@ class Display:
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         self.recent.append(metrics)
+        if self.board and step <= self.last:  # the run went back
+            self.board.close()
+            self.board = self._board(step)
+        self.last = step
         if step % self.train.log_every == 0 or step == self.train.steps:
-            self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.metrics.flush()
+            self._write({"step": step, **metrics})
             if self.board:
                 for name, value in metrics.items():
                     self.board.add_scalar(name, value, step)
@@ -97,9 +123,18 @@ class Display:
 
     def left_out(self, step: int, why: str) -> None:
         """A step that changed nothing."""
-        self.metrics.write(json.dumps({"step": step, "left_out": why}) + "\n")
-        self.metrics.flush()
+        self._write({"step": step, "left_out": why})
         self.warn(f"step {step}: {why}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:  # opened anew: a run that goes back replaces the file
+            file.write(json.dumps(line) + "\n")
+
+    def _board(self, first: int) -> Any:
+        """Return a TensorBoard writer that hides what an earlier one wrote of step `first` and later ones."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder), purge_step=first)
 
     def _rates(self) -> dict[str, float]:
         seconds = sum(m["seconds"] for m in self.recent)

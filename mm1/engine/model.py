@@ -88,12 +88,6 @@ class MM1(nn.Module):
                 call = torch.compile(module.forward, dynamic=False, fullgraph=fullgraph, **options)
                 module.forward = call  # pyright: ignore[reportAttributeAccessIssue]
 
-    def plain_blocks(self) -> None:
-        """Undo compile_blocks, and whatever else replaced a block's forward."""
-        for module in self.modules():
-            if isinstance(module, VisionBlock | ConvBlock | Block):
-                vars(module).pop("forward", None)
-
     def initialize(self, seed: int = 0, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> "MM1":
         """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases.
 

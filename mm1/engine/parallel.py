@@ -36,14 +36,15 @@ from mm1.engine.model import MM1
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.route import Routing, sort_by_expert
 
-SILENCE = timedelta(minutes=30)  # after which a collective that others never join is an error
-
 
 class World:
     """The processes of a run, of which this is one; alone it does nothing and costs nothing."""
 
-    def __init__(self, c: config.Parallel = config.Parallel()):
+    def __init__(self, c: config.Parallel = config.Parallel(), hang: float = 1800.0):
+        """hang: seconds without a step after which stacks are printed (safety.Watch); 0: never."""
         self.config = c
+        # A collective that others never join fails after the stacks are printed, which say where they are.
+        timeout = timedelta(seconds=1.5 * hang + 60) if hang else timedelta(days=7)
         self.rank, self.size = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
         )
@@ -59,17 +60,26 @@ class World:
         self.data_size, self.data_rank = self.size // c.tensor, self.rank // c.tensor
         if self.size > 1:
             if not dist.is_initialized():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=SILENCE)
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
             self.mesh = init_device_mesh(
                 self.device.type, (c.replicate, self.shard, c.tensor), mesh_dim_names=("replicate", "shard", "tensor")
             )
             # A checkpoint is written beside the steps: on a group of its own, or their messages would be mixed up.
-            self.savers = dist.new_group(backend="gloo", timeout=SILENCE)
+            self.savers = dist.new_group(backend="gloo", timeout=timeout)
             # Experts are cut otherwise than the rest: first among `expert` processes, then among the others.
             self.expert_mesh = init_device_mesh(
                 self.device.type, (c.replicate, self.shard // c.expert, c.expert, c.tensor),
                 mesh_dim_names=("replicate", "shard", "expert", "tensor"),
             )  # fmt: skip
+
+    def __str__(self) -> str:
+        """Describe the layout, such as "4 processes (replicate 2, shard 2, tensor 1, expert 1)"."""
+        if self.size == 1:
+            return "1 process"
+        c = self.config
+        return (
+            f"{self.size} processes (replicate {c.replicate}, shard {self.shard}, tensor {c.tensor}, expert {c.expert})"
+        )
 
     @property
     def first(self) -> bool:
@@ -122,13 +132,30 @@ class World:
         norms = torch.stack(torch._foreach_norm(locals_))
         return (norms.square() * torch.tensor(shares, device=norms.device)).sum()
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each process has, in the order of their ranks."""
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Return the values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group)
+        return values
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """Return what `work` gives here; if it fails on any process, all raise the error of the first that failed."""
+        result = error = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        for other in self.gather(error):
+            if other is not None:
+                raise other
+        return result
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Return on all processes what `work` gives on the first, or raise its error on all."""
+        result = self.together(lambda: work() if self.first else None)
+        return self.gather(result)[0]
 
     def wait(self) -> None:
         """For all the others."""

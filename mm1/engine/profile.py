@@ -82,14 +82,19 @@ class Marks:
         self.marks.append((name, clock))
 
     def set(self) -> None:
-        trainer, model, feed, gradients = self.trainer, self.trainer.model, self.trainer.feed, self.trainer._gradients
+        trainer, model, feed, gradients = (
+            self.trainer,
+            self.trainer.model,
+            self.trainer.feed,
+            self.trainer._local_gradients,
+        )
 
         def update() -> list[torch.Tensor]:
             self("update")
             return gradients()
 
-        vars(trainer).update(feed=MarkedFeed(feed, self), _gradients=update)
-        self.undo = [lambda: vars(trainer).update(feed=feed), lambda: vars(trainer).pop("_gradients")]
+        vars(trainer).update(feed=MarkedFeed(feed, self), _local_gradients=update)
+        self.undo = [lambda: vars(trainer).update(feed=feed), lambda: vars(trainer).pop("_local_gradients")]
         for part in ("vision", "connector", "decoder"):
             hook = getattr(model, part).register_forward_pre_hook(lambda *_, part=part: self(part))
             self.undo.append(hook.remove)

@@ -1,14 +1,16 @@
-"""Training: one step is visible in `_step`, everything that must survive is in `_state`.
+"""Training: `_step` computes one step, `_state` holds what must survive a restart.
 
 A step reads nothing back from the device: whether its gradients are finite decides there if AdamW changes anything.
-What it gave is read when the next one is on its way, so that a GPU never waits for the host.
+Its results are read when the next step is on its way, so that a GPU never waits for the host.
 """
 
 import json
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine import checkpoint, safety
-from mm1.engine.config import Run, from_dict, peak_lr, to_dict
+from mm1.engine.config import Run, changes, from_dict, peak_lr, to_dict
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.feed import Feed, Streams, merged
 from mm1.engine.data.images import ImagePolicy
@@ -26,7 +28,7 @@ from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
 from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import open_source
-from mm1.engine.display import Display, Silent
+from mm1.engine.display import Display, Silent, logged
 from mm1.engine.float8 import float8_linears
 from mm1.engine.model import MM1, parameter_counts
 from mm1.engine.optim import adamw, learning_rate
@@ -34,30 +36,48 @@ from mm1.engine.parallel import World, cut_like, dropped, local, put
 from mm1.engine.recompute import recompute_blocks
 
 WARM = 2  # steps, after which nothing is compiled any more
-SUMS = ("loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "data", "dropped", "norm")
+SUMS = (
+    "loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "interrupted", "saved", "data", "dropped",
+    "norm",
+)  # fmt: skip
+PARTS = ("vision", "connector", "decoder")
+# Settings of the model that may change when a run continues. Those of images are compared as part of the data.
+MAY_CHANGE = {
+    "model.decoder.load_balance", "model.decoder.z_loss", "model.decoder.moe_backend", "model.image_mode",
+    "model.image_size", "model.image_patches", "model.image_parts",
+}  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 def train(
-    run: Run, folder: Path, *, resume: bool = False, display: Display | None = None, profile: bool = False
-) -> MM1:
+    run: Run, folder: Path, *, resume: bool = False, display: Display | None = None, profile: bool = False,
+    accept_other_data: bool = False,
+) -> MM1:  # fmt: skip
     """Train to run.train.steps, writing checkpoints and metrics.jsonl into `folder`; returns the model.
 
-    Under torchrun on all its processes. resume continues from the newest complete checkpoint, bit-exactly on the same
-    machine with the same number of threads and processes, or starts if there is none. SIGTERM, SIGUSR1 and Ctrl-C save
-    before they stop. profile: of steps behind the first leave a trace and a table in folder/profile (see profile.py).
+    Under torchrun it runs on all processes. resume continues from the newest whole checkpoint, bit-exactly on the same
+    machine with the same number of threads and processes, or starts if there is none. accept_other_data: continue, or
+    begin from train.init, even if the data or the tokenizer are others than the checkpoint's. profile: leave a trace
+    and a table of some steps in folder/profile (see profile.py).
+
+    SIGTERM, SIGUSR1 and Ctrl-C save and raise safety.Stopped. Raises DataError for settings, data or a folder that
+    cannot be used, SaveError if no checkpoint can be written, FloatingPointError if too many losses are not finite.
     """
-    world = World(run.parallel)
-    try:
+    safety.follow_launcher()
+    world = World(run.parallel, run.train.hang)
+    with ExitStack() as stack:
+        stack.callback(world.close)
+        world.on_first(lambda: stack.enter_context(safety.locked(folder)))
         shown = display or (Display(folder, run.train) if world.first else Silent())
-        trainer = Trainer(run, folder, shown, resume, world)
+        if isinstance(shown, Display):
+            stack.enter_context(logged(shown.console))
+        trainer = Trainer(run, folder, shown, resume, world, accept_other_data)
         if profile:
             from mm1.engine.profile import profile as watch
 
             watch(trainer, folder / "profile")
         trainer.fit()
         return trainer.model
-    finally:
-        world.close()
 
 
 class Pending(NamedTuple):
@@ -78,19 +98,23 @@ class Pending(NamedTuple):
 
 
 class Trainer:
-    def __init__(self, run: Run, folder: Path, display: Any, resume: bool, world: World | None = None):
+    """A run between two steps. The arguments are those of `train`."""
+
+    def __init__(
+        self, run: Run, folder: Path, display: Any, resume: bool, world: World | None = None,
+        accept_other_data: bool = False,
+    ):  # fmt: skip
         t = run.train
         self.run, self.folder, self.display, self.world = run, folder, display, world or World()
         self.device = self.world.device
         self.dtype = _dtype(t.dtype, self.device)
-        newest = checkpoint.latest(folder) if resume else None
-        if not resume and checkpoint.latest(folder) is not None:
-            raise DataError(f"{folder} holds a run already: give another folder, or --resume to continue it")
         if not run.data.sources:
             raise DataError("no data is given: name a .toml file with [[data.sources]] of kind and paths")
-        self.world.wait()  # until all have looked
+        newest = checkpoint.newest_whole(folder, self.world, display.warn) if resume else None
+        if not resume and self.world.on_first(lambda: checkpoint.latest(folder)) is not None:
+            raise DataError(f"{folder} holds a run already: give another folder, or --resume to continue it")
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = TextTokenizer(run.data.tokenizer)
+        self.tokenizer = TextTokenizer(_tokenizer_path(run, newest))
         if len(self.tokenizer) > run.model.decoder.vocabulary:
             raise DataError(
                 f"{run.data.tokenizer} has {len(self.tokenizer)} tokens, the model {run.model.decoder.vocabulary}"
@@ -100,6 +124,8 @@ class Trainer:
             run, self.tokenizer, folder / "quarantine.jsonl", display.warn, self.world.data_rank, self.world.data_size,
             len(state["data"]["streams"]) if state else 0,
         )  # fmt: skip
+        if newest and state and not accept_other_data:
+            _expect_same_data(newest, state["identity"], self.streams.identity)
         # Written down: whoever goes on with the run may have another number of processes.
         self.run = run = replace(run, data=replace(run.data, streams=self.streams.streams))
         torch.manual_seed(t.seed)
@@ -120,22 +146,31 @@ class Trainer:
         }  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer = adamw(self.held.values(), t, self.peak)
         self.stop = safety.Stop()
-        self.step = self.left_out = self.rewinds = 0
+        self.step = self.rewinds = 0
+        self.bad_steps = 0  # in a row, up to the last one, whose loss or gradient was not finite
         self.saving: checkpoint.Saving | None = None
+        self.rewound_to: Path | None = None  # until a step is good
+        self.save_due, self.last_saved, self.failed_saves = False, -1, 0  # failed_saves: in a row
         if newest is None and t.init:
-            checkpoint.check(Path(t.init))
-            checkpoint.read_into(Path(t.init), {name: p.detach() for name, p in self.model.named_parameters()})
+            self._begin_from(Path(t.init), accept_other_data)
         if newest is not None:
-            self.take_up(newest)
+            self.resume_from(newest)
+            log.info("resumed at step %d from %s", self.step, newest)
         if self.world.first and newest is not None:
             self._saved(newest)  # a kill may have come before
         if self.world.first and self.step < t.steps:
             # Drop what a run wrote after the checkpoint it is resumed from; damage (position -1) is listed anew.
             ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
             reached = lambda at: at >= 0 and at < ends.get(at % max(len(ends), 1), 0)  # noqa: E731
-            _keep_lines(folder / "metrics.jsonl", lambda line: line["step"] <= self.step)
+            self._drop_later_metrics()
             _keep_lines(folder / "quarantine.jsonl", lambda line: reached(line["position"]))
         self.world.wait()
+        counts = parameter_counts(run.model)
+        log.info(
+            "%.3g M parameters (vision %.3g, connector %.3g, decoder %.3g) on %s in %s, %s",
+            sum(counts[part] for part in PARTS) / 1e6, *(counts[part] / 1e6 for part in PARTS), self.device,
+            str(self.dtype).removeprefix("torch."), self.world,
+        )  # fmt: skip
         if t.recompute != "none":
             recompute_blocks(self.model, t.recompute)
         if t.compile:
@@ -143,16 +178,31 @@ class Trainer:
             # Experts that are sharded otherwise than their block are gathered inside of it, where its graph breaks.
             self.model.compile_blocks(fullgraph=t.recompile == "error" and run.parallel.expert == 1)
 
-    def take_up(self, folder: Path) -> None:
-        """Where the run was that wrote this checkpoint."""
+    def resume_from(self, folder: Path) -> None:
+        """Restore weights, optimizer, random state, data position and step of a checkpoint."""
         self._restore(folder)
         state = checkpoint.read_json(folder, "state.json")
         self.streams.restore(state["data"])
         self.rewinds = state["rewinds"]
 
+    def _begin_from(self, folder: Path, accept_other_tokenizer: bool) -> None:
+        """Take the weights of another run's checkpoint, or of one that `mm1 convert` made."""
+        folder = checkpoint.newest_in(folder)
+        self.world.together(lambda: checkpoint.check(folder, self.world.rank, self.world.size))
+        theirs = folder / "tokenizer.json"
+        if not accept_other_tokenizer and TextTokenizer(theirs).vocabulary != self.tokenizer.vocabulary:
+            raise DataError(
+                f"{self.tokenizer.path} gives other token ids than {theirs}, with which the weights of train.init were "
+                f"trained: set data.tokenizer to that file, or pass --accept-other-data"
+            )
+        checkpoint.read_into(folder, {name: p.detach() for name, p in self.model.named_parameters()})
+
     def fit(self) -> None:
+        """Train to the last step, or until a signal: then save and raise safety.Stopped."""
         t = self.run.train
         begun, pending = self.step, deque[Pending]()
+        if t.compile and self.step < t.steps:
+            log.info("compiling each kind of block: the first steps take longer")
         with self.stop, safety.Watch(t.hang) as watch, self.display.run(self.step):
             try:
                 with safety.no_recompiles(t.recompile, t.compile) as warm:
@@ -160,24 +210,28 @@ class Trainer:
                         pending.append(self._step())
                         self.step += 1
                         watch.alive()
-                        due = self.step % t.save_every == 0 or self.step == t.steps
-                        while len(pending) > (0 if due or self.device.type == "cpu" else 1):
+                        self.save_due = self.save_due or self.step % t.save_every == 0 or self.step == t.steps
+                        while len(pending) > (0 if self.save_due or self.device.type == "cpu" else 1):
                             self._settle(pending.popleft(), pending)
-                        if due:
-                            self.save()
+                        if self.save_due:
+                            self._save_if_sound()
                         if self.step == begun + WARM:
                             warm()
                             if t.compile and self.world.first:
                                 safety.save_compiled(self.folder)
                 while pending:
                     self._settle(pending.popleft(), pending)
-                if self.stop.agreed and self.step % t.save_every and self.step < t.steps:
-                    self.save()
-                self._finish_saving()
+                stopped = self.stop.agreed and (self.step < t.steps or self.save_due)
+                if stopped and self.step != self.last_saved:
+                    self._save_if_sound()
+                self._finish_saving(final=True)
             finally:
                 self.feed.close()
-        if self.stop.agreed and self.step < t.steps:
-            raise KeyboardInterrupt
+        newest = checkpoint.latest(self.folder)
+        if stopped:
+            saved = "nothing is saved" if newest is None else f"--resume continues from {newest}"
+            raise safety.Stopped(f"stopped at step {self.step}; {saved}", self.stop.interrupted)
+        log.info("trained to step %d; the checkpoint is %s", self.step, newest)
 
     @cached_property
     def feed(self) -> Feed:
@@ -203,8 +257,10 @@ class Trainer:
             )  # fmt: skip
             data += batch.digest
             keys += batch.keys
-        gradients = self._gradients()
-        counts = torch.tensor([tokens, targets, images, self.stop.asked, data], dtype=torch.float64)
+        gradients = self._local_gradients()
+        saved = self.saving is not None and self.saving.done
+        counts = [tokens, targets, images, self.stop.asked, self.stop.interrupted, saved, data]
+        counts = torch.tensor(counts, dtype=torch.float64)
         square = self.world.square_norm(p.grad for p in model.parameters() if p.grad is not None)
         scalars = torch.stack([dropped(model).double(), square.double()])
         sums = self.world.sum(torch.cat([losses_sum, counts.to(self.device, non_blocking=True), scalars]))
@@ -227,23 +283,26 @@ class Trainer:
             sums = sums.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        known = {"lr": rate, "skipped": self.feed.skipped, "data_seconds": waited}
+        known = {"lr": rate, "skipped": self.feed.skipped, "rewinds": self.rewinds, "data_seconds": waited}
         known["seconds"] = time.perf_counter() - begin
         return Pending(self.step + 1, sums, arrived, keys, before, known)
 
-    def _gradients(self) -> list[Tensor]:
-        """Those of `held`."""
+    def _local_gradients(self) -> list[Tensor]:
+        """Return this process's part of the gradients, in the optimizer's order."""
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 self.held[name].grad = local(parameter.grad)
         return [p.grad for p in self.held.values() if p.grad is not None]
 
     def _settle(self, done: Pending, pending: deque[Pending]) -> None:
-        """Show what a step gave, and decide what follows; as `sums` are the same on all processes, so is that."""
+        """Show the results of a step and decide what follows; `sums` are the same on all processes, and so is that."""
         sums, accumulate = done.named(), self.run.train.accumulate
         self.stop.agreed = self.stop.agreed or sums["stop"] > 0
+        self.stop.interrupted = self.stop.interrupted or sums["interrupted"] > 0
+        if sums["saved"] == self.world.data_size:
+            self._finish_saving()
         if sums["targets"] and math.isfinite(sums["loss"] + sums["norm"]):
-            self.left_out = 0
+            self.bad_steps, self.rewound_to = 0, None
             budget = self.streams.budget
             metrics = {
                 "loss": sums["loss"] / sums["targets"],
@@ -267,55 +326,108 @@ class Trainer:
         self.display.left_out(done.step, f"{why}: left out, see {path}")
         if not sums["targets"]:
             return
-        self.left_out += 1
-        if self.left_out > self.run.train.skips:
+        self.bad_steps += 1
+        if self.bad_steps > self.run.train.skips:
             pending.clear()
             self._rewind(f"{why} at step {done.step}, {done.keys[0] if done.keys else 'no documents'}")
 
     def _rewind(self, why: str) -> None:
-        """To the last checkpoint, but not to its data: what follows may be better."""
+        """Go back to the last checkpoint's weights, but on with the data, which may be better than what is left out."""
         self._finish_saving()
-        newest = checkpoint.latest(self.folder)
+        newest = self.world.on_first(lambda: checkpoint.latest(self.folder))
         if newest is None or self.rewinds == self.run.train.rewinds:
-            raise FloatingPointError(f"{why}; {self.left_out} steps in a row, rewound {self.rewinds} times")
-        self.rewinds, self.left_out = self.rewinds + 1, 0
+            raise FloatingPointError(f"{why}; {self.bad_steps} steps in a row, rewound {self.rewinds} times")
+        if newest == self.rewound_to and len(checkpoint.numbered(self.folder)) > 1:
+            aside = self.world.on_first(lambda folder=newest: checkpoint.set_aside(folder))
+            self.display.warn(f"no step after {newest.name} was good: it is now {aside.name}")
+        newest = checkpoint.newest_whole(self.folder, self.world, self.display.warn)
+        assert newest is not None  # there was one just now, and if all are damaged that is an error
         self._restore(newest)
+        self.rewinds, self.bad_steps, self.save_due, self.rewound_to = self.rewinds + 1, 0, False, newest
+        if self.world.first:
+            self._drop_later_metrics()
+        self.world.wait()
         self.display.warn(f"{why}: back to {newest.name}, on with the data behind it")
 
+    def _save_if_sound(self) -> None:
+        """Save, unless the last steps were bad or a value is not finite: a run must find sound weights to go back to.
+
+        What is put off is saved after the next good step. The run does not end before it is.
+        """
+        sound = not self.bad_steps and self._finite()
+        if sound:
+            self.save()
+        elif self.step == self.run.train.steps and not self.stop.agreed:
+            self._rewind(f"the last step, {self.step}, is bad, or left weights that are not finite")
+
+    def _finite(self) -> bool:
+        """Whether all weights and moments are finite, on all processes."""
+        norms = torch.stack(torch._foreach_norm([local(x) for x in self._tensors().values()]))
+        return math.isfinite(self.world.sum(norms.double().sum()).item())
+
     def save(self) -> None:
+        """Write a checkpoint; one of several processes is written while the next steps run."""
         self._finish_saving()
+        self.save_due, self.last_saved = False, self.step
         folder, data = self.folder / f"step-{self.step:08d}", merged(self.world.gather(self._data_state()))
         texts = {
             "config.json": json.dumps(to_dict(self.run), indent=1),
-            "tokenizer.json": Path(self.run.data.tokenizer).read_text(),
+            "tokenizer.json": self.tokenizer.text,
             "state.json": json.dumps(self._state(data)),
         }
         after = lambda: self._saved(folder)  # noqa: E731
-        if self.world.size > 1:
-            self.saving = checkpoint.write_sharded(folder, self._tensors(), texts, self.world, after)
-        else:
-            optimizer = {name: x for name, x in self._tensors().items() if name not in self.held}
-            weights = dict(self.model.state_dict())
-            checkpoint.write(folder, {"model.safetensors": weights, "optimizer.safetensors": optimizer}, texts)
-            after()
+        try:
+            if self.world.size > 1:
+                self.saving = checkpoint.Saving(folder, self._tensors(), texts, self.world, after)
+            else:
+                optimizer = {name: x for name, x in self._tensors().items() if name not in self.held}
+                weights = dict(self.model.state_dict())
+                checkpoint.write(folder, {"model.safetensors": weights, "optimizer.safetensors": optimizer}, texts)
+                after()
+                self.failed_saves = 0
+        except OSError as error:
+            self._save_failed(error, final=self.stop.agreed or self.step == self.run.train.steps)
 
     def _saved(self, folder: Path) -> None:
         checkpoint.point(self.folder / "checkpoint", folder)
         checkpoint.prune(self.folder, self.run.train.keep)
 
-    def _finish_saving(self) -> None:
+    def _finish_saving(self, final: bool = False) -> None:
+        """Wait for the checkpoint that is being written. All processes call this after the same step.
+
+        final: no other save follows.
+        """
         if self.saving is not None:
-            self.saving.wait()
-            self.saving = None
+            saving, self.saving = self.saving, None
+            try:
+                saving.wait()
+                self.failed_saves = 0
+            except checkpoint.SaveError as error:
+                self._save_failed(error, final)
+
+    def _save_failed(self, error: OSError, final: bool) -> None:
+        """Warn, for the next interval to try again; raise SaveError after the final one or train.save_retries."""
+        self.failed_saves, self.last_saved = self.failed_saves + 1, -1
+        if final or self.failed_saves > self.run.train.save_retries:
+            newest = checkpoint.latest(self.folder)
+            kept = "there is no older one" if newest is None else f"{newest} is the newest"
+            raise checkpoint.SaveError(f"{error}; {self.failed_saves} saves in a row failed, {kept}") from None
+        self.display.warn(f"{error}; trying again after the next {self.run.train.save_every} steps")
+
+    def _drop_later_metrics(self) -> None:
+        _keep_lines(self.folder / "metrics.jsonl", lambda line: line["step"] <= self.step)
 
     def _data_state(self) -> dict[str, Any]:
         return self.feed.state if "feed" in vars(self) else self.streams.state()
 
     def _state(self, data: dict[str, Any]) -> dict[str, Any]:
-        return {"step": self.step, "data": data, "rewinds": self.rewinds, "rng": torch.get_rng_state().tolist()}
+        return {
+            "step": self.step, "data": data, "rewinds": self.rewinds, "rng": torch.get_rng_state().tolist(),
+            "identity": self.streams.identity, "processes": self.world.size, "device": self.device.type,
+        }  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Weights by name, and the optimizer's state by name/key, each cut as its parameter is."""
+        """Return the weights by name and the optimizer's state by name/key, each sharded as its parameter is."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             held, found[name] = self.held[name], parameter.detach()
@@ -327,14 +439,42 @@ class Trainer:
         return found
 
     def _restore(self, folder: Path) -> None:
-        checkpoint.check(folder)
-        before = from_dict(checkpoint.read_json(folder, "config.json"))
-        if before.model != self.run.model:
-            raise DataError(f"{folder} holds another model than this run's; resume with the settings it began with")
+        """Restore weights, optimizer, random state and step of a checkpoint that was checked."""
+        before = from_dict(checkpoint.read_json(folder, "config.json")).model
+        different = {name: values for name, values in changes(before, self.run.model, "model").items()
+                     if name not in MAY_CHANGE}  # fmt: skip
+        if different:
+            named = "; ".join(f"{name} is {now!r}, was {was!r}" for name, (was, now) in different.items())
+            raise DataError(f"{folder} holds another model than this run's: {named}")
         checkpoint.read_into(folder, self._tensors())
         state = checkpoint.read_json(folder, "state.json")
         self.step = state["step"]
         torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
+
+
+def _tokenizer_path(run: Run, newest: Path | None) -> Path:
+    """Return the tokenizer of the settings, or if there is none the copy in the checkpoint that the run begins with."""
+    path, init = Path(run.data.tokenizer), run.train.init
+    if not path.is_file() and (newest or init):
+        copy = (newest or checkpoint.newest_in(Path(init))) / "tokenizer.json"
+        return copy if copy.is_file() else path
+    return path
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {now.get(name)!r}, was {before.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _expect_same_data(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if different := differences(before, now):
+        raise DataError(
+            f"{folder} was trained on other data than this run's: {'; '.join(different)}; "
+            "--accept-other-data continues all the same, from the stored position in the new data"
+        )
 
 
 def make_streams(

@@ -49,6 +49,7 @@ class TextTokenizer:
         if not Path(path).is_file():
             raise DataError(f"no such tokenizer file: {path}")
         try:
+            self.text = Path(path).read_text(encoding="utf-8")
             missing = [token for token in SPECIAL if self._tokenizer.token_to_id(token) is None]
         except Exception as error:  # the tokenizers library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
@@ -60,7 +61,7 @@ class TextTokenizer:
     def _tokenizer(self) -> "Tokenizer":
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(self.path)
+        tokenizer = Tokenizer.from_str(self.text)
         tokenizer.encode_special_tokens = True  # "<image>" in a text stays text
         return tokenizer
 
@@ -69,6 +70,11 @@ class TextTokenizer:
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token."""
+        return self._tokenizer.get_vocab()
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -23,6 +23,7 @@ class Streams:
     def __init__(self, loaders: Mapping[int, Loader], streams: int, rank: int = 0, ranks: int = 1):
         self.loaders, self.streams, self.rank, self.ranks = loaders, streams, rank, ranks
         self.taken = 0  # micro-batches, by all processes
+        self.identity: dict[str, Any] = {}
 
     def __next__(self) -> Batch:
         batch = next(self.loaders[(self.taken + self.rank) % self.streams])

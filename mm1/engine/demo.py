@@ -14,6 +14,7 @@ from PIL import Image
 from mm1.engine import checkpoint
 from mm1.engine.config import DIGITS_FOLDER, DIGITS_RUN
 from mm1.engine.data.images import decode
+from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import open_source, read_image
 from mm1.engine.generate import Prompt, generate
 from mm1.engine.model import MM1
@@ -23,13 +24,15 @@ SHOTS = (0, 4, 8)
 
 
 def demo(out: Path) -> dict[str, Any]:
-    """Train into `out` (or go on, or reuse what is there), evaluate, write loss.png, samples.png and summary.json."""
+    """Train into `out` (or continue, or reuse what is there), evaluate, write loss.png, samples.png, summary.json."""
     run = DIGITS_RUN
-    newest = checkpoint.latest(out)
-    if newest is None or checkpoint.read_json(newest, "state.json")["step"] < run.train.steps:
-        train(run, out, resume=newest is not None)
-    else:
+    if _is_trained(out, run.train.steps):
         print(f"{out} is trained already; delete it to train again")
+    else:
+        try:
+            train(run, out, resume=True)
+        except DataError as error:
+            raise DataError(f"{error} (delete {out} to train the demo anew)") from None
     model = checkpoint.load(out)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(m["seconds"] for m in metrics)
@@ -46,6 +49,18 @@ def demo(out: Path) -> dict[str, Any]:
     pictures = _draw(out, metrics, images, truths, guesses)
     _tell(out, summary, pictures)
     return summary
+
+
+def _is_trained(out: Path, steps: int) -> bool:
+    """Whether the newest checkpoint is whole and that of the last step."""
+    newest = checkpoint.latest(out)
+    if newest is None:
+        return False
+    try:
+        checkpoint.check(newest)
+    except checkpoint.CheckpointError:
+        return False
+    return checkpoint.read_json(newest, "state.json")["step"] >= steps
 
 
 def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:

@@ -32,6 +32,7 @@ from mm1.engine.model import MM1, parameter_counts
 from mm1.engine.optim import adamw, learning_rate
 from mm1.engine.parallel import World, cut_like, dropped, local, put
 from mm1.engine.recompute import recompute_blocks
+from mm1.engine.tokenizer import vocabulary_size
 
 WARM = 2  # steps, after which nothing is compiled any more
 SUMS = ("loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "data", "dropped", "norm")
@@ -88,12 +89,15 @@ class Trainer:
             raise DataError(f"{folder} holds a run already: give another folder, or --resume to continue it")
         if not run.data.sources:
             raise DataError("no data is given: name a .toml file with [[data.sources]] of kind and paths")
+        if not run.data.tokenizer:
+            raise DataError("setting data.tokenizer is empty: make one by `mm1 tokenizer tokenizer.json FILES`")
         self.world.wait()  # until all have looked
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = TextTokenizer(run.data.tokenizer)
         if len(self.tokenizer) > run.model.decoder.vocabulary:
             raise DataError(
-                f"{run.data.tokenizer} has {len(self.tokenizer)} tokens, the model {run.model.decoder.vocabulary}"
+                f"setting model.decoder.vocabulary is {run.model.decoder.vocabulary}, but {run.data.tokenizer} has"
+                f" {len(self.tokenizer)} tokens: set model.decoder.vocabulary = {vocabulary_size(len(self.tokenizer))}"
             )
         state = checkpoint.read_json(newest, "state.json") if newest else None
         self.streams = make_streams(

@@ -68,7 +68,7 @@ class TextTokenizer:
         return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}  # reopened in each process
 
     def __len__(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        return max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
 
     def encode(self, text: str) -> list[int]:
         try:

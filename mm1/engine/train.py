@@ -122,7 +122,7 @@ class Trainer:
         self.held: dict[str, nn.Parameter] = {
             name: p if local(p) is p else nn.Parameter(local(p.detach())) for name, p in self.model.named_parameters()
         }  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer = adamw(self.held.values(), t, self.peak)
+        self.optimizer = adamw(self.held.items(), t, self.peak)
         self.stop = safety.Stop()
         self.step = self.left_out = self.rewinds = 0
         self.saving: checkpoint.Saving | None = None

@@ -16,7 +16,7 @@ from mm1.engine.model import LEARNED_VECTORS
 
 def learning_rate(step: int, t: Train, peak: float) -> float:
     """Return the rate of step 0, 1, …: linear over the warm-up to the peak, cosine to final_lr · peak at the end."""
-    warmup = t.warmup
+    warmup = t.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, t.steps - warmup)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine import checkpoint, safety
-from mm1.engine.config import Run, from_dict, peak_lr, to_dict
+from mm1.engine.config import Run, peak_lr, stored_model, to_dict
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.feed import Feed, Streams, merged
 from mm1.engine.data.images import ImagePolicy
@@ -88,7 +88,7 @@ class Trainer:
         if not resume and checkpoint.latest(folder) is not None:
             raise DataError(f"{folder} holds a run already: give another folder, or --resume to continue it")
         if not run.data.sources:
-            raise DataError("no data is given: name a .toml file with [[data.sources]] of kind and paths")
+            raise DataError("setting data.sources is empty: train a .toml file with [[data.sources]] of kind and paths")
         if not run.data.tokenizer:
             raise DataError("setting data.tokenizer is empty: make one by `mm1 tokenizer tokenizer.json FILES`")
         self.world.wait()  # until all have looked
@@ -111,7 +111,7 @@ class Trainer:
             self.model = MM1(run.model)
         if t.float8 != "none":
             if run.parallel.tensor > 1:
-                raise DataError("settings train.float8 and parallel.tensor > 1 are not made for each other")
+                raise DataError(f"setting parallel.tensor is {run.parallel.tensor}, expected 1 beside train.float8")
             float8_linears(self.model.decoder, t.float8)
         self.world.place(self.model, self.dtype)
         self.model.to_empty(device=self.device).initialize(t.seed, put)
@@ -332,8 +332,7 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         checkpoint.check(folder)
-        before = from_dict(checkpoint.read_json(folder, "config.json"))
-        if before.model != self.run.model:
+        if stored_model(checkpoint.read_json(folder, "config.json")) != self.run.model:
             raise DataError(f"{folder} holds another model than this run's; resume with the settings it began with")
         checkpoint.read_into(folder, self._tensors())
         state = checkpoint.read_json(folder, "state.json")
@@ -363,9 +362,12 @@ def make_streams(
         longest=policy.longest,
     )
     views = 1 if m.image_parts == 1 else 1 + m.image_parts**2
-    for name, found, needed in (("tokens", d.tokens, views * m.connector.tokens + 2), ("images", d.images, views)):
-        if found < needed:
-            raise DataError(f"setting data.{name} is {found}, too few for one image, expected {needed}")
+    for name, value, needed in (
+        ("tokens", d.tokens, views * m.connector.tokens + 2), ("images", d.images, views),
+        ("patches", budget.patches, views * policy.longest),
+    ):  # fmt: skip
+        if value < needed:
+            raise DataError(f"setting data.{name} is {value}, too few for one image, expected {needed} or more")
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
     damage = [found for source in sources for found in source.damage]

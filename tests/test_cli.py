@@ -112,7 +112,10 @@ BAD = [
     (["train", "mm1-4b"], "unknown size 'mm1-4b', and no such file or folder; known: digits"),
     (["train", "nothing.toml"], "no such file: nothing.toml"),
     (["train", "mm1-3b"], "setting data.sources is empty: train a .toml file with [[data.sources]]"),
-    (["train", "digits", "--set", "data.tokenizer=none.json"], "/none.json"),
+    (
+        ["train", "digits", "--set", "data.tokenizer=none.json"],
+        "/none.json', expected a file: make one by `mm1 tokenizer",
+    ),
     (["train", "digits", "--set", "model=3"], "setting model is 3"),
     (["train", "run.toml", "--set", "train.stepz=3"], "unknown setting train.stepz; known: steps"),
     (["train", "run.toml", "--set", "train.steps=many"], "setting train.steps is 'many', expected an integer ≥ 1"),

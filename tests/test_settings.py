@@ -58,31 +58,29 @@ def put(where, field, index, value):
 
 
 def test_every_class_of_settings_and_every_number_is_walked():
-    classes = {c for c in vars(config).values() if dataclasses.is_dataclass(c) and c.__module__ == config.__name__}
+    classes = {c for c in vars(config).values() if isinstance(c, type) and c.__module__ == config.__name__}
     assert {type(legal) for legal in LEGAL.values()} == classes - {Run}
     declared = 0
     for cls in {type(legal) for legal in LEGAL.values()}:
         for hint in typing.get_type_hints(cls).values():
-            if typing.get_origin(hint) is types.UnionType:
+            if typing.get_origin(hint) in (types.UnionType, typing.Union):
                 hint = typing.get_args(hint)[0]
             items = typing.get_args(hint) if typing.get_origin(hint) is tuple else [hint]
             declared += sum(item in (int, float) for item in items)
-    assert declared == len(NUMBERS) > 70
+    assert declared == len(NUMBERS)
 
 
 @pytest.mark.parametrize("where, field, index", NUMBERS, ids=lambda x: str(x))
 def test_nonsense_is_refused_with_the_settings_name(where, field, index):
     name = f"{where}.{field}" + ("" if index is None else f"[{index}]")
-    nonsense = [math.nan, math.inf, -math.inf, 10**400, "3", "many", True, [1], {}]
+    legal = getattr(LEGAL[where], field) if index is None else getattr(LEGAL[where], field)[index]
+    nonsense = [math.nan, math.inf, -math.inf, "3", "many", True, [1], {}]
+    nonsense.append(1.5 if isinstance(legal, int) else 10**400)  # which no float can hold
     if (where, field) not in SIGNED:
         nonsense.append(-1)
-    if f"{where}.{field}" not in ZERO and (where, field) != ("model.decoder", "experts_per_token"):
+    if f"{where}.{field}" not in ZERO:
         nonsense.append(0)
-    if isinstance(getattr(LEGAL[where], field), int):
-        nonsense.append(1.5)
     for value in nonsense:
-        if value == 10**400 and isinstance(getattr(LEGAL[where], field), int):
-            continue  # an integer; a machine may well have no room for it
         with pytest.raises(DataError) as error:
             put(where, field, index, value)
         said = str(error.value)
@@ -124,7 +122,7 @@ def test_zero_is_taken_where_it_means_something(name):
     ({"model": {"size": "digits", "decoder": {"moe_every": 5}}}, "setting model.decoder.moe_every is 5, expected at"
      " most the 4 layers"),
     ({"model": {"size": "digits", "decoder": {"experts_per_token": 0}}}, "setting model.decoder.experts_per_token is 0,"
-     " expected 1 to the 4 experts"),
+     " expected at most the 4 experts, at least 1"),
     ({"model": {"size": "digits", "vision": {"interpolation": "lanczos"}}}, "setting model.vision.interpolation is"
      " 'lanczos', expected one of bilinear, bicubic, nearest"),
 ])  # fmt: skip

@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from small import FOLDER, small_run
@@ -47,16 +48,16 @@ def folder(tmp_path, monkeypatch):
                                          ("d.json", "lighthouse"), ("e.tar.gz", "seven"),
                                          ("*.txt", "lighthouse")])  # fmt: skip
 def test_a_tokenizer_is_trained_on_every_kind_of_data(files, word, folder, monkeypatch, capsys):
-    status, said = mm1(monkeypatch, capsys, "tokenizer", "sub/tokenizer.json", files, "--vocabulary", 290)
+    status, said = mm1(monkeypatch, capsys, "tokenizer", "sub/tokenizer.json", files, "--vocabulary", 400)
     assert status == 0, said
     made = TextTokenizer(folder / "sub" / "tokenizer.json")
     assert (made.pad, made.bos, made.eos, made.image) == (0, 1, 2, 3)
-    assert len(made) <= 290
+    assert len(made) <= 400
     assert (
         f'set data.tokenizer = "sub/tokenizer.json" and model.decoder.vocabulary = {-(-len(made) // 64) * 64}' in said
     )
     assert ("4 records could not be read" in said) == (files == "c.jsonl")
-    assert len(made.encode(word)) == 1
+    assert len(made.encode(f" {word}")) == 1
     for text in TEXTS:
         assert made.decode(made.encode(text)) == text
         assert made.image not in made.encode(text)
@@ -115,17 +116,16 @@ def test_a_run_says_which_vocabulary_its_tokenizer_needs_and_how_to_get_one(fold
     data = small_run().data
     source = f'data.sources=[{{kind="text", paths=["{data.sources[1].paths[0]}"]}}]'
     train = ["train", "digits", "--out", "out", "--set", "train.steps=1", "--set", "train.warmup=0", "--set", source]
-    mm1(monkeypatch, capsys, "tokenizer", "t.json", FOLDER / "text.txt", "a.txt", "--vocabulary", 420)
+    shutil.copy(Path(__file__).parent.parent / "README.md", "long.txt")
+    mm1(monkeypatch, capsys, "tokenizer", "t.json", "long.txt", "--vocabulary", 420)
     status, said = mm1(monkeypatch, capsys, *train, "--set", "data.tokenizer=t.json")
-    size = len(TextTokenizer("t.json"))
-    assert size > 384
-    path = folder / "t.json"
+    path, size = folder / "t.json", 420
     assert said == (f"mm1: setting model.decoder.vocabulary is 384, but {path} has {size} tokens:"
                     " set model.decoder.vocabulary = 448\n")  # fmt: skip
     status, said = mm1(monkeypatch, capsys, *train, "--set", 'data.tokenizer=""')
-    assert (status, said) == (
-        2, "mm1: setting data.tokenizer is empty: make one by `mm1 tokenizer tokenizer.json FILES`\n"
-    )  # fmt: skip
+    assert status == 2
+    assert said == ("mm1: setting data.tokenizer is '', expected a file: make one by `mm1 tokenizer tokenizer.json"
+                    " FILES`\n")  # fmt: skip
     status, said = mm1(
         monkeypatch, capsys, *train, "--set", "data.tokenizer=t.json", "--set", "model.decoder.vocabulary=448"
     )

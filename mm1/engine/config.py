@@ -107,7 +107,7 @@ class Decoder:
         expect(self.heads % self.kv_heads == 0, "model.decoder.kv_heads", self.kv_heads, heads)
         expect(self.head_width % 2 == 0, "model.decoder.head_width", self.head_width, "an even number")
         if self.experts:
-            experts, layers = f"1 to the {self.experts} experts", f"at most the {self.layers} layers"
+            experts, layers = f"at most the {self.experts} experts, at least 1", f"at most the {self.layers} layers"
             enough = 1 <= self.experts_per_token <= self.experts
             expect(enough, "model.decoder.experts_per_token", self.experts_per_token, experts)
             expect(self.moe_every <= self.layers, "model.decoder.moe_every", self.moe_every, layers)

@@ -23,7 +23,7 @@ TRIED = 16  # records of a file that have to be unreadable before it counts as o
 
 def tokenizer(
     out: tyro.conf.Positional[Path],
-    files: tyro.conf.Positional[tuple[str, ...]] = (),
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[FILES …]")] = (),
     vocabulary: int | None = None,
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
 ) -> None:

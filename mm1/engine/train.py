@@ -89,8 +89,9 @@ class Trainer:
             raise DataError(f"{folder} holds a run already: give another folder, or --resume to continue it")
         if not run.data.sources:
             raise DataError("setting data.sources is empty: train a .toml file with [[data.sources]] of kind and paths")
-        if not run.data.tokenizer:
-            raise DataError("setting data.tokenizer is empty: make one by `mm1 tokenizer tokenizer.json FILES`")
+        if not Path(run.data.tokenizer).is_file():
+            name, how = run.data.tokenizer, "make one by `mm1 tokenizer tokenizer.json FILES`"
+            raise DataError(f"setting data.tokenizer is {name!r}, expected a file: {how}")
         self.world.wait()  # until all have looked
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = TextTokenizer(run.data.tokenizer)

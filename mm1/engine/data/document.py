@@ -53,7 +53,8 @@ class TextTokenizer:
         except Exception as error:  # the tokenizers library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
         if missing:
-            raise DataError(f"{path} lacks the special tokens {', '.join(missing)}")
+            how = f"add them by `mm1 tokenizer NEW --from {path}`"
+            raise DataError(f"{path} lacks the special tokens {', '.join(missing)}: {how}")
         self.pad, self.bos, self.eos, self.image = (int(self._tokenizer.token_to_id(token) or 0) for token in SPECIAL)
 
     @cached_property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mm1.engine.data.record import DataError
+from mm1.engine.tokenizer import tokenizer
 from mm1.kernels.device import DEVICES
 from mm1.kernels.tuning import TuneError
 
@@ -147,6 +148,9 @@ def convert(
         image_tokens=image_tokens, image_size=image_size, context=context, experts=experts, moe_every=moe_every,
         experts_per_token=experts_per_token, seed=seed,
     ))  # fmt: skip
+
+
+app.command(tokenizer)
 
 
 @app.command

@@ -69,5 +69,6 @@ def small_run(**train) -> Run:
         tokenizer=str(FOLDER / "tokenizer.json"),
         tokens=160, images=16, patches=512, documents=24, buffer=48,
     )  # fmt: skip
-    recipe = {"steps": 12, "accumulate": 2, "warmup": 2, "peak_lr": 2e-3, "compile": False, "save_every": 4}
+    warmup = min(2, train.get("steps", 12) - 1)
+    recipe = {"steps": 12, "accumulate": 2, "warmup": warmup, "peak_lr": 2e-3, "compile": False, "save_every": 4}
     return Run(small_model(), data, Train(**(recipe | train)))

@@ -46,7 +46,6 @@ weight = 10
 [train]
 steps = 3
 accumulate = 1
-warmup = 1
 compile = false
 save_every = 2
 """
@@ -112,11 +111,14 @@ def test_generate_takes_images_and_marks(folder):
 BAD = [
     (["train", "mm1-4b"], "unknown size 'mm1-4b', and no such file or folder; known: digits"),
     (["train", "nothing.toml"], "no such file: nothing.toml"),
-    (["train", "mm1-3b"], "no data is given"),
-    (["train", "digits", "--set", "data.tokenizer=none.json"], "no such tokenizer file: none.json"),
+    (["train", "mm1-3b"], "setting data.sources is empty: train a .toml file with [[data.sources]]"),
+    (
+        ["train", "digits", "--set", "data.tokenizer=none.json"],
+        "/none.json', expected a file: make one by `mm1 tokenizer",
+    ),
     (["train", "digits", "--set", "model=3"], "setting model is 3"),
     (["train", "run.toml", "--set", "train.stepz=3"], "unknown setting train.stepz; known: steps"),
-    (["train", "run.toml", "--set", "train.steps=many"], "setting train.steps is 'many', expected int"),
+    (["train", "run.toml", "--set", "train.steps=many"], "setting train.steps is 'many', expected an integer ≥ 1"),
     (["train", "run.toml", "--set", "train.steps"], "is not key=value"),
     (["train", "run.toml", "--set", "train.dtype=fp8"], "setting train.dtype is 'fp8'"),
     (["train", "run.toml", "--set", "data.tokenizer=run.toml"], "run.toml is not a tokenizer.json"),

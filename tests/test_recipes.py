@@ -36,7 +36,7 @@ def test_fine_tuning_is_the_papers():
 
 
 def test_unknown_recipes_are_refused():
-    with pytest.raises(DataError, match="setting recipe is 'sft', expected one of pretrain, finetune"):
+    with pytest.raises(DataError, match="setting recipe is 'sft', expected one of pretrain, finetune, digits"):
         load_run("mm1-3b", ["recipe=sft"])
 
 
@@ -118,5 +118,5 @@ def test_budgets_hold_at_least_one_image_with_its_parts(tmp_path):
     run = small_run()
     model = dataclasses.replace(run.model, image_mode="squash", image_size=12, image_parts=2)
     few = dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, images=4))
-    with pytest.raises(DataError, match=r"setting data.images is 4, too few for one image, expected 5"):
+    with pytest.raises(DataError, match=r"setting data.images is 4, too few for one image, expected 5 or more"):
         Trainer(few, tmp_path / "run", Silent(), False)

@@ -11,10 +11,8 @@ from conftest import relative_error
 from small import document, packed, small_model, small_run
 
 from mm1.engine import checkpoint
-from mm1.engine.config import Train
 from mm1.engine.data.record import DataError
 from mm1.engine.model import MM1
-from mm1.engine.optim import adamw, learning_rate
 from mm1.engine.train import Trainer, train
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -154,23 +152,6 @@ def test_what_is_compiled_again_is_an_error_that_names_the_guard(tmp_path, monke
     with pytest.raises(DataError, match=r"forward in .*decoder.py:.* was compiled again: .*expected 160, actual 168"):
         run("error")
     assert not torch._dynamo.config.error_on_recompile
-
-
-def test_schedule_warms_up_and_ends_at_a_tenth():
-    t = Train(steps=1000, warmup=100)
-    rates = [learning_rate(step, t, 1.0) for step in range(1000)]
-    assert rates[0] == 0.01
-    assert rates[99] == 1.0 == max(rates)
-    assert abs(rates[550] - (0.1 + 0.9 * 0.5)) < 1e-3
-    assert abs(rates[-1] - 0.1) < 1e-4
-
-
-def test_weight_decay_is_a_tenth_of_the_rate_and_spares_vectors():
-    model = torch.nn.Linear(3, 4)
-    decayed, spared = adamw(model.parameters(), Train(), 6e-5).param_groups
-    assert abs(decayed["weight_decay"] - 6e-6) < 1e-12
-    assert [p.ndim for p in spared["params"]] == [1]
-    assert spared["weight_decay"] == 0
 
 
 class Poison:

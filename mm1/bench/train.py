@@ -368,7 +368,7 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, targets: int) -> 
 
 def _optimizers(model: MM1) -> dict[bool, torch.optim.Optimizer]:
     """The engine's, and, True, torch's AdamW as it comes; they share their moments."""
-    fused = adamw(model.parameters(), config.Train(), 0.0)
+    fused = adamw(model.named_parameters(), config.Train(), 0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     fused.step()
@@ -407,7 +407,7 @@ def transformers_ways(steps: Steps) -> dict[str, Way]:
     c, batches = steps.config, steps.sets[False][0]
     torch.manual_seed(0)
     model = TransformersModel(c).to(steps.device)
-    optimizer = adamw(model.parameters(), config.Train(), 0.0)
+    optimizer = adamw(model.named_parameters(), config.Train(), 0.0)
     inputs = [(_inputs(c, batch), batch.target_count) for batch in batches]
     targets = sum(count for _, count in inputs)
 

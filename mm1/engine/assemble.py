@@ -6,7 +6,6 @@ Komatsuzaki et al. 2023 (Sparse Upcycling, arXiv 2212.05055), by which MM1's sec
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mm1.engine import checkpoint, config
 from mm1.engine.convert import from_hf
-from mm1.engine.data.document import SPECIAL
 from mm1.engine.data.record import DataError
+from mm1.engine.tokenizer import json_object, vocabulary_size, with_special_tokens
 
 State = dict[str, Tensor]
 Parts = tuple[config.Model, State, str]  # and the text of tokenizer.json
-ROWS = 64  # the vocabulary is a multiple of it: whole tiles of tensor cores in products with the head
 
 
 def assemble(
@@ -81,9 +78,9 @@ def _published(
     tokenizer = tokenizer or (d_folder and d_folder / "tokenizer.json")
     if tokenizer is None:
         raise DataError(f"the size {decoder} has no tokenizer: give one")
-    text, known, tokens = _tokenizer(tokenizer)
+    text, known, tokens = with_special_tokens(tokenizer)
     if d_folder is None:
-        d = replace(d, vocabulary=_rows(max(d.vocabulary, tokens)))
+        d = replace(d, vocabulary=vocabulary_size(max(d.vocabulary, tokens)))
     honeybee = None if connector is None else _tensors(connector)
     if honeybee and any(name.startswith("abstractor.") for name in honeybee):  # may be a file of all of Honeybee
         honeybee = {name: tensor for name, tensor in honeybee.items() if name.startswith("abstractor.")}
@@ -91,17 +88,13 @@ def _published(
     model = from_hf(vision=v, decoder=d, connector=honeybee, image_tokens=image_tokens, context=context, seed=seed)
     c, state = model.config, dict(model.state_dict())
     if v_folder and (pixels := v_folder / "preprocessor_config.json").is_file():
-        fields = {"image_mean": c.vision.mean, "image_std": c.vision.std} | _json(pixels)
+        fields = {"image_mean": c.vision.mean, "image_std": c.vision.std} | json_object(pixels)
         c = replace(c, vision=replace(c.vision, mean=tuple(fields["image_mean"]), std=tuple(fields["image_std"])))
     if d_folder:
-        c = replace(c, decoder=replace(c.decoder, vocabulary=_rows(max(c.decoder.vocabulary, tokens))))
+        c = replace(c, decoder=replace(c.decoder, vocabulary=vocabulary_size(max(c.decoder.vocabulary, tokens))))
         for name in {"decoder.embedding.weight", "decoder.head.weight"} & set(state):
             state[name] = _grown(state[name], known, tokens, c.decoder.vocabulary)
     return c, state, text
-
-
-def _rows(tokens: int) -> int:
-    return -(-tokens // ROWS) * ROWS
 
 
 def _grown(old: Tensor, known: int, tokens: int, rows: int) -> Tensor:
@@ -124,8 +117,6 @@ def _upcycle(state: State, dense: config.Decoder, sparse: config.Decoder, seed: 
     layers = [layer for layer in range(dense.layers) if config.is_moe(sparse, layer)]
     if dense.experts:
         raise DataError(f"the decoder has {dense.experts} experts already: only a dense one can be given experts")
-    if not layers:
-        raise DataError(f"moe_every is {sparse.moe_every}, expected at most the decoder's {dense.layers} layers")
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         mlp = f"decoder.blocks.{layer}.mlp."
@@ -136,53 +127,12 @@ def _upcycle(state: State, dense: config.Decoder, sparse: config.Decoder, seed: 
         state[f"{mlp}down"] = down.expand(sparse.experts, -1, -1)
 
 
-def _tokenizer(path: Path) -> tuple[str, int, int]:
-    """tokenizer.json with the special tokens it lacked, and the number of its ids before and after.
-
-    What tokenizer_config.json calls bos and eos becomes <bos> and <eos>, under its id, whose row is trained.
-    """
-    text, settings = json.dumps(_json(path)), path.with_name("tokenizer_config.json")
-    try:
-        old = Tokenizer.from_str(text)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer.json: {error}") from None
-    names = _renamed(old, _json(settings) if settings.is_file() else {})
-    spec = json.loads(old.to_str())
-    for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    model, vocabulary = spec["model"], spec["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    else:  # Unigram's: its unknown token is a number
-        model["vocab"] = [(names.get(token, token), score) for token, score in vocabulary]
-    if "merges" in model:  # some files can merge "<" and "s>" of a text into what is meant to begin one
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
-    # Documents are encoded whole and get bos and eos elsewhere; a template would name tokens that are gone.
-    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
-    new = Tokenizer.from_str(json.dumps(spec))
-    new.add_special_tokens(list(SPECIAL))
-    known, tokens = (max(t.get_vocab().values(), default=-1) + 1 for t in (old, new))
-    return new.to_str(), known, tokens
-
-
-def _renamed(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Token of `tokenizer` -> our name for it. One that is bos and eos both is eos, without which no text ends."""
-    names: dict[str, str] = {}
-    for ours, field in (("<eos>", "eos_token"), ("<bos>", "bos_token")):
-        theirs = settings.get(field)
-        theirs = theirs["content"] if isinstance(theirs, dict) else theirs
-        if theirs and tokenizer.token_to_id(theirs) is not None and tokenizer.token_to_id(ours) is None:
-            names.setdefault(theirs, ours)
-    return names
-
-
 def _part(part: str, given: Path | str) -> tuple[Any, Path | None]:
     """What from_hf takes for it, and its folder: None for a named size."""
     path = Path(given)
     if path.exists():
         folder = path if path.is_dir() else path.parent
-        return (_json(folder / "config.json"), _tensors(path)), folder
+        return (json_object(folder / "config.json"), _tensors(path)), folder
     if str(given) not in config.MODELS:
         raise DataError(f"{part}: {given} is no folder, no file and no named size ({', '.join(config.MODELS)})")
     return getattr(config.named(str(given)), part), None
@@ -194,7 +144,7 @@ def _tensors(path: Path) -> State:
     if not path.is_dir():
         files = [path]
     elif not files[0].is_file() and index.is_file():
-        shards = _json(index).get("weight_map")
+        shards = json_object(index).get("weight_map")
         if not isinstance(shards, dict):
             raise DataError(f"{index}: weight_map is missing")
         files = [path / name for name in sorted(set(shards.values()))]
@@ -213,15 +163,3 @@ def _tensors(path: Path) -> State:
         except (SafetensorError, OSError) as error:
             raise DataError(f"{file} is not a whole safetensors file: {error}") from None
     return state
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return found

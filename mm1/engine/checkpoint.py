@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm1.engine.config import from_dict, named
+from mm1.engine.config import named, stored_model
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.record import DataError
 from mm1.engine.model import MM1
@@ -172,7 +172,7 @@ def load(
     folder = newest_in(folder)
     check(folder)
     with torch.device("meta"):
-        model = MM1(from_dict(read_json(folder, "config.json")).model)
+        model = MM1(stored_model(read_json(folder, "config.json")))
     model.load_state_dict(weights(folder), assign=True)
     model.tokenizer = TextTokenizer(folder / "tokenizer.json")
     return model.to(device, dtype).eval()
@@ -286,7 +286,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     if not (folder / SHARDS).is_dir():
         return read_tensors(folder, "model.safetensors")
     with torch.device("meta"):
-        model = MM1(from_dict(read_json(folder, "config.json")).model)
+        model = MM1(stored_model(read_json(folder, "config.json")))
     found = {name: torch.empty_like(p, device="cpu") for name, p in model.state_dict().items()}
     read_into(folder, found)
     return found

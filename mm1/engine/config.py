@@ -5,110 +5,112 @@ placement of experts and the totals; widths and depths it does not. What is infe
 """
 
 import dataclasses
+import glob
 import json
 import math
+import os
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mm1.engine.data.record import DataError
+from mm1.engine.data.sources import KINDS
+from mm1.engine.settings import (
+    Count,
+    CountOrZero,
+    OneOf,
+    Positive,
+    PositiveOrZero,
+    Range,
+    build,
+    check,
+    expect,
+    parsed,
+    put,
+)
 
-
-def _check(condition: bool, name: str, found: Any, expected: str) -> None:
-    if not condition:
-        raise DataError(f"setting {name} is {found!r}, expected {expected}")
-
-
-def _positive(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        _check(getattr(config, name) > 0, f"{where}.{name}", getattr(config, name), "a positive number")
+POOL_HEADS = 8  # of the attention connector
+Beta = Annotated[float, Range(least=0, below=1)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # what the loader's shuffle takes
 
 
 @dataclass(frozen=True)
 class Vision:
     """A ViT encoder on packed patches of images of any grid."""
 
-    width: int
-    layers: int
-    heads: int
-    ffn: int
-    patch: int = 14
-    table: tuple[int, int] = (24, 24)  # grid of the learned positions, resampled to every other grid
-    activation: str = "quick_gelu"  # or "gelu"
+    width: Count
+    layers: Count
+    heads: Count
+    ffn: Count
+    patch: Count = 14
+    table: tuple[Count, Count] = (24, 24)  # grid of the learned positions, resampled to every other grid
+    activation: Annotated[str, OneOf("quick_gelu", "gelu")] = "quick_gelu"
     class_token: bool = True  # CLIP's: attends and is attended to, but is not passed on
     pre_norm: bool = True  # CLIP's LayerNorm between embedding and blocks
     patch_norm: bool = False  # AIM's bias and LayerNorm of patches, before the positions
     bias: bool = True  # of the blocks' linears
-    interpolation: str = "bicubic"
-    eps: float = 1e-5
+    interpolation: Annotated[str, OneOf("bilinear", "bicubic", "nearest")] = "bicubic"
+    eps: Positive = 1e-5
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as DFN5B's
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
-        _positive(self, "model.vision", "width", "layers", "heads", "ffn", "patch")
-        _check(self.width % self.heads == 0, "model.vision.heads", self.heads, f"a divisor of the width {self.width}")
-        known = ("quick_gelu", "gelu")
-        _check(self.activation in known, "model.vision.activation", self.activation, f"one of {', '.join(known)}")
+        check(self, "model.vision")
+        expect(self.width % self.heads == 0, "model.vision.heads", self.heads, f"a divisor of the width {self.width}")
 
 
 @dataclass(frozen=True)
 class Connector:
     """Makes `tokens` tokens of an image, whatever its grid."""
 
-    kind: str = "c-abstractor"  # or "attention", "average"
-    tokens: int = 144
-    hidden: int = 1024
-    depth: int = 3  # blocks before the pool, and again after it
-    readout_depth: int = 2
-    position_grid: tuple[int, int] | None = (24, 24)
+    kind: Annotated[str, OneOf("c-abstractor", "attention", "average")] = "c-abstractor"
+    tokens: Count = 144
+    hidden: Count = 1024
+    depth: CountOrZero = 3  # blocks before the pool, and again after it
+    readout_depth: Count = 2
+    position_grid: tuple[Count, Count] | None = (24, 24)
     output_norm: bool = True  # not Honeybee's; without it the loss of a fresh model stays on a plateau for long
 
     def __post_init__(self):
-        _positive(self, "model.connector", "tokens", "hidden", "readout_depth")
+        check(self, "model.connector")
         square = math.isqrt(self.tokens) ** 2 == self.tokens
-        _check(square or self.kind == "attention", "model.connector.tokens", self.tokens, "a square number")
-        known = ("c-abstractor", "attention", "average")
-        _check(self.kind in known, "model.connector.kind", self.kind, f"one of {', '.join(known)}")
+        expect(square or self.kind == "attention", "model.connector.tokens", self.tokens, "a square number")
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A Llama-type decoder, every `moe_every`-th layer of which may be a mixture of experts."""
 
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    head_width: int = 128
-    rope_theta: float = 500_000.0
-    eps: float = 1e-5
+    vocabulary: Count
+    width: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    ffn: Count
+    head_width: Count = 128
+    rope_theta: Positive = 500_000.0
+    eps: Positive = 1e-5
     tied: bool = True
     qk_norm: bool = True
-    experts: int = 0
-    experts_per_token: int = 2
-    moe_every: int = 2  # layers moe_every - 1, 2·moe_every - 1, … are mixtures
-    moe_backend: str = "mm1"  # or, for comparison, "torch" (its grouped_mm), "megablocks" (CUDA, bf16)
-    load_balance: float = 0.01
-    z_loss: float = 0.001
+    experts: CountOrZero = 0
+    experts_per_token: CountOrZero = 2
+    moe_every: Count = 2  # layers moe_every - 1, 2·moe_every - 1, … are mixtures
+    # "torch" (its grouped_mm) and "megablocks" (CUDA, bf16) are there for comparison.
+    moe_backend: Annotated[str, OneOf("mm1", "torch", "megablocks")] = "mm1"
+    load_balance: PositiveOrZero = 0.01
+    z_loss: PositiveOrZero = 0.001
 
     def __post_init__(self):
-        _positive(self, "model.decoder", "vocabulary", "width", "layers", "heads", "kv_heads", "ffn", "head_width")
-        multiple = f"a divisor of the {self.heads} heads"
-        _check(self.heads % self.kv_heads == 0, "model.decoder.kv_heads", self.kv_heads, multiple)
-        _check(self.head_width % 2 == 0, "model.decoder.head_width", self.head_width, "an even number")
-        _check(self.experts >= 0, "model.decoder.experts", self.experts, "0 or more")
-        known = ("mm1", "torch", "megablocks")
-        _check(self.moe_backend in known, "model.decoder.moe_backend", self.moe_backend, f"one of {', '.join(known)}")
+        check(self, "model.decoder")
+        heads = f"a divisor of the {self.heads} heads"
+        expect(self.heads % self.kv_heads == 0, "model.decoder.kv_heads", self.kv_heads, heads)
+        expect(self.head_width % 2 == 0, "model.decoder.head_width", self.head_width, "an even number")
         if self.experts:
-            _positive(self, "model.decoder", "moe_every", "experts_per_token")
-            most = f"at most the {self.experts} experts"
-            few = self.experts_per_token <= self.experts
-            _check(few, "model.decoder.experts_per_token", self.experts_per_token, most)
+            experts, layers = f"at most the {self.experts} experts, at least 1", f"at most the {self.layers} layers"
+            enough = 1 <= self.experts_per_token <= self.experts
+            expect(enough, "model.decoder.experts_per_token", self.experts_per_token, experts)
+            expect(self.moe_every <= self.layers, "model.decoder.moe_every", self.moe_every, layers)
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,21 @@ class Model:
     vision: Vision
     connector: Connector
     decoder: Decoder
-    image_mode: str = "squash"  # to image_size², or "native": own aspect ratio, at most image_patches
-    image_size: int = 378
-    image_patches: int = 729
-    image_parts: int = 1  # k: besides the whole image k × k parts of it, each of image_size²; squash only
+    # To image_size², or "native": own aspect ratio, at most image_patches.
+    image_mode: Annotated[str, OneOf("squash", "native")] = "squash"
+    image_size: Count = 378
+    image_patches: Count = 729
+    image_parts: Count = 1  # k: besides the whole image k × k parts of it, each of image_size²; squash only
 
     def __post_init__(self):
-        _positive(self, "model", "image_size", "image_patches", "image_parts")
-        _check(self.image_parts == 1 or self.image_mode == "squash", "model.image_parts", self.image_parts,
-               "1 where image_mode is native")  # fmt: skip
-        _check(self.image_mode in ("squash", "native"), "model.image_mode", self.image_mode, "squash or native")
-        whole = self.image_mode == "native" or self.image_size % self.vision.patch == 0
-        _check(whole, "model.image_size", self.image_size, f"a multiple of the patch size {self.vision.patch}")
+        check(self, "model")
+        squash, patch = self.image_mode == "squash", self.vision.patch
+        expect(self.image_parts == 1 or squash, "model.image_parts", self.image_parts, "1 where image_mode is native")
+        whole = not squash or self.image_size % patch == 0
+        expect(whole, "model.image_size", self.image_size, f"a multiple of the patch size {patch}")
+        pooled, width = self.connector.kind == "attention", self.decoder.width
+        expect(not pooled or width % POOL_HEADS == 0, "model.decoder.width", width,
+               f"a multiple of the attention connector's {POOL_HEADS} heads")  # fmt: skip
 
 
 def is_moe(decoder: Decoder, layer: int) -> bool:
@@ -140,9 +145,13 @@ class Source:
 
     # "captions" (WebDataset tars), "interleaved" (OBELICS-type json/jsonl/parquet), "text", or "conversations"
     # (LLaVA-type json/jsonl, of which answers alone are trained on)
-    kind: str
+    kind: Annotated[str, OneOf(*KINDS)]
     paths: tuple[str, ...]
-    weight: float = 1.0
+    weight: Positive = 1.0
+
+    def __post_init__(self):
+        check(self, "data.sources")
+        expect(len(self.paths) > 0, "data.sources.paths", self.paths, "at least one file")
 
 
 @dataclass(frozen=True)
@@ -151,72 +160,77 @@ class Data:
 
     sources: tuple[Source, ...] = ()
     tokenizer: str = ""  # a tokenizer.json
-    tokens: int = 4096
-    images: int = 16
-    patches: int = 0  # 0: images · patches of a full image
-    documents: int = 0  # 0: tokens / 16, at least one
-    buffer: int = 64  # documents the packer chooses from
-    workers: int = 0  # loader processes; 0 decodes in threads of this one
+    tokens: Count = 4096
+    images: Count = 16
+    patches: CountOrZero = 0  # 0: images · patches of a full image
+    documents: CountOrZero = 0  # 0: tokens / 16, at least one
+    buffer: CountOrZero = 64  # documents the packer chooses from
+    workers: CountOrZero = 0  # loader processes; 0 decodes in threads of this one
     # Packers that the records are dealt to; a run goes on with any number of data-parallel processes that divides it.
-    streams: int = 0  # 0: one, or four for each process that there is at the start
-    max_bad: int = 100  # unreadable records in a row that stop the run
+    streams: CountOrZero = 0  # 0: one, or four for each process that there is at the start
+    max_bad: Count = 100  # unreadable records in a row that stop the run
 
     def __post_init__(self):
-        _positive(self, "data", "tokens", "images", "buffer", "max_bad")
-        _check(self.streams >= 0, "data.streams", self.streams, "0 or more")
+        check(self, "data")
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = 200_000
-    accumulate: int = 512  # sequences a step
-    peak_lr: float | None = None  # None: MM1's law from the parameter count
-    final_lr: float = 0.1  # of the peak
-    warmup: int = 2_000
-    weight_decay: float = 0.1  # times the peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)  # not published; usual for decoders
-    eps: float = 1e-8
-    clip: float = 1.0
+    steps: Count = 200_000
+    accumulate: Count = 512  # sequences a step
+    peak_lr: Positive | None = None  # None: MM1's law from the parameter count
+    final_lr: Annotated[float, Range(least=0, most=1)] = 0.1  # of the peak
+    warmup: CountOrZero | None = None  # steps; None: 3 % of all, at most 2000 (`warmup_steps`)
+    weight_decay: PositiveOrZero = 0.1  # times the step's learning rate
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # not published; usual for decoders
+    eps: Positive = 1e-8
+    clip: Positive = 1.0
     compile: bool = True
-    recompile: str = "error"  # what compiling again after the first steps is; or "warn"
-    recompute: str = "none"  # in backward instead of keeping it: "none", "blocks" or "selective"
-    float8: str = "none"  # products of the decoder's wide linears: "tensorwise" or "rowwise" scales, by torchao
-    dtype: str = "auto"  # bf16 on a GPU, fp32 on a CPU
-    seed: int = 0
+    recompile: Annotated[str, OneOf("error", "warn")] = "error"  # what compiling again after the first steps is
+    recompute: Annotated[str, OneOf("none", "blocks", "selective")] = "none"  # in backward instead of keeping it
+    # Products of the decoder's wide linears, by torchao.
+    float8: Annotated[str, OneOf("none", "tensorwise", "rowwise")] = "none"
+    dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    seed: Seed = 0
     init: str = ""  # checkpoint folder whose weights the run begins with, such as `mm1 convert` makes
-    save_every: int = 1_000
-    keep: int = 2  # checkpoints
-    save_retries: int = 3  # failed saves in a row, each tried again after save_every steps, before the run stops
-    skips: int = 10  # steps in a row whose loss is not finite, which are left out; one more, and the run rewinds
-    rewinds: int = 2  # to the last checkpoint, before the run stops
-    hang: float = 1800.0  # seconds without a step, after which all stacks are printed; 0: never
-    log_every: int = 1
+    save_every: Count = 1_000
+    keep: Count = 2  # checkpoints
+    # Failed saves in a row, each of which is tried again after save_every steps, before the run stops.
+    save_retries: CountOrZero = 3
+    skips: CountOrZero = 10  # steps in a row whose loss is not finite, which are left out; one more, and it rewinds
+    rewinds: CountOrZero = 2  # to the last checkpoint, before the run stops
+    hang: PositiveOrZero = 1800.0  # seconds without a step, after which all stacks are printed; 0: never
+    log_every: Count = 1
     tensorboard: bool = False
 
     def __post_init__(self):
-        _positive(self, "train", "steps", "accumulate", "clip", "save_every", "keep", "log_every")
-        _check(self.warmup >= 0, "train.warmup", self.warmup, "0 or more")
-        for name in ("skips", "rewinds", "hang", "save_retries"):
-            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        _check(self.dtype in ("auto", "bf16", "fp32"), "train.dtype", self.dtype, "auto, bf16 or fp32")
-        _check(self.recompile in ("error", "warn"), "train.recompile", self.recompile, "error or warn")
-        recomputes = ("none", "blocks", "selective")
-        _check(self.recompute in recomputes, "train.recompute", self.recompute, "none, blocks or selective")
-        recipes = ("none", "tensorwise", "rowwise")
-        _check(self.float8 in recipes, "train.float8", self.float8, "none, tensorwise or rowwise")
+        check(self, "train")
+        if self.warmup:
+            expect(self.warmup < self.steps, "train.warmup", self.warmup, f"less than train.steps = {self.steps}")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: 3 % of all unless `warmup` says otherwise, at most MM1's 2000, at least 1 of several.
+
+        The paper gives the 2000 for its 200k steps; 3 % is what LLaVA takes for shorter runs.
+        """
+        if self.warmup is not None:
+            return self.warmup
+        return min(max(1, min(2_000, self.steps * 3 // 100)), self.steps - 1)
 
 
 @dataclass(frozen=True)
 class Parallel:
     """How the processes that torchrun starts share the work. Those left over by replicate × tensor shard the model."""
 
-    replicate: int = 1  # copies of the sharded model
-    tensor: int = 1  # processes that share heads, MLP width and experts of each layer, and see the same tokens
-    expert: int = 1  # of those that shard the model, processes that share the experts, to which tokens travel
-    capacity: float = 2.0  # rows a process takes from each other one, of an even share of the tokens' choices
+    replicate: Count = 1  # copies of the sharded model
+    tensor: Count = 1  # processes that share heads, MLP width and experts of each layer, and see the same tokens
+    expert: Count = 1  # of those that shard the model, processes that share the experts, to which tokens travel
+    # Rows that a process takes from each other one, of an even share of the tokens' choices; None: all (dropless).
+    capacity: Positive | None = None
 
     def __post_init__(self):
-        _positive(self, "parallel", "replicate", "tensor", "expert", "capacity")
+        check(self, "parallel")
 
 
 @dataclass(frozen=True)
@@ -227,6 +241,9 @@ class Run:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)
+
+    def __post_init__(self):
+        check(self, "")
 
 
 def peak_lr(parameters: int) -> float:
@@ -304,14 +321,15 @@ DIGITS_RUN = Run(
 # What a recipe changes of the defaults, which are MM1's pre-training: 4096 tokens and up to 16 images a sequence, 512
 # sequences a step, the law's learning rate, nothing frozen (section 3.3). Fine-tuning (section 4.1): 10k steps of 256
 # sequences of 2048 tokens, positions interpolated to 672 pixels, an image of 1344 as five of 144 tokens each. Its
-# warm-up was not published: 3 % of the steps, as LLaVA's.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+# warm-up was not published: the default's 3 % are 300 steps.
+RECIPES: dict[str, dict[str, Any]] = {
     "pretrain": {},
     "finetune": {
         "model": {"image_mode": "squash", "image_size": 672, "image_patches": 2304, "image_parts": 2},
         "data": {"tokens": 2048, "images": 14},
-        "train": {"steps": 10_000, "accumulate": 256, "peak_lr": 1e-5, "final_lr": 0.0, "warmup": 300},
+        "train": {"steps": 10_000, "accumulate": 256, "peak_lr": 1e-5, "final_lr": 0.0},
     },
+    "digits": {"data": dataclasses.asdict(DIGITS_RUN.data), "train": dataclasses.asdict(DIGITS_RUN.train)},
 }
 
 
@@ -322,59 +340,87 @@ def named(name: str) -> Model:
 
 
 def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> Run:
-    """A run from a named size or a TOML file (`model = "digits"` or a [model] table, `recipe`, [data],
-    [[data.sources]], [train], [parallel]) and `key=value` settings ("train.steps=100").
+    """Return the run of a named size or a TOML file, and of `key=value` settings on top ("train.steps=100").
 
+    A file has `model = "mm1-3b"` or a [model] table, `recipe`, [data], [[data.sources]], [train], [parallel]. Paths in
+    it are relative to its folder, those of `settings` to the working directory; in the run all are absolute. The name
+    "digits" alone is the demo with its data and settings: recipe "digits".
     Raises DataError with one line for whatever is wrong.
     """
+    table: dict[str, Any] = {"model": name_or_file}
     if name_or_file.endswith(".toml"):
         try:
-            table = tomllib.loads(Path(name_or_file).read_text())
+            table = tomllib.loads(Path(name_or_file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"no such file: {name_or_file}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise DataError(f"{name_or_file}: {error}") from None
-    else:
-        table = {"model": name_or_file}
+        _resolve_paths(table, Path(name_or_file).parent)
+    elif name_or_file == "digits":
+        table["recipe"] = "digits"
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise DataError(f"setting {setting!r} is not key=value")
-        _put(table, key.strip(), _value(value.strip()))
+        put(table, key.strip(), parsed(value.strip()))
+    _resolve_paths(table, Path())
     return from_dict(table)
 
 
 def from_dict(table: dict[str, Any]) -> Run:
-    """The run of nested plain values, as `dataclasses.asdict` and TOML give them; "model" may be a size's name."""
+    """Return the run of nested plain values, as `to_dict` and TOML give them.
+
+    "model" is a size's name or a table, which may change what its "size" names. Without either, model and tokenizer are
+    those of the checkpoint train.init.
+    """
     table = dict(table)
     model, recipe = table.pop("model", None), table.pop("recipe", "pretrain")
-    _check(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+    expect(isinstance(recipe, str) and recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+    changes = dict(model) if isinstance(model, dict) else {}
+    size = changes.pop("size", None) if isinstance(model, dict) else model
+    train = table.get("train")
+    init = train.get("init") if isinstance(train, dict) else None
     base = None
-    if isinstance(model, str):
-        base = DIGITS_RUN if model == "digits" else Run(named(model))
-    if isinstance(model, dict):
-        model, size = dict(model), None
-        if "size" in model:
-            size = named(model.pop("size"))
-        base = dataclasses.replace(
-            DIGITS_RUN if size is DIGITS else Run(DIGITS), model=_build(Model, model, "model", size)
-        )
-    init = table.get("train", {}).get("init") if isinstance(table.get("train"), dict) else None
-    if model is None and init:
-        base = Run(_build(Model, _config_of(init)["model"], "model"))
-    if base is None:
+    if isinstance(size, str):
+        base = Run(named(size))
+    elif size is not None or not (changes or init):
         raise DataError(f"setting model is {model!r}, expected a size's name or a [model] table")
-    changes = {part: {**of} for part, of in RECIPES[recipe].items()}
-    if isinstance(model, dict):
-        changes.get("model", {}).update(model)  # what is said outweighs the recipe
-    return _build(Run, table, "", _build(Run, changes, "", base))
+    elif isinstance(init, str) and init and not changes.keys() >= {"vision", "connector", "decoder"}:
+        base = Run(_model_of(init), Data(tokenizer=str(Path(init) / "tokenizer.json")))
+    return build(Run, _over(RECIPES[recipe], {**table, "model": changes}), base=base)
 
 
-def _config_of(folder: str) -> dict[str, Any]:
+def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Return two levels of settings in which those of `high` outweigh those of `low`."""
+    both = {part: {**low[part], **high[part]} for part in low if isinstance(high.get(part), dict)}
+    return {**low, **high, **both}
+
+
+def stored_model(config: Any) -> Model:
+    """Return the model of a checkpoint's config.json, whose other settings may be of an older version."""
+    expect(isinstance(config, dict) and "model" in config, "model", None, "a table of a checkpoint's config.json")
+    return from_dict({"model": config["model"]}).model
+
+
+def _model_of(folder: str) -> Model:
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
+        return stored_model(json.loads((Path(folder) / "config.json").read_text()))
     except (OSError, ValueError) as error:
         raise DataError(f"setting train.init is {folder!r}, expected a checkpoint: {error}") from None
+
+
+def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a table of settings absolute, relative to `folder`. Values of a wrong type stay as they are."""
+    for part, name in (("data", "tokenizer"), ("train", "init")):
+        fields = table.get(part)
+        if isinstance(fields, dict) and isinstance(path := fields.get(name), str) and path:
+            fields[name] = str(folder.absolute() / os.path.expanduser(path))
+    # Paths of sources may be patterns: what the folder's own name holds of their characters stands for itself.
+    escaped = Path(glob.escape(str(folder.absolute())))
+    sources = table["data"].get("sources") if isinstance(table.get("data"), dict) else None
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, dict) and isinstance(paths := source.get("paths"), list):
+            source["paths"] = [str(escaped / os.path.expanduser(p)) if isinstance(p, str) else p for p in paths]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -387,65 +433,3 @@ def changes(before: Any, now: Any, where: str) -> dict[str, tuple[Any, Any]]:
         return {} if before == now else {where: (before, now)}
     pairs = ((f"{where}.{f.name}", getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now))
     return {name: values for part, a, b in pairs for name, values in changes(a, b, part).items()}
-
-
-def _put(table: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for name in path:
-        if isinstance(table.get(name), str):
-            table[name] = {"size": table[name]}  # model = "digits" with model.decoder.… on top
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise DataError(f"setting {key!r}: {name} has no fields")
-    table[last] = value
-
-
-def _value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _build(cls: type, values: dict[str, Any], where: str, base: Any = None) -> Any:
-    """A dataclass of nested dicts; fields not given come from `base`, or from the defaults."""
-    hints = typing.get_type_hints(cls)
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise DataError(f"unknown setting {_join(where, min(unknown))}; known: {', '.join(hints)}")
-    built = {
-        name: _convert(hints[name], value, _join(where, name), getattr(base, name, None))
-        for name, value in values.items()
-    }
-    if base is not None:
-        return dataclasses.replace(base, **built)
-    try:
-        return cls(**built)
-    except TypeError:
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in built and f.default is dataclasses.MISSING]
-        raise DataError(f"{where or cls.__name__} lacks {', '.join(missing)}") from None
-
-
-def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(typing.cast(type, hint), value, where, base)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where, base)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) == len(value):
-            return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value)))
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-    raise DataError(f"setting {where} is {value!r}, expected {name}")
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name

@@ -46,7 +46,7 @@ class AveragePool(nn.Module):
 class AttentionPool(nn.Module):
     """One cross-attention layer with residual and one MLP, pre-norm; the shape of axlearn's AttentionPooling."""
 
-    def __init__(self, in_width: int, out_width: int, *, tokens: int = 144, heads: int = 8):
+    def __init__(self, in_width: int, out_width: int, *, tokens: int = 144, heads: int = config.POOL_HEADS):
         super().__init__()
         self.heads = heads
         self.queries = nn.Parameter(torch.randn(tokens, out_width) * 0.02)

@@ -22,7 +22,7 @@ from mm1.engine.decoder import Block, DecoderLM
 from mm1.engine.vision import VisionBlock, VisionEncoder
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 
-LEARNED_VECTORS = ("class_token", "pos_emb", "queries")
+LEARNED_VECTORS = ("class_token", "pos_emb", "positions", "queries")  # and tables of them
 INTO_RESIDUAL = (".out.weight", ".down.weight", ".down", ".fc2.weight")
 
 

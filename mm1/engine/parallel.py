@@ -100,7 +100,7 @@ class World:
                 raise DataError("settings parallel.tensor and parallel.expert are both above 1, expected one of them")
             _check_divisors(model.config.decoder, c.expert, "expert")
             for experts in mixtures:
-                _send_tokens(experts, self.expert_mesh["expert"], c.capacity)
+                _send_tokens(experts, self.expert_mesh["expert"], c.capacity or c.expert)
         policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
         over = partial(_mesh, replicate=c.replicate)
         shard = partial(fully_shard, mesh=over(self.mesh), mp_policy=policy, shard_placement_fn=_axis(self.shard))

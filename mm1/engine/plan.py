@@ -199,7 +199,7 @@ def memory(run: config.Run, gpus: int, load: Load) -> dict[str, float]:
     # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; while one
     # block's gradients are copied to fp32 to be summed, the others' are gone.
     gathered = sum(sizes) if alone else max(map(sum, zip(sizes, [*sizes[1:], 0])))
-    travels = p.capacity if p.expert > 1 and d.experts else 0.0
+    travels = (p.capacity or 2.0) if p.expert > 1 and d.experts else 0.0
     kept = activations(
         run.model, load, 2, residual=4 if alone else 2, tensor=p.tensor, capacity=travels,
         recompute=run.train.recompute,
@@ -288,7 +288,7 @@ def traffic(run: config.Run, gpus: int, load: Load, link: float, network: float)
     near = min(p.expert, NODE)
     slowest = max((near - 1) / link, (p.expert - near) / network) / (p.expert * REACHED * 1e9)
     mixtures = sum(config.is_moe(d, layer) for layer in range(d.layers))
-    sent = 2 * passes * mixtures * d.experts_per_token * p.capacity * state
+    sent = 2 * passes * mixtures * d.experts_per_token * (p.capacity or 2.0) * state
     return {"FSDP": fsdp, "tensor": sums / ring(p.tensor, 1), "expert": sent * slowest}
 
 

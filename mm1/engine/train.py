@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine import checkpoint, safety
-from mm1.engine.config import Run, changes, from_dict, peak_lr, to_dict
+from mm1.engine.config import Run, changes, peak_lr, stored_model, to_dict
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.feed import Feed, Streams, merged
 from mm1.engine.data.images import ImagePolicy
@@ -34,6 +34,7 @@ from mm1.engine.model import MM1, parameter_counts
 from mm1.engine.optim import adamw, learning_rate
 from mm1.engine.parallel import World, cut_like, dropped, local, put
 from mm1.engine.recompute import recompute_blocks
+from mm1.engine.tokenizer import vocabulary_size
 
 WARM = 2  # steps, after which nothing is compiled any more
 SUMS = (
@@ -109,7 +110,7 @@ class Trainer:
         self.device = self.world.device
         self.dtype = _dtype(t.dtype, self.device)
         if not run.data.sources:
-            raise DataError("no data is given: name a .toml file with [[data.sources]] of kind and paths")
+            raise DataError("setting data.sources is empty: train a .toml file with [[data.sources]] of kind and paths")
         newest = checkpoint.newest_whole(folder, self.world, display.warn) if resume else None
         if not resume and self.world.on_first(lambda: checkpoint.latest(folder)) is not None:
             raise DataError(f"{folder} holds a run already: give another folder, or --resume to continue it")
@@ -117,7 +118,8 @@ class Trainer:
         self.tokenizer = TextTokenizer(_tokenizer_path(run, newest))
         if len(self.tokenizer) > run.model.decoder.vocabulary:
             raise DataError(
-                f"{run.data.tokenizer} has {len(self.tokenizer)} tokens, the model {run.model.decoder.vocabulary}"
+                f"setting model.decoder.vocabulary is {run.model.decoder.vocabulary}, but {self.tokenizer.path} has"
+                f" {len(self.tokenizer)} tokens: set model.decoder.vocabulary = {vocabulary_size(len(self.tokenizer))}"
             )
         state = checkpoint.read_json(newest, "state.json") if newest else None
         self.streams = make_streams(
@@ -133,7 +135,7 @@ class Trainer:
             self.model = MM1(run.model)
         if t.float8 != "none":
             if run.parallel.tensor > 1:
-                raise DataError("settings train.float8 and parallel.tensor > 1 are not made for each other")
+                raise DataError(f"setting parallel.tensor is {run.parallel.tensor}, expected 1 beside train.float8")
             float8_linears(self.model.decoder, t.float8)
         self.world.place(self.model, self.dtype)
         self.model.to_empty(device=self.device).initialize(t.seed, put)
@@ -144,7 +146,7 @@ class Trainer:
         self.held: dict[str, nn.Parameter] = {
             name: p if local(p) is p else nn.Parameter(local(p.detach())) for name, p in self.model.named_parameters()
         }  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer = adamw(self.held.values(), t, self.peak)
+        self.optimizer = adamw(self.held.items(), t, self.peak)
         self.stop = safety.Stop()
         self.step = self.rewinds = 0
         self.bad_steps = 0  # in a row, up to the last one, whose loss or gradient was not finite
@@ -440,7 +442,7 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         """Restore weights, optimizer, random state and step of a checkpoint that was checked."""
-        before = from_dict(checkpoint.read_json(folder, "config.json")).model
+        before = stored_model(checkpoint.read_json(folder, "config.json"))
         different = {name: values for name, values in changes(before, self.run.model, "model").items()
                      if name not in MAY_CHANGE}  # fmt: skip
         if different:
@@ -453,12 +455,17 @@ class Trainer:
 
 
 def _tokenizer_path(run: Run, newest: Path | None) -> Path:
-    """Return the tokenizer of the settings, or if there is none the copy in the checkpoint that the run begins with."""
-    path, init = Path(run.data.tokenizer), run.train.init
-    if not path.is_file() and (newest or init):
-        copy = (newest or checkpoint.newest_in(Path(init))) / "tokenizer.json"
-        return copy if copy.is_file() else path
-    return path
+    """Return the tokenizer of the settings, or if there is none the copy in the checkpoint that the run begins with.
+
+    Raises DataError if there is neither.
+    """
+    path, begun_with = Path(run.data.tokenizer), newest or checkpoint.newest_in(Path(run.train.init))
+    if path.is_file():
+        return path
+    if (newest or run.train.init) and (begun_with / "tokenizer.json").is_file():
+        return begun_with / "tokenizer.json"
+    how = "make one by `mm1 tokenizer tokenizer.json FILES`"
+    raise DataError(f"setting data.tokenizer is {run.data.tokenizer!r}, expected a file: {how}")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -499,9 +506,12 @@ def make_streams(
         longest=policy.longest,
     )
     views = 1 if m.image_parts == 1 else 1 + m.image_parts**2
-    for name, found, needed in (("tokens", d.tokens, views * m.connector.tokens + 2), ("images", d.images, views)):
-        if found < needed:
-            raise DataError(f"setting data.{name} is {found}, too few for one image, expected {needed}")
+    for name, value, needed in (
+        ("tokens", d.tokens, views * m.connector.tokens + 2), ("images", d.images, views),
+        ("patches", budget.patches, views * policy.longest),
+    ):  # fmt: skip
+        if value < needed:
+            raise DataError(f"setting data.{name} is {value}, too few for one image, expected {needed} or more")
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
     damage = [found for source in sources for found in source.damage]

@@ -54,7 +54,8 @@ class TextTokenizer:
         except Exception as error:  # the tokenizers library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
         if missing:
-            raise DataError(f"{path} lacks the special tokens {', '.join(missing)}")
+            how = f"add them by `mm1 tokenizer NEW --from {path}`"
+            raise DataError(f"{path} lacks the special tokens {', '.join(missing)}: {how}")
         self.pad, self.bos, self.eos, self.image = (int(self._tokenizer.token_to_id(token) or 0) for token in SPECIAL)
 
     @cached_property
@@ -69,7 +70,7 @@ class TextTokenizer:
         return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}  # reopened in each process
 
     def __len__(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        return max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
 
     @property
     def vocabulary(self) -> dict[str, int]:

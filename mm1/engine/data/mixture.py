@@ -68,7 +68,7 @@ class Mixture:
             raise DataError(f"weights of data sources are {list(weights)}, expected positive numbers")
         readers = [_Reader(source, number, encode) for number, source in enumerate(sources)]
         datasets = [
-            grain.MapDataset.range(len(reader.source)).shuffle(seed=seed + reader.number).repeat().map(reader)
+            grain.MapDataset.range(len(reader.source)).shuffle(seed=(seed + reader.number) % 2**32).repeat().map(reader)
             for reader in readers
         ]
         lengths = [reader.mean_tokens(sampled) for reader in readers] if len(readers) > 1 else [1.0]

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mm1.engine.tokenizer import byte_level_bpe
 
 SEED = 1998  # the year the digits were given to the UCI repository
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -187,21 +188,6 @@ def statements(rng: random.Random) -> list[str]:
     return said
 
 
-def tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE: reads and gives back any UTF-8 text, with one token for a frequent word of `texts`."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=["<pad>", "<bos>", "<eos>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(texts, trainer)
-    return made
-
-
 def write_gzip(path: Path, data: bytes) -> None:
     # Neither name nor time in the header; gzip.compress would leave the rest of it to the platform.
     with path.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
@@ -257,7 +243,7 @@ def make(folder: Path) -> None:
 
     texts = [caption(image) for image in digits["train-captions.tar.gz"]]
     texts += [text for record in documents for text in record["texts"] if text] + lines
-    (folder / "tokenizer.json").write_text(tokenizer(texts).to_str(pretty=True) + "\n")
+    (folder / "tokenizer.json").write_text(byte_level_bpe(texts, 384).to_str(pretty=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -154,15 +154,16 @@ class Data:
     tokens: int = 4096
     images: int = 16
     patches: int = 0  # 0: images · patches of a full image
-    documents: int = 0  # 0: tokens / 16, at least one
-    buffer: int = 64  # documents the packer chooses from
+    documents: int = 0  # 0: tokens / 16, or as many as the source of the shortest ones needs
+    buffer: int = 0  # tokens of the documents that the packer chooses from; 0: 4 · tokens
     workers: int = 0  # loader processes; 0 decodes in threads of this one
     # Packers that the records are dealt to; a run goes on with any number of data-parallel processes that divides it.
     streams: int = 0  # 0: one, or four for each process that there is at the start
     max_bad: int = 100  # unreadable records in a row that stop the run
 
     def __post_init__(self):
-        _positive(self, "data", "tokens", "images", "buffer", "max_bad")
+        _positive(self, "data", "tokens", "images", "max_bad")
+        _check(self.buffer >= 0, "data.buffer", self.buffer, "0 or more")
         _check(self.streams >= 0, "data.streams", self.streams, "0 or more")
 
 
@@ -293,7 +294,7 @@ DIGITS_RUN = Run(
             Source("text", (str(DIGITS_FOLDER / "text.txt"),), 10),
         ),
         tokenizer=str(DIGITS_FOLDER / "tokenizer.json"),
-        tokens=768, images=32, patches=400, documents=32, buffer=128,
+        tokens=768, images=32, patches=400, documents=32,
     ),
     # The law's rate for so few parameters is 2.6e-3. Compiling takes longer than it saves in so short a run.
     Train(steps=1200, accumulate=1, warmup=50, compile=False, save_every=100, peak_lr=1.5e-3),

@@ -21,9 +21,11 @@ from mm1.engine import checkpoint, safety
 from mm1.engine.config import Run, from_dict, peak_lr, to_dict
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.feed import Feed, Streams, merged
+from mm1.engine.data.identity import identity, mean_length
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
-from mm1.engine.data.packing import Loader
+from mm1.engine.data.packing import BUFFER, Loader
+from mm1.engine.data.quarantine import Quarantine, read_lines, write_lines
 from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import open_source
 from mm1.engine.display import Display, Silent
@@ -97,7 +99,7 @@ class Trainer:
             )
         state = checkpoint.read_json(newest, "state.json") if newest else None
         self.streams = make_streams(
-            run, self.tokenizer, folder / "quarantine.jsonl", display.warn, self.world.data_rank, self.world.data_size,
+            run, self.tokenizer, folder / "quarantine", display.warn, self.world.data_rank, self.world.data_size,
             len(state["data"]["streams"]) if state else 0,
         )  # fmt: skip
         # Written down: whoever goes on with the run may have another number of processes.
@@ -132,9 +134,9 @@ class Trainer:
         if self.world.first and self.step < t.steps:
             # Drop what a run wrote after the checkpoint it is resumed from; damage (position -1) is listed anew.
             ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
-            reached = lambda at: at >= 0 and at < ends.get(at % max(len(ends), 1), 0)  # noqa: E731
             _keep_lines(folder / "metrics.jsonl", lambda line: line["step"] <= self.step)
-            _keep_lines(folder / "quarantine.jsonl", lambda line: reached(line["position"]))
+            for warning in self.streams.quarantine.trim(ends):
+                display.warn(warning)
         self.world.wait()
         if t.recompute != "none":
             recompute_blocks(self.model, t.recompute)
@@ -339,10 +341,12 @@ class Trainer:
 
 def make_streams(
     run: Run, tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print, rank: int = 0,
-    ranks: int = 1, count: int = 0,
+    ranks: int = 1, count: int = 0, before: dict[str, Any] | None = None,
 ) -> Streams:  # fmt: skip
-    """Packed batches of the run's sources, those of one of `ranks` processes. count: packers, if a run had them before.
+    """Return packed batches of the run's sources, those of one of `ranks` processes.
 
+    quarantine: folder of the lists of bad records. count: packers, if a run had them before. before: identity of the
+    data in the checkpoint that is resumed; its mean lengths mix the sources as they did, in place of new estimates.
     Raises DataError for whatever is wrong with the sources.
     """
     d, m, t = run.data, run.model, run.train
@@ -359,24 +363,39 @@ def make_streams(
         longest=policy.longest,
     )
     views = 1 if m.image_parts == 1 else 1 + m.image_parts**2
-    for name, found, needed in (("tokens", d.tokens, views * m.connector.tokens + 2), ("images", d.images, views)):
-        if found < needed:
-            raise DataError(f"setting data.{name} is {found}, too few for one image, expected {needed}")
+    for name, size, needed in (
+        ("tokens", budget.tokens, views * m.connector.tokens + 2),
+        ("images", budget.images, views),
+        ("patches", budget.patches, views * policy.longest),
+    ):
+        if size < needed:
+            raise DataError(f"setting data.{name} is {size}, too few for one image, expected {needed}")
+    buffer = d.buffer or BUFFER * d.tokens
+    if buffer < d.tokens:
+        raise DataError(f"setting data.buffer is {buffer} tokens, expected at least data.tokens ({d.tokens}), or 0")
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
-    damage = [found for source in sources for found in source.damage]
+    damage = [reported for source in sources for reported in source.damage]
     for shard, reason in damage if rank == 0 else ():
         warn(f"{shard}: {reason}")
-    mixture = Mixture(sources, [source.weight for source in d.sources], encode, t.seed)
+    names = [mean_length(i) for i in range(len(sources))]
+    lengths = [before[name] for name in names] if before and before.keys() >= {*names} else None
+    mixture = Mixture(sources, [source.weight for source in d.sources], encode, t.seed, lengths)
+    if not d.documents:  # as many as there are of the source with the shortest ones, and a quarter more
+        shortest = min(mixture.mean_lengths)
+        budget = replace(budget, documents=max(budget.documents, math.ceil(1.25 * d.tokens / shortest)))
+    listed = Quarantine(quarantine, rank)
     loaders = {
         i: Loader(
-            mixture, budget, image_id=tokenizer.image, patch=m.vision.patch, slots=m.connector.tokens, buffer=d.buffer,
-            workers=d.workers, max_bad=d.max_bad, quarantine=quarantine, damage=damage if i == 0 else (), first=i,
+            mixture, budget, image_id=tokenizer.image, patch=m.vision.patch, slots=m.connector.tokens, buffer=buffer,
+            workers=d.workers, max_bad=d.max_bad, quarantine=listed, damage=damage if i == 0 else (), first=i,
             stride=count,
         )
         for i in range(rank, count, ranks)
     }  # fmt: skip
-    return Streams(loaders, count, rank, ranks)
+    values = identity(run, budget, buffer, count, sources, mixture.mean_lengths)
+    told = warn if rank == 0 else lambda message: None
+    return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -393,7 +412,4 @@ def _law_parameters(run: Run) -> int:
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop all other lines of a JSON-lines file, at once; a kill may have cut the last one short."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and keep(json.loads(line))]
-        fresh = path.with_name(f".{path.name}.kept")
-        fresh.write_text("".join(f"{line}\n" for line in lines))
-        fresh.replace(path)
+        write_lines(path, [line for line in read_lines(path)[0] if keep(line)])

@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,10 @@ import torch
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.document import Budget
 from mm1.engine.data.packing import Loader
+from mm1.engine.data.quarantine import Quarantine
 
+FIRST, HALF = 20, 0.5  # batches of a process after which a smaller mean fill is warned of
+FEW, BAD = 100, 0.05  # records drawn after which a larger share of bad ones is warned of
 AHEAD = {"cuda": 2, "cpu": 0}  # batches that are ready
 
 
@@ -18,15 +22,32 @@ class Streams:
     """The run's i-th micro-batch is of packer i mod S, and goes to process i mod R; here are those of one process.
 
     Which batches a run sees does therefore not depend on R, as long as R divides S and the micro-batches of a step.
+    identity: the values that decide which data the run sees (see identity.py). warn: is told once if sequences stay
+    half empty, and once if many records are bad.
     """
 
-    def __init__(self, loaders: Mapping[int, Loader], streams: int, rank: int = 0, ranks: int = 1):
+    def __init__(
+        self, loaders: Mapping[int, Loader], streams: int, rank: int = 0, ranks: int = 1, *,
+        identity: dict[str, Any] | None = None, quarantine: Quarantine | None = None,
+        warn: Callable[[str], None] = lambda message: None,
+    ):  # fmt: skip
         self.loaders, self.streams, self.rank, self.ranks = loaders, streams, rank, ranks
+        self.identity, self.quarantine, self.warn = identity or {}, quarantine or Quarantine(None), warn
         self.taken = 0  # micro-batches, by all processes
+        self._shares: list[dict[str, float]] = []  # of the budgets, by each of this process's first batches
+        self._bad_told = False
 
     def __next__(self) -> Batch:
-        batch = next(self.loaders[(self.taken + self.rank) % self.streams])
+        loader = self.loaders[(self.taken + self.rank) % self.streams]
+        batch = next(loader)
         self.taken += self.ranks
+        if len(self._shares) < FIRST:
+            self._shares.append(loader.shares)
+            if len(self._shares) == FIRST:
+                self._check_fill()
+        if not self._bad_told and self.drawn >= FEW and self.skipped > BAD * self.drawn:
+            self._bad_told = True
+            self._tell_bad()
         return batch
 
     @property
@@ -35,7 +56,36 @@ class Streams:
 
     @property
     def skipped(self) -> int:
+        """Bad records that this process drew, each as often as it came."""
         return sum(loader.skipped for loader in self.loaders.values())
+
+    @property
+    def drawn(self) -> int:
+        """Records that this process drew, the bad ones among them."""
+        return sum(loader.drawn for loader in self.loaders.values())
+
+    def _check_fill(self) -> None:
+        """Warn if the first batches are less than half full of tokens, naming the budget that most exhausted."""
+        fill = sum(shares["tokens"] for shares in self._shares) / FIRST
+        if fill >= HALF:
+            return
+        exhausted = Counter(max(shares, key=lambda name: shares[name]) for shares in self._shares)
+        name, size = exhausted.most_common(1)[0][0], self.budget.tokens
+        if name == "tokens":
+            advice = "few documents fit beside each other and none of them may be cut: raise data.tokens"
+        else:
+            limit = getattr(self.budget, name)
+            advice = f"data.{name} ({limit}) is used up first: raise data.{name} or lower data.tokens"
+        self.warn(f"the first {FIRST} sequences hold {fill:.0%} of data.tokens ({size}); {advice}")
+
+    def _tell_bad(self) -> None:
+        message = f"{self.skipped} of {self.drawn} records ({self.skipped / self.drawn:.0%}) could not be used"
+        if summary := self.quarantine.summary():
+            reason, count = next(iter(summary.items()))
+            example = next(record for record in self.quarantine.records() if record["reason"] == reason)
+            message += f"; most frequent, of {count} different ones: {reason} ({example['shard']}: {example['key']})"
+            message += f"; all are listed in {self.quarantine.folder}"
+        self.warn(message)
 
     def state(self) -> dict[str, Any]:
         """Of this process: its packers' states by their numbers."""

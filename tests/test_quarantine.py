@@ -16,7 +16,7 @@ GARBAGE = {
 }
 
 
-def listing(folder, rank=0, *more):
+def listing(folder, rank=0):
     """What a process lists that draws the records 0 to 9 of three streams twice, every other one bad."""
     quarantine = Quarantine(folder, rank)
     for position in range(20):

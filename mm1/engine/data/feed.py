@@ -14,6 +14,7 @@ from mm1.engine.data.packing import Loader
 from mm1.engine.data.quarantine import Quarantine
 
 FIRST, HALF = 20, 0.5  # batches of a process after which a smaller mean fill is warned of
+OTHERS = ("images", "patches", "documents")
 FEW, BAD = 100, 0.05  # records drawn after which a larger share of bad ones is warned of
 AHEAD = {"cuda": 2, "cpu": 0}  # batches that are ready
 
@@ -69,14 +70,13 @@ class Streams:
         fill = sum(shares["tokens"] for shares in self._shares) / FIRST
         if fill >= HALF:
             return
-        exhausted = Counter(max(shares, key=lambda name: shares[name]) for shares in self._shares)
-        name, size = exhausted.most_common(1)[0][0], self.budget.tokens
-        if name == "tokens":
-            advice = "few documents fit beside each other and none of them may be cut: raise data.tokens"
-        else:
-            limit = getattr(self.budget, name)
-            advice = f"data.{name} ({limit}) is used up first: raise data.{name} or lower data.tokens"
-        self.warn(f"the first {FIRST} sequences hold {fill:.0%} of data.tokens ({size}); {advice}")
+        # Not the tokens: what is at most half a sequence fits beside what fills less than the other half.
+        fullest = Counter(max(OTHERS, key=lambda name: shares[name]) for shares in self._shares)
+        name = fullest.most_common(1)[0][0]
+        self.warn(
+            f"the first {FIRST} sequences hold {fill:.0%} of data.tokens ({self.budget.tokens}); data.{name} "
+            f"({getattr(self.budget, name)}) is used up first: raise data.{name} or lower data.tokens"
+        )
 
     def _tell_bad(self) -> None:
         message = f"{self.skipped} of {self.drawn} records ({self.skipped / self.drawn:.0%}) could not be used"

@@ -67,7 +67,7 @@ def small_run(**train) -> Run:
             Source("text", (str(FOLDER / "text.txt"),), 10),
         ),
         tokenizer=str(FOLDER / "tokenizer.json"),
-        tokens=160, images=16, patches=512, documents=24, buffer=48,
+        tokens=160, images=16, patches=512, documents=24,
     )  # fmt: skip
     warmup = min(2, train.get("steps", 12) - 1)
     recipe = {"steps": 12, "accumulate": 2, "warmup": warmup, "peak_lr": 2e-3, "compile": False, "save_every": 4}

@@ -174,7 +174,9 @@ def test_damage_in_data_is_warned_of_listed_and_survived(folder):
     assert result.returncode == 0, result.stderr
     assert "cut.tar: cut off at byte 4650, inside a member" in result.stderr
     assert "skipped" in result.stderr
-    lines = [json.loads(line) for line in (folder / "damaged" / "quarantine.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "damaged" / "quarantine" / "rank-00000.jsonl").read_text().splitlines()
+    ]
     reasons = " ".join(line["reason"] for line in lines)
     assert {line["key"] for line in lines if "bad.tar" in line["shard"]} == {"a", "b", "c"}
     for reason in ("cut off", "not an image", "without an image", "empty caption"):

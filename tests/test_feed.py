@@ -7,9 +7,9 @@ import torch
 from small import small_run
 
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.data.feed import Feed, Streams, merged
+from mm1.engine.data.feed import Feed
 from mm1.engine.data.record import DataError
-from mm1.engine.train import make_streams
+from mm1.engine.data.streams import Streams, make_streams, merged
 
 CPU = torch.device("cpu")
 

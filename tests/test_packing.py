@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -11,16 +12,15 @@ from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
+from mm1.engine.data.quarantine import Quarantine
 from mm1.engine.data.record import Answer, DataError, Record, Unreadable
-from mm1.engine.train import make_streams
+from mm1.engine.data.streams import make_streams
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
 POLICY = ImagePolicy(PATCH, "native", 24, 64)
 
 
 def loader(**changes) -> Loader:
-    import dataclasses
-
     run = small_run()
     streams = make_streams(dataclasses.replace(run, data=dataclasses.replace(run.data, **changes)), TOKENIZER, None)
     return streams.loaders[0]
@@ -61,7 +61,7 @@ def test_every_document_comes_once_an_epoch():
     while len(keys) < 1359:
         keys += next(batches).keys
     # The packer holds back at most its buffer, so nearly all of the first epoch is out, and hardly any twice.
-    assert len(set(keys)) > 1359 - 2 * 48 - 24
+    assert len(set(keys)) > 1359 - 2 * 60 - 24
 
 
 def test_the_mixture_keeps_to_its_shares_of_tokens():
@@ -90,8 +90,6 @@ def test_state_restores_the_exact_batches_to_come(workers):
 
 
 def test_the_seed_decides_the_order():
-    import dataclasses
-
     run = small_run()
     other = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=1))
     a, b, c = (next(make_streams(r, TOKENIZER, None)).keys for r in (run, run, other))
@@ -146,26 +144,58 @@ class Broken(Flaky):
 def flaky_loader(tmp_path, *sources):
     budget = Budget(60, 1, 64, 8)
     mixture = Mixture(sources, [1.0] * len(sources), DocumentEncoder(TOKENIZER, POLICY, SLOTS, budget), 0)
-    return Loader(
-        mixture, budget, image_id=IMAGE, patch=PATCH, slots=SLOTS, buffer=4, quarantine=tmp_path / "quarantine.jsonl"
-    )
+    listed = Quarantine(tmp_path / "quarantine")
+    return Loader(mixture, budget, image_id=IMAGE, patch=PATCH, slots=SLOTS, buffer=60, quarantine=listed)
 
 
-def test_unreadable_records_are_skipped_counted_and_listed(tmp_path):
+def quarantined(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "quarantine" / "rank-00000.jsonl").read_text().splitlines()]
+
+
+def test_unreadable_records_are_skipped_counted_and_listed_once_however_often_they_come(tmp_path):
     batches = flaky_loader(tmp_path, Flaky())
-    for _ in range(10):
+    for _ in range(20):
         next(batches)
-    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert len(lines) == batches.skipped > 5
-    assert lines[0] == {"shard": "a.tar", "key": lines[0]["key"], "reason": "broken image",
-                        "position": lines[0]["position"]}  # fmt: skip
+    lines = quarantined(tmp_path)
+    assert batches.drawn == batches.position > 3 * 30  # records: more than three epochs
+    assert 3 * batches.skipped - batches.drawn in range(-3 * 10, 3 * 10)  # every third
+    assert sorted(int(line["key"]) for line in lines) == list(range(0, 30, 3))
+    assert all(line["position"] < 30 for line in lines)  # of the first epoch
+    assert {(line["shard"], line["reason"]) for line in lines} == {("a.tar", "broken image")}
 
 
 def test_a_hundred_in_a_row_of_one_source_stop_the_run_and_name_the_shard(tmp_path):
     batches = flaky_loader(tmp_path, Flaky(), Broken())
     with pytest.raises(DataError, match=r"b\.tar: 100 unreadable records in a row, the last because broken image"):
         list(itertools.islice(batches, 100))
-    assert sum("b.tar" in line for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()) == 100
+    assert sum(line["shard"] == "b.tar" for line in quarantined(tmp_path)) == 30  # different ones
+
+
+@pytest.mark.parametrize("parts", [(png(),), (png(), png()), tuple(png() for _ in range(7))], ids=["1", "2", "7"])
+def test_a_document_of_images_alone_is_unreadable_and_never_trains_on_its_end(parts):
+    with pytest.raises(Unreadable, match="no text to learn beside its images"):
+        encode(*parts)
+
+
+def test_pieces_of_which_the_end_alone_could_be_learned_are_left_out():
+    """A text's end stays a target; one behind the images of a piece of their own does not."""
+    first, *rest = encode("one ", *(png() for _ in range(7)))
+    assert first.targets(IMAGE).any()
+    assert not rest
+    (text,) = encode("one")
+    assert text.tokens[1:][text.targets(IMAGE)].tolist() == [*TOKENIZER.encode("one"), TOKENIZER.eos]
+    (behind,) = encode("one ", png())  # an end behind an image of a document with text
+    assert behind.tokens[1:][behind.targets(IMAGE)].tolist() == [*TOKENIZER.encode("one "), TOKENIZER.eos]
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_first_and_the_last_seed_shuffle_several_sources(seed):
+    run = small_run(seed=seed)
+    three = (*run.data.sources, run.data.sources[0])
+    streams = make_streams(dataclasses.replace(run, data=dataclasses.replace(run.data, sources=three)), TOKENIZER, None)
+    assert {key.rpartition("/")[2].split(":")[0] for key in next(streams).keys + next(streams).keys} == {
+        "test-captions.tar.gz", "text.txt",
+    }  # fmt: skip
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):

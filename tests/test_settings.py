@@ -15,9 +15,10 @@ from mm1.engine import checkpoint, config
 from mm1.engine.config import DIGITS, DIGITS_RUN, Data, Parallel, Run, Source, Train, from_dict, load_run, to_dict
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.record import DataError
+from mm1.engine.data.streams import make_streams
 from mm1.engine.display import Silent
 from mm1.engine.model import MM1
-from mm1.engine.train import Trainer, make_streams
+from mm1.engine.train import Trainer
 
 SOURCE = Source("text", ("a.txt",))
 LEGAL = {

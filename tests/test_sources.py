@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mm1.engine.data import tar
 from mm1.engine.data.record import Answer, DataError, Unreadable
-from mm1.engine.data.sources import Captions, Conversations, Interleaved, Text, expand, open_source
+from mm1.engine.data.sources import Captions, Conversations, Interleaved, Text, expand, open_source, read_image
 
 PNG = b"\x89PNG any bytes: sources do not look inside images"
 ROOT = Path(__file__).parents[1]
@@ -174,6 +175,24 @@ def test_interleaved_keeps_reading_order_for_every_form_of_image(tmp_path):
     source = Interleaved(["*.json", "*.jsonl*"], tmp_path)
     assert [record.parts for record in source] == [parts] * 5
     assert [record.key for record in source] == ["0", "1", "0", "1", "1"]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_whose_names_have_the_same_hash_are_told_apart(tmp_path, monkeypatch, format):
+    monkeypatch.setattr(tar, "hash", lambda name: 7, raising=False)
+    names = ["a.png", "b.png", "folder/" * 15 + "c.png", *([] if format == tarfile.USTAR_FORMAT else [LONG, "é/日本"])]
+    path = write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names] + [("a.png", b"new")], format=format)
+    read = [read_image(f"a.tar/{name}", tmp_path) for name in names]
+    assert read == [b"new", *(name.encode() for name in names[1:])]  # tar takes the last of a name
+    for missing in ("d.png", "a", ""):
+        with pytest.raises(Unreadable, match=f"there is no member {missing!r} in {path}"):
+            tar.read_member(tar.File.at(path), missing)
+
+
+def test_a_directory_of_members_takes_at_most_24_bytes_each(tmp_path):
+    write_tar(tmp_path / "a.tar", pairs(500))
+    *tables, _ = tar._directory(tar.File.at(tmp_path / "a.tar"))
+    assert sum(table.nbytes for table in tables) <= 24 * 1000
 
 
 def test_parquet_rows_are_found_across_row_groups(tmp_path):

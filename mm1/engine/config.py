@@ -163,8 +163,8 @@ class Data:
     tokens: Count = 4096
     images: Count = 16
     patches: CountOrZero = 0  # 0: images · patches of a full image
-    documents: CountOrZero = 0  # 0: tokens / 16, at least one
-    buffer: CountOrZero = 64  # documents the packer chooses from
+    documents: CountOrZero = 0  # 0: tokens / 16, or as many as the source of the shortest ones needs
+    buffer: CountOrZero = 0  # tokens of the documents that the packer chooses from; 0: 4 · tokens
     workers: CountOrZero = 0  # loader processes; 0 decodes in threads of this one
     # Packers that the records are dealt to; a run goes on with any number of data-parallel processes that divides it.
     streams: CountOrZero = 0  # 0: one, or four for each process that there is at the start
@@ -311,7 +311,7 @@ DIGITS_RUN = Run(
             Source("text", (str(DIGITS_FOLDER / "text.txt"),), 10),
         ),
         tokenizer=str(DIGITS_FOLDER / "tokenizer.json"),
-        tokens=768, images=32, patches=400, documents=32, buffer=128,
+        tokens=768, images=32, patches=400, documents=32,
     ),
     # The law's rate for so few parameters is 2.6e-3. Compiling takes longer than it saves in so short a run.
     Train(steps=1200, accumulate=1, warmup=50, compile=False, save_every=100, peak_lr=1.5e-3),

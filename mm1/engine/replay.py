@@ -11,7 +11,6 @@ then computed twice as the run did, and in fp32 without torch.compile, recomputa
     kernel      fp32 gives something else than rounding explains (TOLERANCE)
 """
 
-import json
 import math
 import os
 from collections import deque
@@ -27,6 +26,7 @@ import torch
 from mm1.engine import checkpoint
 from mm1.engine.config import Parallel, from_dict
 from mm1.engine.data.batch import Batch
+from mm1.engine.data.quarantine import read_lines
 from mm1.engine.data.record import DataError
 from mm1.engine.decoder import DecoderLM
 from mm1.engine.display import Silent
@@ -121,12 +121,10 @@ def replay(folder: Path, step: int) -> dict[str, Any]:
 
 def _records(folder: Path) -> dict[int, dict[str, Any]]:
     """Return the lines of metrics.jsonl by step."""
-    try:
-        text = (folder / "metrics.jsonl").read_text()
-    except OSError as error:
-        raise DataError(f"{folder} is no folder of a run: {error.strerror}") from None
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    return {line["step"]: line for line in lines}
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"{folder} is no folder of a run: it has no metrics.jsonl")
+    return {line["step"]: line for line in read_lines(path)[0] if isinstance(line.get("step"), int)}
 
 
 def _step(folder: Path) -> int:

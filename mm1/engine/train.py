@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 
 from mm1.engine import checkpoint, safety
 from mm1.engine.config import Run, changes, peak_lr, stored_model, to_dict
-from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
-from mm1.engine.data.feed import Feed, Streams, merged
-from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.mixture import Mixture
-from mm1.engine.data.packing import Loader
+from mm1.engine.data.document import TextTokenizer
+from mm1.engine.data.feed import Feed
+from mm1.engine.data.identity import differences
+from mm1.engine.data.quarantine import read_lines, write_lines
 from mm1.engine.data.record import DataError
-from mm1.engine.data.sources import open_source
+from mm1.engine.data.streams import make_streams, merged
 from mm1.engine.display import Display, Silent, logged
 from mm1.engine.float8 import float8_linears
 from mm1.engine.model import MM1, parameter_counts
@@ -123,8 +121,8 @@ class Trainer:
             )
         state = checkpoint.read_json(newest, "state.json") if newest else None
         self.streams = make_streams(
-            run, self.tokenizer, folder / "quarantine.jsonl", display.warn, self.world.data_rank, self.world.data_size,
-            len(state["data"]["streams"]) if state else 0,
+            run, self.tokenizer, folder / "quarantine", display.warn, self.world.data_rank, self.world.data_size,
+            len(state["data"]["streams"]) if state else 0, state["identity"] if state else None,
         )  # fmt: skip
         if newest and state and not accept_other_data:
             _expect_same_data(newest, state["identity"], self.streams.identity)
@@ -163,9 +161,9 @@ class Trainer:
         if self.world.first and self.step < t.steps:
             # Drop what a run wrote after the checkpoint it is resumed from; damage (position -1) is listed anew.
             ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
-            reached = lambda at: at >= 0 and at < ends.get(at % max(len(ends), 1), 0)  # noqa: E731
             self._drop_later_metrics()
-            _keep_lines(folder / "quarantine.jsonl", lambda line: reached(line["position"]))
+            for warning in self.streams.quarantine.trim(ends):
+                display.warn(warning)
         self.world.wait()
         counts = parameter_counts(run.model)
         log.info(
@@ -234,6 +232,8 @@ class Trainer:
             saved = "nothing is saved" if newest is None else f"--resume continues from {newest}"
             raise safety.Stopped(f"stopped at step {self.step}; {saved}", self.stop.interrupted)
         log.info("trained to step %d; the checkpoint is %s", self.step, newest)
+        if bad := len(self.streams.quarantine.records()) if self.world.first else 0:
+            log.info("left out %d different unreadable records, listed in %s", bad, self.folder / "quarantine")
 
     @cached_property
     def feed(self) -> Feed:
@@ -417,7 +417,14 @@ class Trainer:
         self.display.warn(f"{error}; trying again after the next {self.run.train.save_every} steps")
 
     def _drop_later_metrics(self) -> None:
-        _keep_lines(self.folder / "metrics.jsonl", lambda line: line["step"] <= self.step)
+        """Keep the metrics up to this step; a kill or a user's edit may have left lines that are none."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            objects, foreign = read_lines(path)
+            lines = [line for line in objects if isinstance(line.get("step"), int)]
+            if foreign := foreign + len(objects) - len(lines):
+                self.display.warn(f"{path}: unreadable lines are dropped: {foreign}")
+            write_lines(path, [line for line in lines if line["step"] <= self.step])
 
     def _data_state(self) -> dict[str, Any]:
         return self.feed.state if "feed" in vars(self) else self.streams.state()
@@ -468,65 +475,12 @@ def _tokenizer_path(run: Run, newest: Path | None) -> Path:
     raise DataError(f"setting data.tokenizer is {run.data.tokenizer!r}, expected a file: {how}")
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} is {now.get(name)!r}, was {before.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-
-
 def _expect_same_data(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     if different := differences(before, now):
         raise DataError(
             f"{folder} was trained on other data than this run's: {'; '.join(different)}; "
             "--accept-other-data continues all the same, from the stored position in the new data"
         )
-
-
-def make_streams(
-    run: Run, tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print, rank: int = 0,
-    ranks: int = 1, count: int = 0,
-) -> Streams:  # fmt: skip
-    """Packed batches of the run's sources, those of one of `ranks` processes. count: packers, if a run had them before.
-
-    Raises DataError for whatever is wrong with the sources.
-    """
-    d, m, t = run.data, run.model, run.train
-    count = count or d.streams or (4 * ranks if ranks > 1 else 1)
-    for name, number in (("data.streams", count), ("train.accumulate", t.accumulate)):
-        if number % ranks:
-            raise DataError(f"setting {name} is {number}, expected a multiple of the {ranks} processes that take data")
-    policy = ImagePolicy(m.vision.patch, m.image_mode, m.image_size, m.image_patches, m.image_parts)
-    budget = Budget(
-        tokens=d.tokens,
-        images=d.images,
-        patches=d.patches or d.images * policy.longest,
-        documents=d.documents or max(1, d.tokens // 16),
-        longest=policy.longest,
-    )
-    views = 1 if m.image_parts == 1 else 1 + m.image_parts**2
-    for name, value, needed in (
-        ("tokens", d.tokens, views * m.connector.tokens + 2), ("images", d.images, views),
-        ("patches", budget.patches, views * policy.longest),
-    ):  # fmt: skip
-        if value < needed:
-            raise DataError(f"setting data.{name} is {value}, too few for one image, expected {needed} or more")
-    encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
-    sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
-    damage = [found for source in sources for found in source.damage]
-    for shard, reason in damage if rank == 0 else ():
-        warn(f"{shard}: {reason}")
-    mixture = Mixture(sources, [source.weight for source in d.sources], encode, t.seed)
-    loaders = {
-        i: Loader(
-            mixture, budget, image_id=tokenizer.image, patch=m.vision.patch, slots=m.connector.tokens, buffer=d.buffer,
-            workers=d.workers, max_bad=d.max_bad, quarantine=quarantine, damage=damage if i == 0 else (), first=i,
-            stride=count,
-        )
-        for i in range(rank, count, ranks)
-    }  # fmt: skip
-    return Streams(loaders, count, rank, ranks)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -538,12 +492,3 @@ def _law_parameters(run: Run) -> int:
     """N of the learning-rate law: the dense decoder without embeddings, also for a mixture (paper, section 3.4)."""
     counts = parameter_counts(run.model)
     return counts.get("decoder_dense_non_embedding", counts["decoder_non_embedding"])
-
-
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop all other lines of a JSON-lines file, at once; a kill may have cut the last one short."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and keep(json.loads(line))]
-        fresh = path.with_name(f".{path.name}.kept")
-        fresh.write_text("".join(f"{line}\n" for line in lines))
-        fresh.replace(path)

@@ -37,6 +37,15 @@ class Document:
         text = self.tokens[1:] != image_id
         return text if self.given is None else text & ~self.given[1:]
 
+    def section(self, start: int, stop: int, image_id: int, slots: int) -> "Document":
+        """Return tokens start to stop as a document; neither end lies inside an image's slots."""
+        if start == 0 and stop == len(self.tokens):
+            return self
+        first, last = (int((self.tokens[:end] == image_id).sum()) // slots for end in (start, stop))
+        key = f"{self.key}@{start}" if start else self.key
+        given = None if self.given is None else self.given[start:stop]
+        return Document(self.tokens[start:stop], self.images[first:last], key, given)
+
     def patches(self, patch: int) -> int:
         return sum(image.shape[0] * image.shape[1] for image in self.images) // patch**2
 
@@ -194,5 +203,8 @@ class DocumentEncoder:
                 tokens += ids
                 given += [no_target] * len(ids)
         close()
-        # A piece of which nothing can be a target teaches nothing (an image alone, a lone end-of-text).
-        return [piece for piece in pieces if piece.targets(self.tokenizer.image).any()]
+        # A piece without a target but <eos> is left out: it would teach that a document ends behind any image.
+        taught = [p for p in pieces if (p.targets(self.tokenizer.image) & (p.tokens[1:] != self.tokenizer.eos)).any()]
+        if not taught:
+            raise Unreadable("no text to learn beside its images", record.shard)
+        return taught

@@ -1,56 +1,15 @@
-"""What feeds a process of a run: micro-batches of its packers in turn, and a thread that has the next ones ready."""
+"""A process's feed: a thread makes the next batches of its streams ready on the device."""
 
 import queue
 import threading
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from mm1.engine.data.batch import Batch
-from mm1.engine.data.document import Budget
-from mm1.engine.data.packing import Loader
+from mm1.engine.data.streams import Streams
 
 AHEAD = {"cuda": 2, "cpu": 0}  # batches that are ready
-
-
-class Streams:
-    """The run's i-th micro-batch is of packer i mod S, and goes to process i mod R; here are those of one process.
-
-    Which batches a run sees does therefore not depend on R, as long as R divides S and the micro-batches of a step.
-    """
-
-    def __init__(self, loaders: Mapping[int, Loader], streams: int, rank: int = 0, ranks: int = 1):
-        self.loaders, self.streams, self.rank, self.ranks = loaders, streams, rank, ranks
-        self.taken = 0  # micro-batches, by all processes
-        self.identity: dict[str, Any] = {}
-
-    def __next__(self) -> Batch:
-        batch = next(self.loaders[(self.taken + self.rank) % self.streams])
-        self.taken += self.ranks
-        return batch
-
-    @property
-    def budget(self) -> Budget:
-        return next(iter(self.loaders.values())).budget
-
-    @property
-    def skipped(self) -> int:
-        return sum(loader.skipped for loader in self.loaders.values())
-
-    def state(self) -> dict[str, Any]:
-        """Of this process: its packers' states by their numbers."""
-        return {"taken": self.taken, "streams": {str(i): loader.state() for i, loader in self.loaders.items()}}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.taken = state["taken"]
-        for i, loader in self.loaders.items():
-            loader.restore(state["streams"][str(i)])
-
-
-def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of all processes."""
-    return {"taken": states[0]["taken"], "streams": {i: s for state in states for i, s in state["streams"].items()}}
 
 
 class Feed:

@@ -57,13 +57,15 @@ class _Reader:
 class Mixture:
     """Endless stream of the documents of several sources, each shuffled anew every epoch.
 
-    weights: shares of the tokens drawn from each source, as the paper's sequences are all of one length; documents
-    are drawn by weight over their mean length, which is estimated from `sampled` records of each source.
+    weights: shares of the tokens drawn from each source, as the paper's sequences are all of one length; records
+    are drawn by weight over their mean length in tokens, `mean_lengths`, which is estimated from `sampled` records of
+    each source where it is None. seed: 0 to 2³² - 1.
     """
 
     def __init__(
-        self, sources: Sequence[Any], weights: Sequence[float], encode: DocumentEncoder, seed: int, sampled: int = 64
-    ):
+        self, sources: Sequence[Any], weights: Sequence[float], encode: DocumentEncoder, seed: int,
+        mean_lengths: Sequence[float] | None = None, sampled: int = 64,
+    ):  # fmt: skip
         if any(weight <= 0 for weight in weights):
             raise DataError(f"weights of data sources are {list(weights)}, expected positive numbers")
         readers = [_Reader(source, number, encode) for number, source in enumerate(sources)]
@@ -71,8 +73,8 @@ class Mixture:
             grain.MapDataset.range(len(reader.source)).shuffle(seed=(seed + reader.number) % 2**32).repeat().map(reader)
             for reader in readers
         ]
-        lengths = [reader.mean_tokens(sampled) for reader in readers] if len(readers) > 1 else [1.0]
-        self._documents = grain.MapDataset.mix(datasets, [w / length for w, length in zip(weights, lengths)])
+        self.mean_lengths = list(mean_lengths or (reader.mean_tokens(sampled) for reader in readers))
+        self._documents = grain.MapDataset.mix(datasets, [w / n for w, n in zip(weights, self.mean_lengths)])
 
     def __getitem__(self, position: int) -> Drawn:
         drawn = self._documents[position]

@@ -1,129 +1,198 @@
-"""Whole documents into fixed budgets of tokens, images, patches and documents.
+"""Documents into fixed budgets of tokens, images, patches and documents: vector bin packing, first fit decreasing.
 
-The oldest of `buffer` waiting documents opens a batch, then the longest that still fits joins, until none does: for a
-good fill the buffer holds some batches' worth. Deterministic, and its state is small: the next position of the stream,
-and the positions of the documents that wait.
+Documents wait in a pool of `buffer` tokens. Each batch takes the largest that fits, then the next largest, until none
+does (a document's size is the largest share of a budget that it takes). A document stays whole unless the fullest
+budget would then stay below FULL: only then the largest document that may be cut gives its head, and its tail waits.
+Deterministic, and the state is small: the next position of the stream and where each waiting document begins.
 """
 
-import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
+from mm1.engine.data.quarantine import Quarantine
 from mm1.engine.data.record import DataError
 
 if TYPE_CHECKING:  # a bare GPU image has no Grain
     from mm1.engine.data.mixture import Drawn, Mixture
 
+BUFFER = 4  # batches' worth of tokens that the pool holds by default
+FULL = 0.95  # share of the fullest budget from which on no document is cut
+SHORTEST = 16  # tokens in a head or tail of a document that is cut
+OVERDUE = 8  # a document opens the next batch once so many times the pool's number of records were drawn behind it
+
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    position: int
-    piece: int  # of the documents at that position
-    document: Document
+    """A document in the pool, from token `start` on, and what it takes of each budget."""
+
+    age: tuple[int, int]  # its position in the stream, and which of the documents there it is
+    start: int
+    whole: Document
     tokens: int
     images: int
     patches: int
+    order: tuple[float, int, int]  # by minus the largest share of a budget, then by age
 
 
 class Loader:
     """Endless packed batches of a mixture: of every stride-th position, from `first` on.
 
-    quarantine: a file to which every record that was skipped, and the damage (shard, reason) found in whole files, is
-    appended as one JSON line. max_bad records of one source in a row raise DataError naming the last one's shard.
+    buffer: tokens of the pool; decoded pixels wait there too, and it takes in no more when their patches reach the same
+    multiple of the patch budget. quarantine: lists every bad record, and the damage (shard, reason) of whole files.
+    max_bad records of one source in a row raise DataError naming the last one's shard.
     """
 
     def __init__(
-        self, mixture: "Mixture", budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int = 64,
-        workers: int = 0, max_bad: int = 100, quarantine: Path | None = None, damage: Sequence[tuple[str, str]] = (),
-        first: int = 0, stride: int = 1,
+        self, mixture: "Mixture", budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int,
+        workers: int = 0, max_bad: int = 100, quarantine: Quarantine | None = None,
+        damage: Sequence[tuple[str, str]] = (), first: int = 0, stride: int = 1,
     ):  # fmt: skip
         self.mixture, self.budget, self.buffer, self.workers = mixture, budget, buffer, workers
         self.layout = {"image_id": image_id, "patch": patch, "slots": slots}
-        self.max_bad, self.quarantine, self.damage = max_bad, quarantine, damage
-        self.position, self.stride = first, stride
-        self.waiting: list[_Waiting] = []
+        self.max_bad, self.quarantine, self.damage = max_bad, quarantine or Quarantine(None), damage
+        self.position, self.first, self.stride = first, first, stride
+        self.waiting: list[_Waiting] = []  # largest first, of equal ones the oldest
+        self.shares: dict[str, float] = {}  # of each budget that the last batch used
         self.skipped = 0
         self.in_a_row: dict[int, int] = {}
         self._stream: Iterator[Drawn] | None = None
+
+    @property
+    def drawn(self) -> int:
+        """Records drawn so far, the bad ones among them."""
+        return (self.position - self.first) // self.stride
 
     def state(self) -> dict[str, Any]:
         """Everything that decides the batches to come, as plain values."""
         return {
             "position": self.position,
-            "waiting": [[w.position, w.piece] for w in self.waiting],
+            "waiting": [[*w.age, w.start] for w in self.waiting],
             "skipped": self.skipped,
             "in_a_row": [[source, count] for source, count in self.in_a_row.items()],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue behind `state`. The records that waited are decoded again, each once, by several threads."""
         self.position, self.skipped, self._stream = state["position"], state["skipped"], None
         self.in_a_row = dict(state["in_a_row"])
+        positions = sorted({position for position, _, _ in state["waiting"]})
+        with ThreadPoolExecutor() as pool:
+            drawn = dict(zip(positions, pool.map(self.mixture.__getitem__, positions)))
         self.waiting = []
-        for position, piece in state["waiting"]:
-            drawn = self.mixture[position]
-            if piece >= len(drawn.documents):
-                raise DataError(f"{drawn.shard}: {drawn.key} is not what it was when the checkpoint was written")
-            self.waiting.append(self._wait(position, piece, drawn.documents[piece]))
+        for position, piece, start in state["waiting"]:
+            record = drawn[position]
+            if piece >= len(record.documents) or start >= len(record.documents[piece].tokens):
+                raise DataError(f"{record.shard}: {record.key} is not what it was when the checkpoint was written")
+            self.waiting.append(self._wait((position, piece), start, record.documents[piece]))
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
         self._refill()
-        budget = self.budget
-        tokens, images, patches, slots = budget.tokens, budget.images, budget.patches, budget.documents
-        chosen: list[Document] = []
-        fitting = self.waiting
-        while slots:
-            fitting = [w for w in fitting if w.tokens <= tokens and w.images <= images and w.patches <= patches]
-            if not fitting:
-                break
-            pick = max(fitting, key=attrgetter("tokens")) if chosen else fitting[0]
-            fitting = [w for w in fitting if w is not pick]
-            self.waiting.remove(pick)
-            chosen.append(pick.document)
-            tokens, images, patches, slots = (
-                tokens - pick.tokens,
-                images - pick.images,
-                patches - pick.patches,
-                slots - 1,
-            )
+        chosen = self._choose()
         chosen.sort(key=lambda document: len(document.tokens))  # equal lengths run as one batch
-        return pack(chosen, budget, **self.layout)
+        return pack(chosen, self.budget, **self.layout)
+
+    def _choose(self) -> list[Document]:
+        """Take the next batch's documents out of the pool.
+
+        What a batch has room for only shrinks, so that one pass over the pool, largest first, finds in each place the
+        largest document that still fits.
+        """
+        budget, order = self.budget, self.waiting
+        tokens, images, patches, slots = budget.tokens, budget.images, budget.patches, budget.documents
+        oldest = min(order, key=attrgetter("age"))
+        if (self.position - oldest.age[0]) // self.stride > OVERDUE * len(order):
+            order = [oldest, *(w for w in order if w is not oldest)]
+        chosen: list[Document] = []
+        waiting: list[_Waiting] = []
+        for w in order:
+            if slots and w.tokens <= tokens and w.images <= images and w.patches <= patches:
+                chosen.append(self._section(w.whole, w.start, len(w.whole.tokens)))
+                tokens, images, patches, slots = tokens - w.tokens, images - w.images, patches - w.patches, slots - 1
+            else:
+                waiting.append(w)
+        for i, w in enumerate(waiting):
+            rooms = (tokens / budget.tokens, images / budget.images, patches / budget.patches)
+            if not slots or min(rooms) <= 1 - FULL:
+                break
+            if at := self._place_of_cut(w, tokens, images, patches):
+                waiting[i] = tail = self._wait(w.age, at, w.whole)
+                chosen.append(self._section(w.whole, w.start, at))
+                tokens, images, patches, slots = (
+                    tokens - (w.tokens - tail.tokens),
+                    images - (w.images - tail.images),
+                    patches - (w.patches - tail.patches),
+                    slots - 1,
+                )
+        self.waiting = waiting
+        self.shares = {
+            "tokens": 1 - tokens / budget.tokens,
+            "images": 1 - images / budget.images,
+            "patches": 1 - patches / budget.patches,
+            "documents": 1 - slots / budget.documents,
+        }
+        return chosen
+
+    def _place_of_cut(self, w: _Waiting, tokens: int, images: int, patches: int) -> int:
+        """Return the token before which a waiting document may be cut so that its head fits, 0 if there is none.
+
+        A text is cut anywhere, a document with images where an image follows a text, a conversation nowhere: no text
+        loses the image, and no answer the question, that it is about.
+        """
+        whole, image_id = w.whole, self.layout["image_id"]
+        first, last = w.start + SHORTEST, min(w.start + tokens, len(whole.tokens) - SHORTEST)
+        if whole.given is not None or last < first:
+            return 0
+        if not w.images:
+            return last
+        is_image = whole.tokens == image_id
+        places = first + np.flatnonzero(is_image[first : last + 1] & ~is_image[first - 1 : last])
+        for at in places[::-1].tolist():
+            head = self._section(whole, w.start, at)
+            fits = len(head.images) <= images and head.patches(self.layout["patch"]) <= patches
+            if fits and (~is_image[at:]).sum() > 1:  # the tail has text, not its <eos> alone
+                return at
+        return 0
+
+    def _section(self, whole: Document, start: int, stop: int) -> Document:
+        return whole.section(start, stop, self.layout["image_id"], self.layout["slots"])
 
     def _refill(self) -> None:
         if self._stream is None:
             self._stream = self.mixture.iterate(self.position, self.workers, self.stride)
             for shard, reason in self.damage:
-                self._list(shard, "", reason, -1)
-        while len(self.waiting) < self.buffer:
+                self.quarantine.add(shard, "", reason, -1)
+        tokens, patches = sum(w.tokens for w in self.waiting), sum(w.patches for w in self.waiting)
+        while tokens < self.buffer and patches * self.budget.tokens < self.buffer * self.budget.patches:
             drawn = next(self._stream)
             if drawn.reason is None:
                 self.in_a_row.pop(drawn.source, None)
             else:
                 self._skip(drawn)
-            self.waiting += [
-                self._wait(self.position, piece, document) for piece, document in enumerate(drawn.documents)
-            ]
+            for piece, document in enumerate(drawn.documents):
+                self.waiting.append(self._wait((self.position, piece), 0, document))
+                tokens, patches = tokens + self.waiting[-1].tokens, patches + self.waiting[-1].patches
             self.position += self.stride
+        self.waiting.sort(key=attrgetter("order"))
 
-    def _wait(self, position: int, piece: int, document: Document) -> _Waiting:
-        patches = document.patches(self.layout["patch"])
-        return _Waiting(position, piece, document, len(document.tokens), len(document.images), patches)
+    def _wait(self, age: tuple[int, int], start: int, whole: Document) -> _Waiting:
+        rest, budget = self._section(whole, start, len(whole.tokens)), self.budget
+        tokens, images, patches = len(rest.tokens), len(rest.images), rest.patches(self.layout["patch"])
+        size = max(tokens / budget.tokens, images / budget.images, patches / budget.patches, 1 / budget.documents)
+        return _Waiting(age, start, whole, tokens, images, patches, (-size, *age))
 
     def _skip(self, bad: "Drawn") -> None:
         self.skipped += 1
         self.in_a_row[bad.source] = self.in_a_row.get(bad.source, 0) + 1
-        self._list(bad.shard, bad.key, bad.reason, self.position)
+        self.quarantine.add(bad.shard, bad.key, bad.reason or "", self.position)
         if self.in_a_row[bad.source] >= self.max_bad:
             raise DataError(f"{bad.shard}: {self.max_bad} unreadable records in a row, the last because {bad.reason}")
-
-    def _list(self, shard: str, key: str, reason: str | None, position: int) -> None:
-        if self.quarantine is not None:
-            with self.quarantine.open("a") as file:
-                file.write(json.dumps({"shard": shard, "key": key, "reason": reason, "position": position}) + "\n")

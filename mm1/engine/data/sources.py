@@ -48,7 +48,7 @@ class _Samples(_Shard):
         super().__init__(file)
         damage: list[str] = []
         keys, rows, row_of = bytearray(), array.array("q"), {}
-        for name, start, size in members(file, damage):
+        for name, start, size, _ in members(file, damage):
             folder, slash, base = name.rpartition("/")
             stem, _, extension = base.partition(".")
             extension = extension.lower()
@@ -235,6 +235,12 @@ class Source:
             return self.readers[suffix](File.at(path))
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}") from None
+
+    @property
+    def files(self) -> list[list[Any]]:
+        """Name without folders, bytes and number of records of each file, in order."""
+        shards = [(Path(shard.file.path), shard.count) for shard in self._shards]
+        return [[path.name, path.stat().st_size, count] for path, count in shards]
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -77,14 +78,23 @@ def _unpacked(file: File) -> tuple[bytes, str | None]:
     return b"".join(chunks), None
 
 
-def members(file: File, damage: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Name, start and size of a tar's regular files. Appends to `damage`; raises DataError if it is no tar.
+class Member(NamedTuple):
+    """A regular file in a tar: its bytes are at start … start + size, its first header (of a long name) at `header`."""
+
+    name: str
+    start: int
+    size: int
+    header: int
+
+
+def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
+    """Regular files of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
 
     Not tarfile: it takes a broken header amid the archive for its end, and 27 µs a member where this takes 6.
     """
     data, broken = file.whole()
     damage += [broken] if broken else []
-    at, pax = 0, {}
+    first, pax = at, {}
     while any(header := data[at : at + 512]):
         try:
             checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
@@ -115,8 +125,8 @@ def members(file: File, damage: list[str]) -> Iterator[tuple[str, int, int]]:
             name = header[:100].split(b"\0", 1)[0]
             if header[257:263] == b"ustar\0" and header[345]:
                 name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-            yield pax.get(b"path", name).decode(errors="replace").removeprefix("./"), start, size
-        pax = {}
+            yield Member(pax.get(b"path", name).decode(errors="replace").removeprefix("./"), start, size, first)
+        first, pax = at, {}
     if not header:
         if at == 0:
             raise DataError(f"{file.path} is empty, not a tar archive")
@@ -142,26 +152,30 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
 
 
 def read_member(tar: File, name: str) -> bytes:
+    """Return the bytes of a member, the last of that name, as tar has it. Raises Unreadable."""
     try:
-        hashes, spans, damage = _directory(tar)
+        hashes, headers, damage = _directory(tar)
+        first, last = (int(np.searchsorted(hashes, hash(name), side=side)) for side in ("left", "right"))
+        for header in reversed(headers[first:last].tolist()):
+            member = next(members(tar, [], header), None)
+            if member is not None and member.name == name:  # names of equal hash are told apart by the name itself
+                return tar.read(member.start, member.size)
     except DataError as error:
         raise Unreadable(str(error)) from None
-    at = np.searchsorted(hashes, hash(name), side="right") - 1  # the last of that name, as tar has it
-    if at < 0 or hashes[at] != hash(name):
-        raise Unreadable(f"there is no member {name!r} in {tar.path}" + (f", {damage}" if damage else ""))
-    return tar.read(*spans[at].tolist())
+    raise Unreadable(f"there is no member {name!r} in {tar.path}" + (f", {damage}" if damage else ""))
 
 
 @cache
 def _directory(tar: File) -> tuple[np.ndarray, np.ndarray, str]:
-    """Hashes of the member names int64 [n] sorted, start and size int64 [n, 2], damage.
+    """Hashes of the member names int64 [n] sorted, bytes of their first headers int64 [n], damage.
 
-    24 bytes a member, where a dict of names takes 300: a loader process holds those of all the tars it met.
+    16 bytes a member, where a dict of names takes 300: a loader process holds those of all the tars it met. hash() of a
+    string differs between processes, and so the table belongs to one: it is made in each, never pickled.
     """
     damage: list[str] = []
-    found = array.array("q")
-    for name, start, size in members(tar, damage):
-        found.extend((hash(name), start, size))
-    table = np.array(found, np.int64).reshape(-1, 3)
+    pairs = array.array("q")
+    for member in members(tar, damage):
+        pairs.extend((hash(member.name), member.header))
+    table = np.array(pairs, np.int64).reshape(-1, 2)
     table = table[np.argsort(table[:, 0], kind="stable")]
-    return table[:, 0].copy(), table[:, 1:].copy(), "; ".join(damage)
+    return table[:, 0].copy(), table[:, 1].copy(), "; ".join(damage)

@@ -1,0 +1,83 @@
+"""The identity of a run's data: plain values that together decide the sequence of documents that it sees.
+
+It knows files by their names, sizes and numbers of records, not by their folders and dates: data may be moved.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mm1.engine.data.document import Budget, TextTokenizer
+
+if TYPE_CHECKING:
+    from mm1.engine.config import Run
+    from mm1.engine.data.sources import Source
+
+
+def identity(
+    run: "Run", tokenizer: TextTokenizer, budget: Budget, buffer: int, streams: int, sources: "Sequence[Source]",
+    mean_lengths: Sequence[float],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the identity of a run's data, from settings as they are resolved; JSON keeps it as it is."""
+    m = run.model
+    values = {
+        "train.seed": run.train.seed,
+        "data.tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
+        "data.tokens": budget.tokens,
+        "data.images": budget.images,
+        "data.patches": budget.patches,
+        "data.documents": budget.documents,
+        "data.buffer": buffer,
+        "data.streams": streams,
+        "model.vision.patch": m.vision.patch,
+        "model.image_mode": m.image_mode,
+        "model.image_size": m.image_size,
+        "model.image_patches": m.image_patches,
+        "model.image_parts": m.image_parts,
+        "model.connector.tokens": m.connector.tokens,
+    }
+    for i, (setting, source) in enumerate(zip(run.data.sources, sources)):
+        values |= {
+            f"data.sources[{i}].kind": setting.kind,
+            f"data.sources[{i}].files": source.files,
+            f"data.sources[{i}].weight": setting.weight,
+            mean_length(i): mean_lengths[i],
+        }
+    return values
+
+
+def mean_length(source: int) -> str:
+    """Return the name in an identity of a source's mean length in tokens, by which sources are mixed."""
+    return f"data.sources[{source}].mean_length"
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each value of an identity that is another than before."""
+    lines = []
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name.endswith(".files"):
+            old, new = _different_files(old or [], new or [])
+        lines.append(f"{name}: {_shown(new)}, was {_shown(old)}")
+    return lines
+
+
+def _different_files(before: list[list[Any]], now: list[list[Any]]) -> tuple[str, str]:
+    """Describe the first files that differ, each with its number of records, and its bytes if those alone differ."""
+    at = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
+    old, new = (files[at] if at < len(files) else None for files in (before, now))
+    by_bytes = old is not None and new is not None and (old[0], old[2]) == (new[0], new[2])
+
+    def described(file: list[Any] | None, count: int) -> str:
+        if file is None:
+            return f"{count} files"
+        name, size, records = file
+        return f"{name} ({size} bytes)" if by_bytes else f"{name} ({records} records)"
+
+    return described(old, len(before)), described(new, len(now))
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)

@@ -1,0 +1,104 @@
+"""The list of bad records of a run: a folder with one file of JSON lines for each process.
+
+The files are the memory of what is listed: a record that is bad in every epoch is listed once by each process that
+meets it, also across resumes, and no checkpoint grows. A line is {"shard", "key", "reason", "position"}, the position
+being where in the run's stream the record first came; damage of a whole file has key "" and position -1.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+KINDS = {"shard": str, "key": str, "reason": str, "position": int}
+
+
+class Quarantine:
+    """The bad records of a run. folder: where the files are, None to keep no list; rank: of this process."""
+
+    def __init__(self, folder: Path | None, rank: int = 0):
+        self.folder, self.rank = folder, rank
+        self._listed: set[int] | None = None  # hashes of shard and key, 8 bytes in place of two strings
+
+    def add(self, shard: str, key: str, reason: str, position: int) -> None:
+        """List a bad record, unless this process's file lists it already."""
+        if self.folder is None:
+            return
+        path = self.folder / f"rank-{self.rank:05d}.jsonl"
+        if self._listed is None:
+            self._listed = {hash((line["shard"], line["key"])) for line in _lines_of(path)[0]}
+        name = hash((shard, key))
+        if name in self._listed:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"shard": shard, "key": key, "reason": reason, "position": position}) + "\n")
+        self._listed.add(name)
+
+    def trim(self, positions: Mapping[int, int]) -> list[str]:
+        """Drop what a run listed behind its checkpoint, in the files of all processes, and lines that are none.
+
+        positions: next position of each stream at the checkpoint, empty for a run that begins. What is dropped and is
+        still bad is listed anew. Call it in one process, before any adds a record. Returns a warning for each file in
+        which torn or foreign lines were.
+        """
+        warnings = []
+        for path in self._files():
+            lines, bad = _lines_of(path)
+            kept: dict[tuple[str, str], dict[str, Any]] = {}
+            for line in lines:
+                if 0 <= line["position"] < positions.get(line["position"] % max(len(positions), 1), 0):
+                    kept.setdefault((line["shard"], line["key"]), line)
+            write_lines(path, kept.values())
+            if bad:
+                warnings.append(f"{path}: {bad} lines were not readable and are dropped")
+        self._listed = None
+        return warnings
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one line for each different bad record that any process listed."""
+        lines = [line for path in self._files() for line in _lines_of(path)[0] if line["position"] >= 0]
+        return list({(line["shard"], line["key"]): line for line in lines}.values())
+
+    def summary(self) -> dict[str, int]:
+        """Return the number of different bad records for each reason, the most frequent first."""
+        counts: dict[str, int] = {}
+        for record in self.records():
+            counts[record["reason"]] = counts.get(record["reason"], 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("rank-*.jsonl")) if self.folder is not None else []
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects of a JSON-lines file, and how many lines are none; no file is an empty one.
+
+    A kill tears the last line, a full disk any, and users edit what they can: nothing in the file raises.
+    """
+    if not path.exists():
+        return [], 0
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    objects = [value for line in lines if isinstance(value := _parsed(line), dict)]
+    return objects, len(lines) - len(objects)
+
+
+def write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file at once: a kill leaves the old one or the new one."""
+    fresh = path.with_name(f".{path.name}.kept")
+    fresh.write_text("".join(f"{json.dumps(value)}\n" for value in objects))
+    fresh.replace(path)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines_of(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines of a quarantine file that are its own, and how many others there are."""
+    objects, bad = read_lines(path)
+    lines = [line for line in objects if all(type(line.get(name)) is kind for name, kind in KINDS.items())]
+    return lines, bad + len(objects) - len(lines)

@@ -212,10 +212,11 @@ class Parallel:
     replicate: int = 1  # copies of the sharded model
     tensor: int = 1  # processes that share heads, MLP width and experts of each layer, and see the same tokens
     expert: int = 1  # of those that shard the model, processes that share the experts, to which tokens travel
-    capacity: float = 2.0  # rows a process takes from each other one, of an even share of the tokens' choices
+    capacity: float | None = None  # of an even share of a sequence's slots, what an expert takes; None drops nothing
 
     def __post_init__(self):
-        _positive(self, "parallel", "replicate", "tensor", "expert", "capacity")
+        _positive(self, "parallel", "replicate", "tensor", "expert")
+        _check(self.capacity is None or self.capacity > 0, "parallel.capacity", self.capacity, "above 0")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from mm1.engine.optim import adamw, learning_rate
 from mm1.engine.parallel import World, cut_like, local, put
 from mm1.engine.recompute import recompute_blocks
 
+DROPS = 0.001  # of the routed slots, above which a run warns once
 WARM = 2  # steps, after which nothing is compiled any more
 SUMS = ("loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "data", "norm")
 
@@ -122,6 +123,7 @@ class Trainer:
         self.optimizer = adamw(self.held.values(), t, self.peak)
         self.stop = safety.Stop()
         self.step = self.left_out = self.rewinds = 0
+        self.drops_shown = False
         self.saving: checkpoint.Saving | None = None
         if newest is None and t.init:
             checkpoint.check(Path(t.init))
@@ -261,6 +263,10 @@ class Trainer:
                 **load(done.sums[len(SUMS) :].view(-1, self.run.model.decoder.experts + 1)),
                 **done.known,
             }
+            if metrics.get("dropped", 0.0) > DROPS and not self.drops_shown:
+                self.drops_shown = True
+                share = f"experts were full and dropped {metrics['dropped']:.1%} of the routed slots"
+                self.display.warn(f"step {done.step}: {share}; raise parallel.capacity, or leave it out to drop none")
             self.display.step(done.step, metrics)
             return
         why = "no target tokens" if not sums["targets"] else f"loss {sums['loss']}, gradient norm {sums['norm']}"

@@ -1,4 +1,7 @@
-"""Runs of the small model on the processes of torchrun, one after another: parallel_runs.py JOBS.json."""
+"""Runs of the small model on the processes of torchrun, one after another: parallel_runs.py JOBS.json.
+
+A job trains and leaves lines.json in its folder or, with "gradients", adds those of eight batches in gradients.pt.
+"""
 
 import dataclasses
 import json
@@ -6,10 +9,15 @@ import sys
 from pathlib import Path
 
 import torch
-from small import small_model, small_run
+from small import document, documents, packed, small_model, small_run
+from torch.distributed.tensor import DTensor
 
 from mm1.engine import config
-from mm1.engine.parallel import World
+from mm1.engine.data.document import Budget
+from mm1.engine.experts import Router
+from mm1.engine.model import MM1
+from mm1.engine.parallel import World, put
+from mm1.engine.recompute import recompute_blocks
 from mm1.engine.train import Trainer
 
 
@@ -20,6 +28,7 @@ class Quiet:
         return contextlib.nullcontext()
 
     def warn(self, message):
+        self.warnings.append(message)
         print(message, file=sys.stderr)
 
     def step(self, step, metrics):
@@ -29,7 +38,7 @@ class Quiet:
         self.lines.append({"step": step, "left_out": why})
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.warnings = [], []
 
 
 def run_of(job):
@@ -37,16 +46,62 @@ def run_of(job):
     data = dataclasses.replace(run.data, streams=4, **job.get("data", {}))
     if "sources" in job:
         data = dataclasses.replace(data, sources=tuple(config.Source(*s) for s in job["sources"]))
-    model = small_model(experts=job["experts"]) if "experts" in job else run.model
+    model = small_model(**job.get("model", {}))
     return config.Run(model, data, run.train, config.Parallel(**job.get("parallel", {})))
+
+
+def bias_router(model, bias):
+    """Add to the logits of every router a bias [E], so that some experts get most tokens and others none."""
+    for module in model.modules():
+        if isinstance(module, Router) and bias:
+            module.register_forward_hook(lambda _module, _x, logits: logits + logits.new_tensor(bias))
+
+
+def batches():
+    """Eight batches: the second has no images, the third no target, the fourth no document."""
+    torch.manual_seed(0)
+    budget = Budget(tokens=96, images=8, patches=64, documents=8, longest=9)
+    odd = {1: [document(7), document(30, 5)], 2: [document((2, 3)), document((1, 1))], 3: []}
+    return [packed(odd[i] if i in odd else documents(), budget) for i in range(8)]
+
+
+def gradients(job, run, world):
+    """Leave in gradients.pt the summed losses and the whole gradients of all batches, which the processes share."""
+    with torch.device("meta"):
+        model = MM1(run.model)
+    dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
+    world.place(model, dtype)
+    model.to_empty(device="cpu").initialize(0, put)
+    bias_router(model, job.get("bias"))
+    if run.train.recompute != "none":
+        recompute_blocks(model, run.train.recompute)
+    nll, slots = torch.zeros(()), 0
+    for batch in batches()[world.data_rank :: world.data_size]:
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            losses = model(batch)
+        model.objective(losses, batch.target_count).backward()
+        nll += losses.nll.detach()
+        slots = losses.slots + slots
+    whole = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
+    }
+    sums = {"loss": nll, "square": world.square_norm(p.grad for p in model.parameters()), "slots": slots.float()}
+    sums = {name: world.sum(value) for name, value in sums.items()}
+    if world.first:
+        torch.save(whole | sums, Path(job["folder"], "gradients.pt"))
 
 
 def main(path):
     torch.set_num_threads(1)
     for job in json.loads(Path(path).read_text()):
         shown, run = Quiet(), run_of(job)
+        Path(job["folder"]).mkdir(exist_ok=True)
         world = World(run.parallel)
+        if "gradients" in job:
+            gradients(job, run, world)
+            continue
         trainer = Trainer(run, Path(job["folder"]), shown, job.get("resume", False), world)
+        bias_router(trainer.model, job.get("bias"))
         trainer.fit()
         if world.first:
             Path(job["folder"], "lines.json").write_text(json.dumps(shown.lines))

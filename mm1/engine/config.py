@@ -226,8 +226,7 @@ class Parallel:
     replicate: Count = 1  # copies of the sharded model
     tensor: Count = 1  # processes that share heads, MLP width and experts of each layer, and see the same tokens
     expert: Count = 1  # of those that shard the model, processes that share the experts, to which tokens travel
-    # Rows that a process takes from each other one, of an even share of the tokens' choices; None: all (dropless).
-    capacity: Positive | None = None
+    capacity: Positive | None = None  # of an even share of a sequence's slots, what an expert takes; None drops nothing
 
     def __post_init__(self):
         check(self, "parallel")

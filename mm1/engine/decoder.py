@@ -65,9 +65,9 @@ class MLP(nn.Module):
         self.up = nn.Linear(c.width, c.ffn, bias=False)
         self.down = nn.Linear(c.ffn, c.width, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
         zero = x.new_zeros((), dtype=torch.float32)
-        return self.down(F.silu(self.gate(x)) * self.up(x)), zero, zero
+        return self.down(F.silu(self.gate(x)) * self.up(x)), zero, zero, None
 
 
 class Block(nn.Module):
@@ -80,8 +80,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, mask: Tensor | None = None, attend=None):
         x = x + self.attention(self.norm1(x), angles, cu_seqlens, attend)
-        y, load_balance, z_loss = self.mlp(self.norm2(x), mask)
-        return x + y, load_balance, z_loss
+        y, load_balance, z_loss, slots = self.mlp(self.norm2(x), mask)
+        return x + y, load_balance, z_loss, slots
 
 
 class DecoderLM(nn.Module):
@@ -102,17 +102,20 @@ class DecoderLM(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None,
         attends: Sequence[Attend] = (),
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """x [T, D] embedded tokens of packed documents, positions int [T], mask bool [T] (False: padding).
 
         attends: of each layer (q, k, v) -> y, if the documents have more before these tokens, such as a Cache's.
-        Returns hidden [T, D] after the final norm, and the mean over mixture layers of load-balance and z-loss.
+        Returns hidden [T, D] after the final norm, the mean over mixture layers of load-balance and z-loss, and of each
+        mixture layer its slots (see Experts).
         """
         c = self.config
         angles = rope(positions, c.head_width, c.rope_theta)
         load_balance = z_loss = x.new_zeros((), dtype=torch.float32)
+        slots: list[Tensor] = []
         for block, attend in zip_longest(self.blocks, attends):
-            x, balance, z = block(x, angles, cu_seqlens, mask, attend)
+            x, balance, z, routed = block(x, angles, cu_seqlens, mask, attend)
             load_balance, z_loss = load_balance + balance, z_loss + z
-        mixtures = max(1, sum(config.is_moe(c, layer) for layer in range(c.layers)))
-        return self.norm(x), load_balance / mixtures, z_loss / mixtures
+            slots += [] if routed is None else [routed]
+        mixtures = max(1, len(slots))
+        return self.norm(x), load_balance / mixtures, z_loss / mixtures, slots

@@ -101,7 +101,11 @@ class Display:
             self._write({"step": step, **metrics})
             if self.board:
                 for name, value in metrics.items():
-                    self.board.add_scalar(name, value, step)
+                    layers = (
+                        {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
+                    )
+                    for tag, scalar in layers.items():
+                        self.board.add_scalar(tag, scalar, step)
         self.progress.update(self.task, completed=step)
         rates = self._rates()
         if self.live:
@@ -115,11 +119,9 @@ class Display:
                 f"fill {metrics['fill']:.1%}, images {metrics['image_fill']:.1%} "
                 f"data {rates['data']:.1%} left {left:.0f}s"
             )
-            print(
-                line + (f" skipped {metrics['skipped']}" if metrics["skipped"] else ""),
-                file=self.console.file,
-                flush=True,
-            )
+            line += f" skipped {metrics['skipped']}" if metrics["skipped"] else ""
+            line += f" dropped {metrics['dropped']:.1%}" if metrics.get("dropped") else ""
+            print(line, file=self.console.file, flush=True)
 
     def left_out(self, step: int, why: str) -> None:
         """A step that changed nothing."""
@@ -155,5 +157,7 @@ class Display:
             "data wait": f"{rates['data']:.1%}",
             "skipped": str(metrics["skipped"]),
         }
+        if metrics.get("dropped"):
+            figures["dropped"] = f"{metrics['dropped']:.1%}"
         line = "  ".join(f"[dim]{name}[/dim] [bold]{value}[/bold]" for name, value in figures.items())
         return Group(Text.from_markup(line), self.progress)

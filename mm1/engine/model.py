@@ -30,6 +30,7 @@ class Losses(NamedTuple):
     nll: Tensor  # fp32 [], summed over target tokens
     load_balance: Tensor  # fp32 [], mean over mixture layers
     z_loss: Tensor
+    slots: Tensor  # int64 [mixture layers, E + 1], see Experts
 
 
 class MM1(nn.Module):
@@ -44,18 +45,19 @@ class MM1(nn.Module):
         self.decoder = DecoderLM(c.decoder)
 
     def forward(self, batch: Batch) -> Losses:
-        hidden, load_balance, z_loss = self.hidden(batch)
+        hidden, load_balance, z_loss, slots = self.hidden(batch)
         rows = batch.target_rows
         nll = linear_cross_entropy(hidden[rows], self.decoder.head_weight, batch.targets[rows], reduction="sum")
-        return Losses(nll, load_balance, z_loss)
+        routed = torch.stack(slots) if slots else batch.tokens.new_zeros(0, 1, dtype=torch.int64)
+        return Losses(nll, load_balance, z_loss, routed)
 
     def objective(self, losses: Losses, targets: int) -> Tensor:
         """Loss of one batch summed over its target tokens; over a step, divide by the step's targets."""
         c = self.config.decoder
         return losses.nll + targets * (c.load_balance * losses.load_balance + c.z_loss * losses.z_loss)
 
-    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states [T, D] of the packed batch, and the two auxiliary losses."""
+    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Return the final hidden states [T, D] of the packed batch, the auxiliary losses and the slots by layer."""
         x = self.embed(batch)
         mask = torch.arange(len(x), device=x.device) < batch.cu_seqlens[-1]
         return self.decoder(x, batch.positions, batch.cu_seqlens, mask)

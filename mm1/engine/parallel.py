@@ -1,13 +1,24 @@
-"""One run on many processes, by torch.distributed: who holds which part of the model, and what they tell each other.
+"""Layouts of a run on several processes, by torch.distributed: which process holds which part of the model.
 
     replicate × shard × tensor processes
     data         each of replicate × shard takes micro-batches of its own
-    shard        parameters, gradients and optimizer state lie in shares (fully_shard); `replicate` holds copies of them
+    shard        parameters, gradients and optimizer state lie in shards (fully_shard); `replicate` holds copies of them
     tensor       of each decoder layer a process computes its share of heads, of the MLP's width and of the experts
-    expert       `expert` processes side by side of `shard` share the experts, to which tokens travel (all-to-all)
+    expert       `expert` neighbours of `shard` divide the experts among them; tokens travel to them (all-to-all)
 
 Every process starts from the same weights and cuts out its share, so nothing is sent at the start. Gradients are
 sums over all tokens of a step, whoever had them; Trainer divides by their number.
+
+Every layout computes what one process computes, also in bf16. The policy of dtypes, which autocast carries out:
+
+    fp32         master weights, their gradients as they are summed over processes, AdamW's state; residual stream,
+                 norms, router (weight and logits), embedding, positions, load-balance and z-loss
+    autocast's   (bf16) inputs, weights and results of products and of attention, and what processes send each other of
+                 them: gathered weights of blocks, partial sums of tensor parallelism, rows of tokens that travel
+
+So the matrices of each block are gathered in autocast's dtype. All other parameters (norms, biases, routers, embedding,
+head, connector) are one group that is gathered in fp32 when the model is called.
+
 Sources: Shoeybi et al. 2019 (Megatron-LM), Zhao et al. 2023 (FSDP), Lepikhin et al. 2020 (GShard).
 """
 
@@ -31,14 +42,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from mm1.engine import config
 from mm1.engine.data.record import DataError
 from mm1.engine.decoder import Block
-from mm1.engine.experts import Backend, Experts
+from mm1.engine.experts import Backend, Experts, product_dtype
 from mm1.engine.model import MM1
-from mm1.kernels.dispatch import cdiv
 from mm1.kernels.route import Routing, sort_by_expert
 
 
 class World:
-    """The processes of a run, of which this is one; alone it does nothing and costs nothing."""
+    """The processes of a run as one of them sees them; alone it communicates nothing."""
 
     def __init__(self, c: config.Parallel = config.Parallel(), hang: float = 1800.0):
         """hang: seconds without a step after which stacks are printed (safety.Watch); 0: never."""
@@ -52,8 +62,8 @@ class World:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        self.shard, left = divmod(self.size, c.replicate * c.tensor)
-        if left or not self.shard:
+        self.shard, rest = divmod(self.size, c.replicate * c.tensor)
+        if rest or not self.shard:
             raise DataError(f"{self.size} processes are no multiple of replicate {c.replicate} × tensor {c.tensor}")
         if self.shard % c.expert:
             raise DataError(f"setting parallel.expert is {c.expert}, expected a divisor of the {self.shard} that shard")
@@ -86,11 +96,13 @@ class World:
         return self.rank == 0
 
     def place(self, model: MM1, dtype: torch.dtype) -> None:
-        """Leave of the model what this process holds. dtype: of the products, to which weights are gathered."""
-        if self.size == 1:
-            return
+        """Replace each parameter by this process's part of it. dtype: autocast's, in which products are computed."""
         c = self.config
         mixtures = [block.mlp for block in model.decoder.blocks if isinstance(block.mlp, Experts)]
+        for experts in mixtures:
+            experts.capacity = c.capacity
+        if self.size == 1:
+            return
         if c.tensor > 1:
             _check_divisors(model.config.decoder, c.tensor, "tensor")
             for block in model.decoder.blocks:
@@ -100,31 +112,36 @@ class World:
                 raise DataError("settings parallel.tensor and parallel.expert are both above 1, expected one of them")
             _check_divisors(model.config.decoder, c.expert, "expert")
             for experts in mixtures:
-                _send_tokens(experts, self.expert_mesh["expert"], c.capacity or c.expert)
-        policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
+                _divide_experts(experts, self.expert_mesh["expert"])
+        narrow = None if dtype == torch.float32 else dtype
         over = partial(_mesh, replicate=c.replicate)
-        shard = partial(fully_shard, mesh=over(self.mesh), mp_policy=policy, shard_placement_fn=_axis(self.shard))
+        blocks = [*model.vision.blocks, *model.decoder.blocks]
+        matrices = {p for block in blocks for p in _matrices(block)}
+
+        def shard(module: nn.Module, mesh: DeviceMesh, parts: int, dtype: torch.dtype | None, ignored: set) -> None:
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(
+                module, mesh=over(mesh), mp_policy=policy, shard_placement_fn=_axis(parts), ignored_params=ignored
+            )
+            cast(FSDPModule, module).set_gradient_divide_factor(1.0)
+            cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+        # The root comes first: what a block ignores would otherwise belong to no group.
+        shard(model, self.mesh, self.shard, None, matrices)
         for experts in mixtures if c.expert > 1 else ():
-            shard(experts.router)
-            along = _axis(self.shard // c.expert)
-            fully_shard(experts, mesh=over(self.expert_mesh), mp_policy=policy, shard_placement_fn=along)
-        for block in [*model.vision.blocks, *model.decoder.blocks]:
-            shard(block)
-        shard(model)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            shard(experts, self.expert_mesh, self.shard // c.expert, narrow, {experts.router.weight})
+        for block in blocks:
+            shard(block, self.mesh, self.shard, narrow, set(block.parameters()) - _matrices(block))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes, in place; those of one tensor group hold the same, which counts once."""
+        """Sum `values` over all processes, in place. Those of a tensor group hold the same values, which count once."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.config.tensor
         return values
 
     def square_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """This process's part of Σ g²: what `sum` makes of it is the square of the norm of all gradients."""
+        """Return this process's part of Σ g², fp32 []: its `sum` is the square of the norm of all gradients."""
         locals_, shares = [], []
         for gradient in gradients:
             locals_.append(local(gradient))
@@ -158,7 +175,7 @@ class World:
         return self.gather(result)[0]
 
     def wait(self) -> None:
-        """For all the others."""
+        """Wait until every process has come here."""
         if self.size > 1:
             dist.barrier()
 
@@ -169,19 +186,19 @@ class World:
 
 
 def local(x: Tensor) -> Tensor:
-    """What of a tensor is here."""
+    """Return this process's part of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def put(target: Tensor, whole: Tensor) -> None:
-    """Into `target`, which may be a part, what belongs there of a tensor that every process has."""
+    """Copy into `target` its part of a tensor that every process has whole."""
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
     local(target).copy_(whole)
 
 
 def cut_like(part: Tensor, target: Tensor) -> Tensor:
-    """A part as what it is part of: as much of another tensor as is here of `target`."""
+    """Return a local tensor as a DTensor that is divided among processes as `target` is."""
     if not isinstance(target, DTensor):
         return part
     return DTensor.from_local(
@@ -189,17 +206,22 @@ def cut_like(part: Tensor, target: Tensor) -> Tensor:
     )
 
 
+def _matrices(block: nn.Module) -> set[nn.Parameter]:
+    """Return the weights of a block's products, which are gathered in autocast's dtype."""
+    return {p for name, p in block.named_parameters() if p.ndim > 1 and not name.endswith("router.weight")}
+
+
 def _mesh(mesh: DeviceMesh, replicate: int) -> DeviceMesh:
     return mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
 
 
 def _axis(parts: int) -> Callable[[nn.Parameter], Shard]:
-    """Experts are cut across, so that all processes hold as much of them, be there more processes than experts."""
+    """Cut stacked weights [E, …] across their second axis: there may be fewer experts than processes."""
     return lambda p: Shard(1 if p.ndim == 3 and p.shape[1] % parts == 0 else 0)
 
 
 def _shards(x: Tensor) -> int:
-    """In how many different parts it lies."""
+    """Return the number of different parts that processes hold of a tensor."""
     if not isinstance(x, DTensor):
         return 1
     return math.prod(n for n, place in zip(x.device_mesh.shape, x.placements) if not place.is_replicate())
@@ -215,12 +237,12 @@ def _check_divisors(c: config.Decoder, parts: int, name: str) -> None:
 
 
 def _enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The same on all processes; its gradient is the sum of theirs."""
+    """Return x, which all processes of `mesh` hold, so that its gradient is the sum of theirs."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def _leave(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum of what all processes have."""
+    """Return the sum of the processes' x, in the dtype of x."""
     return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
 
 
@@ -235,7 +257,8 @@ def _cut_linear(linear: nn.Linear, mesh: DeviceMesh, axis: int) -> None:
 
 
 def _split_layer(block: Block, mesh: DeviceMesh) -> None:
-    """Heads, and widths or experts, among the processes of `mesh`; two sums a layer forward, two backward."""
+    """Divide heads, and the MLP's width or experts, among the processes of `mesh`: two all-reduces a layer forward,
+    two backward."""
     attention, mlp = block.attention, block.mlp
     _cut_linear(attention.qkv, mesh, 0)
     _cut_linear(attention.out, mesh, 1)
@@ -256,17 +279,20 @@ def _split_layer(block: Block, mesh: DeviceMesh) -> None:
 
 
 def _enclose(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Its first argument comes in the same for all, its (first) result is the sum of what they make."""
+    """Sum the module's (first) result over the processes of `mesh`, and the gradient of its first argument."""
 
-    def leave(_module: nn.Module, _given: Any, result: Any) -> Any:
+    def enter(_module: nn.Module, arguments: Any) -> Any:
+        return _enter(arguments[0].to(product_dtype(arguments[0])), mesh), *arguments[1:]
+
+    def leave(_module: nn.Module, _arguments: Any, result: Any) -> Any:
         return (_leave(result[0], mesh), *result[1:]) if isinstance(result, tuple) else _leave(result, mesh)
 
-    module.register_forward_pre_hook(lambda _module, given: (_enter(given[0], mesh), *given[1:]))
+    module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
 
 
 def _sharing(backend: Backend, mesh: DeviceMesh) -> Backend:
-    """All tokens are here, some experts; what the others make is added."""
+    """Return a back-end that applies this process's experts to all tokens and adds the results of the others."""
 
     def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
         gate_up, down = local(gate_up), local(down)
@@ -278,58 +304,45 @@ def _sharing(backend: Backend, mesh: DeviceMesh) -> Backend:
 
 
 def _own(index: Tensor, part: int, experts: int) -> Tensor:
-    """Experts counted from the first of this part; those of other parts are `experts`."""
+    """Count experts from the first of this part; those of other parts become `experts`, which is no expert."""
     index = index - part * experts
     return torch.where((index >= 0) & (index < experts), index, experts)
 
 
-def _send_tokens(experts: Experts, mesh: DeviceMesh, capacity: float) -> None:
+def _divide_experts(experts: Experts, mesh: DeviceMesh) -> None:
+    """Leave each process of `mesh` its share of the experts, to which tokens travel."""
     for name in ("gate_up", "down"):
         _cut(experts, name, mesh, 0)
-    experts.register_buffer("dropped", torch.zeros((), dtype=torch.int64, device=experts.down.device), persistent=False)
-    experts.backend = _travelling(experts.backend, mesh, capacity, experts)
+    experts.backend = _exchanging(experts.backend, mesh)
 
 
-def _travelling(backend: Backend, mesh: DeviceMesh, capacity: float, experts: Any) -> Backend:
-    """Each process sends every other `capacity` times an even share of its T·K slots at most: all shapes are known
-    beforehand, and no number of tokens is asked for. What is over is counted in `dropped`, and adds nothing."""
+def _exchanging(backend: Backend, mesh: DeviceMesh) -> Backend:
+    """Return a back-end that sends each routed slot to the process with its expert, and takes the result back.
+
+    Processes first tell each other how many slots each expert gets, then send exactly those rows: none is dropped or
+    padded, and the result is that of one process. The host must read the counts to size the messages: once a layer
+    forward, and again where the layer is recomputed. Rows leave sorted by expert, so that the counts alone tell the
+    receiver which row is for which expert.
+    """
     group, parts = mesh.get_group(), mesh.size()
 
     def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
         gate_up, down = local(gate_up), local(down)
         slots, position, offsets = r.order
-        here, (T, K) = len(down), position.shape
-        C = min(T * K, cdiv(math.ceil(capacity * T * K), parts))
-        # Sorted by expert the slots are sorted by process; place p of process d goes to row d·C + p.
-        ends = offsets.view(parts, here)[:, -1].contiguous()
-        starts = F.pad(ends, (1, 0))[:-1]
-        at = torch.arange(T * K, device=x.device, dtype=offsets.dtype)
-        to = torch.searchsorted(ends, at, right=True).clamp(max=parts - 1)
-        place = at - starts[to]
-        fits = (at < ends[-1]) & (place < C)
-        row = torch.where(fits, to * C + place, parts * C)  # one row more takes what is not sent
-        experts.dropped.add_(ends[-1] - fits.sum())
+        (T, K), here = position.shape, len(down)
+        counts = offsets.diff(prepend=offsets.new_zeros(1))
+        arriving = all_to_all_single(counts, None, None, group).view(parts, here)
+        sent, received = torch.stack([counts.view(parts, here).sum(1), arriving.sum(1)]).tolist()
 
-        of = torch.searchsorted(offsets, at, right=True) - to * here  # expert, as its process counts them
-        index = torch.full((parts * C + 1,), here, dtype=torch.int32, device=x.device)
-        index = index.index_copy(0, row, of.to(torch.int32))[:-1]
         # A copy for each choice first: its gradient is a sum, where that of a gather would be added with atomics.
-        rows = x[:, None].expand(-1, K, -1).reshape(T * K, -1)[slots]
-        sent = x.new_zeros(parts * C + 1, x.shape[1]).index_copy(0, row, rows)[:-1]
-
-        index = all_to_all_single(index, None, None, group)
-        taken = all_to_all_single_autograd(sent, None, None, group)
-        one = torch.ones(parts * C, 1, device=x.device)
-        routing = r._replace(index=index[:, None], weight=one, order=sort_by_expert(index[:, None], here))
-        made = backend(taken, routing, gate_up, down)
-        back = all_to_all_single_autograd(made, None, None, group)
-        y = F.pad(back, (0, 0, 0, 1))[row[position.flatten().long()]].view(T, K, -1)
+        rows = x[:, None].expand(-1, K, -1).reshape(T * K, -1).index_select(0, slots[: sum(sent)])
+        rows = all_to_all_single_autograd(rows, received, sent, group)
+        expert = torch.arange(here, dtype=torch.int32, device=x.device).repeat(parts)
+        index = expert.repeat_interleave(arriving.flatten(), output_size=len(rows))[:, None]
+        one = torch.ones(index.shape, device=x.device)
+        y = backend(rows, r._replace(index=index, weight=one, order=sort_by_expert(index, here)), gate_up, down)
+        y = all_to_all_single_autograd(y, sent, received, group)
+        y = F.pad(y, (0, 0, 0, 1))[position.clamp(max=sum(sent)).long()]  # slots of no expert read the row of zeros
         return (y.float() * r.weight[..., None]).sum(1).to(x.dtype)
 
-    return run
-
-
-def dropped(model: nn.Module) -> Tensor:
-    """Slots of tokens that found no room on their way to an expert, since the start."""
-    counts = [buffer for name, buffer in model.named_buffers() if name.endswith("mlp.dropped")]
-    return torch.stack(counts).sum() if counts else torch.zeros((), device=next(model.parameters()).device)
+    return cast(Backend, torch.compiler.disable(run))  # sizes change with every step

@@ -63,10 +63,10 @@ class Experts8(nn.Module):
         self.gate_up, self.gate_up_scale = map(nn.Buffer, rounded(experts.gate_up, how))
         self.down, self.down_scale = map(nn.Buffer, rounded(experts.down, how))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r = route(self.router(x), self.k, mask=mask)
         y = moe_mlp_8(x, r.index, r.weight, self.gate_up, self.gate_up_scale, self.down, self.down_scale)
-        return y, r.load_balance, r.z_loss
+        return y, r.load_balance, r.z_loss, torch.cat([r.offsets, r.dropped[None]])
 
 
 @torch.no_grad()

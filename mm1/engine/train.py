@@ -27,17 +27,18 @@ from mm1.engine.data.quarantine import read_lines, write_lines
 from mm1.engine.data.record import DataError
 from mm1.engine.data.streams import make_streams, merged
 from mm1.engine.display import Display, Silent, logged
+from mm1.engine.experts import load
 from mm1.engine.float8 import float8_linears
 from mm1.engine.model import MM1, parameter_counts
 from mm1.engine.optim import adamw, learning_rate
-from mm1.engine.parallel import World, cut_like, dropped, local, put
+from mm1.engine.parallel import World, cut_like, local, put
 from mm1.engine.recompute import recompute_blocks
 from mm1.engine.tokenizer import vocabulary_size
 
+DROPS = 0.001  # of the routed slots, above which a run warns once
 WARM = 2  # steps, after which nothing is compiled any more
 SUMS = (
-    "loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "interrupted", "saved", "data", "dropped",
-    "norm",
+    "loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "interrupted", "saved", "data", "norm",
 )  # fmt: skip
 PARTS = ("vision", "connector", "decoder")
 # Settings of the model that may change when a run continues. Those of images are compared as part of the data.
@@ -83,7 +84,7 @@ class Pending(NamedTuple):
     """A step that is under way."""
 
     step: int
-    sums: Tensor  # of SUMS, on the host once `arrived`
+    sums: Tensor  # of SUMS and of the slots of experts, on the host once `arrived`
     arrived: Any  # CUDA event, or None
     keys: list[str]  # of its documents on this process
     before: dict[str, Any]  # state of this process's data before it
@@ -148,6 +149,7 @@ class Trainer:
         self.stop = safety.Stop()
         self.step = self.rewinds = 0
         self.bad_steps = 0  # in a row, up to the last one, whose loss or gradient was not finite
+        self.drops_shown = False
         self.saving: checkpoint.Saving | None = None
         self.rewound_to: Path | None = None  # until a step is good
         self.save_due, self.last_saved, self.failed_saves = False, -1, 0  # failed_saves: in a row
@@ -244,6 +246,7 @@ class Trainer:
         begin, waited = time.perf_counter(), 0.0
         losses_sum = torch.zeros(3, dtype=torch.float64, device=self.device)
         tokens = targets = images = data = 0
+        slots: Any = 0
         keys: list[str] = []
         for _ in range(t.accumulate // self.world.data_size):
             asked = time.perf_counter()
@@ -253,7 +256,8 @@ class Trainer:
                 losses = model(batch)
                 objective = model.objective(losses, batch.target_count)
             objective.backward()
-            losses_sum += torch.stack(losses).detach()
+            losses_sum += torch.stack([losses.nll, losses.load_balance, losses.z_loss]).detach()
+            slots = losses.slots + slots
             tokens, targets, images = (
                 tokens + batch.used_tokens, targets + batch.target_count, images + len(batch.grids.sizes or ())
             )  # fmt: skip
@@ -264,11 +268,12 @@ class Trainer:
         counts = [tokens, targets, images, self.stop.asked, self.stop.interrupted, saved, data]
         counts = torch.tensor(counts, dtype=torch.float64)
         square = self.world.square_norm(p.grad for p in model.parameters() if p.grad is not None)
-        scalars = torch.stack([dropped(model).double(), square.double()])
-        sums = self.world.sum(torch.cat([losses_sum, counts.to(self.device, non_blocking=True), scalars]))
+        counts = counts.to(self.device, non_blocking=True)
+        sums = self.world.sum(torch.cat([losses_sum, counts, square.double()[None], slots.flatten().double()]))
         # Gradients were summed over target tokens: the mean is that of the whole step, whoever had how many.
         mean = 1 / sums[4].clamp(min=1)
-        sums[-1] = norm = sums[-1].sqrt() * mean
+        at = SUMS.index("norm")
+        sums[at] = norm = sums[at].sqrt() * mean
         bad = ~(sums[0] + norm).isfinite() | (sums[4] == 0)
         factor = torch.where(bad, 0.0, mean * (t.clip / (norm + 1e-6)).clamp(max=1))
         torch._foreach_mul_(gradients, factor.float())
@@ -314,10 +319,14 @@ class Trainer:
                 **{name: int(sums[name]) for name in ("tokens", "targets", "images")},
                 "fill": sums["tokens"] / (budget.tokens * accumulate),
                 "image_fill": sums["images"] / (budget.images * accumulate),
-                "dropped": int(sums["dropped"]),
                 "data": int(sums["data"]),
+                **load(done.sums[len(SUMS) :].view(-1, self.run.model.decoder.experts + 1)),
                 **done.known,
             }
+            if metrics.get("dropped", 0.0) > DROPS and not self.drops_shown:
+                self.drops_shown = True
+                share = f"experts were full and dropped {metrics['dropped']:.1%} of the routed slots"
+                self.display.warn(f"step {done.step}: {share}; raise parallel.capacity, or leave it out to drop none")
             self.display.step(done.step, metrics)
             return
         why = "no target tokens" if not sums["targets"] else f"loss {sums['loss']}, gradient norm {sums['norm']}"

@@ -104,28 +104,23 @@ def test_expert_cuts_experts_alone():
     assert {(s.ranks, s.stride) for s in shares(run_of(MIXTURE, expert=2), 8)} == {(8, 1), (4, 2)}
 
 
-def gathered(named: list[tuple[str, nn.Parameter]]) -> int:
-    """Bytes: norms, routers and all outside of blocks in fp32, linears and experts in bf16."""
-    wide = ("norm", "router")
-    return sum(
-        p.numel() * (4 if ".blocks." not in name or any(w in name for w in wide) else 2) for name, p in named
-    )  # fmt: skip
+def by_group(model) -> dict[str, int]:
+    """Elements that are gathered together: of each block its matrices, and under "" all others."""
+    groups = {"": 0} | {f"{part}.blocks.{i}": 0 for part in ("vision", "decoder") for i in range(2)}
+    for name, p in MM1(model).named_parameters():
+        block = ".".join(name.split(".")[:3])
+        groups[block if block in groups and p.ndim > 1 and "router" not in name else ""] += p.numel()
+    return groups
 
 
 @pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
 def test_two_blocks_are_gathered_and_all_that_is_no_block(model):
-    named = [*MM1(model).named_parameters()]
-    blocks = {f"{part}.blocks.{i}.": 0 for part in ("vision", "decoder") for i in range(2)}
-    outside = [(name, p) for name, p in named if ".blocks." not in name]
-    sending = dict(blocks)
-    for block in blocks:
-        inside = [(name, p) for name, p in named if name.startswith(block)]
-        blocks[block] = gathered(inside)
-        sending[block] = gathered(inside) + 4 * elements(*(p for _, p in inside))  # and a copy in fp32
-    estimate, sizes = memory(run_of(model), 2, typical(run_of(model), 64)), [*blocks.values()]
-    copies = elements(*(p for _, p in outside)) * 2  # that autocast makes, in bf16
-    assert estimate["gathered weights"] == gathered(outside) + copies + max(a + b for a, b in pairwise(sizes))
-    assert estimate["gradients being summed"] == max(*sending.values(), 8 * elements(*(p for _, p in outside)))
+    outside, *blocks = by_group(model).values()
+    estimate = memory(run_of(model), 2, typical(run_of(model), 64))
+    pairs = [a + b for a, b in pairwise(blocks)]
+    assert estimate["gathered weights"] == 4 * outside + 2 * outside + 2 * max(pairs), "fp32, with bf16 copies; bf16"
+    # Gradients in the dtype of the gathered weights, and copied to fp32.
+    assert estimate["gradients being summed"] == max(8 * outside, *(6 * block for block in blocks))
 
 
 def kept(model: MM1, batch) -> int:
@@ -227,14 +222,12 @@ def test_a_tensor_group_repeats_all_but_the_decoders_layers():
 
 
 def test_what_fsdp_sends():
-    """Of two GPUs each receives the other half: weights twice (of what is no block once), fp32 gradients once."""
-    named = [*MM1(DENSE).named_parameters()]
-    inside = [(name, p) for name, p in named if ".blocks." in name]
-    outside, blocks = elements(*(p for n, p in named if ".blocks." not in n)), elements(*(p for _, p in inside))
+    """Of two GPUs each receives the other half: bf16 twice (of all but matrices fp32 once), and fp32 gradients once."""
+    outside, *blocks = by_group(DENSE).values()
     load = typical(run_of(), 64)
-    expected = (2 * gathered(inside) + 4 * blocks + 8 * outside) / 2
+    expected = (2 * 2 * sum(blocks) + 4 * outside + 4 * (sum(blocks) + outside)) / 2
     assert traffic(run_of(), 2, load, 1.0, 1.0)["FSDP"] * 0.8e9 == pytest.approx(expected)
-    copies = 8 * (blocks + outside) / 2 / 2  # to and from the other pair, half of their half each
+    copies = 8 * (sum(blocks) + outside) / 2 / 2  # to and from the other pair, half of their half each
     assert traffic(run_of(replicate=2), 4, load, 1.0, 1.0)["FSDP"] * 0.8e9 == pytest.approx(expected + copies)
     assert traffic(run_of(), 1, load, 1.0, 1.0) == {"FSDP": 0, "tensor": 0, "expert": 0}
 
@@ -381,7 +374,8 @@ def test_the_fullest_process_is_bounded_by_its_group_and_by_an_explicit_capacity
     assert fullest(run_of(MIXTURE, tensor=2), 1.5) == 1.5
     assert fullest(run_of(MIXTURE, expert=2), 5.0) == 2.0, "both have twice the mean at most"
     assert fullest(run_of(MIXTURE, expert=4, capacity=1.1), 1.5) == 1.1
-    assert fullest(run_of(MIXTURE, tensor=2, capacity=1.1), 1.5) == 1.5, "a tensor group sends nothing"
+    assert fullest(run_of(MIXTURE, tensor=2, capacity=1.1), 1.5) == 1.1
+    assert fullest(run_of(MIXTURE, expert=2, capacity=0.5), 1.5) == 1.0, "the mean is what is planned"
     assert fullest(run_of(MIXTURE), 1.5) == fullest(run_of(DENSE, tensor=2), 1.5) == 1.0, "nobody shares experts"
 
 

@@ -61,13 +61,12 @@ CUT_OPERATIONS = ("decoder linear", "decoder attention", "experts")  # of the le
 class Share(NamedTuple):
     """A parameter on one GPU, in elements."""
 
-    block: str  # with which it is gathered; "" for what lies outside of blocks, which stays gathered
+    block: str  # whose matrices are gathered together, in bf16; "": gathered once a call, in fp32
     used: int  # that the GPU computes with
     held: int  # that the fullest GPU keeps: FSDP cuts the first axis, so three rows among two are two and one
     ranks: int  # that keep the rest, `stride` GPUs apart
     stride: int
     parts: int  # different ones on all GPUs, as a checkpoint stores them
-    itemsize: int  # bytes of an element where it is gathered: 4 for norms, routers and all outside of blocks, 2 else
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,8 @@ def plan(
             f"a step is {t.accumulate} sequences, {sequences} one after the other; a tensor group shares them",
             f"{NODE} GPUs are a node; each sends {hardware.link:g} GB/s inside it and {network:g} GB/s out of it,"
             f" of which {REACHED:.0%} are reached",
-            "for every sequence FSDP gathers weights forward and backward and sums fp32 gradients, beside operations;"
-            " linears and experts are gathered in bf16, norms, routers and all outside of blocks in fp32",
+            "for every sequence FSDP gathers weights and sums fp32 gradients, beside operations: matrices of blocks in"
+            " bf16 forward and backward; norms, biases, routers and all outside of blocks in fp32 once",
             "the run waits for what tensor and expert parallelism send",
             *_expert_assumption(run, imbalance),
             "the residual stream is fp32; activations are counted as eager torch keeps them, also for compiled blocks",
@@ -176,12 +175,12 @@ def fullest(run: config.Run, imbalance: float) -> float:
     """Return the rows that reach the experts of the fullest process, over the mean of the processes that share them.
 
     1 where each process computes all experts for its own tokens. Among n processes no one has more than n times the
-    mean; an explicit parallel.capacity bounds it as well.
+    mean; an explicit parallel.capacity, which bounds each expert, bounds them too.
     """
     p = run.parallel
     if not run.model.decoder.experts:
         return 1.0
-    return min(imbalance, max(p.tensor, p.expert), math.inf if p.expert == 1 or p.capacity is None else p.capacity)
+    return min(imbalance, max(p.tensor, p.expert), math.inf if p.capacity is None else max(p.capacity, 1.0))
 
 
 def typical(run: config.Run, document: int) -> Load:
@@ -217,8 +216,8 @@ def shares(run: config.Run, gpus: int) -> list[Share]:
         across = len(columns) == 2 and columns[0] % ranks == 0  # as parallel cuts experts
         here = columns[0] if across else rows if axis else rows // cuts
         chunk = -(-here // ranks)
-        itemsize = 2 if block and "norm" not in path[-1] and "router" not in path[-1] else 4
-        result.append(Share(block, used, chunk * (used // here), ranks, stride, cuts * -(-here // chunk), itemsize))
+        group = block if columns and path[-1] != "mlp.router.weight" else ""
+        result.append(Share(group, used, chunk * (used // here), ranks, stride, cuts * -(-here // chunk)))
     return result
 
 
@@ -250,14 +249,13 @@ def memory(run: config.Run, gpus: int, load: Load, imbalance: float = IMBALANCE)
     """
     d, p, alone, parts = run.model.decoder, run.parallel, gpus == 1, shares(run, gpus)
     held, blocks = sum(s.held for s in parts), dict.fromkeys((s.block for s in parts), 0)
-    sending = dict.fromkeys(blocks, 0)
     for s in parts:
-        blocks[s.block] += s.used * s.itemsize
-        sending[s.block] += s.used * (s.itemsize + 4)
+        blocks[s.block] += s.used
     outside, sizes = blocks.pop(""), [*blocks.values()]
-    # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; while one
-    # block's gradients are copied to fp32 to be summed, the others' are gone. Autocast copies what lies outside.
-    gathered = 2 * held if alone else 1.5 * outside + max(map(sum, zip(sizes, [*sizes[1:], 0])))
+    # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; autocast
+    # copies the fp32 weights outside of blocks. While the gradients of one block are copied to fp32 to be summed, the
+    # others' are gone.
+    gathered = 2 * held if alone else 6 * outside + 2 * max(map(sum, zip(sizes, [*sizes[1:], 0])))
     taken = fullest(run, imbalance) if p.expert > 1 and d.experts else 0.0
     kept = activations(run.model, load, 2, tensor=p.tensor, taken=taken, recompute=run.train.recompute)
     return {
@@ -265,10 +263,10 @@ def memory(run: config.Run, gpus: int, load: Load, imbalance: float = IMBALANCE)
         "gradients": 4 * held,
         "moments of AdamW": 8 * held,
         "gathered weights": gathered,
-        "gradients being summed": 0 if alone else max(sending.values()),
+        "gradients being summed": 0 if alone else max(8 * outside, 6 * max(sizes)),
         "logits": min(2 * load.targets * d.vocabulary, CHUNK["cuda"]),
         "gradient of the head": 4 * d.vocabulary * d.width,
-        # Of one layer: slots in the experts' order and their results, as sent and as taken in.
+        # Of one layer: rows in the experts' order and their results, as sent and as taken in.
         "tokens sent to experts": 2 * load.tokens * d.experts_per_token * d.width * 2 * (1 + taken) * (taken > 0),
     } | kept  # fmt: skip
 
@@ -340,8 +338,8 @@ def traffic(
 
     fsdp = 0.0
     for s in shares(run, gpus) if gpus > 1 else ():
-        gathers = 2 if s.block else 1
-        fsdp += s.held * (s.ranks - 1) * (s.itemsize * gathers + 4) / ring(s.ranks, s.stride)
+        # fp32 gradients, and weights: matrices of blocks in bf16 forward and backward, all others in fp32 once.
+        fsdp += 8 * s.held * (s.ranks - 1) / ring(s.ranks, s.stride)
         copies = 8 * s.held * (p.replicate - 1) / p.replicate
         fsdp += copies / ring(p.replicate, gpus // p.replicate)
     passes = 3 if t.recompute == "blocks" else 2  # forward, backward, and forward again

@@ -141,7 +141,7 @@ def plan(
         None if host_memory is None else host_memory * 1e9,
         (
             f"executed operations, recomputed ones too, run at {share:.0%} of {peak / 1e12:.0f} TFLOP/s",
-            f"a sequence is {load.tokens} tokens in documents of {load.documents[0]}, of which {len(load.grids)} images of"
+            f"a sequence is {load.tokens} tokens in documents of {load.documents[0]}, with {len(load.grids)} images of"
             f" {load.patches // max(load.images, 1)} patches; {load.targets} tokens are targets",
             f"a step is {t.accumulate} sequences, {sequences} one after the other; a tensor group shares them",
             f"{NODE} GPUs are a node; each sends {hardware.link:g} GB/s inside it and {network:g} GB/s out of it,"

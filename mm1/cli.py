@@ -89,23 +89,36 @@ def plan(
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
     share: float | None = None,
     network: float = 50.0,
+    document: int = 1024,
+    imbalance: float = 1.25,
+    storage: float = 2.0,
+    host_memory: float | None = None,
 ) -> None:
-    """Estimate memory and time of a run on so many GPUs, and print what the estimate assumes.
+    """Estimate memory, time and checkpoints of a run on many GPUs, and print what the estimate assumes.
 
     Args:
         run: a named size (digits, mm1-3b, …) or a .toml file.
-        gpus: how many.
-        device: which, such as h200.
-        set: one setting, such as parallel.tensor=8; may be repeated.
-        share: of the GPU's peak that its operations run at (default: 0.40 of dense models, 0.25 of mixtures).
-        network: GB/s that a GPU sends to other machines.
+        gpus: number of GPUs; eight are one node.
+        device: kind of GPU, such as h100, h200, b200 or mi300x.
+        set: override one setting, such as parallel.tensor=8; may be repeated.
+        share: share of the GPU's peak rate that its operations reach, 0 to 1 (default: 0.40 for dense models, 0.25 for
+            mixtures of experts).
+        network: GB/s that a GPU sends to other nodes.
+        document: tokens of a typical document; attention inside longer ones takes more operations.
+        imbalance: tokens that reach the fullest process sharing experts, over the mean (1: perfectly balanced).
+        storage: GB/s that a node writes to and reads from the checkpoints' storage; the default is an NVMe drive or an
+            NFS server.
+        host_memory: GB of a node's host memory, with which the need is compared (default: only the need is printed).
     """
     from mm1.engine import plan as estimate
     from mm1.engine.config import load_run
 
-    found = estimate.plan(load_run(run, set), gpus, device, share=share, network=network)
-    print(estimate.show(found))
-    print(json.dumps(estimate.to_dict(found)))
+    result = estimate.plan(
+        load_run(run, set), gpus, device, share=share, network=network, document=document, imbalance=imbalance,
+        storage=storage, host_memory=host_memory,
+    )  # fmt: skip
+    print(estimate.show(result))
+    print(json.dumps(estimate.to_dict(result)))
 
 
 @app.command

@@ -2,21 +2,33 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
+import grain
 import pytest
 import torch
-from small import document, packed, small_model
+from small import document, packed, small_model, small_run
 from torch import nn
 
+from mm1 import cli
+from mm1.engine import checkpoint, host
 from mm1.engine.config import Data, Parallel, Run, Train, load_run
-from mm1.engine.data.record import DataError
+from mm1.engine.data.document import Document
+from mm1.engine.data.mixture import Mixture
+from mm1.engine.data.record import DataError, Record
 from mm1.engine.decoder import Attention
+from mm1.engine.display import Silent
 from mm1.engine.experts import Experts
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1, parameter_counts
-from mm1.engine.plan import HARDWARE, activations, memory, plan, shares, show, to_dict, traffic, typical
+from mm1.engine.plan import HARDWARE, activations, fullest, memory, plan, shares, show, to_dict, traffic, typical
 from mm1.engine.recompute import recompute_blocks
+from mm1.engine.train import train
 from mm1.kernels.device import DEVICES
 
 DENSE, MIXTURE = small_model(experts=0), small_model(experts=4, moe_every=1)
@@ -92,12 +104,23 @@ def test_expert_cuts_experts_alone():
     assert {(s.ranks, s.stride) for s in shares(run_of(MIXTURE, expert=2), 8)} == {(8, 1), (4, 2)}
 
 
-def test_two_blocks_are_gathered_and_all_that_is_no_block():
-    first, second = MM1(DENSE).vision.blocks  # larger than the decoder's
-    outside = elements(*(p for n, p in MM1(DENSE).named_parameters() if ".blocks." not in n))
-    found = memory(run_of(), 2, typical(run_of(), 64))
-    assert found["gathered weights"] == 2 * (outside + elements(*first.parameters(), *second.parameters()))
-    assert found["gradients on their way"] == 6 * max(outside, elements(*first.parameters()))
+def by_group(model) -> dict[str, int]:
+    """Elements that are gathered together: of each block its matrices, and under "" all others."""
+    groups = {"": 0} | {f"{part}.blocks.{i}": 0 for part in ("vision", "decoder") for i in range(2)}
+    for name, p in MM1(model).named_parameters():
+        block = ".".join(name.split(".")[:3])
+        groups[block if block in groups and p.ndim > 1 and "router" not in name else ""] += p.numel()
+    return groups
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_two_blocks_are_gathered_and_all_that_is_no_block(model):
+    outside, *blocks = by_group(model).values()
+    estimate = memory(run_of(model), 2, typical(run_of(model), 64))
+    pairs = [a + b for a, b in pairwise(blocks)]
+    assert estimate["gathered weights"] == 4 * outside + 2 * outside + 2 * max(pairs), "fp32, with bf16 copies; bf16"
+    # Gradients in the dtype of the gathered weights, and copied to fp32.
+    assert estimate["gradients being summed"] == max(8 * outside, *(6 * block for block in blocks))
 
 
 def kept(model: MM1, batch) -> int:
@@ -165,12 +188,13 @@ def test_a_tensor_group_shares_what_lies_between_its_cuts():
 
 def test_tokens_that_travel_take_their_room():
     d, load = MIXTURE.decoder, Load([160], [], 160, 160, 0, 0)
-    stay, travel = (activations(MIXTURE, load, 2, capacity=c)["activations of blocks"] for c in (0.0, 2.0))
+    stay, travel = (activations(MIXTURE, load, 2, taken=rows)["activations of blocks"] for rows in (0.0, 1.5))
     slots = 160 * d.experts_per_token * d.layers
-    more = 2 * 2 * d.ffn + 2 * 2 * d.width + 4 * d.width  # as many products again, rows of twice as many slots, results
-    assert travel - stay == slots * more
-    assert memory(run_of(MIXTURE, expert=2), 2, load)["tokens on their way"] == 2 * 320 * d.width * 7
-    assert not memory(run_of(DENSE, expert=2), 2, load)["tokens on their way"]
+    # Half as many products again, the rows that are taken in, and in fp32 the results that come back.
+    assert travel - stay == slots * (0.5 * 2 * 2 * d.ffn + 1.5 * 2 * d.width + 4 * d.width)
+    rows = 320 * (1 + 1.5)  # in the experts' order and taken in, and as many results
+    assert memory(run_of(MIXTURE, expert=2), 2, load, 1.5)["tokens sent to experts"] == 2 * rows * 2 * d.width
+    assert not memory(run_of(DENSE, expert=2), 2, load, 1.5)["tokens sent to experts"]
 
 
 def test_a_step_takes_as_long_as_its_operations():
@@ -183,7 +207,9 @@ def test_a_step_takes_as_long_as_its_operations():
     assert found.step == sum(found.seconds.values())
     assert found.mfu == pytest.approx(counted.mfu(found.step / 512, 989e12))
     assert found.tokens_per_second == pytest.approx(512 * 4096 / found.step)
-    assert found.days == pytest.approx(200_000 * found.step / 86_400)
+    waits = 200 * found.checkpoint.waited  # one every 1,000 steps
+    assert found.days == pytest.approx((200_000 * found.step + waits) / 86_400)
+    assert found.checkpoint.share == pytest.approx(waits / (200_000 * found.step + waits))
 
 
 def test_a_tensor_group_repeats_all_but_the_decoders_layers():
@@ -196,13 +222,12 @@ def test_a_tensor_group_repeats_all_but_the_decoders_layers():
 
 
 def test_what_fsdp_sends():
-    """Of two GPUs each receives the other half: bf16 twice (of what is no block once), and fp32 gradients once."""
-    outside = elements(*(p for n, p in MM1(DENSE).named_parameters() if ".blocks." not in n))
-    blocks = elements(*MM1(DENSE).parameters()) - outside
+    """Of two GPUs each receives the other half: bf16 twice (of all but matrices fp32 once), and fp32 gradients once."""
+    outside, *blocks = by_group(DENSE).values()
     load = typical(run_of(), 64)
-    expected = (8 * blocks + 6 * outside) / 2
+    expected = (2 * 2 * sum(blocks) + 4 * outside + 4 * (sum(blocks) + outside)) / 2
     assert traffic(run_of(), 2, load, 1.0, 1.0)["FSDP"] * 0.8e9 == pytest.approx(expected)
-    copies = 8 * (blocks + outside) / 2 / 2  # to and from the other pair, half of their half each
+    copies = 8 * (sum(blocks) + outside) / 2 / 2  # to and from the other pair, half of their half each
     assert traffic(run_of(replicate=2), 4, load, 1.0, 1.0)["FSDP"] * 0.8e9 == pytest.approx(expected + copies)
     assert traffic(run_of(), 1, load, 1.0, 1.0) == {"FSDP": 0, "tensor": 0, "expert": 0}
 
@@ -227,12 +252,12 @@ def test_what_tensor_and_expert_parallelism_send(recompute):
     x = 2 * 160 * 32  # bytes of the hidden state; two layers, each of them with two sums a pass
     sums = traffic(run_of(DENSE, train, tensor=2), 2, load, 1.0, 1.0)["tensor"]
     assert sums * 0.8e9 == pytest.approx(passes * 2 * 2 * x)
-    # There and back; two choices a token, room for twice as many, of which half go to the other.
-    sent = traffic(run_of(MIXTURE, train, expert=2), 2, load, 1.0, 1.0)["expert"]
-    assert sent * 0.8e9 == pytest.approx(passes * 2 * 2 * x * 2 * 2 / 2)
+    # There and back; two choices a token, of which half go to the other, and 1.5 times as many to the fullest.
+    sent = traffic(run_of(MIXTURE, train, expert=2), 2, load, 1.0, 1.0, 1.5)["expert"]
+    assert sent * 0.8e9 == pytest.approx(passes * 2 * 2 * x * 2 * 1.5 / 2)
     many = run_of(small_model(experts=16, moe_every=1), train, expert=16)
-    far = traffic(many, 16, load, 450.0, 50.0)["expert"]  # half of the peers are in the other node, all on one port
-    assert far * 0.8 * 50e9 == pytest.approx(passes * 2 * 2 * x * 2 * 2 / 2)
+    far = traffic(many, 16, load, 450.0, 50.0, 1.5)["expert"]  # half of the peers are in the other node, on one port
+    assert far * 0.8 * 50e9 == pytest.approx(passes * 2 * 2 * x * 2 * 1.5 / 2)
 
 
 def test_only_what_is_longer_of_operations_and_fsdp_counts():
@@ -268,7 +293,11 @@ def test_every_part_and_assumption_is_shown():
         "25% of 989 TFLOP/s",
         "450 GB/s",
         "expert parallelism",
-        "tokens on their",
+        "tokens sent to experts",
+        "documents of 1024",
+        "1.25 × the mean",
+        "reading back for checksums",
+        "host memory of a node",
     ):
         assert line in text
     assert "tensor parallelism" not in text, "there is none"
@@ -304,11 +333,24 @@ def test_what_cannot_be_is_refused_in_a_line(settings, gpus, words):
 
 
 @pytest.mark.parametrize(
-    "given", [{"device": "abacus"}, {"share": 0.0}, {"share": 1.5}, {"network": 0.0}, {"document": 0}], ids=str
+    "rates, words",
+    [
+        ({"device": "abacus"}, "device is 'abacus', expected one of a100"),
+        ({"share": 0.0}, "share of peak is 0.0"),
+        ({"share": 1.5}, "share of peak is 1.5"),
+        ({"network": 0.0}, "network is 0.0, expected above 0"),
+        ({"document": 0}, "document is 0, expected above 0"),
+        ({"storage": -1.0}, "storage is -1.0, expected above 0"),
+        ({"storage": math.nan}, "storage is nan"),
+        ({"host_memory": 0.0}, "host memory is 0.0, expected above 0"),
+        ({"imbalance": 0.9}, "imbalance is 0.9, expected 1 or more"),
+        ({"imbalance": math.inf}, "imbalance is inf"),
+    ],
+    ids=str,
 )
-def test_rates_that_cannot_be_are_refused(given):
-    with pytest.raises(DataError, match=r"abacus.*known: a100|expected above 0"):
-        plan(run_of(), 1, **given)
+def test_rates_that_cannot_be_are_refused(rates, words):
+    with pytest.raises(DataError, match=words):
+        plan(run_of(), 1, **rates)
 
 
 def test_images_fill_no_more_than_the_tokens():
@@ -316,3 +358,143 @@ def test_images_fill_no_more_than_the_tokens():
     assert (list(load.documents), len(load.grids), load.targets) == ([4, 4, 2], 2, 2)  # of four tokens each
     assert math.prod(load.grids[0]) == 10
     assert (load.images, load.patches) == (9, 90), "the budgets are computed all the same"
+
+
+def test_longer_documents_take_the_operations_of_their_pairs():
+    run, c = load_run("mm1-1b"), load_run("mm1-1b").model.decoder
+    short, long = (plan(run, 8, document=n) for n in (512, 4096))
+    pairs = (4096 * 4097 - 8 * 512 * 513) // 2
+    assert long.operations - short.operations == 512 * 3 * c.layers * 4 * c.heads * c.head_width * pairs
+    assert long.step > short.step
+    assert "documents of 512" in show(short)
+
+
+def test_the_fullest_process_is_bounded_by_its_group_and_by_an_explicit_capacity():
+    assert fullest(run_of(MIXTURE, expert=2), 1.5) == 1.5
+    assert fullest(run_of(MIXTURE, tensor=2), 1.5) == 1.5
+    assert fullest(run_of(MIXTURE, expert=2), 5.0) == 2.0, "both have twice the mean at most"
+    assert fullest(run_of(MIXTURE, expert=4, capacity=1.1), 1.5) == 1.1
+    assert fullest(run_of(MIXTURE, tensor=2, capacity=1.1), 1.5) == 1.1
+    assert fullest(run_of(MIXTURE, expert=2, capacity=0.5), 1.5) == 1.0, "the mean is what is planned"
+    assert fullest(run_of(MIXTURE), 1.5) == fullest(run_of(DENSE, tensor=2), 1.5) == 1.0, "nobody shares experts"
+
+
+@pytest.mark.parametrize("way", [{"expert": 4}, {"tensor": 4}], ids=str)
+def test_more_imbalance_is_never_faster_nor_smaller(way):
+    run = replace(load_run("mm1-7b-moe"), parallel=Parallel(**way))
+    plans = [plan(run, 8, imbalance=load) for load in (1.0, 1.2, 1.6, 1.9)]
+    for less, more in pairwise(plans):
+        assert more.step > less.step
+        assert all(more.memory[part] >= less.memory[part] for part in more.memory)
+        assert more.seconds["expert"] > less.seconds["expert"] or "tensor" in way
+        assert more.operations == less.operations, "what is useful stays"
+    # Operations of the experts, and nothing else, grow with it.
+    counted = ledger(run.model, typical(run, 1024))
+    experts = sum(kind.get("experts", 0) for kind in (counted.forward, counted.backward, counted.padding))
+    grown = (plans[2].seconds["operations"] - plans[0].seconds["operations"]) * 0.25 * 989e12
+    assert grown == pytest.approx(0.6 * 512 / 8 * experts)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_checkpoint_of_one_process_is_as_large_as_planned(tmp_path):
+    run = small_run(steps=1, save_every=1)
+    train(run, tmp_path, display=Silent())
+    assert plan(run, 1).checkpoint.size == pytest.approx(size(checkpoint.latest(tmp_path)), rel=0.02)
+
+
+@pytest.mark.slow  # starts two processes of torchrun
+def test_a_checkpoint_of_two_processes_is_as_large_as_planned_and_so_is_its_copy(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    script = [str(Path(__file__).with_name("saved_run.py")), str(tmp_path)]
+    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    estimate = plan(small_run(accumulate=4, steps=1, save_every=1), 2)
+    assert estimate.checkpoint.size == pytest.approx(size(checkpoint.latest(tmp_path)), rel=0.02)
+    staged = sum(json.loads((tmp_path / f"staged-{rank}.json").read_text()) for rank in (0, 1))
+    assert estimate.host["copy of the checkpoint"] == pytest.approx(staged, rel=0.02)
+
+
+def test_one_process_waits_for_all_of_a_save():
+    saved = host.checkpoint(
+        Train(steps=100, save_every=10, keep=3), 1, parameters=10**9, held=10**9, tensors=0, step=2.0, storage=1e9
+    )  # fmt: skip
+    assert saved.size == saved.process == pytest.approx(12e9, rel=1e-4)
+    assert saved.disk == 4 * saved.size, "three, and one being written"
+    # 12 GB at 3 GB/s, at 1 GB/s, and back again at 1 GB/s.
+    assert [*saved.seconds.values()] == pytest.approx([4, 12, 12], rel=1e-4)
+    assert saved.waited == pytest.approx(28, rel=1e-4)
+    assert saved.share == pytest.approx(280 / 480, rel=1e-4), "ten saves, 200 seconds of steps"
+
+
+def test_many_processes_write_beside_the_steps():
+    def save(step, storage):
+        t = Train(steps=100, save_every=10)
+        return host.checkpoint(t, 16, parameters=10**9, held=10**9 // 16, tensors=0, step=step, storage=storage)
+
+    slow, fast = save(0.1, 1e9), save(1.0, 1e9)
+    assert fast.seconds["copying to host memory"] == pytest.approx(0.25)
+    assert fast.seconds["writing"] == pytest.approx(6, rel=1e-4), "two nodes write"
+    assert fast.seconds["reading back for checksums"] == pytest.approx(12, rel=1e-4), "one node reads"
+    assert fast.waited == pytest.approx(12.25, rel=1e-4)
+    assert slow.waited == pytest.approx(17.25, rel=1e-4), "in ten steps of a tenth of a second one of six are over"
+    waits = [save(0.1, storage).waited for storage in (1e9, 2e9, 10e9, 1e12)]
+    assert waits == sorted(waits, reverse=True)
+    assert waits[-1] > 0.25, "SHA-256 takes its time however fast storage is"
+
+
+def test_host_memory_of_a_node():
+    """By hand: 16 GPUs in two nodes, a sequence of 160 tokens with four images of 60 patches of 4 × 4 pixels."""
+    run = Run(DENSE, Data(tokens=160, images=4, patches=240, streams=32, workers=3, buffer=1600), Train(accumulate=16))
+    load, pixels = typical(run, 80), 4 * 60 * 4 * 4 * 3
+    token = pixels / 160 + 4
+    assert host.memory(run, 16, load, held=1000, document=80) == {
+        "training processes": 8 * 3e9,
+        "copy of the checkpoint": 8 * 12 * 1000,
+        "loader processes": 8 * 2 * 3 * 0.2e9,
+        "documents decoded ahead": 8 * 2 * 3 * 500 * 80 * token,
+        "documents waiting in packers": 8 * 2 * 1600 * token,
+        "batches": 8 * 2 * 3 * 160 * token,
+    }
+    alone = host.memory(replace(run, data=replace(run.data, streams=1)), 1, load, held=1000, document=80)
+    assert alone["copy of the checkpoint"] == 8 * 1000, "of one file, of which the optimizer's is the larger"
+    assert alone["documents waiting in packers"] == 1600 * token
+    text = show(plan(run, 16, host_memory=100))
+    assert "fits in 100" in text
+    assert "does not fit in 0.001" in show(plan(run, 16, host_memory=0.001))
+
+
+class Counted:
+    """A source that counts the records that are read."""
+
+    read = 0
+
+    def __len__(self):
+        return 10_000
+
+    def __getitem__(self, index):
+        self.read += 1
+        return Record(("text",), str(index), "shard")
+
+
+def test_as_many_documents_are_decoded_ahead_as_planned():
+    assert grain.ReadOptions().prefetch_buffer_size == host.WORKER_AHEAD
+    source, one = Counted(), [Document(torch.zeros(4, dtype=torch.int32).numpy(), (), "")]
+    stream = Mixture([source], [1.0], lambda record: one, 0).iterate(0, 0)
+    for _ in range(200):
+        next(stream)
+    assert 200 <= source.read <= 200 + host.THREAD_AHEAD + 1
+
+
+def test_the_command_takes_every_rate(capsys):
+    cli.plan(
+        "mm1-7b-moe", gpus=16, set=("parallel.expert=16",), document=2048, imbalance=1.4, storage=20.0,
+        host_memory=2000.0,
+    )  # fmt: skip
+    *_, last = capsys.readouterr().out.splitlines()
+    run = load_run("mm1-7b-moe", ["parallel.expert=16"])
+    other = plan(run, 16, document=2048, imbalance=1.4, storage=20.0, host_memory=2000.0)
+    assert json.loads(last) == json.loads(json.dumps(to_dict(other)))

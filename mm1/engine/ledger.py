@@ -1,18 +1,18 @@
-"""Floating-point operations of a training step, counted from its sizes: what is useful, and what else is executed.
+"""Count the floating-point operations of a training step from its sizes: useful ones, padding and recomputation.
 
-Counted are products alone (matrices, convolutions, attention), two operations a multiplication; norms, activations,
-softmax, pooling, interpolation, sorting and the optimizer are not.
+The ledger counts products alone (matrices, convolutions, attention), two operations a multiplication; it leaves out
+norms, activations, softmax, pooling, interpolation, sorting and the optimizer.
 
-useful       what the documents, the images and the targets themselves need, once. Backward is twice forward, but once
-             for the patch embedding, as pixels have no gradient. A causal document of n tokens has n(n + 1)/2 pairs, an
-             image of p patches and a class token (p + 1)². The head counts rows with a target.
-padding      what is computed beyond: rows of the budgets that no token, patch or image fills, rows of a head without a
-             target, pairs that a dense attention computes to mask them.
-recompute    forward again: attention's scores in backward, which makes 2.5 times forward of it (Dao et al. 2022), and
-             every block where only its input is kept.
+useful       operations that the documents, images and targets themselves need, once. Backward takes twice forward, but
+             once for the patch embedding, as pixels have no gradient. A causal document of n tokens has n(n + 1)/2
+             pairs, an image of p patches and a class token (p + 1)². The head counts rows with a target.
+padding      operations on rows of the budgets that no token, patch or image fills, on rows of a head without a target,
+             and on pairs that a dense attention computes to mask them.
+recompute    forward operations that run again: attention's scores in backward, which makes 2.5 times forward of it (Dao
+             et al. 2022), and every block of which only the input is kept.
 
 MFU = useful / (seconds · peak), HFU = all three / (seconds · peak), as Chowdhery et al. 2022 (PaLM), appendix B, define
-them; but their 6N + 12LHQT a token counts all n² pairs of causal attention, hidden ones as well.
+them; but their 6N + 12LHQT a token counts all n² pairs of causal attention, masked ones as well.
 """
 
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ IN_BLOCKS = ("vision linear", "vision attention", "decoder linear", "decoder att
 
 @dataclass(frozen=True)
 class Load:
-    """What a step is of: lengths of documents, grids (h, w) of images, rows with a target; and the budgets.
+    """Sizes of a step: lengths of documents, grids (h, w) of images in patches, rows with a target; and the budgets.
 
-    tokens, images, patches: rows that are computed, full or not. pairs, patch_pairs: query-key pairs that attention
-    computes in one layer of the decoder and of the encoder; routed, heads: rows that reach experts and the head. None:
-    the documents', images' and targets' own.
+    tokens, images, patches: rows that are computed, filled or not. pairs, patch_pairs: query-key pairs that attention
+    computes in one layer of the decoder and of the encoder; routed, heads: rows that reach experts and the head. None
+    stands for the numbers that the documents, images and targets themselves need.
     """
 
     documents: Sequence[int]
@@ -49,7 +49,7 @@ class Load:
 
     @classmethod
     def of(cls, batch: Batch) -> "Load":
-        """Of a packed batch. Waits for its device."""
+        """Return the sizes of a packed batch; this waits for its device."""
         documents = [n for n in batch.cu_seqlens.diff().tolist() if n]
         return cls(
             documents, batch.grids.sizes or (), batch.target_count, len(batch.tokens), batch.grids.images,
@@ -59,7 +59,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Operations of one step by part. forward, backward: useful; padding, recompute: of forward and backward."""
+    """Operations of one step by part. forward and backward are useful; padding and recompute cover both passes."""
 
     forward: dict[str, int]
     backward: dict[str, int]
@@ -75,15 +75,15 @@ class Ledger:
         return self.useful + sum(self.padding.values()) + sum(self.recompute.values())
 
     def mfu(self, seconds: float, peak: float) -> float:
-        """Share of `peak` operations a second that useful work took."""
+        """Return the share of `peak` (operations/s) that useful operations reached."""
         return self.useful / (seconds * peak)
 
     def hfu(self, seconds: float, peak: float) -> float:
-        """Share of `peak` operations a second that was executed."""
+        """Return the share of `peak` (operations/s) that all executed operations reached."""
         return self.executed / (seconds * peak)
 
     def totals(self) -> dict[str, int]:
-        """Useful operations of forward and backward by part, and the three totals."""
+        """Return the useful operations of forward and backward by part, and the three totals."""
         parts = {part: self.forward[part] + self.backward[part] for part in self.forward}
         padding, recompute = sum(self.padding.values()), sum(self.recompute.values())
         return {**parts, "useful": self.useful, "padding": padding, "recompute": recompute}
@@ -102,7 +102,10 @@ class _Rows(NamedTuple):
 
 
 def ledger(c: config.Model, load: Load | Batch, *, recompute: str = "none") -> Ledger:
-    """Of a training step on `load`. recompute: as train.recompute; "blocks" alone runs products again."""
+    """Return the operations of a training step on `load`.
+
+    recompute: as train.recompute; of its values only "blocks" runs matrix products again.
+    """
     load = Load.of(load) if isinstance(load, Batch) else load
     kept, patches = int(c.vision.class_token), [h * w for h, w in load.grids]
     used = sum(load.documents)
@@ -162,7 +165,7 @@ def _forward(c: config.Model, n: _Rows) -> dict[str, int]:
 
 
 def _pair(heads: int, width: int) -> int:
-    """Operations of one query and one key."""
+    """Return the operations of one query with one key."""
     return attention.cost([1], heads, heads, width, causal=False).flops
 
 

@@ -1,11 +1,12 @@
-"""What a run would need on N GPUs: memory of the fullest one by part, time of a step, days. Nothing is allocated.
+"""Estimate a run on N GPUs before it starts: memory, time, checkpoints and host memory. Nothing is allocated.
 
-    memory   parameters, gradients and AdamW's moments of a share; weights gathered to compute with; what backward needs
-    time     max(operations / (share of peak · peak), FSDP's traffic) + what tensor and expert parallelism send + AdamW
+    memory   a GPU's share of parameters, gradients and AdamW's moments; gathered weights; what backward needs
+    time     max(operations / (share of peak · peak), FSDP's traffic) + tensor and expert parallelism's traffic + AdamW
+    host     bytes and seconds of a checkpoint, host memory of a node (host.py)
 
-Parameters, operations and bytes sent are counted as parallel.py shares and train.py steps; rates are assumed, and
-`show` prints every assumption. Sources: Rajbhandari et al. 2020 (ZeRO) for 16 bytes of state a parameter, Zhao et al.
-2023 (FSDP) for what is gathered, Korthikanti et al. 2023 for activations.
+Parameters, operations and bytes sent are counted as parallel.py shards and train.py steps. Rates are assumed; `show`
+prints every assumption. Sources: Rajbhandari et al. 2020 (ZeRO) for 16 bytes of state a parameter, Zhao et al. 2023
+(FSDP) for what is gathered, Korthikanti et al. 2023 for activations.
 """
 
 import dataclasses
@@ -18,18 +19,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mm1.engine import config
+from mm1.engine import config, host
 from mm1.engine.data.record import DataError
+from mm1.engine.host import NODE
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1
 from mm1.kernels.device import DEVICES
 from mm1.kernels.linear_cross_entropy import CHUNK
 
-NODE = 8  # GPUs of one machine
 USABLE = 0.92  # of the memory: the rest is CUDA's, NCCL's, and gaps that the allocator cannot fill
 REACHED = 0.8  # of a link's rate
 SHARES = {"dense": 0.40, "mixture": 0.25}  # of peak, that executed operations reach
 ADAMW = 28  # bytes a parameter: it reads weight, gradient and two moments and writes all but the gradient
+# Rows of the fullest process that shares experts, over the mean. With a balancing loss a capacity of 1.25 drops few
+# tokens (Fedus et al. 2022, Switch Transformers); single experts are worse: Wang et al. 2024 (arXiv 2408.15664) report
+# 1.5 to 1.7 times the mean with a balancing loss and 1.04 with their balancing by biases.
+IMBALANCE = 1.25
+STORAGE = 2.0  # GB/s that a node writes: an NVMe drive or an NFS server; parallel file systems reach 10 and more
 
 
 class Hardware(NamedTuple):
@@ -55,11 +61,12 @@ CUT_OPERATIONS = ("decoder linear", "decoder attention", "experts")  # of the le
 class Share(NamedTuple):
     """A parameter on one GPU, in elements."""
 
-    block: str  # with which it is gathered; "" for what lies outside of blocks, which stays gathered
+    block: str  # whose matrices are gathered together, in bf16; "": gathered once a call, in fp32
     used: int  # that the GPU computes with
     held: int  # that the fullest GPU keeps: FSDP cuts the first axis, so three rows among two are two and one
     ranks: int  # that keep the rest, `stride` GPUs apart
     stride: int
+    parts: int  # different ones on all GPUs, as a checkpoint stores them
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Plan:
     gpus: int
     device: str
     parameters: int
-    shard: int  # GPUs among which parameters lie in shares
+    shard: int  # GPUs among which parameters are sharded
     uneven: float  # the fullest GPU's share of the parameters over an even one
     memory: dict[str, float]  # bytes on the fullest GPU
     usable: float  # bytes
@@ -78,62 +85,106 @@ class Plan:
     tokens_per_second: float
     images_per_second: float
     mfu: float
-    days: float
+    days: float  # of all steps and of the waits for checkpoints
+    save_every: int  # steps
+    checkpoint: host.Checkpoint
+    host: dict[str, float]  # bytes of a node's host memory
+    host_memory: float | None  # bytes that a node has, if the user says
     assumptions: tuple[str, ...]
 
 
 def plan(
     run: config.Run, gpus: int, device: str = "h200", *, share: float | None = None, network: float = 50.0,
-    document: int = 1024,
+    document: int = 1024, imbalance: float = IMBALANCE, storage: float = STORAGE, host_memory: float | None = None,
 ) -> Plan:  # fmt: skip
-    """Of a run on `gpus` of a device of mm1/kernels/device.py.
+    """Return the estimate of a run on `gpus` GPUs of a kind in mm1/kernels/device.py.
 
     share: of peak that executed operations reach (None: SHARES). network: GB/s that a GPU sends to other nodes.
-    document: tokens of a typical one. Raises DataError with one line for whatever cannot be.
+    document: tokens of a typical document. imbalance: rows of the fullest process that shares experts, over the mean.
+    storage: GB/s that a node writes or reads. host_memory: GB that a node has (None: not compared).
+    Raises DataError with one line for settings or rates that cannot be.
     """
     c, t, tensor = run.model, run.train, run.parallel.tensor
-    _expect(device in HARDWARE, f"unknown device {device!r}; known: {', '.join(HARDWARE)}")
+    _expect(device in HARDWARE, f"device is {device!r}, expected one of {', '.join(HARDWARE)}")
     share = SHARES["mixture" if c.decoder.experts else "dense"] if share is None else share
     _expect(0 < share <= 1, f"share of peak is {share}, expected above 0 and at most 1")
-    _expect(network > 0 and document > 0, f"network {network} and document {document}, expected above 0")
+    _expect(1 <= imbalance < math.inf, f"imbalance is {imbalance}, expected 1 or more")
+    positive = {"network": network, "document": document, "storage": storage, "host memory": host_memory}
+    for name, value in positive.items():
+        _expect(value is None or 0 < value < math.inf, f"{name} is {value}, expected above 0")
     parts, load, hardware = shares(run, gpus), typical(run, document), HARDWARE[device]
-    used, usable = memory(run, gpus, load), USABLE * hardware.memory
+    used, usable = memory(run, gpus, load, imbalance), USABLE * hardware.memory
     counted, sequences = ledger(c, load, recompute=t.recompute), t.accumulate * tensor // gpus
     executed = sum(
-        n / (tensor if part in CUT_OPERATIONS else 1)
+        n * (fullest(run, imbalance) if part == "experts" else 1) / (tensor if part in CUT_OPERATIONS else 1)
         for kind in (counted.forward, counted.backward, counted.padding, counted.recompute)
         for part, n in kind.items()
     )
-    peak = DEVICES[device].tflops * 1e12
-    each = {"operations": executed / (share * peak), **traffic(run, gpus, load, hardware.link, network)}
+    peak, held = DEVICES[device].tflops * 1e12, sum(s.held for s in parts)
+    each = {"operations": executed / (share * peak), **traffic(run, gpus, load, hardware.link, network, imbalance)}
     seconds = {part: sequences * n for part, n in each.items()}
-    seconds["AdamW"] = ADAMW * sum(s.held for s in parts) / (DEVICES[device].bandwidth * 1e9)
+    seconds["AdamW"] = ADAMW * held / (DEVICES[device].bandwidth * 1e9)
     step = sum(seconds.values()) - min(seconds["operations"], seconds["FSDP"])
+    ahead, where = (host.WORKER_AHEAD, "them") if run.data.workers else (host.THREAD_AHEAD, "the packers")
+    parameters = sum(math.prod(shape) for shape in _parameters(c).values())
+    saved = host.checkpoint(
+        t, gpus, parameters=parameters, held=held, tensors=sum(3 * s.parts + 1 for s in parts), step=step,
+        storage=storage * 1e9,
+    )  # fmt: skip
     return Plan(
-        gpus, device, sum(math.prod(shape) for shape in _parameters(c).values()), _shard(run, gpus),
-        sum(s.held for s in parts) / sum(s.used / s.ranks for s in parts), used, usable,
-        () if sum(used.values()) <= usable else _remedies(run, gpus, usable, document),
+        gpus, device, parameters, _shard(run, gpus), held / sum(s.used / s.ranks for s in parts), used, usable,
+        () if sum(used.values()) <= usable else _remedies(run, gpus, usable, document, imbalance),
         t.accumulate * counted.useful, seconds, step, t.accumulate * load.tokens / step,
         t.accumulate * len(load.grids) / step, t.accumulate * counted.useful / (step * gpus * peak),
-        t.steps * step / 86_400,
+        t.steps * step / (1 - saved.share) / 86_400, t.save_every, saved,
+        host.memory(run, gpus, load, held=held, document=document),
+        None if host_memory is None else host_memory * 1e9,
         (
             f"executed operations, recomputed ones too, run at {share:.0%} of {peak / 1e12:.0f} TFLOP/s",
-            f"a sequence is {load.tokens} tokens in documents of {document}, of which {len(load.grids)} images of"
+            f"a sequence is {load.tokens} tokens in documents of {load.documents[0]}, with {len(load.grids)} images of"
             f" {load.patches // max(load.images, 1)} patches; {load.targets} tokens are targets",
             f"a step is {t.accumulate} sequences, {sequences} one after the other; a tensor group shares them",
             f"{NODE} GPUs are a node; each sends {hardware.link:g} GB/s inside it and {network:g} GB/s out of it,"
             f" of which {REACHED:.0%} are reached",
-            "every sequence FSDP gathers bf16 weights forward and backward and sums fp32 gradients, beside operations",
-            "what tensor and expert parallelism send is waited for; tokens spread evenly over the experts",
-            "activations are counted as eager torch keeps them, also for compiled blocks",
+            "for every sequence FSDP gathers weights and sums fp32 gradients, beside operations: matrices of blocks in"
+            " bf16 forward and backward; norms, biases, routers and all outside of blocks in fp32 once",
+            "the run waits for what tensor and expert parallelism send",
+            *_expert_assumption(run, imbalance),
+            "the residual stream is fp32; activations are counted as eager torch keeps them, also for compiled blocks",
             f"{USABLE:.0%} of {hardware.memory / 1e9:.0f} GB of memory are usable",
-            "data, checkpoints and failures take no time",
+            f"a node writes and reads {storage:g} GB/s of checkpoints; a GPU copies {host.COPIED / 1e9:g} GB/s to"
+            f" pageable host memory; SHA-256 runs at {host.CHECKSUM / 1e9:g} GB/s a file",
+            f"a training process takes {host.PROCESS / 1e9:g} GB of host memory, a loader process"
+            f" {host.LOADER / 1e9:g} GB; {ahead} documents are decoded ahead in each of {where}",
+            "loading data and failures take no time",
         ),
     )  # fmt: skip
 
 
+def _expert_assumption(run: config.Run, imbalance: float) -> tuple[str, ...]:
+    """Return the line on experts' load, if processes share experts."""
+    if not run.model.decoder.experts or max(run.parallel.tensor, run.parallel.expert) == 1:
+        return ()
+    bound = run.parallel.capacity
+    why = "no token is dropped" if bound is None else f"parallel.capacity is {bound:g}"
+    load = fullest(run, imbalance)
+    return (f"the fullest process that shares experts computes {load:g} × the mean, in every layer; {why}",)
+
+
+def fullest(run: config.Run, imbalance: float) -> float:
+    """Return the rows that reach the experts of the fullest process, over the mean of the processes that share them.
+
+    1 where each process computes all experts for its own tokens. Among n processes no one has more than n times the
+    mean; an explicit parallel.capacity, which bounds each expert, bounds them too.
+    """
+    p = run.parallel
+    if not run.model.decoder.experts:
+        return 1.0
+    return min(imbalance, max(p.tensor, p.expert), math.inf if p.capacity is None else max(p.capacity, 1.0))
+
+
 def typical(run: config.Run, document: int) -> Load:
-    """A full sequence: documents of so many tokens, as many images as the budgets hold, and targets that are text."""
+    """Return a full sequence: documents of `document` tokens, as many images as the budgets hold, text as targets."""
     d, m = run.data, run.model
     few = f"setting data.tokens is {d.tokens}, too few for one image of {m.connector.tokens} tokens"
     _expect(d.tokens >= m.connector.tokens + 2, few)
@@ -151,8 +202,8 @@ def _parameters(c: config.Model) -> dict[str, tuple[int, ...]]:
 
 
 def shares(run: config.Run, gpus: int) -> list[Share]:
-    """Of every parameter. Raises DataError for settings of `parallel` that do not go together."""
-    p, found = run.parallel, []
+    """Return the share of every parameter. Raises DataError for settings of `parallel` that do not go together."""
+    p, result = run.parallel, []
     shard = _shard(run, gpus)
     for name, (rows, *columns) in _parameters(run.model).items():
         path = name.split(".", 3)
@@ -160,12 +211,14 @@ def shares(run: config.Run, gpus: int) -> list[Share]:
         axis = AXES.get(path[-1]) if path[0] == "decoder" and block else None
         # Experts are cut among `expert` neighbours first, and each of these parts among the others that shard.
         apart = p.expert if axis is not None and path[-1] in EXPERTS else 1
-        parts, ranks, stride = 1 if axis is None else p.tensor * apart, shard // apart, p.tensor * apart
-        used = rows * math.prod(columns) // parts
+        cuts, ranks, stride = 1 if axis is None else p.tensor * apart, shard // apart, p.tensor * apart
+        used = rows * math.prod(columns) // cuts
         across = len(columns) == 2 and columns[0] % ranks == 0  # as parallel cuts experts
-        here = columns[0] if across else rows if axis else rows // parts
-        found.append(Share(block, used, -(-here // ranks) * (used // here), ranks, stride))
-    return found
+        here = columns[0] if across else rows if axis else rows // cuts
+        chunk = -(-here // ranks)
+        group = block if columns and path[-1] != "mlp.router.weight" else ""
+        result.append(Share(group, used, chunk * (used // here), ranks, stride, cuts * -(-here // chunk)))
+    return result
 
 
 def _shard(run: config.Run, gpus: int) -> int:
@@ -189,43 +242,45 @@ def _shard(run: config.Run, gpus: int) -> int:
     return shard
 
 
-def memory(run: config.Run, gpus: int, load: Load) -> dict[str, float]:
-    """Bytes on the fullest GPU by part, bf16 with state of fp32, where all are at once: as backward begins."""
+def memory(run: config.Run, gpus: int, load: Load, imbalance: float = IMBALANCE) -> dict[str, float]:
+    """Return bytes on the fullest GPU by part, where all are at once: as backward begins.
+
+    Weights, gradients and moments are fp32, products bf16. imbalance: as for plan().
+    """
     d, p, alone, parts = run.model.decoder, run.parallel, gpus == 1, shares(run, gpus)
     held, blocks = sum(s.held for s in parts), dict.fromkeys((s.block for s in parts), 0)
     for s in parts:
         blocks[s.block] += s.used
     outside, sizes = blocks.pop(""), [*blocks.values()]
-    # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; while one
-    # block's gradients are copied to fp32 to be summed, the others' are gone.
-    gathered = sum(sizes) if alone else max(map(sum, zip(sizes, [*sizes[1:], 0])))
-    travels = (p.capacity or 2.0) if p.expert > 1 and d.experts else 0.0
-    kept = activations(
-        run.model, load, 2, residual=4 if alone else 2, tensor=p.tensor, capacity=travels,
-        recompute=run.train.recompute,
-    )  # fmt: skip
+    # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; autocast
+    # copies the fp32 weights outside of blocks. While the gradients of one block are copied to fp32 to be summed, the
+    # others' are gone.
+    gathered = 2 * held if alone else 6 * outside + 2 * max(map(sum, zip(sizes, [*sizes[1:], 0])))
+    taken = fullest(run, imbalance) if p.expert > 1 and d.experts else 0.0
+    kept = activations(run.model, load, 2, tensor=p.tensor, taken=taken, recompute=run.train.recompute)
     return {
         "parameters": 4 * held,
         "gradients": 4 * held,
         "moments of AdamW": 8 * held,
-        "gathered weights": 2 * (outside + gathered),
-        "gradients on their way": 0 if alone else 6 * max(outside, *sizes),
+        "gathered weights": gathered,
+        "gradients being summed": 0 if alone else max(8 * outside, 6 * max(sizes)),
         "logits": min(2 * load.targets * d.vocabulary, CHUNK["cuda"]),
-        "head's gradient": (4 if alone else 2) * d.vocabulary * d.width,
-        # Of one layer: slots in the experts' order, and what is sent, made and sent back.
-        "tokens on their way": 2 * load.tokens * d.experts_per_token * d.width * (1 + 3 * travels) * (travels > 0),
+        "gradient of the head": 4 * d.vocabulary * d.width,
+        # Of one layer: rows in the experts' order and their results, as sent and as taken in.
+        "tokens sent to experts": 2 * load.tokens * d.experts_per_token * d.width * 2 * (1 + taken) * (taken > 0),
     } | kept  # fmt: skip
 
 
 def activations(
-    c: config.Model, load: Load, itemsize: int, *, residual: int = 4, tensor: int = 1, capacity: float = 0.0,
+    c: config.Model, load: Load, itemsize: int, *, residual: int = 4, tensor: int = 1, taken: float = 0.0,
     recompute: str = "none",
 ) -> dict[str, float]:  # fmt: skip
-    """Bytes kept for backward of one sequence.
+    """Return bytes kept for backward of one sequence.
 
-    itemsize: bytes of an element of products; residual: of the residual stream. capacity: of experts to which tokens
-    travel, 0 where they stay. recompute: as train.recompute: of blocks their input, "selective" also results of
-    products, attention and experts; and all of one block that is computed again.
+    itemsize: bytes of an element of products; residual: of the residual stream. taken: rows that the fullest process
+    takes in for its experts, over the rows it sends; 0 where tokens stay. recompute: as train.recompute. "blocks" keeps
+    the input of each block, "selective" also results of products, attention and experts; both add one block that is
+    computed again.
     """
     v, k, d = c.vision, c.connector, c.decoder
     rows, slots, routed = load.patches + v.class_token * load.images, load.images * k.tokens, d.experts_per_token
@@ -238,14 +293,14 @@ def activations(
     dense = attention + itemsize * 4 * d.ffn / tensor
     # Gate and up of each slot, on a tensor group of all experts' slots; logits, and their fp32 input if that is a copy.
     # Of tokens that travel also the rows that were taken in, and in fp32 what came back.
-    mixture = attention + itemsize * routed * (capacity or 1) * 2 * d.ffn + 4 * (d.experts + d.width * (itemsize < 4))
-    mixture += routed * d.width * (itemsize * capacity + 4 * (capacity > 0))
+    mixture = attention + itemsize * routed * (taken or 1) * 2 * d.ffn + 4 * (d.experts + d.width * (itemsize < 4))
+    mixture += routed * d.width * (itemsize * taken + 4 * (taken > 0))
     kinds = [config.is_moe(d, layer) for layer in range(d.layers)]
     layers = [load.tokens * (mixture if moe else dense) for moe in kinds]
     # Results of products, of attention and of experts, which selective recomputing keeps.
     attended = 2 * (d.heads + d.kv_heads) * d.head_width / tensor + 2 * d.width
     of_dense = itemsize * (attended + 2 * d.ffn / tensor)
-    of_mixture = itemsize * (attended + routed * (capacity or 1) * 2 * d.ffn) + 4 * d.experts
+    of_mixture = itemsize * (attended + routed * (taken or 1) * 2 * d.ffn) + 4 * d.experts
     results = v.layers * rows * itemsize * (6 * v.width + v.ffn)
     results += load.tokens * sum(of_mixture if moe else of_dense for moe in kinds)
     readout = 2 * (k.readout_depth - 1) * d.width
@@ -255,31 +310,36 @@ def activations(
         "attention": load.patches * (v.width + 2 * d.width) + slots * 13 * d.width,
         "average": slots * (v.width + readout),
     }[k.kind]  # fmt: skip
-    found = {
+    kept = {
         "activations outside of blocks": 3 * v.patch**2 * load.patches + itemsize * connector + 4 * slots * d.width
         + residual * (rows * v.width + load.tokens * d.width) + itemsize * load.targets * d.width,
         "activations of blocks": v.layers * vision + sum(layers),
     }  # fmt: skip
     if recompute != "none":
         inputs = residual * (v.layers * rows * v.width + d.layers * load.tokens * d.width)
-        found["activations of blocks"] = inputs + (results if recompute == "selective" else 0.0)
-        found["a block computed again"] = max(vision, *layers)
-    return found
+        kept["activations of blocks"] = inputs + (results if recompute == "selective" else 0.0)
+        kept["a block computed again"] = max(vision, *layers)
+    return kept
 
 
-def traffic(run: config.Run, gpus: int, load: Load, link: float, network: float) -> dict[str, float]:
-    """Seconds of one sequence that GPUs send for, by who sends. link, network: GB/s inside a node and out of it."""
+def traffic(
+    run: config.Run, gpus: int, load: Load, link: float, network: float, imbalance: float = IMBALANCE
+) -> dict[str, float]:
+    """Return seconds of sending for one sequence, by kind. link, network: GB/s inside a node and out of it.
+
+    imbalance: as for plan().
+    """
     p, d, t = run.parallel, run.model.decoder, run.train
 
     def ring(ranks: int, stride: int) -> float:
-        """Bytes/s of a GPU; where a group has several in a node, its rings leave the node by the ports of all."""
+        """Return bytes/s of a GPU. A group with several GPUs in a node leaves it by the ports of all of them."""
         out = network * max(1, NODE // stride)
         return REACHED * 1e9 * (link if ranks * stride <= NODE else min(link, out))
 
     fsdp = 0.0
     for s in shares(run, gpus) if gpus > 1 else ():
-        gathers = 2 if s.block else 1
-        fsdp += s.held * (s.ranks - 1) * (2 * gathers + 4) / ring(s.ranks, s.stride)
+        # fp32 gradients, and weights: matrices of blocks in bf16 forward and backward, all others in fp32 once.
+        fsdp += 8 * s.held * (s.ranks - 1) / ring(s.ranks, s.stride)
         copies = 8 * s.held * (p.replicate - 1) / p.replicate
         fsdp += copies / ring(p.replicate, gpus // p.replicate)
     passes = 3 if t.recompute == "blocks" else 2  # forward, backward, and forward again
@@ -288,53 +348,72 @@ def traffic(run: config.Run, gpus: int, load: Load, link: float, network: float)
     near = min(p.expert, NODE)
     slowest = max((near - 1) / link, (p.expert - near) / network) / (p.expert * REACHED * 1e9)
     mixtures = sum(config.is_moe(d, layer) for layer in range(d.layers))
-    sent = 2 * passes * mixtures * d.experts_per_token * (p.capacity or 2.0) * state
+    # There and back: exactly the rows asked for, and the fullest process takes in more than it sends.
+    sent = 2 * passes * mixtures * d.experts_per_token * fullest(run, imbalance) * state
     return {"FSDP": fsdp, "tensor": sums / ring(p.tensor, 1), "expert": sent * slowest}
 
 
-def _remedies(run: config.Run, gpus: int, usable: float, document: int) -> tuple[str, ...]:
-    """Up to three changes that fit, those of fewest settings first."""
+def _remedies(run: config.Run, gpus: int, usable: float, document: int, imbalance: float) -> tuple[str, ...]:
+    """Return up to three changes that fit, those of fewest settings first."""
     p, t, experts = run.parallel, run.train, run.model.decoder.experts
     ways = [(1, p.expert), *((2**n, 1) for n in range(1, 4)), *((1, 2**n) for n in range(1, experts.bit_length()))]
     ways = {replace(p, replicate=r, tensor=a, expert=b) for r in (p.replicate, 1) for a, b in ways} | {p}
-    found: dict[str, int] = {}
+    fitting: dict[str, int] = {}
     trains = [replace(t, recompute=what) for what in dict.fromkeys((t.recompute, "selective", "blocks"))]
     for scale, way, train in product((1, 2, 4, 8), ways, trains):
         other, changes = replace(run, parallel=way, train=train), [f"{gpus * scale} GPUs"] * (scale > 1)
         changes += [f"train.recompute={train.recompute}"] * (train != t)
         changes += [f"parallel.{name}={n}" for name, n in vars(way).items() if n != getattr(p, name)]
         with suppress(DataError):
-            if sum(memory(other, gpus * scale, typical(other, document)).values()) <= usable:
-                found[", ".join(changes)] = len(changes) + scale
-    return tuple(sorted(found, key=lambda text: (found[text], text))[:3])
+            if sum(memory(other, gpus * scale, typical(other, document), imbalance).values()) <= usable:
+                fitting[", ".join(changes)] = len(changes) + scale
+    return tuple(sorted(fitting, key=lambda text: (fitting[text], text))[:3])
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
+    """Return the plan as nested plain values, for JSON."""
     return dataclasses.asdict(plan)
 
 
 def show(plan: Plan) -> str:
-    """Lines to print."""
-    total = sum(plan.memory.values())
+    """Return the plan as lines to print."""
+    total, on_host, saved = sum(plan.memory.values()), sum(plan.host.values()), plan.checkpoint
     fits = "fits" if total <= plan.usable else "does not fit"
     remedies = [f"  would fit: {text}" for text in plan.remedies] or ["  nothing tried would fit"]
     names = {"FSDP": "FSDP (beside operations)", "tensor": "tensor parallelism", "expert": "expert parallelism"}
+    every = f"every {plan.save_every:,} steps"
+    behind = {"writing": "   beside the steps"} if plan.gpus > 1 else {}
+    host_fits = ""
+    if plan.host_memory is not None:
+        host_fits = f"   {'fits' if on_host <= plan.host_memory else 'does not fit'} in {plan.host_memory / 1e9:g}"
     lines = [
-        f"{plan.gpus} × {plan.device}, {plan.parameters / 1e6:,.0f} M parameters, shared by {plan.shard}",
+        f"{plan.gpus} × {plan.device}, {plan.parameters / 1e6:,.0f} M parameters, sharded over {plan.shard}",
         *([f"  the fullest GPU holds {plan.uneven:.2f} × an even share"] if plan.uneven > 1.05 else []),
         "", "memory of a GPU, GB",
         *(f"  {name:32}{n / 1e9:8.2f}" for name, n in plan.memory.items() if n),
-        f"  {'in all':32}{total / 1e9:8.2f}   {fits} in the usable {plan.usable / 1e9:.1f}",
+        f"  {'total':32}{total / 1e9:8.2f}   {fits} in the usable {plan.usable / 1e9:.1f}",
         *(remedies if total > plan.usable else []),
         "", f"time of a step of {plan.operations:.3g} useful operations, s",
         *(f"  {names.get(name, name):32}{n:8.2f}" for name, n in plan.seconds.items() if n),
-        f"  {'in all':32}{plan.step:8.2f}   MFU {plan.mfu:.1%}",
+        f"  {'total':32}{plan.step:8.2f}   MFU {plan.mfu:.1%}",
         "", f"{plan.tokens_per_second:,.0f} tokens/s, {plan.images_per_second:,.0f} images/s, {plan.days:,.1f} days",
+        "", f"checkpoint of {_bytes(saved.size)}, {_bytes(saved.process)} a process, {every}, s",
+        *(f"  {name:32}{n:8.2f}{behind.get(name, '')}" for name, n in saved.seconds.items()),
+        f"  {'the run waits':32}{saved.waited:8.2f}   {saved.share:.1%} of its time",
+        f"  {_bytes(saved.disk)} of disk: the checkpoints that train.keep keeps, and one being written",
+        "", "host memory of a node, GB",
+        *(f"  {name:32}{n / 1e9:8.2f}" for name, n in plan.host.items() if n),
+        f"  {'total':32}{on_host / 1e9:8.2f}{host_fits}",
         "", "assumed", *(f"  {line}" for line in plan.assumptions),
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _expect(right: bool, otherwise: str) -> None:
-    if not right:
-        raise DataError(otherwise)
+def _bytes(n: float) -> str:
+    unit, scale = next((u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if n >= s or u == "MB")
+    return f"{n / scale:.3g} {unit}"
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise DataError(message)

@@ -182,7 +182,6 @@ def test_the_peer_gets_the_patches_of_the_images_and_no_others():
         patches = np.concatenate([peer.inputs(batch, packed).images[0][0].numpy() for batch in batches])
         in_order = lambda rows: rows[np.lexsort(np.asarray(rows).round(3).T)]  # noqa: E731
         np.testing.assert_allclose(in_order(patches), in_order(np.stack(cut)), atol=1e-5)
-    bench.peer = peer
     assert {bench.ledger(rung).padding["patch embedding"] for rung in train.peers("cpu")} == {0}
 
 
@@ -326,6 +325,17 @@ def test_padding_is_in_the_ledger_and_shrinks_up_the_ladder():
     )
     blocks = {"vision linear", "vision attention", "decoder linear", "decoder attention", "router", "experts"}
     assert set(found["recompute blocks"].recompute) == blocks
+
+
+def test_what_the_peer_computes_beyond_is_padding_too():
+    bench, d = steps(), MIXTURE.decoder
+    padding = {rung.name: bench.ledger(rung).padding for rung in train.peers("cuda")}
+    packed, padded, flash = (padding[f"transformers {name}"] for name in ("packed", "padded", "flash"))
+    lengths = [len(document.tokens) for document in bench.documents]
+    hidden = sum(lengths) ** 2 - sum(n * (n + 1) // 2 for n in lengths)
+    assert packed["decoder attention"] == 3 * hidden * 4 * d.layers * d.heads * d.head_width
+    assert packed["decoder linear"] == packed["experts"] == packed["head"] == flash["decoder attention"] == 0
+    assert padded["head"] == 3 * (bench.shape["padded"] - bench.shape["targets"]) * 2 * d.width * d.vocabulary
 
 
 def test_steps_leave_the_weights_and_the_modules_as_they_were():

@@ -13,7 +13,7 @@ from conftest import relative_error
 from small import small_model
 
 from mm1.bench import mix, plain, train
-from mm1.bench.peer_models import Abstractor
+from mm1.bench.peer_models import Abstractor, TransformersModel
 from mm1.bench.record import Record
 from mm1.engine import connector, decoder, vision
 from mm1.engine.data.record import DataError
@@ -22,12 +22,14 @@ from mm1.engine.ledger import Load
 MIXTURE = small_model(experts=4)
 SQUASHED = dataclasses.replace(
     small_model(experts=0), image_mode="squash",
-    vision=dataclasses.replace(MIXTURE.vision, class_token=True, activation="quick_gelu"),
+    vision=dataclasses.replace(MIXTURE.vision, class_token=True, pre_norm=True, activation="quick_gelu"),
+    connector=dataclasses.replace(MIXTURE.connector, position_grid=(6, 6)),
 )  # fmt: skip
 MODELS = {"images of several sizes, mixture": MIXTURE, "images of one size, class token": SQUASHED}
 TOKENS, PEAK = 192, 1e9
 LADDER = ["plain", "packing", "attention", "vision kernels", "experts", "fused AdamW", "torch.compile",
           "recompute selective", "recompute blocks", "torch.compile only"]  # fmt: skip
+PEERS = ["transformers packed", "transformers padded"]
 
 
 @pytest.fixture(autouse=True)
@@ -114,16 +116,127 @@ def test_a_wrong_rung_is_not_timed_and_says_by_how_much_it_is_off(rung, monkeypa
 
 @pytest.fixture
 def eager_peers(monkeypatch):
-    monkeypatch.setattr(train, "PEERS", [rung for rung in train.PEERS if not rung.compiled])
+    pytest.importorskip("transformers")
+    every = train.peers
+    monkeypatch.setattr(train, "peers", lambda device: [rung for rung in every(device) if not rung.compiled])
 
 
 @pytest.mark.slow
 def test_transformers_is_compiled_too(monkeypatch):
     monkeypatch.setattr(train, "ladder", eager)
     row = measured(rounds=2)
-    eager_way, compiled = (row["variants"][name] for name in ("transformers", "transformers compiled"))
-    assert eager_way["compile_seconds"] == 0 < compiled["compile_seconds"]
-    assert (eager_way["mfu"] * eager_way["median"]) == pytest.approx(compiled["mfu"] * compiled["median"], rel=1e-3)
+    assert not row["failed"]
+    for name in PEERS:
+        eager_way, compiled = row["variants"][name], row["variants"][f"{name} compiled"]
+        assert eager_way["compile_seconds"] == 0 < compiled["compile_seconds"]
+        assert (eager_way["mfu"] * eager_way["median"]) == pytest.approx(compiled["mfu"] * compiled["median"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("eager_peers")
+@pytest.mark.parametrize("c", MODELS.values(), ids=MODELS)
+def test_the_peer_computes_our_loss_and_our_gradient_of_every_part(c):
+    bench = steps(c)
+    (plain_way,), _ = (list(found.values()) for found in bench.check(eager(c)[:1]))
+    ways, failed = bench.check_peers(plain_way)
+    assert not failed
+    assert list(ways) == PEERS
+    for name, way in ways.items():
+        assert way.found == pytest.approx(plain_way.found, rel=1e-5), name
+
+    def norms(model, inputs):
+        sum(model(x).nll for x in inputs).backward()
+        parts = [getattr(model, part) for part in ("vision", "connector", "image_norm", "decoder")]
+        found = [[p.grad.norm() for p in part.parameters() if p.grad is not None] for part in parts]
+        model.zero_grad(set_to_none=True)
+        return [torch.stack(part).norm().item() for part in found]
+
+    expected = norms(bench.model, bench.sets[True][0])
+    for inputs in bench.peer_inputs.values():
+        assert norms(bench.peer, inputs) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.usefixtures("eager_peers")
+def test_a_peer_that_computes_another_loss_is_not_timed(monkeypatch):
+    right = Abstractor.forward
+    monkeypatch.setattr(Abstractor, "forward", lambda self, features: right(self, features).flip(1))
+    monkeypatch.setattr(train, "ladder", lambda c, dtype: eager(c)[:1])
+    row = measured(rounds=1)
+    assert list(row["failed"]) == PEERS
+    for why in row["failed"].values():
+        assert re.fullmatch(r"loss differs by \S+ and gradient norm differs by \S+ from that of 'plain'", why)
+    assert list(row["variants"]) == ["plain"]
+
+
+def test_the_peer_gets_the_patches_of_the_images_and_no_others():
+    pytest.importorskip("transformers")
+    bench, p = steps(), MIXTURE.vision.patch
+    peer = TransformersModel(bench.model)
+    cut = [
+        ((image[y : y + p, x : x + p] / 255 - MIXTURE.vision.mean) / MIXTURE.vision.std).ravel()
+        for document in bench.documents
+        for image in document.images
+        for y in range(0, image.shape[0], p)
+        for x in range(0, image.shape[1], p)
+    ]
+    for packed, batches in ((True, bench.sets[True][0]), (False, bench.sets[False][0])):
+        patches = np.concatenate([peer.inputs(batch, packed).images[0][0].numpy() for batch in batches])
+        in_order = lambda rows: rows[np.lexsort(np.asarray(rows).round(3).T)]  # noqa: E731
+        np.testing.assert_allclose(in_order(patches), in_order(np.stack(cut)), atol=1e-5)
+    assert {bench.ledger(rung).padding["patch embedding"] for rung in train.peers("cpu")} == {0}
+
+
+def test_packed_and_padded_documents_cost_the_peer_what_they_cost_it_alone():
+    pytest.importorskip("transformers")
+    bench = steps()
+    peer = TransformersModel(bench.model)
+    alone = [mix.packed(MIXTURE, [[d]], len(d.tokens))([d])[0] for d in bench.documents]
+    with torch.no_grad():
+        truth = sum(peer(peer.inputs(batch, packed=True)).nll for batch in alone)
+        for packed, sets in bench.sets.items():
+            inputs = [peer.inputs(batch, packed) for batch in sets[0]]
+            assert sum(peer(x).nll for x in inputs).item() == pytest.approx(truth.item(), rel=1e-5)
+    (row,) = (peer.inputs(batch, packed=True) for batch in bench.sets[True][0])
+    lengths = sorted(len(d.tokens) for d in bench.documents)
+    assert row.tokens.shape == (1, sum(lengths))
+    assert row.decoder["position_ids"][0].tolist() == [place for n in lengths for place in range(n)]
+
+
+@pytest.mark.usefixtures("eager_peers")
+def test_the_peer_needs_no_second_set_of_weights_and_moments():
+    bench = steps()
+    ways, _ = bench.check_peers()
+    owned = lambda tensors: {tensor.untyped_storage().data_ptr() for tensor in tensors}  # noqa: E731
+    moments = lambda optimizer: [state["exp_avg"] for state in optimizer.state.values()]  # noqa: E731
+    ours = owned(bench.model.parameters())
+    before = [p.detach().clone() for p in bench.peer.parameters()]
+    own = {name for name, p in bench.peer.named_parameters() if not owned([p]) <= ours}
+    assert own == {
+        f"decoder.model.layers.{i}.self_attn.{part}_proj.weight" for i in range(2) for part in ("q", "k", "v")
+    }
+    for way in ways.values():
+        way.step()
+    others = owned(moments(bench.peer_optimizer)) - owned(moments(bench.optimizers[False]))
+    assert len(others) == len(own)
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.peer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("part, changes", [("encoder", {"class_token": True}), ("stages", {})])
+def test_a_model_that_transformers_has_no_modules_for_is_said_to_be_one(part, changes):
+    pytest.importorskip("transformers")
+    kind = "c-abstractor" if changes else "attention"
+    c = dataclasses.replace(
+        MIXTURE, vision=dataclasses.replace(MIXTURE.vision, **changes),
+        connector=dataclasses.replace(MIXTURE.connector, kind=kind),
+    )  # fmt: skip
+    ways, failed = steps(c).check_peers()
+    assert not ways
+    assert re.fullmatch(rf"ValueError: \w+ has no {part} that computes? what this model.*", failed["transformers"])
+
+
+def test_a_gpu_has_two_attentions_more():
+    names = [rung.name for rung in train.peers("cuda")]
+    assert names[::2] == [*PEERS, "transformers flash", "transformers flex"]
+    assert names[1::2] == [f"{name} compiled" for name in names[::2]]
 
 
 @pytest.mark.usefixtures("eager_peers")
@@ -135,7 +248,7 @@ def test_a_rung_that_raises_is_listed_with_its_reason_and_the_others_go_on(monke
     monkeypatch.setattr(train, "ladder", eager)
     row = measured(rounds=2)
     assert row["failed"] == {"packing": "RuntimeError: no such kernel"}
-    assert list(row["variants"]) == ["plain", "attention", "vision kernels", "experts", "fused AdamW", "transformers"]
+    assert list(row["variants"]) == ["plain", "attention", "vision kernels", "experts", "fused AdamW", *PEERS]
 
 
 @pytest.mark.usefixtures("eager_peers")
@@ -143,7 +256,7 @@ def test_the_row_has_what_the_report_reads(capsys):
     row = measured(rounds=2)
     assert not row["failed"]
     assert {"bench": "train", "model": "tiny", "dtype": "fp32", "what": "step", "mode": "host"}.items() <= row.items()
-    assert list(row["variants"]) == [*LADDER, "transformers"]
+    assert list(row["variants"]) == [*LADDER, *PEERS]
     assert set(row["shape"]) >= {"tokens", "images", "documents"}
     assert {"useful", "padding", "recompute", "experts", "head"} <= set(row["ledger"])
     wanted = {"median", "low", "high", "n", "samples", "tokens_per_s", "images_per_s", "mfu", "hfu", "data_wait",
@@ -156,7 +269,7 @@ def test_the_row_has_what_the_report_reads(capsys):
         assert 0 < variant["data_wait"] < 1
         assert variant["peak_bytes"] is None
         # Only the ladder's have a change to the one before.
-        assert ("change" in variant) == (name not in ("torch.compile only", "transformers"))
+        assert ("change" in variant) == (name not in ("torch.compile only", *PEERS))
     useful = row["ledger"]["useful"]
     for name in LADDER:
         variant = row["variants"][name]
@@ -169,6 +282,7 @@ def test_the_row_has_what_the_report_reads(capsys):
     assert all(name in printed for name in LADDER)
 
 
+@pytest.mark.usefixtures("eager_peers")
 def test_a_row_that_is_there_is_not_measured_again(monkeypatch):
     monkeypatch.setattr(train, "ladder", lambda c, dtype: eager(c)[-1:])
     record = Record()
@@ -211,6 +325,17 @@ def test_padding_is_in_the_ledger_and_shrinks_up_the_ladder():
     )
     blocks = {"vision linear", "vision attention", "decoder linear", "decoder attention", "router", "experts"}
     assert set(found["recompute blocks"].recompute) == blocks
+
+
+def test_what_the_peer_computes_beyond_is_padding_too():
+    bench, d = steps(), MIXTURE.decoder
+    padding = {rung.name: bench.ledger(rung).padding for rung in train.peers("cuda")}
+    packed, padded, flash = (padding[f"transformers {name}"] for name in ("packed", "padded", "flash"))
+    lengths = [len(document.tokens) for document in bench.documents]
+    hidden = sum(lengths) ** 2 - sum(n * (n + 1) // 2 for n in lengths)
+    assert packed["decoder attention"] == 3 * hidden * 4 * d.layers * d.heads * d.head_width
+    assert packed["decoder linear"] == packed["experts"] == packed["head"] == flash["decoder attention"] == 0
+    assert padded["head"] == 3 * (bench.shape["padded"] - bench.shape["targets"]) * 2 * d.width * d.vocabulary
 
 
 def test_steps_leave_the_weights_and_the_modules_as_they_were():
@@ -302,5 +427,6 @@ def test_the_peers_connector_has_our_connectors_parameters(kind):
     connector_config = dataclasses.replace(MIXTURE.connector, kind=kind, position_grid=None)
     c = dataclasses.replace(MIXTURE, connector=connector_config)
     ours = connector.build(c.connector, c.vision.width, c.decoder.width)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    assert count(Abstractor(c)) == count(ours) > 0
+    theirs = dict(Abstractor(c, ours).named_parameters())
+    assert theirs.keys() == dict(ours.named_parameters()).keys()
+    assert all(theirs[name] is parameter for name, parameter in ours.named_parameters())

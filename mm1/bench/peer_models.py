@@ -1,17 +1,22 @@
-"""Whole models of transformers, of the sizes of ours."""
+"""Whole models of transformers, with the parameters of ours."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm1.bench import mix
 from mm1.engine import config
 from mm1.engine.connector import readout
-from mm1.engine.convert import LLAMA, MIXTURES, views_of
+from mm1.engine.convert import CLIP, LLAMA, MIXTURES, views_of
+from mm1.engine.data.batch import Batch
 from mm1.engine.decoder import DecoderLM
-from mm1.engine.model import MM1
+from mm1.engine.model import MM1, Losses
+from mm1.engine.vision import VisionEncoder
 from mm1.integrations.torchvision import declare_operators
 
 
@@ -41,50 +46,230 @@ def transformers_decoder(decoder: DecoderLM) -> Any:
     return model
 
 
-class Abstractor(nn.Module):
-    """Of images of one size, as Honeybee's code assembles it of timm's stages; without blocks the mean alone."""
+@dataclass(frozen=True)
+class Inputs:
+    """A batch in the form that transformers takes: B rows of L tokens, their images, and the targets."""
 
-    def __init__(self, c: config.Model):
+    tokens: Tensor  # int64 [B, L]
+    image_slots: Tensor  # int64 [N·n], where each image token stands among the B·L tokens
+    images: tuple[Any, ...]  # arguments of the vision model
+    decoder: dict[str, Any]  # further arguments of the decoder
+    target_count: int
+
+
+class ClipVision(nn.Module):
+    """CLIP's encoder, for images of one size.
+
+    The position of the class token is our class token, and CLIP's own class embedding a constant zero: their sum has
+    then one gradient, as ours has.
+    """
+
+    def __init__(self, c: config.Vision, encoder: VisionEncoder):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        self.config = c
+        self.model = CLIPVisionModel(CLIPVisionConfig(image_size=c.table[0] * c.patch, **_sizes(c)))
+        weight = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
+        positions = torch.cat([encoder.class_token[None], encoder.positions.flatten(0, 1)])
+        _share(self.model, encoder, {
+            "patch_weight": weight, "positions": positions, "class_token": torch.zeros_like(encoder.class_token),
+        })  # fmt: skip
+        self.model.embeddings.class_embedding.requires_grad_(False)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor]:
+        """Return normalised pixels, fp32 [N, 3, S, S]."""
+        ((count, h, w),) = _runs(batch)
+        pixels = batch.pixels[: count * h * w * self.config.patch**2].view(count, h * self.config.patch, -1, 3)
+        return (_normalised(pixels, self.config).permute(0, 3, 1, 2).contiguous(),)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Return the features [N, Dv, h, w]."""
+        features = self.model(pixels).last_hidden_state[:, 1:].transpose(1, 2)
+        return [features.unflatten(2, self.config.table)]
+
+
+class Siglip2Vision(nn.Module):
+    """Siglip 2's NaFlex encoder on images of any size: their patches in one row, a mask between images.
+
+    Of 10 images of digits on two cores, forward and backward took 8 ms this way, 10 ms padded to the largest image (the
+    form its own processor makes, whose positions are resampled image by image) and 42 ms size by size.
+    """
+
+    def __init__(self, c: config.Vision, encoder: VisionEncoder):
+        super().__init__()
+        from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+        self.config = c
+        sizes = Siglip2VisionConfig(num_patches=math.prod(c.table), vision_use_head=False, **_sizes(c))
+        self.model = Siglip2VisionModel(sizes)
+        self.model.embeddings.patch_embedding.register_parameter("bias", None)
+        _share(self.model, encoder, {"positions": encoder.positions.flatten(0, 1)})
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[tuple[int, int, int], ...]]:
+        """Return patches fp32 [1, P, 3p²], the mask of pairs bool [1, 1, P, P], and the runs of equal sizes."""
+        p, first, patches, runs = self.config.patch, 0, [], _runs(batch)
+        for count, h, w in runs:
+            rows = count * h * w * p * p
+            pixels = batch.pixels[first : first + rows].view(count, h, p, w, p, 3)
+            patches.append(_normalised(pixels, self.config).transpose(2, 3).reshape(count * h * w, -1))
+            first += rows
+        lengths = torch.tensor([h * w for count, h, w in runs for _ in range(count)], device=batch.pixels.device)
+        image = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        return torch.cat(patches)[None], (image[:, None] == image)[None, None], runs
+
+    def forward(self, patches: Tensor, mask: Tensor, runs: tuple[tuple[int, int, int], ...]) -> list[Tensor]:
+        """Return the features of each run, [count, Dv, h, w]."""
+        table = self.model.embeddings.position_embedding.weight.T.view(1, -1, *self.config.table)
+        positions = [
+            F.interpolate(table, (h, w), mode="bilinear", antialias=True).flatten(2)[0].T.repeat(count, 1)
+            for count, h, w in runs
+        ]
+        x = self.model.embeddings.patch_embedding(patches) + torch.cat(positions)
+        x = self.model.encoder(x, attention_mask=mask).last_hidden_state[0]
+        rows = x.split([count * h * w for count, h, w in runs])
+        return [y.view(count, h, w, -1).permute(0, 3, 1, 2) for y, (count, h, w) in zip(rows, runs)]
+
+
+def vision_of(c: config.Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
+    """Return the encoder of transformers that computes what ours does, with our parameters.
+
+    Raises ValueError if transformers has none.
+    """
+    v, plain_blocks = c.vision, c.vision.bias and not c.vision.patch_norm
+    whole = c.image_mode == "squash" and v.table == (c.image_size // v.patch,) * 2
+    if plain_blocks and v.class_token and v.pre_norm and whole:
+        return ClipVision(v, encoder)
+    square = v.table[0] == v.table[1]
+    if plain_blocks and not v.class_token and not v.pre_norm and v.interpolation == "bilinear" and square:
+        return Siglip2Vision(v, encoder)
+    raise ValueError("transformers has no encoder that computes what this model's does")
+
+
+class Abstractor(nn.Module):
+    """Our connector as Honeybee's code assembles it of timm's stages, with its parameters; without blocks the mean.
+
+    timm's stages take images of one size, so the first runs once for each size; after the pool all are equal.
+    Raises ValueError for a connector that this is not.
+    """
+
+    def __init__(self, c: config.Model, connector: nn.Module):
         super().__init__()
         k, width = c.connector, c.vision.width
-        side, blocks = math.isqrt(k.tokens), k.depth if k.kind == "c-abstractor" else 0
-        stages = [nn.Identity(), nn.Identity()]
+        whole = c.image_mode == "squash" and k.position_grid == (c.image_size // c.vision.patch,) * 2
+        if k.kind == "attention" or (k.kind == "c-abstractor" and k.position_grid and not whole):
+            raise ValueError("timm has no stages that compute what this model's connector does")
+        self.side, blocks = math.isqrt(k.tokens), k.depth if k.kind == "c-abstractor" else 0
+        if k.kind == "c-abstractor" and k.position_grid:
+            self.pos_emb = connector.pos_emb
         if blocks:
             from timm.layers import LayerNorm2d
             from timm.models.regnet import RegStage
 
-            stages = [RegStage(depth=blocks, in_chs=wide, out_chs=k.hidden, stride=1, dilation=1, act_layer=nn.SiLU,
-                               norm_layer=LayerNorm2d) for wide in (width, k.hidden)]  # fmt: skip
+            norm = partial(LayerNorm2d, eps=1e-5)
+            self.net = nn.ModuleDict({
+                place: RegStage(depth=blocks, in_chs=wide, out_chs=k.hidden, stride=1, dilation=1, act_layer=nn.SiLU,
+                                norm_layer=norm) for place, wide in (("0", width), ("2", k.hidden))
+            })  # fmt: skip
             width = k.hidden
-        self.net = nn.Sequential(stages[0], nn.AdaptiveAvgPool2d(side), stages[1])
         self.readout = readout(width, c.decoder.width, k.readout_depth)
+        self.load_state_dict(dict(connector.named_parameters()), assign=True)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[N, Dv, h, w] -> [N, n, D]"""
-        return self.readout(self.net(features).flatten(2).transpose(1, 2))
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """[count, Dv, h, w] of each size -> [N, n, D]"""
+        if hasattr(self, "pos_emb"):
+            features = [x + self.pos_emb.transpose(1, 2).unflatten(2, x.shape[2:]) for x in features]
+        stages = self.net if hasattr(self, "net") else {"0": nn.Identity(), "2": nn.Identity()}
+        pooled = [F.adaptive_avg_pool2d(stages["0"](x), self.side) for x in features]
+        return self.readout(stages["2"](torch.cat(pooled)).flatten(2).transpose(1, 2))
 
 
 class TransformersModel(nn.Module):
-    """CLIP's encoder, timm's stages as a connector, and transformers' decoder of our sizes."""
+    """MM1 of modules of transformers and timm, with the parameters of ours: it must give the same loss.
 
-    def __init__(self, c: config.Model):
+    Its decoder has no loss that balances experts, which transformers makes only if asked to: that is work which it is
+    spared.
+    """
+
+    def __init__(self, model: MM1):
         super().__init__()
-        v = c.vision
-        self.decoder = transformers_decoder(MM1(c).initialize().decoder).train()
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+        c = model.config
+        self.decoder = transformers_decoder(model.decoder).train()
+        with torch.device(model.decoder.head_weight.device):
+            self.vision = vision_of(c, model.vision)
+            self.connector = Abstractor(c, model.connector)
+        self.image_norm = model.image_norm
 
-        self.vision = CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=v.width, intermediate_size=v.ffn, num_hidden_layers=v.layers, num_attention_heads=v.heads,
-            image_size=c.image_size, patch_size=v.patch, hidden_act=v.activation,
-        ))  # fmt: skip
-        self.connector = Abstractor(c)
+    def inputs(self, batch: Batch, packed: bool) -> Inputs:
+        """Return a packed batch as one row without padding, or a padded one as one row a document.
 
-    def forward(self, tokens: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
-        """int [B, L], what is no padding bool [B, L], labels [B, L], fp32 [N, 3, S, S] -> mean loss."""
-        x = self.decoder.get_input_embeddings()(tokens)
-        if len(pixels):
-            features = self.vision(pixels).last_hidden_state[:, 1:].transpose(1, 2)
-            side = math.isqrt(features.shape[2])
-            images = self.connector(features.unflatten(2, (side, side)))
-            x = x.masked_scatter((tokens == mix.IMAGE)[..., None], images.to(x.dtype))
-        return self.decoder(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False).loss
+        Padding stands on the right, where causal attention needs no mask for it. The head of a packed row sees the rows
+        with a target alone; transformers cannot choose other rows for each document.
+        """
+        tokens, documents = batch.tokens[: batch.used_tokens].long(), len(batch.keys)
+        targets = batch.targets[: batch.used_tokens].long()
+        decoder: dict[str, Any] = {"use_cache": False, "num_items_in_batch": 1}  # the loss is a sum
+        if packed:
+            cu_seqlens = batch.cu_seqlens[: documents + 1]
+            longest, targets = int(cu_seqlens.diff().max()), targets[batch.target_rows]
+            decoder |= {
+                "position_ids": batch.positions[: batch.used_tokens].long()[None], "logits_to_keep": batch.target_rows,
+                "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest,
+                "max_length_k": longest,
+            }  # fmt: skip
+        rows = 1 if packed else documents
+        images = len(batch.grids.sizes or ())
+        return Inputs(
+            tokens=tokens.view(rows, -1),
+            image_slots=batch.image_slots[: images * self.connector.side**2],
+            images=self.vision.inputs(batch) if images else (),
+            decoder=decoder | {"labels": targets.view(rows, -1), "shift_labels": targets.view(rows, -1)},
+            target_count=batch.target_count,
+        )
+
+    def forward(self, inputs: Inputs) -> Losses:
+        x = self.decoder.get_input_embeddings()(inputs.tokens)
+        if inputs.images:
+            tokens = self.image_norm(self.connector(self.vision(*inputs.images)).float()).flatten(0, 1)
+            x = x.flatten(0, 1).index_copy(0, inputs.image_slots, tokens.to(x.dtype)).view_as(x)
+        nll = self.decoder(inputs_embeds=x, **inputs.decoder).loss
+        return Losses(nll, nll.new_zeros(()), nll.new_zeros(()))
+
+    def attend_by(self, implementation: str) -> None:
+        """Let the decoder attend by one of transformers' implementations. Raises ImportError where it is missing."""
+        if self.decoder.config._attn_implementation != implementation:
+            self.decoder.set_attn_implementation(implementation)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the modules that are compiled: whole models, which have more to fuse than a layer."""
+        return [self.vision.model.encoder, self.decoder.model]
+
+    def objective(self, losses: Losses, targets: int) -> Tensor:
+        """Return what is minimised, summed over targets, as MM1.objective does."""
+        return losses.nll
+
+
+def _sizes(c: config.Vision) -> dict[str, Any]:
+    """Return the sizes that all vision models of transformers name alike."""
+    return {
+        "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads, "patch_size": c.patch, "hidden_act": c.activation, "layer_norm_eps": c.eps,
+    }  # fmt: skip
+
+
+def _share(model: Any, encoder: VisionEncoder, others: dict[str, Tensor]) -> None:
+    """Give `model` the encoder's parameters; others: by our name, those that it keeps in another shape."""
+    model.post_layernorm = nn.Identity()  # of the pooled output, which is not used
+    views = views_of(encoder, CLIP) | {CLIP[name]: value for name, value in others.items()}
+    model.load_state_dict(views, assign=True)
+
+
+def _runs(batch: Batch) -> tuple[tuple[int, int, int], ...]:
+    """Return (count, h, w) of the images of one size that stand side by side."""
+    return tuple((len(list(run)), h, w) for (h, w), run in groupby(batch.grids.sizes or ()))
+
+
+def _normalised(pixels: Tensor, c: config.Vision) -> Tensor:
+    """Return uint8 pixels [..., 3] as a processor hands them over: fp32, less the mean, over the deviation."""
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (c.mean, c.std))
+    return (pixels / 255 - mean) / std

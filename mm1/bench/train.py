@@ -1,8 +1,8 @@
 """The training step from plain torch to everything on, one change a rung, and what others make of the same documents.
 
 A step is what the trainer does: forward, backward, clipping, AdamW, on as many documents as fill one packed sequence.
-All rungs share weights and optimizer state, and the rate is 0, so that they take turns on the very same work. Before
-anything is timed each must give the first rung's loss and gradient norm.
+All rungs and peers share weights and optimizer state, and the rate is 0, so that they take turns on the very same work
+and a GPU holds one model. Before anything is timed each must give the first rung's loss and gradient norm.
 """
 
 import gc
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mm1.autotune.gpu_state import watched
 from mm1.bench import mix, plain
@@ -36,7 +36,6 @@ from mm1.engine.model import MM1
 from mm1.engine.optim import adamw
 from mm1.engine.recompute import recomputed
 from mm1.engine.vision import VisionBlock
-from mm1.kernels.linear_cross_entropy import IGNORED
 
 SETS = 3  # of documents; the first is timed, the others show what is compiled again
 TOLERANCES = {"loss": {"fp32": 1e-5, "bf16": 2e-3}, "gradient norm": {"fp32": 1e-4, "bf16": 3e-2}}
@@ -62,7 +61,11 @@ DEFAULTS = {"cpu": ("digits", "digits-dense"), "cuda": ("mm1-1b", "mm1-3b-moe-4x
 
 
 class Rung(NamedTuple):
-    """plain: what torch does by itself, of CHANGES. baseline: stands beside the ladder."""
+    """A way to take a step.
+
+    plain: what torch does by itself, of CHANGES. baseline: stands beside the ladder. peer: transformers' model takes
+    the step instead of ours, by this one of its attention implementations.
+    """
 
     name: str
     change: str
@@ -71,6 +74,7 @@ class Rung(NamedTuple):
     recompute: str = "none"
     float8: bool = False
     baseline: bool = False
+    peer: str = ""
 
     @property
     def packed(self) -> bool:
@@ -85,6 +89,25 @@ CHANGES = {
     "optimizer": Rung("fused AdamW", "one pass over weights, gradients and state"),
 }
 FULL = Rung("torch.compile", "each kind of block compiled", compiled=True)
+
+
+def peers(device: str) -> list[Rung]:
+    """Return transformers' ways to take the same step, eager and compiled; a GPU adds two kinds of attention."""
+    padded = frozenset(CHANGES)
+    packed = padded - {"documents"}
+    ways = [
+        ("packed", "its modules and timm's; documents in one row, a mask keeps them apart; eager", packed, "sdpa"),
+        ("padded", "the same, documents padded to the longest, which needs no mask; eager", padded, "sdpa"),
+        ("flash", "packed, flash-attn inside each document; eager", packed, "flash_attention_2"),
+        ("flex", "packed, flex_attention with a mask of blocks; eager", packed, "flex_attention"),
+    ]
+    rungs = [
+        Rung(f"transformers {name}", about, plain, baseline=True, peer=attention)
+        for name, about, plain, attention in ways
+        if device == "cuda" or attention == "sdpa"
+    ]
+    compiled = {"compiled": True, "change": "the same by torch.compile"}
+    return [way for rung in rungs for way in (rung, rung._replace(name=f"{rung.name} compiled", **compiled))]
 
 
 def ladder(c: config.Model, dtype: str = "fp32") -> list[Rung]:
@@ -166,33 +189,30 @@ class Steps:
 
     def row(self, rounds: int | None, budget: float) -> Row:
         ways, failed = self.check(ladder(self.config, self.dtype))
-        # Two models are too large for many a GPU: there the peer is timed when ours is gone.
-        in_turns = self.device.type == "cpu"
-        others = self.peers(failed) if in_turns else {}
-        steps = {name: way.step for name, way in (ways | others).items()}
-        samples = interleaved(steps, rounds=rounds, budget=budget)
+        others, missing = self.check_peers(next(iter(ways.values()), None))
+        ways, failed = ways | others, failed | missing
+        samples = interleaved({name: way.step for name, way in ways.items()}, rounds=rounds, budget=budget)
         share, seconds, failed = noise(samples), samples.seconds, failed | samples.failed
-        self.release()
-        if not in_turns:
-            others = self.peers(failed)
-            turns = max((len(taken) for taken in seconds.values()), default=rounds or 1)
-            alone = interleaved({name: way.step for name, way in others.items()}, rounds=turns, control=False)
-            seconds, failed = seconds | alone.seconds, failed | alone.failed
-        ways |= others
         variants = {name: self._variant(seconds[name], way) for name, way in ways.items() if name in seconds}
         for name, variant in variants.items():
             variant["ratio"] = ratio(seconds[name], seconds[next(iter(variants))])
         _print(variants, failed, share)
         totals = self.ledger(FULL).totals()
+        self.release()
         return {"shape": self.shape, "ledger": totals, "peak": self.peak, "noise": share, "variants": variants,
                 "failed": failed}  # fmt: skip
 
-    def peers(self, failed: dict[str, str]) -> "dict[str, Way]":
+    def check_peers(self, truth: Way | None = None) -> tuple[dict[str, Way], dict[str, str]]:
+        """Do as `check` does, for transformers' ways, if it can build this model."""
         try:
-            return transformers_ways(self)
+            self.peer = TransformersModel(self.model)
+            self.peer_inputs = {
+                packed: [self.peer.inputs(batch, packed) for batch in sets[0]] for packed, sets in self.sets.items()
+            }
         except Exception as error:
-            failed["transformers"] = "not installed" if isinstance(error, ImportError) else reason(error)
-            return {}
+            return {}, {"transformers": "not installed" if isinstance(error, ImportError) else reason(error)}
+        self.peer_optimizer = _sharing_moments(self.peer, self.optimizers[False])
+        return self.check(peers(self.device.type), truth)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -203,14 +223,14 @@ class Steps:
             "packed": len(packed.tokens), "padded": sum(len(batch.tokens) for batch in padded),
         }  # fmt: skip
 
-    def check(self, rungs: Sequence[Rung]) -> tuple[dict[str, Way], dict[str, str]]:
-        """The rungs that give the first one's loss and gradient norm, and why others do not."""
+    def check(self, rungs: Sequence[Rung], truth: Way | None = None) -> tuple[dict[str, Way], dict[str, str]]:
+        """Return the rungs that give the loss and gradient norm of `truth` (None: the first), and why others do not."""
         ways: dict[str, Way] = {}
         failed: dict[str, str] = {}
         for rung in rungs:
             try:
                 way = self._try(rung)
-                if wrong := self._differs(way, next(iter(ways.values()), way)):
+                if wrong := self._differs(way, truth or next(iter(ways.values()), way)):
                     failed[rung.name] = wrong
                 else:
                     ways[rung.name] = way
@@ -230,7 +250,8 @@ class Steps:
         return f"{' and '.join(wrong)} from that of {truth.rung.name!r}" if wrong else None
 
     def _try(self, rung: Rung) -> Way:
-        batches, *others = self.sets[rung.packed]
+        # A peer that is compiled is so for the timed batch alone: others would only make its shapes variables.
+        batches, *others = [self.peer_inputs[rung.packed]] if rung.peer else self.sets[rung.packed]
         before, on_disk, begin = _graphs(), _cache_hits(), time.perf_counter()
         found = self._loss(rung, batches)
         first, once, on_disk = time.perf_counter() - begin, _graphs() - before, _cache_hits() - on_disk
@@ -242,55 +263,71 @@ class Steps:
         data = self.data_seconds(rung)
         return Way(rung, step, self.ledger(rung), data, found, first, recompiles, on_disk, peak)
 
-    def _loss(self, rung: Rung, batches: Sequence[Batch]) -> dict[str, float]:
-        """Mean over targets, and the norm of its gradient; a mixture's other losses see padding too."""
-        total, loss = sum(batch.target_count for batch in batches), 0.0
+    def _model(self, rung: Rung) -> MM1 | TransformersModel:
+        return self.peer if rung.peer else self.model
+
+    def _loss(self, rung: Rung, batches: Sequence[Any]) -> dict[str, float]:
+        """Return the mean over targets and the norm of its gradient; a mixture's other losses see padding too."""
+        total, loss, model = sum(batch.target_count for batch in batches), 0.0, self._model(rung)
         with self.running(rung):
             for batch in batches:
                 with self.autocast():
-                    nll = self.model(batch).nll / total
+                    nll = model(batch).nll / total
                 nll.backward()
                 loss += nll.item()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self.model.zero_grad(set_to_none=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad(set_to_none=True)
         return {"loss": loss, "gradient norm": norm.item()}
 
-    def step(self, rung: Rung, batches: Sequence[Batch]) -> None:
+    def step(self, rung: Rung, batches: Sequence[Any]) -> None:
+        model = self._model(rung)
+        optimizer = self.peer_optimizer if rung.peer else self.optimizers["optimizer" in rung.plain]
         with self.running(rung):
             for batch in batches:
                 with self.autocast():
-                    objective = self.model.objective(self.model(batch), batch.target_count)
+                    objective = model.objective(model(batch), batch.target_count)
                 objective.backward()
-            finish(self.model, self.optimizers["optimizer" in rung.plain], sum(b.target_count for b in batches))
+            finish(model, optimizer, sum(batch.target_count for batch in batches))
 
     @contextmanager
     def running(self, rung: Rung) -> Iterator[None]:
         """Within, the model computes as the rung says."""
-        with ExitStack() as stack:
+        # Every way's variants of a block count together.
+        with torch._dynamo.config.patch(recompile_limit=64), ExitStack() as stack:
             swap = lambda *args: stack.enter_context(patch.object(*args))  # noqa: E731
-            if "attention" in rung.plain:
-                swap(decoder, "attention", plain.MaskedAttention() if rung.packed else plain.batched_attention)
-                swap(vision, "attention", plain.batched_attention if self.same_size else plain.padded_attention)
-            if "vision" in rung.plain:
-                swap(vision, "patch_embed", plain.patch_embed)
-                swap(connector, "conv_block", plain.conv_block)
-            for block in _blocks(self.model):
-                if isinstance(mlp := getattr(block, "mlp", None), Experts) and "experts" in rung.plain:
-                    swap(mlp, "backend", BACKENDS["torch"]())
-                if rung.compiled and self._compilable(block, rung):
+            if rung.peer:
+                self.peer.attend_by(rung.peer)
+                for block in self.peer.blocks() if rung.compiled else ():
                     swap(block, "forward", self._compiled(block, rung))
+            else:
+                self._change(rung, swap)
             for parent, name, linear in converted(self.model.decoder, "tensorwise") if rung.float8 else ():
                 stack.enter_context(patch.dict(parent._modules, {name: linear}))
-            with torch._dynamo.config.patch(recompile_limit=64):  # every way's variants of a block count together
-                yield
+            yield
+
+    def _change(self, rung: Rung, swap: Callable) -> None:
+        """Put in place of the engine's functions and modules those that the rung names."""
+        if "attention" in rung.plain:
+            swap(decoder, "attention", plain.MaskedAttention() if rung.packed else plain.batched_attention)
+            swap(vision, "attention", plain.batched_attention if self.same_size else plain.padded_attention)
+        if "vision" in rung.plain:
+            swap(vision, "patch_embed", plain.patch_embed)
+            swap(connector, "conv_block", plain.conv_block)
+        for block in _blocks(self.model):
+            if isinstance(mlp := getattr(block, "mlp", None), Experts) and "experts" in rung.plain:
+                swap(mlp, "backend", BACKENDS["torch"]())
+            if rung.compiled and self._compilable(block, rung):
+                swap(block, "forward", self._compiled(block, rung))
 
     def _compiled(self, block: nn.Module, rung: Rung) -> Callable:
         key = (block, rung.recompute, rung.baseline)
         if key not in self.compiled:
             again = rung.recompute != "none" and not isinstance(block, ConvBlock)
             forward = recomputed(block.forward, rung.recompute) if again else block.forward
-            # Where batches are of several shapes, as torch chooses: from the second on with shapes as variables.
-            self.compiled[key] = torch.compile(forward, dynamic=None if rung.baseline else False)
+            # Where batches are of several shapes, as torch chooses: from the second on with shapes as variables. A peer
+            # is compiled for each of its shapes, which makes it fastest.
+            dynamic = None if rung.baseline and not rung.peer else False
+            self.compiled[key] = torch.compile(forward, dynamic=dynamic)
         return self.compiled[key]
 
     def _compilable(self, module: nn.Module, rung: Rung) -> bool:
@@ -303,11 +340,23 @@ class Steps:
         """Of a step on the first set."""
         batches = self.sets[rung.packed][0]
         load = Load.of(batches[0]) if rung.packed else mix.load_of_padded(self.documents, batches)
-        if "attention" in rung.plain:
+        if rung.peer:
+            load = self._peer_load(rung, load)
+        elif "attention" in rung.plain:
             rows = batches[0].grids.longest + self.config.vision.class_token
             pairs = load.tokens**2 if rung.packed else load.pairs
             load = replace(load, pairs=pairs, patch_pairs=load.images * rows**2)
         return ledger(self.config, load, recompute=rung.recompute)
+
+    def _peer_load(self, rung: Rung, load: Load) -> Load:
+        """Return what transformers computes: no rows beyond the documents' (packed) and the images' own, but all pairs
+        behind a mask, and, of padded documents, the head on every row."""
+        patches = sum(h * w for h, w in load.grids)
+        tokens = sum(load.documents) if rung.packed else load.tokens
+        masked = not self.config.vision.class_token  # images share a row
+        load = replace(load, tokens=tokens, routed=tokens, images=len(load.grids), patches=patches)
+        load = replace(load, patch_pairs=patches**2 if masked else None, heads=None if rung.packed else tokens)
+        return replace(load, pairs=tokens**2) if rung.packed and rung.peer == "sdpa" else load
 
     def data_seconds(self, rung: Rung) -> float:
         taken = []
@@ -330,8 +379,9 @@ class Steps:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
 
     def release(self) -> None:
-        """Of the model only its documents stay."""
-        del self.model, self.optimizers, self.compiled
+        """Free both models, so that a GPU has room for the next."""
+        for name in ("model", "optimizers", "compiled", "peer", "peer_inputs", "peer_optimizer"):
+            vars(self).pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -379,6 +429,18 @@ def _optimizers(model: MM1) -> dict[bool, torch.optim.Optimizer]:
     return {False: fused, True: eager}
 
 
+def _sharing_moments(peer: TransformersModel, ours: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the engine's AdamW for the peer; a parameter that is part of one of ours has that one's moments."""
+    optimizer = adamw(peer.named_parameters(), config.Train(), 0.0)
+    owners = {parameter.untyped_storage().data_ptr(): state for parameter, state in ours.state.items()}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if state := owners.get(parameter.untyped_storage().data_ptr()):
+            shape = parameter.shape, parameter.stride(), parameter.storage_offset()
+            moments = {name: state[name].as_strided(*shape) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = moments | {"step": state["step"].clone()}
+    return optimizer
+
+
 def _blocks(model: MM1) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, VisionBlock | ConvBlock | Block)]
 
@@ -392,55 +454,6 @@ def _cache_hits() -> int:
     """How many of them Inductor or AOTAutograd had on disk."""
     counters = torch._dynamo.utils.counters
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-
-
-# As its users run it.
-PEERS = [
-    Rung("transformers", "CLIP, timm's stages, decoder of our sizes; padded, eager, fused AdamW", frozenset(CHANGES),
-         baseline=True),
-    Rung("transformers compiled", "the same by torch.compile", frozenset(CHANGES), compiled=True, baseline=True),
-]  # fmt: skip
-
-
-def transformers_ways(steps: Steps) -> dict[str, Way]:
-    """On the padded batches; images are all of the full size, and ready as floats."""
-    c, batches = steps.config, steps.sets[False][0]
-    torch.manual_seed(0)
-    model = TransformersModel(c).to(steps.device)
-    optimizer = adamw(model.named_parameters(), config.Train(), 0.0)
-    inputs = [(_inputs(c, batch), batch.target_count) for batch in batches]
-    targets = sum(count for _, count in inputs)
-
-    def step(call: Callable[..., Tensor]) -> None:
-        for given, count in inputs:
-            with steps.autocast():
-                loss = call(*given) * count
-            loss.backward()
-        finish(model, optimizer, targets)
-
-    same = replace(c, vision=replace(c.vision, class_token=True))
-    load, side = mix.load_of_padded(steps.documents, batches), c.image_size // c.vision.patch
-    images, longest = len(load.grids), int(batches[0].cu_seqlens[1])
-    load = replace(load, grids=[(side, side)] * images, images=images, patches=images * side**2,
-                   pairs=load.tokens * longest, heads=load.tokens)  # fmt: skip
-    ways = {}
-    for rung in PEERS:
-        once = partial(step, torch.compile(model) if rung.compiled else model)
-        begin = time.perf_counter()
-        once()
-        first = time.perf_counter() - begin
-        data, peak = steps.data_seconds(rung), steps.peak_bytes(once)
-        ways[rung.name] = Way(rung, once, ledger(same, load), data, {}, first, 0, 0, peak)
-        print(f"  {rung.name:20} first {first:.1f} s", flush=True)
-    return ways
-
-
-def _inputs(c: config.Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens = batch.tokens.view(len(batch.cu_seqlens) - 1, -1).long()
-    mask = tokens != mix.PAD
-    labels = torch.where(mask & (tokens != mix.IMAGE), tokens, IGNORED)
-    images = len(batch.grids.sizes or ())
-    return tokens, mask, labels, torch.randn(images, 3, c.image_size, c.image_size, device=tokens.device)
 
 
 def _print(variants: dict[str, Any], failed: dict[str, str], share: float | None) -> None:

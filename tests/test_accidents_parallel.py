@@ -74,9 +74,14 @@ def test_a_checkpoint_is_whole_before_the_next_save_and_a_killed_rank_loses_noth
     again.end()
 
 
-@pytest.mark.parametrize("sent", ["SIGTERM to torchrun", "SIGUSR1 to torchrun", "SIGUSR1 to one", "SIGTERM to all"])
+PASSED_ON = ("--shutdown-timeout=600", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # README's
+SENT = {"SIGTERM to torchrun": (), "SIGUSR1 to torchrun": (), "SIGUSR1 to torchrun, passed on": PASSED_ON,
+        "SIGUSR1 to one": (), "SIGTERM to all": ()}  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", SENT)
 def test_a_signal_makes_all_processes_save_once_and_leaves_none_behind(sent, tmp_path):
-    launched = Launched("train", tmp_path / "run")
+    launched = Launched("train", tmp_path / "run", options=SENT[sent])
     launched.wait_for(lambda: len(launched.lines()) >= 3)
     if "torchrun" in sent:
         launched.popen.send_signal(signal.Signals[sent.split()[0]])

@@ -2,9 +2,8 @@
 
 A checkpoint holds each parameter and both of AdamW's moments in fp32, 12 bytes a parameter. One process copies a file
 at a time to its host, writes it and reads it back for its checksum while the run waits. Of several processes each
-copies its share, for which the run waits, and writes it beside the next steps (torch.distributed.checkpoint's
-async_save); shares that several processes hold are written once. The first process then reads all files back for their
-checksums, for which the others wait.
+copies its share, for which the run waits, then writes it and reads it back for its checksum beside the next steps
+(torch.distributed.checkpoint's async_save); shares that several processes hold are written once.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from mm1.engine.ledger import Load
 NODE = 8  # GPUs, and so processes, of a node
 COPIED = 3e9  # bytes/s that one GPU sends to pageable host memory, into which async_save copies; not measured
 CHECKSUM = 1.5e9  # bytes/s of SHA-256 on one core with SHA instructions; a file is read by one thread
-THREADS = 32  # of ThreadPoolExecutor by default, on machines of 28 cores and more
 # Bytes a stored tensor takes beside its values: its entry in a safetensors header; a zip archive and an entry in the
 # metadata of torch.distributed.checkpoint. Measured on checkpoints of a small model.
 ENTRY, SHARD_ENTRY = 100, 1_800
@@ -49,14 +47,15 @@ def checkpoint(
     alone = gpus == 1
     size = 12 * parameters + (ENTRY if alone else SHARD_ENTRY) * tensors + TEXTS
     largest = 8 * parameters if alone else size / gpus  # the optimizer's file; the file of one process
+    rate = storage * -(-gpus // NODE)
     seconds = {
         "copying to host memory": 12 * held / COPIED,
-        "writing": size / (storage * -(-gpus // NODE)),
-        "reading back for checksums": max(size / storage, largest / CHECKSUM, size / (CHECKSUM * THREADS)),
+        "writing": size / rate,
+        "reading back for checksums": max(size / rate, largest / CHECKSUM),
     }
     waited = sum(seconds.values())
-    if not alone:  # writing has the time until the next save
-        waited -= min(seconds["writing"], t.save_every * step)
+    if not alone:  # all but the copy has the time until the next save
+        waited -= min(seconds["writing"] + seconds["reading back for checksums"], t.save_every * step)
     saves = -(-t.steps // t.save_every)
     return Checkpoint(
         size, size / gpus, (t.keep + 1) * size, seconds, waited, saves * waited / (t.steps * step + saves * waited)

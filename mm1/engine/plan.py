@@ -382,7 +382,7 @@ def show(plan: Plan) -> str:
     remedies = [f"  would fit: {text}" for text in plan.remedies] or ["  nothing tried would fit"]
     names = {"FSDP": "FSDP (beside operations)", "tensor": "tensor parallelism", "expert": "expert parallelism"}
     every = f"every {plan.save_every:,} steps"
-    behind = {"writing": "   beside the steps"} if plan.gpus > 1 else {}
+    hidden = ("writing", "reading back for checksums") if plan.gpus > 1 else ()
     host_fits = ""
     if plan.host_memory is not None:
         host_fits = f"   {'fits' if on_host <= plan.host_memory else 'does not fit'} in {plan.host_memory / 1e9:g}"
@@ -398,7 +398,7 @@ def show(plan: Plan) -> str:
         f"  {'total':32}{plan.step:8.2f}   MFU {plan.mfu:.1%}",
         "", f"{plan.tokens_per_second:,.0f} tokens/s, {plan.images_per_second:,.0f} images/s, {plan.days:,.1f} days",
         "", f"checkpoint of {_bytes(saved.size)}, {_bytes(saved.process)} a process, {every}, s",
-        *(f"  {name:32}{n:8.2f}{behind.get(name, '')}" for name, n in saved.seconds.items()),
+        *(f"  {name:32}{n:8.2f}{'   beside the steps' * (name in hidden)}" for name, n in saved.seconds.items()),
         f"  {'the run waits':32}{saved.waited:8.2f}   {saved.share:.1%} of its time",
         f"  {_bytes(saved.disk)} of disk: the checkpoints that train.keep keeps, and one being written",
         "", "host memory of a node, GB",

@@ -327,7 +327,7 @@ def other_tokenizer(folder: Path) -> Path:
 
 def test_weights_are_not_begun_with_under_another_tokenizer_unless_told_to(texts, trained_on_a, tmp_path):
     run = of_texts(texts, "a", tokenizer=str(other_tokenizer(tmp_path)))
-    run = changed(run, "train", init=str(trained_on_a), steps=1)
+    run = changed(run, "train", init=str(trained_on_a))
     with pytest.raises(DataError, match=r"gives other token ids than .*tokenizer\.json.*data\.tokenizer"):
         Trainer(run, tmp_path / "refused", Told(), False)
     Trainer(run, tmp_path / "accepted", Told(), False, accept_other_data=True)

@@ -108,7 +108,7 @@ def test_a_file_or_source_that_came_or_went_is_named(folder):
     assert "data.sources[1].kind: nothing, was text" in lines
     assert "data.sources[1].files: 0 files, was text.txt (200 records)" in lines
     heavier = told(run_in(folder, sources=(captions, dataclasses.replace(text, weight=20))), before)
-    assert heavier == ["data.sources[1].weight: 20, was 10"]
+    assert heavier == ["data.sources[1].weight: 20.0, was 10.0"]
 
 
 def test_another_tokenizer_of_the_same_size_is_named(folder):

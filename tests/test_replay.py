@@ -65,7 +65,7 @@ def test_another_result_of_the_same_data_is_hardware(folder):
 def test_results_that_vary_are_hardware(folder, monkeypatch):
     compute, count = module._compute, iter(range(9))
     monkeypatch.setattr(module, "_compute", lambda *a: compute(*a)._replace(loss=1.0 + next(count)))
-    assert replay(folder, 10)["verdict"][0].startswith("hardware: two computations of the same differ")
+    assert replay(folder, 10)["verdict"][0].startswith("hardware: two computations of the same step differ")
 
 
 def test_what_fp32_does_not_confirm_is_a_kernel(folder, monkeypatch):

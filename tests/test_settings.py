@@ -44,7 +44,7 @@ ZERO = {  # that mean something
     "model.vision.mean", "model.connector.depth", "model.decoder.experts", "model.decoder.load_balance",
     "model.decoder.z_loss", "data.patches", "data.documents", "data.buffer", "data.workers", "data.streams",
     "train.final_lr", "train.warmup", "train.weight_decay", "train.betas", "train.seed", "train.skips",
-    "train.rewinds", "train.hang",
+    "train.rewinds", "train.hang", "train.save_retries",
 }  # fmt: skip
 
 
@@ -227,7 +227,10 @@ def elsewhere(tmp_path, monkeypatch):
     for name in ("shard-000.txt", "shard-001.txt", "b[1].txt"):
         shutil.copy(FOLDER / "text.txt", folder / "text" / name)
     shutil.copy(FOLDER / "tokenizer.json", folder)
-    texts = {"config.json": json.dumps({"model": to_dict(small_model())}), "tokenizer.json": "{}"}
+    texts = {
+        "config.json": json.dumps({"model": to_dict(small_model())}),
+        "tokenizer.json": (FOLDER / "tokenizer.json").read_text(),
+    }
     model = MM1(small_model()).initialize()
     checkpoint.write(folder / "base", {"model.safetensors": dict(model.state_dict())}, texts)
     toml(

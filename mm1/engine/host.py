@@ -9,7 +9,8 @@ copies its share, for which the run waits, then writes it and reads it back for 
 from dataclasses import dataclass
 
 from mm1.engine import config
-from mm1.engine.data.feed import AHEAD
+from mm1.engine.data import feed
+from mm1.engine.data.packing import DECODED_AHEAD
 from mm1.engine.ledger import Load
 
 NODE = 8  # GPUs, and so processes, of a node
@@ -19,8 +20,6 @@ CHECKSUM = 1.5e9  # bytes/s of SHA-256 on one core with SHA instructions; a file
 # metadata of torch.distributed.checkpoint. Measured on checkpoints of a small model.
 ENTRY, SHARD_ENTRY = 100, 1_800
 TEXTS = 40_000  # bytes of settings, state of the random generator (20 kB) and a small tokenizer
-# Records that Grain decodes ahead: in each loader process by default, and in the thread of a packer without processes.
-WORKER_AHEAD, THREAD_AHEAD = 500, 64
 PROCESS = 3e9  # bytes of a training process: torch, the CUDA libraries, NCCL; not measured
 LOADER = 0.2e9  # bytes of a loader process: Python, NumPy, Grain, PIL and tokenizers; 184 MB were measured
 WAITING = 4  # sequences' worth of tokens that wait in a packer where data.buffer is 0
@@ -72,7 +71,7 @@ def memory(run: config.Run, gpus: int, load: Load, *, held: int, document: int) 
     packers = (d.streams or (4 * data_processes if data_processes > 1 else 1)) // data_processes
     pixels = 3 * run.model.vision.patch**2 * sum(rows * columns for rows, columns in load.grids)
     token = pixels / d.tokens + 4  # bytes, with its share of the pixels
-    ahead = d.workers * WORKER_AHEAD or THREAD_AHEAD
+    ahead = max(1, d.workers) * DECODED_AHEAD
     return {
         "training processes": processes * PROCESS,
         "copy of the checkpoint": processes * (8 if gpus == 1 else 12) * held,
@@ -80,5 +79,5 @@ def memory(run: config.Run, gpus: int, load: Load, *, held: int, document: int) 
         "documents decoded ahead": processes * packers * ahead * min(document, d.tokens) * token,
         "documents waiting in packers": processes * packers * (d.buffer or WAITING * d.tokens) * token,
         # Each one twice: as it was packed, and pinned to be sent. The batch in use is counted too.
-        "batches": processes * 2 * (AHEAD["cuda"] + 1) * d.tokens * token,
+        "batches": processes * 2 * (feed.AHEAD["cuda"] + 1) * d.tokens * token,
     }

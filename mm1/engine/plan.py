@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mm1.engine import config, host
+from mm1.engine.data.packing import DECODED_AHEAD
 from mm1.engine.data.record import DataError
 from mm1.engine.host import NODE
 from mm1.engine.ledger import Load, ledger
@@ -125,7 +126,7 @@ def plan(
     seconds = {part: sequences * n for part, n in each.items()}
     seconds["AdamW"] = ADAMW * held / (DEVICES[device].bandwidth * 1e9)
     step = sum(seconds.values()) - min(seconds["operations"], seconds["FSDP"])
-    ahead, where = (host.WORKER_AHEAD, "them") if run.data.workers else (host.THREAD_AHEAD, "the packers")
+    where = "them" if run.data.workers else "the packers"
     parameters = sum(math.prod(shape) for shape in _parameters(c).values())
     saved = host.checkpoint(
         t, gpus, parameters=parameters, held=held, tensors=sum(3 * s.parts + 1 for s in parts), step=step,
@@ -155,7 +156,7 @@ def plan(
             f"a node writes and reads {storage:g} GB/s of checkpoints; a GPU copies {host.COPIED / 1e9:g} GB/s to"
             f" pageable host memory; SHA-256 runs at {host.CHECKSUM / 1e9:g} GB/s a file",
             f"a training process takes {host.PROCESS / 1e9:g} GB of host memory, a loader process"
-            f" {host.LOADER / 1e9:g} GB; {ahead} documents are decoded ahead in each of {where}",
+            f" {host.LOADER / 1e9:g} GB; {DECODED_AHEAD} documents are decoded ahead in each of {where}",
             "loading data and failures take no time",
         ),
     )  # fmt: skip

@@ -2,12 +2,14 @@
 
 import queue
 import threading
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from mm1.engine.data.batch import Batch
-from mm1.engine.data.streams import Streams
+
+if TYPE_CHECKING:  # a bare GPU image has no Grain
+    from mm1.engine.data.streams import Streams
 
 AHEAD = {"cuda": 2, "cpu": 0}  # batches that are ready
 
@@ -19,7 +21,7 @@ class Feed:
     halved their speed on two cores, and Grain's own threads decode in any case.
     """
 
-    def __init__(self, streams: Streams, device: torch.device, ahead: int | None = None):
+    def __init__(self, streams: "Streams", device: torch.device, ahead: int | None = None):
         self.streams, self.device = streams, device
         self.state, self.skipped = streams.state(), streams.skipped
         self.ahead = AHEAD[device.type] if ahead is None else ahead
@@ -48,6 +50,7 @@ class Feed:
                 self._queue.get_nowait()
             except queue.Empty:
                 self._thread.join(0.01)
+        self.streams.close()
 
     def _made(self, side: "torch.cuda.Stream | None") -> "Fed":
         with torch.cuda.stream(side):

@@ -17,6 +17,7 @@ import grain  # noqa: E402
 from absl import flags  # noqa: E402
 
 from mm1.engine.data.document import Document, DocumentEncoder  # noqa: E402
+from mm1.engine.data.packing import DECODED_AHEAD  # noqa: E402
 from mm1.engine.data.record import DataError, Unreadable  # noqa: E402
 
 
@@ -82,10 +83,12 @@ class Mixture:
         return drawn
 
     def iterate(self, position: int, workers: int, stride: int = 1) -> Iterator[Drawn]:
-        """Every stride-th from `position` on; the order does not depend on the number of workers."""
-        documents = self._documents.slice(slice(position, None, stride))
+        """Return every stride-th record from `position` on; their order does not depend on the number of workers."""
+        # Grain would read 500 records ahead in each worker: of images, gigabytes.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=DECODED_AHEAD)
+        documents = self._documents.slice(slice(position, None, stride)).to_iter_dataset(options)
         if workers:
             if not flags.FLAGS.is_parsed():  # where there is jax, Grain reads a flag of absl, which nobody parses here
                 flags.FLAGS.mark_as_parsed()
-            return iter(documents.to_iter_dataset().mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
-        return iter(documents.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)))
+            documents = documents.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        return iter(documents)

@@ -26,6 +26,7 @@ BUFFER = 4  # batches' worth of tokens that the pool holds by default
 FULL = 0.95  # share of the fullest budget from which on no document is cut
 SHORTEST = 16  # tokens in a head or tail of a document that is cut
 OVERDUE = 8  # a document opens the next batch once so many times the pool's number of records were drawn behind it
+DECODED_AHEAD = 64  # records that a packer's thread, or each of its worker processes, reads before they are wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,10 @@ class Loader:
             if piece >= len(record.documents) or start >= len(record.documents[piece].tokens):
                 raise DataError(f"{record.shard}: {record.key} is not what it was when the checkpoint was written")
             self.waiting.append(self._wait((position, piece), start, record.documents[piece]))
+
+    def close(self) -> None:
+        """End the threads and processes that decode ahead; the next batch starts them again."""
+        self._stream = None
 
     def __iter__(self) -> "Loader":
         return self
@@ -195,4 +200,7 @@ class Loader:
         self.in_a_row[bad.source] = self.in_a_row.get(bad.source, 0) + 1
         self.quarantine.add(bad.shard, bad.key, bad.reason or "", self.position)
         if self.in_a_row[bad.source] >= self.max_bad:
-            raise DataError(f"{bad.shard}: {self.max_bad} unreadable records in a row, the last because {bad.reason}")
+            raise DataError(
+                f"{bad.shard}: {self.max_bad} unreadable records in a row (setting data.max_bad), the last because "
+                f"{bad.reason}"
+            )

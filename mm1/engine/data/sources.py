@@ -81,7 +81,7 @@ class _Samples(_Shard):
         elif meta[0] >= 0 and isinstance(fields := _json(self.file.read(*meta)), dict):
             caption = fields.get("caption", fields.get("text"))
         if caption is None:
-            raise Unreadable("image without a caption")
+            raise Unreadable('image without a caption: expected a .txt or .json ("caption") of the same name')
         return self.file.read(*image), _checked(caption, "caption").strip()
 
 
@@ -381,7 +381,7 @@ def read_image(name: Any, folder: Path) -> bytes:
         if tar.name.lower().endswith(TARS) and (folder / tar).is_file():
             return read_member(File.at(folder / tar), path.relative_to(tar).as_posix())
     if not (folder / path).is_file():
-        raise Unreadable(f"there is no image {name!r}")
+        raise Unreadable(f"there is no image {name!r} in {folder}")
     return (folder / path).read_bytes()
 
 

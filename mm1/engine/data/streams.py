@@ -93,6 +93,11 @@ class Streams:
             message += f"; all are listed in {self.quarantine.folder}"
         self.warn(message)
 
+    def close(self) -> None:
+        """End what decodes ahead."""
+        for loader in self.loaders.values():
+            loader.close()
+
     def state(self) -> dict[str, Any]:
         """Return the states of this process's packers by their numbers."""
         return {"taken": self.taken, "streams": {str(i): loader.state() for i, loader in self.loaders.items()}}
@@ -157,8 +162,12 @@ def make_streams(
         )
         for i in range(rank, count, ranks)
     }  # fmt: skip
-    for setting, source in zip(d.sources, sources):
-        log.info("indexed %s: %d files, %d records", setting.kind, len(source.files), len(source))
+    drawn = t.steps * t.accumulate * d.tokens / sum(source.weight for source in d.sources)  # tokens for a weight of 1
+    for setting, source, length in zip(d.sources, sources, mixture.mean_lengths):
+        log.info(
+            "indexed %s: %d files, %d records, which the run sees about %.3g times", setting.kind, len(source.files),
+            len(source), drawn * setting.weight / (len(source) * length),
+        )  # fmt: skip
     values = identity(run, tokenizer, budget, buffer, count, sources, mixture.mean_lengths)
     told = warn if rank == 0 else lambda message: None
     return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)

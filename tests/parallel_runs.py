@@ -12,7 +12,7 @@ import torch
 from small import document, documents, packed, small_model, small_run
 from torch.distributed.tensor import DTensor
 
-from mm1.engine import config
+from mm1.engine import config, float8
 from mm1.engine.data.document import Budget
 from mm1.engine.experts import Router
 from mm1.engine.model import MM1
@@ -69,6 +69,9 @@ def gradients(job, run, world):
     """Leave in gradients.pt the summed losses and the whole gradients of all batches, which the processes share."""
     with torch.device("meta"):
         model = MM1(run.model)
+    if run.train.float8 != "none":
+        float8.WIDE = 32
+        float8.float8_linears(model.decoder, run.train.float8)
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
     world.place(model, dtype)
     model.to_empty(device="cpu").initialize(0, put)

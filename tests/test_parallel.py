@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 
 import parallel_runs
@@ -155,11 +156,13 @@ CASES = {  # name: layout of four processes, settings of the job
     "bf16, shard": ({}, {"train": {"dtype": "bf16"}}),
     "bf16, replicate": ({"replicate": 2}, {"train": {"dtype": "bf16"}}),
 }
+if find_spec("torchao"):
+    CASES["float8"] = {}, {"train": {"dtype": "bf16", "float8": "rowwise"}}
 
 
 def truth_of(parallel, settings):
     """The same job on one process, which recomputes nothing; its name, so that jobs share it."""
-    train = {k: v for k, v in settings.get("train", {}).items() if k == "dtype"}
+    train = {k: v for k, v in settings.get("train", {}).items() if k != "recompute"}
     alone = {k: v for k, v in parallel.items() if k == "capacity"}
     return json.dumps([alone, settings.get("router"), train]), settings | {"train": train, "parallel": alone}
 

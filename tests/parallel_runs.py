@@ -7,12 +7,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from small import document, documents, packed, small_model, small_run
 from torch.distributed.tensor import DTensor
 
-from mm1.engine import config
+from mm1.engine import config, float8
 from mm1.engine.data.document import Budget
 from mm1.engine.experts import Router
 from mm1.engine.model import MM1
@@ -69,6 +70,9 @@ def gradients(job, run, world):
     """Leave in gradients.pt the summed losses and the whole gradients of all batches, which the processes share."""
     with torch.device("meta"):
         model = MM1(run.model)
+    if run.train.float8 != "none":
+        with patch.object(float8, "WIDE", 32):
+            float8.float8_linears(model.decoder, run.train.float8)
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
     world.place(model, dtype)
     model.to_empty(device="cpu").initialize(0, put)
@@ -97,7 +101,7 @@ def main(path):
         shown, run = Quiet(), run_of(job)
         Path(job["folder"]).mkdir(exist_ok=True)
         world = World(run.parallel)
-        if "gradients" in job:
+        if job.get("gradients"):
             gradients(job, run, world)
             continue
         trainer = Trainer(run, Path(job["folder"]), shown, job.get("resume", False), world)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 
 import parallel_runs
@@ -69,9 +70,12 @@ def runs(folder):
     """Twelve steps of the same data: on one process and, however the model is cut, on two. Lines by (model, layout)."""
     jobs = {key: {"folder": str(folder / "-".join(key)), "model": MODELS[key[0]],
                   "parallel": LAYOUTS.get(key[1], {}), "train": TRAIN} for key in KEYS}  # fmt: skip
-    alone = [key for key in KEYS if key not in CUT]
-    lines = dict(zip(alone, launch(folder, 1, [jobs[key] for key in alone])))
-    return lines | dict(zip(CUT, launch(folder, 2, [jobs[key] for key in CUT])))
+    # The encoder always runs, if only on absent images.
+    text = [["text", [str(DIGITS_FOLDER / "text.txt")], 1.0]]
+    jobs["text"] = {"folder": str(folder / "text"), "sources": text, "train": {"steps": 2}}
+    single = [key for key in KEYS if key not in CUT]
+    lines = dict(zip(single, launch(folder, 1, [jobs[key] for key in single])))
+    return lines | dict(zip([*CUT, "text"], launch(folder, 2, [jobs[key] for key in [*CUT, "text"]])))
 
 
 @pytest.mark.parametrize("model, layout", CUT)
@@ -141,8 +145,9 @@ def apart(gradients, truth):
     return max((float(x), name) for name, x in differences.items())
 
 
-# Of "gradients" each rank's micro-batches differ: some have no image, no target or no document.
-CASES = {  # name: layout of four processes, settings of the job
+# Layouts of four processes, and settings of jobs that compute gradients. The micro-batches of some ranks have no image,
+# no target or no document.
+GRADIENTS = {
     "expert 4, two": ({"expert": 4}, {"router": "two"}),
     "expert 4, starved": ({"expert": 4}, {"router": "starved"}),
     "expert 2 of 4": ({"expert": 2}, {"router": "starved"}),
@@ -155,52 +160,54 @@ CASES = {  # name: layout of four processes, settings of the job
     "bf16, shard": ({}, {"train": {"dtype": "bf16"}}),
     "bf16, replicate": ({"replicate": 2}, {"train": {"dtype": "bf16"}}),
 }
+if find_spec("torchao"):
+    GRADIENTS["float8"] = {}, {"train": {"dtype": "bf16", "float8": "rowwise"}}
+STEPS = {"steps": 5, "save_every": 100}
+LOSSES = {
+    "unbalanced": ({"expert": 4}, {"router": "two", "train": STEPS}),
+    **{f"bf16 {layout}": (parallel, {"train": STEPS | {"dtype": "bf16"}}) for layout, parallel in {
+        "shard": {}, "tensor": {"tensor": 4}, "expert": {"expert": 4}}.items()},
+}  # fmt: skip
 
 
-def truth_of(parallel, settings):
-    """The same job on one process, which recomputes nothing; its name, so that jobs share it."""
-    train = {k: v for k, v in settings.get("train", {}).items() if k == "dtype"}
-    alone = {k: v for k, v in parallel.items() if k == "capacity"}
-    return json.dumps([alone, settings.get("router"), train]), settings | {"train": train, "parallel": alone}
+def alone(parallel, settings):
+    """The settings of the job that a single process runs: without layout and recomputing."""
+    train = {k: v for k, v in settings.get("train", {}).items() if k != "recompute"}
+    return settings | {"train": train, "parallel": {k: v for k, v in parallel.items() if k == "capacity"}}
 
 
 @pytest.fixture(scope="module")
 def four(folder):
-    """Gradients by case on four processes, and on one."""
-    truths = dict(truth_of(*case) for case in CASES.values())
-    jobs = [job_of(folder / f"truth-{i}", gradients=True, **settings) for i, settings in enumerate(truths.values())]
-    alone = dict(zip(truths, launch(folder, 1, jobs)))
-    jobs = [job_of(folder / name, gradients=True, parallel=p, **settings) for name, (p, settings) in CASES.items()]
-    results = zip(CASES, launch(folder, 4, jobs))
-    return {name: (gradients, alone[truth_of(*CASES[name])[0]]) for name, gradients in results}
+    """Results by name on four processes, and the same on one."""
+    cases = {name: (parallel, {"gradients": True, **settings}) for name, (parallel, settings) in GRADIENTS.items()}
+    cases |= {name: (parallel, {"gradients": False, **settings}) for name, (parallel, settings) in LOSSES.items()}
+    truths = {json.dumps(alone(*case)): alone(*case) for case in cases.values()}  # which several cases share
+    jobs = [job_of(folder / f"truth-{i}", **settings) for i, settings in enumerate(truths.values())]
+    results = dict(zip(truths, launch(folder, 1, jobs)))
+    jobs = [job_of(folder / name, **settings | {"parallel": parallel}) for name, (parallel, settings) in cases.items()]
+    return {name: (result, results[json.dumps(alone(*cases[name]))])
+            for name, result in zip(cases, launch(folder, 4, jobs))}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_four_processes_give_the_gradients_of_one(case, four):
-    gradients, truth = four[case]
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_four_processes_give_the_gradients_of_one(name, four):
+    gradients, truth = four[name]
     # Sharding and copies change no product, whatever its dtype; the other layouts only the order of fp32 sums.
     assert gradients["loss"] == pytest.approx(float(truth["loss"]), rel=1e-6)
     assert apart(gradients, truth)[0] < 1e-5, apart(gradients, truth)
     assert torch.equal(gradients["slots"], truth["slots"])
-    assert (truth["slots"][:, -1] > 0) == (case == "capacity")
+    assert (truth["slots"][:, -1] > 0) == (name == "capacity")
 
 
-BF16 = {"shard": {}, "tensor": {"tensor": 4}, "expert": {"expert": 4}}
-
-
-def test_four_processes_give_the_losses_of_one(folder):
+@pytest.mark.parametrize("name", LOSSES)
+def test_four_processes_give_the_losses_of_one(name, four):
     """fp32 to 1e-6 with a router that sends all tokens to one process, bf16 to 1e-3 in every layout."""
-    train = {"steps": 5, "save_every": 100}
-    bf16 = {"router": "even", "train": train | {"dtype": "bf16"}}
-    fp32 = {"router": "two", "train": train}
-    truths = launch(folder, 1, [job_of(folder / "losses-1", **fp32), job_of(folder / "losses-2", **bf16)])
-    jobs = [job_of(folder / "losses-3", parallel={"expert": 4}, **fp32)]
-    jobs += [job_of(folder / f"losses-{name}", parallel=parallel, **bf16) for name, parallel in BF16.items()]
-    for i, lines in enumerate(launch(folder, 4, jobs)):
-        for expected, line in zip(truths[min(i, 1)], lines, strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3 if i else 1e-6), (i, line["step"])
-            assert line["dropped"] == 0
-    assert truths[0][-1]["expert_load"] == [4.0]  # two of eight experts do everything
+    lines, truth = four[name]
+    for expected, line in zip(truth, lines, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3 if "bf16" in name else 1e-6), line["step"]
+        assert line["dropped"] == 0
+    if name == "unbalanced":
+        assert lines[-1]["expert_load"] == [4.0]  # two of eight experts do everything
 
 
 WIDE = {  # processes: layouts
@@ -224,9 +231,9 @@ def test_every_layout_gives_the_gradients_and_losses_of_one_process(processes, f
     train = {"train": {"steps": 4, "accumulate": 8, "save_every": 100}, "data": {"streams": 8}}
     for what in ({"gradients": True}, train):
         name = "-".join(what)
-        alone = [{**job_of(tmp_path / f"{name}-{kind}", kinds[kind].get("router", "even")), **kinds[kind], **what}
+        singles = [{**job_of(tmp_path / f"{name}-{kind}", kinds[kind].get("router", "even")), **kinds[kind], **what}
                  for kind in kinds]  # fmt: skip
-        truths = dict(zip(kinds, launch(folder, 1, alone)))
+        truths = dict(zip(kinds, launch(folder, 1, singles)))
         jobs = [{**job_of(tmp_path / f"{name}-{i}", kinds[kind].get("router", "even")), **kinds[kind], **what,
                  "parallel": parallel} for i, (kind, parallel) in enumerate(cases)]  # fmt: skip
         for (kind, parallel), found in zip(cases, launch(folder, processes, jobs)):
@@ -318,11 +325,8 @@ def test_the_line_of_a_step_names_the_dropped_share(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["expert_load"] == [1.5, 2.0]
 
 
-def test_text_alone_on_two_processes_keeps_nobody_waiting(folder, tmp_path):
-    """The encoder always runs, if only on absent images."""
-    text = [["text", [str(DIGITS_FOLDER / "text.txt")], 1.0]]
-    (lines,) = launch(folder, 2, [{"folder": str(tmp_path / "run"), "sources": text, "train": {"steps": 2}}])
-    assert [line["images"] for line in lines] == [0, 0]
+def test_text_alone_on_two_processes_keeps_nobody_waiting(runs):
+    assert [line["images"] for line in runs["text"]] == [0, 0]
 
 
 @pytest.mark.parametrize("setting, size, message", [

@@ -312,7 +312,7 @@ def test_the_devices_are_those_of_the_kernels():
 @pytest.mark.parametrize(
     "settings, gpus, words",
     [
-        (["parallel.tensor=2"], 3, "3 GPUs are no multiple of replicate 1 × tensor 2"),
+        (["parallel.tensor=2"], 3, "settings parallel.replicate 1 × parallel.tensor 2 do not divide 3 GPUs"),
         (["parallel.replicate=4"], 2, "2 GPUs are no multiple"),
         ([], 0, "0 GPUs are no multiple"),
         ([], -8, "-8 GPUs are no multiple"),

@@ -313,7 +313,7 @@ DIGITS_RUN = Run(
         tokens=768, images=32, patches=400, documents=32,
     ),
     # The law's rate for so few parameters is 2.6e-3. Compiling takes longer than it saves in so short a run.
-    Train(steps=1200, accumulate=1, warmup=50, compile=False, save_every=100, peak_lr=1.5e-3),
+    Train(steps=1200, accumulate=1, compile=False, save_every=100, peak_lr=1.5e-3),
 )  # fmt: skip
 
 

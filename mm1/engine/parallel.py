@@ -64,7 +64,10 @@ class World:
             torch.cuda.set_device(self.device)
         self.shard, rest = divmod(self.size, c.replicate * c.tensor)
         if rest or not self.shard:
-            raise DataError(f"{self.size} processes are no multiple of replicate {c.replicate} × tensor {c.tensor}")
+            raise DataError(
+                f"settings parallel.replicate {c.replicate} × parallel.tensor {c.tensor} do not divide {self.size} "
+                "processes"
+            )
         if self.shard % c.expert:
             raise DataError(f"setting parallel.expert is {c.expert}, expected a divisor of the {self.shard} that shard")
         self.data_size, self.data_rank = self.size // c.tensor, self.rank // c.tensor

@@ -225,7 +225,10 @@ def shares(run: config.Run, gpus: int) -> list[Share]:
 def _shard(run: config.Run, gpus: int) -> int:
     p, d, t = run.parallel, run.model.decoder, run.train
     shard, left = divmod(gpus, p.replicate * p.tensor)
-    _expect(shard > 0 and not left, f"{gpus} GPUs are no multiple of replicate {p.replicate} × tensor {p.tensor}")
+    _expect(
+        shard > 0 and not left,
+        f"settings parallel.replicate {p.replicate} × parallel.tensor {p.tensor} do not divide {gpus} GPUs",
+    )
     _expect(p.tensor == 1 or p.expert == 1, "settings parallel.tensor and parallel.expert are both above 1")
     for setting, count, what in (
         ("expert", shard, f"{shard} GPUs that shard"), ("expert", d.experts, f"{d.experts} experts"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mm1.engine.config import Run
+from mm1.engine import config
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.identity import identity, mean_length
@@ -17,7 +17,7 @@ from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import BUFFER, Loader
 from mm1.engine.data.quarantine import Quarantine
 from mm1.engine.data.record import DataError
-from mm1.engine.data.sources import open_source
+from mm1.engine.data.sources import Source, open_source
 
 FIRST, HALF = 20, 0.5  # batches of a process after which a smaller mean fill is warned of
 OTHERS = ("images", "patches", "documents")
@@ -109,7 +109,7 @@ class Streams:
 
 
 def make_streams(
-    run: Run, tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print, rank: int = 0,
+    run: config.Run, tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print, rank: int = 0,
     ranks: int = 1, count: int = 0, before: dict[str, Any] | None = None,
 ) -> Streams:  # fmt: skip
     """Return packed batches of the run's sources, those of one of `ranks` processes.
@@ -143,7 +143,7 @@ def make_streams(
     if buffer < d.tokens:
         raise DataError(f"setting data.buffer is {buffer} tokens, expected at least data.tokens ({d.tokens}), or 0")
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
-    sources = [open_source(source.kind, source.paths, Path.cwd()) for source in d.sources]
+    sources = [_opened(i, setting) for i, setting in enumerate(d.sources)]
     damage = [reported for source in sources for reported in source.damage]
     for shard, reason in damage if rank == 0 else ():
         warn(f"{shard}: {reason}")
@@ -171,6 +171,13 @@ def make_streams(
     values = identity(run, tokenizer, budget, buffer, count, sources, mixture.mean_lengths)
     told = warn if rank == 0 else lambda message: None
     return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)
+
+
+def _opened(number: int, setting: config.Source) -> Source:
+    try:
+        return open_source(setting.kind, setting.paths, Path.cwd())
+    except DataError as error:
+        raise DataError(f"setting data.sources[{number}]: {error}") from None
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -109,8 +109,8 @@ class Streams:
 
 
 def make_streams(
-    run: config.Run, tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print, rank: int = 0,
-    ranks: int = 1, count: int = 0, before: dict[str, Any] | None = None,
+    run: config.Run, tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print,
+    rank: int = 0, ranks: int = 1, count: int = 0, before: dict[str, Any] | None = None,
 ) -> Streams:  # fmt: skip
     """Return packed batches of the run's sources, those of one of `ranks` processes.
 

@@ -98,8 +98,10 @@ class Trainer:
                 f"{run.data.tokenizer} has {len(self.tokenizer)} tokens, the model {run.model.decoder.vocabulary}"
             )
         state = checkpoint.read_json(newest, "state.json") if newest else None
+        # Processes of a tensor group draw the same records, and one of them lists the bad ones.
+        quarantine = folder / "quarantine" if self.world.rank % run.parallel.tensor == 0 else None
         self.streams = make_streams(
-            run, self.tokenizer, folder / "quarantine", display.warn, self.world.data_rank, self.world.data_size,
+            run, self.tokenizer, quarantine, display.warn, self.world.data_rank, self.world.data_size,
             len(state["data"]["streams"]) if state else 0,
         )  # fmt: skip
         # Written down: whoever goes on with the run may have another number of processes.

@@ -166,7 +166,10 @@ def test_unreadable_records_are_skipped_counted_and_listed_once_however_often_th
 
 def test_a_hundred_in_a_row_of_one_source_stop_the_run_and_name_the_shard(tmp_path):
     batches = flaky_loader(tmp_path, Flaky(), Broken())
-    with pytest.raises(DataError, match=r"b\.tar: 100 unreadable records in a row, the last because broken image"):
+    with pytest.raises(
+        DataError,
+        match=r"b\.tar: 100 unreadable records in a row \(setting data\.max_bad\), the last because broken image",
+    ):
         list(itertools.islice(batches, 100))
     assert sum(line["shard"] == "b.tar" for line in quarantined(tmp_path)) == 30  # different ones
 

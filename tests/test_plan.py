@@ -18,9 +18,8 @@ from torch import nn
 from mm1 import cli
 from mm1.engine import checkpoint, host
 from mm1.engine.config import Data, Parallel, Run, Train, load_run
-from mm1.engine.data.document import Document
+from mm1.engine.data.document import DECODED_AHEAD, Document
 from mm1.engine.data.mixture import Mixture
-from mm1.engine.data.packing import DECODED_AHEAD
 from mm1.engine.data.record import DataError, Record
 from mm1.engine.decoder import Attention
 from mm1.engine.display import Silent
@@ -458,7 +457,7 @@ def test_host_memory_of_a_node():
         "training processes": 8 * 3e9,
         "copy of the checkpoint": 8 * 12 * 1000,
         "loader processes": 8 * 2 * 3 * 0.2e9,
-        "documents decoded ahead": 8 * 2 * 3 * 500 * 80 * token,
+        "documents decoded ahead": 8 * 2 * 3 * 64 * 80 * token,
         "documents waiting in packers": 8 * 2 * 1600 * token,
         "batches": 8 * 2 * 3 * 160 * token,
     }
@@ -485,7 +484,7 @@ class Counted:
 
 def test_as_many_documents_are_decoded_ahead_as_planned():
     source, one = Counted(), [Document(torch.zeros(4, dtype=torch.int32).numpy(), (), "")]
-    stream = Mixture([source], [1.0], lambda record: one, 0).iterate(0, 0)
+    stream = Mixture([source], [1.0], lambda record: one, 0, [4.0]).iterate(0, 0)
     for _ in range(200):
         next(stream)
     deadline = time.monotonic() + 10

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mm1.engine import config
 from mm1.engine.data import feed
-from mm1.engine.data.packing import DECODED_AHEAD
+from mm1.engine.data.document import DECODED_AHEAD
 from mm1.engine.ledger import Load
 
 NODE = 8  # GPUs, and so processes, of a node

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mm1.engine import config, host
-from mm1.engine.data.packing import DECODED_AHEAD
+from mm1.engine.data.document import DECODED_AHEAD
 from mm1.engine.data.record import DataError
 from mm1.engine.host import NODE
 from mm1.engine.ledger import Load, ledger

@@ -121,8 +121,10 @@ class Trainer:
                 f" {len(self.tokenizer)} tokens: set model.decoder.vocabulary = {vocabulary_size(len(self.tokenizer))}"
             )
         state = checkpoint.read_json(newest, "state.json") if newest else None
+        # Processes of a tensor group draw the same records, and one of them lists the bad ones.
+        quarantine = folder / "quarantine" if self.world.rank % run.parallel.tensor == 0 else None
         self.streams = make_streams(
-            run, self.tokenizer, folder / "quarantine", display.warn, self.world.data_rank, self.world.data_size,
+            run, self.tokenizer, quarantine, display.warn, self.world.data_rank, self.world.data_size,
             len(state["data"]["streams"]) if state else 0, state["identity"] if state else None,
         )  # fmt: skip
         if newest and state and not accept_other_data:

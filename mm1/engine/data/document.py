@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mm1.engine.data.images import ImagePolicy
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
+DECODED_AHEAD = 64  # documents that a packer's thread, or each of its worker processes, makes before they are wanted
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns at import that 
 import grain  # noqa: E402
 from absl import flags  # noqa: E402
 
-from mm1.engine.data.document import Document, DocumentEncoder  # noqa: E402
-from mm1.engine.data.packing import DECODED_AHEAD  # noqa: E402
+from mm1.engine.data.document import DECODED_AHEAD, Document, DocumentEncoder  # noqa: E402
 from mm1.engine.data.record import DataError, Unreadable  # noqa: E402
 
 

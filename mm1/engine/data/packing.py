@@ -26,7 +26,6 @@ BUFFER = 4  # batches' worth of tokens that the pool holds by default
 FULL = 0.95  # share of the fullest budget from which on no document is cut
 SHORTEST = 16  # tokens in a head or tail of a document that is cut
 OVERDUE = 8  # a document opens the next batch once so many times the pool's number of records were drawn behind it
-DECODED_AHEAD = 64  # records that a packer's thread, or each of its worker processes, reads before they are wanted
 
 
 @dataclass(frozen=True, eq=False)

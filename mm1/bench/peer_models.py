@@ -161,7 +161,7 @@ class Abstractor(nn.Module):
             raise ValueError("timm has no stages that compute what this model's connector does")
         self.side, blocks = math.isqrt(k.tokens), k.depth if k.kind == "c-abstractor" else 0
         if k.kind == "c-abstractor" and k.position_grid:
-            self.pos_emb = connector.pos_emb
+            self.pos_emb = connector.get_parameter("pos_emb")
         if blocks:
             from timm.layers import LayerNorm2d
             from timm.models.regnet import RegStage

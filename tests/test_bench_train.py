@@ -335,6 +335,11 @@ def test_what_the_peer_computes_beyond_is_padding_too():
     hidden = sum(lengths) ** 2 - sum(n * (n + 1) // 2 for n in lengths)
     assert packed["decoder attention"] == 3 * hidden * 4 * d.layers * d.heads * d.head_width
     assert packed["decoder linear"] == packed["experts"] == packed["head"] == flash["decoder attention"] == 0
+    v = MIXTURE.vision
+    for packed_too, ledger in ((True, packed), (False, padded)):
+        images = [[h * w for h, w in batch.grids.sizes] for batch in bench.sets[packed_too][0]]
+        hidden = sum(sum(batch) ** 2 - sum(n * n for n in batch) for batch in images)
+        assert ledger["vision attention"] == 3 * hidden * 4 * v.layers * v.width
     assert padded["head"] == 3 * (bench.shape["padded"] - bench.shape["targets"]) * 2 * d.width * d.vocabulary
 
 

@@ -341,22 +341,25 @@ class Steps:
         batches = self.sets[rung.packed][0]
         load = Load.of(batches[0]) if rung.packed else mix.load_of_padded(self.documents, batches)
         if rung.peer:
-            load = self._peer_load(rung, load)
+            load = self._peer_load(rung, load, batches)
         elif "attention" in rung.plain:
             rows = batches[0].grids.longest + self.config.vision.class_token
             pairs = load.tokens**2 if rung.packed else load.pairs
             load = replace(load, pairs=pairs, patch_pairs=load.images * rows**2)
         return ledger(self.config, load, recompute=rung.recompute)
 
-    def _peer_load(self, rung: Rung, load: Load) -> Load:
+    def _peer_load(self, rung: Rung, load: Load, batches: Sequence[Batch]) -> Load:
         """Return what transformers computes: no rows beyond the documents' (packed) and the images' own, but all pairs
         behind a mask, and, of padded documents, the head on every row."""
-        patches = sum(h * w for h, w in load.grids)
         tokens = sum(load.documents) if rung.packed else load.tokens
-        masked = not self.config.vision.class_token  # images share a row
-        load = replace(load, tokens=tokens, routed=tokens, images=len(load.grids), patches=patches)
-        load = replace(load, patch_pairs=patches**2 if masked else None, heads=None if rung.packed else tokens)
-        return replace(load, pairs=tokens**2) if rung.packed and rung.peer == "sdpa" else load
+        patches = [sum(h * w for h, w in batch.grids.sizes or ()) for batch in batches]
+        one_row = not self.config.vision.class_token  # of all images of a batch
+        return replace(
+            load, tokens=tokens, routed=tokens, images=len(load.grids), patches=sum(patches),
+            pairs=tokens**2 if rung.packed and rung.peer == "sdpa" else load.pairs,
+            patch_pairs=sum(n**2 for n in patches) if one_row else None,
+            heads=None if rung.packed else tokens,
+        )  # fmt: skip
 
     def data_seconds(self, rung: Rung) -> float:
         taken = []

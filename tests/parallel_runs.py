@@ -43,8 +43,8 @@ class Quiet:
 
 
 def run_of(job):
-    run = small_run(accumulate=4, **job.get("train", {}))
-    data = dataclasses.replace(run.data, streams=4, **job.get("data", {}))
+    run = small_run(**{"accumulate": 4} | job.get("train", {}))
+    data = dataclasses.replace(run.data, **{"streams": 4} | job.get("data", {}))
     if "sources" in job:
         data = dataclasses.replace(data, sources=tuple(config.Source(*s) for s in job["sources"]))
     model = small_model(**job.get("model", {}))

@@ -414,7 +414,7 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
         fields = table.get(part)
         if isinstance(fields, dict) and isinstance(path := fields.get(name), str) and path:
             fields[name] = str(folder.absolute() / os.path.expanduser(path))
-    # Paths of sources may be patterns: what the folder's own name holds of their characters stands for itself.
+    # Paths of sources may be patterns; characters of patterns in the folder's own name are escaped.
     escaped = Path(glob.escape(str(folder.absolute())))
     sources = table["data"].get("sources") if isinstance(table.get("data"), dict) else None
     for source in sources if isinstance(sources, list) else ():

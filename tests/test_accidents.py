@@ -260,6 +260,7 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for name in "ab":
         (folder / f"{name}.txt").write_text("\n".join(f"{name} line {i} one two three" for i in range(200)))
+    (folder / "few.txt").write_text("one line alone")
     return folder
 
 
@@ -280,6 +281,7 @@ OTHERS = {
     "added": lambda texts: of_texts(texts, "a", "b"),
     "seed": lambda texts: changed(of_texts(texts, "a"), "train", seed=7),
     "tokens": lambda texts: of_texts(texts, "a", tokens=192),
+    "fewer": lambda texts: of_texts(texts, "few"),
 }
 
 

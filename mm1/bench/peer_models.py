@@ -233,7 +233,7 @@ class TransformersModel(nn.Module):
             tokens = self.image_norm(self.connector(self.vision(*inputs.images)).float()).flatten(0, 1)
             x = x.flatten(0, 1).index_copy(0, inputs.image_slots, tokens.to(x.dtype)).view_as(x)
         nll = self.decoder(inputs_embeds=x, **inputs.decoder).loss
-        return Losses(nll, nll.new_zeros(()), nll.new_zeros(()))
+        return Losses(nll, nll.new_zeros(()), nll.new_zeros(()), nll.new_zeros((0, 1)))
 
     def attend_by(self, implementation: str) -> None:
         """Let the decoder attend by one of transformers' implementations. Raises ImportError where it is missing."""

@@ -127,8 +127,12 @@ class Trainer:
             run, self.tokenizer, quarantine, display.warn, self.world.data_rank, self.world.data_size,
             len(state["data"]["streams"]) if state else 0, state["identity"] if state else None,
         )  # fmt: skip
-        if newest and state and not accept_other_data:
-            _expect_same_data(newest, state["identity"], self.streams.identity)
+        other_data = differences(state["identity"], self.streams.identity) if state else []
+        if other_data and not accept_other_data:
+            raise DataError(
+                f"{newest} was trained on other data than this run's: {'; '.join(other_data)}; "
+                "--accept-other-data continues all the same, from the stored position in the new data"
+            )
         # Written down: whoever goes on with the run may have another number of processes.
         self.run = run = replace(run, data=replace(run.data, streams=self.streams.streams))
         torch.manual_seed(t.seed)
@@ -158,7 +162,7 @@ class Trainer:
         if newest is None and t.init:
             self._begin_from(Path(t.init), accept_other_data)
         if newest is not None:
-            self.resume_from(newest)
+            self.resume_from(newest, bool(other_data))
             log.info("resumed at step %d from %s", self.step, newest)
         if self.world.first and newest is not None:
             self._saved(newest)  # a kill may have come before
@@ -182,10 +186,15 @@ class Trainer:
             # Experts that are sharded otherwise than their block are gathered inside of it, where its graph breaks.
             self.model.compile_blocks(fullgraph=t.recompile == "error" and run.parallel.expert == 1)
 
-    def resume_from(self, folder: Path) -> None:
-        """Restore weights, optimizer, random state, data position and step of a checkpoint."""
+    def resume_from(self, folder: Path, other_data: bool = False) -> None:
+        """Restore weights, optimizer, random state, data position and step of a checkpoint.
+
+        other_data: of the packers' state restore the position alone, without documents that are not in these data.
+        """
         self._restore(folder)
         state = checkpoint.read_json(folder, "state.json")
+        for stream in state["data"]["streams"].values() if other_data else ():
+            stream["waiting"] = []
         self.streams.restore(state["data"])
         self.rewinds = state["rewinds"]
 
@@ -484,14 +493,6 @@ def _tokenizer_path(run: Run, newest: Path | None) -> Path:
         return begun_with / "tokenizer.json"
     how = "make one by `mm1 tokenizer tokenizer.json FILES`"
     raise DataError(f"setting data.tokenizer is {run.data.tokenizer!r}, expected a file: {how}")
-
-
-def _expect_same_data(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if different := differences(before, now):
-        raise DataError(
-            f"{folder} was trained on other data than this run's: {'; '.join(different)}; "
-            "--accept-other-data continues all the same, from the stored position in the new data"
-        )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -24,6 +24,7 @@ from mm1.engine.config import DIGITS_FOLDER, Parallel, Train
 from mm1.engine.data.record import DataError
 from mm1.engine.display import Display
 from mm1.engine.experts import Experts
+from mm1.engine.model import MM1
 from mm1.engine.parallel import World
 from mm1.engine.train import Trainer
 
@@ -337,3 +338,10 @@ def test_refuses_layouts_that_do_not_go_up(setting, size, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(size))
     with pytest.raises(DataError, match=message):
         World(Parallel(**setting))
+
+
+def test_experts_of_a_dense_model_are_not_divided(monkeypatch):
+    world = World()
+    world.size, world.config = 2, Parallel(expert=2)
+    with pytest.raises(DataError, match=r"setting parallel\.expert is 2, expected 1 for a model without experts"):
+        world.place(MM1(small_model(experts=0)), torch.float32)

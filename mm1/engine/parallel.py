@@ -113,6 +113,8 @@ class World:
         if c.expert > 1:
             if c.tensor > 1:
                 raise DataError("settings parallel.tensor and parallel.expert are both above 1, expected one of them")
+            if not mixtures:
+                raise DataError(f"setting parallel.expert is {c.expert}, expected 1 for a model without experts")
             _check_divisors(model.config.decoder, c.expert, "expert")
             for experts in mixtures:
                 _divide_experts(experts, self.expert_mesh["expert"])

@@ -230,6 +230,8 @@ def _shard(run: config.Run, gpus: int) -> int:
         f"settings parallel.replicate {p.replicate} × parallel.tensor {p.tensor} do not divide {gpus} GPUs",
     )
     _expect(p.tensor == 1 or p.expert == 1, "settings parallel.tensor and parallel.expert are both above 1")
+    dense = f"setting parallel.expert is {p.expert}, expected 1 for a model without experts"
+    _expect(p.expert == 1 or d.experts > 0, dense)
     for setting, count, what in (
         ("expert", shard, f"{shard} GPUs that shard"), ("expert", d.experts, f"{d.experts} experts"),
         ("tensor", d.experts, f"{d.experts} experts"), ("tensor", d.kv_heads, f"{d.kv_heads} kv_heads"),

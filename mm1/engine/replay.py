@@ -136,7 +136,7 @@ def _world(parallel: Parallel, state: dict[str, Any]) -> tuple[World, bool]:
     here, then = int(os.environ.get("WORLD_SIZE", 1)), state["processes"]
     if here not in (1, then):
         raise DataError(f"the run had {then} processes, not {here}: replay it on as many, or on one")
-    world = World(parallel if here == then else Parallel())
+    world = World(parallel if here == then else Parallel(capacity=parallel.capacity))
     return world, (world.size, world.device.type) == (then, state["device"])
 
 

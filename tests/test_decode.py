@@ -183,7 +183,9 @@ def test_scores_and_logits_of_hundreds_overflow_nothing():
 
 def test_a_cache_of_more_than_2_to_31_numbers():
     """Its memory is never touched but for two pages, of one layer's keys, which are its values as well."""
-    decoder = small_mm1(layers=1, heads=32, kv_heads=32, head_width=128, width=8, ffn=8).eval().bfloat16().decoder
+    decoder = (
+        small_mm1(layers=1, experts=0, heads=32, kv_heads=32, head_width=128, width=8, ffn=8).eval().bfloat16().decoder
+    )
     pages = (1 << 31) // (PAGE * 32 * 128) + 2
     store = torch.from_numpy(np.zeros((1, pages, PAGE, 32, 128), np.int16)).view(torch.bfloat16)
     step = step_of(decoder, Head(decoder), SimpleNamespace(k=store, v=store))

@@ -270,6 +270,6 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path):
     train(small_run(steps=4), tmp_path / "run")
     with pytest.raises(DataError, match="holds a run already"):
         train(small_run(steps=4), tmp_path / "run")
-    other = dataclasses.replace(small_run(), model=small_model(layers=1))
-    with pytest.raises(DataError, match=r"holds another model than this run's: model\.decoder\.layers is 1, was 2"):
+    other = dataclasses.replace(small_run(), model=small_model(ffn=48))
+    with pytest.raises(DataError, match=r"holds another model than this run's: model\.decoder\.ffn is 48, was 40"):
         train(other, tmp_path / "run", resume=True)

@@ -518,7 +518,7 @@ def main() -> None:
     except (DataError, TuneError) as error:
         sys.exit(_say(error, 2))
     except KeyboardInterrupt as error:  # of a training run that saved, safety.Stopped
-        sys.exit(_say(error or "stopped", getattr(error, "status", 1)))
+        sys.exit(_say(str(error) or "stopped", getattr(error, "status", 1)))
     except (OSError, FloatingPointError) as error:  # a full disk; a loss that is not finite
         sys.exit(_say(error, 1))
 

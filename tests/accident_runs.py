@@ -1,7 +1,7 @@
 """Runs under torchrun that accidents happen to: accident_runs.py WHAT FOLDER [replayed step].
 
 train           4000 steps, saved every 30
-full            16 steps, saved every 4; the disk of the last process is full at step 8
+full            16 steps, saved every 4; the disk of the first and the last process is full at step 8
 one             12 steps, saved every 4, metrics as a run writes them
 replay          the step of the run in FOLDER; the first process writes the report to FOLDER/../replay-PROCESSES.json
 """
@@ -24,11 +24,11 @@ SETTINGS = {"train": {"steps": 4000, "save_every": 30}, "full": {"steps": 16, "s
 
 
 def full_at_step_8(step):
-    """Let the last process write no file of more than 1000 bytes in the steps 8 to 9."""
+    """Let the first and the last process write no file of more than 1000 bytes in the steps 8 to 9."""
     whole = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(trainer):
-        if trainer.world.rank == trainer.world.size - 1:
+        if trainer.world.rank in (0, trainer.world.size - 1):
             limit = 1000 if trainer.step in (7, 8) else whole[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, whole[1]))
         return step(trainer)

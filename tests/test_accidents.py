@@ -17,7 +17,9 @@ from test_train import Poison, Told, assert_same
 
 from mm1.engine import checkpoint, safety
 from mm1.engine.config import Source, to_dict
+from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.record import DataError
+from mm1.engine.data.streams import make_streams
 from mm1.engine.display import Display
 from mm1.engine.parallel import World
 from mm1.engine.train import Trainer, train
@@ -75,9 +77,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_starts_nothing(copy
     for step in ("step-00000008", "step-00000012"):
         flip(copy / step / "model.safetensors")
     before = (copy / "metrics.jsonl").read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match="no whole checkpoint: all were damaged"):
-        Trainer(small_run(), copy, Told(), True)
+    for _ in range(2):  # a scheduler may try again
+        with pytest.raises(checkpoint.CheckpointError, match=r"no whole checkpoint; of the newest: .* is damaged"):
+            Trainer(small_run(), copy, Told(), True)
     assert (copy / "metrics.jsonl").read_bytes() == before
+    assert [path.name for path in checkpoint.numbered(copy)] == ["step-00000008", "step-00000012"]
 
 
 def test_setting_aside_never_overwrites_what_was_set_aside_before(tmp_path):
@@ -158,7 +162,7 @@ def test_nothing_is_saved_while_steps_are_bad_and_the_good_checkpoint_stays(tmp_
         return done
 
     trainer._step = breaks
-    with pytest.raises(FloatingPointError, match="the last step, 12, is bad"):
+    with pytest.raises(FloatingPointError, match="step 12 left weights that are not finite"):
         trainer.fit()
     assert [path.name for path in checkpoint.numbered(tmp_path / "run")] == ["step-00000004"]
     checkpoint.check(tmp_path / "run" / "checkpoint")
@@ -252,6 +256,35 @@ def test_a_disk_that_stays_full_ends_the_run_after_the_retries(tmp_path, monkeyp
     assert not list((tmp_path / "run").glob(".step-*"))
 
 
+def test_a_last_step_that_is_bad_costs_nothing_of_the_run(tmp_path):
+    """Its weights are those of the step before; the checkpoint before stays, should they be broken all the same."""
+    trainer = Trainer(small_run(save_every=5, keep=1, rewinds=0), tmp_path / "run", Told(), False)
+    Poison(trainer, {12})
+    trainer.fit()
+    assert [path.name for path in checkpoint.numbered(tmp_path / "run")] == ["step-00000010", "step-00000012"]
+    assert any("the last 1 steps were left out" in warning for warning in trainer.display.warnings)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(tmp_path, monkeypatch):
+    def held(run, keep):
+        raise OSError(16, "Device or resource busy", ".nfs0001")
+
+    monkeypatch.setattr(checkpoint, "prune", held)
+    trainer = Trainer(small_run(save_retries=0), tmp_path / "run", Told(), False)
+    trainer.fit()
+    assert len(checkpoint.numbered(tmp_path / "run")) == 3
+    assert "an old checkpoint could not be deleted" in trainer.display.warnings[0]
+
+
+def test_an_unreadable_file_of_a_checkpoint_is_damage(copy, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is damaged: config\.json: Input/output error"):
+        checkpoint.check(copy / "step-00000012")
+
+
 # Continuing with other data or settings.
 
 
@@ -293,6 +326,37 @@ def test_a_run_does_not_continue_on_other_data_unless_told_to(what, texts, train
         Trainer(run, folder, Told(), True)
     train(run, folder, resume=True, display=Told(), accept_other_data=True)
     assert checkpoint.latest(folder).name == "step-00000008"
+
+
+def test_other_data_are_mixed_by_their_own_lengths(texts, tmp_path):
+    """Not by those of the checkpoint, which are of other sources."""
+    (tmp_path / "long.txt").write_text("\n".join("one two three " * 8 for _ in range(50)))
+    short, long = texts / "a.txt", tmp_path / "long.txt"
+
+    def run(*paths):
+        return changed(small_run(), "data", sources=tuple(Source("text", (str(path),), 1.0) for path in paths))
+
+    tokenizer = TextTokenizer(FOLDER / "tokenizer.json")
+    names = ["data.sources[0].mean_length", "data.sources[1].mean_length"]
+    first = make_streams(run(short, long), tokenizer, None).identity
+    swapped = make_streams(run(long, short), tokenizer, None, before=first).identity
+    assert [swapped[name] for name in names] == [first[name] for name in reversed(names)]
+    same = make_streams(run(short, long), tokenizer, None, before=first | {names[0]: 5.0}).identity
+    assert same[names[0]] == 5.0  # of the same data no new estimate is made
+
+
+def test_a_checkpoint_without_an_identity_is_continued_only_when_told_to(texts, trained_on_a, tmp_path):
+    folder = shutil.copytree(trained_on_a, tmp_path / "run", symlinks=True)
+    state = checkpoint.read_json(folder / "step-00000004", "state.json")
+    del state["identity"]
+    shutil.rmtree(folder / "step-00000004")
+    source = trained_on_a / "step-00000004"
+    tensors = {name: checkpoint.read_tensors(source, name) for name in ("model.safetensors", "optimizer.safetensors")}
+    texts_of = {name: (source / name).read_text() for name in ("config.json", "tokenizer.json")}
+    checkpoint.write(folder / "step-00000004", tensors, texts_of | {"state.json": json.dumps(state)})
+    with pytest.raises(DataError, match="the checkpoint does not say on which"):
+        Trainer(of_texts(texts, "a"), folder, Told(), True)
+    assert Trainer(of_texts(texts, "a"), folder, Told(), True, accept_other_data=True).step == 4
 
 
 def test_settings_that_do_not_change_the_data_may_change(texts, trained_on_a, tmp_path):
@@ -411,6 +475,15 @@ def test_a_second_ctrl_c_stops_at_once_without_saving(tmp_path, monkeypatch):
         assert stop.interrupted
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_ctrl_c_of_another_process_is_not_this_ones_first(monkeypatch):
+    """Or the first one here would stop at once, amid the save."""
+    monkeypatch.setattr(os, "write", lambda *_: 0)
+    with safety.Stop() as stop:
+        stop.agreed = stop.any_interrupted = True
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
 
 
 def test_a_stop_amid_bad_steps_saves_nothing_and_says_where_the_run_continues(tmp_path):

@@ -13,6 +13,7 @@ import accident_runs
 import pytest
 
 from mm1.engine import checkpoint
+from mm1.engine.data.lines import read_lines
 from mm1.engine.replay import replay
 
 
@@ -30,7 +31,7 @@ class Launched:
 
     def lines(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_lines(path)[0]
 
     def wait_for(self, seen) -> None:
         deadline = time.monotonic() + 240
@@ -101,13 +102,15 @@ def test_a_signal_makes_all_processes_save_once_and_leaves_none_behind(sent, tmp
         assert "exitcode  : 143" in launched.errors.read_text()
 
 
-def test_a_full_disk_of_one_process_is_tried_again_by_all(tmp_path):
+def test_a_full_disk_of_two_processes_is_tried_again_by_all_and_no_metric_is_lost(tmp_path):
     launched = Launched("full", tmp_path / "run", processes=4)
     assert launched.end() == 0, launched.errors.read_text()[-3000:]
     steps = [path.name for path in checkpoint.numbered(launched.folder)]
     assert steps == ["step-00000012", "step-00000016"]
     assert not list(launched.folder.glob(".step-*"))
+    assert [line["step"] for line in launched.lines()] == list(range(1, 17))
     errors = launched.errors.read_text()
+    assert "metrics.jsonl: File too large; its lines are kept and written later" in errors
     assert "step-00000008 was not written" in errors
     assert "File too large" in errors
     assert "Traceback" not in errors

@@ -1,10 +1,12 @@
 """The list of bad records: each once, across epochs and resumes, whatever a kill or a user left in its files."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from mm1.engine.data.quarantine import Quarantine, read_lines
+from mm1.engine.data.lines import Appended, read_lines
+from mm1.engine.data.quarantine import Quarantine
 
 GARBAGE = {
     "torn": b'{"shard": "a.tar", "key": "7", "rea',
@@ -102,3 +104,23 @@ def test_read_lines_takes_what_it_can_read(tmp_path):
     lines, bad = read_lines(path)
     assert [line["step"] for line in lines if line["step"] == line["step"]] == [1, 2]
     assert (len(lines), bad) == (3, 2)
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later_and_what_was_torn_costs_none(tmp_path, monkeypatch):
+    path, refused = tmp_path / "lines.jsonl", []
+    file = Appended(path)
+    file.add({"step": 1})
+    real = Path.open
+
+    def full(self, *args, **kwargs):
+        with real(self, "a") as torn:
+            torn.write('{"step": 2, "lo')
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        refused += [file.add({"step": 2}), file.add({"step": 3})]
+    file.add({"step": 4})
+    assert refused[0].endswith("No space left on device; its lines are kept and written later")
+    assert refused[1] is None  # told once
+    assert [line["step"] for line in read_lines(path)[0]] == [1, 2, 3, 4]

@@ -112,7 +112,7 @@ class Saving:
                 if reason is None:
                     _finish(partial, self.folder, self.texts, {n: s for sums, _ in parts for n, s in sums.items()})
                     self.after()
-            except OSError as error:
+            except Exception as error:  # whatever it is, the others wait to hear of it
                 reason = _reason(error)
             if reason is not None:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -194,7 +194,11 @@ def check(folder: Path, part: int = 0, parts: int = 1) -> None:
     for name in sorted(sums)[part::parts]:
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-        if _sha256(folder / name) != sums[name]:
+        try:
+            sum_now = _sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error.strerror or error}") from None
+        if sum_now != sums[name]:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written (SHA-256 differs)")
 
 
@@ -218,18 +222,21 @@ def newest_whole(run: Path, world: World, warn: Callable[[str], None]) -> Path |
     """Return the newest checkpoint of which every file is as it was written; None if the run has no checkpoint.
 
     Damaged ones that are newer are renamed to "damaged-…", with a warning each. All processes call this together and
-    share the reading. Raises CheckpointError if all checkpoints are damaged.
+    share the reading. Raises CheckpointError if all checkpoints are damaged, and then renames none.
     """
-    damaged = None
-    while (newest := world.on_first(lambda: next(reversed(numbered(run)), None))) is not None:
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for folder in reversed(world.on_first(lambda: numbered(run))):
         try:
-            world.together(lambda newest=newest: check(newest, world.rank, world.size))
-            return newest
+            world.together(lambda folder=folder: check(folder, world.rank, world.size))
         except CheckpointError as error:
-            damaged = world.on_first(lambda newest=newest: set_aside(newest))
-            warn(f"{error}; it is now {damaged.name}")
-    if damaged is not None:
-        raise CheckpointError(f"{run} has no whole checkpoint: all were damaged, the oldest is {damaged}")
+            damaged.append((folder, error))
+            continue
+        for other, error in damaged:
+            aside = world.on_first(lambda other=other: set_aside(other))
+            warn(f"{error}; it is now {aside.name}")
+        return folder
+    if damaged:
+        raise CheckpointError(f"{run} has no whole checkpoint; of the newest: {damaged[0][1]}")
     return None
 
 
@@ -282,7 +289,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """All of the model, of a checkpoint of one process or of many."""
+    """Return all weights of the model, of a checkpoint of one process or of many."""
     if not (folder / SHARDS).is_dir():
         return read_tensors(folder, "model.safetensors")
     with torch.device("meta"):
@@ -293,7 +300,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def export(folder: Path, out: Path) -> None:
-    """A checkpoint as one safetensors file with its config and tokenizer: all that inference needs."""
+    """Write a checkpoint as one safetensors file with its config and tokenizer: all that inference needs."""
     folder = newest_in(folder)
     check(folder)
     if out.exists():

@@ -93,8 +93,8 @@ class Decoder:
     eps: Positive = 1e-5
     tied: bool = True
     qk_norm: bool = True
-    experts: CountOrZero = 0
-    experts_per_token: CountOrZero = 2
+    experts: Annotated[int, Range(least=0, most=512)] = 0  # as many as the routing kernels take
+    experts_per_token: Annotated[int, Range(least=0, most=16)] = 2
     moe_every: Count = 2  # layers moe_every - 1, 2·moe_every - 1, … are mixtures
     # "torch" (its grouped_mm) and "megablocks" (CUDA, bf16) are there for comparison.
     moe_backend: Annotated[str, OneOf("mm1", "torch", "megablocks")] = "mm1"
@@ -199,7 +199,8 @@ class Train:
     save_retries: CountOrZero = 3
     skips: CountOrZero = 10  # steps in a row whose loss is not finite, which are left out; one more, and it rewinds
     rewinds: CountOrZero = 2  # to the last checkpoint, before the run stops
-    hang: PositiveOrZero = 1800.0  # seconds without a step, after which all stacks are printed; 0: never
+    # Seconds without a step, after which all stacks are printed; 0: never.
+    hang: Annotated[float, Range(least=0, most=1e7)] = 1800.0
     log_every: Count = 1
     tensorboard: bool = False
 
@@ -385,7 +386,10 @@ def from_dict(table: dict[str, Any]) -> Run:
     elif size is not None or not (changes or init):
         raise DataError(f"setting model is {model!r}, expected a size's name or a [model] table")
     elif isinstance(init, str) and init and not changes.keys() >= {"vision", "connector", "decoder"}:
-        base = Run(_model_of(init), Data(tokenizer=str(Path(init) / "tokenizer.json")))
+        folder = Path(init)
+        if not (folder / "config.json").is_file() and (folder / "checkpoint").is_dir():  # the folder of a run
+            folder = folder / "checkpoint"
+        base = Run(_model_of(folder), Data(tokenizer=str(folder / "tokenizer.json")))
     return build(Run, _over(RECIPES[recipe], {**table, "model": changes}), base=base)
 
 
@@ -401,11 +405,11 @@ def stored_model(config: Any) -> Model:
     return from_dict({"model": config["model"]}).model
 
 
-def _model_of(folder: str) -> Model:
+def _model_of(folder: Path) -> Model:
     try:
-        return stored_model(json.loads((Path(folder) / "config.json").read_text()))
+        return stored_model(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError) as error:
-        raise DataError(f"setting train.init is {folder!r}, expected a checkpoint: {error}") from None
+        raise DataError(f"setting train.init is {str(folder)!r}, expected a checkpoint: {error}") from None
 
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> None:

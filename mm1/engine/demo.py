@@ -14,7 +14,7 @@ from PIL import Image
 from mm1.engine import checkpoint
 from mm1.engine.config import DIGITS_FOLDER, DIGITS_RUN
 from mm1.engine.data.images import decode
-from mm1.engine.data.quarantine import read_lines
+from mm1.engine.data.lines import read_lines
 from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import open_source, read_image
 from mm1.engine.generate import Prompt, generate

@@ -1,6 +1,5 @@
 """What a training run shows: a live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
 
-import json
 import logging
 import sys
 import time
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mm1.engine.config import Train
+from mm1.engine.data.lines import Appended
 
 
 class _Shown(logging.Handler):
@@ -64,6 +64,7 @@ class Silent:
 class Display:
     def __init__(self, folder: Path, t: Train, *, out: TextIO = sys.stderr):
         self.folder, self.train = folder, t
+        self.metrics = Appended(folder / "metrics.jsonl")
         self.console = Console(file=out)
         self.recent: deque[dict[str, Any]] = deque(maxlen=20)
         self.printed = 0.0
@@ -129,8 +130,8 @@ class Display:
         self.warn(f"step {step}: {why}")
 
     def _write(self, line: dict[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:  # opened anew: a run that goes back replaces the file
-            file.write(json.dumps(line) + "\n")
+        if refused := self.metrics.add(line):
+            self.warn(refused)
 
     def _board(self, first: int) -> Any:
         """Return a TensorBoard writer that hides what an earlier one wrote of step `first` and later ones."""

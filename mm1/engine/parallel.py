@@ -151,8 +151,10 @@ class World:
         for gradient in gradients:
             locals_.append(local(gradient))
             shares.append(self.config.tensor * _shards(gradient) / self.size)
-        norms = torch.stack(torch._foreach_norm(locals_))
-        return (norms.square() * torch.tensor(shares, device=norms.device)).sum()
+        norms = torch._foreach_norm(locals_)
+        # As scalars: a tensor of them would have to be copied to the device, for which the host waits.
+        torch._foreach_mul_(norms, [math.sqrt(share) for share in shares])
+        return torch.stack(norms).square().sum()
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Return the values of all processes, in the order of their ranks."""

@@ -26,7 +26,7 @@ import torch
 from mm1.engine import checkpoint
 from mm1.engine.config import Parallel, from_dict
 from mm1.engine.data.batch import Batch
-from mm1.engine.data.quarantine import read_lines
+from mm1.engine.data.lines import read_lines
 from mm1.engine.data.record import DataError
 from mm1.engine.decoder import DecoderLM
 from mm1.engine.display import Silent
@@ -80,6 +80,8 @@ def replay(folder: Path, step: int) -> dict[str, Any]:
         )
     run = from_dict(checkpoint.read_json(newest, "config.json"))
     run = replace(run, data=replace(run.data, tokenizer=str(newest / "tokenizer.json")))
+    if earlier:  # which outweighs the weights that the run began with; they may be gone
+        run = replace(run, train=replace(run.train, init=""))
     with ExitStack() as stack:
         world, same_layout = _world(run.parallel, state)
         stack.callback(world.close)
@@ -158,7 +160,7 @@ def _repeat(trainer: Trainer, step: int, records: dict[int, Any], allowed: float
 
 def _exact(trainer: Trainer, folder: Path) -> Trainer:
     """Return a trainer with the same weights that computes in fp32, with every operation as it is written."""
-    plain = replace(trainer.run.train, dtype="fp32", compile=False, recompute="none", float8="none")
+    plain = replace(trainer.run.train, dtype="fp32", compile=False, recompute="none", float8="none", init="")
     exact = Trainer(replace(trainer.run, train=plain), folder, Silent(), False, trainer.world)
     with torch.no_grad():
         for mine, theirs in zip(exact.model.parameters(), trainer.model.parameters(), strict=True):

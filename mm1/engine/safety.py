@@ -40,7 +40,7 @@ class Stop:
 
     def __init__(self):
         self.asked = self.interrupted = False  # of this process; interrupted: by Ctrl-C
-        self.agreed = False  # by all processes
+        self.agreed = self.any_interrupted = False  # of all processes
 
     def __enter__(self) -> "Stop":
         self.previous = {number: signal.signal(number, self._ask) for number in SIGNALS}
@@ -114,8 +114,10 @@ class Watch:
 
 @contextmanager
 def no_recompiles(policy: str, compiles: bool) -> Iterator[Callable[[], None]]:
-    """Gives a function to be called when all is compiled. What is compiled again after it raises DataError with the
-    guard that failed ("error"), or is only logged ("warn")."""
+    """Yield a function to call when all is compiled.
+
+    What is compiled again after it raises DataError with the guard that failed ("error"), or is only logged ("warn").
+    """
     import torch._dynamo.exc
 
     config = torch._dynamo.config

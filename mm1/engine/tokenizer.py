@@ -71,7 +71,17 @@ def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    trained.train_from_iterator(texts, trainer)
+    counted = 0
+
+    def texts_counted() -> Iterator[str]:
+        nonlocal counted
+        for text in texts:
+            counted += 1
+            yield text
+
+    trained.train_from_iterator(texts_counted(), trainer)
+    if not counted:
+        raise DataError("no text to train a tokenizer on")
     return trained
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from mm1.engine.config import Run, changes, peak_lr, stored_model, to_dict
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.feed import Feed
 from mm1.engine.data.identity import differences
-from mm1.engine.data.quarantine import read_lines, write_lines
+from mm1.engine.data.lines import read_lines, write_lines
 from mm1.engine.data.record import DataError
 from mm1.engine.data.streams import make_streams, merged
 from mm1.engine.display import Display, Silent, logged
@@ -87,8 +87,8 @@ class Pending(NamedTuple):
     sums: Tensor  # of SUMS and of the slots of experts, on the host once `arrived`
     arrived: Any  # CUDA event, or None
     keys: list[str]  # of its documents on this process
-    before: dict[str, Any]  # state of this process's data before it
-    known: dict[str, Any]  # metrics that the host knows
+    before: dict[str, Any]  # this process's data position before the step
+    known: dict[str, Any]  # metrics that do not come from the device
 
     def named(self) -> dict[str, float]:
         """SUMS by name; waits for them."""
@@ -125,9 +125,13 @@ class Trainer:
         quarantine = folder / "quarantine" if self.world.rank % run.parallel.tensor == 0 else None
         self.streams = make_streams(
             run, self.tokenizer, quarantine, display.warn, self.world.data_rank, self.world.data_size,
-            len(state["data"]["streams"]) if state else 0, state["identity"] if state else None,
+            len(state["data"]["streams"]) if state else 0, state.get("identity") if state else None,
         )  # fmt: skip
-        other_data = differences(state["identity"], self.streams.identity) if state else []
+        other_data = []
+        if state:
+            unknown = ["the checkpoint does not say on which"]  # as one of an earlier version of mm1
+            before = state.get("identity")
+            other_data = differences(before, self.streams.identity) if before else unknown
         if other_data and not accept_other_data:
             raise DataError(
                 f"{newest} was trained on other data than this run's: {'; '.join(other_data)}; "
@@ -159,20 +163,13 @@ class Trainer:
         self.saving: checkpoint.Saving | None = None
         self.rewound_to: Path | None = None  # until a step is good
         self.save_due, self.last_saved, self.failed_saves = False, -1, 0  # failed_saves: in a row
+        self.settled = time.perf_counter()  # when the results of the step before were read
         if newest is None and t.init:
             self._begin_from(Path(t.init), accept_other_data)
         if newest is not None:
             self.resume_from(newest, bool(other_data))
             log.info("resumed at step %d from %s", self.step, newest)
-        if self.world.first and newest is not None:
-            self._saved(newest)  # a kill may have come before
-        if self.world.first and self.step < t.steps:
-            # Drop what a run wrote after the checkpoint it is resumed from; damage (position -1) is listed anew.
-            ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
-            self._drop_later_metrics()
-            for warning in self.streams.quarantine.trim(ends):
-                display.warn(warning)
-        self.world.wait()
+        self.world.on_first(lambda: self._tidy(newest, state))
         counts = parameter_counts(run.model)
         log.info(
             "%.3g M parameters (vision %.3g, connector %.3g, decoder %.3g) on %s in %s, %s",
@@ -185,6 +182,16 @@ class Trainer:
             safety.load_compiled(folder)
             # Experts that are sharded otherwise than their block are gathered inside of it, where its graph breaks.
             self.model.compile_blocks(fullgraph=t.recompile == "error" and run.parallel.expert == 1)
+
+    def _tidy(self, newest: Path | None, state: dict[str, Any] | None) -> None:
+        """Finish what a kill after the checkpoint interrupted, and drop what the run wrote behind it."""
+        if newest is not None:
+            self._saved(newest)
+        if self.step < self.run.train.steps:
+            ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
+            self._drop_later_metrics()
+            for warning in self.streams.quarantine.trim(ends):
+                self.display.warn(warning)
 
     def resume_from(self, folder: Path, other_data: bool = False) -> None:
         """Restore weights, optimizer, random state, data position and step of a checkpoint.
@@ -213,7 +220,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step, or until a signal: then save and raise safety.Stopped."""
         t = self.run.train
-        begun, pending = self.step, deque[Pending]()
+        begun, pending, self.settled = self.step, deque[Pending](), time.perf_counter()
         if t.compile and self.step < t.steps:
             log.info("compiling each kind of block: the first steps take longer")
         with self.stop, safety.Watch(t.hang) as watch, self.display.run(self.step):
@@ -228,6 +235,7 @@ class Trainer:
                             self._settle(pending.popleft(), pending)
                         if self.save_due:
                             self._save_if_sound()
+                            self.settled = time.perf_counter()
                         if self.step == begun + WARM:
                             warm()
                             if t.compile and self.world.first:
@@ -238,12 +246,17 @@ class Trainer:
                 if stopped and self.step != self.last_saved:
                     self._save_if_sound()
                 self._finish_saving(final=True)
+            except Exception:
+                if self.saving is not None:  # what ends the run shall not end the save that is on its way
+                    with suppress(Exception):
+                        self.saving.wait()
+                raise
             finally:
                 self.feed.close()
         newest = checkpoint.latest(self.folder)
         if stopped:
             saved = "nothing is saved" if newest is None else f"--resume continues from {newest}"
-            raise safety.Stopped(f"stopped at step {self.step}; {saved}", self.stop.interrupted)
+            raise safety.Stopped(f"stopped at step {self.step}; {saved}", self.stop.any_interrupted)
         log.info("trained to step %d; the checkpoint is %s", self.step, newest)
         if bad := len(self.streams.quarantine.records()) if self.world.first else 0:
             log.info("left out %d different unreadable records, listed in %s", bad, self.folder / "quarantine")
@@ -254,7 +267,7 @@ class Trainer:
 
     def _step(self) -> Pending:
         t, model, before = self.run.train, self.model, self.feed.state
-        begin, waited = time.perf_counter(), 0.0
+        waited = 0.0
         losses_sum = torch.zeros(3, dtype=torch.float64, device=self.device)
         tokens = targets = images = data = 0
         slots: Any = 0
@@ -302,7 +315,6 @@ class Trainer:
             arrived = torch.cuda.Event()
             arrived.record()
         known = {"lr": rate, "skipped": self.feed.skipped, "rewinds": self.rewinds, "data_seconds": waited}
-        known["seconds"] = time.perf_counter() - begin
         return Pending(self.step + 1, sums, arrived, keys, before, known)
 
     def _local_gradients(self) -> list[Tensor]:
@@ -316,9 +328,11 @@ class Trainer:
         """Show the results of a step and decide what follows; `sums` are the same on all processes, and so is that."""
         sums, accumulate = done.named(), self.run.train.accumulate
         self.stop.agreed = self.stop.agreed or sums["stop"] > 0
-        self.stop.interrupted = self.stop.interrupted or sums["interrupted"] > 0
+        self.stop.any_interrupted = self.stop.any_interrupted or sums["interrupted"] > 0
         if sums["saved"] == self.world.data_size:
             self._finish_saving()
+        # Of one step after another: on a GPU the host alone is ahead of its work, and waits for it in named().
+        seconds, self.settled = time.perf_counter() - self.settled, time.perf_counter()
         if sums["targets"] and math.isfinite(sums["loss"] + sums["norm"]):
             self.bad_steps, self.rewound_to = 0, None
             budget = self.streams.budget
@@ -333,6 +347,7 @@ class Trainer:
                 "data": int(sums["data"]),
                 **load(done.sums[len(SUMS) :].view(-1, self.run.model.decoder.experts + 1)),
                 **done.known,
+                "seconds": seconds,
             }
             if metrics.get("dropped", 0.0) > DROPS and not self.drops_shown:
                 self.drops_shown = True
@@ -343,8 +358,11 @@ class Trainer:
         why = "no target tokens" if not sums["targets"] else f"loss {sums['loss']}, gradient norm {sums['norm']}"
         note = {"step": done.step, "why": why, "keys": done.keys, "data": done.before, "sums": repr(sums)}
         path = self.folder / "left-out" / f"step-{done.step:08d}-{self.world.rank}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(note, indent=1))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(note, indent=1))
+        except OSError as error:  # a full disk is no reason to stop
+            self.display.warn(f"{path}: {error.strerror or error}")
         self.display.left_out(done.step, f"{why}: left out, see {path}")
         if not sums["targets"]:
             return
@@ -366,21 +384,29 @@ class Trainer:
         assert newest is not None  # there was one just now, and if all are damaged that is an error
         self._restore(newest)
         self.rewinds, self.bad_steps, self.save_due, self.rewound_to = self.rewinds + 1, 0, False, newest
-        if self.world.first:
+        self.last_saved = self.step
+
+        def tidy() -> None:
+            checkpoint.point(self.folder / "checkpoint", newest)
             self._drop_later_metrics()
-        self.world.wait()
+
+        self.world.on_first(tidy)
         self.display.warn(f"{why}: back to {newest.name}, on with the data behind it")
 
     def _save_if_sound(self) -> None:
         """Save, unless the last steps were bad or a value is not finite: a run must find sound weights to go back to.
 
-        What is put off is saved after the next good step. The run does not end before it is.
+        What is put off is saved after the next good step. At the end of the run finite weights are saved behind bad
+        steps too, which changed nothing, but then older checkpoints stay; weights that are not finite never are.
         """
-        sound = not self.bad_steps and self._finite()
-        if sound:
+        last, finite = self.step == self.run.train.steps, self._finite()
+        if finite and not self.bad_steps:
             self.save()
-        elif self.step == self.run.train.steps and not self.stop.agreed:
-            self._rewind(f"the last step, {self.step}, is bad, or left weights that are not finite")
+        elif finite and last:
+            self.display.warn(f"the last {self.bad_steps} steps were left out: older checkpoints stay")
+            self.save()
+        elif last and not self.stop.agreed:
+            self._rewind(f"step {self.step} left weights that are not finite")
 
     def _finite(self) -> bool:
         """Whether all weights and moments are finite, on all processes."""
@@ -412,7 +438,12 @@ class Trainer:
 
     def _saved(self, folder: Path) -> None:
         checkpoint.point(self.folder / "checkpoint", folder)
-        checkpoint.prune(self.folder, self.run.train.keep)
+        if self.bad_steps:  # the new one may not be the one to keep
+            return
+        try:
+            checkpoint.prune(self.folder, self.run.train.keep)
+        except OSError as error:
+            self.display.warn(f"an old checkpoint could not be deleted: {error}")
 
     def _finish_saving(self, final: bool = False) -> None:
         """Wait for the checkpoint that is being written. All processes call this after the same step.

@@ -3,6 +3,7 @@
 Documents wait in a pool of `buffer` tokens. Each batch takes the largest that fits, then the next largest, until none
 does (a document's size is the largest share of a budget that it takes). A document stays whole unless the fullest
 budget would then stay below FULL: only then the largest document that may be cut gives its head, and its tail waits.
+Captions and conversations are not cut, so that those of more than half a sequence may leave batches less full.
 Deterministic, and the state is small: the next position of the stream and where each waiting document begins.
 """
 

@@ -5,10 +5,11 @@ meets it, also across resumes, and no checkpoint grows. A line is {"shard", "key
 being where in the run's stream the record first came; damage of a whole file has key "" and position -1.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mm1.engine.data.lines import Appended, read_lines, write_lines
 
 KINDS = {"shard": str, "key": str, "reason": str, "position": int}
 
@@ -18,21 +19,19 @@ class Quarantine:
 
     def __init__(self, folder: Path | None, rank: int = 0):
         self.folder, self.rank = folder, rank
+        self._file = None if folder is None else Appended(folder / f"rank-{rank:05d}.jsonl")
         self._listed: set[int] | None = None  # hashes of shard and key, 8 bytes in place of two strings
 
     def add(self, shard: str, key: str, reason: str, position: int) -> None:
         """List a bad record, unless this process's file lists it already."""
-        if self.folder is None:
+        if self._file is None:
             return
-        path = self.folder / f"rank-{self.rank:05d}.jsonl"
         if self._listed is None:
-            self._listed = {hash((line["shard"], line["key"])) for line in _lines_of(path)[0]}
+            self._listed = {hash((line["shard"], line["key"])) for line in _lines_of(self._file.path)[0]}
         name = hash((shard, key))
         if name in self._listed:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps({"shard": shard, "key": key, "reason": reason, "position": position}) + "\n")
+        self._file.add({"shard": shard, "key": key, "reason": reason, "position": position})
         self._listed.add(name)
 
     def trim(self, positions: Mapping[int, int]) -> list[str]:
@@ -69,32 +68,6 @@ class Quarantine:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("rank-*.jsonl")) if self.folder is not None else []
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects of a JSON-lines file, and how many lines are none; no file is an empty one.
-
-    A kill tears the last line, a full disk any, and users edit what they can: nothing in the file raises.
-    """
-    if not path.exists():
-        return [], 0
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    objects = [value for line in lines if isinstance(value := _parsed(line), dict)]
-    return objects, len(lines) - len(objects)
-
-
-def write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
-    """Replace a JSON-lines file at once: a kill leaves the old one or the new one."""
-    fresh = path.with_name(f".{path.name}.kept")
-    fresh.write_text("".join(f"{json.dumps(value)}\n" for value in objects))
-    fresh.replace(path)
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
 
 
 def _lines_of(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -11,7 +11,7 @@ from typing import Any
 from mm1.engine import config
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
-from mm1.engine.data.identity import identity, mean_length
+from mm1.engine.data.identity import differences, identity, mean_length
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import BUFFER, Loader
@@ -115,10 +115,12 @@ def make_streams(
     """Return packed batches of the run's sources, those of one of `ranks` processes.
 
     quarantine: folder of the lists of bad records. count: packers, if a run had them before. before: identity of the
-    data in the checkpoint that is resumed; its mean lengths mix the sources as they did, in place of new estimates.
-    Raises DataError for whatever is wrong with the sources.
+    data in the checkpoint that is resumed; if these data are the same, its mean lengths mix the sources as they did, in
+    place of new estimates. Raises DataError for whatever is wrong with the sources.
     """
     d, m, t = run.data, run.model, run.train
+    if count and d.streams not in (0, count):
+        raise DataError(f"setting data.streams is {d.streams}, expected {count} as in the checkpoint, or 0")
     count = count or d.streams or (4 * ranks if ranks > 1 else 1)
     for name, number in (("data.streams", count), ("train.accumulate", t.accumulate)):
         if number % ranks:
@@ -144,15 +146,18 @@ def make_streams(
         raise DataError(f"setting data.buffer is {buffer} tokens, expected at least data.tokens ({d.tokens}), or 0")
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [_opened(i, setting) for i, setting in enumerate(d.sources)]
-    damage = [reported for source in sources for reported in source.damage]
-    for shard, reason in damage if rank == 0 else ():
-        warn(f"{shard}: {reason}")
     names = [mean_length(i) for i in range(len(sources))]
     lengths = [before[name] for name in names] if before and before.keys() >= {*names} else None
     mixture = Mixture(sources, [source.weight for source in d.sources], encode, t.seed, lengths)
     if not d.documents:  # as many as there are of the source with the shortest ones, and a quarter more
         shortest = min(mixture.mean_lengths)
         budget = replace(budget, documents=max(budget.documents, math.ceil(1.25 * d.tokens / shortest)))
+    values = identity(run, tokenizer, budget, buffer, count, sources, mixture.mean_lengths)
+    if lengths and before and differences(before, values):
+        return make_streams(run, tokenizer, quarantine, warn, rank, ranks, count)
+    damage = [reported for source in sources for reported in source.damage]
+    for shard, reason in damage if rank == 0 else ():
+        warn(f"{shard}: {reason}")
     listed = Quarantine(quarantine, rank)
     loaders = {
         i: Loader(
@@ -168,7 +173,6 @@ def make_streams(
             "indexed %s: %d files, %d records, which the run sees about %.3g times", setting.kind, len(source.files),
             len(source), drawn * setting.weight / (len(source) * length),
         )  # fmt: skip
-    values = identity(run, tokenizer, budget, buffer, count, sources, mixture.mean_lengths)
     told = warn if rank == 0 else lambda message: None
     return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)
 

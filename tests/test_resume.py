@@ -281,7 +281,7 @@ class Process:
                 time.sleep(0.001)
 
     def finish(self) -> None:
-        assert self.popen.wait(300) == 0, self.errors()
+        assert self.popen.wait(1200) == 0, self.errors()
 
     def errors(self) -> str:
         return self.folder.with_name("stderr.txt").read_text()[-2000:]

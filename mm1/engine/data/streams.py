@@ -170,8 +170,8 @@ def make_streams(
     drawn = t.steps * t.accumulate * d.tokens / sum(source.weight for source in d.sources)  # tokens for a weight of 1
     for setting, source, length in zip(d.sources, sources, mixture.mean_lengths):
         log.info(
-            "indexed %s: %d files, %d records, which the run sees about %.3g times", setting.kind, len(source.files),
-            len(source), drawn * setting.weight / (len(source) * length),
+            "indexed %s: %d records in %d files, which the run sees about %.3g times", setting.kind, len(source),
+            len(source.files), drawn * setting.weight / (len(source) * length),
         )  # fmt: skip
     told = warn if rank == 0 else lambda message: None
     return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)

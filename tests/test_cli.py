@@ -92,13 +92,18 @@ def test_train_writes_a_run_and_prints_plain_lines_without_a_terminal(folder):
     result = mm1(
         "train", "run.toml", "--out", "out2", "--set", "train.steps=1", "--set", "train.tensorboard=true", cwd=folder
     )
+    assert "indexed captions: 8 records in 2 files" in result.stderr
+    assert " M parameters (vision " in result.stderr
     assert "step 1/1 loss" in result.stderr
+    assert result.stderr.splitlines()[-1] == "trained to step 1; the checkpoint is out2/step-00000001"
     assert list((folder / "out2").glob("events.out.tfevents*"))
 
 
-def test_resume_of_a_finished_run_does_nothing(folder):
+def test_resume_of_a_finished_run_does_nothing_and_says_so(folder):
     result = mm1("train", "run.toml", "--out", "out", "--resume", cwd=folder)
     assert result.returncode == 0, result.stderr
+    assert "resumed at step 3 from out/step-00000003" in result.stderr
+    assert "trained to step 3; the checkpoint is out/step-00000003" in result.stderr
 
 
 def test_generate_takes_images_and_marks(folder):
@@ -174,6 +179,7 @@ def test_damage_in_data_is_warned_of_listed_and_survived(folder):
     assert result.returncode == 0, result.stderr
     assert "cut.tar: cut off at byte 4650, inside a member" in result.stderr
     assert "skipped" in result.stderr
+    assert "left out 3 different unreadable records, listed in damaged/quarantine" in result.stderr
     lines = [
         json.loads(line) for line in (folder / "damaged" / "quarantine" / "rank-00000.jsonl").read_text().splitlines()
     ]

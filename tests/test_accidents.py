@@ -276,6 +276,28 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(tmp_path, mo
     assert "an old checkpoint could not be deleted" in trainer.display.warnings[0]
 
 
+def test_an_error_that_ends_a_run_waits_for_the_save_that_is_on_its_way(tmp_path):
+    trainer, waited = Trainer(small_run(), tmp_path / "run", Told(), False), []
+    step = trainer._step
+
+    class Saving:
+        done = False
+
+        def wait(self):
+            waited.append(trainer.step)
+
+    def fails():
+        if trainer.step == 2:
+            trainer.saving = Saving()
+            raise DataError("100 unreadable records in a row")
+        return step()
+
+    trainer._step = fails
+    with pytest.raises(DataError, match="100 unreadable"):
+        trainer.fit()
+    assert waited == [2]
+
+
 def test_an_unreadable_file_of_a_checkpoint_is_damage(copy, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")

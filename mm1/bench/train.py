@@ -337,7 +337,7 @@ class Steps:
         return not (mixture and "experts" in rung.plain and self.dtype == "fp32")  # torch's grouped_mm wants bf16
 
     def ledger(self, rung: Rung) -> Ledger:
-        """Of a step on the first set."""
+        """Return the operations of a step on the first set."""
         batches = self.sets[rung.packed][0]
         load = Load.of(batches[0]) if rung.packed else mix.load_of_padded(self.documents, batches)
         if rung.peer:
@@ -412,7 +412,7 @@ class Steps:
 
 
 def finish(model: nn.Module, optimizer: torch.optim.Optimizer, targets: int) -> None:
-    """What follows the backward of a step."""
+    """Divide the gradients by the targets, clip them and update the weights."""
     torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / targets)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -115,7 +115,7 @@ class Marks:
             first.register_hook(lambda _: self(f"{part} backward"))
 
     def seconds(self) -> dict[str, float]:
-        """Of a step by part; waits for the device."""
+        """Return the seconds of a step by part; waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
         found: dict[str, float] = defaultdict(float)

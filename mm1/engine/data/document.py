@@ -97,7 +97,7 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> Callable[[int], str]:
-        """Of a growing text: what each further token adds, once its last character is whole."""
+        """Return a function that gives what each further token adds to a text, once its last character is whole."""
         from tokenizers.decoders import DecodeStream
 
         growing = DecodeStream(skip_special_tokens=True)
@@ -106,7 +106,7 @@ class TextTokenizer:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one packed sequence holds at most."""
+    """The limits of one packed sequence."""
 
     tokens: int
     images: int

@@ -2,7 +2,6 @@
 
 import ctypes
 import faulthandler
-import fcntl
 import os
 import re
 import shutil
@@ -17,7 +16,12 @@ import torch
 
 from mm1.engine.data.record import DataError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 LOCK = ".lock"
 COMPILED = "compiled.bin"
 PR_SET_PDEATHSIG = 1
@@ -77,6 +81,8 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         try:
+            if fcntl is None:
+                raise OSError(None, "this system has no POSIX locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)

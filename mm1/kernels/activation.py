@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from mm1.kernels.language import tl, triton
 
 QUICK = 1.702
 

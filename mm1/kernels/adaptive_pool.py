@@ -10,14 +10,13 @@ ceil((r+1)·oh/h), so that nothing is added with atomics and every run gives the
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import conv_cpu
 from mm1.kernels.conv_rows import DTYPES, config_of, gathered, over_rows, window_of
 from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
 from mm1.kernels.grids import Grids, as_grids, image_of
+from mm1.kernels.language import tl, triton
 
 POOL = over_rows("adaptive_pool", 2, 3, False)
 

@@ -6,11 +6,10 @@ y [rows, D], weight fp32 [T, K] or None -> [T, D]; in fp32 and in the order of k
 T·K·D, writes T·D.
 """
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.dispatch import cdiv, launch, power_of_2
+from mm1.kernels.language import tl, triton
 
 
 @triton.jit

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import conv_rows
@@ -38,6 +36,7 @@ from mm1.kernels.conv_rows import (
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, launch, power_of_2
 from mm1.kernels.grids import STRIP_COLUMNS, STRIP_ROWS, image_of
+from mm1.kernels.language import tl, triton
 
 HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
 SEARCH = tl.constexpr(128)  # images one step of the search for a strip's image looks at

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import tiles
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch
+from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import (
     UPCAST,
     Shape,

@@ -10,13 +10,12 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
 from mm1.kernels.grids import image_of
+from mm1.kernels.language import tl, triton
 from mm1.kernels.model import rows_seconds
 from mm1.kernels.tuning import Tunable, config_for
 

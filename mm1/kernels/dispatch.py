@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 from mm1.kernels.device import DEVICES, Device, identify
-
-# TRITON_INTERPRET=1: the Triton source itself runs on CPU tensors, which is how it is tested without a GPU.
-INTERPRETED: bool = knobs.runtime.interpret
+from mm1.kernels.language import INSTALLED, INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,8 @@ def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, arguments, constants))
         return
+    if not INSTALLED:
+        raise ImportError("a kernel on a GPU needs Triton, which is not installed: pip install triton")
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

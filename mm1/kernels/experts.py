@@ -18,8 +18,6 @@ Source: Jiang et al. 2024 (Mixtral), section 2.2.
 from dataclasses import replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import experts_cpu, few_tokens
@@ -28,6 +26,7 @@ from mm1.kernels.combine import combine_sorted
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, launch, on_cpu
 from mm1.kernels.grouped_gemm import dw, gemm
+from mm1.kernels.language import tl, triton
 from mm1.kernels.route import Order, sort_by_expert
 from mm1.kernels.tiles import (
     Config,

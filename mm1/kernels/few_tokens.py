@@ -11,8 +11,6 @@ from dataclasses import replace
 from itertools import product
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import tiles
@@ -20,6 +18,7 @@ from mm1.kernels.activation import activate
 from mm1.kernels.combine import combine_slots
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
+from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import Config, Shape, dot, fitted, load_weight, weight_operands
 from mm1.kernels.tuning import Tunable, config_for
 

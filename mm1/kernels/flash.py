@@ -21,12 +21,11 @@ Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2.
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, expect, launch
 from mm1.kernels.flash_tiles import DKV, DQ, FLASH, FlashShape
+from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import dot
 from mm1.kernels.tuning import config_for
 

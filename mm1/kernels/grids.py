@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from mm1.kernels.language import tl, triton
 
 # A strip is what one program of the depthwise kernels walks down: so many rows of so many columns of one image.
 STRIP_ROWS, STRIP_COLUMNS = 16, 4

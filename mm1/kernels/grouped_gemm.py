@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, launch, on_cpu
+from mm1.kernels.language import tl, triton
 from mm1.kernels.model import product_seconds
 from mm1.kernels.tiles import (
     Config,

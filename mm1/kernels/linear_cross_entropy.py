@@ -11,11 +11,10 @@ and dW, not [T, V]. A kernel reads a row of logits twice and leaves their gradie
 from collections.abc import Callable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
+from mm1.kernels.language import tl, triton
 
 IGNORED = -100
 # Bytes of logits at a time. What the targets of 4096 to 8192 tokens need is one chunk: every chunk more reads and

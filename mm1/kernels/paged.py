@@ -15,13 +15,12 @@ from itertools import product, takewhile
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import flash_tiles
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, launch, on_cpu, power_of_2
+from mm1.kernels.language import tl, triton
 from mm1.kernels.model import LAUNCH, product_seconds
 from mm1.kernels.tiles import dot
 from mm1.kernels.tuning import Tunable, config_for

@@ -16,13 +16,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels import positions as positions_module
 from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, launch, on_cpu, power_of_2
 from mm1.kernels.grids import Grids, as_grids, image_of
+from mm1.kernels.language import tl, triton
 from mm1.kernels.patch_embed_cpu import backward_cpu, embed_cpu, forward_cpu
 from mm1.kernels.patch_tiles import EMBED, EMBED_DW, PatchShape, splits_of
 from mm1.kernels.pixels import as_words, fold, gather, places_of, scatter, unfold, values, word_bytes

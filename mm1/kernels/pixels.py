@@ -12,12 +12,11 @@ and comes out of their gradients again: dW = scale · dW' + shift · db.
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.dispatch import cdiv, launch
 from mm1.kernels.grids import image_of
+from mm1.kernels.language import tl, triton
 from mm1.kernels.positions import place_of
 
 ROWS = 128  # patches one program finds the places of

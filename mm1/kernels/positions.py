@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.dispatch import Device, cdiv, device_of, expect, launch, on_cpu, power_of_2
 from mm1.kernels.grids import Grids, as_grids, image_of
+from mm1.kernels.language import tl, triton
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", None)
 BLOCK_ROWS, BLOCK_WIDTH = 16, 128  # of y in one program

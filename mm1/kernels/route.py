@@ -13,11 +13,10 @@ al. 2022), equation 5 for z. MM1 weights the losses 0.01 and 0.001.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
+from mm1.kernels.language import tl, triton
 
 MAX_K, MAX_EXPERTS = 16, 512
 SORT_BLOCK = 128  # slots ranked against each other at once, in registers

@@ -11,13 +11,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, cdiv, launch, power_of_2
+from mm1.kernels.language import TensorDescriptor, tl, triton
 from mm1.kernels.model import product_seconds
 
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mm1.kernels.device import DEVICES, Device, identify
 from mm1.kernels.language import INSTALLED, INTERPRETED
@@ -26,6 +27,32 @@ def expect(condition: bool, op: str, argument: str, found: object, expected: obj
     """ValueError naming op, argument, what was found and what was expected, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{op}: {argument} is {found}, expected {expected}")
+
+
+def expect_alike(op: str, **tensors: Tensor | None) -> None:
+    """ValueError naming the first tensor on another device than the first; None is left out.
+
+    RuntimeError for tangents of forward mode, which torch's custom ops drop without a word.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    device = next(iter(given.values())).device
+    for name, tensor in given.items():
+        expect(
+            tensor.device == device, op, f"device of {name}", tensor.device, f"{device}, that of {next(iter(given))}"
+        )
+    if forward_ad._current_level >= 0:
+        for name, tensor in given.items():
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(f"{op}: {name} has a tangent, but forward-mode derivatives are not computed")
+
+
+def refuse_second_order(op: Any, name: str) -> None:
+    """Make the gradient of `op`, which computes the gradients of the public op `name`, a RuntimeError that says so."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"{name}: gradients of gradients are not computed")
+
+    op.register_autograd(refuse)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -106,4 +133,17 @@ def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
 def on_cpu(op: Any, implementation: Callable) -> None:
     """What `op`, a custom op whose body launches Triton kernels, does on CPU tensors instead."""
     if not INTERPRETED:
-        op.register_kernel("cpu")(implementation)
+        op.register_kernel("cpu")(without_autocast(implementation))
+
+
+def without_autocast(implementation: Callable) -> Callable:
+    """The body of a custom op in the dtypes of its tensors: autocast, which the caller has followed, ends before it."""
+
+    @wraps(implementation)
+    def body(*arguments: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return implementation(*arguments)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return implementation(*arguments)
+
+    return body

@@ -3,9 +3,10 @@
     loss = Σ_t logsumexp(W x_t) - (W x_t)[target_t],  over t with target ≠ -100
     dx = (softmax - onehot) W,   dW = (softmax - onehot)ᵀ x
 
-x [T, D], weight [V, D], targets int [T] -> scalar fp32. 2·T·D·V operations, and 4·T·D·V for the gradients, which are
-computed beside the loss while a chunk's logits are there: no product is made twice, and what waits for backward is dx
-and dW, not [T, V]. A kernel reads a row of logits twice and leaves their gradient in its place.
+x [T, D], weight [V, D], targets int [T] -> scalar fp32. 2·T·D·V operations, and as many for each of the two gradients,
+which are computed beside the loss while a chunk's logits are there: no product is made twice, and what waits for
+backward is dx and dW, not [T, V]. dW is summed and kept in fp32: before the mean divides, sums over thousands of tokens
+exceed fp16. A kernel reads a row of logits twice and leaves their gradient in its place.
 """
 
 from collections.abc import Callable
@@ -13,24 +14,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
+from mm1.kernels.dispatch import (
+    Cost,
+    cdiv,
+    expect,
+    expect_alike,
+    launch,
+    on_cpu,
+    power_of_2,
+    refuse_second_order,
+    without_autocast,
+)
 from mm1.kernels.language import tl, triton
 
 IGNORED = -100
+_IGNORED = tl.constexpr(IGNORED)
 # Bytes of logits at a time. What the targets of 4096 to 8192 tokens need is one chunk: every chunk more reads and
 # writes dW once, which costs a CPU as much as its products where they are chunks of 8 MB.
 CHUNK = {"cuda": 512 << 20, "cpu": 128 << 20}
 BLOCK = 4096  # logits a program holds at once
-WIDE = (torch.float32, torch.float64)
 
 
 @triton.jit
 def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One row. Logits become gradients of the loss, zeros where there is no target."""
+    """One row. Logits become gradients of the loss, zeros where there is no target, NaN where it is no class."""
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    counts = target >= 0
-    own = tl.load(logits_ptr + row * V + target, counts, other=0.0).to(tl.float32)
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    counts = target != _IGNORED
+    known = (target >= 0) & (target < V)
+    tl.device_assert(known | (target == _IGNORED), "linear_cross_entropy: a target is neither a class nor -100")
+    own = tl.load(logits_ptr + row * V + target, known, other=float("nan")).to(tl.float32)
     top = tl.full((BLOCK,), -1e30, tl.float32)  # not infinite: lanes past V would be NaN
     total = tl.zeros((BLOCK,), tl.float32)
     for v in range(0, V, BLOCK):
@@ -43,6 +56,7 @@ def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK:
     lse = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
     tl.store(nll_ptr + row, tl.where(counts, lse - own, 0.0))
     if GRAD:
+        lse = tl.where(known, lse, float("nan"))
         for v in range(0, V, BLOCK):
             offs = v + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + row * V + offs, offs < V, other=0.0).to(tl.float32)
@@ -67,87 +81,121 @@ def _loss_cpu(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
 
 def _forward(
     loss: Callable[[Tensor, Tensor, Tensor, bool], None], x: Tensor, weight: Tensor, targets: Tensor,
-    dtype: torch.dtype, grad: bool,
+    dtype: torch.dtype, need_x: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, dx [T, D] in `dtype` and dW [V, D] like the weight; without `grad` these two are empty."""
-    rows, V = len(x), len(weight)
+    """The sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; without rows what is not needed."""
+    (rows, D), V = x.shape, len(weight)
     x, w = x.to(dtype), weight.to(dtype)
-    nll = x.new_empty(rows, dtype=torch.promote_types(dtype, torch.float32))
-    dx = x.new_empty(x.shape if grad else (0, x.shape[1]))
-    dw = weight.new_zeros(weight.shape if grad and not rows else (0, weight.shape[1]))
+    wide = torch.promote_types(dtype, torch.float32)
+    nll = x.new_empty(rows, dtype=wide)
+    dx = x.new_empty(rows if need_x else 0, D)
+    dw = x.new_zeros(V if need_weight else 0, D, dtype=wide)
     # Chunks of one size, so that no last one of few rows is slow.
     chunks = cdiv(rows * V * x.itemsize, CHUNK[x.device.type])
     step = cdiv(rows, max(chunks, 1))
     for begin in range(0, rows, max(step, 1)):
         part = slice(begin, begin + step)
         logits = torch.mm(x[part], w.t())
-        loss(logits, targets[part], nll[part], grad)
-        if not grad:
-            continue
-        torch.mm(logits, w, out=dx[part])
-        if begin == 0:
-            dw = torch.mm(logits.t(), x[part]).to(weight.dtype)
-        elif dw.dtype == dtype:
-            dw.addmm_(logits.t(), x[part])
-        else:
-            dw += torch.mm(logits.t(), x[part])
+        loss(logits, targets[part], nll[part], need_x or need_weight)
+        if need_x:
+            torch.mm(logits, w, out=dx[part])
+        if need_weight and dtype == wide:
+            dw.addmm_(logits.t(), x[part], beta=min(begin, 1))
+        elif need_weight:
+            dw += _wide_product(logits.t(), x[part])
     return nll.sum(), dx, dw
 
 
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of half precision with fp32 sums; on a CPU those of bf16 come rounded, which overflows nothing."""
+    if a.device.type != "cpu":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b)
+
+
 def forward(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, grad: bool
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(_loss, x, weight, targets, dtype, grad)
+    return _forward(_loss, x, weight, targets, dtype, need_x, need_weight)
 
 
 def forward_cpu(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, grad: bool
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(_loss_cpu, x, weight, targets, dtype, grad)
+    strange = ((targets < 0) | (targets >= len(weight))) & (targets != IGNORED)
+    if strange.any():
+        row = int(strange.nonzero()[0])
+        raise ValueError(f"linear_cross_entropy: target of row {row} is {int(targets[row])}, expected "
+                         f"0 … {len(weight) - 1}, or {IGNORED} for none")  # fmt: skip
+    return _forward(_loss_cpu, x, weight, targets, dtype, need_x, need_weight)
 
 
-_op = torch.library.custom_op("mm1::linear_cross_entropy", forward, mutates_args=())
+_op = torch.library.custom_op("mm1::linear_cross_entropy", without_autocast(forward), mutates_args=())
 on_cpu(_op, forward_cpu)
 
 
 @_op.register_fake
-def _(x, weight, targets, dtype, grad):
+def _(x, weight, targets, dtype, need_x, need_weight):
+    wide = torch.promote_types(dtype, torch.float32)
     return (
-        x.new_empty((), dtype=torch.promote_types(dtype, torch.float32)),
-        x.new_empty(x.shape if grad else (0, x.shape[1]), dtype=dtype),
-        weight.new_empty(weight.shape if grad else (0, weight.shape[1])),
+        x.new_empty((), dtype=wide),
+        x.new_empty(x.shape[0] if need_x else 0, x.shape[1], dtype=dtype),
+        x.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1], dtype=wide),
     )
+
+
+@torch.library.custom_op("mm1::linear_cross_entropy_backward", mutates_args=())
+def _scaled(
+    scale: Tensor, dx: Tensor, dw: Tensor, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both in their dtypes. In fp32: a scale rounded to bf16 would be wrong by up to 0.4 % for all values alike."""
+    return (dx.to(dw.dtype) * scale).to(dtype), (dw * scale).to(weight_dtype)
+
+
+@_scaled.register_fake
+def _(scale, dx, dw, dtype, weight_dtype):
+    return dx.new_empty(dx.shape, dtype=dtype), dw.new_empty(dw.shape, dtype=weight_dtype)
+
+
+refuse_second_order(_scaled, "linear_cross_entropy")
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.save_for_backward(*output[1:])
 
 
 def _gradients(ctx, scale, *_):
-    dx, dw = ctx.saved_tensors
-    return (dx * scale).to(ctx.dtype), (dw * scale).to(dw.dtype), None, None, None
+    dx, dw = _scaled(scale, *ctx.saved_tensors, *ctx.dtypes)
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    return dx if need_x else None, dw if need_weight else None, *(None,) * 4
 
 
 _op.register_autograd(_gradients, setup_context=_save)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-    """x [T, D], weight [V, D], targets int [T] with -100 for no loss -> fp32 [].
+    """x [T, D], weight [V, D], targets int [T] of 0 … V - 1, or -100 for no loss -> fp32 [] (fp64 of fp64).
 
-    reduction: "mean" over targets, or "sum". Products run in the dtype of autocast where that is on, else in that of
-    the weight; a weight of fp32 gets gradients of fp32. Without any target the loss is 0, and so are its gradients. No
-    gradients of gradients.
+    reduction: "mean" over the targets that are not -100, or "sum". Any other target raises ValueError on a CPU; on a
+    GPU the loss and the gradients become NaN (and with TRITON_DEBUG=1 a device assertion fails). Without any target the
+    loss is 0, and so are its gradients. Products run in the dtype of autocast where that is on, else in that of the
+    weight; the weight's gradient is summed in fp32. Where x or weight needs no gradient, none is computed for it. There
+    are no gradients of gradients and no forward-mode derivatives: asking for either raises RuntimeError.
     """
-    expect(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], "linear_cross_entropy", "weight",
-           tuple(weight.shape), f"[V, {x.shape[-1]}]")  # fmt: skip
-    expect(targets.shape == x.shape[:1], "linear_cross_entropy", "targets", tuple(targets.shape), tuple(x.shape[:1]))
-    expect(reduction in ("mean", "sum"), "linear_cross_entropy", "reduction", reduction, ("mean", "sum"))
+    op = "linear_cross_entropy"
+    expect(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], op, "weight", tuple(weight.shape),
+           f"[V, {x.shape[-1]}]")  # fmt: skip
+    expect(targets.shape == x.shape[:1], op, "targets", tuple(targets.shape), tuple(x.shape[:1]))
+    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    expect(whole, op, "dtype of targets", targets.dtype, "an integer")
+    expect(reduction in ("mean", "sum"), op, "reduction", reduction, ("mean", "sum"))
+    expect_alike(op, x=x, weight=weight, targets=targets)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total = _op(x, weight, targets, dtype, grad)[0]
+    need_x, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    total = _op(x, weight, targets, dtype, need_x, need_weight)[0]
     return total if reduction == "sum" else total / (targets != IGNORED).sum().clamp(min=1)
 
 

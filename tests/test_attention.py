@@ -194,9 +194,158 @@ def test_compiles_whole():
         assert relative_error(found, expected) < 1e-6
 
 
-def test_refuses_bad_arguments():
+def masked(q, k, v, lengths_q, lengths_k, used=None):
+    """Causal, aligned to the end, segment by segment in fp64; rows that see nothing are zeros."""
+    out, begin_q, begin_k = [], 0, 0
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    for b, (n, room) in enumerate(zip(lengths_q, lengths_k)):
+        m = room if used is None else used[b]
+        hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
+        a, c, d = q[begin_q : begin_q + n].double(), k[begin_k : begin_k + m], v[begin_k : begin_k + m]
+        scores = torch.einsum("ihd,jhd->hij", a, c) / q.shape[2] ** 0.5
+        weights = scores.masked_fill(hidden, -1e300).softmax(-1) * ~hidden if m else scores
+        out.append(torch.einsum("hij,jhd->ihd", weights, d))
+        begin_q, begin_k = begin_q + n, begin_k + room
+    return torch.cat([*out, 0 * q[begin_q:]]) + 0 * (q.sum() + k.sum() + v.sum())
+
+
+UNEQUAL = [
+    ([6], [3]),
+    ([6, 6, 6], [3, 3, 3]),
+    ([5, 2, 4, 4, 1, 0], [2, 5, 4, 0, 1, 3]),
+    ([1, 1], [0, 2]),
+    ([7, 7], [1, 1]),
+]
+
+
+@pytest.mark.parametrize("lengths_q, lengths_k", UNEQUAL, ids=str)
+@pytest.mark.parametrize("backend", ["segments", "reference", "flex"])
+def test_queries_before_the_first_key_see_nothing(lengths_q, lengths_k, backend):
+    q, k, v = torch.randn(sum(lengths_q) + 2, 4, 16), *torch.randn(2, sum(lengths_k), 2, 16)
+    given = [x.requires_grad_(backend != "flex") for x in (q, k, v)]
+    y = attention(*given, cu_seqlens(lengths_q), causal=True, cu_seqlens_k=cu_seqlens(lengths_k), backend=backend)
+    truth = masked(*given, lengths_q, lengths_k)
+    assert relative_error(y, truth) < 1e-6
+    if backend != "flex":
+        for found, expected in zip(gradients(y, given), gradients(truth, given)):
+            assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["segments", "reference"])
+def test_a_cache_may_hold_fewer_keys_than_there_are_queries(backend):
+    q, k, v = torch.randn(9, 4, 16), *torch.randn(2, 15, 2, 16)
+    new, room, used = [4, 2, 3], [5, 5, 5], [2, 5, 0]
+    y = attention(q, k, v, cu_seqlens(new), causal=True, cu_seqlens_k=cu_seqlens(room), used_k=torch.tensor(used),
+                  backend=backend)  # fmt: skip
+    assert relative_error(y, masked(q, k, v, new, room, used)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["segments", "reference"])
+@pytest.mark.parametrize("lengths_q, lengths_k", [([4, 0, 3], [4, 0, 3]), ([4, 2], [2, 4])], ids=str)
+def test_fp64_gradients_are_those_of_finite_differences(backend, lengths_q, lengths_k):
+    q, k, v = torch.randn(8, 2, 4), *torch.randn(2, 7, 1, 4)
+    given = [x.double().requires_grad_() for x in (q, k, v)]
+    cu_q, cu_k = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+    for causal in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, c=causal: attention(q, k, v, cu_q, causal=c, cu_seqlens_k=cu_k, backend=backend), given
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_dtypes_may_differ(dtype):
+    q, k, v = inputs(12)
+    half = v.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = attention(q, k, half, cu_seqlens([5, 7]), causal=True)
+    assert y.dtype == dtype
+    assert relative_error(y, by_hand(q, k, half, [5, 7], True)) < 1e-2
+    found = gradients(y, [q, k, half])
+    assert [x.dtype for x in found] == [torch.float32, torch.float32, dtype]
+
+
+def test_offsets_of_64_bits_are_taken():
+    q, k, v = inputs(12)
+    cu = cu_seqlens([5, 7])
+    y = attention(q, k, v, cu.long(), causal=True, cu_seqlens_k=cu.long())
+    assert torch.equal(y, attention(q, k, v, cu, causal=True))
+
+
+def test_meta_tensors_have_shapes():
+    q, k, v = (x.detach().to("meta") for x in inputs(12))
+    y = attention(q, k, v, cu_seqlens([5, 7]).to("meta"), causal=True, backend="segments")
+    assert y.shape == q.shape
+    assert y.is_meta
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q, k, v, cu):
+        return attention(q, k, v, cu, causal=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_any_numbers_of_rows_and_segments(strict):
+    rows, segments = torch.export.Dim("rows", min=0), torch.export.Dim("segments", min=1)
+    q, k, v = (x.detach() for x in inputs(12))
+    program = torch.export.export(
+        Attention(), (q, k, v, cu_seqlens([5, 7])), strict=strict,
+        dynamic_shapes=({0: rows}, {0: rows}, {0: rows}, {0: segments}),
+    ).module()  # fmt: skip
+    for lengths in ([5, 7], [1], [], [3, 0, 4, 9]):
+        q, k, v = (x.detach() for x in inputs(sum(lengths)))
+        cu = cu_seqlens(lengths)
+        assert torch.equal(program(q, k, v, cu), attention(q, k, v, cu, causal=True))
+
+
+def test_derivatives_that_are_not_computed_are_refused():
     q, k, v = inputs(6)
-    with pytest.raises(ValueError, match="attention: heads of q is 4, expected a multiple of 3"):
-        attention(q, torch.randn(6, 3, 16), torch.randn(6, 3, 16), cu_seqlens([6]), causal=True)
-    with pytest.raises(ValueError, match="backend"):
-        attention(q, k, v, cu_seqlens([6]), causal=True, backend="fast")
+    cu = cu_seqlens([6])
+    (dq,) = torch.autograd.grad(attention(q, k, v, cu, causal=True).sum(), [q], create_graph=True)
+    with pytest.raises(RuntimeError, match="attention: gradients of gradients are not computed"):
+        dq.square().sum().backward()
+    q, k, v = (x.detach() for x in (q, k, v))
+    with pytest.raises(RuntimeError, match="attention: v has a tangent"):
+        torch.func.jvp(lambda v: attention(q, k, v, cu, causal=True), (v,), (v,))
+
+
+@pytest.mark.parametrize("backend", ["segments", "reference", "flex"])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"cu_seqlens": [0, 7]}, r"cu_seqlens is \[0, 7\], expected offsets that rise from 0 to at most the 6 rows"),
+        ({"cu_seqlens": [0, 4, 3]}, r"cu_seqlens is \[0, 4, 3\]"),
+        ({"cu_seqlens": [-1, 3]}, r"cu_seqlens is \[-1, 3\]"),
+        ({"cu_seqlens_k": [0, 9]}, r"cu_seqlens_k is \[0, 9\]"),
+        ({"used_k": [7]}, r"used_k is \[7\], expected at most the segments' numbers of keys, \[6\]"),
+        ({"used_k": [-1]}, r"used_k is \[-1\]"),
+    ],
+)
+def test_offsets_that_cannot_be_are_refused(backend, change, told):
+    q, k, v = (x.detach() for x in inputs(6))
+    given = {"cu_seqlens": [0, 6], **change}
+    with pytest.raises(ValueError, match=f"attention: {told}"):
+        attention(q, k, v, causal=True, backend=backend, **{name: torch.tensor(x) for name, x in given.items()})
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"k": torch.randn(6, 3, 16), "v": torch.randn(6, 3, 16)}, "heads of q is 4, expected a multiple of 3"),
+        ({"k": torch.randn(6, 0, 16), "v": torch.randn(6, 0, 16)}, "heads of q is 4, expected a multiple of 0"),
+        ({"k": torch.randn(5, 2, 16), "v": torch.randn(5, 2, 16)}, r"k is \(5, 2, 16\), expected \[6, G, Dh\]"),
+        ({"v": torch.randn(6, 2, 16).bfloat16()}, "dtype of v is torch.bfloat16, expected torch.float32, that of q"),
+        ({"q": torch.ones(6, 4, 16, dtype=torch.long)}, "dtype of q is torch.int64, expected a float"),
+        ({"v": torch.randn(6, 2, 16, device="meta")}, "device of v is meta, expected cpu, that of q"),
+        ({"cu_seqlens": torch.tensor([0, 6], device="meta")}, "device of cu_seqlens is meta"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens is .torch.float32"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens is"),
+        ({"cu_seqlens_k": torch.tensor([0, 3, 6])}, r"cu_seqlens_k is \(3,\), expected \(2,\)"),
+        ({"used_k": torch.tensor([3, 3])}, r"used_k is \(2,\), expected \(1,\)"),
+        ({"backend": "fast"}, "backend is fast"),
+    ],
+)
+def test_refuses_bad_arguments(change, told):
+    q, k, v = inputs(6)
+    given = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens([6]), "causal": True}
+    with pytest.raises(ValueError, match=f"attention: {told}"):
+        attention(**given | change)

@@ -326,3 +326,17 @@ def test_a_small_gpu_gets_fewer_stages():
     small = dispatch.Device("small", "sm_90", 1, 80 << 10)
     shape = FlashShape(4096, 16, 16, 128, False)
     assert default("flash", shape, torch.bfloat16, small).stages < Config().stages
+
+
+@needs_triton
+def test_offsets_past_the_rows_read_nothing_beyond_them(poisoned):
+    """On a GPU nobody can refuse them without waiting: the segments end where the rows do."""
+    q, k, v = inputs(20, 12)
+    past, own = [starts(lengths) for lengths in ([8, 30, 5], [8, 12, 0])]
+    keys_past, keys = [starts(lengths) for lengths in ([6, 9, 40], [6, 6, 0])]
+    for causal in (False, True):
+        y = flash.flash(q, k, v, past, keys_past, None, causal)
+        truth = flash.flash(q, k, v, own, keys, None, causal)
+        assert torch.equal(y, truth)
+        for found, expected in zip(gradients(y, [q, k, v]), gradients(truth, [q, k, v])):
+            assert torch.equal(found, expected)

@@ -104,7 +104,9 @@ def test_fp16_sums_over_many_tokens_stay_finite():
     targets[targets > 2] = 7
     x = (x.detach() + 3000).requires_grad_()
     for half in (True, False):
-        given = [t.detach().half().requires_grad_() if half else t.detach().requires_grad_() for t in (x, weight / 3000)]
+        given = [
+            t.detach().half().requires_grad_() if half else t.detach().requires_grad_() for t in (x, weight / 3000)
+        ]
         with torch.autocast(DEVICE, torch.float16, enabled=not half):
             loss = linear_cross_entropy(*given, targets)
         (dw,) = torch.autograd.grad(loss, given[1])

@@ -265,3 +265,54 @@ def test_other_configurations_have_code_that_fits_too(config, device):
 def test_the_default_has_code_that_fits_at_other_widths_and_in_fp32(device, dtype, width):
     for rows in (1, 100):
         check_code(on_meta(4, rows, 32, 8, width=width, dtype=dtype, device=device), device, dtype)
+
+
+@pytest.mark.parametrize("config", [Config(16, 16, programs=1), Config(16, 16, programs=8)], ids=["whole", "split"])
+@pytest.mark.parametrize("segments", ["a token of each", "prompts", "some without"])
+@pytest.mark.parametrize("heads", [(4, 2), (20, 1)], ids=str)
+def test_rows_of_no_segment_are_zeros(segments, heads, config, poisoned):
+    q, *given, rows, _ = problem(SEGMENTS[segments], heads)
+    padded = torch.cat([q, torch.full((37, *q.shape[1:]), float("nan"), device=q.device)])
+    with pinned(paged_attention=config):
+        y = paged_attention(padded, *given, rows=rows)
+        assert torch.equal(y[: len(q)], paged_attention(q, *given, rows=rows))
+    assert not y[len(q) :].any()
+
+
+def test_without_segments_all_rows_are_zeros(poisoned):
+    q, k, v, cu_q, tables, lengths, _, _ = problem(SEGMENTS["prompts"])
+    assert not paged_attention(q, k, v, cu_q[:1], tables[:0], lengths[:0]).any()
+
+
+def test_integers_of_64_bits_and_meta_tensors_are_taken():
+    q, k, v, *integers, rows, _ = problem(SEGMENTS["prompts"])
+    y = paged_attention(q, k, v, *integers, rows=rows)
+    assert torch.equal(y, paged_attention(q, k, v, *(x.long() for x in integers), rows=rows))
+    assert paged_attention(*(x.to("meta") for x in (q, k, v, *integers)), rows=rows).shape == y.shape
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="a GPU is not waited for")
+def test_more_rows_than_were_announced_are_refused():
+    *given, rows, _ = problem(SEGMENTS["prompts"])
+    with pytest.raises(ValueError, match=r"rows is 6, expected at least the most of a segment, of \[5, 1, 7\]"):
+        paged_attention(*given, rows=rows - 1)
+
+
+@pytest.mark.parametrize(
+    "place, change, told",
+    [
+        (1, lambda x: x.to("meta"), "v|device"),
+        (3, lambda x: x.to("meta"), "device of cu_q is meta"),
+        (3, lambda x: x[:-1], r"cu_q is \(3,\), expected \(4,\)"),
+        (4, lambda x: x[0], "tables is"),
+        (4, lambda x: x[:2], r"tables is \(2, 2\), expected \[3, M\]"),
+        (5, lambda x: x.float(), "lengths is"),
+        (0, lambda x: x.double(), "dtypes of q, k and v"),
+        (0, lambda x: x[..., :8], "head width of k is 16, expected 8"),
+    ],
+)
+def test_refuses_bad_arguments(place, change, told):
+    *given, rows, _ = problem(SEGMENTS["prompts"])
+    given[place] = change(given[place])
+    with pytest.raises(ValueError, match=f"paged_attention: ({told})"):
+        paged_attention(*given, rows=rows)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm1.kernels import conv_cpu
 from mm1.kernels.conv_rows import DTYPES, config_of, gathered, over_rows, window_of
-from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
+from mm1.kernels.dispatch import Cost, cdiv, expect, expect_alike, launch, on_cpu, power_of_2, refuse_second_order
 from mm1.kernels.grids import Grids, as_grids, image_of
 from mm1.kernels.language import tl, triton
 
@@ -100,12 +100,14 @@ def _gradients(ctx, dy: Tensor):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+refuse_second_order(_backward, "adaptive_pool")
 
 
 def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tuple[int, int] = (12, 12)) -> Tensor:
     """Pool x [P, C] to `out` places an image -> [N·oh·ow, C]; an absent image gives zeros."""
     grids = as_grids(grids, x.device)
-    expect(x.ndim == 2 and x.shape[0] == grids.patches, "adaptive_pool", "x", tuple(x.shape), f"[{grids.patches}, C]")
+    expect_alike("adaptive_pool", x=x)
+    expect(x.ndim == 2 and x.shape[0] == grids.patches, "adaptive_pool", "x", tuple(x.shape), [grids.patches, "C"])
     expect(x.dtype in DTYPES, "adaptive_pool", "dtype of x", x.dtype, DTYPES)
     expect(min(out) > 0, "adaptive_pool", "out", out, "positive sides")
     expect(grids.merge == 1, "adaptive_pool", "merge of grids", grids.merge, 1)

@@ -2,8 +2,9 @@
 
     y[i, h] = Σ_j softmax_j(q[i, h] · k[j, g] · scale) v[j, g],   j in i's segment, and j ≤ i where causal
 
-q [T, H, Dh], k and v [S, G, Dh], H a multiple of G -> [T, H, Dh]. Segments are cu_seqlens' slices; where queries are
-the last of their segment's keys (a cache), causal is aligned to the end. Rows past the last segment come back as zeros.
+q [T, H, Dh], k and v [S, G, Dh], H a multiple of G -> [T, H, Dh]. Segments are cu_seqlens' slices. Where a segment has
+other numbers of queries and keys, causal is aligned to the end: its last query sees its last key, and queries before
+its first key see nothing. Rows that see nothing, and rows past the last segment, come back as zeros.
 4·Σ Lq·Lk·H·Dh operations (half where causal).
 """
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, device_of_index, expect
+from mm1.kernels.dispatch import Cost, autocast_dtype, device_of_index, expect, expect_alike, refuse_second_order
 from mm1.kernels.flash import WIDTHS, flash
 from mm1.kernels.tuning import pinned_or
 
@@ -37,24 +38,50 @@ def attention(
     max_length: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """q [T, H, Dh], k and v [S, G, Dh], cu_seqlens int32 [B+1] -> [T, H, Dh].
+    """q [T, H, Dh], k and v [S, G, Dh], cu_seqlens int [B+1] -> [T, H, Dh].
 
-    cu_seqlens_k: the keys' own segments where they differ from the queries'. used_k int32 [B]: how many keys of each
-    segment count (a cache that is not full). max_length: no segment is longer, if the host knows; torch's and
+    cu_seqlens_k int [B+1]: the keys' own segments where they differ from the queries'. used_k int [B]: how many keys of
+    each segment count (a cache that is not full). max_length: no segment is longer, if the host knows; torch's and
     flash-attn's kernels launch programs for that many rows of every segment, without it for all rows. backend: one of
     BACKENDS, or "auto": on CPU "segments", on a GPU what was measured to be fastest there (see choose).
+
+    q, k and v are of one dtype, which is the result's, or under autocast are cast to its dtype (fp64 is not). Offsets
+    that fall, or reach past the rows, raise ValueError on a CPU; a GPU's are not looked at, because that would wait for
+    it. Gradients of gradients and forward-mode derivatives raise RuntimeError.
     """
-    expect(q.ndim == 3 and k.ndim == 3, "attention", "q and k", (tuple(q.shape), tuple(k.shape)), "3 dimensions")
-    expect(k.shape == v.shape, "attention", "v", tuple(v.shape), tuple(k.shape))
-    expect(q.shape[1] % k.shape[1] == 0, "attention", "heads of q", q.shape[1], f"a multiple of {k.shape[1]}")
-    expect(q.shape[2] == k.shape[2], "attention", "head width of k", k.shape[2], q.shape[2])
+    q, k, v = (x.to(autocast_dtype(x) or x.dtype) for x in (q, k, v))  # as torch's own attention does
+    _check(q, k, v, cu_seqlens, cu_seqlens_k, used_k)
     expect(backend == "auto" or backend in BACKENDS, "attention", "backend", backend, ("auto", *BACKENDS))
-    same = cu_seqlens_k is None
-    expect(not same or q.shape[0] == k.shape[0], "attention", "k", tuple(k.shape), f"[{q.shape[0]}, G, Dh]")
-    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    cu_q, cu_k = (x.int() for x in (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k))
+    used_k = None if used_k is None else used_k.int()
     if backend == "auto":
         backend = pinned_or("attention", lambda: _auto(q, k, v, used_k, causal))
-    return BACKENDS[backend](q, k, v, cu_seqlens, cu_k, used_k, causal, max_length)
+    # "segments" looks at the offsets itself, also in compiled code.
+    if q.device.type == "cpu" and backend != "segments" and not torch.compiler.is_compiling():
+        _lengths(cu_q, cu_k, used_k, q.shape[0], k.shape[0])
+    return BACKENDS[backend](q, k, v, cu_q, cu_k, used_k, causal, max_length)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, used_k: Tensor | None) -> None:
+    op = "attention"
+    expect(q.ndim == 3 and k.ndim == 3, op, "q and k", (tuple(q.shape), tuple(k.shape)), "3 dimensions")
+    expect(k.shape == v.shape, op, "v", tuple(v.shape), tuple(k.shape))
+    expect(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, op, "heads of q", q.shape[1], f"a multiple of {k.shape[1]}")
+    expect(q.shape[2] == k.shape[2], op, "head width of k", k.shape[2], q.shape[2])
+    expect(cu_k is not None or q.shape[0] == k.shape[0], op, "k", tuple(k.shape), [q.shape[0], "G", "Dh"])
+    expect(q.is_floating_point(), op, "dtype of q", q.dtype, "a float")
+    for name, x in (("k", k), ("v", v)):
+        expect(x.dtype == q.dtype, op, f"dtype of {name}", x.dtype, f"{q.dtype}, that of q")
+    for name, x in (("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k), ("used_k", used_k)):
+        if x is not None:
+            whole = x.dtype in (torch.int32, torch.int64)
+            expect(whole and x.ndim == 1, op, name, (x.dtype, tuple(x.shape)), "int32 or int64 of one dimension")
+    expect(cu_q.shape[0] > 0, op, "cu_seqlens", tuple(cu_q.shape), "[B + 1]")
+    expect(cu_k is None or cu_k.shape == cu_q.shape, op, "cu_seqlens_k", cu_k is not None and tuple(cu_k.shape),
+           tuple(cu_q.shape))  # fmt: skip
+    B = cu_q.shape[0] - 1
+    expect(used_k is None or used_k.shape[0] == B, op, "used_k", used_k is not None and tuple(used_k.shape), (B,))
+    expect_alike(op, q=q, k=k, v=v, cu_seqlens=cu_q, cu_seqlens_k=cu_k, used_k=used_k)
 
 
 def _auto(q: Tensor, k: Tensor, v: Tensor, used_k: Tensor | None, causal: bool) -> str:
@@ -69,14 +96,16 @@ def _auto(q: Tensor, k: Tensor, v: Tensor, used_k: Tensor | None, causal: bool) 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool
 ) -> Tensor:
-    """One dense product over all pairs, masked: O(T·S) memory, no host synchronisation, any device."""
-    heads = q.shape[1]
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    row, column = torch.arange(len(q), device=q.device), torch.arange(len(k), device=q.device)
-    seen = _mask(cu_q, cu_k, used_k, len(q), len(k), causal)(row[:, None], column[None, :])
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[2] ** -0.5
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)  # a row that sees nothing: zeros
-    return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+    """One dense product over all pairs, masked, in fp32 or fp64: O(T·S) memory, no host synchronisation, any device."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    y = q.to(wide)
+    k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    row, column = torch.arange(q.shape[0], device=q.device), torch.arange(k.shape[0], device=q.device)
+    seen = _mask(cu_q, cu_k, used_k, q.shape[0], k.shape[0], causal)(row[:, None], column[None, :])
+    scores = torch.einsum("qhd,khd->hqk", y, k) * q.shape[2] ** -0.5
+    # Not -inf: where a row sees nothing, softmax would be NaN, and so would its gradient.
+    weights = scores.masked_fill(~seen, torch.finfo(wide).min).softmax(-1) * seen
+    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
 
 
 def _mask(
@@ -109,27 +138,29 @@ def segments(
 ) -> tuple[Tensor, Tensor]:
     """Neighbouring segments of equal lengths run as one batch of torch's CPU flash attention.
 
-    Returns y and logsumexp fp32 [T, H]. Whoever packs does well to put equal lengths side by side.
+    Returns y and logsumexp [T, H], fp32 or fp64. Whoever packs does well to put equal lengths side by side.
     """
     k, v = _repeat(k, q), _repeat(v, q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_zeros(*q.shape[:2], 1, dtype=torch.float32)
+    lse = q.new_zeros(*q.shape[:2], 1, dtype=torch.promote_types(q.dtype, torch.float32))
     end = 0
-    for run in _runs(cu_q, cu_k, used_k, causal):
-        out[end : run.start_q].zero_()
+    for run in _runs(cu_q, cu_k, used_k, causal, len(q), len(k)):
+        # Rows before the run that no segment has; in the run only where some see nothing.
+        out[end : run.start_q if run.step_q == run.length_q else run.end_q].zero_()
         y, z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             run.queries(q), run.keys(k), run.keys(v), 0.0, run.causal, attn_mask=run.bias(q)
         )
         run.queries(out).copy_(y)
         run.queries(lse).copy_(z.unsqueeze(3))
-        end = run.start_q + run.count * run.length_q
+        end = run.end_q
     out[end:].zero_()
     return out, lse.squeeze(2)
 
 
 @segments.register_fake
 def _(q, k, v, cu_q, cu_k, used_k, causal):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=wide)
 
 
 @torch.library.custom_op("mm1::attention_segments_backward", mutates_args=())
@@ -141,7 +172,7 @@ def segments_backward(
     groups = k.shape[1]
     k, v, lse = _repeat(k, q), _repeat(v, q), lse.unsqueeze(2)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for run in _runs(cu_q, cu_k, used_k, causal):
+    for run in _runs(cu_q, cu_k, used_k, causal, len(q), len(k)):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             run.queries(dy), run.queries(q), run.keys(k), run.keys(v), run.queries(y),
             run.queries(lse).squeeze(3).contiguous(), 0.0, run.causal, attn_mask=run.bias(q),
@@ -171,27 +202,33 @@ def _backward(ctx, dy: Tensor, _):
 
 
 segments.register_autograd(_backward, setup_context=_save)
+refuse_second_order(segments_backward, "attention")
 
 
 class _Run(NamedTuple):
-    """`count` neighbouring segments of the same lengths; their keys begin `step` rows apart."""
+    """`count` neighbouring segments of the same lengths, which begin `step_q` and `step_k` rows apart."""
 
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     start_q: int
-    length_q: int
+    length_q: int  # of those queries that see anything
+    step_q: int
     start_k: int
     length_k: int
-    step: int
+    step_k: int
     causal: bool
     masked: bool  # causal, with fewer queries than keys: the queries are the last ones
 
+    @property
+    def end_q(self) -> int:
+        return self.start_q + (self.count - 1) * self.step_q + self.length_q
+
     def queries(self, x: Tensor) -> Tensor:
         """View [n, H, Lq, Dh] of the queries' rows of x [T, H, Dh]."""
-        return self._view(x, self.start_q, self.length_q, self.length_q)
+        return self._view(x, self.start_q, self.length_q, self.step_q)
 
     def keys(self, x: Tensor) -> Tensor:
         """View [n, H, Lk, Dh] of the keys' rows of x [S, H, Dh]."""
-        return self._view(x, self.start_k, self.length_k, self.step)
+        return self._view(x, self.start_k, self.length_k, self.step_k)
 
     def _view(self, x: Tensor, start: int, length: int, step: int) -> Tensor:
         # One call instead of slice, unflatten and transpose: with short segments their overhead is what counts.
@@ -202,8 +239,8 @@ class _Run(NamedTuple):
     def bias(self, q: Tensor) -> Tensor | None:
         if not self.masked:
             return None
-        hidden = torch.ones(self.length_q, self.length_k, dtype=torch.bool).triu(self.length_k - self.length_q + 1)
-        return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))[None, None]
+        hidden = q.new_ones(self.length_q, self.length_k, dtype=torch.bool).triu(self.length_k - self.length_q + 1)
+        return q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[None, None]
 
 
 def _repeat(x: Tensor, q: Tensor) -> Tensor:
@@ -211,10 +248,27 @@ def _repeat(x: Tensor, q: Tensor) -> Tensor:
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def _runs(cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool) -> Iterator[_Run]:
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    lengths_k = [end - start for start, end in pairwise(starts_k)] if used_k is None else used_k.tolist()
-    lengths = list(zip((end - start for start, end in pairwise(starts_q)), lengths_k))
+def _lengths(
+    cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, rows: int, keys: int
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Where each segment's queries and keys begin, and how many of each it has. ValueError for what cannot be."""
+    starts = []
+    for name, cu, most in (("cu_seqlens", cu_q, rows), ("cu_seqlens_k", cu_k, keys)):
+        found = cu.tolist()
+        rises = found[0] >= 0 and found[-1] <= most and all(a <= b for a, b in pairwise(found))
+        expect(rises, "attention", name, found, f"offsets that rise from 0 to at most the {most} rows")
+        starts.append(found)
+    lengths_q, lengths_k = ([end - start for start, end in pairwise(found)] for found in starts)
+    if used_k is not None:
+        used = used_k.tolist()
+        fits = all(0 <= n <= most for n, most in zip(used, lengths_k))
+        expect(fits, "attention", "used_k", used, f"at most the segments' numbers of keys, {lengths_k}")
+        lengths_k = used
+    return *starts, list(zip(lengths_q, lengths_k))
+
+
+def _runs(cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool, rows: int, keys: int) -> Iterator[_Run]:
+    starts_q, starts_k, lengths = _lengths(cu_q, cu_k, used_k, rows, keys)
     first = 0
     while first < len(lengths):
         (length_q, length_k), step = lengths[first], starts_k[first + 1] - starts_k[first]
@@ -222,9 +276,10 @@ def _runs(cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool) -> It
         while last < len(lengths) and lengths[last] == lengths[first] and starts_k[last] - starts_k[last - 1] == step:
             last += 1
         if length_q and length_k:
+            blind = max(length_q - length_k, 0) if causal else 0  # queries before the first key
             yield _Run(
-                last - first, starts_q[first], length_q, starts_k[first], length_k, step,
-                causal and length_q == length_k, causal and 1 < length_q < length_k,
+                last - first, starts_q[first] + blind, length_q - blind, length_q, starts_k[first], length_k, step,
+                causal and length_q >= length_k, causal and 1 < length_q < length_k,
             )  # fmt: skip
         first = last
 
@@ -234,7 +289,7 @@ def _varlen(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     from torch.nn.attention.varlen import varlen_attn
 
     y = varlen_attn(
-        q, k, v, cu_q, cu_k, max_length or len(q), max_length or len(k), window_size=(-1, 0 if causal else -1),
+        q, k, v, cu_q, cu_k, max_length or q.shape[0], max_length or k.shape[0], window_size=(-1, 0 if causal else -1),
         enable_gqa=q.shape[1] != k.shape[1], seqused_k=used_k,
     )  # fmt: skip
     return _inside(y, cu_q)
@@ -244,7 +299,7 @@ def _flash_attn(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     """The flash-attn package: CUDA, bf16 and fp16."""
     _refuse_used(used_k, "flash")
     run = _package("flash_attn", "flash").flash_attn_varlen_func
-    return _inside(run(q, k, v, cu_q, cu_k, max_length or len(q), max_length or len(k), causal=causal), cu_q)
+    return _inside(run(q, k, v, cu_q, cu_k, max_length or q.shape[0], max_length or k.shape[0], causal=causal), cu_q)
 
 
 def _xformers(q, k, v, cu_q, cu_k, used_k, causal, max_length):
@@ -261,9 +316,9 @@ def _xformers(q, k, v, cu_q, cu_k, used_k, causal, max_length):
 
 def _flex(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     """torch's FlexAttention with a mask of segments, made at every call."""
-    mask = _mask(cu_q, cu_k, used_k, len(q), len(k), causal)
+    mask = _mask(cu_q, cu_k, used_k, q.shape[0], k.shape[0], causal)
     attend, make = _flex_functions(q.is_cuda)
-    blocks = make(lambda b, h, i, j: mask(i, j), None, None, len(q), len(k), device=q.device)
+    blocks = make(lambda b, h, i, j: mask(i, j), None, None, q.shape[0], k.shape[0], device=q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return attend(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
 
@@ -323,7 +378,13 @@ MEASURED = ("varlen", "flash", "flex", "triton")  # what "auto" may take: no len
 NEEDS = {"flash": "flash_attn"}
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Any) -> Any:
+    """What torch.compiler.assume_constant_result does, which would import Inductor with this file (a second)."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def choose(gpu: str, head_width: int, causal: bool, dtype: str, backward: bool, used: bool) -> str:
     """The fastest back-end that is installed, by the rows measured on this GPU; without any, a default.
 
@@ -351,7 +412,7 @@ def table(gpu: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def gpu_name(index: int | None) -> str:
     """Of its tables."""
     return device_of_index(index).name

@@ -27,7 +27,7 @@ from mm1.kernels import conv_cpu, conv_depthwise, conv_rows
 from mm1.kernels.conv_depthwise import Geometry
 from mm1.kernels.conv_gate import gated_mm
 from mm1.kernels.conv_rows import DTYPES
-from mm1.kernels.dispatch import Cost, expect, on_cpu
+from mm1.kernels.dispatch import Cost, autocast_dtype, expect, expect_alike, on_cpu, refuse_second_order
 from mm1.kernels.grids import Grids, as_grids
 
 NAMES = (
@@ -150,6 +150,7 @@ def _gradients(ctx, grads: Sequence[Tensor]):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+refuse_second_order(_backward, "conv_block")
 
 
 def conv_block(
@@ -171,8 +172,9 @@ def conv_block(
     if any(name in weights for name in NAMES[REQUIRED:]):
         missing += [name for name in NAMES[REQUIRED:] if name not in weights]
     expect(not missing, "conv_block", "weights", f"without {missing}", "all of timm's names")
+    expect_alike("conv_block", x=x, **{name: weights.get(name) for name in NAMES})
     _check(x, grids, weights, pool)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     given = []
     for name in NAMES:
         w = weights.get(name)
@@ -200,11 +202,10 @@ def _check(x: Tensor, grids: Grids, weights: Mapping[str, Tensor], pool: tuple[i
         "se.fc1.bias": (squeezed,), "se.fc2.weight": (C, squeezed, 1, 1), "conv3.conv.weight": (C, C, 1, 1),
         "downsample.conv.weight": (C, width, 1, 1),
     }  # fmt: skip
-    autocast = torch.is_autocast_enabled(x.device.type)
     for name in NAMES if down else NAMES[:REQUIRED]:
         w, shape = weights[name], shapes.get(name, (C,))
         expect(tuple(w.shape) == shape, "conv_block", name, tuple(w.shape), shape)
-        if name in shapes and name != "conv2.conv.weight" and not autocast:
+        if name in shapes and name != "conv2.conv.weight" and not autocast_dtype(x):
             expect(w.dtype == x.dtype, "conv_block", f"dtype of {name}", w.dtype, x.dtype)
 
 

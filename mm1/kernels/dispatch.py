@@ -24,8 +24,12 @@ class Cost:
 
 
 def expect(condition: bool, op: str, argument: str, found: object, expected: object) -> None:
-    """ValueError naming op, argument, what was found and what was expected, unless `condition` holds."""
+    """ValueError naming op, argument, what was found and what was expected, unless `condition` holds.
+
+    A shape with letters is a list, [T, "D"]: a string of it would make its sizes constants of compiled code.
+    """
     if not condition:
+        expected = f"[{', '.join(map(str, expected))}]" if isinstance(expected, list) else expected
         raise ValueError(f"{op}: {argument} is {found}, expected {expected}")
 
 
@@ -44,6 +48,13 @@ def expect_alike(op: str, **tensors: Tensor | None) -> None:
         for name, tensor in given.items():
             if forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(f"{op}: {name} has a tangent, but forward-mode derivatives are not computed")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which autocast has products with x computed; None where it is off, and for fp64, which it leaves alone."""
+    kind = x.device.type
+    on = kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def refuse_second_order(op: Any, name: str) -> None:

@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, expect, launch
+from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, expect, launch, refuse_second_order
 from mm1.kernels.flash_tiles import DKV, DQ, FLASH, FlashShape
 from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import dot
@@ -46,12 +46,13 @@ def pieces(width: int) -> tuple[tuple[int, int], ...]:
 
 @triton.jit
 def _map_kernel(
-    own_ptr, other_ptr, used_ptr, map_ptr, rows, B, tiles, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
+    own_ptr, other_ptr, used_ptr, map_ptr, rows, other_rows, B, tiles, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Of each tile: the first tile of its segment (-1: no tile), the segment's first row and end, and the other side's.
 
     Rows past the last segment are one more, with nothing on the other side. used: how many keys of a segment count.
+    Offsets past the rows, which nobody refuses here, are cut to them, so that no kernel reads beyond its tensors.
     """
     tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     before = tl.zeros((), tl.int32)
@@ -73,7 +74,9 @@ def _map_kernel(
                 s_end = tl.where(real, s_begin + used, s_end)
             else:
                 o_end = o_begin + used
-        count = tl.where(s <= B, tl.cdiv(s_end - s_begin, BLOCK_M), 0)
+        s_end = tl.minimum(s_end, rows)
+        o_end = tl.minimum(o_end, other_rows)
+        count = tl.where(s <= B, tl.cdiv(tl.maximum(s_end - s_begin, 0), BLOCK_M), 0)
         until = before + tl.cumsum(count, 0)
         mine = (tile[:, None] >= (until - count)[None, :]) & (tile[:, None] < until[None, :])
         first += tl.sum(tl.where(mine, (until - count + 1)[None, :], 0), 1)
@@ -360,14 +363,16 @@ def _dkv_kernel(
         _store(dv_ptr + group.to(tl.int64) * WIDTH, keys, inside, G * WIDTH, dv, P)
 
 
-def _tiles(own: Tensor, other: Tensor, used: Tensor | None, rows: int, block: int, keys: bool) -> tuple[Tensor, int]:
+def _tiles(
+    own: Tensor, other: Tensor, used: Tensor | None, rows: int, other_rows: int, block: int, keys: bool
+) -> tuple[Tensor, int]:
     """The map int32 [5, tiles], and how many tiles there are at most: no segment wastes more than one."""
     B = len(own) - 1
     tiles = min(cdiv(rows, block) + B + 1, rows)
     found = own.new_empty(5, tiles)
     launch(
-        _map_kernel, cdiv(tiles, MAP_TILES), own, other, used, found, rows, B, tiles, keys, block, MAP_TILES,
-        MAP_SEGMENTS, num_warps=4,
+        _map_kernel, cdiv(tiles, MAP_TILES), own, other, used, found, rows, other_rows, B, tiles, keys, block,
+        MAP_TILES, MAP_SEGMENTS, num_warps=4,
     )  # fmt: skip
     return found, tiles
 
@@ -385,7 +390,7 @@ def forward(
     y, lse = q.new_empty(T, H, width), q.new_empty(H, T, dtype=torch.float32)
     config = config_for(FLASH, FlashShape(T, H, G, width, causal), q.dtype, device_of(q))
     q, k, v = _rows(q), _rows(k), _rows(v)
-    found, tiles = _tiles(cu_q, cu_k, used_k, T, config.block_m, False)
+    found, tiles = _tiles(cu_q, cu_k, used_k, T, len(k), config.block_m, False)
     launch(
         _forward_kernel, tiles * H, q, k, v, y, lse, found, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], tiles, T,
         H, H // G, width**-0.5 / math.log(2), causal, pieces(width), width, config.block_m, config.block_n,
@@ -408,13 +413,13 @@ def backward(
     scale = width**-0.5 / math.log(2)
     shape, device = FlashShape(T, H, G, width, causal), device_of(q)
     config = config_for(DQ, shape, q.dtype, device)
-    found, tiles = _tiles(cu_q, cu_k, used_k, T, config.block_m, False)
+    found, tiles = _tiles(cu_q, cu_k, used_k, T, len(k), config.block_m, False)
     launch(
         _dq_kernel, tiles * H, dy, q, k, v, y, lse, delta, dq, found, *strides, tiles, T, H, H // G, scale, causal,
         pieces(width), width, config.block_m, config.block_n, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     config = config_for(DKV, shape, q.dtype, device)
-    found, tiles = _tiles(cu_k, cu_q, used_k, S, config.block_m, True)
+    found, tiles = _tiles(cu_k, cu_q, used_k, S, T, config.block_m, True)
     launch(
         _dkv_kernel, tiles * G, dy, q, k, v, lse, delta, dk, dv, found, *strides, tiles, T, G, H // G, scale, causal,
         pieces(width), width, config.block_m, config.block_n, num_warps=config.warps, num_stages=config.stages,
@@ -447,6 +452,7 @@ def _gradients(ctx, dy: Tensor, _):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+refuse_second_order(_backward, "attention")
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, causal: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mm1.kernels.dispatch import (
     Cost,
+    autocast_dtype,
     cdiv,
     expect,
     expect_alike,
@@ -186,14 +187,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
     """
     op = "linear_cross_entropy"
     expect(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], op, "weight", tuple(weight.shape),
-           f"[V, {x.shape[-1]}]")  # fmt: skip
+           ["V", x.shape[-1]])  # fmt: skip
     expect(targets.shape == x.shape[:1], op, "targets", tuple(targets.shape), tuple(x.shape[:1]))
     whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     expect(whole, op, "dtype of targets", targets.dtype, "an integer")
     expect(reduction in ("mean", "sum"), op, "reduction", reduction, ("mean", "sum"))
     expect_alike(op, x=x, weight=weight, targets=targets)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = autocast_dtype(weight) or weight.dtype
     need_x, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     total = _op(x, weight, targets, dtype, need_x, need_weight)[0]
     return total if reduction == "sum" else total / (targets != IGNORED).sum().clamp(min=1)

@@ -11,7 +11,7 @@ busy. Bound by reading keys and values once, 2·G·Dh elements a token.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product, takewhile
+from itertools import pairwise, product, takewhile
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mm1.kernels import flash_tiles
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, launch, on_cpu, power_of_2
+from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, expect_alike, launch, on_cpu, power_of_2
 from mm1.kernels.language import tl, triton
 from mm1.kernels.model import LAUNCH, product_seconds
 from mm1.kernels.tiles import dot
@@ -109,6 +109,7 @@ def _paged_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, table_ptr, lengths_ptr, y_ptr, lse_ptr, stride_qt, stride_qh, stride_kp, stride_kr,
     stride_kg, stride_table, T, splits, tiles, scale, H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y [splits, T, H, WIDTH], of a split's keys alone, and lse fp32 [splits, T, H], base 2, unless it is None."""
     R: tl.constexpr = H // G
@@ -158,6 +159,16 @@ def _paged_kernel(
     if lse_ptr is not None:
         lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
         tl.store(lse_ptr + out, lse, inside)
+    # Rows of no segment are zeros: those of the last segment's programs, in turn.
+    if b == tl.num_programs(0) // (splits * tiles * G) - 1:
+        heads = g * R + tl.arange(0, BLOCK_R)
+        own = tl.arange(0, BLOCK_R) < R
+        for t in range(first + n + m, T, tiles):
+            tail = (split * T + t).to(tl.int64) * H + heads
+            tl.store(y_ptr + tail[:, None] * WIDTH + d[None, :], tl.zeros((BLOCK_R, BLOCK_D), y_ptr.dtype.element_ty),
+                     own[:, None] & wide[None, :])  # fmt: skip
+            if lse_ptr is not None:
+                tl.store(lse_ptr + tail, tl.full((BLOCK_R,), float("-inf"), tl.float32), own)
 
 
 @triton.jit
@@ -182,6 +193,8 @@ def forward(
 ) -> Tensor:  # fmt: skip
     (T, H, width), (_, page, G, _) = q.shape, k.shape
     B, device, block_d = len(lengths), device_of(q), power_of_2(width)
+    if B == 0:
+        return q.new_zeros(T, H, width)
     shape = PagedShape(power_of_2(tables.shape[1] * page), B * G, rows * (H // G), width)
     config = config_for(PAGED, shape, q.dtype, device)
     count, tiles = splits(config, shape, device), shape.tiles(config)
@@ -191,7 +204,7 @@ def forward(
     launch(
         _paged_kernel, B * G * tiles * count, q, k, v, cu_q, tables, lengths, part, lse, *q.stride()[:2],
         *k.stride()[:3], tables.stride(0), T, count, tiles, width**-0.5 / math.log(2), H, G, width, page,
-        config.block_m, config.block_n, block_d, num_warps=config.warps, num_stages=config.stages,
+        config.block_m, config.block_n, block_d, power_of_2(H // G), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if count > 1:
         launch(_merge_kernel, T * H, part, lse, out, T * H, width, count, block_d,
@@ -217,12 +230,14 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
     page, groups = k.shape[1:3]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, seen, pages = cu_q.tolist(), lengths.tolist(), tables.tolist()
+    new = [end - start for start, end in pairwise(starts)]
+    expect(max(new, default=0) <= rows, "paged_attention", "rows", rows, f"at least the most of a segment, of {new}")
 
     def attended(own: Tensor, chosen: list[list[int]], length: int, mask: Tensor | None = None) -> list[Tensor]:
         """Rows [B, n, H, Dh] of B segments over their pages, and the logarithm of each softmax's sum [B, n, H, 1]."""
         [B, n], first, last = own.shape[:2], chosen[0][0], chosen[0][-1]
         side_by_side = B == 1 and chosen[0] == [*range(first, last + 1)]  # which need no copy
-        found = (x[first : last + 1] if side_by_side else x[torch.tensor(chosen)] for x in (k, v))
+        found = (x[first : last + 1] if side_by_side else x[torch.tensor(chosen, device=x.device)] for x in (k, v))
         keys, values = (x.reshape(B, -1, groups, x.shape[-1])[:, :length].transpose(1, 2) for x in found)
         # The heads of a group are rows: torch's flash attention on CPU takes no groups.
         queries = own.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R·n, Dh]
@@ -235,17 +250,17 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
             beginnings.setdefault(pages[b][0], []).append(b)
     for same in beginnings.values():
         before = _in_common([pages[b][: (seen[b] - starts[b + 1] + starts[b]) // page] for b in same])
-        every = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in same])
+        every = torch.cat([torch.arange(starts[b], starts[b + 1], device=q.device) for b in same])
         common = attended(q[every][None], [pages[same[0]][:before]], before * page) if before else []
-        places = torch.zeros(len(q), dtype=torch.long).index_copy_(0, every, torch.arange(len(every)))
+        places = every.new_zeros(len(q)).index_copy_(0, every, torch.arange(len(every), device=q.device))
         sizes: dict[tuple[int, int], list[int]] = {}
         for b in same:
             sizes.setdefault((starts[b + 1] - starts[b], seen[b]), []).append(b)
         for (n, length), alike in sizes.items():
-            at = torch.tensor([starts[b] for b in alike])[:, None] + torch.arange(n)
+            at = every.new_tensor([starts[b] for b in alike])[:, None] + torch.arange(n, device=q.device)
             mask = None  # a token alone sees all
             if n > 1:
-                mask = torch.full((n, length), float("-inf"), dtype=q.dtype).triu(length - n + 1)[:, before * page :]
+                mask = q.new_full((n, length), float("-inf")).triu(length - n + 1)[:, before * page :]
                 mask = mask.repeat(q.shape[1] // groups, 1)[None, None]
             chosen = [pages[b][before : cdiv(length, page)] for b in alike]
             own, own_sums = attended(q[at], chosen, length - before * page, mask)
@@ -271,13 +286,24 @@ def paged_attention(
 
     k, v [pages, page, G, Dh] of one layout, H a multiple of G, rows contiguous. cu_q int32 [B + 1], tables int32
     [B, M]: pages of a segment in order; lengths int32 [B]: keys it has, its own new rows, which are in the pages
-    already, included. rows: at most so many new ones of a segment. A segment without rows or keys is left out.
+    already, included. rows: at most so many new ones of a segment. Rows of no segment, or of one without keys, come
+    back as zeros.
     """
-    expect(q.shape[1] % k.shape[2] == 0, "paged_attention", "heads", q.shape[1], f"a multiple of {k.shape[2]}")
-    expect(k.shape == v.shape and k.stride() == v.stride(), "paged_attention", "v", tuple(v.shape), "k's layout")
-    expect(q.dtype == k.dtype == v.dtype, "paged_attention", "dtypes", (q.dtype, k.dtype, v.dtype), "one")
-    expect(INTERPRETED or q.device.type != "mps", "paged_attention", "device", q.device, "a GPU or a CPU")
-    return _forward(q if q.stride(2) == 1 else q.contiguous(), k, v, cu_q, tables, lengths, rows)
+    op = "paged_attention"
+    expect(q.ndim == 3 and k.ndim == 4, op, "q and k", (tuple(q.shape), tuple(k.shape)), "3 and 4 dimensions")
+    expect(k.shape[2] > 0 and q.shape[1] % k.shape[2] == 0, op, "heads", q.shape[1], f"a multiple of {k.shape[2]}")
+    expect(q.shape[2] == k.shape[3], op, "head width of k", k.shape[3], q.shape[2])
+    expect(k.shape == v.shape and k.stride() == v.stride(), op, "v", tuple(v.shape), "k's layout")
+    expect(q.dtype == k.dtype == v.dtype, op, "dtypes of q, k and v", (q.dtype, k.dtype, v.dtype), "one")
+    for name, x, ndim in (("cu_q", cu_q, 1), ("tables", tables, 2), ("lengths", lengths, 1)):
+        whole = x.dtype in (torch.int32, torch.int64)
+        expect(whole and x.ndim == ndim, op, name, (x.dtype, tuple(x.shape)), f"int32 or int64 of {ndim} dimensions")
+    B = lengths.shape[0]
+    expect(cu_q.shape[0] == B + 1, op, "cu_q", tuple(cu_q.shape), (B + 1,))
+    expect(tables.shape[0] == B, op, "tables", tuple(tables.shape), [B, "M"])
+    expect_alike(op, q=q, k=k, v=v, cu_q=cu_q, tables=tables, lengths=lengths)
+    expect(INTERPRETED or q.device.type != "mps", op, "device", q.device, "a GPU or a CPU")
+    return _forward(q if q.stride(2) == 1 else q.contiguous(), k, v, cu_q.int(), tables.int(), lengths.int(), rows)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:

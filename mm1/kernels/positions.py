@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.dispatch import Device, cdiv, device_of, expect, launch, on_cpu, power_of_2
+from mm1.kernels.dispatch import (
+    Device,
+    cdiv,
+    device_of,
+    expect,
+    expect_alike,
+    launch,
+    on_cpu,
+    power_of_2,
+    refuse_second_order,
+)
 from mm1.kernels.grids import Grids, as_grids, image_of
 from mm1.kernels.language import tl, triton
 
@@ -275,8 +285,8 @@ def forward_cpu(
 ) -> Tensor:
     """All taps of all places as bags of rows of the table."""
     Gh, Gw, N = table.shape
-    counts = torch.zeros(len(owner) + 1, dtype=torch.int64)
-    indices, weights = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
+    counts = table.new_zeros(len(owner) + 1, dtype=torch.int64)
+    indices, weights = [table.new_zeros(0, dtype=torch.int64)], [table.new_zeros(0, dtype=torch.float32)]
     for first, rows, h, w in present(images):
         index, weight = _image_taps(h, w, Gh, Gw, merge, mode, antialias, align)
         counts[first + 1 : first + 1 + rows] = index.shape[1]
@@ -314,10 +324,15 @@ def backward_cpu(
 
 @lru_cache(maxsize=4096)
 def resample_matrix(size: int, out: int, mode: str, antialias: bool, align_corners: bool) -> Tensor:
-    """fp32 [out, size]: what F.interpolate does along one axis, read off by giving it the identity."""
-    with torch.inference_mode(False):  # what is kept must serve training too
-        options = {} if mode == "nearest" else {"align_corners": align_corners, "antialias": antialias}
-        return F.interpolate(torch.eye(size)[None, None], (out, size), mode=mode, **options)[0, 0]
+    """fp32 [out, size]: what F.interpolate does along one axis, read off by giving it the identity.
+
+    What is kept serves every later call: it depends on neither the default dtype nor the default device, nor on who
+    trains, evaluates, compiles or uses autocast when it is first asked for.
+    """
+    options = {} if mode == "nearest" else {"align_corners": align_corners, "antialias": antialias}
+    with torch.inference_mode(False), torch.no_grad():
+        identity = torch.eye(size, dtype=torch.float32, device="cpu")[None, None]
+        return F.interpolate(identity, (out, size), mode=mode, **options)[0, 0]
 
 
 @lru_cache(maxsize=1024)
@@ -341,7 +356,8 @@ def _nonzero(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def block_order(h: int, w: int, merge: int) -> Tensor:
     """int64 [h·w], the place of each patch in order of merge × merge blocks."""
-    return torch.arange(h * w).view(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1)
+    places = torch.arange(h * w, dtype=torch.int64, device="cpu")
+    return places.view(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1)
 
 
 on_cpu(_forward, forward_cpu)
@@ -370,6 +386,7 @@ def _grad(ctx, dy: Tensor):
 
 
 _forward.register_autograd(_grad, setup_context=_save)
+refuse_second_order(_backward, "positions")
 
 
 def positions(
@@ -382,6 +399,8 @@ def positions(
     """table [Gh, Gw, D] resampled to each image's grid -> [P, D], zeros in rows of no image."""
     expect(table.ndim == 3 and min(table.shape[:2]) > 0, "positions", "table", tuple(table.shape), "[Gh, Gw, D]")
     expect_interpolation("positions", interpolation, INTERPOLATIONS[:-1])
+    expect(table.is_floating_point(), "positions", "dtype of table", table.dtype, "a float")
+    expect_alike("positions", table=table)
     grids = as_grids(grids, table.device)
     # Nearest has neither setting; what it is given must not make another kernel.
     settings = (interpolation, antialias, align_corners) if interpolation != "nearest" else ("nearest", False, False)

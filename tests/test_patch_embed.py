@@ -1,3 +1,4 @@
+import copy
 import itertools
 import random
 from dataclasses import replace
@@ -300,6 +301,18 @@ def test_beyond_2_31_bytes_of_pixels():
     assert relative_error(last[-side * side :], alone) < 1e-6
 
 
+@pytest.mark.parametrize("p", [4, 7])
+def test_the_weight_of_a_convolution_is_taken_as_it_is(p):
+    conv = torch.nn.Conv2d(3, 20, p, stride=p).to(DEVICE)
+    exact, made = copy.deepcopy(conv).double(), images(p)
+    y, _ = patch_embed(made, sizes_in_pixels(p), conv.weight, conv.bias, patch_size=p, **NORMAL)
+    mean, std = (torch.tensor(x, device=DEVICE, dtype=torch.float64) for x in (MEAN, STD))
+    truth = [exact(((x.double() / 255 - mean) / std).permute(2, 0, 1)[None])[0].flatten(1).t() for x in made]
+    assert relative_error(y, torch.cat(truth)) < 1e-5
+    (found,), (expected,) = gradients(y, [conv.weight]), gradients(torch.cat(truth), [exact.weight])
+    assert relative_error(found, expected) < 1e-5
+
+
 def test_refuses_bad_arguments():
     weight, bias, table = parameters(4)
     blank = lambda *shape: torch.zeros(*shape, dtype=torch.uint8, device=DEVICE)  # noqa: E731
@@ -318,7 +331,7 @@ def test_refuses_bad_arguments():
         r"patch_embed: mean is \(nan, 0, 0\)": lambda: call(blank(96, 3), [(8, 12)], mean=(float("nan"), 0, 0)),
         r"patch_embed: std is \(1, 0, 1\)": lambda: call(blank(96, 3), [(8, 12)], std=(1, 0, 1)),
         r"patch_embed: std is \(1, 1\)": lambda: call(blank(96, 3), [(8, 12)], std=(1, 1)),
-        r"patch_embed: weight is \(20, 75\), expected \[Dv, 48\]":
+        r"patch_embed: weight is \(20, 75\), expected \[Dv, 48\] in \(row, column, channel\) order":
             lambda: call(blank(96, 3), [(8, 12)], weight.new_zeros(20, 75)),
         r"patch_embed: bias is \(19,\), expected \[20\]": lambda: call(blank(96, 3), [(8, 12)], b=bias[1:]),
         r"patch_embed: pos_embed is \(12, 20\)": lambda: call(blank(96, 3), [(8, 12)], t=table.flatten(0, 1)),

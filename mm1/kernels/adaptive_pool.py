@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from mm1.kernels import conv_cpu
-from mm1.kernels.conv_rows import DTYPES, config_of, gathered, over_rows, window_of
-from mm1.kernels.dispatch import Cost, cdiv, expect, expect_alike, launch, on_cpu, power_of_2, refuse_second_order
+from mm1.kernels.conv_rows import config_of, gathered, over_rows, window_of
+from mm1.kernels.dispatch import (
+    Cost,
+    cdiv,
+    expect,
+    expect_alike,
+    expect_float,
+    launch,
+    on_cpu,
+    power_of_2,
+    refuse_second_order,
+)
 from mm1.kernels.grids import Grids, as_grids, image_of
 from mm1.kernels.language import tl, triton
 
@@ -108,7 +118,7 @@ def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tu
     grids = as_grids(grids, x.device)
     expect_alike("adaptive_pool", x=x)
     expect(x.ndim == 2 and x.shape[0] == grids.patches, "adaptive_pool", "x", tuple(x.shape), [grids.patches, "C"])
-    expect(x.dtype in DTYPES, "adaptive_pool", "dtype of x", x.dtype, DTYPES)
+    expect_float("adaptive_pool", "x", x)
     expect(min(out) > 0, "adaptive_pool", "out", out, "positive sides")
     expect(grids.merge == 1, "adaptive_pool", "merge of grids", grids.merge, 1)
     return _forward(x.contiguous(), grids.table, grids.owner, *out)

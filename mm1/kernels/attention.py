@@ -85,7 +85,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, u
 
 
 def _auto(q: Tensor, k: Tensor, v: Tensor, used_k: Tensor | None, causal: bool) -> str:
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):
         return "segments"
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return choose(

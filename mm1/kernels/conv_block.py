@@ -26,8 +26,7 @@ from torch import Tensor
 from mm1.kernels import conv_cpu, conv_depthwise, conv_rows
 from mm1.kernels.conv_depthwise import Geometry
 from mm1.kernels.conv_gate import gated_mm
-from mm1.kernels.conv_rows import DTYPES
-from mm1.kernels.dispatch import Cost, autocast_dtype, expect, expect_alike, on_cpu, refuse_second_order
+from mm1.kernels.dispatch import Cost, autocast_dtype, expect, expect_alike, expect_float, on_cpu, refuse_second_order
 from mm1.kernels.grids import Grids, as_grids
 
 NAMES = (
@@ -192,7 +191,7 @@ def _check(x: Tensor, grids: Grids, weights: Mapping[str, Tensor], pool: tuple[i
     first = weights["conv1.conv.weight"]
     C, width, squeezed = first.shape[0], first.shape[1], weights["se.fc1.weight"].shape[0]
     expect(tuple(x.shape) == (grids.patches, width), "conv_block", "x", tuple(x.shape), (grids.patches, width))
-    expect(x.dtype in DTYPES, "conv_block", "dtype of x", x.dtype, DTYPES)
+    expect_float("conv_block", "x", x)
     expect(grids.merge == 1, "conv_block", "merge of grids", grids.merge, 1)
     expect(pool is None or min(pool) > 0, "conv_block", "pool", pool, "positive sides")
     down = NAMES[REQUIRED] in weights

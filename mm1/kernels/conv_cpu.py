@@ -2,7 +2,7 @@
 
 Forward's products are oneDNN's 1×1 convolutions of all patches at once: 92 ms where MKL's product took 104 (5832 × 1024
 × 1024, two threads), a whole C-Abstractor 7 % faster; backward's are MKL's. bf16 and fp16 are computed in fp32: CPUs
-without units for them multiply them 200 times slower. Formulas: conv_block.py.
+without units for them multiply them 200 times slower. fp64 stays fp64. Formulas: conv_block.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.dispatch import expect
+from mm1.kernels.dispatch import expect, wide
 
 EPS = 1e-5
 STRETCH = 1 << 20  # values of scratch, 4 MB: of 1 MB two threads wait for each other too often, 16 MB leave the cache
@@ -43,7 +43,7 @@ def pool(x: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tensor:
     y = x.new_zeros(len(table), oh, ow, x.shape[1])
     for run in runs(table, "adaptive_pool"):
         image, n, *_ = run
-        y[image : image + n] = F.adaptive_avg_pool2d(batch(x, run).float(), (oh, ow)).permute(0, 2, 3, 1)
+        y[image : image + n] = F.adaptive_avg_pool2d(batch(x, run).to(wide(x.dtype)), (oh, ow)).permute(0, 2, 3, 1)
     return y.view(len(table) * oh * ow, x.shape[1])
 
 
@@ -52,7 +52,8 @@ def pool_backward(dy: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) ->
     for run in runs(table, "adaptive_pool"):
         image, n, *_ = run
         into, d = batch(dx, run), dy[image : image + n].permute(0, 3, 1, 2)
-        into.copy_(aten._adaptive_avg_pool2d_backward(d.float(), torch.empty_like(into, dtype=torch.float32)))
+        exact = torch.empty_like(into, dtype=wide(dy.dtype))
+        into.copy_(aten._adaptive_avg_pool2d_backward(d.to(exact.dtype), exact))
     return dx
 
 
@@ -97,8 +98,8 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).reshape(len(x), len(w))
 
 
-def _single(*tensors: Tensor | None) -> list:
-    return [None if t is None else t.float() for t in tensors]
+def _wide(*tensors: Tensor | None) -> list:
+    return [None if t is None else t.to(wide(t.dtype)) for t in tensors]
 
 
 def _conv(a: Tensor, w: Tensor, found: Sequence[tuple]) -> Tensor:
@@ -121,14 +122,13 @@ def _gate(b: Tensor, gate: Tensor, found: Sequence[tuple]) -> None:
         b[first : first + n * h * w].view(n, h * w, -1).mul_(gate[image : image + n, None])
 
 
-@torch.autocast("cpu", enabled=False)
 def forward(
     x: Tensor, table: Tensor, owner: Tensor, strips: Tensor, w1: Tensor, g1: Tensor, b1: Tensor, w2: Tensor,
     g2: Tensor, b2: Tensor, f1: Tensor, c1: Tensor, f2: Tensor, c2: Tensor, w3: Tensor, g3: Tensor, b3: Tensor,
     wd: Tensor | None, gd: Tensor | None, bd: Tensor | None, oh: int, ow: int, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
     dtype, found = x.dtype, runs(table, "conv_block")
-    given = _single(x, w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd)
+    given = _wide(x, w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd)
     x, w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd = given
     u1 = _product(x, w1)
     a = _norm_silu(u1, g1, b1, torch.empty_like(u1) if keep else u1)
@@ -155,7 +155,6 @@ def forward(
     return [t.to(dtype) for t in (y, *saved)]
 
 
-@torch.autocast("cpu", enabled=False)
 def backward(
     dy: Tensor, x: Tensor, u1: Tensor, u3: Tensor, v: Tensor, gate: Tensor, hidden: Tensor, mean: Tensor,
     table: Tensor, owner: Tensor, strips: Tensor, w1: Tensor, g1: Tensor, b1: Tensor, w2: Tensor, g2: Tensor,
@@ -164,9 +163,9 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     weights_given = (w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd)
     dtype, found = x.dtype, runs(table, "conv_block")
-    x, u1, u3, v, gate, hidden, mean = _single(x, u1, u3, v, gate, hidden, mean)
-    w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd = _single(*weights_given)
-    dy = dy.contiguous().float()
+    x, u1, u3, v, gate, hidden, mean = _wide(x, u1, u3, v, gate, hidden, mean)
+    w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, wd, gd, bd = _wide(*weights_given)
+    (dy,) = _wide(dy.contiguous())
     if oh:
         dy = pool_backward(dy, table, owner, oh, ow)
     C = u1.shape[1]

@@ -20,7 +20,6 @@ from mm1.kernels.model import rows_seconds
 from mm1.kernels.tuning import Tunable, config_for
 
 EPS = tl.constexpr(1e-5)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from mm1.kernels.device import DEVICES, Device, identify
 from mm1.kernels.language import INSTALLED, INTERPRETED
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -31,6 +33,17 @@ def expect(condition: bool, op: str, argument: str, found: object, expected: obj
     if not condition:
         expected = f"[{', '.join(map(str, expected))}]" if isinstance(expected, list) else expected
         raise ValueError(f"{op}: {argument} is {found}, expected {expected}")
+
+
+def expect_float(op: str, name: str, x: Tensor) -> None:
+    """ValueError unless x is of a dtype that kernels compute in: FLOATS, and fp64 where a CPU computes."""
+    known = FLOATS if INTERPRETED or x.is_cuda else (*FLOATS, torch.float64)
+    expect(x.dtype in known, op, f"dtype of {name}", x.dtype, known)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which a CPU adds up numbers of this dtype: fp32, or fp64 for its own."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def expect_alike(op: str, **tensors: Tensor | None) -> None:

@@ -24,7 +24,20 @@ from mm1.kernels import experts_cpu, few_tokens
 from mm1.kernels.activation import ACTIVATIONS, activate, slopes
 from mm1.kernels.combine import combine_sorted
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, launch, on_cpu
+from mm1.kernels.dispatch import (
+    INTERPRETED,
+    Cost,
+    autocast_dtype,
+    cdiv,
+    device_of,
+    expect,
+    expect_alike,
+    expect_float,
+    launch,
+    on_cpu,
+    refuse_second_order,
+    wide,
+)
 from mm1.kernels.grouped_gemm import dw, gemm
 from mm1.kernels.language import tl, triton
 from mm1.kernels.route import Order, sort_by_expert
@@ -350,6 +363,7 @@ def _gradients(ctx, dy: Tensor, _):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+refuse_second_order(_backward, "moe_mlp")
 
 
 def moe_mlp(
@@ -378,17 +392,17 @@ def moe_mlp(
     sort_by_expert(index, E), if it is there already. recompute: keep only x for backward, and compute the first product
     again.
 
-    Under autocast x, weights and biases are cast to its dtype. x, gate_up, down in one of fp32, bf16, fp16; weight in
-    any float.
+    Under autocast x, weights and biases are cast to its dtype. x, gate_up, down in one of fp32, bf16, fp16, on a CPU
+    also fp64; weight in any float.
     """
     given = gate_up, up, down, gate_up_bias, down_bias
+    expect_alike("moe_mlp", x=x, index=index, weight=weight, gate_up=gate_up, down=down, up=up,
+                 gate_up_bias=gate_up_bias, down_bias=down_bias)  # fmt: skip
     _check(x, index, weight, *given, activation)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x) or x.dtype
     # Weights are read as they lie; what is small is laid out for the kernels.
     given = [None if w is None else w.to(dtype) if w.ndim == 3 else w.to(dtype).contiguous() for w in given]
-    x, weight = x.to(dtype), weight.float().contiguous()
+    x, weight = x.to(dtype), weight.to(wide(dtype)).contiguous()
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *given))
     on_gpu = INTERPRETED or x.device.type != "cpu"
     if on_gpu and not recorded and few_tokens.few(index.numel(), len(down)):
@@ -416,10 +430,9 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
     shaped("gate_up_bias", gate_up_bias, (E, gate_up.shape[1]))
     shaped("down_bias", down_bias, (E, D))
     expect(up is None or gate_up_bias is None, "moe_mlp", "gate_up_bias", "given", "None where gate and up are apart")
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    expect(x.dtype in dtypes, "moe_mlp", "dtype of x", x.dtype, dtypes)
+    expect_float("moe_mlp", "x", x)
     expect(activation in ACTIVATIONS, "moe_mlp", "activation", activation, tuple(ACTIVATIONS))
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is None:
         weights = {"gate_up": gate_up, "up": up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
         for name, w in weights.items():
             expect(w is None or w.dtype == x.dtype, "moe_mlp", f"dtype of {name}", w is not None and w.dtype, x.dtype)

@@ -2,7 +2,8 @@
 
 What lies between gather and combine is scratch for one run of experts: neighbours of at most RUN_ROWS rows together, or
 one larger expert. So it stays in cache, and small experts share the calls of all but the products. Products of bf16
-and fp16 are computed in fp32 where the CPU has no units for them; all else is fp32. Formulas: experts.py.
+and fp16 are computed in fp32 where the CPU has no units for them; all else is fp32, or fp64 for fp64. Formulas:
+experts.py.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm1.kernels.activation import ACTIVATIONS, Activation
+from mm1.kernels.dispatch import wide
 
 # Up to so many rows MKL is faster at (w xᵀ)ᵀ than at x wᵀ, for which it packs w: twice at 2 to 8 rows, 1.2 × at 64.
 FEW_ROWS = 64
@@ -30,7 +32,7 @@ def forward(
     ups = projections(gate_up, up, gate_up_bias, gate.width, interleaved)
     tokens, ends, units = slots // max(position.shape[1], 1), offsets.tolist(), _units(x)
     h = x.new_empty(len(slots), _columns(ups) if keep else 0)
-    y = x.new_empty(len(slots), x.shape[1], dtype=torch.float32)
+    y = x.new_empty(len(slots), x.shape[1], dtype=wide(x.dtype))
     for rows, experts in _runs(ends):
         s = gate.value(_hidden(x.index_select(0, tokens[rows]), experts, ups, units, h[rows]))
         for e, part in experts:
@@ -52,12 +54,12 @@ def backward(
     dups = projections(dgate_up, dup, dbias, gate.width, interleaved) if weights else []
     tokens, ends, units = slots // max(position.shape[1], 1), offsets.tolist(), _units(x)
     dots = weight.new_empty(len(slots))
-    dx = x.new_empty(len(slots), x.shape[1], dtype=torch.float32)
+    dx = x.new_empty(len(slots), x.shape[1], dtype=wide(x.dtype))
     row_weight = weight.flatten().index_select(0, slots)[:, None]
     for rows, experts in _runs(ends):
-        x_r, dy_r = x.index_select(0, tokens[rows]), dy.index_select(0, tokens[rows]).float()
+        x_r, dy_r = x.index_select(0, tokens[rows]), dy.index_select(0, tokens[rows]).to(dx.dtype)
         h_r = h[rows] if h.shape[1] else _hidden(x_r, experts, ups, units, h[rows])
-        h_r = h_r.to(x.dtype).float()  # computed again, it is rounded as what is kept is
+        h_r = h_r.to(x.dtype).to(dx.dtype)  # computed again, it is rounded as what is kept is
         ds = dy_r.new_empty(len(dy_r), gate.width)
         for e, part in experts:
             _product(dy_r[part], down[e], units, out=ds[part])
@@ -65,7 +67,7 @@ def backward(
         dhs, dx_r, w = dh.split(ups[0][0].shape[1], 1), dx[rows], row_weight[rows]
         for e, part in experts:
             if down_bias is not None:
-                dots[rows][part] += dy_r[part] @ down_bias[e].float()
+                dots[rows][part] += dy_r[part] @ down_bias[e].to(dx.dtype)
             _product(dhs[0][part], ups[0][0][e], units, out=dx_r[part])
             if len(dhs) == 2:
                 dx_r[part] += _product(dhs[1][part], ups[1][0][e], units)
@@ -89,7 +91,7 @@ def backward(
 
 
 class Gate(NamedTuple):
-    """The activation on rows of h [n, 2F] in fp32, or [n, F] without a gate."""
+    """The activation on rows of h [n, 2F] in fp32 or fp64, or [n, F] without a gate."""
 
     act: Activation
     width: int
@@ -162,7 +164,7 @@ def _units(x: Tensor) -> torch.dtype:
     """In what products are computed."""
     if x.dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
-    return torch.float32
+    return wide(x.dtype)
 
 
 def _hidden(
@@ -170,8 +172,8 @@ def _hidden(
     kept: Tensor,
 ) -> Tensor:  # fmt: skip
     """fp32 [n, 2F] of a run: in `kept` itself where that has columns of fp32, else with a copy there."""
-    direct = kept.shape[1] > 0 and kept.dtype == torch.float32
-    h = kept if direct else x.new_empty(len(x), _columns(ups), dtype=torch.float32)
+    direct = kept.shape[1] > 0 and kept.dtype == wide(x.dtype)
+    h = kept if direct else x.new_empty(len(x), _columns(ups), dtype=wide(x.dtype))
     for half, (w, bias) in zip(h.split(ups[0][0].shape[1], 1), ups):
         for e, part in experts:
             _linear(x[part], w[e], None if bias is None else bias[e], units, half[part])
@@ -193,7 +195,7 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, units: torch.dtype, out: 
 def _product(a: Tensor, b: Tensor, units: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     a, b = a.to(units), b.to(units)
     if out is None:
-        return torch.mm(a, b).float()
+        return torch.mm(a, b).to(wide(units))
     return torch.mm(a, b, out=out) if out.dtype == units else out.copy_(a @ b)
 
 

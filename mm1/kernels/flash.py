@@ -23,14 +23,13 @@ import math
 import torch
 from torch import Tensor
 
-from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, expect, launch, refuse_second_order
+from mm1.kernels.dispatch import FLOATS, INTERPRETED, cdiv, device_of, expect, launch, refuse_second_order
 from mm1.kernels.flash_tiles import DKV, DQ, FLASH, FlashShape
 from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import dot
 from mm1.kernels.tuning import config_for
 
 WIDTHS = range(16, 129, 16)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAP_TILES, MAP_SEGMENTS = 32, 64  # tiles one program of the map places, segments it compares them with at once
 
 
@@ -463,6 +462,6 @@ def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: T
     """
     expect(INTERPRETED or q.device.type != "cpu", "flash", "device", q.device, "a GPU, or TRITON_INTERPRET=1")
     expect(q.shape[2] in WIDTHS, "flash", "head width", q.shape[2], "a multiple of 16 up to 128")
-    expect(q.dtype in DTYPES and q.dtype == k.dtype == v.dtype, "flash", "dtypes", (q.dtype, k.dtype, v.dtype),
-           f"one of {DTYPES}")  # fmt: skip
+    expect(q.dtype in FLOATS and q.dtype == k.dtype == v.dtype, "flash", "dtypes", (q.dtype, k.dtype, v.dtype),
+           f"one of {FLOATS}")  # fmt: skip
     return _forward(q, k, v, cu_q.contiguous(), cu_k.contiguous(), used_k, causal)[0]

@@ -63,7 +63,9 @@ class Grids:
             raise ValueError(f"grids: an image of {most} patches exceeds the longest there may be, {self.longest}")
         table += [first, 0, 0, 0] * (images - len(self.sizes))
         with torch.inference_mode(False):  # whoever evaluates first may train with them later
-            self._fill(moved_to(torch.tensor(table, dtype=torch.int32).view(-1, 4), device), patches, merge)
+            self._fill(
+                moved_to(torch.tensor(table, dtype=torch.int32, device="cpu").view(-1, 4), device), patches, merge
+            )
 
     @classmethod
     def of_tensors(cls, first: Tensor, rows: Tensor, h: Tensor, w: Tensor, patches: int, *, merge: int = 1) -> "Grids":

@@ -168,6 +168,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, scale, *_):
+    if scale is None:
+        return (None,) * 6
     dx, dw = _scaled(scale, *ctx.saved_tensors, *ctx.dtypes)
     need_x, need_weight = ctx.needs_input_grad[:2]
     return dx if need_x else None, dw if need_weight else None, *(None,) * 4

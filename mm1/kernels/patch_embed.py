@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from mm1.kernels import positions as positions_module
-from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, launch, on_cpu, power_of_2
+from mm1.kernels.dispatch import (
+    Cost,
+    cdiv,
+    device_of,
+    expect,
+    expect_alike,
+    launch,
+    on_cpu,
+    power_of_2,
+    refuse_second_order,
+)
 from mm1.kernels.grids import Grids, as_grids, image_of
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patch_embed_cpu import backward_cpu, embed_cpu, forward_cpu
@@ -324,6 +334,7 @@ def _table_gradient(dy: Tensor, images: Tensor, table, merge: int, interpolation
 
 
 _forward.register_autograd(_grad, setup_context=_save)
+refuse_second_order(_backward, "patch_embed")
 _embed_op.register_autograd(_grad_embed, setup_context=_save_embed)
 
 
@@ -344,12 +355,18 @@ def patch_embed(
     """Embed the patches of N images.
 
     pixels: list of uint8 or float [H, W, 3], or one packed [ΣHW, 3]. sizes: host list of (H, W) in pixels, or the Grids
-    of the batch (then packed pixels may be padded to its P · patch_size²). weight [Dv, p·p·3], bias [Dv], pos_embed
-    [Gh, Gw, Dv]. uint8 pixels are divided by 255; mean and std, one value a channel, are those of the result.
+    of the batch (then packed pixels may be padded to its P · patch_size²). weight [Dv, p·p·3], the values of a patch in
+    (row, column, channel) order, or a convolution's [Dv, 3, p, p] as it is; bias [Dv], pos_embed [Gh, Gw, Dv]. uint8
+    pixels are divided by 255; mean and std, one value a channel, are those of the result.
     Returns tokens [P, Dv] in the weight's dtype, zeros in rows of no image, and cu_seqlens int32 [N+1].
     """
     op, p = "patch_embed", patch_size
-    expect(weight.ndim == 2 and weight.shape[1] == p * p * 3, op, "weight", tuple(weight.shape), f"[Dv, {p * p * 3}]")
+    images = {"pixels": pixels} if isinstance(pixels, Tensor) else {f"pixels[{i}]": x for i, x in enumerate(pixels)}
+    expect_alike(op, **images, weight=weight, bias=bias, pos_embed=pos_embed)
+    fits = weight.shape[1:] in ((p * p * 3,), (3, p, p))
+    expect(fits, op, "weight", tuple(weight.shape),
+           f"[Dv, {p * p * 3}] in (row, column, channel) order, or a convolution's [Dv, 3, {p}, {p}]")  # fmt: skip
+    weight = weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
     if isinstance(sizes, Grids):
         grids = sizes.to(weight.device)
     else:
@@ -401,6 +418,7 @@ def embed_patches(
     Rows of no image are projected like any other, and get no position.
     """
     op = "embed_patches"
+    expect_alike(op, patches=patches, weight=weight, bias=bias, pos_embed=pos_embed)
     grids = as_grids(grids, weight.device)
     expect(patches.ndim == 2 and patches.shape[0] == grids.patches, op, "patches",
            tuple(patches.shape), f"[{grids.patches}, K]")  # fmt: skip

@@ -71,13 +71,13 @@ def backward_cpu(
 def _per_value(matrix: Tensor, scale: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, Tensor]:
     """[., K] times each channel's scale, and each value's shift [K]."""
     count = matrix.shape[1] // 3
-    scales, shifts = (torch.tensor(values, dtype=matrix.dtype).repeat(count) for values in (scale, shift))
+    scales, shifts = (matrix.new_tensor(values).repeat(count) for values in (scale, shift))
     return matrix * scales, shifts
 
 
 def _cut(x: Tensor, images: Tensor, patches: int, p: int, merge: int, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Pixels [ΣHW, 3] -> patches [P, p·p·3], bytes centred, and how many belong to images."""
-    cut = torch.empty(patches, p * p * 3, dtype=dtype)
+    cut = x.new_empty(patches, p * p * 3, dtype=dtype)
     end = 0
     for first, rows, h, w in positions.present(images):
         image = x[first * p * p : (first + rows) * p * p].view(h, p, w, p, 3).transpose(1, 2)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm1.kernels import experts, few_tokens
-from mm1.kernels.dispatch import INTERPRETED, expect, on_cpu
+from mm1.kernels.dispatch import INTERPRETED, expect, expect_alike, on_cpu
 
 FEW_ROWS = 64  # 16 at a time; beyond, reading a weight again for each 16 costs more than widening it once
 FEW_ROWS_CPU = 8  # torch multiplies row by row
@@ -90,6 +90,7 @@ def _(x, index, weight, gate_up, gate_up_scale, down, down_scale):
 
 def linear_8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [T, K], weight int8 or on a GPU float8_e4m3fn [N, K], scale fp32 [N] -> [T, N] of x's dtype."""
+    expect_alike("linear_8", x=x, weight=weight, scale=scale)
     expect(x.ndim == 2, "linear_8", "x", tuple(x.shape), "[T, K]")
     _check("linear_8", "weight", weight, scale, (len(weight), x.shape[1]))
     return _linear_op(x, weight, scale)
@@ -99,6 +100,8 @@ def moe_mlp_8(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
     """moe_mlp with gate_up [E, 2F, D], scale [E, 2F], down [E, D, F], scale [E, D]: int8, or on a GPU float8_e4m3fn."""
+    expect_alike("moe_mlp_8", x=x, index=index, weight=weight, gate_up=gate_up, gate_up_scale=gate_up_scale,
+                 down=down, down_scale=down_scale)  # fmt: skip
     E, D, width = down.shape
     expect(x.ndim == 2 and x.shape[1] == D, "moe_mlp_8", "x", tuple(x.shape), f"[T, {D}]")
     expect(index.ndim == 2 and len(index) == len(x), "moe_mlp_8", "index", tuple(index.shape), f"[{len(x)}, K]")

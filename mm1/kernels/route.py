@@ -15,7 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, cdiv, expect, launch, on_cpu, power_of_2
+from mm1.kernels.dispatch import (
+    INTERPRETED,
+    Cost,
+    cdiv,
+    expect,
+    expect_alike,
+    launch,
+    on_cpu,
+    power_of_2,
+    refuse_second_order,
+    wide,
+)
 from mm1.kernels.language import tl, triton
 
 MAX_K, MAX_EXPERTS = 16, 512
@@ -275,13 +286,13 @@ def sort(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _route_cpu(logits: Tensor, mask: Tensor | None, k: int, normalize: bool):
-    choice, weight, first, load_balance, z_loss = reference(logits.float(), mask, k, normalize)
+    choice, weight, first, load_balance, z_loss = reference(logits.to(wide(logits.dtype)), mask, k, normalize)
     return choice.contiguous(), weight, first, load_balance, z_loss
 
 
 def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, normalize):
-    x = _masked(logits, mask).float()
-    counted = x.new_ones(len(x), 1) if mask is None else mask.float()[:, None]
+    x = _masked(logits, mask).to(first.dtype)
+    counted = x.new_ones(len(x), 1) if mask is None else mask.to(x.dtype)[:, None]
     probability, tokens = x.softmax(-1), first.sum().clamp(min=1)
     dp = torch.zeros_like(x).scatter_(1, choice.long(), dweight)
     if normalize:
@@ -294,10 +305,10 @@ def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, norm
 
 
 def _sort_cpu(index: Tensor, experts: int):
-    flat = index.reshape(-1).long()
+    flat, like = index.reshape(-1).long(), {"dtype": torch.int32, "device": index.device}
     expert, order = torch.where((flat < 0) | (flat > experts), experts, flat).int().sort(stable=True)
-    position = torch.empty_like(expert).scatter_(0, order, torch.arange(len(flat), dtype=torch.int32))
-    offsets = torch.searchsorted(expert, torch.arange(experts, dtype=torch.int32), right=True, out_int32=True)
+    position = torch.empty_like(expert).scatter_(0, order, torch.arange(len(flat), **like))
+    offsets = torch.searchsorted(expert, torch.arange(experts, **like), right=True, out_int32=True)
     return order.int(), position.view(index.shape), offsets
 
 
@@ -311,7 +322,8 @@ on_cpu(_sort, _sort_cpu)
 
 @_route.register_fake
 def _(logits, mask, k, normalize):
-    new = {"dtype": torch.float32}
+    on_gpu = INTERPRETED or logits.is_cuda  # whose kernels know no fp64
+    new = {"dtype": torch.float32 if on_gpu else wide(logits.dtype)}
     scalars = logits.new_empty((), **new), logits.new_empty((), **new)
     choice = logits.new_empty(logits.shape[0], k, dtype=torch.int32)
     return choice, logits.new_empty(choice.shape, **new), logits.new_empty(logits.shape[1], **new), *scalars
@@ -339,16 +351,18 @@ def _backward(ctx, _, dweight, __, dbalance, dz):
 
 
 _route.register_autograd(_backward, setup_context=_save)
+refuse_second_order(_route_backward, "route")
 
 
 def route(
     logits: Tensor, k: int, *, normalize: bool = True, capacity: int | None = None, mask: Tensor | None = None
 ) -> Routing:
-    """Choose k of E experts for each token of logits [T, E] (any float dtype; computed in fp32).
+    """Choose k of E experts for each token of logits [T, E] (any float dtype; computed in fp32, fp64 on a CPU in fp64).
 
     capacity: at most so many slots an expert (GShard's order: all first choices before all second ones); None keeps
     every slot. mask bool [T]: False for padding, which is routed nowhere and counts in no loss.
     """
+    expect_alike("route", logits=logits, mask=mask)
     expect(logits.ndim == 2, "route", "logits", tuple(logits.shape), "[T, E]")
     T, E = logits.shape
     expect(logits.is_floating_point(), "route", "dtype of logits", logits.dtype, "a float")

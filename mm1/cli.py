@@ -468,6 +468,10 @@ def tune(
         raise TuneError("--device goes with --static or --check; what is measured is the GPU at hand")
     if processes < 1:
         raise TuneError(f"{processes} processes, expected at least 1")
+    from mm1.kernels.language import INSTALLED
+
+    if not INSTALLED:
+        raise TuneError("tuning compiles kernels with Triton, which is not installed: pip install triton")
     from mm1.autotune import predict
     from mm1.autotune.tables import TABLES
     from mm1.autotune.timing import device_named

@@ -66,32 +66,39 @@ def test_in_fp64_gradients_are_those_of_finite_differences(op, name):
         dx.sum().backward()
 
 
-STRANGE = """
+STATES = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
+state, out = sys.argv[2:]
+if state == "without triton":
+    sys.modules["triton"] = None
 from every_op import every_op, values_and_gradients
 
-if sys.argv[3] == "strange":
+def all_results():
+    return [values_and_gradients(call) for call in every_op().values()]
+
+if state == "other defaults":
     torch.set_default_dtype(torch.bfloat16)
     torch.set_default_device("meta")
     with torch.inference_mode():
         for call in every_op().values():
             call()
-    first = [values_and_gradients(call) for call in every_op().values()]
+    first = all_results()
     torch.set_default_dtype(torch.float32)
     torch.set_default_device("cpu")
-    torch.save(first, sys.argv[2] + ".first")
-torch.save([values_and_gradients(call) for call in every_op().values()], sys.argv[2])
+    torch.save(first, out + ".first")
+torch.save(all_results(), out)
 """
 
 
-def test_defaults_of_the_process_change_nothing_then_or_later(tmp_path):
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the CPU's own implementations")
+def test_defaults_of_the_process_and_a_missing_triton_change_nothing(tmp_path):
     """A default dtype and device that are not the tensors': no result may take them, and no cache keep them."""
-    for state in ("plain", "strange"):
-        command = [sys.executable, "-c", STRANGE, str(ROOT / "tests"), str(tmp_path / state), state]
+    for state in ("as usual", "other defaults", "without triton"):
+        command = [sys.executable, "-c", STATES, str(ROOT / "tests"), state, str(tmp_path / state)]
         subprocess.run(command, cwd=ROOT, check=True)
-    plain, strange, first = (torch.load(tmp_path / name) for name in ("plain", "strange", "strange.first"))
-    for op, *found in zip(OPS, plain, strange, first):
-        for y, later, then in zip(*found, strict=True):
-            assert torch.equal(y, then), f"{op} took a default"
-            assert torch.equal(y, later), f"{op} kept a default"
+    truth = torch.load(tmp_path / "as usual")
+    for name in ("other defaults.first", "other defaults", "without triton"):
+        for op, found, expected in zip(OPS, torch.load(tmp_path / name), truth, strict=True):
+            for y, right in zip(found, expected, strict=True):
+                assert torch.equal(y, right), f"{op}, {name}"

@@ -30,9 +30,10 @@ def _combine_kernel(
             row = slot
             expert = tl.load(index_ptr + slot)
             taken = (expert >= 0) & (expert < E)
-        y = tl.load(y_ptr + row * D + offs, (offs < D) & taken, other=0.0).to(tl.float32)
+        # Triton 3.9 interprets no mask that a scalar is part of.
+        y = tl.load(y_ptr + row * D + offs, offs < tl.where(taken, D, 0), other=0.0).to(tl.float32)
         if HAS_WEIGHT:
-            y *= tl.load(weight_ptr + slot, taken, other=0.0)
+            y *= tl.where(taken, tl.load(weight_ptr + slot), 0.0)
         acc += y
     tl.store(out_ptr + token * D + offs, acc.to(out_ptr.dtype.element_ty), offs < D)
 

@@ -18,9 +18,12 @@ from mm1.engine.data.images import read
 from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import read_image
 from mm1.engine.evaluation import evaluate as runner
-from mm1.engine.evaluation.benchmarks import BENCHMARKS, Sample
+from mm1.engine.evaluation.benchmarks import BENCHMARKS
 from mm1.engine.evaluation.cider import cider
-from mm1.engine.evaluation.evaluate import How, Prompts, evaluate, show
+from mm1.engine.evaluation.evaluate import Decoding, evaluate, show
+from mm1.engine.evaluation.log import Log
+from mm1.engine.evaluation.prompts import How, Prompts
+from mm1.engine.evaluation.samples import Sample
 from mm1.engine.evaluation.vqa import accuracy
 from mm1.engine.fewshot import Retrieval, Shot, few_shot, question
 from mm1.engine.generate import Engine, generate
@@ -50,8 +53,13 @@ def run(model, made, out, name="vqav2", **options):
     return evaluate(model, name, *made, out, display=io.StringIO(), **options)
 
 
-def rows(out, n):
-    first, *rest = [json.loads(line) for line in (out / f"{n}-shot.jsonl").read_text().splitlines()]
+def file_of(out, n, seed=0):
+    plain = out / f"{n}-shot.jsonl"
+    return plain if plain.exists() else out / f"{n}-shot-seed-{seed}.jsonl"
+
+
+def rows(out, n, seed=0):
+    first, *rest = [json.loads(line) for line in file_of(out, n, seed).read_text().splitlines()]
     assert set(first) == {"settings"}
     return {row["key"]: row for row in rest}
 
@@ -97,7 +105,8 @@ def test_random_shots_are_of_the_seed_and_the_query(model, made, tmp_path):
     first = drawn("a")
     assert len({tuple(keys) for keys in first.values()}) > 7
     assert drawn("b", made[0][3:7]) == {sample.key: first[sample.key] for sample in made[0][3:7]}
-    assert drawn("c", seed=1) != first
+    run(model, made, tmp_path / "a", shots=(4,), seeds=(1,))
+    assert {key: row["shots"] for key, row in rows(tmp_path / "a", 4, 1).items()} != first
     counts = [sum(key in keys for keys in first.values()) for key in range(100, 108)]
     assert min(counts) > 0
 
@@ -126,7 +135,7 @@ def test_fixed_shots_are_the_same_and_computed_once(model, made, tmp_path, monke
     assert computed["fixed"] < 0.5 * computed["random"]
     (keys,) = shots
     run(model, made, tmp_path / "other", shots=(5,), how=How("fixed", seed=1))
-    assert {tuple(row["shots"]) for row in rows(tmp_path / "other", 5).values()} != shots
+    assert {tuple(row["shots"]) for row in rows(tmp_path / "other", 5, 1).values()} != shots
     for sample in made[0]:
         assert rows(tmp_path / "fixed", 5)[sample.key]["prediction"] == by_hand(model, made, keys, sample)
 
@@ -183,7 +192,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("torn", [0, 1, 30])
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, made, tmp_path, monkeypatch, torn):
     truth = run(model, made, tmp_path / "whole", shots=(2,))
-    add, seen = runner.Log.add, []
+    add, seen = Log.add, []
 
     def killed_after_four(self, row):
         assert self.path.read_bytes().count(b"\n") == 1 + len(seen)  # as they come
@@ -193,10 +202,10 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, made, tmp_path, 
         add(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Log, "add", killed_after_four)
+        patch.setattr(Log, "add", killed_after_four)
         with pytest.raises(Killed):
             run(model, made, tmp_path / "out", shots=(2,), batch=2)
-    file = tmp_path / "out" / "2-shot.jsonl"
+    file = file_of(tmp_path / "out", 2)
     data = file.read_bytes()
     assert data.count(b"\n") == 5
     if torn:
@@ -214,7 +223,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, made, tmp_path, 
 
 def test_similar_shots_go_on_too(model, made, tmp_path):
     truth = run(model, made, tmp_path / "out", shots=(2,), how=How("similar"))
-    file = tmp_path / "out" / "2-shot.jsonl"
+    file = file_of(tmp_path / "out", 2)
     data = file.read_bytes()
     file.write_bytes(b"".join(data.splitlines(keepends=True)[:4]))
     assert run(model, made, tmp_path / "out", shots=(2,), how=How("similar")) == truth
@@ -227,7 +236,7 @@ def test_other_settings_are_refused_before_anything_runs(model, made, tmp_path):
     other = small_mm1(seed=4).eval()
     other_answers = [Sample(s.key, s.image, s.question, s.references[::-1]) for s in made[0]]
     changed = {
-        "seed 0 instead of 1": lambda: run(model, made, out, shots=(0, 2), how=How(seed=1)),
+        "num_beams 1 instead of 2": lambda: run(model, made, out, shots=(2,), decoding=Decoding(num_beams=2)),
         "choose 'random' instead of 'fixed'": lambda: run(model, made, out, shots=(2,), how=How("fixed")),
         "model '": lambda: run(other, made, out, shots=(2,)),
         "samples '": lambda: run(model, (made[0][1:], made[1]), out, shots=(2,)),
@@ -235,14 +244,14 @@ def test_other_settings_are_refused_before_anything_runs(model, made, tmp_path):
         "pool '": lambda: run(model, (made[0], made[1][1:]), out, shots=(2,)),
         "benchmark 'vqav2' instead of 'okvqa'": lambda: run(model, made, out, "okvqa", shots=(2,)),
     }
-    kept = (out / "2-shot.jsonl").read_bytes()
+    kept = file_of(out, 2).read_bytes()
     for message, again in changed.items():
         with pytest.raises(DataError, match=message):
             again()
-    assert (out / "2-shot.jsonl").read_bytes() == kept
+    assert file_of(out, 2).read_bytes() == kept
     for bad in (b"x\n", b'{"key": 1}\n', kept + b"{}\n"):
-        (out / "2-shot.jsonl").write_bytes(bad)
-        with pytest.raises(DataError, match=r"2-shot\.jsonl is not a file of predictions"):
+        file_of(out, 2).write_bytes(bad)
+        with pytest.raises(DataError, match=r"2-shot-seed-0\.jsonl is not a file of predictions"):
             run(model, made, out, shots=(2,))
 
 
@@ -278,7 +287,7 @@ def test_unreadable_images_are_counted_listed_and_wrong(model, made, tmp_path):
     assert set(similar["results"][0]["unreadable"]) == set("01234567")
 
 
-def test_too_few_shots_and_half_answered_samples_are_refused(model, made, tmp_path):
+def test_too_few_shots_are_refused_and_unanswered_samples_left_out_and_counted(model, made, tmp_path):
     samples, pool = made
     with pytest.raises(DataError, match="8 answered samples to draw shots from, expected over 8"):
         run(model, made, tmp_path / "a", shots=(8,))
@@ -287,8 +296,10 @@ def test_too_few_shots_and_half_answered_samples_are_refused(model, made, tmp_pa
     with pytest.raises(DataError, match="choose is 'best', expected one of random, fixed, similar"):
         How("best")
     half = [*samples[:5], *(Sample(s.key, s.image, s.question, ()) for s in samples[5:])]
-    with pytest.raises(DataError, match="vqav2: 5: no references, which others have"):
-        run(model, (half, pool), tmp_path / "c")
+    found = run(model, (half, pool), tmp_path / "c", shots=(0,))
+    assert found["results"][0] == run(model, (samples[:5], pool), tmp_path / "c", shots=(0,))["results"][0]
+    assert found["unanswered"] == {"samples": 5, "of": 10, "such_as": 5}
+    assert "5 of 10 samples have no references, such as 5: left out" in show(found)
     for sample in pool[:6]:
         sample.image.write_bytes(b"")
     with pytest.raises(DataError, match="2 readable shots, expected 3"):
@@ -303,7 +314,7 @@ def test_without_answers_there_is_a_submission_and_no_score(model, made, tmp_pat
     assert result["score"] is None
     run(model, made, tmp_path / "answered", shots=(2,))
     truth = [{"question_id": k, "answer": row["prediction"]} for k, row in rows(tmp_path / "answered", 2).items()]
-    given = json.loads((tmp_path / "out" / "2-shot-submission.json").read_text())
+    given = json.loads((tmp_path / "out" / "2-shot-seed-0-submission.json").read_text())
     assert given == sorted(truth, key=lambda row: row["question_id"])
     assert f"submission: {result['submission']}" in show(found)
     assert not list((tmp_path / "answered").glob("*submission*"))
@@ -312,7 +323,7 @@ def test_without_answers_there_is_a_submission_and_no_score(model, made, tmp_pat
 def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path):
     samples, pool = made
     prompts = Prompts(model, BENCHMARKS["vqav2"], pool, How(text_shots=True), tmp_path / "f.npz")
-    document, keys = prompts.document(0, samples[0])
+    document, _, keys = prompts.ask(0, samples[0])
     known = {sample.key: sample for sample in pool}
     begin = "".join(f"Question: {known[k].question} Short answer: {known[k].references[0]}\n" for k in keys)
     assert len(keys) == 2
@@ -326,7 +337,7 @@ def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path
     assert [row["shots"][-1:] for row in kept[0].values()] == [row["shots"] for row in kept[1].values()]
     with pytest.raises(DataError, match="1 answered samples to draw shots from, expected over 2"):
         run(model, (samples, pool[:1]), tmp_path / "few", shots=(0,), how=How(text_shots=True))
-    plain, _ = Prompts(model, BENCHMARKS["vqav2"], pool, How(), tmp_path / "f.npz").document(0, samples[0])
+    plain, *_ = Prompts(model, BENCHMARKS["vqav2"], pool, How(), tmp_path / "f.npz").ask(0, samples[0])
     assert plain.tokens.tolist() == document.tokens.tolist()[:1] + document.tokens.tolist()[-len(plain.tokens) + 1 :]
 
 
@@ -337,7 +348,7 @@ def test_only_the_last_images_have_sub_images(made, tmp_path):
     samples, pool = made
     for high, many in {None: 20, 0: 4, 1: 8, 2: 12, 9: 20}.items():
         prompts = Prompts(model, BENCHMARKS["vqav2"], pool, How(high=high), tmp_path / "f.npz")
-        document, _ = prompts.document(3, samples[0])
+        document, *_ = prompts.ask(3, samples[0])
         assert len(document.images) == many
         assert (document.tokens == model.tokenizer.image).sum() == 4 * many
         room = runner._engine(prompts, 3, 6, None).cache.pages * PAGE

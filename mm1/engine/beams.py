@@ -71,14 +71,13 @@ class Beams:
         ]
         candidates = sorted(candidates, key=lambda candidate: -candidate[0])[: 2 * n]
         length = len(self.live[0].tokens) + 1
-        full = len(self.finished) == n
         children: list[tuple[int, Beam]] = []
         for rank, (total, i, token, logprob) in enumerate(candidates):
             parent = self.live[i]
             child = Beam((*parent.tokens, token), (*parent.logprobs, logprob), total, parent.table)
             if length < how.max_tokens and not self.ends(child.tokens):
                 children.append((i, child))
-            elif rank < n and not (full and how.early_stopping is True):
+            elif rank < n:
                 self.finished.append((total / length**how.length_penalty, child))
         self.finished = sorted(self.finished, key=lambda pair: -pair[0])[:n]
         self.done = not children or self._settled(children[0][1].total, length)

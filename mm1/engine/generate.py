@@ -89,16 +89,40 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
 
     A prompt's answers share its pages. Raises DataError for an empty answer.
     """
-    tokenizer, encoded = tokenizer_of(model), encode_prompts(model, prompts)
+    encoded = encode_prompts(model, prompts)
     if len(answers) != len(encoded) or any(isinstance(of, str) for of in answers):
         raise DataError(f"{len(encoded)} prompts, expected as many lists of answers")
-    documents = [[(prompt, tokenizer.encode(answer)) for answer in of] for prompt, of in zip(encoded, answers)]
+    documents = []
+    for document, parts, of in zip(encoded, prompts, answers):
+        end = parts[-1] if len(parts) and isinstance(parts[-1], str) else ""
+        document, ids = continued(tokenizer_of(model), document, end, of)
+        documents.append([(document, tokens) for tokens in ids])
     flat = [pair for of in documents for pair in of]
     pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)
     engine = Engine(model, tokens=max(pages, 1) * PAGE, queue=max(len(flat), 1))
     requests = [[engine.submit_answer(prompt, ids) for prompt, ids in of] for of in documents]
     engine.run()
     return [[sum(request.logprobs) for request in of] for of in requests]
+
+
+def continued(
+    tokenizer: TextTokenizer, prompt: Document, end: str, answers: Sequence[str]
+) -> tuple[Document, list[list[int]]]:
+    """Return the prompt and each answer's tokens, as they are when `end`, its last text, and the answer are one text.
+
+    Encoded alone an answer may begin with a token that never follows a text ("▁" in Llama's). Tokens of `end` that
+    change before one of the answers are taken from the prompt and stand at the beginning of every answer.
+    """
+    before = tokenizer.encode(end)
+    whole = [tokenizer.encode(end + answer) if answer else before for answer in answers]
+    kept = min((_common(before, ids) for ids in whole), default=len(before))
+    tokens = prompt.tokens[: len(prompt.tokens) - len(before) + kept]
+    return Document(tokens, prompt.images, prompt.key), [ids[kept:] for ids in whole]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def several(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Sampling) -> "list[Request]":
@@ -218,23 +242,26 @@ class Engine:
         return bool(self.running or self.waiting)
 
     def _admitted(self) -> list[Request]:
-        """In their order. One whose beginning another is about to compute waits for it, and shares it then."""
+        """In their order. One whose beginning another is about to compute waits for it, and shares it then; those
+        behind it go before it."""
         fresh: list[Request] = []
         computing: set[bytes] = set()
         rows, width = 0, sum(request.sampling.num_beams for request in self.running)
-        while self.waiting and width + self.waiting[0].sampling.num_beams <= self.batch:
-            request = self.waiting[0]
+        for request in list(self.waiting):
             shared = self.cache.shared(request.cached)
-            new = len(request.document.tokens) - len(shared) * PAGE
             missing = request.cached[len(shared) :]
-            if computing.intersection(missing) or (fresh and rows + new > self.prefill):
+            if computing.intersection(missing):
+                continue
+            new = len(request.document.tokens) - len(shared) * PAGE
+            if width + request.sampling.num_beams > self.batch or (fresh and rows + new > self.prefill):
                 break
             pages = self.cache.take(request.room, shared)
             if pages is None:
                 break
             request.admit(pages, len(shared))
             width += request.sampling.num_beams
-            fresh.append(self.waiting.popleft())
+            fresh.append(request)
+            self.waiting.remove(request)
             self.running.append(request)
             computing.update(missing)
             rows += new

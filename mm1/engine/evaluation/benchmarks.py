@@ -34,7 +34,7 @@ class Benchmark:
     Of multiple choice: lettered: the prompt shows the options and the model chooses a letter, as ScienceQA and MMMU
     ask; else it chooses among their texts, as SEED-Bench does. normalize: options are compared by the "sum" of their
     tokens' log-probabilities, as in the acc of lm-evaluation-harness, or by the "mean", as in SEED-Bench. Of letters,
-    one token each, both are the same.
+    which are one token in most vocabularies, both are the same.
     """
 
     metric: str
@@ -166,7 +166,7 @@ def _samples(name: str, files: Sequence[Path], images: "Images", split: str) -> 
     samples = form.read(loaded, images, split)
     wanted = [path for sample in samples for path in sample.images if isinstance(path, Path)]
     if wanted and not any(path.is_file() for path in wanted):
-        held = f"such as {next(iter(images.paths))}" if images.paths else "no file"
+        held = f"{len(images.paths)} files, such as {next(iter(images.paths))}" if images.paths else "no files"
         raise DataError(
             f"{files[0]}: 0 of {len(wanted)} images are in {images.folder}: no {wanted[0].name}; it holds {held}"
         )

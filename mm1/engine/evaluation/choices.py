@@ -124,7 +124,9 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
             pictures = [_picture(file, row, f"image_{n}", key, images) for n in shown]
             answer = row.get("answer")
             if open_ended:
-                right = () if answer in (None, "", "?") else tuple(_strings(file, row, "answer", key))
+                several = isinstance(answer, list) or str(answer).startswith("[")
+                given = _strings(file, row, "answer", key) if several else [field(file, row, "answer", str, key)]
+                right = () if given in ([""], ["?"]) else tuple(given)
             else:
                 right = _right(file, key, answer, options)
             subject = (re.fullmatch(r"[a-z]+_(.+)_\d+", key) or ["", "other"])[1]
@@ -139,11 +141,9 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _strings(file: Path, row: Any, name: str, key: str) -> list[str]:
-    """Strings of a list, or of the text of one; of any other text itself."""
+    """Strings of a list, or of the text of one, which is read as a literal and never run."""
     value = field(file, row, name, (str, list), key)
     if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return [value]
         try:
             value = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -18,17 +18,19 @@ def _answers(file: Path, row: Any, key: object) -> tuple[str, ...]:
 def _coco(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """COCO, NoCaps: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     captions: dict[Key, list[str]] = defaultdict(list)
+    noted = loaded[0][0]
     for file, data in loaded:
         for row in data.get("annotations") or []:
             key = field(file, row, "image_id", (int, str))
             captions[key].append(field(file, row, "caption", str, key))
+            noted = file
     samples = []
     for file, data in loaded:
         for row in field(file, data, "images", list):
             key = field(file, row, "id", (int, str))
             name = field(file, row, "file_name", str, key)
             samples.append(Sample(key, images.find(name), "", tuple(captions.get(key, ()))))
-    expect_match(loaded[-1][0], "captioned images", captions, "images", {sample.key: None for sample in samples})
+    expect_match(noted, "captioned images", captions, "images", [sample.key for sample in samples])
     return samples
 
 
@@ -64,10 +66,12 @@ def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """VQAv2, OK-VQA: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations": [{"question_id",
     "answers": [{"answer"}]}]}."""
     answers: dict[Key, tuple[str, ...]] = {}
+    noted = loaded[0][0]
     for file, data in loaded:
         for row in data.get("annotations") or []:
             key = field(file, row, "question_id", (int, str))
             answers[key] = _answers(file, row, key)
+            noted = file
     samples = []
     for file, data in loaded:
         for row in data.get("questions") or []:
@@ -75,7 +79,7 @@ def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
             image = field(file, row, "image_id", (int, str), key)
             path = images.of_coco(image, data.get("data_subtype", ""))
             samples.append(Sample(key, path, field(file, row, "question", str, key), answers.get(key, ())))
-    expect_match(loaded[-1][0], "annotations", answers, "questions", {sample.key: None for sample in samples})
+    expect_match(noted, "annotations", answers, "questions", [sample.key for sample in samples])
     return samples
 
 

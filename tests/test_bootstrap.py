@@ -41,6 +41,7 @@ def test_both_ways_to_draw_are_of_one_distribution(monkeypatch):
     scores = DATA["VQA accuracy"](np.random.default_rng(0), 200)
     by_counts = interval(scores)
     monkeypatch.setattr(bootstrap, "FEW", 0)
+    assert interval([0.0, 100.0]) == (0, 100)  # each of two may be all that is drawn
     assert interval(scores) == pytest.approx(by_counts, abs=0.15 * scores.std() / np.sqrt(200))
 
 

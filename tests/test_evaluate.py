@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import statistics
 import sys
 
 import pytest
@@ -19,13 +20,14 @@ from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import read_image
 from mm1.engine.evaluation import evaluate as runner
 from mm1.engine.evaluation.benchmarks import BENCHMARKS
+from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.evaluation.cider import cider
 from mm1.engine.evaluation.evaluate import Decoding, evaluate, show
 from mm1.engine.evaluation.log import Log
 from mm1.engine.evaluation.prompts import How, Prompts
 from mm1.engine.evaluation.samples import Sample
 from mm1.engine.evaluation.vqa import accuracy
-from mm1.engine.fewshot import Retrieval, Shot, few_shot, question
+from mm1.engine.fewshot import Retrieval, Shot, caption, few_shot, question
 from mm1.engine.generate import Engine, generate
 
 
@@ -452,3 +454,78 @@ def test_no_samples_and_no_data_are_told(tmp_path):
         runner.samples_of("vqav2", [])
     with pytest.raises(DataError, match="high is -1"):
         How(high=-1)
+
+
+def test_several_seeds_give_what_each_gives_alone_their_mean_and_spread(model, made, tmp_path):
+    right = [Sample(s.key, s.image, s.question, s.references[:6] + ("1",) * 4) for s in made[0]]
+    both = (right, made[1])
+    found = run(model, both, tmp_path / "all", shots=(0, 1, 3), seeds=(5, 0, 7))
+    zero, one, three = found["results"]
+    assert found["seeds"] == [5, 0, 7]
+    assert ([row["seed"] for row in zero["seeds"]], zero["sd"]) == ([None], None)  # nothing is drawn: run once
+    assert (tmp_path / "all" / "0-shot.jsonl").exists()
+    for result, n in ((one, 1), (three, 3)):
+        for row in result["seeds"]:
+            alone = run(model, both, tmp_path / f"{row['seed']}", shots=(n,), how=How(seed=row["seed"]))["results"][0]
+            assert (row["score"], row["interval"]) == (alone["score"], alone["interval"])
+            assert rows(tmp_path / "all", n, row["seed"]) == rows(tmp_path / f"{row['seed']}", n, row["seed"])
+        scores = [row["score"] for row in result["seeds"]]
+        assert result["score"] == pytest.approx(statistics.mean(scores))
+        assert result["sd"] == pytest.approx(statistics.stdev(scores))
+        low, high = result["interval"]
+        assert low <= result["score"] <= high
+    shots = [
+        tuple(map(tuple, (row["shots"] for row in rows(tmp_path / "all", 3, seed).values()))) for seed in (5, 0, 7)
+    ]
+    assert len(set(shots)) == 3
+    table = show(found).splitlines()
+    assert [line.split()[:2] for line in table if "seed" in line[:8]] == [["seed", s] for s in ["5", "0", "7"] * 2]
+    more = run(model, both, tmp_path / "all", shots=(1,), seeds=(0, 9))["results"][0]  # goes on where it was
+    assert [row["score"] for row in more["seeds"]][0] == one["seeds"][1]["score"]
+    with pytest.raises(DataError, match="seeds are"):
+        run(model, both, tmp_path / "none", seeds=())
+
+
+def test_intervals_are_those_of_the_samples_scores(model, made, tmp_path):
+    found = run(model, made, tmp_path / "vqa", shots=(2,))["results"][0]
+    kept = rows(tmp_path / "vqa", 2)
+    assert found["interval"] == list(interval([100 * kept[sample.key]["score"] for sample in made[0]]))
+    captions = [Sample(s.key, s.image, "", (f"a {s.key} dog", "one cat")) for s in made[0]]
+    right = always_right(model, (captions, []), tmp_path / "a", "coco")
+    found = run(model, right, tmp_path / "b", "coco", shots=(0,))["results"][0]
+    kept = rows(tmp_path / "b", 0)
+    _, scores = cider({k: row["prediction"] for k, row in kept.items()}, {s.key: s.references for s in right[0]})
+    assert found["interval"] == list(interval([100 * scores[sample.key] for sample in right[0]]))
+    assert found["interval"][0] < found["score"] < found["interval"][1]
+
+
+def test_captions_are_searched_with_beams_and_batches_change_nothing(model, made, tmp_path):
+    samples = [Sample(s.key, s.image, "", ("a dog", "a cat")) for s in made[0]]
+    pool = [Sample(s.key, s.image, "", ("a bus",)) for s in made[1]]
+    beams = {"num_beams": 3, "length_penalty": -2.0}
+    truth = None
+    for batch in (1, 4, 64):
+        found = run(model, (samples, pool), tmp_path / str(batch), "coco", shots=(2,), batch=batch,
+                    decoding=Decoding(**beams))  # fmt: skip
+        kept = rows(tmp_path / str(batch), 2)
+        truth = truth or kept
+        assert kept == truth
+    assert "3 beams, length penalty -2" in show(found)
+    known = {sample.key: sample for sample in (*samples, *pool)}
+    b, different = BENCHMARKS["coco"], 0
+    for sample in samples:
+        shots = [Shot(caption(read(known[key].image)), "a bus") for key in truth[sample.key]["shots"]]
+        prompt = few_shot(shots, caption(read(sample.image)))
+        text, greedy = (generate(model, [prompt], max_tokens=30, stop=b.stop, **how)[0] for how in (beams, {}))
+        assert truth[sample.key]["prediction"] == b.answer(text)
+        different += text != greedy
+    assert different
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"num_beams": 0}, "num_beams is 0"), ({"length_penalty": float("inf")}, "length_penalty is inf"),
+    ({"normalize": "median"}, "normalize is 'median', expected sum or mean"),
+])  # fmt: skip
+def test_decoding_that_cannot_be_is_told(model, made, tmp_path, settings, message):
+    with pytest.raises(DataError, match=message):
+        run(model, made, tmp_path, "coco", decoding=Decoding(**settings))

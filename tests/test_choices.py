@@ -312,6 +312,15 @@ def test_open_questions_of_mmmu_are_answered_in_words(model, tmp_path):
     assert found["results"][0]["groups"] == {}
 
 
+def test_questions_without_images_are_not_their_own_shots(model, tmp_path):
+    samples = [Sample(i, None, f"how many {i}?", ("A",), ("one", "two")) for i in range(4)]
+    for choose in ("random", "similar", "fixed"):
+        run(model, (samples, samples), tmp_path / choose, "mmmu", shots=(3,), how=How(choose))
+        (file,) = (tmp_path / choose).glob("3-shot*.jsonl")
+        kept = rows(file.parent, file.name)
+        assert [sorted([key, *row["shots"]]) for key, row in kept.items()] == [[0, 1, 2, 3]] * 4
+
+
 def test_the_cache_holds_the_longest_prompt_and_what_exceeds_it_is_counted_as_wrong(model, made, tmp_path, monkeypatch):
     long = Sample(99, None, "word " * 500, ("A",), ("x", "y" * 80))
     samples = [*made[0], long]

@@ -28,7 +28,7 @@ from mm1.engine.evaluation.log import Counter, Log
 from mm1.engine.evaluation.prompts import Asked, How, Prompts, views
 from mm1.engine.evaluation.samples import Images, Key, Sample
 from mm1.engine.fewshot import fingerprint
-from mm1.engine.generate import Busy, Engine, Request
+from mm1.engine.generate import Engine, Request
 from mm1.engine.model import MM1
 from mm1.engine.sampling import Sampling
 
@@ -246,15 +246,7 @@ class _Work:
     def _submit(self, asked: Asked) -> list[Request]:
         if not asked.continuations:
             return [self.engine.submit(asked.document, self.sampling)]
-        requests: list[Request] = []
-        try:
-            for tokens in asked.continuations:
-                requests.append(self.engine.submit_answer(asked.document, tokens))
-        except (DataError, Busy):
-            for request in requests:
-                self.engine.cancel(request)
-            raise
-        return requests
+        return [self.engine.submit_answer(asked.document, tokens) for tokens in asked.continuations]
 
     def _answer(self, sample: Sample, requests: Sequence[Request]) -> tuple[str, dict[str, Any]]:
         """The prediction, and what else is kept of it."""

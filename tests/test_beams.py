@@ -140,6 +140,20 @@ def test_without_the_compiled_step_too(monkeypatch):
     assert [request.tokens for request in found] == theirs_of(theirs, prompts, **settings)
 
 
+def test_behind_graphs_too():
+    from test_engine import Inside
+
+    theirs, ours = llama(0, eos_bias=3.0)
+    settings = {"num_beams": 3, "length_penalty": 0.0, "max_tokens": 12}
+    prompts = prompts_of(5)
+    engine = Engine(ours, tokens=4096)
+    engine.graphs, engine.one_step = Inside(engine.one_step), None
+    found = [engine.submit(prompt, Sampling(**settings)) for prompt in prompts]
+    engine.run()
+    assert [request.tokens for request in found] == theirs_of(theirs, prompts, **settings)
+    assert max(map(len, engine.graphs.draws)) == 3 * len(prompts)
+
+
 def test_texts_end_before_stop_strings_as_transformers_criteria_end_them():
     theirs, ours = llama(1)
     tokenizer, prompts = ours.tokenizer, prompts_of(3)

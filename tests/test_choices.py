@@ -101,6 +101,7 @@ def test_scienceqa_is_read_with_its_splits_contexts_and_groups(tmp_path):
     files = find("scienceqa", [tmp_path], "test")
     assert [file.name for file in files] == ["problems.json", "pid_splits.json"]
     for given in (files, files[::-1], files[:1]):
+        assert read("scienceqa", given, Images(tmp_path), "test") == read("scienceqa", given, images, "test")
         first, second, third = read("scienceqa", given, images, "test")
         assert (first.key, first.question, first.references) == ("1", "which?\nContext: read this", ("B",))
         assert first.image == images.folder / "test" / "1" / "image.png"

@@ -1,23 +1,18 @@
 """The runner: which shots stand in which prompt, what is kept and gone on with, what is counted as wrong."""
 
-import gzip
 import io
 import json
 import random
 import statistics
-import sys
 
 import pytest
 import torch
-from PIL import Image
-from small import FOLDER, small_mm1, small_run
+from small import small_mm1
 from test_generate import picture
 
-from mm1.cli import main
 from mm1.engine.cache import PAGE
 from mm1.engine.data.images import read
 from mm1.engine.data.record import DataError
-from mm1.engine.data.sources import read_image
 from mm1.engine.evaluation import evaluate as runner
 from mm1.engine.evaluation.benchmarks import BENCHMARKS
 from mm1.engine.evaluation.bootstrap import interval
@@ -364,69 +359,6 @@ def test_the_display_is_plain_lines_without_a_terminal(model, made, tmp_path):
     assert [line.split("/s")[0].rsplit(" ", 1)[0] for line in out.getvalue().splitlines()] == [
         "vqav2 2-shot 10/10", "vqav2 0-shot 10/10"
     ]  # fmt: skip
-
-
-def digits_questions(folder, count):
-    """Questions of the demo about its digits, in VQAv2's files."""
-    for split, name in (("val", "test-interleaved"), ("train", "train-questions")):
-        with gzip.open(FOLDER / f"{name}.jsonl.gz", "rt") as file:
-            items = [json.loads(line) for line in file][:count]
-        asked, answered = [], []
-        for number, item in enumerate(items):
-            key = 10 * number + (split == "train")
-            path = folder / f"{split}2014" / f"COCO_{split}2014_{key:012d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.open(io.BytesIO(read_image(item["image"], FOLDER))).convert("RGB").save(path, quality=95)
-            asked.append({"question_id": key, "image_id": key, "question": item["question"]})
-            answered.append({"question_id": key, "answers": [{"answer": item["answer"]}] * 10})
-        subset = f"{split}2014"
-        (folder / f"v2_OpenEnded_mscoco_{subset}_questions.json").write_text(
-            json.dumps({"data_subtype": subset, "questions": asked})
-        )
-        (folder / f"v2_mscoco_{subset}_annotations.json").write_text(json.dumps({"annotations": answered}))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from mm1.engine.train import train
-
-    out = tmp_path_factory.mktemp("run") / "out"
-    train(small_run(steps=1), out)
-    return out
-
-
-def command(monkeypatch, capsys, *arguments):
-    """In this process: what `mm1` prints, and its status."""
-    monkeypatch.setattr(sys, "argv", ["mm1", *map(str, arguments)])
-    status = 0
-    try:
-        main()
-    except SystemExit as ended:
-        status = ended.code or 0
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-def test_the_command_evaluates_the_demos_questions(checkpoint, tmp_path, monkeypatch, capsys):
-    digits_questions(tmp_path / "data", 12)
-    common = ("eval", checkpoint, "vqav2", "--data", tmp_path / "data", "--out", tmp_path / "out")
-    status, out, err = command(monkeypatch, capsys, *common, "--shots", 0, 4, "--limit", 6)
-    assert status == 0, err
-    table, last = out[: out.rindex("\n{")], json.loads(out.splitlines()[-1])
-    assert [row["shots"] for row in last["results"]] == [0, 4]
-    assert [row["samples"] for row in last["results"]] == [6, 6]
-    assert all(0 <= row["score"] <= 100 for row in last["results"])
-    assert "accuracy" in table
-    assert "vqav2 4-shot 6/6" in err
-    kept = rows(tmp_path / "out", 4)
-    assert all(key % 10 == 1 for row in kept.values() for key in row["shots"])  # of the training split
-    again = command(monkeypatch, capsys, *common, "--shots", 0, 4, "--limit", 6)
-    assert again == (0, out, "")
-    status, _, err = command(monkeypatch, capsys, *common, "--shots", 4, "--limit", 6, "--choose", "fixed")
-    assert (status, len(err.splitlines())) == (2, 1)
-    assert "choose 'random' instead of 'fixed'" in err
-    status, _, err = command(monkeypatch, capsys, "eval", checkpoint, "vqav3", *common[3:])
-    assert (status, err) == (2, f"mm1: unknown benchmark 'vqav3'; known: {', '.join(BENCHMARKS)}\n")
 
 
 def test_models_are_told_apart_by_any_weight(model):

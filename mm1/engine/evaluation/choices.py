@@ -49,7 +49,7 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
         row = rows[key]
         text, hint = field(file, row, "question", str, key), field(file, row, "hint", str, key)
         name = row.get("image")
-        path = images.find(f"{row.get('split', split)}/{key}/{name}", f"{key}/{name}") if name else None
+        path = images.at(f"{row.get('split', split)}/{key}/{name}") if name else None  # all are named image.png
         grade = int(re.sub(r"\D", "", field(file, row, "grade", str, key)) or 0)
         contexts = ["TXT"] * bool(hint) + ["IMG"] * bool(name) or ["NO"]
         groups = (SUBJECTS.get(row.get("subject"), "other"), *contexts, "G1-6" if grade <= 6 else "G7-12")

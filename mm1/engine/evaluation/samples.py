@@ -92,6 +92,11 @@ class Images:
                 return path
         return self.folder / names[0]
 
+    def at(self, name: str) -> Path:
+        """The path below the folder, or below `images` in it: of files that share their last part."""
+        path = self.folder / "images" / name
+        return path if path.is_file() else self.folder / name
+
     def of_coco(self, image_id: Key, subset: str = "") -> Path:
         if isinstance(image_id, str):
             return self.find(image_id, f"{image_id}.jpg")

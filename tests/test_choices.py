@@ -362,3 +362,14 @@ def test_answers_are_scored_as_the_tokens_that_they_have_behind_their_prompt(tmp
         begin = encode_prompts(model, [["a: ", picture()]])[0].tokens.tolist()
         for answer, of in zip(answers, ids, strict=True):
             assert document.tokens.tolist() + of == begin + tokenizer.encode(end + answer)
+
+
+def test_the_first_options_of_all_questions_run_together_and_then_the_others_behind_them(model):
+    engine = Engine(model)
+    prompts = encode_prompts(model, [[f"{i} of {'three and four ' * 6}"] for i in range(5)])
+    for prompt in prompts:
+        for answer in (" one", " two", " three three"):
+            engine.submit_answer(prompt, model.tokenizer.encode(answer))
+    assert engine.step()
+    assert (len(engine.waiting), len(engine.running)) == (10, 0)
+    assert not engine.step()

@@ -195,7 +195,7 @@ class Engine:
             exceed = f"exceed {self.pages * PAGE}"
             raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")
         width, vocabulary = request.sampling.num_beams, self.model.config.decoder.vocabulary
-        if width > self.batch or 2 * width > vocabulary > 1 < width:
+        if width > self.batch or (width > 1 and 2 * width > vocabulary):
             raise DataError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")

@@ -26,6 +26,8 @@ Tokens = tuple[int, ...]
 
 
 class Beam(NamedTuple):
+    """Is one hypothesis: its new tokens, and where its keys and values are."""
+
     tokens: Tokens
     logprobs: tuple[float, ...]
     total: float  # sum of logprobs
@@ -40,7 +42,7 @@ def pages_of(prompt: int, sampling: Sampling) -> int:
 
 
 class Beams:
-    """The search of one request.
+    """Searches the continuations of one prompt.
 
     prompt: its tokens. pages: all that it may use, the prompt's first. ends: whether a hypothesis is complete, by an
     end token or a stop string.
@@ -55,7 +57,7 @@ class Beams:
 
     @property
     def best(self) -> Beam:
-        """The finished one with the best score, or else the likeliest live one."""
+        """Return the finished one with the best score, or else the likeliest live one."""
         return self.finished[0][1] if self.finished else self.live[0]
 
     def advance(self, logprobs: np.ndarray, tokens: np.ndarray) -> list[tuple[int, int]]:
@@ -84,7 +86,7 @@ class Beams:
         return [] if self.done else self._go_on(children[:n])
 
     def _settled(self, likeliest: float, length: int) -> bool:
-        """Whether no live beam can come among the finished ones any more, as far as the rule looks."""
+        """Say whether no live beam can come among the finished ones any more, as far as the rule looks."""
         how = self.sampling
         if len(self.finished) < how.num_beams:
             return False

@@ -26,7 +26,7 @@ class Text:
             self._send(self.text[: self._settled()])
 
     def ends(self, tokens: Sequence[int]) -> bool:
-        """Whether a text of these tokens would be done."""
+        """Say whether a text of these tokens would be done."""
         if tokens[-1:] == (self.tokenizer.eos,):
             return True
         return bool(self.stop) and any(s in text for text in [self.tokenizer.decode(tokens)] for s in self.stop)

@@ -50,14 +50,14 @@ class Request:
             self.beams = Beams(len(self.document.tokens), pages, self.sampling, self._text.ends)
 
     def heads(self) -> list[tuple[int, int, np.ndarray]]:
-        """Rows that a step computes: the last token, its place in the document, the pages."""
+        """Return the rows that a step computes: the last token, its place in the document, the pages."""
         place = len(self.document.tokens) - 1
         if self.beams:
             return [(beam.tokens[-1], place + len(beam.tokens), beam.table) for beam in self.beams.live]
         return [(self.tokens[-1], place + len(self.tokens), self.table)]
 
     def end(self, why: str) -> None:
-        """What it has so far stays; of a search its best text."""
+        """Keep what it has so far; of a search its best text."""
         self.finish = why
         if self.beams:
             best = self.beams.best

@@ -50,6 +50,7 @@ class Benchmark:
     normalize: str = "sum"
 
     def query(self, sample: Sample, images: "Sequence[Image.Image]") -> "list[str | Image.Image]":
+        """Return the question as it stands in a prompt."""
         if self.metric == "cider":
             return list(caption(images[0]))
         if self.metric == "vqa":
@@ -57,14 +58,14 @@ class Benchmark:
         return multiple_choice(images, sample.question, sample.options if self.lettered else ())
 
     def shot(self, sample: Sample, images: "Sequence[Image.Image]") -> Shot:
-        """With the first of its references, as OpenFlamingo takes it."""
+        """Show the first of its references, as OpenFlamingo does."""
         said = sample.references[0]
         if sample.options and not self.lettered:
             said = sample.options[LETTERS.index(said)]
         return Shot(tuple(self.query(sample, images)), said)
 
     def continuations(self, sample: Sample) -> list[str]:
-        """What the model chooses from, each as it stands behind the query; none where it is to write."""
+        """Return what the model chooses from, each as it stands behind the query; none where it is to write."""
         texts = LETTERS[: len(sample.options)] if self.lettered else sample.options
         return [f" {' '.join(text.split())}" for text in texts]
 
@@ -79,7 +80,7 @@ class Benchmark:
         return [100 * self.score(sample, predictions[sample.key]) for sample in samples]
 
     def score(self, sample: Sample, prediction: str) -> float:
-        """0 to 1, of one answer."""
+        """Return one answer's score, 0 to 1."""
         if self.metric == "vqa":
             return accuracy(prediction, sample.references)
         if sample.options:

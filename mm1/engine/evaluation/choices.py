@@ -61,7 +61,7 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _problems(loaded: Loaded) -> tuple[tuple[Path, dict[str, Any]], tuple[Path, dict[str, list[str]]]]:
-    """The file of problems, and that of splits or else the splits that the problems name."""
+    """Return the file of problems, and that of splits or else the splits that the problems name."""
     file, problems = next((file, data) for file, data in loaded if _is_problems(data))
     for other, data in loaded:
         if other != file:
@@ -141,7 +141,7 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _strings(file: Path, row: Any, name: str, key: str) -> list[str]:
-    """Strings of a list, or of the text of one, which is read as a literal and never run."""
+    """Return the strings of a list, or of the text of one, which is read as a literal and never run."""
     value = field(file, row, name, (str, list), key)
     if isinstance(value, str):
         try:
@@ -161,7 +161,7 @@ def _picture(file: Path, row: Any, column: str, key: str, images: Images) -> Pic
 
 
 def _right(file: Path, key: object, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
-    """The letter of the right option; none where the answer is withheld."""
+    """Return the letter of the right option; none where the answer is withheld."""
     if answer in (None, "", "?"):
         return ()
     number = LETTERS.find(answer) if isinstance(answer, str) and len(answer) == 1 else -1
@@ -177,18 +177,22 @@ def _letter(file: Path, key: object, number: int, options: Sequence[str], answer
 
 
 def open_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether an answer is in a text as MMMU's eval_open finds it: numbers equal to two places, or else text, in any
-    case, a single letter only beside a space."""
-    text = f" {prediction.lower().strip()} "
-    numbers = {_number(found) for found in NUMBER.findall(prediction)}
-    for answer in answers:
-        number, wanted = _number(answer), answer.lower().strip()
-        if number is not None:
-            if number in numbers:
-                return True
-        elif wanted and (wanted in text if len(wanted) > 1 else f" {wanted} " in text):
-            return True
-    return False
+    """Say whether an answer is in a short text, by the rule of MMMU's eval_open.
+
+    Numbers are equal to two places; other answers are part of the text, in any case, single letters with a space.
+    """
+    said = {*_normal(prediction), *(_number(found) for found in NUMBER.findall(prediction))}
+    texts = [part for part in said if isinstance(part, str)]
+    wanted = [part for answer in answers for part in _normal(answer)]
+    return any(part in said or (isinstance(part, str) and any(part in text for text in texts)) for part in wanted)
+
+
+def _normal(text: str) -> list[str | float]:
+    text = text.strip().lower()
+    number = _number(text)
+    if number is not None:
+        return [number]
+    return [f" {text}", f"{text} "] if len(text) == 1 else [text] * bool(text)
 
 
 def _number(text: str) -> float | None:

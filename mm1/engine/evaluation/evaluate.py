@@ -80,7 +80,7 @@ def samples_of(
 
 
 class _Run(NamedTuple):
-    """One number of shots with one seed."""
+    """Names one number of shots, one seed to draw them with, and the file of predictions."""
 
     shots: int
     seed: int
@@ -92,10 +92,11 @@ def evaluate(
     shots: Sequence[int] = (0, 4, 8), how: How = How(), seeds: Sequence[int] | None = None,
     decoding: Decoding = Decoding(), batch: int = 64, weights: str | None = None, display: TextIO | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots, drawn from `pool`.
+    """Return scores of 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots, drawn from `pool`.
 
-    seeds: of the drawing, one evaluation each (default: that of `how`); the score is their mean, sd their standard
-    deviation. Intervals are of 95 %, by resampling the questions, for a mean the same ones for all seeds.
+    seeds: of the drawing, one evaluation each (default: that of `how`); the score is their mean, sd their sample
+    standard deviation. Intervals are of 95 %, by resampling the questions. Those of a mean take the same questions of
+    every seed, and so do not say how much it varies with the shots: sd does.
 
     A sample whose image cannot be read is counted, listed, and scored as an empty prediction. Samples without
     references are counted and left out; if there are no others, a submission takes the place of a score. batch,
@@ -148,7 +149,7 @@ def evaluate(
 
 
 def show(found: dict[str, Any]) -> str:
-    """A table of the results."""
+    """Return a table of the results."""
     metric = METRICS[found["metric"]]
     seeds = f"seed{'s' * (len(found['seeds']) > 1)} {' '.join(map(str, found['seeds']))}"
     beams = f", {found['num_beams']} beams, length penalty {found['length_penalty']:g}" * (found["num_beams"] > 1)
@@ -185,13 +186,13 @@ def _engine(
     prompts: Prompts, n: int, batch: int, weights: str | None, sampling: Sampling = Sampling(max_tokens=10),
     samples: Sequence[Sample] = (),
 ) -> Engine:  # fmt: skip
-    """With a cache for `batch` prompts, at least four, that have TEXT tokens to each image, or for the longest one."""
+    """Return an Engine whose cache holds `batch` prompts, at least four, of TEXT tokens to an image, and the longest."""
     slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
     most = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
     images = most * views(prompts.high) + (n + 1 - most) * views(prompts.low)
     length = images * slots + (n + 1) * TEXT + beams * prompts.benchmark.max_tokens
     many = max((len(sample.images) for sample in samples), default=1)
-    text = max((len(sample.question) + sum(map(len, sample.options)) for sample in samples), default=0)
+    text = max((len("".join((sample.question, *sample.options)).encode()) for sample in samples), default=0)  # ≥ tokens
     longest = (n + 1) * (many * views(prompts.high) * slots + TEXT + text) + beams * (sampling.max_tokens + 2 * TEXT)
     options = max((len(sample.options) for sample in samples), default=1)
     return Engine(
@@ -202,7 +203,7 @@ def _engine(
 
 @dataclass
 class _Work:
-    """Samples through an engine into a log: prompts are continued, or options behind them compared."""
+    """Takes samples through an engine into a log: prompts are continued, or options behind them compared."""
 
     engine: Engine
     benchmark: Benchmark
@@ -213,7 +214,7 @@ class _Work:
     batch: int
 
     def run(self, ask: Callable[[Sample], Asked | str], todo: Sequence[Sample]) -> None:
-        """Threads read and encode the next prompts while the engine works."""
+        """Work on all; threads read and encode the next prompts while the engine runs."""
         engine = self.engine
         coming = deque[tuple[Sample, Future]]()
         running: list[tuple[list[Request], Sample, list[Key]]] = []
@@ -249,7 +250,7 @@ class _Work:
         return [self.engine.submit_answer(asked.document, tokens) for tokens in asked.continuations]
 
     def _answer(self, sample: Sample, requests: Sequence[Request]) -> tuple[str, dict[str, Any]]:
-        """The prediction, and what else is kept of it."""
+        """Return the prediction, and what else is kept of it."""
         if not sample.options:
             return self.benchmark.answer(requests[0].text), {}
         sums, counts = ([f(request.logprobs) for request in requests] for f in (sum, len))
@@ -267,7 +268,7 @@ class _Work:
 def _summary(
     name: str, benchmark: Benchmark, samples: Sequence[Sample], logs: Sequence[tuple[int | None, Log]], scored: bool
 ) -> dict[str, Any]:
-    """Score, spread and interval over the seeds, and those of each; of groups those over the seeds."""
+    """Return score, spread and interval over the seeds, those of each seed, and those of groups over the seeds."""
     bad: dict[str, str] = {}
     each, scores = [], []
     for seed, log in logs:

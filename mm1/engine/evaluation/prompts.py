@@ -42,7 +42,7 @@ class How:
 
 
 class Asked(NamedTuple):
-    """A prompt, the continuations to choose from as tokens, and the keys of its shots."""
+    """Holds a prompt, the continuations to choose from as tokens, and the keys of its shots."""
 
     document: Document
     continuations: list[list[int]]
@@ -64,7 +64,7 @@ class Prompts:
         self.piece = lru_cache(most)(self._piece)
 
     def check(self, n: int, samples: Sequence[Sample]) -> None:
-        """Finds the shots that are like these samples, if they are to be. Raises DataError if there are not enough."""
+        """Find the shots that are like these samples, if they are to be. Raises DataError if there are not enough."""
         n = n or 2 * self.how.text_shots
         if n and len({sample.images or sample.key for sample in self.pool}) <= n:
             raise DataError(f"{len(self.pool)} answered samples to draw shots from, expected over {n}")
@@ -81,11 +81,11 @@ class Prompts:
         self.near = {path: [self.candidates[i] for i in of] for path, of in zip(queries, near)}
 
     def seeded(self, n: int) -> bool:
-        """Whether the seed says something about prompts of n shots."""
+        """Say whether prompts of n shots depend on the seed."""
         return bool(n or self.how.text_shots) and self.how.choose != "similar"
 
     def ask(self, n: int, sample: Sample, seed: int | None = None) -> Asked | str:
-        """The prompt; or why the query's image cannot be read. seed: of the drawing (default: that of `how`)."""
+        """Return the prompt; or why the query's image cannot be read. seed: of the drawing (default: that of `how`)."""
         try:
             images = [picture(where) for where in sample.images]
         except DataError as error:

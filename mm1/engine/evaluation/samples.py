@@ -93,7 +93,7 @@ class Images:
         return self.folder / names[0]
 
     def at(self, name: str) -> Path:
-        """The path below the folder, or below `images` in it: of files that share their last part."""
+        """Return the path below the folder, or below `images` in it, for files that share their last part."""
         path = self.folder / "images" / name
         return path if path.is_file() else self.folder / name
 
@@ -107,7 +107,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Form:
-    """A form of files. fits: whether loaded files have it."""
+    """Reads one form of files. fits: whether loaded files have it."""
 
     read: "Callable[[Loaded, Images, str], list[Sample]]"
     fits: "Callable[[Loaded], bool]"
@@ -139,6 +139,7 @@ Loaded = list[tuple[Path, Any]]
 
 
 def load(file: Path) -> Any:
+    """Return what a file of JSON or parquet holds. Raises DataError."""
     if file.suffix == ".parquet":
         return _parquet(file)
     try:

@@ -206,7 +206,8 @@ def test_layouts():
 
 @pytest.mark.parametrize("said, answers, right", [
     ("0.5", ["0.5"], True), ("about 0.501", ["0.5"], True), ("1,000", ["1000"], True), ("5", ["0.5"], False),
-    ("The Answer", ["answer"], True), ("b", ["b"], True), ("bat", ["b"], False), ("x b", ["b"], True), ("0.25", ["25"], False), ("x or 1/2", ["0.5", "1/2"], True),
+    ("The Answer", ["answer"], True), ("b", ["b"], True), ("bat", ["b"], False),
+    ("x b", ["b"], True), ("0.25", ["25"], False), ("x or 1/2", ["0.5", "1/2"], True),
     ("", ["0"], False), ("nothing", [], False),
 ])  # fmt: skip
 def test_open_answers_are_found_as_mmmu_finds_them(said, answers, right):

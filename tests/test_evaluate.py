@@ -331,7 +331,7 @@ def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path
         run(model, made, tmp_path / choose, shots=(0, 1), how=How(choose, text_shots=True))
         kept = [rows(tmp_path / choose, n) for n in (0, 1)]
         assert [{len(row["shots"]) for row in of.values()} for of in kept] == [{2}, {1}]
-    assert [row["shots"][-1:] for row in kept[0].values()] == [row["shots"] for row in kept[1].values()]
+    assert {key: row["shots"][-1:] for key, row in kept[0].items()} == {k: row["shots"] for k, row in kept[1].items()}
     with pytest.raises(DataError, match="1 answered samples to draw shots from, expected over 2"):
         run(model, (samples, pool[:1]), tmp_path / "few", shots=(0,), how=How(text_shots=True))
     plain, *_ = Prompts(model, BENCHMARKS["vqav2"], pool, How(), tmp_path / "f.npz").ask(0, samples[0])

@@ -186,7 +186,7 @@ def _engine(
     prompts: Prompts, n: int, batch: int, weights: str | None, sampling: Sampling = Sampling(max_tokens=10),
     samples: Sequence[Sample] = (),
 ) -> Engine:  # fmt: skip
-    """Return an Engine whose cache holds `batch` prompts, at least four, of TEXT tokens to an image, and the longest."""
+    """Return an Engine whose cache holds `batch` prompts, at least four, of TEXT tokens an image, and the longest."""
     slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
     most = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
     images = most * views(prompts.high) + (n + 1 - most) * views(prompts.low)

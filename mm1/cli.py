@@ -185,6 +185,8 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: int | None = None,
     weights: Weights = None,
@@ -200,6 +202,8 @@ def generate(
         top_p: sample among the most probable tokens of this total.
         top_k: and among so many (0: all).
         repetition_penalty: of tokens that are in prompt or text; 1 is none.
+        num_beams: texts that beam search keeps; 1 is none.
+        length_penalty: of beams: the power of the length that a log-probability is divided by.
         stop: end before this string; may be repeated.
         seed: of the sampling.
         weights: round the decoder's to fewer bits.
@@ -217,7 +221,8 @@ def generate(
     for parts in prompts:
         generate(
             model, [parts], max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-            repetition_penalty=repetition_penalty, stop=stop, seed=seed, weights=weights, on_text=show,
+            repetition_penalty=repetition_penalty, num_beams=num_beams, length_penalty=length_penalty, stop=stop,
+            seed=seed, weights=weights, on_text=show,
         )  # fmt: skip
         print()
 
@@ -275,42 +280,56 @@ def eval(
     shots: tuple[int, ...] = (0, 4, 8),
     shots_from: tuple[Path, ...] = (),
     choose: Literal["random", "fixed", "similar"] = "random",
-    seed: int = 0,
+    seed: tuple[int, ...] = (0,),
     text_shots: bool = False,
     high: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 0.0,
+    normalize: Literal["sum", "mean"] | None = None,
     limit: int | None = None,
     batch: int = 64,
     weights: Weights = None,
 ) -> None:
-    """Evaluate with a few shots: captions by CIDEr, questions by VQA accuracy. Goes on where it was.
+    """Evaluate with a few shots: captions by CIDEr, questions by VQA accuracy, options by their log-probability.
+
+    Goes on where it was. Scores have intervals of 95 %, by resampling the questions.
 
     The last line of standard output is one JSON object.
 
     Args:
         checkpoint: a checkpoint folder, or the folder of a run.
-        benchmark: coco, nocaps, textcaps, vqav2, okvqa, textvqa or vizwiz.
+        benchmark: coco, nocaps, textcaps, vqav2, okvqa, textvqa, vizwiz, scienceqa, seed or mmmu.
         data: the benchmark's folder, or its files.
         out: folder of predictions, one line a sample.
         images: folder with the images somewhere below it (default: that of the data).
-        split: which (default: test of coco, val of others).
+        split: which (default: test of coco and scienceqa, image of seed, validation of mmmu, val of others).
         shots: how many examples a prompt has; several numbers are done in turn.
         shots_from: folder or files to draw them from (default: the training split in `data`, or else the samples
             themselves, without those of the query's image).
         choose: random for each query, fixed for all, or by similarity of images.
-        seed: of the drawing.
+        seed: of the drawing; several are done in turn, and their mean and standard deviation shown.
         text_shots: begin zero-shot prompts with two shots without images, as Flamingo does and MM1 does not.
         high: only so many of a prompt's last images with sub-images.
-        limit: that many samples, drawn at random.
+        num_beams: texts that beam search keeps (default 1: greedy; OpenFlamingo: 3).
+        length_penalty: of beams: the power of the length that a log-probability is divided by (OpenFlamingo: 0,
+            its first version -2).
+        normalize: compare options by the sum or the mean of their tokens' log-probabilities (default: mean for seed,
+            sum for others).
+        limit: that many samples, drawn at random with the first seed.
         batch: prompts at once.
         weights: round the decoder's to fewer bits.
     """
     from mm1.engine.checkpoint import load
-    from mm1.engine.evaluation.evaluate import How, evaluate, samples_of, show
+    from mm1.engine.evaluation.evaluate import Decoding, How, evaluate, samples_of, show
 
-    samples, pool = samples_of(benchmark, data, images, split, shots_from, limit, seed)
-    how = How(choose, seed, text_shots, high)
+    how = How(choose, text_shots=text_shots, high=high)
+    decoding = Decoding(num_beams, length_penalty, normalize=normalize)
+    samples, pool = samples_of(benchmark, data, images, split, shots_from, limit, *seed[:1])
     model = load(checkpoint)
-    found = evaluate(model, benchmark, samples, pool, out, shots=shots, how=how, batch=batch, weights=weights)
+    found = evaluate(
+        model, benchmark, samples, pool, out, shots=shots, how=how, seeds=seed, decoding=decoding, batch=batch,
+        weights=weights,
+    )  # fmt: skip
     print(show(found))
     print(json.dumps(found))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.cider import cider, tokenize
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "captions.json").read_text())
@@ -55,5 +56,13 @@ def test_bounds():
     assert cider({0: "a bus"}, {0: ["a bus"]})[0] == 0  # what is in all images tells nothing
     assert cider({0: "", 1: "a cup"}, {0: ["a bus"], 1: ["one dog"]}) == (0, {0: 0, 1: 0})
     assert cider({}, {}) == (0, {})
-    with pytest.raises(KeyError):
-        cider({0: "a bus"}, {1: ["a bus"]})
+
+
+@pytest.mark.parametrize("references, message", [
+    ({"0": ["a bus"], "1": ["a cup"]}, "0 of 2 captions match the references of 2 images, ids such as '0': none of 0"),
+    ({0: ["a bus"], 7: ["a cup"]}, "1 of 2 captions match the references of 2 images, ids such as 0: none of 1"),
+    ({}, "0 of 2 captions match the references of 0 images: none of 0"),
+])  # fmt: skip
+def test_captions_of_other_images_are_one_line(references, message):
+    with pytest.raises(DataError, match=message):
+        cider({0: "a bus", 1: "a cup"}, references)

@@ -1,28 +1,28 @@
 """The runner: which shots stand in which prompt, what is kept and gone on with, what is counted as wrong."""
 
-import gzip
 import io
 import json
 import random
-import sys
+import statistics
 
 import pytest
 import torch
-from PIL import Image
-from small import FOLDER, small_mm1, small_run
+from small import small_mm1
 from test_generate import picture
 
-from mm1.cli import main
 from mm1.engine.cache import PAGE
 from mm1.engine.data.images import read
 from mm1.engine.data.record import DataError
-from mm1.engine.data.sources import read_image
 from mm1.engine.evaluation import evaluate as runner
-from mm1.engine.evaluation.benchmarks import BENCHMARKS, Sample
+from mm1.engine.evaluation.benchmarks import BENCHMARKS
+from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.evaluation.cider import cider
-from mm1.engine.evaluation.evaluate import How, Prompts, evaluate, show
+from mm1.engine.evaluation.evaluate import Decoding, evaluate, show
+from mm1.engine.evaluation.log import Log
+from mm1.engine.evaluation.prompts import How, Prompts
+from mm1.engine.evaluation.samples import Sample
 from mm1.engine.evaluation.vqa import accuracy
-from mm1.engine.fewshot import Retrieval, Shot, few_shot, question
+from mm1.engine.fewshot import Retrieval, Shot, caption, few_shot, question
 from mm1.engine.generate import Engine, generate
 
 
@@ -50,8 +50,13 @@ def run(model, made, out, name="vqav2", **options):
     return evaluate(model, name, *made, out, display=io.StringIO(), **options)
 
 
-def rows(out, n):
-    first, *rest = [json.loads(line) for line in (out / f"{n}-shot.jsonl").read_text().splitlines()]
+def file_of(out, n, seed=0):
+    plain = out / f"{n}-shot.jsonl"
+    return plain if plain.exists() else out / f"{n}-shot-seed-{seed}.jsonl"
+
+
+def rows(out, n, seed=0):
+    first, *rest = [json.loads(line) for line in file_of(out, n, seed).read_text().splitlines()]
     assert set(first) == {"settings"}
     return {row["key"]: row for row in rest}
 
@@ -97,7 +102,8 @@ def test_random_shots_are_of_the_seed_and_the_query(model, made, tmp_path):
     first = drawn("a")
     assert len({tuple(keys) for keys in first.values()}) > 7
     assert drawn("b", made[0][3:7]) == {sample.key: first[sample.key] for sample in made[0][3:7]}
-    assert drawn("c", seed=1) != first
+    run(model, made, tmp_path / "a", shots=(4,), seeds=(1,))
+    assert {key: row["shots"] for key, row in rows(tmp_path / "a", 4, 1).items()} != first
     counts = [sum(key in keys for keys in first.values()) for key in range(100, 108)]
     assert min(counts) > 0
 
@@ -126,7 +132,7 @@ def test_fixed_shots_are_the_same_and_computed_once(model, made, tmp_path, monke
     assert computed["fixed"] < 0.5 * computed["random"]
     (keys,) = shots
     run(model, made, tmp_path / "other", shots=(5,), how=How("fixed", seed=1))
-    assert {tuple(row["shots"]) for row in rows(tmp_path / "other", 5).values()} != shots
+    assert {tuple(row["shots"]) for row in rows(tmp_path / "other", 5, 1).values()} != shots
     for sample in made[0]:
         assert rows(tmp_path / "fixed", 5)[sample.key]["prediction"] == by_hand(model, made, keys, sample)
 
@@ -183,7 +189,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("torn", [0, 1, 30])
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, made, tmp_path, monkeypatch, torn):
     truth = run(model, made, tmp_path / "whole", shots=(2,))
-    add, seen = runner.Log.add, []
+    add, seen = Log.add, []
 
     def killed_after_four(self, row):
         assert self.path.read_bytes().count(b"\n") == 1 + len(seen)  # as they come
@@ -193,10 +199,10 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, made, tmp_path, 
         add(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Log, "add", killed_after_four)
+        patch.setattr(Log, "add", killed_after_four)
         with pytest.raises(Killed):
             run(model, made, tmp_path / "out", shots=(2,), batch=2)
-    file = tmp_path / "out" / "2-shot.jsonl"
+    file = file_of(tmp_path / "out", 2)
     data = file.read_bytes()
     assert data.count(b"\n") == 5
     if torn:
@@ -214,7 +220,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, made, tmp_path, 
 
 def test_similar_shots_go_on_too(model, made, tmp_path):
     truth = run(model, made, tmp_path / "out", shots=(2,), how=How("similar"))
-    file = tmp_path / "out" / "2-shot.jsonl"
+    file = file_of(tmp_path / "out", 2)
     data = file.read_bytes()
     file.write_bytes(b"".join(data.splitlines(keepends=True)[:4]))
     assert run(model, made, tmp_path / "out", shots=(2,), how=How("similar")) == truth
@@ -227,7 +233,7 @@ def test_other_settings_are_refused_before_anything_runs(model, made, tmp_path):
     other = small_mm1(seed=4).eval()
     other_answers = [Sample(s.key, s.image, s.question, s.references[::-1]) for s in made[0]]
     changed = {
-        "seed 0 instead of 1": lambda: run(model, made, out, shots=(0, 2), how=How(seed=1)),
+        "num_beams 1 instead of 2": lambda: run(model, made, out, shots=(2,), decoding=Decoding(num_beams=2)),
         "choose 'random' instead of 'fixed'": lambda: run(model, made, out, shots=(2,), how=How("fixed")),
         "model '": lambda: run(other, made, out, shots=(2,)),
         "samples '": lambda: run(model, (made[0][1:], made[1]), out, shots=(2,)),
@@ -235,14 +241,14 @@ def test_other_settings_are_refused_before_anything_runs(model, made, tmp_path):
         "pool '": lambda: run(model, (made[0], made[1][1:]), out, shots=(2,)),
         "benchmark 'vqav2' instead of 'okvqa'": lambda: run(model, made, out, "okvqa", shots=(2,)),
     }
-    kept = (out / "2-shot.jsonl").read_bytes()
+    kept = file_of(out, 2).read_bytes()
     for message, again in changed.items():
         with pytest.raises(DataError, match=message):
             again()
-    assert (out / "2-shot.jsonl").read_bytes() == kept
+    assert file_of(out, 2).read_bytes() == kept
     for bad in (b"x\n", b'{"key": 1}\n', kept + b"{}\n"):
-        (out / "2-shot.jsonl").write_bytes(bad)
-        with pytest.raises(DataError, match=r"2-shot\.jsonl is not a file of predictions"):
+        file_of(out, 2).write_bytes(bad)
+        with pytest.raises(DataError, match=r"2-shot-seed-0\.jsonl is not a file of predictions"):
             run(model, made, out, shots=(2,))
 
 
@@ -278,7 +284,7 @@ def test_unreadable_images_are_counted_listed_and_wrong(model, made, tmp_path):
     assert set(similar["results"][0]["unreadable"]) == set("01234567")
 
 
-def test_too_few_shots_and_half_answered_samples_are_refused(model, made, tmp_path):
+def test_too_few_shots_are_refused_and_unanswered_samples_left_out_and_counted(model, made, tmp_path):
     samples, pool = made
     with pytest.raises(DataError, match="8 answered samples to draw shots from, expected over 8"):
         run(model, made, tmp_path / "a", shots=(8,))
@@ -287,8 +293,10 @@ def test_too_few_shots_and_half_answered_samples_are_refused(model, made, tmp_pa
     with pytest.raises(DataError, match="choose is 'best', expected one of random, fixed, similar"):
         How("best")
     half = [*samples[:5], *(Sample(s.key, s.image, s.question, ()) for s in samples[5:])]
-    with pytest.raises(DataError, match="vqav2: 5: no references, which others have"):
-        run(model, (half, pool), tmp_path / "c")
+    found = run(model, (half, pool), tmp_path / "c", shots=(0,))
+    assert found["results"][0] == run(model, (samples[:5], pool), tmp_path / "c", shots=(0,))["results"][0]
+    assert found["unanswered"] == {"samples": 5, "of": 10, "such_as": 5}
+    assert "5 of 10 samples have no references, such as 5: left out" in show(found)
     for sample in pool[:6]:
         sample.image.write_bytes(b"")
     with pytest.raises(DataError, match="2 readable shots, expected 3"):
@@ -303,7 +311,7 @@ def test_without_answers_there_is_a_submission_and_no_score(model, made, tmp_pat
     assert result["score"] is None
     run(model, made, tmp_path / "answered", shots=(2,))
     truth = [{"question_id": k, "answer": row["prediction"]} for k, row in rows(tmp_path / "answered", 2).items()]
-    given = json.loads((tmp_path / "out" / "2-shot-submission.json").read_text())
+    given = json.loads((tmp_path / "out" / "2-shot-seed-0-submission.json").read_text())
     assert given == sorted(truth, key=lambda row: row["question_id"])
     assert f"submission: {result['submission']}" in show(found)
     assert not list((tmp_path / "answered").glob("*submission*"))
@@ -312,7 +320,7 @@ def test_without_answers_there_is_a_submission_and_no_score(model, made, tmp_pat
 def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path):
     samples, pool = made
     prompts = Prompts(model, BENCHMARKS["vqav2"], pool, How(text_shots=True), tmp_path / "f.npz")
-    document, keys = prompts.document(0, samples[0])
+    document, _, keys = prompts.ask(0, samples[0])
     known = {sample.key: sample for sample in pool}
     begin = "".join(f"Question: {known[k].question} Short answer: {known[k].references[0]}\n" for k in keys)
     assert len(keys) == 2
@@ -323,10 +331,10 @@ def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path
         run(model, made, tmp_path / choose, shots=(0, 1), how=How(choose, text_shots=True))
         kept = [rows(tmp_path / choose, n) for n in (0, 1)]
         assert [{len(row["shots"]) for row in of.values()} for of in kept] == [{2}, {1}]
-    assert [row["shots"][-1:] for row in kept[0].values()] == [row["shots"] for row in kept[1].values()]
+    assert {key: row["shots"][-1:] for key, row in kept[0].items()} == {k: row["shots"] for k, row in kept[1].items()}
     with pytest.raises(DataError, match="1 answered samples to draw shots from, expected over 2"):
         run(model, (samples, pool[:1]), tmp_path / "few", shots=(0,), how=How(text_shots=True))
-    plain, _ = Prompts(model, BENCHMARKS["vqav2"], pool, How(), tmp_path / "f.npz").document(0, samples[0])
+    plain, *_ = Prompts(model, BENCHMARKS["vqav2"], pool, How(), tmp_path / "f.npz").ask(0, samples[0])
     assert plain.tokens.tolist() == document.tokens.tolist()[:1] + document.tokens.tolist()[-len(plain.tokens) + 1 :]
 
 
@@ -337,7 +345,7 @@ def test_only_the_last_images_have_sub_images(made, tmp_path):
     samples, pool = made
     for high, many in {None: 20, 0: 4, 1: 8, 2: 12, 9: 20}.items():
         prompts = Prompts(model, BENCHMARKS["vqav2"], pool, How(high=high), tmp_path / "f.npz")
-        document, _ = prompts.document(3, samples[0])
+        document, *_ = prompts.ask(3, samples[0])
         assert len(document.images) == many
         assert (document.tokens == model.tokenizer.image).sum() == 4 * many
         room = runner._engine(prompts, 3, 6, None).cache.pages * PAGE
@@ -351,69 +359,6 @@ def test_the_display_is_plain_lines_without_a_terminal(model, made, tmp_path):
     assert [line.split("/s")[0].rsplit(" ", 1)[0] for line in out.getvalue().splitlines()] == [
         "vqav2 2-shot 10/10", "vqav2 0-shot 10/10"
     ]  # fmt: skip
-
-
-def digits_questions(folder, count):
-    """Questions of the demo about its digits, in VQAv2's files."""
-    for split, name in (("val", "test-interleaved"), ("train", "train-questions")):
-        with gzip.open(FOLDER / f"{name}.jsonl.gz", "rt") as file:
-            items = [json.loads(line) for line in file][:count]
-        asked, answered = [], []
-        for number, item in enumerate(items):
-            key = 10 * number + (split == "train")
-            path = folder / f"{split}2014" / f"COCO_{split}2014_{key:012d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.open(io.BytesIO(read_image(item["image"], FOLDER))).convert("RGB").save(path, quality=95)
-            asked.append({"question_id": key, "image_id": key, "question": item["question"]})
-            answered.append({"question_id": key, "answers": [{"answer": item["answer"]}] * 10})
-        subset = f"{split}2014"
-        (folder / f"v2_OpenEnded_mscoco_{subset}_questions.json").write_text(
-            json.dumps({"data_subtype": subset, "questions": asked})
-        )
-        (folder / f"v2_mscoco_{subset}_annotations.json").write_text(json.dumps({"annotations": answered}))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from mm1.engine.train import train
-
-    out = tmp_path_factory.mktemp("run") / "out"
-    train(small_run(steps=1), out)
-    return out
-
-
-def command(monkeypatch, capsys, *arguments):
-    """In this process: what `mm1` prints, and its status."""
-    monkeypatch.setattr(sys, "argv", ["mm1", *map(str, arguments)])
-    status = 0
-    try:
-        main()
-    except SystemExit as ended:
-        status = ended.code or 0
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-def test_the_command_evaluates_the_demos_questions(checkpoint, tmp_path, monkeypatch, capsys):
-    digits_questions(tmp_path / "data", 12)
-    common = ("eval", checkpoint, "vqav2", "--data", tmp_path / "data", "--out", tmp_path / "out")
-    status, out, err = command(monkeypatch, capsys, *common, "--shots", 0, 4, "--limit", 6)
-    assert status == 0, err
-    table, last = out[: out.rindex("\n{")], json.loads(out.splitlines()[-1])
-    assert [row["shots"] for row in last["results"]] == [0, 4]
-    assert [row["samples"] for row in last["results"]] == [6, 6]
-    assert all(0 <= row["score"] <= 100 for row in last["results"])
-    assert "accuracy" in table
-    assert "vqav2 4-shot 6/6" in err
-    kept = rows(tmp_path / "out", 4)
-    assert all(key % 10 == 1 for row in kept.values() for key in row["shots"])  # of the training split
-    again = command(monkeypatch, capsys, *common, "--shots", 0, 4, "--limit", 6)
-    assert again == (0, out, "")
-    status, _, err = command(monkeypatch, capsys, *common, "--shots", 4, "--limit", 6, "--choose", "fixed")
-    assert (status, len(err.splitlines())) == (2, 1)
-    assert "choose 'random' instead of 'fixed'" in err
-    status, _, err = command(monkeypatch, capsys, "eval", checkpoint, "vqav3", *common[3:])
-    assert (status, err) == (2, f"mm1: unknown benchmark 'vqav3'; known: {', '.join(BENCHMARKS)}\n")
 
 
 def test_models_are_told_apart_by_any_weight(model):
@@ -441,3 +386,79 @@ def test_no_samples_and_no_data_are_told(tmp_path):
         runner.samples_of("vqav2", [])
     with pytest.raises(DataError, match="high is -1"):
         How(high=-1)
+
+
+def test_several_seeds_give_what_each_gives_alone_their_mean_and_spread(model, made, tmp_path):
+    run(model, made, tmp_path / "said", shots=(1, 3), seeds=(5, 0))
+    said = [rows(tmp_path / "said", n, seed) for n, seed in ((1, 5), (3, 0))]
+    right = [Sample(s.key, s.image, s.question, tuple(kept[s.key]["prediction"] for kept in said) * 2) for s in made[0]]
+    both = (right, made[1])
+    found = run(model, both, tmp_path / "all", shots=(0, 1, 3), seeds=(5, 0, 7))
+    zero, one, three = found["results"]
+    assert found["seeds"] == [5, 0, 7]
+    assert ([row["seed"] for row in zero["seeds"]], zero["sd"]) == ([None], None)  # nothing is drawn: run once
+    assert (tmp_path / "all" / "0-shot.jsonl").exists()
+    for result, n in ((one, 1), (three, 3)):
+        for row in result["seeds"]:
+            alone = run(model, both, tmp_path / f"{row['seed']}", shots=(n,), how=How(seed=row["seed"]))["results"][0]
+            assert (row["score"], row["interval"]) == (alone["score"], alone["interval"])
+            assert rows(tmp_path / "all", n, row["seed"]) == rows(tmp_path / f"{row['seed']}", n, row["seed"])
+        scores = [row["score"] for row in result["seeds"]]
+        assert result["score"] == pytest.approx(statistics.mean(scores))
+        assert result["sd"] == pytest.approx(statistics.stdev(scores))
+        assert len(set(scores)) > 1
+        low, high = result["interval"]
+        assert low <= result["score"] <= high
+    shots = [str([row["shots"] for row in rows(tmp_path / "all", 3, seed).values()]) for seed in (5, 0, 7)]
+    assert len(set(shots)) == 3
+    table = show(found).splitlines()
+    assert [line.split()[:2] for line in table if "seed" in line[:8]] == [["seed", s] for s in ["5", "0", "7"] * 2]
+    more = run(model, both, tmp_path / "all", shots=(1,), seeds=(0, 9))["results"][0]  # goes on where it was
+    assert more["seeds"][0] == one["seeds"][1]
+    with pytest.raises(DataError, match="seeds are"):
+        run(model, both, tmp_path / "none", seeds=())
+
+
+def test_intervals_are_those_of_the_samples_scores(model, made, tmp_path):
+    found = run(model, made, tmp_path / "vqa", shots=(2,))["results"][0]
+    kept = rows(tmp_path / "vqa", 2)
+    assert found["interval"] == list(interval([100 * kept[sample.key]["score"] for sample in made[0]]))
+    captions = [Sample(s.key, s.image, "", (f"a {s.key} dog", "one cat")) for s in made[0]]
+    samples = always_right(model, (captions, []), tmp_path / "a", "coco")[0][:4] + captions[4:]
+    found = run(model, (samples, []), tmp_path / "b", "coco", shots=(0,))["results"][0]
+    kept = rows(tmp_path / "b", 0)
+    _, scores = cider({k: row["prediction"] for k, row in kept.items()}, {s.key: s.references for s in samples})
+    assert found["interval"] == list(interval([100 * scores[sample.key] for sample in samples]))
+    assert found["interval"][0] < found["score"] < found["interval"][1]
+
+
+def test_captions_are_searched_with_beams_and_batches_change_nothing(model, made, tmp_path):
+    samples = [Sample(s.key, s.image, "", ("a dog", "a cat")) for s in made[0]]
+    pool = [Sample(s.key, s.image, "", ("a bus",)) for s in made[1]]
+    beams = {"num_beams": 3, "length_penalty": -2.0}
+    truth = None
+    for batch in (1, 4, 64):
+        found = run(model, (samples, pool), tmp_path / str(batch), "coco", shots=(2,), batch=batch,
+                    decoding=Decoding(**beams))  # fmt: skip
+        kept = rows(tmp_path / str(batch), 2)
+        truth = truth or kept
+        assert kept == truth
+    assert "3 beams, length penalty -2" in show(found)
+    known = {sample.key: sample for sample in (*samples, *pool)}
+    b, different = BENCHMARKS["coco"], 0
+    for sample in samples:
+        shots = [Shot(caption(read(known[key].image)), "a bus") for key in truth[sample.key]["shots"]]
+        prompt = few_shot(shots, caption(read(sample.image)))
+        text, greedy = (generate(model, [prompt], max_tokens=30, stop=b.stop, **how)[0] for how in (beams, {}))
+        assert truth[sample.key]["prediction"] == b.answer(text)
+        different += text != greedy
+    assert different
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"num_beams": 0}, "num_beams is 0"), ({"length_penalty": float("inf")}, "length_penalty is inf"),
+    ({"normalize": "median"}, "normalize is 'median', expected sum or mean"),
+])  # fmt: skip
+def test_decoding_that_cannot_be_is_told(model, made, tmp_path, settings, message):
+    with pytest.raises(DataError, match=message):
+        run(model, made, tmp_path, "coco", decoding=Decoding(**settings))

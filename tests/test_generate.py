@@ -4,7 +4,8 @@ from PIL import Image
 from small import small_mm1
 
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import _Text, generate, interleave
+from mm1.engine.detokenizer import Text
+from mm1.engine.generate import generate, interleave
 from mm1.engine.sampling import sample
 
 
@@ -140,7 +141,7 @@ class Letters:
 ])  # fmt: skip
 def test_stops_over_several_tokens_are_never_seen(stop, text, pieces):
     seen = []
-    grown = _Text(Letters(), stop, seen.append)
+    grown = Text(Letters(), stop, seen.append)
     for letter in "abcdef":
         grown.add(ord(letter))
     grown.finish()

@@ -104,6 +104,13 @@ class Cache:
             if name not in self.known:
                 self.known[name], self.names[page] = page, name
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy keys and values of pages, (from, to); none is both."""
+        if pairs:
+            source, target = torch.tensor(pairs, device=self.k.device).unbind(1)
+            for held in (self.k, self.v):
+                held.index_copy_(1, target, held.index_select(1, source))
+
     def forget(self) -> None:
         """What pages hold; those in use stay with their users."""
         self.free = sorted([*self.free, *self.idle])

@@ -20,7 +20,7 @@ from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder
 from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.vqa import normalize
-from mm1.engine.generate import Engine, Prompt, checked, policy_of, several, tokenizer_of
+from mm1.engine.generate import Engine, Prompt, checked, interleave, policy_of, several, tokenizer_of
 from mm1.engine.model import MM1
 from mm1.engine.sampling import Sampling
 from mm1.kernels.grids import Grids
@@ -41,6 +41,19 @@ def caption(image: "Image.Image") -> "tuple[Image.Image, str]":
 def question(image: "Image.Image", text: str) -> "tuple[Image.Image, str]":
     """MM1's prompt for a short answer."""
     return image, f" Question: {text} Short answer:"
+
+
+def multiple_choice(
+    images: "Sequence[Image.Image]", text: str, options: Sequence[str] = ()
+) -> "list[str | Image.Image]":
+    """A question with its options, in the layout of ScienceQA (Lu et al. 2022); without options in that of `question`.
+
+    `<image>` marks in text and options where images stand; images without a mark stand before the text.
+    """
+    shown = " ".join(f"({letter}) {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options))
+    asked = f" Question: {text}\nOptions: {shown}\nAnswer:" if options else f" Question: {text} Short answer:"
+    (parts,) = interleave([asked if images else asked.lstrip()], images)
+    return parts
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,21 +10,25 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mm1.engine.cache import PAGE, Cache, Rows, image_digest, names
+from mm1.engine.beams import Beams, pages_of
+from mm1.engine.cache import PAGE, Cache, Rows, names
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
 from mm1.engine.data.record import DataError, Unreadable, at_least
 from mm1.engine.decode import step_of
+from mm1.engine.detokenizer import Text
 from mm1.engine.graphs import PAGES, Graphs
 from mm1.engine.model import MM1
 from mm1.engine.packed import Head, packed
 from mm1.engine.quantize import quantized
+from mm1.engine.request import Request, drawn
 from mm1.engine.sampling import Draw, Sampling, penalized, sample
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.grids import Grids
@@ -53,19 +57,24 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     seed: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
     weights: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, a sequence of texts and PIL images; returns the new texts.
 
     Settings are those of Sampling and, weights, of Engine; prompt i draws with seed + i. on_text(prompt number, piece)
-    is called as text arrives.
+    is called as text arrives; of a search with beams it arrives at the end.
     """
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, repetition_penalty, stop)
+    sampling = Sampling(
+        max_tokens, temperature, top_p, top_k, repetition_penalty, stop, None, num_beams, length_penalty, early_stopping
+    )
     documents = encode_prompts(model, prompts)
-    pages = sum(cdiv(len(document.tokens) + max_tokens, PAGE) for document in documents)
+    pages = sum(pages_of(len(document.tokens), sampling) for document in documents)
     count = max(len(prompts), 1)
-    engine = Engine(model, tokens=max(pages, 1) * PAGE, batch=count, queue=count, weights=weights)
+    engine = Engine(model, tokens=max(pages, 1) * PAGE, batch=count * num_beams, queue=count, weights=weights)
     requests = []
     for i, document in enumerate(documents):
         own = replace(sampling, seed=None if seed is None else seed + i)
@@ -80,16 +89,40 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
 
     A prompt's answers share its pages. Raises DataError for an empty answer.
     """
-    tokenizer, encoded = tokenizer_of(model), encode_prompts(model, prompts)
+    encoded = encode_prompts(model, prompts)
     if len(answers) != len(encoded) or any(isinstance(of, str) for of in answers):
         raise DataError(f"{len(encoded)} prompts, expected as many lists of answers")
-    documents = [[(prompt, tokenizer.encode(answer)) for answer in of] for prompt, of in zip(encoded, answers)]
+    documents = []
+    for document, parts, of in zip(encoded, prompts, answers):
+        end = parts[-1] if len(parts) and isinstance(parts[-1], str) else ""
+        document, ids = continued(tokenizer_of(model), document, end, of)
+        documents.append([(document, tokens) for tokens in ids])
     flat = [pair for of in documents for pair in of]
     pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)
     engine = Engine(model, tokens=max(pages, 1) * PAGE, queue=max(len(flat), 1))
     requests = [[engine.submit_answer(prompt, ids) for prompt, ids in of] for of in documents]
     engine.run()
     return [[sum(request.logprobs) for request in of] for of in requests]
+
+
+def continued(
+    tokenizer: TextTokenizer, prompt: Document, end: str, answers: Sequence[str]
+) -> tuple[Document, list[list[int]]]:
+    """Return the prompt and each answer's tokens, as they are when `end`, its last text, and the answer are one text.
+
+    Encoded alone an answer may begin with a token that never follows a text ("▁" in Llama's). Tokens of `end` that
+    change before one of the answers are taken from the prompt and stand at the beginning of every answer.
+    """
+    before = tokenizer.encode(end)
+    whole = [tokenizer.encode(end + answer) if answer else before for answer in answers]
+    kept = min((_common(before, ids) for ids in whole), default=len(before))
+    tokens = prompt.tokens[: len(prompt.tokens) - len(before) + kept]
+    return Document(tokens, prompt.images, prompt.key), [ids[kept:] for ids in whole]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def several(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Sampling) -> "list[Request]":
@@ -112,41 +145,12 @@ def n_best(engine: "Engine", prompt: "Prompt | Document", n: int, sampling: Samp
     return sorted(several(engine, prompt, n, sampling), key=lambda request: -np.mean(request.logprobs))
 
 
-class Request:
-    """A prompt and what comes of it.
-
-    finish: None while it runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text or its prompt
-    raised.
-    """
-
-    def __init__(self, document: Document, sampling: Sampling, text: "_Text", scored: int = 0):
-        self.document, self.sampling, self.scored = document, sampling, scored
-        self.digests = [image_digest(image) for image in document.images]
-        self.cached: list[bytes] = []  # names of the pages that may be shared
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []  # of tokens, or of those that are scored
-        self.finish: str | None = None
-        self._text = text
-        self.pages: list[int] = []
-        self.shared = 0  # of them, with what was computed before
-        self.table = np.empty(0, np.int32)  # the same pages
-        self.random = random.Random(sampling.seed) if sampling.temperature else None
-
-    @property
-    def text(self) -> str:
-        return self._text.text
-
-    @property
-    def room(self) -> int:
-        """Pages, also for all that is to come."""
-        return cdiv(len(self.document.tokens) + (0 if self.scored else self.sampling.max_tokens), PAGE)
-
-
 class Engine:
     """A model, as it is when this begins, and the requests it works on.
 
-    tokens: of the cache; batch: documents at once; queue: requests that wait; prefill: rows of prompts a step, if it
-    is more than one; images: whose features are kept; weights: as they are, or "int8", "int4", "float8" (quantize.py).
+    tokens: of the cache; batch: documents at once, each beam counts as one; queue: requests that wait; prefill: rows of
+    prompts a step, if it is more than one; images: whose features are kept; weights: as they are, or "int8", "int4",
+    "float8" (quantize.py).
     Not for several threads at once.
     """
 
@@ -176,7 +180,7 @@ class Engine:
     ) -> Request:
         """Raises Busy if the queue is full, DataError for a prompt that is more than the cache holds."""
         document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt])[0]
-        return self._enqueue(Request(document, sampling, _Text(self.tokenizer, sampling.stop, on_text)))
+        return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text)))
 
     def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
         """Whose tokens are not chosen but scored. Raises DataError for none, and as submit does."""
@@ -184,12 +188,15 @@ class Engine:
             raise DataError("an answer to score is empty")
         tokens = np.array([*prompt.tokens, *answer], np.int32)
         document = Document(tokens, prompt.images, prompt.key)
-        return self._enqueue(Request(document, Sampling(), _Text(self.tokenizer, (), None), len(answer)))
+        return self._enqueue(Request(document, Sampling(), Text(self.tokenizer, (), None), len(answer)))
 
     def _enqueue(self, request: Request) -> Request:
         if request.room > self.pages:
             exceed = f"exceed {self.pages * PAGE}"
             raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")
+        width, vocabulary = request.sampling.num_beams, self.model.config.decoder.vocabulary
+        if width > self.batch or (width > 1 and 2 * width > vocabulary):
+            raise DataError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
         tokens, slots = request.document.tokens, self.model.config.connector.tokens
@@ -231,26 +238,30 @@ class Engine:
                 raise
             for request in fresh:
                 self.cache.remember(request.pages, request.cached)
-            self._choose(fresh, *found, [drawn(request) for request in fresh])
+            self._choose(fresh, [1] * len(fresh), *found, [drawn(request) for request in fresh])
         return bool(self.running or self.waiting)
 
     def _admitted(self) -> list[Request]:
-        """In their order. One whose beginning another is about to compute waits for it, and shares it then."""
+        """In their order. One whose beginning another is about to compute waits for it, and shares it then; those
+        behind it go before it."""
         fresh: list[Request] = []
         computing: set[bytes] = set()
-        rows = 0
-        while self.waiting and len(self.running) < self.batch:
-            request = self.waiting[0]
+        rows, width = 0, sum(request.sampling.num_beams for request in self.running)
+        for request in list(self.waiting):
             shared = self.cache.shared(request.cached)
-            new = len(request.document.tokens) - len(shared) * PAGE
             missing = request.cached[len(shared) :]
-            if computing.intersection(missing) or (fresh and rows + new > self.prefill):
+            if computing.intersection(missing):
+                continue
+            new = len(request.document.tokens) - len(shared) * PAGE
+            if width + request.sampling.num_beams > self.batch or (fresh and rows + new > self.prefill):
                 break
             pages = self.cache.take(request.room, shared)
             if pages is None:
                 break
-            request.pages, request.table, request.shared = pages, np.array(pages, np.int32), len(shared)
-            fresh.append(self.waiting.popleft())
+            request.admit(pages, len(shared))
+            width += request.sampling.num_beams
+            fresh.append(request)
+            self.waiting.remove(request)
             self.running.append(request)
             computing.update(missing)
             rows += new
@@ -281,20 +292,23 @@ class Engine:
 
     def _decode(self, going: Sequence[Request]) -> None:
         """One token more."""
-        tokens = [request.tokens[-1] for request in going]
-        starts = [len(request.document.tokens) + len(request.tokens) - 1 for request in going]  # rows in the cache
-        tables, draws = [request.table for request in going], [drawn(request) for request in going]
+        heads = [request.heads() for request in going]
+        tokens, starts, tables = zip(*(head for of in heads for head in of))
+        whose = [request for request, of in zip(going, heads) for _ in of]
+        draws = [drawn(request) for request in whose]
+        left: Sequence[Draw | None] = draws
         if self.one_step:
-            self._choose(going, *self.one_step(tokens, starts, tables), draws)
+            found = self.one_step(tokens, starts, tables)
         elif self.graphs and max(map(len, tables)) <= PAGES:
-            inside = [draw if r.sampling.repetition_penalty == 1 else Draw(0, 1, 0, 0) for r, draw in zip(going, draws)]
+            inside = [draw if r.sampling.repetition_penalty == 1 else Draw(0, 1, 0, 0) for r, draw in zip(whose, draws)]
             left = [None if draw is done else draw for draw, done in zip(draws, inside)]
-            self._choose(going, *self.graphs(tokens, starts, tables, inside), left)
+            found = self.graphs(tokens, starts, tables, inside)
         else:
-            rows = self.cache.rows([request.pages for request in going], starts, [start + 1 for start in starts])
+            rows = self.cache.rows(tables, starts, [start + 1 for start in starts])
             x = self.model.decoder.embedding(self._moved(np.array(tokens)))
             logits = self.head(self._hidden(x, self._moved(np.array(starts)), rows))
-            self._choose(going, logits, *likeliest(logits), draws)
+            found = (logits, *likeliest(logits))
+        self._choose(going, [len(of) for of in heads], *found, left)
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
         return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
@@ -337,13 +351,20 @@ class Engine:
         request.logprobs = found[:, 0].tolist()
 
     def _choose(
-        self, requests: Sequence[Request], logits: Tensor, tokens: list[int], logprobs: list[float],
-        draws: Sequence[Draw | None],
+        self, requests: Sequence[Request], widths: Sequence[int], logits: Tensor, tokens: list[int],
+        logprobs: list[float], draws: Sequence[Draw | None],
     ) -> None:  # fmt: skip
-        """The next token of each, another than these where there is a draw still; nobody's depends on the others."""
+        """The next token of each, another than these where there is a draw still; nobody's depends on the others.
+
+        widths: rows of each, of logits and all that follows.
+        """
+        firsts = [end - width for end, width in zip(accumulate(widths), widths)]
+        self._search([(r.beams, range(at, at + n)) for r, at, n in zip(requests, firsts, widths) if r.beams], logits)
+        tokens, logprobs = [tokens[at] for at in firsts], [logprobs[at] for at in firsts]
+        draws = [draws[at] for at in firsts]
         left = [i for i, draw in enumerate(draws) if draw and not (requests[i].scored or requests[i].sampling.plain)]
         if left:
-            rows = logits[left].float()
+            rows = logits[[firsts[i] for i in left]].float()
             seen = rows.clone()
             for row, request in zip(seen, (requests[i] for i in left)):
                 if request.sampling.repetition_penalty != 1:
@@ -360,9 +381,13 @@ class Engine:
             if request.scored:
                 self._end(request, "scored")
                 continue
-            request.tokens.append(token)
-            request.logprobs.append(logprob)
             try:
+                if request.beams:
+                    if request.beams.done:
+                        self._end(request, "stop" if request._text.ends(request.beams.best.tokens) else "length")
+                    continue
+                request.tokens.append(token)
+                request.logprobs.append(logprob)
                 request._text.add(token)
                 if request.finish:  # cancelled by its own on_text
                     continue
@@ -378,11 +403,23 @@ class Engine:
         if failed:
             raise failed
 
+    def _search(self, searches: "Sequence[tuple[Beams, range]]", logits: Tensor) -> None:
+        """A step of each search, from its rows of the logits."""
+        if not searches:
+            return
+        rows = [row for _, of in searches for row in of]
+        most = 2 * max(beams.sampling.num_beams for beams, _ in searches)
+        logprobs, tokens = (x.cpu().numpy() for x in logits[rows].float().log_softmax(-1).topk(most))
+        copies, at = [], 0
+        for beams, of in searches:
+            copies += beams.advance(logprobs[at : at + len(of)], tokens[at : at + len(of)])
+            at += len(of)
+        self.cache.copy(copies)
+
     def _end(self, request: Request, why: str) -> None:
-        request.finish = why
         self.running.remove(request)
         self.cache.drop(request.pages)
-        request._text.finish()
+        request.end(why)
 
 
 def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":
@@ -438,56 +475,7 @@ def tokenizer_of(model: MM1) -> TextTokenizer:
     return model.tokenizer
 
 
-def drawn(request: Request) -> Draw:
-    """Of its next token."""
-    how = request.sampling
-    return Draw(how.temperature, how.top_p, how.top_k, request.random.random() if request.random else 0.0)
-
-
 def likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
     """Tokens of logits [B, V] and their log-probabilities."""
     best, tokens = logits.float().log_softmax(-1).max(-1)
     return tokens.tolist(), best.tolist()
-
-
-class _Text:
-    """The text of one prompt as it grows: ends at end-of-text or before a stop string, and streams what is settled."""
-
-    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], emit: Callable[[str], None] | None):
-        self.tokenizer, self.stop, self.emit = tokenizer, [s for s in stop if s], emit
-        self.ids: list[int] = []
-        self.text, self.sent, self.done = "", 0, False  # text: without half a character at its end
-        self._piece = tokenizer.stream()
-
-    def add(self, token: int) -> None:
-        if self.done:
-            return
-        if token == self.tokenizer.eos:
-            self.done = True
-        else:
-            self.ids.append(token)
-            self._grow(self._piece(token))
-        if self.emit:
-            self._send(self.text[: self._settled()])
-
-    def finish(self) -> None:
-        if not self.done:
-            self._grow(self.tokenizer.decode(self.ids)[len(self.text) :])
-        if self.emit:
-            self._send(self.text)
-
-    def _grow(self, piece: str) -> None:
-        before, self.text = len(self.text), self.text + piece
-        found = [at for s in self.stop if (at := self.text.find(s, max(0, before - len(s)))) >= 0]
-        if found:
-            self.text, self.done = self.text[: min(found)], True
-
-    def _settled(self) -> int:
-        """Characters that later tokens cannot change: without the beginning of a stop string at the end."""
-        sizes = (size for s in self.stop for size in range(1, len(s)) if self.text.endswith(s[:size]))
-        return len(self.text) - max(sizes, default=0)
-
-    def _send(self, text: str) -> None:
-        if self.emit and len(text) > self.sent:
-            piece, self.sent = text[self.sent :], len(text)  # before its on_text, which may cancel
-            self.emit(piece)

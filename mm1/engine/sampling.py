@@ -1,8 +1,9 @@
 """Which token comes next."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ class Sampling:
     temperature 0: the likeliest token; else one of the top_k likeliest (0: all) and of the smallest set of probability
     ≥ top_p. repetition_penalty: logits of tokens that are in prompt or text, positive divided and negative multiplied
     (Keskar et al. 2019, CTRL). It ends at end-of-text, before the first of `stop`, or after max_tokens.
+
+    num_beams > 1: the text of the best score that beam search finds (beams.py); the score is the sum of the tokens'
+    log-probabilities over length^length_penalty, so that above 0 favours long texts and below 0 short ones.
+    early_stopping: when the search ends, as in transformers: False, True or "never".
     """
 
     max_tokens: int = 64
@@ -26,17 +31,24 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: str | Sequence[str] = ()
     seed: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         fits = {
             "max_tokens": (self.max_tokens >= 1, "≥ 1"), "temperature": (self.temperature >= 0, "≥ 0"),
             "top_p": (0 < self.top_p <= 1, "(0, 1]"), "top_k": (self.top_k >= 0, "≥ 0"),
-            "repetition_penalty": (self.repetition_penalty > 0, "> 0"),
+            "repetition_penalty": (self.repetition_penalty > 0, "> 0"), "num_beams": (self.num_beams >= 1, "≥ 1"),
+            "length_penalty": (math.isfinite(self.length_penalty), "a finite number"),
+            "early_stopping": (self.early_stopping in (False, True, "never"), 'False, True or "never"'),
         }  # fmt: skip
         for name, (good, expected) in fits.items():
             if not good:
                 raise DataError(f"{name} is {getattr(self, name)}, expected {expected}")
+        if self.num_beams > 1 and not self.plain:
+            raise DataError(f"{self.num_beams} beams with temperature or repetition_penalty, expected one or the other")
 
     @property
     def plain(self) -> bool:

@@ -1,41 +1,40 @@
-"""Benchmarks of captions and questions: the user's files into samples, and how each is asked and scored.
+"""Benchmarks: which files a user has of them, what a model is asked, and how its answers are scored.
 
-Nothing is downloaded. Formats are told apart by what a file holds, so that any of them may be given to any benchmark of
-its kind.
+A benchmark gives prompts and scores; evaluate.py runs them. Nothing is downloaded. Formats are told apart by what a
+file holds, so that any of them may be given to any benchmark of its kind.
 """
 
-import json
-import os
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mm1.engine.data.record import DataError
-from mm1.engine.fewshot import Shot, caption, question
+from mm1.engine.evaluation.choices import CHOICES, LETTERS, open_match
+from mm1.engine.evaluation.cider import cider
+from mm1.engine.evaluation.formats import CAPTIONS, QUESTIONS
+from mm1.engine.evaluation.samples import Images, Key, Sample, load
+from mm1.engine.evaluation.vqa import accuracy
+from mm1.engine.fewshot import Shot, caption, multiple_choice, question
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Key = int | str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """key: as submissions name it. references: captions, or the answers of ten people; none in test splits."""
-
-    key: Key
-    image: Path
-    question: str
-    references: tuple[str, ...]
+FORMS = {"cider": CAPTIONS, "vqa": QUESTIONS, "choice": CHOICES}
+KINDS = {"cider": "captions", "vqa": "questions and answers", "choice": "multiple choice"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """files: patterns of names, `{split}` in them, alternatives apart by |; of a test split only the first is needed.
 
-    key, text: fields of a submission. stop, max_tokens: of greedy decoding.
+    key, text: fields of a submission; without text it is one object of keys and answers. stop, max_tokens: of
+    decoding. pool: the split that shots are drawn from; None: its own. many: each pattern may stand for several files.
+
+    Of multiple choice: lettered: the prompt shows the options and the model chooses a letter, as ScienceQA and MMMU
+    ask; else it chooses among their texts, as SEED-Bench does. normalize: options are compared by the "sum" of their
+    tokens' log-probabilities, as in the acc of lm-evaluation-harness, or by the "mean", as in SEED-Bench. Of letters,
+    which are one token in most vocabularies, both are the same.
     """
 
     metric: str
@@ -45,16 +44,48 @@ class Benchmark:
     text: str = "answer"
     stop: tuple[str, ...] = ("\n", ".", ",", "Question")
     max_tokens: int = 10
+    pool: str | None = "train"
+    many: bool = False
+    lettered: bool = True
+    normalize: str = "sum"
 
-    def query(self, sample: Sample, image: "Image.Image") -> "tuple[Image.Image, str]":
-        return question(image, sample.question) if self.metric == "vqa" else caption(image)
+    def query(self, sample: Sample, images: "Sequence[Image.Image]") -> "list[str | Image.Image]":
+        """Return the question as it stands in a prompt."""
+        if self.metric == "cider":
+            return list(caption(images[0]))
+        if self.metric == "vqa":
+            return list(question(images[0], sample.question))
+        return multiple_choice(images, sample.question, sample.options if self.lettered else ())
 
-    def shot(self, sample: Sample, image: "Image.Image") -> Shot:
-        """With the first of its references, as OpenFlamingo takes it."""
-        return Shot(self.query(sample, image), sample.references[0])
+    def shot(self, sample: Sample, images: "Sequence[Image.Image]") -> Shot:
+        """Show the first of its references, as OpenFlamingo does."""
+        said = sample.references[0]
+        if sample.options and not self.lettered:
+            said = sample.options[LETTERS.index(said)]
+        return Shot(tuple(self.query(sample, images)), said)
+
+    def continuations(self, sample: Sample) -> list[str]:
+        """Return what the model chooses from, each as it stands behind the query; none where it is to write."""
+        texts = LETTERS[: len(sample.options)] if self.lettered else sample.options
+        return [f" {' '.join(text.split())}" for text in texts]
 
     def answer(self, text: str) -> str:
-        return text.strip() if self.metric == "vqa" else text.replace('"', "").strip()
+        return text.replace('"', "").strip() if self.metric == "cider" else text.strip()
+
+    def scores(self, samples: Sequence[Sample], predictions: Mapping[Key, str]) -> list[float]:
+        """Return each sample's score, 0 to 100 (CIDEr-D: 0 to 1000, with the document frequencies of all samples)."""
+        if self.metric == "cider":
+            _, found = cider({s.key: predictions[s.key] for s in samples}, {s.key: s.references for s in samples})
+            return [100 * found[sample.key] for sample in samples]
+        return [100 * self.score(sample, predictions[sample.key]) for sample in samples]
+
+    def score(self, sample: Sample, prediction: str) -> float:
+        """Return one answer's score, 0 to 1."""
+        if self.metric == "vqa":
+            return accuracy(prediction, sample.references)
+        if sample.options:
+            return float(prediction == sample.references[0])
+        return float(open_match(prediction, sample.references))
 
 
 def _captions(*files: str, split: str = "val") -> Benchmark:
@@ -71,6 +102,11 @@ BENCHMARKS = {
     "textvqa": Benchmark("vqa", ("TextVQA_*_{split}.json|{split}_questions_vqa_format.json",
                                  "{split}_annotations_vqa_format.json|TextVQA_*_{split}.json")),
     "vizwiz": Benchmark("vqa", ("{split}.json",), key="image"),
+    "scienceqa": Benchmark("choice", ("problems.json", "pid_splits.json"), split="test"),
+    "seed": Benchmark("choice", ("SEED-Bench*.json",), split="image", text="prediction", pool=None, lettered=False,
+                      normalize="mean"),
+    "mmmu": Benchmark("choice", ("{split}*.parquet|{split}*.json|*_{split}.json",), split="validation", text="",
+                      pool="dev", many=True),
 }  # fmt: skip
 
 
@@ -85,10 +121,11 @@ def find(name: str, paths: Sequence[Path], split: str) -> list[Path]:
     if len(paths) != 1 or not paths[0].is_dir():
         return list(paths)
     found: list[Path] = []
-    for number, pattern in enumerate(benchmark(name).files):
+    b = benchmark(name)
+    for number, pattern in enumerate(b.files):
         wanted = pattern.format(split=split)
         matches = next((m for p in wanted.split("|") if (m := sorted(paths[0].rglob(p)))), [])
-        if len(matches) > 1:
+        if len(matches) > 1 and not b.many:
             raise DataError(f"{paths[0]} holds {len(matches)} files {wanted}, expected one: name the files")
         if not matches and not (number and split.startswith("test")):
             raise DataError(f"{paths[0]} holds no file {wanted}")
@@ -108,197 +145,41 @@ def read_pool(
     name: str, data: Sequence[Path], given: Sequence[Path], images: "Images", samples: list[Sample]
 ) -> list[Sample]:
     """What shots are drawn from: the training split in `given`, or in `data` if it is there, or else `samples`."""
+    b = benchmark(name)
+    split = b.pool or b.split
     if given:
-        return read(name, find(name, given, "train"), images, "train")
+        return read(name, find(name, given, split), images, split)
+    if b.pool is None:
+        return samples
     try:
-        files = find(name, data, "train")
+        files = find(name, data, split)
     except DataError:
         return samples
-    return _samples(name, files, images, "train") or samples
+    return _samples(name, files, images, split) or samples
 
 
 def _samples(name: str, files: Sequence[Path], images: "Images", split: str) -> list[Sample]:
-    loaded = [(file, _load(file)) for file in files]
-    forms = CAPTIONS if benchmark(name).metric == "cider" else QUESTIONS
-    form = next((form for form in forms if form.fits(loaded)), None)
+    loaded = [(file, load(file)) for file in files]
+    metric = benchmark(name).metric
+    form = next((form for form in FORMS[metric] if form.fits(loaded)), None)
     if form is None:
-        kind = "captions" if forms is CAPTIONS else "questions and answers"
-        raise DataError(f"{', '.join(map(str, files)) or 'no file'}: no known form of {kind}")
+        raise DataError(f"{', '.join(map(str, files)) or 'no file'}: no known form of {KINDS[metric]}")
     samples = form.read(loaded, images, split)
-    if samples and not samples[0].image.is_file():
-        raise DataError(f"{files[0]}: {samples[0].key}: no image {samples[0].image.name} in {images.folder}")
+    wanted = [path for sample in samples for path in sample.images if isinstance(path, Path)]
+    if wanted and not any(path.is_file() for path in wanted):
+        held = f"{len(images.paths)} files, such as {next(iter(images.paths))}" if images.paths else "no files"
+        raise DataError(
+            f"{files[0]}: 0 of {len(wanted)} images are in {images.folder}: no {wanted[0].name}; it holds {held}"
+        )
     twice = len(samples) - len({sample.key for sample in samples})
     if twice:
         raise DataError(f"{files[0]}: {twice} keys are there twice")
     return samples
 
 
-class Images:
-    """Files below a folder, by their names."""
-
-    def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise DataError(f"no folder of images {folder}")
-        self.folder = folder
-        self.paths: dict[str, Path] = {}
-        for parent, _, names in os.walk(folder):
-            self.paths.update((name, Path(parent, name)) for name in names)
-
-    def find(self, *names: str) -> Path:
-        """The first of these that is there: as a path below the folder, or anywhere in it by its last part."""
-        for name in names:
-            if "/" in name and (path := self.folder / name).is_file():
-                return path
-            if path := self.paths.get(name.rpartition("/")[2]):
-                return path
-        return self.folder / names[0]
-
-    def of_coco(self, image_id: Key, subset: str = "") -> Path:
-        if isinstance(image_id, str):
-            return self.find(image_id, f"{image_id}.jpg")
-        number = f"{image_id:012d}.jpg"
-        subsets = [subset] if subset else []
-        return self.find(*(f"COCO_{s}_{number}" for s in (*subsets, "val2014", "train2014", "test2015")), number)
-
-
-def submission(name: str, predictions: dict[Key, str]) -> list[dict[str, Key]]:
+def submission(name: str, predictions: dict[Key, str]) -> list[dict[str, Key]] | dict[Key, str]:
     """As the benchmark's evaluation server takes it."""
     b = benchmark(name)
+    if not b.text:
+        return predictions
     return [{b.key: key, b.text: text} for key, text in predictions.items()]
-
-
-Loaded = list[tuple[Path, Any]]
-
-
-def _load(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from None
-
-
-def _field(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
-    """Of a row; raises DataError that names file and key."""
-    value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        where = f"{file}: " + ("" if key is None else f"{key}: ")
-        raise DataError(f"{where}{name} is {json.dumps(value)[:60]}, expected {kinds}")
-    return value
-
-
-def _answers(file: Path, row: Any, key: object) -> tuple[str, ...]:
-    """Strings, or objects with "answer"; none if there are none."""
-    if row.get("answers") is None:
-        return ()
-    answers = _field(file, row, "answers", list, key)
-    return tuple(a if isinstance(a, str) else _field(file, a, "answer", str, key) for a in answers)
-
-
-def _coco(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """COCO, NoCaps: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
-    captions: dict[Key, list[str]] = defaultdict(list)
-    for file, data in loaded:
-        for row in data.get("annotations") or []:
-            key = _field(file, row, "image_id", (int, str))
-            captions[key].append(_field(file, row, "caption", str, key))
-    samples = []
-    for file, data in loaded:
-        for row in _field(file, data, "images", list):
-            key = _field(file, row, "id", (int, str))
-            name = _field(file, row, "file_name", str, key)
-            samples.append(Sample(key, images.find(name), "", tuple(captions[key])))
-    return samples
-
-
-def _karpathy(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """Karpathy's: {"images": [{"split", "filepath", "filename", "cocoid", "sentences": [{"raw"}]}]}."""
-    splits = {"train", "restval"} if split == "train" else {split}
-    samples = []
-    for file, data in loaded:
-        for row in _field(file, data, "images", list):
-            name = _field(file, row, "filename", str)
-            if _field(file, row, "split", str, name) not in splits:
-                continue
-            sentences = _field(file, row, "sentences", list, name)
-            texts = tuple(_field(file, sentence, "raw", str, name) for sentence in sentences)
-            path = images.find(f"{row['filepath']}/{name}" if row.get("filepath") else name)
-            samples.append(Sample(row.get("cocoid", name), path, "", texts))
-    return samples
-
-
-def _textcaps(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """TextCaps: {"data": [{"image_id", "caption_str"}]}, a row for each caption."""
-    captions: dict[Key, list[str]] = {}
-    for file, data in loaded:
-        for row in _field(file, data, "data", list):
-            key = _field(file, row, "image_id", (int, str))
-            captions.setdefault(key, [])
-            if row.get("caption_str") is not None:
-                captions[key].append(_field(file, row, "caption_str", str, key))
-    return [Sample(key, images.find(f"{key}.jpg"), "", tuple(texts)) for key, texts in captions.items()]
-
-
-def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """VQAv2, OK-VQA: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations": [{"question_id",
-    "answers": [{"answer"}]}]}."""
-    answers: dict[Key, tuple[str, ...]] = {}
-    for file, data in loaded:
-        for row in data.get("annotations") or []:
-            key = _field(file, row, "question_id", (int, str))
-            answers[key] = _answers(file, row, key)
-    samples, annotated = [], bool(answers)
-    for file, data in loaded:
-        for row in data.get("questions") or []:
-            key = _field(file, row, "question_id", (int, str))
-            image = _field(file, row, "image_id", (int, str), key)
-            if annotated and not answers.get(key):
-                raise DataError(f"{file}: {key}: no answers among the annotations")
-            path = images.of_coco(image, data.get("data_subtype", ""))
-            samples.append(Sample(key, path, _field(file, row, "question", str, key), answers.get(key, ())))
-    return samples
-
-
-def _textvqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """TextVQA: {"data": [{"question_id", "image_id", "question", "answers": [text]}]}."""
-    samples = []
-    for file, data in loaded:
-        for row in _field(file, data, "data", list):
-            key = _field(file, row, "question_id", (int, str))
-            path = images.find(f"{_field(file, row, 'image_id', (int, str), key)}.jpg")
-            samples.append(Sample(key, path, _field(file, row, "question", str, key), _answers(file, row, key)))
-    return samples
-
-
-def _vizwiz(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """VizWiz-VQA: [{"image", "question", "answers": [{"answer"}]}], one question an image."""
-    samples = []
-    for file, data in loaded:
-        for row in data:
-            key = _field(file, row, "image", str)
-            samples.append(
-                Sample(key, images.find(key), _field(file, row, "question", str, key), _answers(file, row, key))
-            )
-    return samples
-
-
-@dataclass(frozen=True)
-class _Form:
-    """of: where rows are in one of the files, None if it is a list of them. first: a key of the first row."""
-
-    read: Callable[[Loaded, Images, str], list[Sample]]
-    of: str | None
-    first: str = ""
-
-    def fits(self, loaded: Loaded) -> bool:
-        for _, data in loaded:
-            rows = data if self.of is None else data.get(self.of) if isinstance(data, dict) else None
-            if isinstance(rows, list) and rows and isinstance(rows[0], dict) and self.first in {*rows[0], ""}:
-                return all(isinstance(other, type(data)) for _, other in loaded)
-        return False
-
-
-CAPTIONS = (_Form(_karpathy, "images", "sentences"), _Form(_coco, "images", "id"), _Form(_textcaps, "data", "image_id"))
-QUESTIONS = (_Form(_vqa, "questions"), _Form(_textvqa, "data", "question"), _Form(_vizwiz, None, "image"))

@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
+from mm1.engine.data.record import DataError
+
 N, SIGMA = 4, 6.0
 
 Gram = tuple[str, ...]
@@ -62,8 +64,13 @@ def cider(
 ) -> tuple[float, dict[Hashable, float]]:
     """Mean and each caption's CIDEr-D, from 0 to 10 (papers print 100 times that). Keys are images.
 
-    Raises KeyError for a caption without references.
+    Raises DataError if a caption has no references.
     """
+    without = [key for key in captions if not references.get(key)]
+    if without:
+        other = f", ids such as {next(iter(references))!r}" if references else ""
+        count = f"{len(captions) - len(without)} of {len(captions)} captions"
+        raise DataError(f"{count} match the references of {len(references)} images{other}: none of {without[0]!r}")
     held = {key: [_grams(text) for text in references[key]] for key in captions}
     documents = Counter(gram for of in held.values() for gram in set().union(*of))
     log_images = math.log(max(len(held), 1))

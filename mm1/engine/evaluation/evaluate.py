@@ -1,62 +1,64 @@
 """Zero- and few-shot evaluation: prompts of shots and query through the Engine, predictions as they come, scores.
 
-A folder holds `N-shot.jsonl`: its first line says with which settings, then one line for each sample. A second run with
-the same settings does what is missing; of a line cut off by a crash nothing remains.
+A folder holds a file for each number of shots and each seed that they are drawn with, `4-shot-seed-0.jsonl`, or
+`0-shot.jsonl` where nothing is drawn: its first line says with which settings, then one line for each sample. A second
+run with the same settings does what is missing; of a line cut off by a crash nothing remains.
 """
 
 import hashlib
 import json
 import random
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import numpy as np
 
-from mm1.engine.data.document import Document
-from mm1.engine.data.images import ImagePolicy, read
 from mm1.engine.data.record import DataError, at_least
 from mm1.engine.evaluation import benchmarks
-from mm1.engine.evaluation.benchmarks import Benchmark, Key, Sample
-from mm1.engine.evaluation.cider import cider
-from mm1.engine.evaluation.vqa import accuracy
-from mm1.engine.fewshot import Piece, Retrieval, fingerprint, joined, piece
-from mm1.engine.generate import Engine, Request, policy_of
+from mm1.engine.evaluation.benchmarks import Benchmark
+from mm1.engine.evaluation.bootstrap import interval
+from mm1.engine.evaluation.choices import LETTERS
+from mm1.engine.evaluation.log import Counter, Log
+from mm1.engine.evaluation.prompts import Asked, How, Prompts, views
+from mm1.engine.evaluation.samples import Images, Key, Sample
+from mm1.engine.fewshot import fingerprint
+from mm1.engine.generate import Engine, Request
 from mm1.engine.model import MM1
 from mm1.engine.sampling import Sampling
 
-CHOICES = ("random", "fixed", "similar")
-CACHED = 1 << 30  # bytes of shots' pixels
 TEXT = 64  # tokens to an image that the cache has room for
-SPARE = 64  # candidates beyond the shots, for those that cannot be read or are of the query's image
-METRICS = {"cider": "CIDEr", "vqa": "accuracy"}
+METRICS = {"cider": "CIDEr", "vqa": "accuracy", "choice": "accuracy"}
 
 
 @dataclass(frozen=True)
-class How:
-    """How shots are chosen and shown.
+class Decoding:
+    """How answers are decoded.
 
-    choose: at random for each query, the same for all, or those whose images are most like its own, one of each image.
-    text_shots: zero-shot prompts begin with two shots without their images, as Flamingo's do and MM1's do not. high:
-    only so many of a prompt's last images as the model was trained, the others without sub-images.
+    num_beams, length_penalty, early_stopping: as in Sampling; OpenFlamingo searches with 3 beams and penalty 0 (its
+    first version: -2). normalize: options are compared by the "sum" or the "mean" of their tokens' log-probabilities;
+    None: as the benchmark does.
     """
 
-    choose: str = "random"
-    seed: int = 0
-    text_shots: bool = False
-    high: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 0.0
+    early_stopping: bool = False
+    normalize: str | None = None
 
     def __post_init__(self):
-        if self.choose not in CHOICES:
-            raise DataError(f"choose is {self.choose!r}, expected one of {', '.join(CHOICES)}")
-        at_least(0, high=self.high)
+        if self.normalize not in (None, "sum", "mean"):
+            raise DataError(f"normalize is {self.normalize!r}, expected sum or mean")
+
+    def sampling(self, benchmark: Benchmark) -> Sampling:
+        return Sampling(
+            benchmark.max_tokens, stop=benchmark.stop, num_beams=self.num_beams, length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+        )  # fmt: skip
 
 
 def samples_of(
@@ -69,7 +71,7 @@ def samples_of(
         raise DataError("no data: expected the benchmark's folder, or its files")
     at_least(1, limit=limit)
     folder = images or (data[0] if data[0].is_dir() else data[0].parent)
-    where = benchmarks.Images(folder)
+    where = Images(folder)
     samples = benchmarks.read(name, benchmarks.find(name, data, split), where, split)
     pool = benchmarks.read_pool(name, data, shots_from, where, samples)
     if limit is not None and limit < len(samples):
@@ -77,290 +79,229 @@ def samples_of(
     return samples, pool
 
 
+class _Run(NamedTuple):
+    """Names one number of shots, one seed to draw them with, and the file of predictions."""
+
+    shots: int
+    seed: int
+    log: Log
+
+
 def evaluate(
     model: MM1, name: str, samples: Sequence[Sample], pool: Sequence[Sample], out: Path, *,
-    shots: Sequence[int] = (0, 4, 8), how: How = How(), batch: int = 64, weights: str | None = None,
-    display: TextIO | None = None,
+    shots: Sequence[int] = (0, 4, 8), how: How = How(), seeds: Sequence[int] | None = None,
+    decoding: Decoding = Decoding(), batch: int = 64, weights: str | None = None, display: TextIO | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots, drawn from `pool`.
+    """Return scores of 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots, drawn from `pool`.
+
+    seeds: of the drawing, one evaluation each (default: that of `how`); the score is their mean, sd their sample
+    standard deviation. Intervals are of 95 %, by resampling the questions. Those of a mean take the same questions of
+    every seed, and so do not say how much it varies with the shots: sd does.
 
     A sample whose image cannot be read is counted, listed, and scored as an empty prediction. Samples without
-    references give a submission instead of a score. batch, weights: of Engine. Raises DataError if `out` holds
-    predictions by other settings.
+    references are counted and left out; if there are no others, a submission takes the place of a score. batch,
+    weights: of Engine. Raises DataError if `out` holds predictions by other settings.
     """
     benchmark = benchmarks.benchmark(name)
     at_least(1, batch=batch)
+    seeds = (how.seed,) if seeds is None else tuple(dict.fromkeys(seeds))
     if not shots or min(shots) < 0:
         raise DataError(f"shots are {list(shots)}, expected numbers ≥ 0")
+    if not seeds:
+        raise DataError("seeds are [], expected at least one")
+    decoding = replace(decoding, normalize=decoding.normalize or benchmark.normalize)
+    sampling = decoding.sampling(benchmark)
     unanswered = [sample for sample in samples if not sample.references]
-    if unanswered and len(unanswered) < len(samples):
-        raise DataError(f"{name}: {unanswered[0].key}: no references, which others have")
+    scored = len(unanswered) < len(samples)
+    if scored:
+        samples = [sample for sample in samples if sample.references]
     pool = [sample for sample in pool if sample.references]
-    common = {"benchmark": name, **vars(how), "model": fingerprint(model), "weights": weights,
+    shown = {key: value for key, value in vars(how).items() if key != "seed"}
+    common = {"benchmark": name, **shown, **vars(decoding), "model": fingerprint(model), "weights": weights,
               "samples": _digest(samples), "pool": _digest(pool)}  # fmt: skip
-    logs = {n: Log(out / f"{n}-shot.jsonl", {**common, "shots": n}) for n in sorted(set(shots))}
     prompts = Prompts(model, benchmark, pool, how, out / "features.npz")
+    runs = []
+    for n in sorted(set(shots), reverse=True):  # the longest first: it says how large the cache has to be
+        for seed in seeds if prompts.seeded(n) else seeds[:1]:
+            own = {"shots": n, "seed": seed if prompts.seeded(n) else None}
+            file = f"{n}-shot-seed-{seed}" if prompts.seeded(n) else f"{n}-shot"
+            runs.append(_Run(n, seed, Log(out / f"{file}.jsonl", common | own)))
     engine: Engine | None = None
-    results = []
-    for n, log in sorted(logs.items(), reverse=True):  # the longest first: it says how large the cache has to be
+    for n, seed, log in runs:
         todo = sorted((s for s in samples if s.key not in log.rows), key=lambda s: str(s.image))
         if todo:
             prompts.check(n, todo)
-            engine = engine or _engine(prompts, n, min(batch, len(samples)), weights)
-            with log, _Progress(f"{name} {n}-shot", len(samples), len(log.rows), display or sys.stderr) as progress:
-                _run(engine, benchmark, partial(prompts.document, n), todo, log, progress)
-        results.append({"shots": n, **_summary(benchmark, samples, log)})
-        if unanswered:
-            predictions = {sample.key: log.rows[sample.key]["prediction"] for sample in samples}
-            file = out / f"{n}-shot-submission.json"
-            file.write_text(json.dumps(benchmarks.submission(name, predictions)))
-            results[-1]["submission"] = str(file)
+            engine = engine or _engine(prompts, n, min(batch, len(samples)), weights, sampling, [*samples, *pool])
+            what = f"{name} {n}-shot" + (f" seed {seed}" if len(seeds) > 1 and prompts.seeded(n) else "")
+            with log, Counter(what, len(samples), len(log.rows), display or sys.stderr) as progress:
+                work = _Work(engine, benchmark, sampling, decoding.normalize, log, progress, min(batch, len(samples)))
+                work.run(lambda sample, n=n, seed=seed: prompts.ask(n, sample, seed), todo)
+    results = []
+    for n in sorted(set(shots)):
+        of = [(run.seed if prompts.seeded(n) else None, run.log) for run in runs if run.shots == n]
+        results.append({"shots": n, **_summary(name, benchmark, samples, of, scored)})
     shots_left_out = {str(path): why for path, why in prompts.unreadable.items()}
-    return {"benchmark": name, "metric": benchmark.metric, **vars(how), "results": results[::-1],
-            "unreadable_shots": shots_left_out}  # fmt: skip
+    left_out = None
+    if scored and unanswered:
+        left_out = {"samples": len(unanswered), "of": len(unanswered) + len(samples), "such_as": unanswered[0].key}
+    return {"benchmark": name, "metric": benchmark.metric, **shown, "seeds": list(seeds), **vars(decoding),
+            "results": results, "unanswered": left_out, "unreadable_shots": shots_left_out}  # fmt: skip
 
 
 def show(found: dict[str, Any]) -> str:
-    """A table of the results."""
+    """Return a table of the results."""
     metric = METRICS[found["metric"]]
-    lines = [f"{found['benchmark']}, shots {found['choose']}, seed {found['seed']}", f"  shots  {metric:>9}  samples"]
+    seeds = f"seed{'s' * (len(found['seeds']) > 1)} {' '.join(map(str, found['seeds']))}"
+    beams = f", {found['num_beams']} beams, length penalty {found['length_penalty']:g}" * (found["num_beams"] > 1)
+    lines = [f"{found['benchmark']}, shots {found['choose']}, {seeds}{beams}",
+             f"  shots  {metric:>9}  {'95 % interval':>17}  {'sd':>6}  samples"]  # fmt: skip
     for row in found["results"]:
-        score = "-" if row["score"] is None else f"{row['score']:.2f}"
-        lines.append(f"  {row['shots']:>5}  {score:>9}  {row['samples']:>7}")
-        if row["submission"]:
-            lines[-1] += f"  no answers to score by; submission: {row['submission']}"
+        lines.append(_line(f"{row['shots']:>5}", row, row["sd"], row["samples"]))
         if row["unreadable"]:
             lines[-1] += f"  {len(row['unreadable'])} of them unreadable, counted as wrong"
+        for one in row["seeds"]:
+            file = f"  no answers to score by; submission: {one['submission']}" if one["submission"] else ""
+            if len(row["seeds"]) > 1:
+                lines.append(_line(f"seed {one['seed']}", one) + file)
+            else:
+                lines[-1] += file
+        lines += [_line(f"  {name}", of, None, of["samples"]) for name, of in row["groups"].items()]
+    if found["unanswered"]:
+        n, of, key = found["unanswered"].values()
+        lines.append(f"{n} of {of} samples have no references, such as {key!r}: left out")
     bad = {why for row in found["results"] for why in row["unreadable"].values()}
     lines += [f"unreadable: {why}" for why in sorted(bad)]
     lines += [f"no shot, because unreadable: {why}" for why in sorted(found["unreadable_shots"].values())]
     return "\n".join(lines)
 
 
-class Log:
-    """Rows by key, in a file that grows as they come."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.rows = path, dict[Key, dict[str, Any]]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        try:
-            first, *rows = [json.loads(line) for line in whole.splitlines()] or [{"settings": settings}]
-            held = first["settings"]
-            self.rows = {row["key"]: row for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a file of predictions: {error}") from None
-        other = [f"{k} {held.get(k)!r} instead of {v!r}" for k, v in settings.items() if held.get(k) != v]
-        if other:
-            raise DataError(f"{path} holds predictions by other settings, {', '.join(other)}: choose another folder")
-        with path.open("r+b" if data else "wb") as file:
-            file.truncate(len(whole))
-            if not whole:
-                file.write(_line({"settings": settings}))
-
-    def __enter__(self):
-        self.file = self.path.open("ab")
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows[row["key"]] = row
-        self.file.write(_line(row))
-        self.file.flush()
+def _line(name: str, row: dict[str, Any], sd: float | None = None, samples: int | str = "") -> str:
+    score = "-" if row["score"] is None else f"{row['score']:.2f}"
+    bounds = "" if row["interval"] is None else "{:.2f} – {:.2f}".format(*row["interval"])
+    spread = "" if sd is None else f"{sd:.2f}"
+    return f"  {name:<5}  {score:>9}  {bounds:>17}  {spread:>6}  {samples:>7}".rstrip()
 
 
-class Prompts:
-    """Documents of shots and a query. What a shot comes to is kept: it is read, resized and encoded once."""
-
-    def __init__(self, model: MM1, benchmark: Benchmark, pool: Sequence[Sample], how: How, features: Path):
-        self.model, self.benchmark, self.pool, self.how, self.features = model, benchmark, pool, how, features
-        self.high = policy_of(model)
-        self.low = self.high if how.high is None else policy_of(model, parts=1)
-        self.retrieval: Retrieval | None = None
-        self.candidates: list[int] = []  # shots, by their number in it
-        self.near: dict[Path, list[int]] = {}  # shots like an image, the most alike last
-        self.unreadable: dict[Path, str] = {}  # shots
-        most = CACHED // (_views(self.high) * self.high.longest * self.high.patch**2 * 3)
-        self.piece = lru_cache(most)(self._piece)
-
-    def check(self, n: int, samples: Sequence[Sample]) -> None:
-        """Finds the shots that are like these samples, if they are to be. Raises DataError if there are not enough."""
-        n = n or 2 * self.how.text_shots
-        if n and len({sample.image for sample in self.pool}) <= n:
-            raise DataError(f"{len(self.pool)} answered samples to draw shots from, expected over {n}")
-        if not n or self.how.choose != "similar":
-            return
-        first = {sample.image: i for i, sample in reversed(list(enumerate(self.pool)))}
-        shots, queries = [], []
-        self.retrieval = self.retrieval or Retrieval(
-            self.model, _readable(first, shots, self.unreadable), file=self.features
-        )
-        self.candidates = self.candidates or [first[path] for path in shots]
-        near = self.retrieval.nearest(_readable((sample.image for sample in samples), queries, {}), n)
-        self.near = {path: [self.candidates[i] for i in of] for path, of in zip(queries, near)}
-
-    def document(self, n: int, sample: Sample) -> tuple[Document, list[Key]] | str:
-        """And the keys of its shots; or why the query's image cannot be read."""
-        try:
-            image = read(sample.image)
-        except DataError as error:
-            return str(error)
-        bare = n == 0 and self.how.text_shots
-        n = 2 if bare else n
-        pieces, keys = [], []
-        for i in self._order(sample, n):
-            if len(keys) == n:
-                break
-            last = self.how.high is None or n - len(keys) < self.how.high
-            if self.pool[i].image != sample.image and (found := self.piece(i, bare, last)):
-                pieces.append(found)
-                keys.append(self.pool[i].key)
-        if len(keys) < n:
-            raise DataError(f"{sample.key}: {len(keys)} readable shots, expected {n}")
-        last = self.how.high is None or self.how.high > 0
-        query = piece(self.model, self.benchmark.query(sample, image), self.high if last else self.low)
-        return joined(self.model, [*pieces, query]), keys
-
-    def _order(self, sample: Sample, n: int) -> Sequence[int]:
-        """Of shots, with spare ones behind."""
-        if not n:
-            return []
-        if self.how.choose == "similar":
-            return self.near[sample.image]
-        draw = random.Random(self.how.seed if self.how.choose == "fixed" else f"{self.how.seed} {sample.key}")
-        return draw.sample(range(len(self.pool)), min(len(self.pool), n + SPARE))
-
-    def _piece(self, i: int, bare: bool, high: bool) -> Piece | None:
-        sample = self.pool[i]
-        try:
-            shot = self.benchmark.shot(sample, read(sample.image))
-        except DataError as error:
-            self.unreadable[sample.image] = str(error)
-            return None
-        return piece(self.model, (shot.text if bare else shot).shown, self.high if high else self.low)
-
-
-def _views(policy: ImagePolicy) -> int:
-    """That an image becomes."""
-    return 1 if policy.parts == 1 else 1 + policy.parts**2
-
-
-def _readable(paths: Iterable[Path], found: list[Path], missed: dict[Path, str]) -> Iterator[Any]:
-    """Images, each once, and where they are."""
-    for path in dict.fromkeys(paths):
-        try:
-            image = read(path)
-        except DataError as error:
-            missed[path] = str(error)
-            continue
-        found.append(path)
-        yield image
-
-
-def _engine(prompts: Prompts, n: int, batch: int, weights: str | None) -> Engine:
-    """With a cache for `batch` prompts, at least four, that have TEXT tokens to each image."""
-    slots = prompts.model.config.connector.tokens
+def _engine(
+    prompts: Prompts, n: int, batch: int, weights: str | None, sampling: Sampling = Sampling(max_tokens=10),
+    samples: Sequence[Sample] = (),
+) -> Engine:  # fmt: skip
+    """Return an Engine whose cache holds `batch` prompts, at least four, of TEXT tokens an image, and the longest."""
+    slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
     most = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
-    images = most * _views(prompts.high) + (n + 1 - most) * _views(prompts.low)
-    length = images * slots + (n + 1) * TEXT + prompts.benchmark.max_tokens
-    return Engine(prompts.model, tokens=max(batch, 4) * length, batch=batch, queue=batch, weights=weights)
+    images = most * views(prompts.high) + (n + 1 - most) * views(prompts.low)
+    length = images * slots + (n + 1) * TEXT + beams * prompts.benchmark.max_tokens
+    many = max((len(sample.images) for sample in samples), default=1)
+    text = max((len("".join((sample.question, *sample.options)).encode()) for sample in samples), default=0)  # ≥ tokens
+    longest = (n + 1) * (many * views(prompts.high) * slots + TEXT + text) + beams * (sampling.max_tokens + 2 * TEXT)
+    options = max((len(sample.options) for sample in samples), default=1)
+    return Engine(
+        prompts.model, tokens=max(max(batch, 4) * length, longest), batch=max(batch, options) * beams,
+        queue=batch + options, weights=weights,
+    )  # fmt: skip
 
 
-def _run(
-    engine: Engine, benchmark: Benchmark, document: Callable, todo: Sequence[Sample], log: Log, progress: "_Progress"
-):
-    """Threads read and encode the next prompts while the engine works."""
-    sampling = Sampling(benchmark.max_tokens, stop=benchmark.stop)
-    coming, running = deque[tuple[Sample, Future]](), list[tuple[Request, Sample, list[Key]]]()
-    ahead, left = 2 * engine.batch, iter(todo)
-    threads = ThreadPoolExecutor(4 if engine.device.type == "cuda" else 1)  # beside all cores they would hinder
-    try:
-        while True:
-            while len(coming) < ahead and (sample := next(left, None)):
-                coming.append((sample, threads.submit(document, sample)))
-            if not (coming or running):
-                return
-            while coming and len(engine.waiting) < engine.queue and (coming[0][1].done() or not running):
-                sample, future = coming.popleft()
-                found = future.result()
-                try:
-                    if isinstance(found, str):
-                        raise DataError(found)
-                    running.append((engine.submit(found[0], sampling), sample, found[1]))
-                except DataError as error:  # its image, or it is too long
-                    log.add(_row(benchmark, sample, [], "") | {"unreadable": str(error)})
-                    progress.add()
-            engine.step()
-            for request, sample, keys in [r for r in running if r[0].finish]:
-                log.add(_row(benchmark, sample, keys, benchmark.answer(request.text)))
-                progress.add()
-            running = [r for r in running if not r[0].finish]
-    finally:
-        for request, *_ in running:
-            engine.cancel(request)
-        threads.shutdown(cancel_futures=True)
+@dataclass
+class _Work:
+    """Takes samples through an engine into a log: prompts are continued, or options behind them compared."""
+
+    engine: Engine
+    benchmark: Benchmark
+    sampling: Sampling
+    normalize: str | None
+    log: Log
+    progress: Counter
+    batch: int
+
+    def run(self, ask: Callable[[Sample], Asked | str], todo: Sequence[Sample]) -> None:
+        """Work on all; threads read and encode the next prompts while the engine runs."""
+        engine = self.engine
+        coming = deque[tuple[Sample, Future]]()
+        running: list[tuple[list[Request], Sample, list[Key]]] = []
+        left = iter(todo)
+        threads = ThreadPoolExecutor(4 if engine.device.type == "cuda" else 1)  # beside all cores they would hinder
+        try:
+            while True:
+                coming += [(s, threads.submit(ask, s)) for s in islice(left, max(2 * self.batch - len(coming), 0))]
+                if not (coming or running):
+                    return
+                while coming and len(engine.waiting) < self.batch and (coming[0][1].done() or not running):
+                    sample, future = coming.popleft()
+                    asked = future.result()
+                    try:
+                        if isinstance(asked, str):
+                            raise DataError(asked)
+                        running.append((self._submit(asked), sample, asked.shots))
+                    except DataError as error:  # its image, or it is too long
+                        self._add(sample, [], "", {"unreadable": str(error)})
+                engine.step()
+                for requests, sample, keys in [r for r in running if all(request.finish for request in r[0])]:
+                    self._add(sample, keys, *self._answer(sample, requests))
+                running = [r for r in running if not all(request.finish for request in r[0])]
+        finally:
+            for requests, *_ in running:
+                for request in requests:
+                    engine.cancel(request)
+            threads.shutdown(cancel_futures=True)
+
+    def _submit(self, asked: Asked) -> list[Request]:
+        if not asked.continuations:
+            return [self.engine.submit(asked.document, self.sampling)]
+        return [self.engine.submit_answer(asked.document, tokens) for tokens in asked.continuations]
+
+    def _answer(self, sample: Sample, requests: Sequence[Request]) -> tuple[str, dict[str, Any]]:
+        """Return the prediction, and what else is kept of it."""
+        if not sample.options:
+            return self.benchmark.answer(requests[0].text), {}
+        sums, counts = ([f(request.logprobs) for request in requests] for f in (sum, len))
+        values = [total / count for total, count in zip(sums, counts)] if self.normalize == "mean" else sums
+        return LETTERS[int(np.argmax(values))], {"logprobs": sums, "tokens": counts}
+
+    def _add(self, sample: Sample, keys: list[Key], prediction: str, kept: dict[str, Any]) -> None:
+        row = {"key": sample.key, "shots": keys, "prediction": prediction, "references": sample.references}
+        if self.benchmark.metric != "cider" and sample.references:
+            row["score"] = self.benchmark.score(sample, prediction)
+        self.log.add(row | kept)
+        self.progress.add()
 
 
-def _row(benchmark: Benchmark, sample: Sample, keys: list[Key], prediction: str) -> dict[str, Any]:
-    row = {"key": sample.key, "shots": keys, "prediction": prediction, "references": sample.references}
-    if benchmark.metric == "vqa" and sample.references:
-        row["score"] = accuracy(prediction, sample.references)
-    return row
+def _summary(
+    name: str, benchmark: Benchmark, samples: Sequence[Sample], logs: Sequence[tuple[int | None, Log]], scored: bool
+) -> dict[str, Any]:
+    """Return score, spread and interval over the seeds, those of each seed, and those of groups over the seeds."""
+    bad: dict[str, str] = {}
+    each, scores = [], []
+    for seed, log in logs:
+        predictions = {sample.key: log.rows[sample.key]["prediction"] for sample in samples}
+        one: dict[str, Any] = {"seed": seed, "score": None, "interval": None, "submission": None}
+        if scored:
+            scores.append(benchmark.scores(samples, predictions))
+            one |= _mean(np.array(scores[-1]))
+        else:
+            file = log.path.with_name(f"{log.path.stem}-submission.json")
+            file.write_text(json.dumps(benchmarks.submission(name, predictions)))
+            one["submission"] = str(file)
+        each.append(one)
+        bad |= {str(s.key): log.rows[s.key]["unreadable"] for s in samples if "unreadable" in log.rows[s.key]}
+    mean: dict[str, Any] = {"score": None, "interval": None}
+    groups: dict[str, Any] = {}
+    if scored:
+        over = np.mean(scores, axis=0)
+        mean = _mean(over)
+        for group in dict.fromkeys(group for sample in samples for group in sample.groups):
+            members = [group in sample.groups for sample in samples]
+            groups[group] = {**_mean(over[members]), "samples": sum(members)}
+    sd = float(np.std([one["score"] for one in each], ddof=1)) if scored and len(each) > 1 else None
+    return {**mean, "sd": sd, "samples": len(samples), "groups": groups, "seeds": each, "unreadable": bad,
+            "submission": each[0]["submission"]}  # fmt: skip
 
 
-def _summary(benchmark: Benchmark, samples: Sequence[Sample], log: Log) -> dict[str, Any]:
-    rows = [log.rows[sample.key] for sample in samples]
-    score = None
-    if rows[0]["references"] and benchmark.metric == "vqa":
-        score = 100 * sum(row["score"] for row in rows) / len(rows)
-    elif rows[0]["references"]:
-        texts, references = ({row["key"]: row[field] for row in rows} for field in ("prediction", "references"))
-        score = 100 * cider(texts, references)[0]
-    bad = {str(row["key"]): row["unreadable"] for row in rows if "unreadable" in row}
-    return {"score": score, "samples": len(rows), "unreadable": bad, "submission": None}
+def _mean(scores: np.ndarray) -> dict[str, Any]:
+    return {"score": float(scores.mean()), "interval": list(interval(scores))}
 
 
 def _digest(samples: Sequence[Sample]) -> str:
     found = hashlib.sha256()
     for sample in samples:
-        found.update(json.dumps([sample.key, sample.question, sample.references]).encode())
+        found.update(json.dumps([sample.key, sample.question, sample.references, sample.options]).encode())
     return found.hexdigest()[:16]
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-
-
-class _Progress:
-    """A live bar on a terminal, a line every five seconds elsewhere."""
-
-    def __init__(self, what: str, total: int, done: int, out: TextIO):
-        self.what, self.total, self.done, self.begun_with = what, total, done, done
-        self.console = Console(file=out)
-        self.start = self.printed = time.monotonic()
-        bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.live = Progress(*bar, console=self.console) if self.console.is_terminal else None
-
-    def __enter__(self):
-        if self.live:
-            self.task = self.live.add_task(self.what, total=self.total, completed=self.done)
-            self.live.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.live:
-            self.live.stop()
-
-    def add(self) -> None:
-        self.done += 1
-        if self.live:
-            self.live.advance(self.task)
-        elif time.monotonic() - self.printed > 5 or self.done == self.total:
-            self.printed = time.monotonic()
-            rate = (self.done - self.begun_with) / max(self.printed - self.start, 1e-9)
-            left = (self.total - self.done) / rate
-            line = f"{self.what} {self.done}/{self.total} {rate:.1f}/s left {left:.0f}s"
-            print(line, file=self.console.file, flush=True)

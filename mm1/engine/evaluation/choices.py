@@ -1,0 +1,209 @@
+"""Files of multiple-choice benchmarks, as they are published, to samples; and how MMMU scores what it asks openly."""
+
+import ast
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mm1.engine.data.record import DataError
+from mm1.engine.evaluation.samples import Form, Images, Loaded, Picture, Sample, expect_match, field, rows_at
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+DISCIPLINES = {
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy "
+    "Public_Health",
+    "Humanities and Social Science": "History Literature Psychology Sociology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
+    "Materials Mechanical_Engineering",
+}
+DISCIPLINE = {subject: name for name, subjects in DISCIPLINES.items() for subject in subjects.split()}
+MARK = re.compile(r"<image (\d)>")
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """ScienceQA: problems.json {id: {"question", "choices", "answer": number, "hint", "image", "subject", "grade"}} and
+    pid_splits.json {split: [id]}; images are SPLIT/ID/image.png.
+
+    Groups are those of its table: subjects, context of text, of an image, none, and grades.
+    """
+    problems, (splits_file, splits) = _problems(loaded)
+    if split not in splits:
+        raise DataError(f"{splits_file}: no split {split!r}, expected one of {', '.join(splits)}")
+    file, rows = problems
+    expect_match(splits_file, f"ids of split {split}", splits[split], f"problems of {file.name}", rows)
+    missing = [key for key in splits[split] if key not in rows]
+    if missing:
+        warnings.warn(
+            f"{splits_file}: {len(missing)} of {len(splits[split])} ids of split {split} have no problem in "
+            f"{file.name}, such as {missing[0]!r}: left out", stacklevel=2,
+        )  # fmt: skip
+    samples = []
+    for key in (key for key in splits[split] if key in rows):
+        row = rows[key]
+        text, hint = field(file, row, "question", str, key), field(file, row, "hint", str, key)
+        name = row.get("image")
+        path = images.at(f"{row.get('split', split)}/{key}/{name}") if name else None  # all are named image.png
+        grade = int(re.sub(r"\D", "", field(file, row, "grade", str, key)) or 0)
+        contexts = ["TXT"] * bool(hint) + ["IMG"] * bool(name) or ["NO"]
+        groups = (SUBJECTS.get(row.get("subject"), "other"), *contexts, "G1-6" if grade <= 6 else "G7-12")
+        options = tuple(field(file, row, "choices", list, key))
+        number = row.get("answer")
+        right = () if number is None else (_letter(file, key, field(file, row, "answer", int, key), options),)
+        samples.append(Sample(key, path, text + (f"\nContext: {hint}" if hint else ""), right, options, groups))
+    return samples
+
+
+def _problems(loaded: Loaded) -> tuple[tuple[Path, dict[str, Any]], tuple[Path, dict[str, list[str]]]]:
+    """Return the file of problems, and that of splits or else the splits that the problems name."""
+    file, problems = next((file, data) for file, data in loaded if _is_problems(data))
+    for other, data in loaded:
+        if other != file:
+            return (file, problems), (other, {name: field(other, data, name, list) for name in data})
+    splits: dict[str, list[str]] = {}
+    for key, row in problems.items():
+        splits.setdefault(field(file, row, "split", str, key), []).append(key)
+    return (file, problems), (file, splits)
+
+
+def _is_problems(data: Any) -> bool:
+    first = next(iter(data.values()), None) if isinstance(data, dict) else None
+    return isinstance(first, dict) and {"question", "choices"} <= set(first)
+
+
+def _science_fits(loaded: Loaded) -> bool:
+    others = [data for _, data in loaded if not _is_problems(data)]
+    return len(loaded) - len(others) == 1 and len(others) < 2 and all(isinstance(data, dict) for data in others)
+
+
+def _seed(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """SEED-Bench: {"questions": [{"question_id", "question", "choice_a" … "choice_d", "answer", "data_id", "data_type",
+    "question_type_id"}], "question_type": {name: id}}. Its splits are its types of data, of which images are read."""
+    if split != "image":
+        raise DataError(f"seed: no split {split!r}, expected image: videos are not read")
+    samples = []
+    for file, data in loaded:
+        names = {number: name for name, number in (data.get("question_type") or {}).items()}
+        for row in field(file, data, "questions", list):
+            key = field(file, row, "question_id", (int, str))
+            if row.get("data_type", "image") != "image":
+                continue
+            options = tuple(field(file, row, f"choice_{letter}", str, key) for letter in "abcd")
+            name, number = field(file, row, "data_id", str, key), row.get("question_type_id")
+            right = _right(file, key, row.get("answer"), options)
+            path = images.find(name, f"{name}.jpg", f"{name}.png")
+            group = (str(names.get(number, number)),)
+            samples.append(Sample(key, path, field(file, row, "question", str, key), right, options, group))
+    return samples
+
+
+def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """MMMU: rows {"id": "validation_Subject_1", "question", "options": "['…', …]", "answer", "question_type", "image_1"
+    … "image_7"}; `<image 1>` in texts marks images, which are names of files in JSON.
+
+    Groups are its subjects and disciplines. Open questions have no options; their answer is a text, or a list as text.
+    """
+    samples = []
+    for file, rows in loaded:
+        for row in rows:
+            key = field(file, row, "id", str)
+            options = tuple(_strings(file, row, "options", key))
+            open_ended = field(file, row, "question_type", str, key) == "open"
+            if open_ended == bool(options):
+                raise DataError(f"{file}: {key}: {len(options)} options of a question that is {row['question_type']}")
+            text = field(file, row, "question", str, key)
+            marked = [int(n) for part in (text, *options) for n in MARK.findall(part)]
+            there = [n for n in range(1, 8) if row.get(f"image_{n}")]
+            shown = [n for n in there if n not in marked] + marked
+            pictures = [_picture(file, row, f"image_{n}", key, images) for n in shown]
+            answer = row.get("answer")
+            if open_ended:
+                several = isinstance(answer, list) or str(answer).startswith("[")
+                given = _strings(file, row, "answer", key) if several else [field(file, row, "answer", str, key)]
+                right = () if given in ([""], ["?"]) else tuple(given)
+            else:
+                right = _right(file, key, answer, options)
+            subject = (re.fullmatch(r"[a-z]+_(.+)_\d+", key) or ["", "other"])[1]
+            samples.append(
+                Sample(
+                    key, pictures[0] if pictures else None, MARK.sub("<image>", text), right,
+                    tuple(MARK.sub("<image>", option) for option in options),
+                    (DISCIPLINE.get(subject, "other"), subject), tuple(pictures[1:]),
+                )
+            )  # fmt: skip
+    return samples
+
+
+def _strings(file: Path, row: Any, name: str, key: str) -> list[str]:
+    """Return the strings of a list, or of the text of one, which is read as a literal and never run."""
+    value = field(file, row, name, (str, list), key)
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise DataError(f"{file}: {key}: {name} is {value[:60]!r}, expected a list of strings") from None
+    if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
+        raise DataError(f"{file}: {key}: {name} is {str(value)[:60]!r}, expected a list of strings")
+    return value
+
+
+def _picture(file: Path, row: Any, column: str, key: str, images: Images) -> Picture:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"{file}: {key}: no {column}, which its texts mark")
+    return images.find(value) if isinstance(value, str) else value
+
+
+def _right(file: Path, key: object, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
+    """Return the letter of the right option; none where the answer is withheld."""
+    if answer in (None, "", "?"):
+        return ()
+    number = LETTERS.find(answer) if isinstance(answer, str) and len(answer) == 1 else -1
+    return (_letter(file, key, number, options, answer),)
+
+
+def _letter(file: Path, key: object, number: int, options: Sequence[str], answer: Any = None) -> str:
+    if not all(isinstance(option, str) for option in options) or len(options) > len(LETTERS):
+        raise DataError(f"{file}: {key}: options are not at most {len(LETTERS)} strings")
+    if not 0 <= number < len(options):
+        raise DataError(f"{file}: {key}: answer is {answer or number!r}, expected one of {len(options)} options")
+    return LETTERS[number]
+
+
+def open_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Say whether an answer is in a short text, by the rule of MMMU's eval_open.
+
+    Numbers are equal to two places; other answers are part of the text, in any case, single letters with a space.
+    """
+    said = {*_normal(prediction), *(_number(found) for found in NUMBER.findall(prediction))}
+    texts = [part for part in said if isinstance(part, str)]
+    wanted = [part for answer in answers for part in _normal(answer)]
+    return any(part in said or (isinstance(part, str) and any(part in text for text in texts)) for part in wanted)
+
+
+def _normal(text: str) -> list[str | float]:
+    text = text.strip().lower()
+    number = _number(text)
+    if number is not None:
+        return [number]
+    return [f" {text}", f"{text} "] if len(text) == 1 else [text] * bool(text)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return round(float(text.replace(",", "")), 2)
+    except ValueError:
+        return None
+
+
+CHOICES = (
+    Form(_scienceqa, _science_fits),
+    Form(_seed, rows_at("questions", "choice_a")),
+    Form(_mmmu, rows_at(None, "question_type")),
+)

@@ -1,0 +1,118 @@
+"""Files of captions and questions, as they are published, to samples."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from mm1.engine.evaluation.samples import Form, Images, Key, Loaded, Sample, expect_match, field, rows_at
+
+
+def _answers(file: Path, row: Any, key: object) -> tuple[str, ...]:
+    """Strings, or objects with "answer"; none if there are none."""
+    if row.get("answers") is None:
+        return ()
+    answers = field(file, row, "answers", list, key)
+    return tuple(a if isinstance(a, str) else field(file, a, "answer", str, key) for a in answers)
+
+
+def _coco(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """COCO, NoCaps: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    captions: dict[Key, list[str]] = defaultdict(list)
+    noted = loaded[0][0]
+    for file, data in loaded:
+        for row in data.get("annotations") or []:
+            key = field(file, row, "image_id", (int, str))
+            captions[key].append(field(file, row, "caption", str, key))
+            noted = file
+    samples = []
+    for file, data in loaded:
+        for row in field(file, data, "images", list):
+            key = field(file, row, "id", (int, str))
+            name = field(file, row, "file_name", str, key)
+            samples.append(Sample(key, images.find(name), "", tuple(captions.get(key, ()))))
+    expect_match(noted, "captioned images", captions, "images", [sample.key for sample in samples])
+    return samples
+
+
+def _karpathy(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """Karpathy's: {"images": [{"split", "filepath", "filename", "cocoid", "sentences": [{"raw"}]}]}."""
+    splits = {"train", "restval"} if split == "train" else {split}
+    samples = []
+    for file, data in loaded:
+        for row in field(file, data, "images", list):
+            name = field(file, row, "filename", str)
+            if field(file, row, "split", str, name) not in splits:
+                continue
+            sentences = field(file, row, "sentences", list, name)
+            texts = tuple(field(file, sentence, "raw", str, name) for sentence in sentences)
+            path = images.find(f"{row['filepath']}/{name}" if row.get("filepath") else name)
+            samples.append(Sample(row.get("cocoid", name), path, "", texts))
+    return samples
+
+
+def _textcaps(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """TextCaps: {"data": [{"image_id", "caption_str"}]}, a row for each caption."""
+    captions: dict[Key, list[str]] = {}
+    for file, data in loaded:
+        for row in field(file, data, "data", list):
+            key = field(file, row, "image_id", (int, str))
+            captions.setdefault(key, [])
+            if row.get("caption_str") is not None:
+                captions[key].append(field(file, row, "caption_str", str, key))
+    return [Sample(key, images.find(f"{key}.jpg"), "", tuple(texts)) for key, texts in captions.items()]
+
+
+def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """VQAv2, OK-VQA: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations": [{"question_id",
+    "answers": [{"answer"}]}]}."""
+    answers: dict[Key, tuple[str, ...]] = {}
+    noted = loaded[0][0]
+    for file, data in loaded:
+        for row in data.get("annotations") or []:
+            key = field(file, row, "question_id", (int, str))
+            answers[key] = _answers(file, row, key)
+            noted = file
+    samples = []
+    for file, data in loaded:
+        for row in data.get("questions") or []:
+            key = field(file, row, "question_id", (int, str))
+            image = field(file, row, "image_id", (int, str), key)
+            path = images.of_coco(image, data.get("data_subtype", ""))
+            samples.append(Sample(key, path, field(file, row, "question", str, key), answers.get(key, ())))
+    expect_match(noted, "annotations", answers, "questions", [sample.key for sample in samples])
+    return samples
+
+
+def _textvqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """TextVQA: {"data": [{"question_id", "image_id", "question", "answers": [text]}]}."""
+    samples = []
+    for file, data in loaded:
+        for row in field(file, data, "data", list):
+            key = field(file, row, "question_id", (int, str))
+            path = images.find(f"{field(file, row, 'image_id', (int, str), key)}.jpg")
+            samples.append(Sample(key, path, field(file, row, "question", str, key), _answers(file, row, key)))
+    return samples
+
+
+def _vizwiz(loaded: Loaded, images: Images, split: str) -> list[Sample]:
+    """VizWiz-VQA: [{"image", "question", "answers": [{"answer"}]}], one question an image."""
+    samples = []
+    for file, data in loaded:
+        for row in data:
+            key = field(file, row, "image", str)
+            samples.append(
+                Sample(key, images.find(key), field(file, row, "question", str, key), _answers(file, row, key))
+            )
+    return samples
+
+
+CAPTIONS = (
+    Form(_karpathy, rows_at("images", "sentences")),
+    Form(_coco, rows_at("images", "id")),
+    Form(_textcaps, rows_at("data", "image_id")),
+)
+QUESTIONS = (
+    Form(_vqa, rows_at("questions")),
+    Form(_textvqa, rows_at("data", "question")),
+    Form(_vizwiz, rows_at(None, "image")),
+)

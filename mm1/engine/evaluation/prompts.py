@@ -1,0 +1,151 @@
+"""Prompts of shots and a query: which shots are chosen, and how they are shown."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mm1.engine.data.document import Document
+from mm1.engine.data.images import ImagePolicy
+from mm1.engine.data.record import DataError, at_least
+from mm1.engine.evaluation.benchmarks import Benchmark
+from mm1.engine.evaluation.samples import Key, Picture, Sample, picture
+from mm1.engine.fewshot import Piece, Retrieval, joined, piece
+from mm1.engine.generate import continued, policy_of, tokenizer_of
+from mm1.engine.model import MM1
+
+CHOICES = ("random", "fixed", "similar")
+CACHED = 1 << 30  # bytes of shots' pixels
+SPARE = 64  # candidates beyond the shots, for those that cannot be read or are of the query's image
+
+
+@dataclass(frozen=True)
+class How:
+    """How shots are chosen and shown.
+
+    choose: at random for each query, the same for all, or those whose images are most like its own, one of each image.
+    text_shots: zero-shot prompts begin with two shots without their images, as Flamingo's do and MM1's do not. high:
+    only so many of a prompt's last images as the model was trained, the others without sub-images.
+    """
+
+    choose: str = "random"
+    seed: int = 0
+    text_shots: bool = False
+    high: int | None = None
+
+    def __post_init__(self):
+        if self.choose not in CHOICES:
+            raise DataError(f"choose is {self.choose!r}, expected one of {', '.join(CHOICES)}")
+        at_least(0, high=self.high)
+
+
+class Asked(NamedTuple):
+    """Holds a prompt, the continuations to choose from as tokens, and the keys of its shots."""
+
+    document: Document
+    continuations: list[list[int]]
+    shots: list[Key]
+
+
+class Prompts:
+    """Documents of shots and a query. What a shot comes to is kept: it is read, resized and encoded once."""
+
+    def __init__(self, model: MM1, benchmark: Benchmark, pool: Sequence[Sample], how: How, features: Path):
+        self.model, self.benchmark, self.pool, self.how, self.features = model, benchmark, pool, how, features
+        self.high = policy_of(model)
+        self.low = self.high if how.high is None else policy_of(model, parts=1)
+        self.retrieval: Retrieval | None = None
+        self.candidates: list[int] = []  # shots, by their number in it
+        self.near: dict[Picture, list[int]] = {}  # shots like an image, the most alike last
+        self.unreadable: dict[Picture, str] = {}  # shots
+        most = CACHED // (views(self.high) * self.high.longest * self.high.patch**2 * 3)
+        self.piece = lru_cache(most)(self._piece)
+
+    def check(self, n: int, samples: Sequence[Sample]) -> None:
+        """Find the shots that are like these samples, if they are to be. Raises DataError if there are not enough."""
+        n = n or 2 * self.how.text_shots
+        if n and len({sample.images or sample.key for sample in self.pool}) <= n:
+            raise DataError(f"{len(self.pool)} answered samples to draw shots from, expected over {n}")
+        if not n or self.how.choose != "similar":
+            return
+        first = {sample.image: i for i, sample in reversed(list(enumerate(self.pool))) if sample.image}
+        shots, queries = [], []
+        self.retrieval = self.retrieval or Retrieval(
+            self.model, _readable(first, shots, self.unreadable), file=self.features
+        )
+        self.candidates = self.candidates or [first[path] for path in shots]
+        images = (sample.image for sample in samples if sample.image)
+        near = self.retrieval.nearest(_readable(images, queries, {}), n)
+        self.near = {path: [self.candidates[i] for i in of] for path, of in zip(queries, near)}
+
+    def seeded(self, n: int) -> bool:
+        """Say whether prompts of n shots depend on the seed."""
+        return bool(n or self.how.text_shots) and self.how.choose != "similar"
+
+    def ask(self, n: int, sample: Sample, seed: int | None = None) -> Asked | str:
+        """Return the prompt; or why the query's image cannot be read. seed: of the drawing (default: that of `how`)."""
+        try:
+            images = [picture(where) for where in sample.images]
+        except DataError as error:
+            return str(error)
+        bare = n == 0 and self.how.text_shots
+        n = 2 if bare else n
+        pieces, keys, own = [], [], set(sample.images)
+        for i in self._order(sample, n, self.how.seed if seed is None else seed):
+            if len(keys) == n:
+                break
+            last = self.how.high is None or n - len(keys) < self.how.high
+            shot = self.pool[i]
+            if shot != sample and own.isdisjoint(shot.images) and (found := self.piece(i, bare, last)):
+                pieces.append(found)
+                keys.append(shot.key)
+        if len(keys) < n:
+            raise DataError(f"{sample.key}: {len(keys)} readable shots, expected {n}")
+        last = self.how.high is None or self.how.high > 0
+        query = self.benchmark.query(sample, images)
+        document = joined(self.model, [*pieces, piece(self.model, query, self.high if last else self.low)])
+        texts = self.benchmark.continuations(sample)
+        end = query[-1] if isinstance(query[-1], str) else ""
+        return Asked(*continued(tokenizer_of(self.model), document, end, texts), keys)
+
+    def _order(self, sample: Sample, n: int, seed: int) -> Sequence[int]:
+        """Of shots, with spare ones behind."""
+        if not n:
+            return []
+        if self.how.choose == "similar":
+            if sample.image in self.near:
+                return self.near[sample.image]
+            seed = 0  # without an image nothing is like it
+        draw = random.Random(seed if self.how.choose == "fixed" else f"{seed} {sample.key}")
+        return draw.sample(range(len(self.pool)), min(len(self.pool), n + SPARE))
+
+    def _piece(self, i: int, bare: bool, high: bool) -> Piece | None:
+        sample = self.pool[i]
+        images = []
+        for where in sample.images:
+            try:
+                images.append(picture(where))
+            except DataError as error:
+                self.unreadable[where] = str(error)
+                return None
+        shot = self.benchmark.shot(sample, images)
+        return piece(self.model, (shot.text if bare else shot).shown, self.high if high else self.low)
+
+
+def views(policy: ImagePolicy) -> int:
+    """That an image becomes."""
+    return 1 if policy.parts == 1 else 1 + policy.parts**2
+
+
+def _readable(paths: Iterable[Picture], found: list[Picture], missed: dict[Picture, str]) -> Iterator[Any]:
+    """Images, each once, and where they are."""
+    for path in dict.fromkeys(paths):
+        try:
+            image = picture(path)
+        except DataError as error:
+            missed[path] = str(error)
+            continue
+        found.append(path)
+        yield image

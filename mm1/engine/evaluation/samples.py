@@ -1,0 +1,181 @@
+"""What a benchmark asks, and the files that it comes from."""
+
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm1.engine.data.images import decode, read
+from mm1.engine.data.record import DataError, Unreadable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Key = int | str
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An image that stands in a parquet file."""
+
+    file: Path
+    row: int
+    column: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.column} of row {self.row}"
+
+
+Picture = Path | Embedded
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question to a model.
+
+    key: as submissions name it. image: the first one; None: there is none. question: `<image>` marks where an image
+    stands; images without a mark stand before the text. references: captions, the answers of ten people, or the letter
+    of the right option; none in test splits. options: of a multiple choice. groups: names of parts of the benchmark
+    whose scores it counts for. others: the images after the first.
+    """
+
+    key: Key
+    image: Picture | None
+    question: str
+    references: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    others: tuple[Picture, ...] = ()
+
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        return (self.image, *self.others) if self.image else ()
+
+
+def picture(where: Picture) -> "Image.Image":
+    """Read an image. Raises DataError."""
+    if isinstance(where, Path):
+        return read(where)
+    try:
+        return decode(_column(where.file, where.column)[where.row].as_py()["bytes"])
+    except Unreadable as error:
+        raise DataError(f"{where}: {error.reason}") from None
+
+
+@lru_cache(8)
+def _column(file: Path, column: str) -> Any:
+    from pyarrow import parquet
+
+    return parquet.read_table(file, columns=[column])[column]
+
+
+class Images:
+    """Files below a folder, by their names."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise DataError(f"no folder of images {folder}")
+        self.folder = folder
+        self.paths: dict[str, Path] = {}
+        for parent, _, names in os.walk(folder):
+            self.paths.update((name, Path(parent, name)) for name in names)
+
+    def find(self, *names: str) -> Path:
+        """The first of these that is there: as a path below the folder, or anywhere in it by its last part."""
+        for name in names:
+            if "/" in name and (path := self.folder / name).is_file():
+                return path
+            if path := self.paths.get(name.rpartition("/")[2]):
+                return path
+        return self.folder / names[0]
+
+    def at(self, name: str) -> Path:
+        """Return the path below the folder, or below `images` in it, for files that share their last part."""
+        path = self.folder / "images" / name
+        return path if path.is_file() else self.folder / name
+
+    def of_coco(self, image_id: Key, subset: str = "") -> Path:
+        if isinstance(image_id, str):
+            return self.find(image_id, f"{image_id}.jpg")
+        number = f"{image_id:012d}.jpg"
+        subsets = [subset] if subset else []
+        return self.find(*(f"COCO_{s}_{number}" for s in (*subsets, "val2014", "train2014", "test2015")), number)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Reads one form of files. fits: whether loaded files have it."""
+
+    read: "Callable[[Loaded, Images, str], list[Sample]]"
+    fits: "Callable[[Loaded], bool]"
+
+
+def rows_at(of: str | None, first: str = "") -> "Callable[[Loaded], bool]":
+    """Return a test of loaded files: one has rows at the key `of`, or is a list of rows, and the first has `first`."""
+
+    def fits(loaded: Loaded) -> bool:
+        for _, data in loaded:
+            rows = data if of is None else data.get(of) if isinstance(data, dict) else None
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict) and first in {*rows[0], ""}:
+                return all(isinstance(other, type(data)) for _, other in loaded)
+        return False
+
+    return fits
+
+
+def expect_match(file: Path, what: str, ids: Collection[Key], others: str, other_ids: Collection[Key]) -> None:
+    """Raise DataError if there are ids on both sides and none is on both; a match of only some is for the caller."""
+    if ids and other_ids and not set(ids) & set(other_ids):
+        here, there = (json.dumps(next(iter(of))) for of in (ids, other_ids))
+        raise DataError(
+            f"{file}: 0 of {len(ids)} {what} match the {len(other_ids)} {others}: ids such as {here} against {there}"
+        )
+
+
+Loaded = list[tuple[Path, Any]]
+
+
+def load(file: Path) -> Any:
+    """Return what a file of JSON or parquet holds. Raises DataError."""
+    if file.suffix == ".parquet":
+        return _parquet(file)
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from None
+
+
+def field(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
+    """Of a row; raises DataError that names file and key."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(value, kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        where = f"{file}: " + ("" if key is None else f"{key}: ")
+        raise DataError(f"{where}{name} is {json.dumps(value, default=str)[:60]}, expected {kinds}")
+    return value
+
+
+def _parquet(file: Path) -> list[dict[str, Any]]:
+    """Rows of a parquet file, each image as an Embedded."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
+    try:
+        table = parquet.read_table(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file}: {error}") from None
+    columns = {}
+    for name, column in zip(table.column_names, table.columns):
+        if pyarrow.types.is_struct(column.type):
+            there = column.flatten()[column.type.get_field_index("bytes")].is_valid().to_pylist()
+            columns[name] = [Embedded(file, row, name) if is_there else None for row, is_there in enumerate(there)]
+        else:
+            columns[name] = column.to_pylist()
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]

@@ -123,15 +123,18 @@ class Bench:
         return None if why is None else Failed(why)
 
     def seconds(self, config: Any) -> float:
+        seconds = self.clock.seconds(self._timed(config))
+        synchronize()
+        return seconds
+
+    def _timed(self, config: Any) -> Callable[[], Any]:
         if where() == "cpu":
-            return self.clock.seconds(lambda: self.call(config))
+            return lambda: self.call(config)
         if config not in self.graphs:
             # All write over one pool of memory: only the last replayed has its results, which nobody reads.
             pool = next((graph.pool() for graph in self.graphs.values()), None)
             self.graphs[config] = capture(lambda: self.call(config), pool)
-        seconds = self.clock.seconds(self.graphs[config].replay)
-        synchronize()
-        return seconds
+        return self.graphs[config].replay
 
 
 def results_of(call: Callable[[], Any]) -> list[Tensor]:

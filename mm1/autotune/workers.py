@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, cast
 
-
 # What torch and Triton say when a GPU refuses. Most such errors are sticky: whatever the process calls next fails too.
 DEVICE = re.compile(r"\b(CUDA|HIP)( driver| unknown)? error\b|Triton Error \[|_STATUS_|No (CUDA|HIP) GPUs", re.I)
 MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED", re.I)

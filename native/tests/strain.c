@@ -102,10 +102,8 @@ int main(void)
     *(void **)&set_device = dlsym(driver, "stub_device");
     *(void **)&set_current = dlsym(driver, "stub_current");
     unsetenv("STUB_NO_DEVICE");
-    EXPECT(mm1_prepare() == MM1_NO_CONTEXT);
     for (int device = 0; device < known; device++)
         set_device(device, capabilities[device]);
-    set_current(0);
     pthread_barrier_init(&together, NULL, THREADS);
     pthread_t threads[THREADS];
     for (long i = 0; i < THREADS; i++)
@@ -115,6 +113,8 @@ int main(void)
     int (*twice)(void);
     *(void **)&twice = dlsym(driver, "stub_twice");
     EXPECT(twice() == 0);
+    EXPECT(mm1_prepare() == MM1_NO_CONTEXT);
+    set_current(0);
     hostile();
     return 0;
 }

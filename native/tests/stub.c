@@ -1,8 +1,10 @@
 /* A driver that runs nothing and remembers launches: libcuda.so.1 and libamdhip64.so in the tests. */
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { MOST = 4096, ARGS = 64, DEVICES = 16 };
 
@@ -40,7 +42,14 @@ int stub_twice(void) { return twice; } /* images that were loaded again, which H
 int stub_lazy(void) { return lazy; } /* kernels whose code was loaded by their launch */
 const struct record *stub_record(int i) { return &records[i]; }
 
-int cuInit(unsigned flags) { return flags || getenv("STUB_NO_DEVICE") ? 100 : 0; }
+/* So long that others come meanwhile. */
+static void take_time(void)
+{
+    if (getenv("STUB_SLOW"))
+        nanosleep(&(struct timespec){0, 200000}, NULL);
+}
+
+int cuInit(unsigned flags) { return take_time(), flags || getenv("STUB_NO_DEVICE") ? 100 : 0; }
 int hipInit(unsigned flags) { return cuInit(flags); }
 
 int cuCtxGetDevice(int *device) { return (*device = current) < 0 ? 201 : 0; }
@@ -60,6 +69,7 @@ int hipDeviceGetAttribute(int *value, int asked, int device) { return attribute(
 static int load(void **library, const void *code, int device)
 {
     struct kernel *kernel = calloc(1, sizeof *kernel);
+    take_time();
     kernel->code = code, kernel->device = device, *library = kernel;
     pthread_mutex_lock(&lock);
     for (int i = 0; i < loads && i < MOST; i++)

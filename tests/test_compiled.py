@@ -1,6 +1,5 @@
 """C++ that is compiled when it is first wanted: what is loaded, and what happens where it cannot be."""
 
-import logging
 import os
 import shutil
 import stat
@@ -56,13 +55,14 @@ def setup(tmp_path, monkeypatch):
     assert not list((tmp_path / "temporary").iterdir()), "something was left"
 
 
-def test_it_is_compiled_once_and_only_the_user_may_write_it(setup):
+def test_it_is_compiled_once_and_only_the_user_may_write_it(setup, caplog):
     before = os.umask(0)
     try:
         assert [setup.answer() for _ in range(3)] == [42] * 3
     finally:
         os.umask(before)
     assert setup.count() == 1
+    assert not caplog.records, "nothing is said where all is well"
     assert [stat.S_IMODE(path.stat().st_mode) for path in (setup.cache, setup.file())] == [0o700, 0o600]
 
 
@@ -94,6 +94,21 @@ def test_several_who_compile_at_once_leave_one_file_that_is_whole(setup):
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert [process.communicate()[0] for process in processes] == ["42\n"] * 4
     setup.says("echo a compiler of another version; exit 1")
+    assert setup.file().suffix == ".so"
+
+
+def test_one_who_keeps_it_is_not_in_the_way_of_another(setup, monkeypatch, caplog):
+    real = os.replace
+
+    def meanwhile(*names):
+        monkeypatch.setattr(os, "replace", real)
+        assert setup.answer() == 42
+        real(*names)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    assert setup.answer() == 42
+    assert setup.count() == 2
+    assert not caplog.records
     assert setup.file().suffix == ".so"
 
 
@@ -231,9 +246,3 @@ def test_a_compiler_is_not_asked_for_input(setup):
     """`cat` would wait for ever."""
     setup.says(f'cat > /dev/null; exec {CXX} "$@"')
     assert setup.answer() == 42
-
-
-def test_the_line_comes_by_logging(setup, caplog):
-    with caplog.at_level(logging.INFO):
-        setup.answer()
-    assert not caplog.records, "nothing is said where all is well"

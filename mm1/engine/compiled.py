@@ -53,7 +53,7 @@ def compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: 
                     _keep(ours.read_bytes(), path, key)
                     if loaded := _loaded(path, key):
                         return loaded
-                    why = f"what {place} holds cannot be loaded"  # mounted without execution, perhaps
+                    why = f"what {path.parent} holds cannot be loaded"  # mounted without execution, perhaps
                 except OSError as error:
                     why = str(error)
             log.warning("%s is compiled for this process alone: %s", source.name, why)
@@ -108,7 +108,7 @@ def _keep(data: bytes, path: Path, key: bytes) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """What a compiler prints. Raises CannotCompile if it fails or takes too long; then it is killed with its children."""
+    """What a compiler prints. Raises CannotCompile if it fails or takes too long, and is killed with its children."""
     with tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(

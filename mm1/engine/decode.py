@@ -81,6 +81,7 @@ class Step:
     def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
         c = decoder.config
         self.vocabulary, self.code, self._kept = c.vocabulary, code, [cache.k, cache.v]
+        self._of = decoder, head, cache
         layers = (_Layer * c.layers)()
         for layer, block, k, v in zip(layers, decoder.blocks, cache.k, cache.v):
             a, mlp = block.attention, block.mlp
@@ -106,6 +107,10 @@ class Step:
             PAGE, KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
             self._matrix(decoder.embedding.weight), self._linear(head), layers,
         )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Addresses and code are of this process; a copy, or where it cannot be compiled None, is made anew."""
+        return step_of, self._of
 
     def _vector(self, x: Any) -> int:
         self._kept.append(x.detach().float().contiguous())

@@ -116,6 +116,7 @@ def test_a_copy_of_a_model_generates_trains_and_is_compiled_as_the_original(way)
     assert torch.equal(other.logits(batch), model.logits(batch))
 
 
+@pytest.mark.slow
 def test_another_process_reads_a_saved_model(tmp_path):
     """As multiprocessing's spawn does: nothing of this process is needed."""
     model, batch = small_mm1(), packed(documents())

@@ -583,6 +583,20 @@ def test_two_who_write_the_same_row_at_once_leave_one_that_is_whole(tmp_path):
     assert answer()[0] == "user"
 
 
+def test_threads_that_write_the_same_row_are_not_in_each_others_way(tmp_path, monkeypatch):
+    real = os.replace
+
+    def meanwhile(part, path):
+        monkeypatch.setattr(os, "replace", real)
+        write_user_row(TOY, HERE, source([65, 128], 16, "measured"))
+        real(part, path)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    path = write_user_row(TOY, HERE, source([65, 128], 32, "measured"))
+    assert json.loads(path.read_text())["config"]["block"] == 32
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_no_row_that_its_kernel_could_not_read_is_written(tmp_path):
     for bad in (source(["a", "b"], 16), {**source([1, 2], 16), "config": {"blocks": 16}}, {"when": {}}):
         with pytest.raises(ValueError, match="is no row of it"):

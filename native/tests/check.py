@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -635,6 +636,19 @@ def late() -> None:
         assert call_it() == [OK] * len(CALLS)
     finally:
         options.late.unlink(missing_ok=True)
+
+
+def loaded_amd() -> None:
+    """The HIP runtime that the process has is used where a newer one is found: it alone knows the process's streams."""
+    if 942 not in manifest["archs"]:
+        sys.exit(77)
+    newer = options.driver.parent / "newer" / "libamdhip64.so.7"
+    shutil.copy(options.driver, newer)
+    driver.stub_device(0, 94)
+    driver.stub_current(0)
+    assert call("mm1_adaptive_pool", *POOL) == OK
+    assert len(records()) == 1
+    assert ctypes.CDLL("libamdhip64.so.7")._handle != driver._handle, "the newer one would have been found"
 
 
 if __name__ == "__main__":

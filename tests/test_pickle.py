@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import io
+import json
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +16,8 @@ import torch
 from conftest import not_interpreted
 from small import documents, packed, small_mm1
 
+from mm1.engine import checkpoint, quantize
 from mm1.engine import packed as packing
-from mm1.engine import quantize
 from mm1.engine.cache import Cache
 from mm1.engine.decode import Step
 from mm1.engine.experts import BACKENDS
@@ -51,6 +53,16 @@ def other_connector() -> MM1:
     return MM1(dataclasses.replace(c, connector=connector, vision=vision)).initialize()
 
 
+def loaded() -> MM1:
+    """As mm1.load gives it, parameters assigned from a file."""
+    model = small_mm1()
+    texts = {"config.json": json.dumps({"model": dataclasses.asdict(model.config)})}
+    texts["tokenizer.json"] = Path(model.tokenizer.path).read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write(Path(folder) / "one", {"model.safetensors": model.state_dict()}, texts)
+        return checkpoint.load(Path(folder) / "one")
+
+
 def generated() -> MM1:
     model = small_mm1().eval()
     generate(model, [["a"], ["b c"]], max_tokens=3)
@@ -82,6 +94,7 @@ MODELS = {
     "torch's experts": lambda: small_mm1(moe_backend="torch"),
     "another connector": other_connector,
     "bf16": lambda: small_mm1().bfloat16(),
+    "loaded": loaded,
     "after generate": generated,
     "compiled": compiled,
     "recomputing": recomputing,

@@ -38,11 +38,12 @@ _Static_assert((int)DIMS == (int)MOST_DIMS, "the tables have other sizes");
 
 enum { DEVICES = 32, MOST_STEPS = 7, EVERYWHERE = 99 << 10, LIMIT = 1 << 24 };
 
-/* One launch. Arguments are by name, 8 bytes each; kernels read as many as theirs have. */
+/* One launch. Arguments are by name, 8 bytes each, addresses too; kernels read as many as theirs have. */
 struct step {
-    int kernel, dtype, variant, key[3];
+    int kernel, dtype, variant;
+    int64_t key[3];
     int64_t grid;
-    uint64_t values[ARGS];
+    int64_t values[ARGS];
 };
 
 struct call {
@@ -53,7 +54,7 @@ struct call {
 };
 
 /* cuLaunchKernel and hipModuleLaunchKernel are declared alike, as are the others they share. */
-static struct {
+struct driver {
     bool amd;
     int (*current)(int *);
     int (*attribute)(int *, int, int);
@@ -63,34 +64,72 @@ static struct {
     int (*set)(int, int, void *, int);
     int (*launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                   void **);
-} driver;
+    int (*function)(void **, void *);
+    int (*finish)(void *); /* since CUDA 12.4; NULL before */
+};
 
-static pthread_once_t driver_once = PTHREAD_ONCE_INIT;
-static bool driver_found;
+static struct driver driver; /* does not change once it is found */
+static atomic_bool driver_found;
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
 static void *libraries[IMAGES]; /* CUDA's belong to no context */
 static _Atomic(void *) functions[IMAGES][DEVICES];
 static atomic_int capabilities[DEVICES];
 
-#define SYMBOL(field, name) (*(void **)&driver.field = dlsym(library, name))
+/* POSIX lets a function's address come as that of an object. */
+#define SYMBOL(function, name) (*(void **)&(function) = dlsym(library, name))
 
-static void find_driver(void)
+static bool initialized(void *library, const char *name)
 {
-    int (*init)(unsigned);
+    int (*init)(unsigned) = NULL;
+    return library && SYMBOL(init, name) && !init(0);
+}
+
+static bool find_cuda(struct driver *d)
+{
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (library && (*(void **)&init = dlsym(library, "cuInit")) && !init(0)) {
-        driver_found = SYMBOL(current, "cuCtxGetDevice") && SYMBOL(attribute, "cuDeviceGetAttribute") &&
-                       SYMBOL(load, "cuLibraryLoadData") && SYMBOL(find, "cuLibraryGetKernel") &&
-                       SYMBOL(set, "cuKernelSetAttribute") && SYMBOL(launch, "cuLaunchKernel");
-        return;
+    if (!initialized(library, "cuInit"))
+        return false;
+    SYMBOL(d->finish, "cuFuncLoad");
+    return SYMBOL(d->current, "cuCtxGetDevice") && SYMBOL(d->attribute, "cuDeviceGetAttribute") &&
+           SYMBOL(d->load, "cuLibraryLoadData") && SYMBOL(d->find, "cuLibraryGetKernel") &&
+           SYMBOL(d->set, "cuKernelSetAttribute") && SYMBOL(d->launch, "cuLaunchKernel") &&
+           SYMBOL(d->function, "cuKernelGetFunction");
+}
+
+/* Of several versions that which the process has already: another would know nothing of its streams and memory. The
+   name without a version comes with the development files alone. */
+static bool find_hip(struct driver *d)
+{
+    static const char *const names[] = {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5", "libamdhip64.so"};
+    const int count = sizeof names / sizeof *names;
+    d->amd = true;
+    for (int i = 0; i < 2 * count; i++) {
+        void *library = dlopen(names[i % count], RTLD_NOW | RTLD_LOCAL | (i < count ? RTLD_NOLOAD : 0));
+        if (initialized(library, "hipInit") && SYMBOL(d->current, "hipGetDevice") &&
+            SYMBOL(d->attribute, "hipDeviceGetAttribute") && SYMBOL(d->load_amd, "hipModuleLoadData") &&
+            SYMBOL(d->find, "hipModuleGetFunction") && SYMBOL(d->launch, "hipModuleLaunchKernel"))
+            return true;
     }
-    library = dlopen("libamdhip64.so", RTLD_NOW | RTLD_LOCAL);
-    if (library && (*(void **)&init = dlsym(library, "hipInit")) && !init(0)) {
-        driver.amd = true;
-        driver_found = SYMBOL(current, "hipGetDevice") && SYMBOL(attribute, "hipDeviceGetAttribute") &&
-                       SYMBOL(load_amd, "hipModuleLoadData") && SYMBOL(find, "hipModuleGetFunction") &&
-                       SYMBOL(launch, "hipModuleLaunchKernel");
+    return false;
+}
+
+/* Asked again after a failure: a driver may come while the process runs. What was opened stays open, since a driver
+   that is unloaded half started may take the process along. */
+static bool find_driver(void)
+{
+    if (atomic_load(&driver_found))
+        return true;
+    pthread_mutex_lock(&loading);
+    if (!atomic_load(&driver_found)) {
+        struct driver cuda = {0}, hip = {0};
+        bool found = find_cuda(&cuda);
+        if (found || find_hip(&hip)) {
+            driver = found ? cuda : hip;
+            atomic_store(&driver_found, true);
+        }
     }
+    pthread_mutex_unlock(&loading);
+    return atomic_load(&driver_found);
 }
 
 static int arch_index(int arch)
@@ -123,8 +162,7 @@ static int capability(int device)
 
 static int begin(struct call *call, void *stream)
 {
-    pthread_once(&driver_once, find_driver);
-    if (!driver_found)
+    if (!find_driver())
         return MM1_NO_DRIVER;
     if (driver.current(&call->device))
         return MM1_NO_CONTEXT;
@@ -190,7 +228,7 @@ static int load(const struct image *image, int device, void **function)
     return error ? MM1_DRIVER + error : MM1_OK;
 }
 
-static int prepare(const struct image *image, int device, void **function)
+static int ready(const struct image *image, int device, void **function)
 {
     _Atomic(void *) *known = &functions[image - images][device];
     int result = MM1_OK;
@@ -207,14 +245,14 @@ static int launch(const struct call *call, const struct image *image, void *func
 {
     static const uint64_t no_scratch = 0;
     const void *params[MOST_ARGS + 3];
-    unsigned n = 0, threads = image->warps * (driver.amd ? 64 : 32);
+    unsigned n = 0, threads = (unsigned)image->warps * (driver.amd ? 64 : 32);
     for (; n < image->count; n++)
         params[n] = &step->values[image->args[n]];
     params[n++] = &no_scratch; /* Triton's own two, which no image here uses */
     params[n++] = &no_scratch;
     params[n] = NULL;
-    int error = driver.launch(function, step->grid, 1, 1, threads, 1, 1, image->shared, call->stream, (void **)params,
-                              NULL);
+    int error = driver.launch(function, (unsigned)step->grid, 1, 1, threads, 1, 1, (unsigned)image->shared,
+                              call->stream, (void **)params, NULL);
     return error ? MM1_DRIVER + error : MM1_OK;
 }
 
@@ -228,15 +266,18 @@ static int run(const struct call *call, const struct step *steps, int count)
         if (!(image[i] = find(call->arch, &steps[i])) || steps[i].grid > INT32_MAX)
             return MM1_UNSUPPORTED;
     for (int i = 0; i < count && !result; i++)
-        result = prepare(image[i], call->device, &function[i]);
+        result = ready(image[i], call->device, &function[i]);
     for (int i = 0; i < count && !result; i++)
         result = launch(call, image[i], function[i], &steps[i]);
     return result;
 }
 
-static uint64_t address(const void *pointer) { return (uintptr_t)pointer; }
+static int64_t address(const void *pointer) { return (int64_t)(uintptr_t)pointer; }
 
-static uint64_t real(double value)
+/* So many bytes behind an address, whatever it is. */
+static int64_t behind(int64_t address, int64_t bytes) { return (int64_t)((uint64_t)address + (uint64_t)bytes); }
+
+static int64_t real(double value)
 {
     float single = (float)value;
     uint32_t bits;
@@ -261,10 +302,10 @@ static bool positive(int64_t n) { return n > 0 && n < LIMIT; }
 static bool multiple(int64_t n) { return positive(n) && n % 16 == 0; }
 
 /* The next stretch of a workspace, whose base is 0 where only its size is asked. */
-static uint64_t take(uint64_t *at, int64_t size)
+static int64_t take(int64_t *at, int64_t size)
 {
-    uint64_t here = *at;
-    *at += (size + 255) & ~(int64_t)255;
+    int64_t here = *at;
+    *at = behind(here, (size + 255) & ~(int64_t)255);
     return here;
 }
 
@@ -272,7 +313,7 @@ static uint64_t take(uint64_t *at, int64_t size)
 struct sorted {
     int64_t rows, experts;
     bool tail; /* rows of no expert are tiles too */
-    uint64_t offsets, tiles, by_size;
+    int64_t offsets, tiles, by_size;
 };
 
 static int64_t tiles_of(const struct sorted *s, int block_m)
@@ -281,7 +322,7 @@ static int64_t tiles_of(const struct sorted *s, int block_m)
     return most < s->rows ? most : s->rows;
 }
 
-static void take_tiles(struct sorted *s, uint64_t *at)
+static void take_tiles(struct sorted *s, int64_t *at)
 {
     s->tiles = take(at, 12 * tiles_of(s, 16));
     s->by_size = take(at, 4 * s->experts);
@@ -304,8 +345,8 @@ static struct step map_step(const struct sorted *s, int variant)
 }
 
 /* b [experts, k, n] or, transposed, [experts, n, k]: strides of 1 are compiled in. */
-static struct step gemm_step(const struct sorted *s, int dtype, int variant, bool transposed, uint64_t a, uint64_t b,
-                             uint64_t y, int64_t k, int64_t n)
+static struct step gemm_step(const struct sorted *s, int dtype, int variant, bool transposed, int64_t a, int64_t b,
+                             int64_t y, int64_t k, int64_t n)
 {
     int64_t num_m = tiles_of(s, variants[variant].block_m);
     return (struct step){
@@ -319,10 +360,10 @@ static struct step gemm_step(const struct sorted *s, int dtype, int variant, boo
 size_t mm1_grouped_gemm_workspace(int64_t rows, int64_t experts)
 {
     struct sorted s = {.rows = rows, .experts = experts, .tail = true};
-    uint64_t size = 0;
+    int64_t size = 0;
     if (number(rows) && positive(experts))
         take_tiles(&s, &size);
-    return size;
+    return (size_t)size;
 }
 
 int mm1_grouped_gemm(int dtype, const void *a, const void *b, const void *offsets, void *y, int64_t rows,
@@ -340,7 +381,7 @@ int mm1_grouped_gemm(int dtype, const void *a, const void *b, const void *offset
     if (result)
         return result;
     struct sorted s = {.rows = rows, .experts = experts, .tail = true, .offsets = address(offsets)};
-    uint64_t at = address(workspace);
+    int64_t at = address(workspace);
     take_tiles(&s, &at);
     int variant = choose_product(&call, MM1_GROUPED_GEMM, dtype, &s, k, n);
     if (variant < 0)
@@ -355,10 +396,10 @@ int mm1_grouped_gemm(int dtype, const void *a, const void *b, const void *offset
 struct moe {
     struct sorted sorted;
     int64_t chunk, programs;
-    uint64_t slots, position, counts, s, y, end;
+    int64_t slots, position, counts, s, y, end;
 };
 
-static struct moe moe_of(uint64_t at, int dtype, int64_t slots, int64_t experts, int64_t width, int64_t ffn)
+static struct moe moe_of(int64_t at, int dtype, int64_t slots, int64_t experts, int64_t width, int64_t ffn)
 {
     struct moe m = {.sorted = {.rows = slots, .experts = experts}, .chunk = power_of_2(cdiv(slots, 128))};
     m.chunk = m.chunk < 128 ? 128 : m.chunk;
@@ -390,8 +431,8 @@ static struct step up_step(const struct moe *m, int dtype, int variant, int64_t 
     int64_t num_m = tiles_of(&m->sorted, variants[variant].block_m), half = ffn * width;
     return (struct step){
         KERNEL_up, dtype, variant, {top_k}, num_m * cdiv(ffn, variants[variant].block_n),
-        {[ARG_x_ptr] = address(x), [ARG_gate] = address(gate_up), [ARG_up] = address(gate_up) + half * bytes(dtype),
-         [ARG_slots_ptr] = m->slots, [ARG_s_ptr] = m->s, [ARG_h_ptr] = m->s, [ARG_tiles_ptr] = m->sorted.tiles,
+        {[ARG_x_ptr] = address(x), [ARG_gate] = address(gate_up),
+         [ARG_up] = behind(address(gate_up), half * bytes(dtype)), [ARG_slots_ptr] = m->slots, [ARG_s_ptr] = m->s, [ARG_h_ptr] = m->s, [ARG_tiles_ptr] = m->sorted.tiles,
          [ARG_stride_xm] = width, [ARG_stride_ge] = 2 * half, [ARG_stride_gn] = width, [ARG_stride_ue] = 2 * half,
          [ARG_stride_un] = width, [ARG_D] = width, [ARG_F] = ffn, [ARG_num_m] = num_m}};
 }
@@ -410,7 +451,7 @@ size_t mm1_moe_mlp_workspace(int dtype, int64_t tokens, int64_t top_k, int64_t e
 {
     bool sizes = typed(dtype) && number(tokens) && positive(top_k) && number(tokens * top_k) && positive(experts) &&
                  multiple(width) && multiple(ffn) && number(2 * width * ffn);
-    return sizes ? moe_of(0, dtype, tokens * top_k, experts, width, ffn).end : 0;
+    return sizes ? (size_t)moe_of(0, dtype, tokens * top_k, experts, width, ffn).end : 0;
 }
 
 int mm1_moe_mlp(int dtype, const void *x, const void *index, const void *weight, const void *gate_up, const void *down,
@@ -452,21 +493,21 @@ int mm1_grids(const int32_t *sizes, int64_t count, int64_t patches, int32_t *tab
         int64_t h = sizes[2 * i], w = sizes[2 * i + 1];
         if (h < 1 || w < 1 || h * w > patches - first)
             return MM1_INVALID;
-        memcpy(table + 4 * i, (int32_t[]){first, h * w, h, w}, 16);
+        memcpy(table + 4 * i, (int32_t[]){(int32_t)first, (int32_t)(h * w), sizes[2 * i], sizes[2 * i + 1]}, 16);
         for (int64_t end = first + h * w; first < end; first++)
-            owner[first] = i;
+            owner[first] = (int32_t)i;
     }
     for (; first < patches; first++)
-        owner[first] = count - 1;
+        owner[first] = (int32_t)(count - 1);
     return MM1_OK;
 }
 
 struct embed {
     int64_t k, padded;
-    uint64_t words, strides, weight, bias, end;
+    int64_t words, strides, weight, bias, end;
 };
 
-static struct embed embed_of(uint64_t at, int dtype, int64_t patches, int64_t width, int64_t patch_size)
+static struct embed embed_of(int64_t at, int dtype, int64_t patches, int64_t width, int64_t patch_size)
 {
     struct embed e = {.k = 3 * patch_size * patch_size};
     e.padded = cdiv(e.k, 16) * 16;
@@ -496,7 +537,7 @@ static struct step fold_step(const struct embed *e, int dtype, const void *weigh
 size_t mm1_patch_embed_workspace(int dtype, int64_t patches, int64_t width, int64_t patch_size)
 {
     bool sizes = typed(dtype) && number(patches) && multiple(width) && patch_size > 0 && patch_size <= 256;
-    return sizes ? embed_of(0, dtype, patches, width, patch_size).end : 0;
+    return sizes ? (size_t)embed_of(0, dtype, patches, width, patch_size).end : 0;
 }
 
 static bool statistics(const double *mean, const double *std)
@@ -565,6 +606,35 @@ int mm1_adaptive_pool(int dtype, const void *x, const void *table, void *y, int6
     return run(&call, &step, 1);
 }
 
+/* CUDA loads a kernel's code when it is first launched in a context, unless it is told to before. */
+static int finish(void *kernel)
+{
+    void *function;
+    int error = driver.amd ? 0 : driver.function(&function, kernel);
+    if (!error && driver.finish)
+        error = driver.finish(function);
+    return error ? MM1_DRIVER + error : MM1_OK;
+}
+
+int mm1_prepare(void)
+{
+    struct call call;
+    int result = begin(&call, NULL);
+    if (result)
+        return result;
+    const struct image *image = images + image_begin[call.arch * KERNELS];
+    const struct image *end = images + image_begin[(call.arch + 1) * KERNELS];
+    for (; image < end && !result; image++) {
+        void *function;
+        if (call.everywhere && image->shared > EVERYWHERE)
+            continue; /* no call chooses it */
+        result = ready(image, call.device, &function);
+        if (!result)
+            result = finish(function);
+    }
+    return result;
+}
+
 int mm1_version(void) { return MM1_VERSION; }
 
 int mm1_variants(int arch)
@@ -576,14 +646,18 @@ int mm1_variants(int arch)
 int mm1_choose(int kernel, int arch, int dtype, const int64_t *dims)
 {
     int a = arch_index(arch);
-    bool product = kernel == MM1_GROUPED_GEMM || kernel == MM1_EXPERTS_UP;
-    if (kernel < 0 || kernel >= OPS || !typed(dtype) || !dims || a < 0 || (product && dims[1] <= 0))
+    if (kernel < 0 || kernel >= OPS || !typed(dtype) || !dims || a < 0)
         return -1;
-    int64_t all[DIMS] = {dims[0], dims[1]};
-    if (kernel != MM1_ADAPTIVE_POOL)
-        all[2] = dims[2];
+    bool product = kernel == MM1_GROUPED_GEMM || kernel == MM1_EXPERTS_UP;
+    const int count = product ? 4 : kernel == MM1_PATCH_EMBED ? 3 : 2;
+    int64_t all[DIMS] = {0};
+    for (int d = 0; d < count; d++) {
+        if (d ? !positive(dims[d]) : !number(dims[d]))
+            return -1;
+        all[d] = dims[d];
+    }
     if (product)
-        all[3] = dims[3], all[4] = cdiv(dims[0], dims[1]);
+        all[4] = cdiv(all[0], all[1]);
     return choose(kernel, a, archs[a] != arch, dtype, all);
 }
 

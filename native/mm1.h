@@ -2,7 +2,8 @@
 
    Pointers but `sizes`, `mean` and `std` are of the device, aligned to 16 bytes. A call enqueues on `stream` (CUstream,
    cudaStream_t or hipStream_t; NULL: the default one) of the current context's device, waits for nothing and may be made
-   from any thread. A kernel's first call on a device loads its code: make one before capturing a graph. On any result
+   from any thread. The first call looks for the driver, libcuda.so.1 of CUDA 12 or libamdhip64.so.7, 6 or 5, and after a
+   failure the next one does so again. A kernel's first call on a device loads its code: see mm1_prepare. On any result
    but MM1_OK before the driver is asked, nothing was launched. */
 #ifndef MM1_H
 #define MM1_H
@@ -30,7 +31,7 @@ enum mm1_result {
     MM1_OK,
     MM1_INVALID,     /* an argument is NULL, out of range or not aligned, or the workspace too small */
     MM1_UNSUPPORTED, /* nothing was compiled for this GPU, size or setting */
-    MM1_NO_DRIVER,   /* neither libcuda.so.1 of CUDA 12 nor libamdhip64.so with a device */
+    MM1_NO_DRIVER,   /* neither libcuda.so.1 of CUDA 12 nor libamdhip64.so with a device; the next call looks again */
     MM1_NO_CONTEXT,  /* no device is current in this thread */
     MM1_DRIVER = 1000 /* and the driver's own code */
 };
@@ -38,11 +39,18 @@ enum mm1_result {
 MM1_API int mm1_version(void);
 MM1_API const char *mm1_error_string(int result);
 
+/* Finds the driver and loads every kernel for the current context's device, so that no later call on that device loads
+   anything: call it once for each context, before a graph is captured or time matters. It launches nothing, and may run
+   beside other calls. It takes memory for the kernels of all dtypes, and longest where PTX is translated. After a failure
+   it may be called again. Results are those of a launch; nothing is lost if it is never called. */
+MM1_API int mm1_prepare(void);
+
 /* arch: compute capability, major · 10 + minor; 942 for gfx942. How many images a GPU of it can run; 0: not supported. */
 MM1_API int mm1_variants(int arch);
 
-/* The variant that runs, by its number in the manifest, or -1. dims: grouped_gemm and experts_up rows, experts, k, n;
-   patch_embed patches, k, width; adaptive_pool rows, channels. */
+/* The variant that runs, by its number in the manifest, or -1 if none does. dims: grouped_gemm and experts_up rows,
+   experts, k, n; patch_embed patches, k, width; adaptive_pool rows, channels. The first is below 2^31, the others are at
+   least 1 and below 2^24. */
 MM1_API int mm1_choose(int kernel, int arch, int dtype, const int64_t *dims);
 
 /* y[r] = a[r] · b[e] for rows r of expert e, which end at offsets[e]; rows past the last offset are zeros.

@@ -9,7 +9,7 @@ import torch
 from conftest import relative_error
 from small import small_mm1
 
-from mm1.engine import decode, quantize
+from mm1.engine import compiled, decode, quantize
 from mm1.engine.cache import PAGE, Cache
 from mm1.engine.decode import PRODUCTS, step_of
 from mm1.engine.packed import Head
@@ -128,6 +128,19 @@ def test_without_a_compiler_torch_decodes_and_it_is_said(monkeypatch, tmp_path):
     assert step_of(half, Head(half), Cache(half.config, 1, torch.device("cpu"), torch.float16)) is None
 
 
+def test_a_compiler_that_hangs_costs_a_line_and_torch_decodes(monkeypatch, tmp_path):
+    decoder, compiler = small_mm1().eval().decoder, tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nsleep 600\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(compiled, "LIMIT", 0.2)
+    decode.library.cache_clear()
+    cache = Cache(decoder.config, 1, torch.device("cpu"), torch.float32)
+    with pytest.warns(UserWarning, match=r"cannot compile decode.cpp: .*compiler took longer than 0.2 s; each token"):
+        assert step_of(decoder, Head(decoder), cache) is None
+    decode.library.cache_clear()
+
+
 def first_step(decoder, dtype=torch.float32, tokens=(7,)):
     cache = Cache(decoder.config, len(tokens), torch.device("cpu"), dtype)
     tables = [np.array([b], np.int32) for b in range(len(tokens))]
@@ -209,7 +222,7 @@ def test_another_processor_compiles_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("MM1_CACHE", str(tmp_path))
     monkeypatch.setattr(decode, "FLAGS", ("-std=c++17", "-O0", "-fopenmp", "-shared", "-fPIC"))
     for processor in ("one", "another", "one"):
-        monkeypatch.setattr(decode, "_processor", lambda name=processor: name)
+        monkeypatch.setattr(compiled, "processor", lambda name=processor: name)
         decode.library.cache_clear()
         assert decode.library()
     decode.library.cache_clear()

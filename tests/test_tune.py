@@ -90,7 +90,7 @@ class Gpu:
         self.trials.append(trial)
         self.then(trial)
         if trial.samples and {config.block for config in trial.configs} & set(self.crashes):
-            return Failed("the process died with status -11")
+            return Failed("the process died with status -11", "process")
         times = [self.times[config.block] for config in trial.configs]
         return [Failed(t) if isinstance(t, str) else [t] * trial.samples for t in times]
 
@@ -249,7 +249,94 @@ def test_a_candidate_that_crashes_is_found_and_only_it_is_lost(measured, tmp_pat
     assert kept["config"] == {"block": 64}
     refused = [e for e in log_of(tmp_path) if e["event"] == "refused"]
     assert [(e["config"], e["why"]) for e in refused] == [({"block": 32}, "the process died with status -11")]
-    assert gpu.tried()[128, 32] == 3, "judged, timed with the others, timed alone"
+    assert gpu.tried()[128, 32] == 4, "judged, timed with the others, alone, and alone in a new process"
+
+
+class Sticky(Gpu):
+    """After an error of a kernel each call of the process fails, until another process takes its place."""
+
+    def __init__(self, culprits, **more):
+        super().__init__(**more)
+        self.culprits, self.poisoned, self.processes = culprits, False, 1
+
+    def one(self, trial):
+        self.trials.append(trial)
+        found = []
+        for config in trial.configs:
+            self.poisoned = self.poisoned or config.block in self.culprits
+            if self.poisoned:
+                return Failed("RuntimeError: CUDA error: an illegal memory access was encountered", "process")
+            found.append([self.times[config.block]] * trial.samples)
+        return found
+
+    def close(self):
+        self.poisoned, self.processes = False, self.processes + 1
+
+
+def test_after_an_error_of_the_device_only_its_cause_is_refused(measured, tmp_path):
+    """And nothing of the kind is found in the log of the others, in the order in which they came or in any other."""
+    for order in ([16, 32, 64], [64, 32, 16], [32, 16, 64]):
+        BLOCKS[:] = order
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        (kept,) = measured(Sticky([16]), shape="rows=128 width=64")["rows"]
+        assert kept["config"] == {"block": 32}
+        assert [e["config"] for e in log_of(tmp_path) if e["event"] == "refused"] == [{"block": 16}]
+    BLOCKS[:] = [16, 32, 64]
+
+
+def test_where_the_default_fails_in_a_new_process_too_no_candidate_is_refused(measured, tmp_path, capsys):
+    """It is the GPU that is broken."""
+
+    def breaks(trial):
+        if trial.configs == (Config(32),):
+            gpu.culprits = [8, 16, 32, 64]
+
+    gpu = Sticky([])
+    one = gpu.one
+    gpu.one = lambda trial: (breaks(trial), one(trial))[1]
+    found = measured(gpu, shape="rows=128 width=64")
+    assert found["rows"] == []
+    assert [e["event"] for e in log_of(tmp_path) if e["event"] in ("refused", "result")] == []
+    assert "the default fails: RuntimeError: CUDA error" in capsys.readouterr().out
+    measured(Gpu(), shape="rows=128 width=64")
+    assert answer() == ("user", 32), "a later run tries all of them"
+
+
+def test_want_of_memory_is_no_refusal_and_replaces_no_row_in_use(measured, tmp_path):
+    write_table(tmp_path / "tables", "toy", HERE, [source([65, 128], 64)])
+
+    class Short(Gpu):
+        def one(self, trial):
+            found = super().one(trial)
+            return Failed("OutOfMemoryError", "memory") if Config(64) in trial.configs else found
+
+    measured(Short({**FAST, 16: 1.0, 32: 1.0}), shape="rows=128 width=64")
+    assert answer() == ("shipped", 64)
+    events = [(e["event"], e["config"]) for e in log_of(tmp_path) if e["event"] in ("refused", "failed")]
+    assert events == [("failed", {"block": 64})]
+
+
+JOBS = Tunable("toy", Shape, worker_tasks.Job, lambda *_: iter([]), lambda *_: True, lambda *_: worker_tasks.Job(8),
+               lambda *_: 1.0)  # fmt: skip
+
+
+def test_in_processes_of_their_own_a_late_error_blames_nobody_and_an_early_one_its_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "Trial", worker_tasks.Trial)
+    monkeypatch.setattr(tune, "Workers", lambda *_: Workers(worker_tasks.act_on_each, 1, 120.0))
+    first, second, illegal, late, short = map(worker_tasks.Job, (1, 2, "illegal", ("late", 3), "short"))
+    lost, loses = (worker_tasks.Job((task, str(tmp_path / "lost"))) for task in ("lost", "loses"))
+    error = Failed("RuntimeError: CUDA error: an illegal memory access was encountered", "process")
+    with tune._Session(HERE, 16, None, 1) as session:
+        found = session.samples(JOBS, SHAPES[0], [first, illegal, second, short], 1)
+        memory = Failed("OutOfMemoryError: CUDA out of memory. Tried to allocate 80.00 GiB", "memory")
+        assert found == [[1.0], error, [2.0], memory]
+        assert session.samples(JOBS, SHAPES[0], [late], 1) == [[3.0]]
+        assert session.samples(JOBS, SHAPES[0], [second], 1) == [[2.0]], "which comes after it in the same process"
+        with pytest.raises(tune._Unfit) as ended:
+            session.samples(JOBS._replace(default=lambda *_: lost), SHAPES[0], [loses], 1)
+        assert ended.value.args[0].why == "RuntimeError: No CUDA GPUs are available"
+    refused = [e["config"]["task"] for e in log_of(tmp_path) if e["event"] == "refused"]
+    assert refused == ["illegal"]
 
 
 def test_one_that_hangs_or_dies_is_told_from_those_it_was_tried_with(tmp_path, monkeypatch):
@@ -260,17 +347,21 @@ def test_one_that_hangs_or_dies_is_told_from_those_it_was_tried_with(tmp_path, m
             self.limit = 1.0 if hang in task.configs else 120.0
             return super().one(task)
 
-    first, second, dies = map(worker_tasks.Job, (1, 2, "kill"))
+        def start(self):
+            self.limit = 120.0
+            super().start()
+
+    first, second, dies = map(worker_tasks.Job, (1, 2, "segfault"))
     hang = worker_tasks.Job(("hang", str(tmp_path / "child")))
     monkeypatch.setattr(tune, "Trial", worker_tasks.Trial)
     monkeypatch.setattr(tune, "Workers", lambda *_: Patient(worker_tasks.act_on_each, 1, 120.0))
     with tune._Session(HERE, 16, None, 1) as session:
-        found = session.samples(TOY, SHAPES[0], [first, dies, second], 2)
-        assert found == [[1.0, 1.0], Failed("the process died with status -9"), [2.0, 2.0]]
-        found = session.samples(TOY, SHAPES[0], [hang, first, second], 2)
-        assert found == [Failed("took longer than 1 s"), [1.0, 1.0], [2.0, 2.0]]
+        found = session.samples(JOBS, SHAPES[0], [first, dies, second], 2)
+        assert found == [[1.0, 1.0], Failed("the process died with status -11", "process"), [2.0, 2.0]]
+        found = session.samples(JOBS, SHAPES[0], [hang, first, second], 2)
+        assert found == [Failed("took longer than 1 s", "process"), [1.0, 1.0], [2.0, 2.0]]
         assert multiprocessing.active_children()
-    assert [e["config"]["task"] for e in log_of(tmp_path) if e["event"] == "refused"] == ["kill", list(hang.task)]
+    assert [e["config"]["task"] for e in log_of(tmp_path) if e["event"] == "refused"] == ["segfault", list(hang.task)]
     assert not multiprocessing.active_children()
 
 
@@ -385,6 +476,26 @@ def test_wrong_and_unstable_configurations_are_refused_and_the_others_timed_in_t
     assert Counter(calls) == {8: 6, 16: 2, 4: 5, 32: 2, 64: 2}, "two runs judge each once and for all"
 
 
+@pytest.mark.parametrize("run", [2, 3], ids=["checked", "timed"])
+def test_an_error_is_seen_behind_the_configuration_that_made_it(monkeypatch, run):
+    """Kernels run after their launch returned: without a wait the next one would be blamed."""
+
+    def wait():
+        if calls.count(4) == run:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    calls.clear()
+    monkeypatch.setattr(timing, "synchronize", wait)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        run_trial(Trial("toy", (128, 64, False), 16, (Config(4), Config(8)), 2))
+    assert calls == {2: [8, 4, 4], 3: [8, 4, 4, 8, 8, 4]}[run], "nothing was run behind it"
+
+
+def test_no_candidate_of_a_gpu_is_timed_on_a_cpu():
+    with pytest.raises(RuntimeError, match="the trial is for cuda, and this process has cpu alone"):
+        run_trial(Trial("toy", (128, 64, False), 16, (Config(8),), 1), on="cuda")
+
+
 def test_interpreted_the_whole_of_it_runs(tmp_path):
     log = tmp_path / "log.jsonl"
     run = mm1("tune", "conv_norm", "--shape", "rows=2 channels=16", "--budget", "12", "--log", str(log),
@@ -470,6 +581,20 @@ def test_two_who_write_the_same_row_at_once_leave_one_that_is_whole(tmp_path):
     assert len(list(folder.iterdir())) == 1
     tuning.forget()
     assert answer()[0] == "user"
+
+
+def test_threads_that_write_the_same_row_are_not_in_each_others_way(tmp_path, monkeypatch):
+    real = os.replace
+
+    def meanwhile(part, path):
+        monkeypatch.setattr(os, "replace", real)
+        write_user_row(TOY, HERE, source([65, 128], 16, "measured"))
+        real(part, path)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    path = write_user_row(TOY, HERE, source([65, 128], 32, "measured"))
+    assert json.loads(path.read_text())["config"]["block"] == 32
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_no_row_that_its_kernel_could_not_read_is_written(tmp_path):

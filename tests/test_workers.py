@@ -8,8 +8,10 @@ from itertools import chain, count
 from pathlib import Path
 
 import pytest
+import torch
+from triton.runtime.errors import OutOfResources
 
-from mm1.autotune.workers import Failed, Workers
+from mm1.autotune.workers import Failed, Workers, kind_of
 from tests import worker_tasks
 from tests.conftest import not_interpreted
 
@@ -47,13 +49,14 @@ def gone(*pids: int) -> bool:
 
 
 def test_a_crash_or_an_exception_is_one_tasks_result_and_the_others_are_all_there(workers):
-    tasks = [1, "raise", 2, "exit", 3, "kill", 4, 5]
+    tasks = [1, "raise", 2, "exit", 3, "segfault", 4, "kill", 5]
     found = dict(workers(2).each(tasks))
     assert found == {
         **{i: ["done", i] for i in (1, 2, 3, 4, 5)},
         "raise": Failed("ValueError: not this one"),
-        "exit": Failed("the process died with status 7"),
-        "kill": Failed("the process died with status -9"),
+        "exit": Failed("the process died with status 7", "process"),
+        "segfault": Failed("the process died with status -11", "process"),
+        "kill": Failed("the process died with status -9", "memory"),  # as Linux does where memory is short
     }
 
 
@@ -62,8 +65,64 @@ def test_a_process_serves_many_tasks_and_an_exception_does_not_end_it(workers):
     first = one.one("who")
     assert one.one("raise") == Failed("ValueError: not this one")
     assert one.one("who") == first
-    assert one.one("exit") == Failed("the process died with status 7")
+    assert one.one("exit") == Failed("the process died with status 7", "process")
     assert one.one("who") != first
+
+
+def test_an_error_of_the_device_ends_the_process_and_so_does_want_of_memory(workers):
+    """Nothing of a poisoned context, and no memory, reaches the next task."""
+    one = workers(1)
+    for task, why, kind in (
+        ("illegal", "RuntimeError: CUDA error: an illegal memory access was encountered", "process"),
+        ("short", "OutOfMemoryError: CUDA out of memory. Tried to allocate 80.00 GiB", "memory"),
+    ):
+        first = one.one("who")
+        assert one.one(task) == Failed(why, kind)
+        assert gone(first)
+        assert one.one(7) == ["done", 7]
+
+
+def chained(first, second):
+    try:
+        try:
+            raise first
+        except Exception:
+            raise second  # noqa: B904
+    except Exception as error:
+        return error
+
+
+ASYNC = "Search for `cudaErrorIllegalAddress' in the documentation. CUDA kernel errors might be asynchronously reported"
+CAPTURE = "CUDA error: operation failed due to a previous error during capture"
+ERRORS = [
+    *((RuntimeError(f"CUDA error: {what}\n{ASYNC}"), "process") for what in (
+        "an illegal memory access was encountered", "an illegal instruction was encountered", "misaligned address",
+        "unspecified launch failure", "uncorrectable ECC error encountered", "device-side assert triggered",
+        "CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+    )),
+    (torch.AcceleratorError("CUDA error: misaligned address"), "process"),
+    (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), "process"),
+    (RuntimeError("HIP error: the operation cannot be performed in the present state"), "process"),
+    (RuntimeError("CUDA driver error: unknown error"), "process"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "process"),
+    (RuntimeError("No CUDA GPUs are available"), "process"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
+    (torch.AcceleratorError("CUDA error: out of memory"), "memory"),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), "memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory"),
+    (MemoryError(), "memory"),
+    (chained(torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CAPTURE)), "memory"),
+    (chained(ValueError("in a graph"), RuntimeError(CAPTURE)), "process"),
+    (OutOfResources(300_000, 232_448, "shared memory"), "task"),
+    (ValueError("block_m 24 is no power of 2"), "task"),
+    (AssertionError(), "task"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, kind", ERRORS, ids=lambda x: x if isinstance(x, str) else str(x)[:40])
+def test_a_failure_is_of_the_task_of_the_process_or_of_memory(error, kind):
+    """By what torch and Triton raise; a shape that takes too much shared memory is the task's own."""
+    assert kind_of(error) == kind
 
 
 def test_what_hangs_is_killed_at_the_limit_with_what_it_started(workers, tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import subprocess
 import tempfile
 from collections import Counter
@@ -146,7 +147,8 @@ def compile_launch(launch: Launch, device: Device) -> Compiled:
 def write(path: Path, text: str) -> None:
     """All of it or nothing, whoever else writes the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Two hosts that share a folder may have the same process number, and so have two threads.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         part.write_text(text)
         os.replace(part, path)

@@ -35,15 +35,30 @@ class Trial(NamedTuple):
     samples: int
 
 
-def run_trial(trial: Trial) -> list[Any]:
-    """By configuration: seconds of each sample, or Failed."""
-    bench = _bench(trial.kernel, trial.shape, trial.bits)
-    results: list[Any] = [bench.fault(config) or [] for config in trial.configs]
-    good = [i for i, result in enumerate(results) if not isinstance(result, Failed)]
-    for number in range(trial.samples):
-        for i in good if number % 2 == 0 else reversed(good):  # A B B A
-            results[i].append(bench.seconds(trial.configs[i]))
-    return results
+def run_trial(trial: Trial, on: str | None = None) -> list[Any]:
+    """By configuration: seconds of each sample, or Failed.
+
+    on: what where() must be, so that nothing is timed on a CPU because the GPU is lost. The device is done with each
+    configuration before the next one begins, so that an error is of the one at hand.
+    """
+    if where() != (on or where()):
+        raise RuntimeError(f"CUDA error: the trial is for {on}, and this process has {where()} alone")
+    try:
+        bench = _bench(trial.kernel, trial.shape, trial.bits)
+        results: list[Any] = [bench.fault(config) or [] for config in trial.configs]
+        good = [i for i, result in enumerate(results) if not isinstance(result, Failed)]
+        for number in range(trial.samples):
+            for i in good if number % 2 == 0 else reversed(good):  # A B B A
+                results[i].append(bench.seconds(trial.configs[i]))
+        return results
+    finally:  # also behind an exception, which may be the first sign of an error of the device
+        synchronize()
+
+
+def synchronize() -> None:
+    """Wait for the device; raises what any kernel before did wrong."""
+    if where() == "cuda":
+        torch.cuda.synchronize()
 
 
 def where() -> str:
@@ -81,6 +96,7 @@ class Bench:
         self.kernel, self.dtype = kernel, DTYPES[bits]
         self.run, wide = (self._example(KERNELS[kernel].tunable.shape(*shape), widen) for widen in (False, True))
         self.truth = results_of(wide)
+        synchronize()
         self.faults: dict[Any, Failed | None] = {}
         self.graphs: dict[Any, Any] = {}
 
@@ -103,16 +119,22 @@ class Bench:
             return Failed("two runs differ")
         pairs = zip(first, self.truth, strict=True)
         why = next((why for a, b in pairs if (why := wrong(a, b, TOLERANCE[self.dtype]))), None)
+        synchronize()
         return None if why is None else Failed(why)
 
     def seconds(self, config: Any) -> float:
+        seconds = self.clock.seconds(self._timed(config))
+        synchronize()
+        return seconds
+
+    def _timed(self, config: Any) -> Callable[[], Any]:
         if where() == "cpu":
-            return self.clock.seconds(lambda: self.call(config))
+            return lambda: self.call(config)
         if config not in self.graphs:
             # All write over one pool of memory: only the last replayed has its results, which nobody reads.
             pool = next((graph.pool() for graph in self.graphs.values()), None)
             self.graphs[config] = capture(lambda: self.call(config), pool)
-        return self.clock.seconds(self.graphs[config].replay)
+        return self.graphs[config].replay
 
 
 def results_of(call: Callable[[], Any]) -> list[Tensor]:

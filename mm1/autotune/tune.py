@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from math import log2
 from pathlib import Path
@@ -99,7 +100,7 @@ class _Session:
     def __init__(self, device: Device, bits: int, log: Path | None, processes: int):
         self.device, self.bits, self.dtype = device, bits, DTYPES[bits]
         self.log = Log(log or cache_folder().parent / "tune" / f"{device.name}.jsonl")
-        self.trials, self.compilers = Workers(run_trial, 1, LIMIT), compilers(processes)
+        self.trials, self.compilers = Workers(partial(run_trial, on=where()), 1, LIMIT), compilers(processes)
         self.compiles = device.name in DEVICES and not INTERPRETED  # else that is done when it is tried
         self.signals: list[int] = []
         self.seen: set[Any] = set()  # of this shape, what was timed or failed
@@ -138,7 +139,10 @@ class _Session:
             elif left <= 0 or self.stopped():
                 break
             else:
-                source = self.shape(tunable, shape, min(left, max(LEAST, left / (len(wanted) - i))))
+                try:
+                    source = self.shape(tunable, shape, min(left, max(LEAST, left / (len(wanted) - i))))
+                except _Unfit as unfit:
+                    source = self.failed(tunable, shape, *unfit.args)
                 done += 1
             if source is not None:
                 keep(tunable.kernel, source)
@@ -205,8 +209,8 @@ class _Session:
         )
         for task, found in results:
             if why := fault(task, found):
-                self.seen.add(task.config)
-                self.log.add("refused", **self.known(tunable, shape), config=vars(task.config), why=why)
+                failed = found if isinstance(found, Failed) else Failed(why)
+                self.refuse(tunable, shape, task.config, failed)
             else:
                 codes[task.config] = found
             if time.monotonic() > end or self.stopped():
@@ -214,21 +218,53 @@ class _Session:
         return codes
 
     def samples(self, tunable: Tunable, shape: Any, configs: list[Any], count: int) -> list[Any]:
-        """Seconds of so many runs of each, in turns. If that brings the process down, each runs alone, and only the
-        culprit is lost."""
+        """Seconds of so many runs of each, in turns. If that fails, each runs alone, and only the culprit is lost."""
         found = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, tuple(configs), count))
         if isinstance(found, Failed) and len(configs) > 1:
             return [self.samples(tunable, shape, [config], count)[0] for config in configs]
-        found = [found] if isinstance(found, Failed) else found
+        if isinstance(found, Failed):
+            found = [self.alone(tunable, shape, configs[0], count, found)]
         for config, result in zip(configs, found):
-            known = {**self.known(tunable, shape), "config": vars(config)}
-            if result:  # samples, or a failure
-                self.seen.add(config)
             if isinstance(result, Failed):
-                self.log.add("refused", **known, why=result.why)
+                if config != tunable.default(shape, self.dtype, self.device):
+                    self.refuse(tunable, shape, config, result)
             elif result:
+                self.seen.add(config)
+                known = {**self.known(tunable, shape), "config": vars(config)}
                 self.log.add("samples", **known, seconds=[round(s, 9) for s in result])
         return found
+
+    def alone(self, tunable: Tunable, shape: Any, config: Any, count: int, failed: Failed) -> Any:
+        """What a configuration gives that failed, in a process where nothing was before it, if that may make a
+        difference. Raises _Unfit where the default fails there too: then no configuration is to blame."""
+        if failed.kind == "task":
+            return failed
+
+        def fresh(config: Any, count: int) -> Any:
+            self.trials.close()
+            self.trials.start()  # whose time is not the trial's
+            found = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, (config,), count))
+            return found if isinstance(found, Failed) else found[0]
+
+        found, default = fresh(config, count), tunable.default(shape, self.dtype, self.device)
+        if isinstance(found, Failed) and found.kind == "process" and config != default:
+            control = fresh(default, 0)
+            if isinstance(control, Failed):
+                raise _Unfit(control)
+        return found
+
+    def refuse(self, tunable: Tunable, shape: Any, config: Any, failed: Failed) -> None:
+        """For good, but for want of memory, of which there may be more another time."""
+        known = {**self.known(tunable, shape), "config": vars(config), "why": failed.why}
+        if failed.kind == "memory":
+            self.log.add("failed", **known)
+        else:
+            self.seen.add(config)
+            self.log.add("refused", **known)
+
+
+class _Unfit(Exception):
+    """The default, which ran before, does not run in a new process any more: it is the GPU that fails."""
 
 
 def _brief(state: dict[str, Any]) -> dict[str, Any]:

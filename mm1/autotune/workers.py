@@ -3,15 +3,27 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, cast
 
+# What torch and Triton say when a GPU refuses. Most such errors are sticky: whatever the process calls next fails too.
+DEVICE = re.compile(r"\b(CUDA|HIP)( driver| unknown)? error\b|Triton Error \[|_STATUS_|No (CUDA|HIP) GPUs", re.I)
+MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED", re.I)
+
 
 class Failed(NamedTuple):
+    """A task that has no result.
+
+    kind: "task": it raised an exception of its own; "process": it ended its process, or left it unfit for another task,
+    as an error of the GPU does, whose cause may be an earlier task; "memory": there was too little.
+    """
+
     why: str
+    kind: str = "task"
 
 
 class _Worker(NamedTuple):
@@ -22,8 +34,8 @@ class _Worker(NamedTuple):
 class Workers:
     """A few spawned processes that apply one function of a module; each starts at its first task.
 
-    limit: seconds a task may take. A process that takes longer, or dies, is killed with what it started, and another
-    takes its place. A task's exception is its result.
+    limit: seconds a task may take. A process that takes longer, dies or is left unfit (see Failed) is killed with what
+    it started, and another takes its place. A task's exception is its result.
     """
 
     def __init__(self, function: Callable[[Any], Any], count: int, limit: float):
@@ -48,8 +60,10 @@ class Workers:
                 late = [pipe for pipe, (_, _, end) in busy.items() if pipe not in ready and time.monotonic() >= end]
                 for pipe in [*ready, *late]:
                     worker, task, _ = busy.pop(pipe)
-                    result = Failed(f"took longer than {self.limit:g} s") if pipe in late else _received(worker)
-                    if pipe in late or not worker.process.is_alive():
+                    late_why = f"took longer than {self.limit:g} s"
+                    result = Failed(late_why, "process") if pipe in late else _received(worker)
+                    unfit = isinstance(result, Failed) and result.kind != "task"
+                    if unfit or not worker.process.is_alive():
                         _kill(worker)
                         self._idle.append(None)
                     else:
@@ -105,7 +119,9 @@ def _received(worker: _Worker) -> Any:
         return worker.pipe.recv()
     except (EOFError, OSError):
         worker.process.join(5)
-        return Failed(f"the process died with status {worker.process.exitcode}")
+        status = worker.process.exitcode
+        # Linux kills the largest process where memory is short; nothing that a task does to itself has this status.
+        return Failed(f"the process died with status {status}", "memory" if status == -signal.SIGKILL else "process")
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
@@ -119,8 +135,23 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
         try:
             result = function(task)
         except Exception as error:
-            result = Failed(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            result = Failed(" ".join(f"{type(error).__name__}: {error}".split())[:300], kind_of(error))
         pipe.send(result)
+
+
+def kind_of(error: BaseException) -> str:
+    """Return the kind of Failed that an exception makes. What came first counts: after it, cleaning up fails too."""
+    chain: list[BaseException] = []
+    while error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__ or error
+    for e in reversed(chain):
+        names = {base.__name__ for base in type(e).__mro__}  # torch's, without torch
+        if isinstance(e, MemoryError) or "OutOfMemoryError" in names or MEMORY.search(str(e)):
+            return "memory"
+        if "AcceleratorError" in names or DEVICE.search(str(e)):
+            return "process"
+    return "task"
 
 
 def _kill(worker: _Worker) -> None:

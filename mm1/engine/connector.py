@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine import config
+from mm1.engine.replaceable import Replaceable
 from mm1.kernels.adaptive_pool import adaptive_pool
 from mm1.kernels.attention import attention
 from mm1.kernels.conv_block import conv_block
@@ -84,7 +85,7 @@ class _Conv(nn.Module):
         self.bn = nn.LayerNorm(width, eps=1e-5)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Replaceable):
     """Parameters of one block under timm's names; the work is mm1.kernels.conv_block's."""
 
     def __init__(self, in_width: int, width: int):

@@ -1,11 +1,9 @@
 """One decoding step on a CPU in one call: decode.cpp, compiled for this machine when it is first wanted."""
 
 import ctypes
-import hashlib
 import os
 import shlex
 import shutil
-import subprocess
 import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine.cache import PAGE, Cache
+from mm1.engine.compiled import CannotCompile, compiled
 from mm1.kernels.tuning import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -48,37 +47,18 @@ class _Model(ctypes.Structure):
 
 @cache
 def library() -> "ctypes.CDLL | None":
-    """The compiled code, from the user's cache if it was compiled before; None, with a warning, without a compiler."""
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
-    if not compiler:
-        warnings.warn(
-            "no C++ compiler found: each token is decoded by many calls of torch in place of one", stacklevel=2
-        )
-        return None
-    parts = [SOURCE.read_text(), *compiler, *FLAGS, _processor()]
-    path = cache_folder().parent / "native" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
+    """The compiled code, from the user's cache if it was compiled before; None, with a warning, where it cannot be."""
+    names = ("c++", "g++", "clang++") if os.name == "posix" else ()
+    found = next(filter(None, map(shutil.which, names)), None)
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ours = path.with_suffix(f".{os.getpid()}")
-            command = [*compiler, *FLAGS, "-o", str(ours), str(SOURCE)]
-            subprocess.run(command, capture_output=True, text=True, check=True)
-            ours.replace(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:  # no such compiler, no place to write, a damaged file
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
-        warnings.warn(f"{compiler[0]} cannot compile {SOURCE.name}, decoding by torch: {reason}", stacklevel=2)
-        return None
-
-
-def _processor() -> str:
-    """What -march=native means here: a home folder may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return os.uname().machine
-    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
+        compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+        if compiler:
+            return compiled(SOURCE, compiler, FLAGS, lambda: cache_folder().parent / "native")
+        why = "no C++ compiler found"
+    except (CannotCompile, OSError, ValueError) as error:  # ValueError: CXX has an open quotation mark
+        why = f"cannot compile {SOURCE.name}: {error}"
+    warnings.warn(f"{why}; each token is decoded by many calls of torch in place of one", stacklevel=2)
+    return None
 
 
 def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
@@ -101,6 +81,7 @@ class Step:
     def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
         c = decoder.config
         self.vocabulary, self.code, self._kept = c.vocabulary, code, [cache.k, cache.v]
+        self._of = decoder, head, cache
         layers = (_Layer * c.layers)()
         for layer, block, k, v in zip(layers, decoder.blocks, cache.k, cache.v):
             a, mlp = block.attention, block.mlp
@@ -126,6 +107,10 @@ class Step:
             PAGE, KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
             self._matrix(decoder.embedding.weight), self._linear(head), layers,
         )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Addresses and code are of this process; a copy, or where it cannot be compiled None, is made anew."""
+        return step_of, self._of
 
     def _vector(self, x: Any) -> int:
         self._kept.append(x.detach().float().contiguous())

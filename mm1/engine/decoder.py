@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm1.engine import config
 from mm1.engine.experts import Experts
+from mm1.engine.replaceable import Replaceable
 from mm1.kernels.attention import attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -70,7 +71,7 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x)), zero, zero, None
 
 
-class Block(nn.Module):
+class Block(Replaceable):
     def __init__(self, c: config.Decoder, moe: bool):
         super().__init__()
         self.norm1 = nn.RMSNorm(c.width, c.eps)

@@ -83,34 +83,38 @@ def load(slots: Tensor) -> dict[str, Any]:
     return {"expert_load": busiest.tolist(), "dropped": dropped / max(1, routed)}
 
 
-def _mm1() -> Backend:
-    return lambda x, r, gate_up, down: moe_mlp(x, r.index, r.weight, gate_up, down, order=r.order)
+def _mm1(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    return moe_mlp(x, r.index, r.weight, gate_up, down, order=r.order)
 
 
-def _torch() -> Backend:
-    def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-        slots, position, offsets = r.order
-        # Rows past the last offset come back uninitialised, results and gradients alike: nothing may read them.
-        taken = torch.arange(len(slots), device=x.device)[:, None] < offsets[-1]
-        rows = torch.where(taken, x[slots // position.shape[1]], 0)
-        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets).chunk(2, -1)
-        y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offsets)
-        y = torch.where(taken, y, 0)[position.long()]
-        return (y.float() * r.weight[..., None]).sum(1).to(x.dtype)
-
-    return run
+def _torch(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    slots, position, offsets = r.order
+    # Rows past the last offset come back uninitialised, results and gradients alike: nothing may read them.
+    taken = torch.arange(len(slots), device=x.device)[:, None] < offsets[-1]
+    rows = torch.where(taken, x[slots // position.shape[1]], 0)
+    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets).chunk(2, -1)
+    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offsets)
+    y = torch.where(taken, y, 0)[position.long()]
+    return (y.float() * r.weight[..., None]).sum(1).to(x.dtype)
 
 
-def _megablocks() -> Backend:
-    try:
-        from megablocks import grouped_gemm_util as grouped
-        from megablocks import ops
-    except ImportError as error:
-        raise DataError(f'moe_backend "megablocks" needs megablocks: pip install "mm1-engine[gpu]" ({error})') from None
-    if not grouped.grouped_gemm_is_available():
-        raise DataError('moe_backend "megablocks" needs grouped_gemm beside it: pip install grouped_gemm')
+class _Megablocks:
+    def __init__(self) -> None:
+        try:
+            from megablocks import grouped_gemm_util as grouped
+            from megablocks import ops
+        except ImportError as error:
+            how = f'pip install "mm1-engine[gpu]" ({error})'
+            raise DataError(f'moe_backend "megablocks" needs megablocks: {how}') from None
+        if not grouped.grouped_gemm_is_available():
+            raise DataError('moe_backend "megablocks" needs grouped_gemm beside it: pip install grouped_gemm')
+        self.grouped, self.ops = grouped, ops
 
-    def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Megablocks, ()  # modules cannot be pickled
+
+    def __call__(self, x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+        grouped, ops = self.grouped, self.ops
         if not x.is_cuda or x.dtype != torch.bfloat16:
             raise DataError(f'moe_backend "megablocks" computes in bf16 on CUDA, not in {x.dtype} on {x.device.type}')
         K, E = r.index.shape[1], len(down)
@@ -125,7 +129,6 @@ def _megablocks() -> Backend:
         y = grouped.ops.gmm(F.silu(gate) * up, down, sizes, trans_b=True)
         return ops.scatter(y, order, bin_ids, r.weight.flatten(), bins, K)
 
-    return run
 
-
-BACKENDS: dict[str, Callable[[], Backend]] = {"mm1": _mm1, "torch": _torch, "megablocks": _megablocks}
+# Functions of the module, not closures: a model is pickled with its back-end.
+BACKENDS: dict[str, Callable[[], Backend]] = {"mm1": lambda: _mm1, "torch": lambda: _torch, "megablocks": _Megablocks}

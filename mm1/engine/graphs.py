@@ -33,12 +33,23 @@ class Graphs:
 
     def __init__(self, decoder: Any, head: nn.Module, cache: Cache, batch: int):
         self.decoder, self.head, self.cache = twin(decoder), head, cache
-        for block in self.decoder.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+        self._compile()
         spare = cache.take(1)
         assert spare, "a cache of no pages"
         self.spare, self.captured, self.pool = spare[0], {}, None
         self.whole = np.zeros((power_of_2(batch), 2 + PAGES), np.int32)
+
+    def _compile(self) -> None:
+        for block in self.decoder.blocks:
+            block.replace_forward(torch.compile(block.forward, fullgraph=True))  # pyright: ignore[reportCallIssue]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which are of this process; a copy captures its own."""
+        return {**self.__dict__, "captured": {}, "pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compile()
 
     def __call__(
         self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray], draws: Sequence[Draw]

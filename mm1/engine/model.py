@@ -83,12 +83,11 @@ class MM1(nn.Module):
         """Compile each kind of block once; shapes are the packed budgets, so they never change.
 
         fullgraph: a graph break is an error. options: of torch.compile. Their forward, not their call: what gathers a
-        block's parameters before it stays outside.
+        block's parameters before it stays outside. Copies and pickles of the model are not compiled.
         """
         for module in self.modules():
             if isinstance(module, VisionBlock | ConvBlock | Block):
-                call = torch.compile(module.forward, dynamic=False, fullgraph=fullgraph, **options)
-                module.forward = call  # pyright: ignore[reportAttributeAccessIssue]
+                module.replace_forward(torch.compile(module.forward, dynamic=False, fullgraph=fullgraph, **options))
 
     def initialize(self, seed: int = 0, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> "MM1":
         """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases.

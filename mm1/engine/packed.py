@@ -5,6 +5,7 @@ Products of few rows are bound by reading the weights once. torch's product of a
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The blocked order is of this processor and has no bytes to save, so that a copy packs the weight anew."""
+        return PackedLinear, (self.packed.to_dense(),)
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(x, self.packed, None, "none", [], "")

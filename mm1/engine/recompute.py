@@ -29,7 +29,7 @@ def recomputed(forward: Callable, what: str) -> Callable:
 def recompute_blocks(model: MM1, what: str) -> None:
     """Those of encoder and decoder; before they are compiled, so that the choice is in their graphs."""
     for block in [*model.vision.blocks, *model.decoder.blocks]:
-        block.forward = recomputed(block.forward, what)  # pyright: ignore[reportAttributeAccessIssue]
+        block.replace_forward(recomputed(block.forward, what))  # pyright: ignore[reportCallIssue]
 
 
 def _keeps(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

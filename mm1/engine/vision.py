@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm1.engine import config
+from mm1.engine.replaceable import Replaceable
 from mm1.kernels.attention import attention
 from mm1.kernels.grids import Grids
 from mm1.kernels.patch_embed import patch_embed
@@ -27,7 +28,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Replaceable):
     def __init__(self, c: config.Vision):
         super().__init__()
         self.heads, self.activation = c.heads, ACTIVATIONS[c.activation]

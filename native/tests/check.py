@@ -3,7 +3,9 @@
 import argparse
 import ctypes
 import json
+import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -51,7 +53,7 @@ def begin() -> None:
         if name.endswith("_workspace"):
             getattr(library, name).restype = ctypes.c_size_t
     library.mm1_error_string.restype = ctypes.c_char_p
-    if options.driver:
+    if options.driver and not options.late:
         driver = ctypes.CDLL(str(options.driver))
         driver.stub_record.restype = ctypes.POINTER(Record)
 
@@ -102,6 +104,8 @@ def symbols() -> None:
         int(n) for n in re.findall(r'__version__ = "(\d+)\.(\d+)\.(\d+)"', Path(mm1.__file__ or "").read_text())[0]
     ]
     assert library.mm1_version() == version[0] * 10000 + version[1] * 100 + version[2]
+    abi = f"{version[0]}.{version[1]}" if version[0] == 0 else version[0]
+    assert re.findall(r"SONAME.*\[(.*)\]", needed) == [f"libmm1.so.{abi}"], needed
 
 
 def table() -> None:
@@ -171,6 +175,21 @@ def choice() -> None:
     arch = manifest["archs"][-1]
     assert choose("grouped_gemm", arch, 3, *dims) == choose("grouped_gemm", arch, -1, *dims) == -1
     assert choose("grouped_gemm", arch, 1, 100, 0, 2048, 2048) == choose("adaptive_pool", arch, 1, 9, 8192) == -1
+    refused()
+
+
+def refused() -> None:
+    """Sizes that no call may have: their products would not fit into 64 bits."""
+    good = {"grouped_gemm": (100, 8, 2048, 1024), "experts_up": (100, 8, 2048, 1024), "patch_embed": (300, 588, 1024),
+            "adaptive_pool": (300, 1024)}  # fmt: skip
+    arch = manifest["archs"][-1]
+    for op, dims in good.items():
+        assert choose(op, arch, 1, *dims) >= 0
+        for place in range(len(dims)):
+            bad = -(1 << 63), -1, 1 << 31, 1 << 32, (1 << 62) + 16, (1 << 63) - 1, *((0, 1 << 24) if place else ())
+            for value in bad:
+                assert choose(op, arch, 1, *dims[:place], value, *dims[place + 1 :]) == -1, (op, place, value)
+    assert library.mm1_choose(0, arch, 1, None) == library.mm1_choose(-1, arch, 1, (ctypes.c_int64 * 4)()) == -1
 
 
 def expected(op: str, number: int, dtype: int, dims: tuple[int, ...], limit: int | None) -> int:
@@ -541,12 +560,104 @@ def amd() -> None:
     assert call("mm1_grouped_gemm", *GEMM) == UNSUPPORTED
 
 
+def prepare() -> None:
+    """Everything is loaded ahead, and nothing launched; each device of each thread, whoever comes first."""
+    gpus = nvidia()[0], nvidia()[-1]
+    for device in (0, 1):
+        driver.stub_device(device, gpus[device])
+    assert call("mm1_prepare") == NO_CONTEXT
+    driver.stub_current(0)
+    driver.stub_fail(2)
+    assert call("mm1_prepare") == DRIVER + 2
+    driver.stub_fail(0)
+    prepared_by_all(range(2))
+    least = sum(i["target"] in map(code_for, gpus) and i["shared"] <= 99 << 10 for i in manifest["images"])
+    assert driver.stub_loads() - 1 >= least, "the first failed"
+    driver.stub_device(3, 70)
+    driver.stub_current(3)
+    assert call("mm1_prepare") == UNSUPPORTED
+
+
+def prepare_amd() -> None:
+    if 942 not in manifest["archs"]:
+        sys.exit(77)
+    for device in (0, 1):
+        driver.stub_device(device, 94)
+    prepared_by_all(range(2))
+    assert driver.stub_loads() == 2 * sum(i["target"] == 942 for i in manifest["images"]), "HIP's are of one device"
+
+
+def prepared_by_all(devices: range) -> None:
+    results, start = [], threading.Barrier(8)
+
+    def work(number: int) -> None:
+        driver.stub_current(devices[number % len(devices)])
+        start.wait()
+        results.append(call("mm1_prepare"))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [OK] * 8
+    assert not records(), "something was launched"
+    loads, lazy = driver.stub_loads(), driver.stub_lazy()
+    for device in devices:
+        driver.stub_current(device)
+        for dtype in range(3):
+            assert [call(name, dtype, *good[1:]) for name, good in CALLS.items()] == [OK] * len(CALLS)
+    assert len(records()) == 3 * 13 * len(devices)
+    assert driver.stub_loads() == loads, "a call loaded an image"
+    assert hip() or driver.stub_lazy() == lazy, "a launch loaded a kernel"
+
+
+def hip() -> bool:
+    return "amdhip64" in str(options.driver)
+
+
+def late() -> None:
+    """A driver that is installed while the process runs, and then a device that appears, are found by the next call."""
+    if hip() and 942 not in manifest["archs"]:
+        sys.exit(77)
+    call_it = lambda: [call(name, *good) for name, good in CALLS.items()]  # noqa: E731
+    options.late.unlink(missing_ok=True)
+    try:
+        assert call_it() == [NO_DRIVER] * len(CALLS)
+        assert call("mm1_prepare") == NO_DRIVER
+        options.late.symlink_to(options.driver)
+        os.environ["STUB_NO_DEVICE"] = "1"
+        assert call_it() == [NO_DRIVER] * len(CALLS)
+        del os.environ["STUB_NO_DEVICE"]
+        assert call_it() == [NO_CONTEXT] * len(CALLS)
+        shared = ctypes.CDLL(str(options.driver))
+        shared.stub_device(0, 94 if hip() else nvidia()[0])
+        shared.stub_current(0)
+        assert call_it() == [OK] * len(CALLS)
+    finally:
+        options.late.unlink(missing_ok=True)
+
+
+def loaded_amd() -> None:
+    """The HIP runtime that the process has is used where a newer one is found: it alone knows the process's streams."""
+    if 942 not in manifest["archs"]:
+        sys.exit(77)
+    newer = options.driver.parent / "newer" / "libamdhip64.so.7"
+    shutil.copy(options.driver, newer)
+    driver.stub_device(0, 94)
+    driver.stub_current(0)
+    assert call("mm1_adaptive_pool", *POOL) == OK
+    assert len(records()) == 1
+    assert ctypes.CDLL("libamdhip64.so.7")._handle != driver._handle, "the newer one would have been found"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--code", type=Path, required=True)
     parser.add_argument("--archs", type=lambda archs: archs.split(","), default=list(ahead.GPUS))
     parser.add_argument("--driver", type=Path)
+    parser.add_argument("--late", type=Path, help="where the driver is put while the process runs")
     parser.add_argument("name")
     options = parser.parse_args()
     begin()

@@ -8,7 +8,7 @@ function(run)
 endfunction()
 
 run(${CMAKE_COMMAND} --install ${build} --prefix ${prefix})
-foreach(file include/mm1.h ${libdir}/libmm1.so ${libdir}/cmake/mm1/mm1Config.cmake ${libdir}/pkgconfig/mm1.pc
+foreach(file include/mm1.h ${libdir}/libmm1.so ${libdir}/${soname} ${libdir}/cmake/mm1/mm1Config.cmake ${libdir}/pkgconfig/mm1.pc
         share/mm1/manifest.json)
   if(NOT EXISTS ${prefix}/${file})
     message(FATAL_ERROR "${file} was not installed")

@@ -1,8 +1,10 @@
 /* A driver that runs nothing and remembers launches: libcuda.so.1 and libamdhip64.so in the tests. */
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { MOST = 4096, ARGS = 64, DEVICES = 16 };
 
@@ -11,6 +13,7 @@ struct kernel {
     const void *code;
     int device;          /* a HIP module's; -1: any */
     int shared[DEVICES]; /* what it was allowed to have */
+    int loaded[DEVICES]; /* before it was launched */
 };
 
 struct record {
@@ -23,7 +26,8 @@ struct record {
 };
 
 static struct record records[MOST];
-static int count, loads, failing, units;
+static int count, loads, twice, lazy, failing, units;
+static const void *images[MOST];
 static int capability[DEVICES];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local int current = -1;
@@ -34,9 +38,18 @@ void stub_fail(int code) { failing = code; }
 void stub_clear(void) { count = 0; }
 int stub_count(void) { return count; }
 int stub_loads(void) { return loads; }
+int stub_twice(void) { return twice; } /* images that were loaded again, which HIP does for each device */
+int stub_lazy(void) { return lazy; } /* kernels whose code was loaded by their launch */
 const struct record *stub_record(int i) { return &records[i]; }
 
-int cuInit(unsigned flags) { return flags || getenv("STUB_NO_DEVICE") ? 100 : 0; }
+/* So long that others come meanwhile. */
+static void take_time(void)
+{
+    if (getenv("STUB_SLOW"))
+        nanosleep(&(struct timespec){0, 200000}, NULL);
+}
+
+int cuInit(unsigned flags) { return take_time(), flags || getenv("STUB_NO_DEVICE") ? 100 : 0; }
 int hipInit(unsigned flags) { return cuInit(flags); }
 
 int cuCtxGetDevice(int *device) { return (*device = current) < 0 ? 201 : 0; }
@@ -56,9 +69,15 @@ int hipDeviceGetAttribute(int *value, int asked, int device) { return attribute(
 static int load(void **library, const void *code, int device)
 {
     struct kernel *kernel = calloc(1, sizeof *kernel);
+    take_time();
     kernel->code = code, kernel->device = device, *library = kernel;
     pthread_mutex_lock(&lock);
-    loads++;
+    for (int i = 0; i < loads && i < MOST; i++)
+        if (images[i] == code) {
+            twice++;
+            break;
+        }
+    images[loads++ % MOST] = code;
     pthread_mutex_unlock(&lock);
     return failing;
 }
@@ -84,6 +103,16 @@ int cuKernelSetAttribute(int attribute, int value, struct kernel *kernel, int de
     return 0;
 }
 
+int cuKernelGetFunction(void **function, void *kernel) { return *function = kernel, current < 0 ? 201 : 0; }
+
+int cuFuncLoad(struct kernel *kernel)
+{
+    pthread_mutex_lock(&lock);
+    kernel->loaded[current] = 1;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
 int cuLaunchKernel(struct kernel *kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void *stream, void **params, void **extra)
 {
@@ -91,6 +120,7 @@ int cuLaunchKernel(struct kernel *kernel, unsigned gx, unsigned gy, unsigned gz,
         (kernel->device < 0 && shared > 48 << 10 && kernel->shared[current] < (int)shared))
         return 1;
     pthread_mutex_lock(&lock);
+    lazy += !kernel->loaded[current];
     struct record *record = &records[count++ % MOST];
     *record = (struct record){kernel->name, kernel->code, {gx, gy, gz}, {bx, by, bz}, shared, current, 0, stream, {0}};
     for (; params[record->count]; record->count++) /* libmm1 ends them with NULL */

@@ -1,0 +1,236 @@
+"""Models, and what works with them, are pickled, saved and copied: equal afterwards, and nothing of the original's."""
+
+import copy
+import dataclasses
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import not_interpreted
+from small import documents, packed, small_mm1
+
+from mm1.engine import checkpoint, quantize
+from mm1.engine import packed as packing
+from mm1.engine.cache import Cache
+from mm1.engine.decode import Step
+from mm1.engine.experts import BACKENDS
+from mm1.engine.generate import Engine, generate
+from mm1.engine.graphs import Graphs
+from mm1.engine.model import MM1
+from mm1.engine.packed import Head, PackedLinear
+from mm1.engine.recompute import recompute_blocks
+from mm1.engine.sampling import Sampling
+from mm1.kernels.grids import Grids
+
+pytestmark = not_interpreted
+ROOT = Path(__file__).parent.parent
+
+
+def saved(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "deepcopy": copy.deepcopy, "save": saved}
+way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def other_connector() -> MM1:
+    c = small_mm1().config
+    connector, vision = (
+        dataclasses.replace(c.connector, kind="attention"),
+        dataclasses.replace(c.vision, class_token=True),
+    )
+    return MM1(dataclasses.replace(c, connector=connector, vision=vision)).initialize()
+
+
+def loaded() -> MM1:
+    """As mm1.load gives it, parameters assigned from a file."""
+    model = small_mm1()
+    texts = {"config.json": json.dumps({"model": dataclasses.asdict(model.config)})}
+    texts["tokenizer.json"] = Path(model.tokenizer.path).read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write(Path(folder) / "one", {"model.safetensors": model.state_dict()}, texts)
+        return checkpoint.load(Path(folder) / "one")
+
+
+def generated() -> MM1:
+    model = small_mm1().eval()
+    generate(model, [["a"], ["b c"]], max_tokens=3)
+    return model
+
+
+def compiled() -> MM1:
+    model = small_mm1()
+    model.compile_blocks(backend="eager")
+    model.logits(packed(documents()))
+    return model
+
+
+def recomputing() -> MM1:
+    model = small_mm1()
+    recompute_blocks(model, "selective")
+    return model
+
+
+def both() -> MM1:
+    model = recomputing()
+    model.compile_blocks(backend="eager")
+    return model
+
+
+MODELS = {
+    "mixture": small_mm1,
+    "dense, untied": lambda: small_mm1(experts=0, experts_per_token=0, tied=False),
+    "torch's experts": lambda: small_mm1(moe_backend="torch"),
+    "another connector": other_connector,
+    "bf16": lambda: small_mm1().bfloat16(),
+    "loaded": loaded,
+    "after generate": generated,
+    "compiled": compiled,
+    "recomputing": recomputing,
+    "recomputing, compiled": both,
+}
+
+
+@way
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_of_a_model_has_the_same_logits_and_weights_of_its_own(name, way):
+    model, batch = MODELS[name](), packed(documents())
+    with torch.no_grad():
+        truth = model.logits(batch)
+        other = way(model)
+        assert torch.equal(other.logits(batch), truth)
+        assert (other.config, other.training) == (model.config, model.training)
+        other.initialize(seed=1)
+        assert torch.equal(model.logits(batch), truth), "the original has changed"
+        model.initialize(seed=1)
+        assert torch.equal(other.logits(batch), model.logits(batch)), "it computes with the original's weights"
+
+
+@way
+def test_a_copy_of_a_model_generates_trains_and_is_compiled_as_the_original(way):
+    model, batch = generated(), packed(documents())
+    other = way(model)
+    texts = generate(model, [["a"], ["b c"]], max_tokens=5)
+    assert generate(other, [["a"], ["b c"]], max_tokens=5) == texts
+    grads = [torch.autograd.grad(m(batch).nll, list(m.parameters())) for m in (model, other)]
+    assert all(map(torch.equal, *grads))
+    other.compile_blocks(backend="eager")
+    assert torch.equal(other.logits(batch), model.logits(batch))
+
+
+@pytest.mark.slow
+def test_another_process_reads_a_saved_model(tmp_path):
+    """As multiprocessing's spawn does: nothing of this process is needed."""
+    model, batch = small_mm1(), packed(documents())
+    torch.save((model, batch), tmp_path / "model.pt")
+    code = ("import sys, torch\nmodel, batch = torch.load(sys.argv[1], weights_only=False)\n"
+            "torch.save(model.logits(batch).detach(), sys.argv[1])")  # fmt: skip
+    run = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "model.pt")]
+    subprocess.run(run, cwd=ROOT, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "model.pt"), model.logits(batch).detach(), rtol=1e-5, atol=1e-5)
+
+
+@way
+def test_megablocks_is_looked_up_anew(way, monkeypatch):
+    """Modules cannot be pickled."""
+    grouped = SimpleNamespace(grouped_gemm_is_available=lambda: True)
+    monkeypatch.setitem(sys.modules, "megablocks", SimpleNamespace(grouped_gemm_util=grouped, ops=sys))
+    assert way(BACKENDS["megablocks"]()).ops is sys
+
+
+@way
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_copy_of_an_engine_goes_on_with_what_it_knows_and_a_cache_of_its_own(way, weights, monkeypatch):
+    monkeypatch.setattr(packing, "LEAST", 1)
+    monkeypatch.setattr(quantize, "LEAST", 1)
+    if weights:
+        pytest.importorskip("torchao")
+    prompt, sampling = ["a b c d e f g h i j k l m n o p q r s t u v w x y z"], Sampling(max_tokens=4)
+    engine = Engine(small_mm1().eval(), tokens=512, weights=weights)
+    engine.cache.k.zero_()
+    first = engine.submit(prompt, sampling)
+    engine.run()
+    other = way(engine)
+    assert other.cache is not engine.cache
+    assert other.cache.known == engine.cache.known
+    before = engine.cache.k.clone()
+    second = other.submit(prompt, sampling)
+    other.run()
+    assert second.tokens == first.tokens
+    assert second.logprobs == pytest.approx(first.logprobs, abs=1e-5)
+    assert second.shared > 0
+    assert torch.equal(engine.cache.k, before)
+    if engine.one_step:
+        assert isinstance(other.one_step, Step)
+        assert other.one_step._kept[0] is other.cache.k
+
+
+@way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_linear_is_packed_anew(way, dtype):
+    linear, x = PackedLinear(torch.randn(40, 24).to(dtype)), torch.randn(3, 24).to(dtype)
+    assert torch.equal(way(linear)(x), linear(x))
+
+
+@way
+def test_graphs_are_captured_anew_by_a_copy_of_its_own_weights(way, monkeypatch):
+    """On a GPU; here the compiled blocks are seen, which must not be those of the original."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda *args: forward(*args))
+    decoder = small_mm1().eval().decoder
+    cache = Cache(decoder.config, 3, torch.device("cpu"), torch.float32)
+    graphs = Graphs(decoder, Head(decoder), cache, 2)
+    graphs.captured[1, False] = graphs.pool = lambda: "of this process"
+    other = way(graphs)
+    assert (other.captured, other.pool, other.spare) == ({}, None, graphs.spare)
+    assert "forward" in vars(other.decoder.blocks[0])
+    x, positions, ends = torch.randn(3, 32), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32)
+    truth = graphs.decoder(x, positions, ends)[0]
+    assert torch.equal(other.decoder(x, positions, ends)[0], truth)
+    torch.nn.init.zeros_(other.decoder.blocks[0].attention.out.weight)
+    assert not torch.equal(other.decoder(x, positions, ends)[0], truth)
+    assert torch.equal(graphs.decoder(x, positions, ends)[0], truth)
+
+
+@way
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_narrow_weights_are_kept_as_they_are(way, how, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(quantize, "LEAST", 1)
+    decoder, head = quantize.quantized(small_mm1().eval().decoder, how)
+    other, other_head = way((decoder, head))
+    x, positions, ends = torch.randn(3, 32), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32)
+    with torch.no_grad():
+        found, truth = (h(d(x, positions, ends)[0]) for d, h in ((other, other_head), (decoder, head)))
+    assert torch.equal(found, truth)
+
+
+@way
+def test_batches_and_grids_are_equal_field_by_field(way):
+    batch = packed(documents())
+    other = way(batch)
+    for field in dataclasses.fields(batch):
+        a, b = getattr(batch, field.name), getattr(other, field.name)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else isinstance(a, Grids) or a == b, field.name
+    grids = Grids([(2, 4), (4, 4)], images=3, patches=30, merge=2)
+    grids.to("meta")
+    other = way(grids)
+    assert all(map(torch.equal, other.tensors, grids.tensors))
+    assert (other.sizes, other.used, other.longest, other.merge) == (
+        grids.sizes,
+        grids.used,
+        grids.longest,
+        grids.merge,
+    )
+    empty = way(Grids([]))
+    assert empty.images == 0

@@ -199,6 +199,11 @@ def _processor(field: str) -> str:
     return found[1] if found else ""
 
 
+def _own_cores() -> int:
+    """Those this process may run on; all where the system does not tell (macOS, Windows)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _text(value: Any) -> str:
     if isinstance(value, list | dict):
         return ", ".join(value) or "none"
@@ -218,7 +223,7 @@ SOFTWARE = {
 CPU = {
     "model": lambda _: _processor("model name") or platform.machine(),
     "bf16 instructions": lambda _: [name for name in BF16 if name in _processor("(?:flags|Features)").split()],
-    "cores": lambda _: f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
+    "cores": lambda _: f"{_own_cores()} of {os.cpu_count()}",
     "memory GiB": lambda _: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
 }
 GPU = {"device": _device, "table": _tables, "state": _state}

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from mm1.autotune.space import chosen, shape_named, short
-from mm1.autotune.static import DTYPES
+from mm1.autotune.space import DTYPES, chosen, shape_named, short
 from mm1.autotune.timing import device_named
 from mm1.kernels.tuning import Answer, chain
 

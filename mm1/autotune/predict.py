@@ -12,8 +12,8 @@ import torch
 import triton
 
 from mm1.autotune.search import ranked
-from mm1.autotune.space import KERNELS, chosen
-from mm1.autotune.static import DTYPES, Task, compilers, fault
+from mm1.autotune.space import DTYPES, KERNELS, chosen
+from mm1.autotune.static import Task, compilers, fault
 from mm1.autotune.tables import TABLES, made_with, read_table, row, static_facts, versions, write_table
 from mm1.autotune.workers import Failed
 from mm1.kernels.device import DEVICES, Device

@@ -34,6 +34,7 @@ from mm1.kernels.route import sort_by_expert
 from mm1.kernels.tiles import Shape
 from mm1.kernels.tuning import Tunable, TuneError
 
+DTYPES = {16: torch.bfloat16, 32: torch.float32}  # by bits, of rows
 FAN = 2  # experts a token
 SIDE = 27  # patches of an image: 378 pixels in patches of 14
 POOL = (12, 12)

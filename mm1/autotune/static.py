@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mm1.autotune.space import KERNELS, Inputs
+from mm1.autotune.space import DTYPES, KERNELS, Inputs
 from mm1.autotune.workers import Failed, Workers
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import Launch, recording
@@ -38,7 +38,6 @@ TYPES = {
     torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {16: torch.bfloat16, 32: torch.float32}
 LIMIT = 60.0  # seconds one configuration may compile; most take one to four, those that spill thousands minutes
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 MATRIX = re.compile(r"HGMMA|UTC.*MMA|HMMA|v_mfma")  # wgmma, tcgen05, mma.sync, MFMA

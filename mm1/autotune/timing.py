@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from mm1.autotune.clock import capture, clock
-from mm1.autotune.space import KERNELS, Inputs
-from mm1.autotune.static import DTYPES
+from mm1.autotune.space import DTYPES, KERNELS, Inputs
 from mm1.autotune.workers import Failed
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import device_of_index

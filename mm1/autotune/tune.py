@@ -23,8 +23,8 @@ import torch
 from mm1.autotune import gpu_state
 from mm1.autotune.ranks import expect_consistent, group, on_all_ranks, on_rank_0
 from mm1.autotune.search import CANDIDATES, STRAYS, Log, Result, ranked, search, strays
-from mm1.autotune.space import KERNELS, chosen, shape_named, short
-from mm1.autotune.static import DTYPES, LIMIT, Task, compilers, fault
+from mm1.autotune.space import DTYPES, KERNELS, chosen, shape_named, short
+from mm1.autotune.static import LIMIT, Task, compilers, fault
 from mm1.autotune.tables import TABLES, read_table, row, static_facts, versions, without, write_table, write_user_row
 from mm1.autotune.timing import Trial, device_named, run_trial, where
 from mm1.autotune.workers import Failed, Workers

@@ -211,8 +211,13 @@ def tables() -> Any:
 
 def cache_folder() -> Path:
     """The user's own rows: $MM1_CACHE/configs, or ~/.cache/mm1/configs."""
-    home = os.environ.get("MM1_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm1"
-    return Path(home) / "configs"
+    if home := os.environ.get("MM1_CACHE"):
+        return Path(home) / "configs"
+    try:
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as some containers have
+        cache_home = Path(os.devnull)  # where there are no rows, and none can be written
+    return cache_home / "mm1" / "configs"
 
 
 @cache

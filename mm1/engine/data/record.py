@@ -1,5 +1,6 @@
 """One record of training data, and the two ways data can be wrong."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -21,6 +22,20 @@ class Unreadable(ValueError):
 
 class Answer(str):
     """A text that ends where it ends; beside one, only answers are trained on."""
+
+
+class Choice(str):
+    """The first of several texts that say the same, such as captions of one image. A run draws one of them each pass."""
+
+    texts: tuple[str, ...]
+
+    def __new__(cls, texts: Sequence[str]):
+        choice = super().__new__(cls, texts[0])
+        choice.texts = tuple(texts)
+        return choice
+
+    def __getnewargs__(self):
+        return (self.texts,)
 
 
 @dataclass(frozen=True)

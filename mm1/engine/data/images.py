@@ -3,7 +3,6 @@
 import math
 import re
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,7 +26,7 @@ TURNS = {
 _PIL_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
-def decode(data: bytes, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable.
 
     Broken or huge metadata costs no picture; an orientation among it that cannot be read leaves it as it lies.
@@ -49,7 +48,7 @@ def decode(data: bytes, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_
         raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
 
 
-def _decoded(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
+def _decoded(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
     image = Image.open(BytesIO(data), formats=formats)
     if not 0 < image.width * image.height <= max_pixels:
         raise Unreadable(f"image of {image.width} x {image.height} pixels, expected at most {max_pixels}, at least 1")
@@ -86,12 +85,10 @@ def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # no TIFF behind its header, which some programs write several times
-        exif, raw = Image.Exif(), image.info.get("exif")
-        try:
-            exif.load(re.sub(rb"^(Exif\0\0)+", b"", raw))
+        exif, value = Image.Exif(), None
+        with suppress(Exception):
+            exif.load(re.sub(rb"^(Exif\0\0)+", b"", image.info["exif"]))
             value = exif.get(ORIENTATION)
-        except Exception:
-            value = 1
     return value if isinstance(value, int) else 1
 
 

@@ -1,7 +1,7 @@
 """Image files without their metadata: what is broken there must not cost the picture.
 
-Pillow refuses a whole file for a text of over 1 MiB, an EXIF block that is no TIFF or a checksum of a comment. Browsers,
-OpenCV and GIMP show such pictures. What decides pixels stays, bytes and order unchanged, and so does a readable
+Pillow refuses a whole file for a text of over 1 MiB, an EXIF block that is no TIFF or a wrong checksum of a comment.
+Browsers, OpenCV and GIMP show such pictures. What decides pixels stays, bytes and order unchanged, and so does a readable
 orientation; damage of those stays damage.
 Sources: PNG (W3C, third edition), JPEG (T.81, annex B), WebP container, GIF89a, TIFF 6.0, HEIF (ISO 23008-12).
 """
@@ -15,9 +15,9 @@ PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # and its flag in VP8X
 XMP_KEYWORD = b"XML:com.adobe.xmp\0"
 LARGEST_XMP = 1 << 16
-# Sizes, samples, compression and its tables, strips and tiles, colours, alpha, orientation: tags 254 to 347, and JPEG's.
-TIFF_PIXELS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 281), 284, 292, 293, 317, 320, 321, *range(322, 326),
-               332, 334, 338, 339, *range(340, 342), 347, *range(512, 522), *range(529, 533)}  # fmt: skip
+# Tags of sizes, samples, compression and its tables, strips and tiles, colours, alpha and orientation.
+TIFF_PIXELS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 281), 284, 292, 293, 317, 320, 321,
+               *range(322, 326), 332, 334, *range(338, 342), 347, *range(512, 522), *range(529, 533)}  # fmt: skip
 
 
 def without_metadata(data: bytes) -> bytes:

@@ -20,9 +20,7 @@ import grain  # noqa: E402
 from absl import flags  # noqa: E402
 
 from mm1.engine.data.document import DECODED_AHEAD, Document, DocumentEncoder  # noqa: E402
-from mm1.engine.data.record import Choice, DataError, Record, Unreadable  # noqa: E402
-
-FEW = 1024  # records of a source below which a sort shuffles it
+from mm1.engine.data.record import FEW, Choice, DataError, Record, Unreadable  # noqa: E402
 
 
 class Drawn(NamedTuple):
@@ -38,8 +36,8 @@ class Drawn(NamedTuple):
 def shuffled(place: int, records: int, seed: int, passed: int) -> int:
     """Return which of `records` stands at `place` in a pass over a source; every pass has an order of its own.
 
-    Grain's cipher works on 16 bits and repeats itself until a number is below `records`: 10 µs a number, but 10 ms for a
-    source of two records. Fewer than FEW are therefore sorted by a hash, once a pass.
+    Grain's cipher works on 16 bits and is repeated until its number is below `records`: 10 µs a number, but 10 ms for
+    a source of two records. Fewer than FEW are therefore sorted by a hash, once a pass.
     """
     if records < FEW:
         return _sorted_by_hash(records, seed, passed)[place]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+FEW = 1024  # records of a source below which a sort shuffles it
+
 
 class DataError(ValueError):
     """The user's settings or paths are wrong. One clear line: the CLI prints it and exits with 2."""
@@ -25,7 +27,7 @@ class Answer(str):
 
 
 class Choice(str):
-    """The first of several texts that say the same, such as captions of one image. A run draws one of them each pass."""
+    """The first of several texts that say the same, such as captions of an image. A run draws one of them each pass."""
 
     texts: tuple[str, ...]
 
@@ -34,8 +36,8 @@ class Choice(str):
         choice.texts = tuple(texts)
         return choice
 
-    def __getnewargs__(self):
-        return (self.texts,)
+    def __reduce__(self):
+        return Choice, (self.texts,)
 
 
 @dataclass(frozen=True)

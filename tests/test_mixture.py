@@ -52,7 +52,7 @@ def test_passes_and_seeds_have_orders_of_their_own(records):
     def order(seed, passed):
         return [shuffled(i, records, seed, passed) for i in range(min(records, 50))]
 
-    orders = [order(seed, passed) for seed in (0, 5, 2**32 - 1) for passed in range(10)]
+    orders = [order(seed, passed) for seed in (0, 50, 2**31) for passed in range(10)]
     assert len({tuple(order) for order in orders}) > (15 if records == 4 else 29)
     assert order(5, 3) == order(5, 3)
 
@@ -94,7 +94,7 @@ CAPTIONS = ("one", "two two", "three three three")
 
 
 def test_a_pass_has_one_of_several_captions_and_as_many_passes_all():
-    mixture = Mixture([Records(*(Choice(CAPTIONS) for _ in range(12)))], [1.0], ENCODE, 3)
+    mixture = Mixture([Records(*(Choice(CAPTIONS) for _ in range(12)))], [1.0], ENCODE, 5)
     keys = [[mixture[12 * n + i].key for i in range(12)] for n in range(3)]
     drawn = [dict(zip(keys[n], texts(mixture, range(12 * n, 12 * n + 12)))) for n in range(3)]
     for record in map(str, range(12)):

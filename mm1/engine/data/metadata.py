@@ -1,8 +1,8 @@
 """Image files without their metadata: what is broken there must not cost the picture.
 
 Pillow refuses a whole file for a text of over 1 MiB, an EXIF block that is no TIFF or a wrong checksum of a comment.
-Browsers, OpenCV and GIMP show such pictures. What decides pixels stays, bytes and order unchanged, and so does a readable
-orientation; damage of those stays damage.
+Browsers, OpenCV and GIMP show such pictures. What decides pixels stays, bytes and order unchanged, and so does an
+orientation; damage of pixels stays damage.
 Sources: PNG (W3C, third edition), JPEG (T.81, annex B), WebP container, GIF89a, TIFF 6.0, HEIF (ISO 23008-12).
 """
 

@@ -2,8 +2,8 @@
 
 Members of the same name but for the extension are one sample. The extension begins at the first dot of the file name,
 as in WebDataset. If that one is not read, it is what follows the last dot: "photo.v1.png" is the image of "photo.v1".
-Such a sample without image or caption is a further member of the sample "photo", if there is one ("photo.mask.png"). Of
-several images before a caption the first is taken; an image or caption behind a whole sample of its name begins another.
+Such a sample without image or caption is a further member of the sample "photo", if there is one ("photo.mask.png").
+Of several images before a caption the first is taken; what comes behind a whole sample of its name begins another.
 """
 
 import array

@@ -185,7 +185,7 @@ def _behind_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
 
 
 def read_sparse(file: File, header: int) -> bytes:
-    """Return the bytes of a sparse member with its holes, which are zeros; tarfile knows all forms. Raises Unreadable."""
+    """Return the bytes of a sparse member with its holes, which are zeros. Raises Unreadable."""
     try:
         with io.BytesIO(_unpacked(file)[0]) if file.packed else open(file.path, "rb") as stream:
             stream.seek(header)

@@ -86,10 +86,10 @@ DECODER_HONOURED = {
     "decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "quantization_config": (None,),
 }  # fmt: skip
 DECODER_COUNTS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok",
-    "sliding_window", "max_position_embeddings",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
 )  # fmt: skip
+DECODER_COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def _expect(part: str, source: dict[str, Any], honoured: Mapping[str, tuple]) ->
             raise DataError(f"{part} config: {name} is {source[name]!r}, expected {expected}")
 
 
-def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], null: bool = True) -> None:
+def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], null: bool = False) -> None:
     """Refuse what is no whole number from 1 on, of those of the fields that are there. null: which may be null."""
     for name in names:
         value = source.get(name)
@@ -158,7 +158,7 @@ def _vision(source: dict[str, Any]) -> config.Vision:
     fields: dict[str, Any] = {ours: source.get(*theirs) for ours, theirs in CLIP_FIELDS.items()}
     side = source.get("image_size", 224)
     names = {theirs: fields[ours] for ours, (theirs, _) in CLIP_FIELDS.items()} | {"image_size": side}
-    _expect_counts("vision", names, CLIP_COUNTS, null=False)
+    _expect_counts("vision", names, CLIP_COUNTS)
     if side % fields["patch"]:
         raise DataError(f"vision config: image_size is {side}, expected a multiple of the patch_size {fields['patch']}")
     return config.Vision(table=(side // fields["patch"],) * 2, **fields)
@@ -167,7 +167,7 @@ def _vision(source: dict[str, Any]) -> config.Vision:
 def _aim(source: dict[str, Any]) -> config.Vision:
     _expect("vision", source, AIM_HONOURED)
     width, patch, side = source["embed_dim"], source["patch_size"], source["img_size"]
-    _expect_counts("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"), null=False)
+    _expect_counts("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"))
     if side % patch:
         raise DataError(f"vision config: img_size is {side}, expected a multiple of the patch_size {patch}")
     return config.Vision(
@@ -189,6 +189,7 @@ def _decoder(source: dict[str, Any], context: int | None) -> config.Decoder:
     if strange := set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
         raise DataError(f"decoder config: layer_types has {min(strange)!r}, expected full or sliding attention")
     _expect_counts("decoder", source, DECODER_COUNTS)
+    _expect_counts("decoder", source, DECODER_COUNTS_OR_NULL, null=True)
     window = source.get("sliding_window") if source.get("use_sliding_window", True) else None
     if window and window < (longest := context or source["max_position_embeddings"]):
         raise DataError(f"decoder config: sliding_window is {window}, expected {longest} or more")
@@ -200,7 +201,8 @@ def _decoder(source: dict[str, Any], context: int | None) -> config.Decoder:
         kv_heads=source.get("num_key_value_heads") or heads, eps=source["rms_norm_eps"],
         head_width=source.get("head_dim") or width // heads, rope_theta=source["rope_theta"],
         ffn=source["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
-        moe_every=1, experts=experts, experts_per_token=source["num_experts_per_tok"] if experts else 0, qk_norm=kind.startswith("qwen3"),
+        moe_every=1, experts=experts, experts_per_token=source["num_experts_per_tok"] if mixture else 0,
+        qk_norm=kind.startswith("qwen3"),
         tied=bool(source.get("tie_word_embeddings")),
     )  # fmt: skip
 

@@ -154,9 +154,11 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
         if header[257:263] == b"ustar\0" and header[345]:
             name = header[345:500].split(b"\0", 1)[0] + b"/" + name
         name = pax.get(b"GNU.sparse.name", pax.get(b"path", name)).decode(errors="replace").removeprefix("./")
-        sparse = kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax)
-        words = KINDS.get(kind, f"a member of the unknown type {kind.decode('latin-1')!r}")
-        yield Member(name, start, size, first, FOLDER if name.endswith("/") else words, sparse)
+        words = FOLDER if name.endswith("/") else KINDS.get(kind)
+        if words is None:
+            words = f"a member of the unknown type {kind.decode('latin-1')!r}"
+        sparse = kind == b"S" or (bool(pax) and any(key.startswith(b"GNU.sparse.") for key in pax))
+        yield Member(name, start, size, first, words, sparse)
         first, pax = at, {}
     if not ended:
         if at == 0:

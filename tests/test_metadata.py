@@ -91,6 +91,15 @@ def avif(**options):
     return file("AVIF", quality=100, subsampling="4:4:4", **options)
 
 
+def avif_with_exif(header):
+    """The picture with a text in its EXIF, whose first eight bytes are `header`."""
+    block = Image.Exif()
+    block[0x010E] = "a description"
+    data = avif(exif=block)
+    start = data.index(block.tobytes()[6:14])
+    return data[:start] + header + data[start + 8 :]
+
+
 TRUTHS = {
     "JPEG": lambda: np.asarray(Image.open(io.BytesIO(jpeg()))),
     "GIF": lambda: np.asarray(Image.open(io.BytesIO(file("GIF"))).convert("RGB")),
@@ -146,8 +155,8 @@ BROKEN = {
     "TIFF, a resolution past the end": lambda: tiff(tag282=(5, 1, 1 << 20)),
     "TIFF, a profile past the end": lambda: tiff(tag34675=(7, 300, 1 << 20)),
     "TIFF, entries of unknown type": lambda: tiff(tag270=(99, 5, 5), tag700=(0, 5, 5)),
-    "AVIF, EXIF that is no TIFF": lambda: avif(exif=exif(1)).replace(b"II*\0", b"zzzz"),
-    "AVIF, EXIF that points past its end": lambda: avif(exif=exif(1)).replace(b"II*\0\x08", b"II*\0\xff"),
+    "AVIF, EXIF that is no TIFF": lambda: avif_with_exif(b"zzzz\0\0\0\x08"),
+    "AVIF, EXIF that points past its end": lambda: avif_with_exif(b"MM\0*\0\xff\xff\xff"),
 }  # fmt: skip
 
 
@@ -208,6 +217,19 @@ def test_what_decides_pixels_stays_byte_for_byte():
     assert without_metadata(jpeg(segment(0xFE, b"comment"), segment(0xE2, b"MPF\0"))) == jpeg()
     assert without_metadata(b"BM no file") == b"BM no file"
     assert {256, 257, 258, 259, 262, 273, 279, 320, 322, 325, 347} <= TIFF_PIXELS
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_directory_without_its_texts_is_the_same_picture(big, compression):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[270], tags[305] = "a description", "a program"
+    data = file("TIFF", tiffinfo=tags, big_tiff=big, compression=compression)
+    bare = without_metadata(data)
+    assert len(bare) == len(data)
+    with Image.open(io.BytesIO(bare)) as image:
+        assert not {270, 305} & set(image.tag_v2)
+        assert np.array_equal(np.asarray(image), PIXELS)
 
 
 def test_every_cut_of_a_file_is_a_picture_or_an_error():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FEW = 1024  # records of a source below which a sort shuffles it
+FEW = 512  # records of a source below which a sort shuffles it
 
 
 class DataError(ValueError):

@@ -1,5 +1,6 @@
 """Converted weights compute what transformers computes with them."""
 
+import json
 import subprocess
 import sys
 
@@ -64,69 +65,6 @@ def decoder(name):
     kind, options = DECODERS[name]
     c = getattr(transformers, f"{kind}Config")(**SIZES | options)
     return randomized(getattr(transformers, f"{kind}ForCausalLM")(c))
-
-
-class Aim(torch.nn.Module):
-    """El-Nouby et al. 2024, section 3.2 of its encoder, image by image, under the names of its files."""
-
-    def __init__(self, side=28, patch=14, width=32, blocks=2, heads=2):
-        super().__init__()
-        nn, norm = torch.nn, lambda: torch.nn.LayerNorm(width, 1e-6)
-        linear = lambda a, b: nn.Linear(a * width, b * width, bias=False)  # noqa: E731
-        self.heads = heads
-        self.config = {"img_size": side, "patch_size": patch, "embed_dim": width, "num_blocks": blocks,
-                       "num_heads": heads, "num_classes": 10}  # fmt: skip
-        patchifier = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch), "norm": norm()})
-        self.preprocessor = nn.ModuleDict({"patchifier": patchifier})
-        self.trunk = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({
-            "norm_1": norm(), "norm_2": norm(),
-            "attn": nn.ModuleDict({"qkv": linear(1, 3), "proj": linear(1, 1)}),
-            "mlp": nn.ModuleDict({"fc1": linear(1, 4), "fc2": linear(4, 1)}),
-        }) for _ in range(blocks)), "post_trunk_norm": norm()})  # fmt: skip
-        self.head = nn.ModuleDict({"linear": nn.Linear(width, 10)})
-
-    def forward(self, pixels):
-        p = self.preprocessor["patchifier"]
-        x = p["proj"](pixels)
-        rows, columns, width = *x.shape[2:], x.shape[1]
-        x = p["norm"](x.flatten(2).transpose(1, 2))
-        place = torch.zeros(rows, columns, width)
-        for r in range(rows):
-            for c in range(columns):
-                for i in range(width // 4):
-                    f = 10_000.0 ** (-i / (width // 4))
-                    place[r, c, i :: width // 4] = torch.tensor([c * f, c * f, r * f, r * f])
-        quarter = width // 4
-        for at, wave in ((0, torch.sin), (1, torch.cos), (2, torch.sin), (3, torch.cos)):
-            columns_of = slice(at * quarter, (at + 1) * quarter)
-            place[..., columns_of] = wave(place[..., columns_of])
-        x = x + place.flatten(0, 1)
-        for block in self.trunk["blocks"]:
-            q, k, v = block["attn"]["qkv"](block["norm_1"](x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            x = x + block["attn"]["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-            x = x + block["mlp"]["fc2"](F.gelu(block["mlp"]["fc1"](block["norm_2"](x))))
-        return x
-
-
-def test_aim_gives_the_last_blocks_rows():
-    aim = randomized(Aim())
-    vision = of_vision(aim.config, aim.state_dict())
-    images = torch.randint(0, 256, (3, 28, 28, 3), dtype=torch.uint8)
-    mean, std = torch.tensor(vision.config.mean), torch.tensor(vision.config.std)
-    assert mean[0] == 0.485
-    truth = aim(((images / 255 - mean) / std).permute(0, 3, 1, 2)).flatten(0, 1)
-    found = vision(images.view(-1, 3), Grids([(2, 2)] * 3))
-    assert relative_error(found, truth) < 1e-5
-
-
-def test_what_is_not_aims_is_told():
-    aim = Aim()
-    with pytest.raises(DataError, match=r"use_bias is True, expected False"):
-        of_vision(aim.config | {"use_bias": True}, aim.state_dict())
-    with pytest.raises(DataError, match=r"trunk\.blocks\.1.* is missing"):
-        of_vision(aim.config, {n: x for n, x in aim.state_dict().items() if "blocks.1" not in n})
-    with pytest.raises(DataError, match=r"embed_dim is missing"):
-        of_vision({"num_blocks": 2, "patch_size": 14}, aim.state_dict())
 
 
 def of_vision(hf_config, state):
@@ -214,6 +152,52 @@ def test_clip_loads_from_every_place_it_is_kept_in():
     truth = model.vision_model(normalized(images), output_hidden_states=True).hidden_states[-1][:, 1:]
     for encoder in (whole, tower, projected):
         assert relative_error(features(encoder, images), truth) < 1e-4
+
+
+@pytest.mark.parametrize("nested", [
+    {"vision_config_dict": "small", "vision_config": {"hidden_size": 999, "layer_norm_eps": 0.5}},
+    {"vision_config_dict": "small", "vision_config": None},
+    {"vision_config_dict": "small"},
+    {"vision_config_dict": None, "vision_config": "small"},
+], ids=["beside another", "beside nothing", "alone", "null"])  # fmt: skip
+def test_an_older_clip_config_is_read_as_transformers_reads_it(nested):
+    model = clip(hidden_size=32, layer_norm_eps=1e-3)
+    small = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "patch_size": 14, "image_size": 28, "layer_norm_eps": 1e-3}  # fmt: skip
+    fields = {"model_type": "clip"} | {name: small if value == "small" else value for name, value in nested.items()}
+    truth = transformers.CLIPConfig(**json.loads(json.dumps(fields))).vision_config
+    assert {name: getattr(truth, name) for name in small} == small
+    images = pictures(1, 28, 28)
+    features_of = model(normalized(images), output_hidden_states=True).hidden_states[-1][:, 1:]
+    assert relative_error(features(of_vision(fields, model.state_dict()), images), features_of) < 1e-4
+
+
+def test_a_clip_config_without_its_vision_is_the_default_one():
+    with pytest.raises(DataError, match=r"patch_embedding.weight is missing, expected of shape \(768, 3, 32, 32\)"):
+        of_vision({"model_type": "clip"}, {})
+
+
+TWO_ROPES = {
+    "a scaling of null": {"rope_scaling": None},
+    "an empty scaling": {"rope_scaling": {}},
+    "a default scaling with a theta": {"rope_scaling": {"rope_type": "default", "rope_theta": 300.0}},
+    "a default scaling without": {"rope_scaling": {"type": "default"}},
+    "theta beside both": {"rope_scaling": {"type": "default"}, "rope_theta": 700.0},
+    "theta beside rope_parameters": {"rope_theta": 700.0},
+}
+
+
+@pytest.mark.parametrize("name", TWO_ROPES)
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_two_fields_of_rope_are_read_as_transformers_reads_them(kind, name):
+    fields = json.loads(json.dumps(decoder(kind).config.to_dict(), default=str)) | TWO_ROPES[name]
+    kind = type(decoder(kind))
+    theirs = randomized(kind(kind.config_class.from_dict(json.loads(json.dumps(fields)))))
+    documents, batch = packed([30])
+    truth = theirs(documents[0][None]).logits[0]
+    ours = of_decoder(fields, theirs.state_dict())
+    assert ours.config.decoder.rope_theta == theirs.config.rope_parameters["rope_theta"]
+    assert relative_error(ours.logits(batch), truth) < 1e-4
 
 
 def packed(lengths):
@@ -356,6 +340,24 @@ REFUSED_FIELDS = {
     "scaled rope of older files": (
         "llama", {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "type is 'linear', expected",
     ),
+    "scaled rope beside another": (
+        "qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', expected 'default'",
+    ),
+    "dynamic rope beside another": ("llama", {"rope_scaling": {"type": "dynamic"}}, "type is 'dynamic', expected"),
+    "rope by layer": (
+        "qwen3", {"rope_parameters": {"full_attention": ROPE}}, "rope_parameters are .*, expected those of all layers",
+    ),
+    "rope that is none": ("llama", {"rope_scaling": "linear"}, "rope_parameters are 'linear', expected"),
+    "partial rope of older files": ("llama", {"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+    "attention by layer": (
+        "qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'",
+    ),
+    "dense layers": ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\], expected \[\]"),
+    "every second layer": ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, expected 1"),
+    "quantized": ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*, expected"),
+    "a size in words": ("llama", {"hidden_size": "48"}, "hidden_size is '48', expected a positive integer"),
+    "no heads": ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0, expected a positive integer"),
+    "no size": ("llama", {"hidden_size": None}, "hidden_size is None, expected a positive integer"),
     "partial rope": (
         "llama", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5",
     ),
@@ -395,6 +397,12 @@ def test_a_window_that_the_context_fits_in_is_honoured():
 
 @pytest.mark.parametrize("fields, message", [
     ({"model_type": "siglip_vision_model"}, "model_type is 'siglip_vision_model', expected 'clip_vis"),
+    ({"num_channels": 1}, "num_channels is 1, expected 3"),
+    ({"image_size": 30}, "image_size is 30, expected a multiple of the patch_size 14"),
+    ({"image_size": [28, 28]}, r"image_size is \[28, 28\], expected a positive integer"),
+    ({"image_size": None}, "image_size is None, expected a positive integer"),
+    ({"patch_size": 0}, "patch_size is 0, expected a positive integer"),
+    ({"model_type": "clip", "vision_config": "big"}, "vision_config is 'big', expected an object"),
     ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh', expected 'quick_gelu' or"),
 ])  # fmt: skip
 def test_refuses_other_towers(fields, message):
@@ -410,6 +418,9 @@ POSITION, BIAS = "embeddings.position_embedding.weight", "encoder.layers.1.mlp.f
 
 @pytest.mark.parametrize("source, change, message", [
     ("llama", lambda s: {K: None}, rf"{K} is missing, expected of shape \(24, 48\)"),
+    ("llama", lambda s: {K: s[K].to(torch.int8)}, f"{K} is of dtype torch.int8, expected floats"),
+    ("llama", lambda s: {K: s[K].to(torch.float8_e4m3fn)}, f"{K} is of dtype torch.float8_e4m3fn, expected floats"),
+    ("llama", lambda s: {K: s[K][0, 0]}, rf"{K} is of shape \(\), expected of shape \(24, 48\)"),
     ("llama", lambda s: {K: s[K][1:]}, rf"{K} is of shape \(23, 48\), expected of shape \(24, 48\)"),
     ("llama", lambda s: {FOURTH: s[K]}, f"{FOURTH} is unknown"),
     ("llama", lambda s: {HEAD: None}, f"{HEAD} is missing"),

@@ -113,6 +113,12 @@ def test_a_document_of_forty_images_becomes_several():
         assert (piece.tokens == IMAGE).sum() == SLOTS * len(piece.images)
 
 
+def test_patches_of_a_document_of_large_images_are_divided_too():
+    pieces = encode(*(part for i in range(6) for part in (png(24, 24), f" {i}")), tokens=200, images=9, patches=80)
+    assert [len(p.images) for p in pieces] == [2, 2, 2]
+    assert all(p.patches(PATCH) == 72 for p in pieces)
+
+
 def test_special_tokens_in_a_text_stay_text():
     (piece,) = encode("<image> <eos>")
     assert not set(piece.tokens[1:-1].tolist()) & {0, 1, 2, 3}

@@ -7,7 +7,7 @@ Komatsuzaki et al. 2023 (Sparse Upcycling, arXiv 2212.05055), by which MM1's sec
 
 import json
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from mm1.engine import checkpoint, config
 from mm1.engine.convert import from_hf
 from mm1.engine.data.record import DataError
+from mm1.engine.preprocessing import normalization
 from mm1.engine.tokenizer import json_object, vocabulary_size, with_special_tokens
 
 State = dict[str, Tensor]
@@ -87,9 +88,9 @@ def _published(
     image_tokens = 144 if image_tokens is None else image_tokens
     model = from_hf(vision=v, decoder=d, connector=honeybee, image_tokens=image_tokens, context=context, seed=seed)
     c, state = model.config, dict(model.state_dict())
-    if v_folder and (pixels := v_folder / "preprocessor_config.json").is_file():
-        fields = {"image_mean": c.vision.mean, "image_std": c.vision.std} | json_object(pixels)
-        c = replace(c, vision=replace(c.vision, mean=tuple(fields["image_mean"]), std=tuple(fields["image_std"])))
+    if v_folder:
+        mean, std = normalization(v_folder, c.vision)
+        c = replace(c, vision=replace(c.vision, mean=mean, std=std))
     if d_folder:
         c = replace(c, decoder=replace(c.decoder, vocabulary=vocabulary_size(max(c.decoder.vocabulary, tokens))))
         for name in {"decoder.embedding.weight", "decoder.head.weight"} & set(state):
@@ -141,12 +142,11 @@ def _part(part: str, given: Path | str) -> tuple[Any, Path | None]:
 def _tensors(path: Path) -> State:
     """Tensors of a .safetensors file or a folder's, mapped: read when they are copied."""
     files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
+    shards: dict[str, str] = {}
     if not path.is_dir():
         files = [path]
     elif not files[0].is_file() and index.is_file():
-        shards = json_object(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise DataError(f"{index}: weight_map is missing")
+        shards = _shards(index)
         files = [path / name for name in sorted(set(shards.values()))]
     elif not files[0].is_file() and (others := sorted(path.glob("*.bin"))):
         files = others
@@ -159,7 +159,22 @@ def _tensors(path: Path) -> State:
         if not file.is_file():
             raise DataError(f"no such file of weights: {file}")
         try:
-            state |= load_file(file)
+            found = load_file(file)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{file} is not a whole safetensors file: {error}") from None
+        if lost := [name for name, shard in shards.items() if path / shard == file and name not in found]:
+            raise DataError(f"{file}: tensor {lost[0]} is missing, expected there by {index.name}")
+        state |= {name: tensor for name, tensor in found.items() if name not in shards or path / shards[name] == file}
     return state
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Tensor name -> its file in the folder of an index. Raises DataError for one that lies elsewhere."""
+    shards = json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise DataError(f"{index}: weight_map is missing")
+    for tensor, name in shards.items():
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or ".." in parts or parts[0] == "/" or "\\" in name or "\0" in name:
+            raise DataError(f"{index}: {tensor} is in {name!r}, expected a file of its folder")
+    return shards

@@ -49,6 +49,8 @@ class Vision:
     class_token: bool = True  # CLIP's: attends and is attended to, but is not passed on
     pre_norm: bool = True  # CLIP's LayerNorm between embedding and blocks
     patch_norm: bool = False  # AIM's bias and LayerNorm of patches, before the positions
+    # "sincos": AIM's, a formula of row and column at any grid, of which nothing is learned and `table` says nothing.
+    positions: Annotated[str, OneOf("table", "sincos")] = "table"
     bias: bool = True  # of the blocks' linears
     interpolation: Annotated[str, OneOf("bilinear", "bicubic", "nearest")] = "bicubic"
     eps: Positive = 1e-5
@@ -58,6 +60,8 @@ class Vision:
     def __post_init__(self):
         check(self, "model.vision")
         expect(self.width % self.heads == 0, "model.vision.heads", self.heads, f"a divisor of the width {self.width}")
+        whole = self.positions == "table" or self.width % 4 == 0
+        expect(whole, "model.vision.width", self.width, "a multiple of 4 where positions is sincos")
 
 
 @dataclass(frozen=True)

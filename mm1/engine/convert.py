@@ -7,7 +7,7 @@ Names: transformers 5, models clip, llama, mistral, mixtral, qwen3, qwen3_moe; C
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ CLIP: Table = {
 }  # fmt: skip
 AIM: Table = {  # of apple/ml-aim, version 1
     "patch_weight": "preprocessor.patchifier.proj.weight", "patch_bias": "preprocessor.patchifier.proj.bias",
-    "patch_norm": "preprocessor.patchifier.norm", "positions": "positions",
+    "patch_norm": "preprocessor.patchifier.norm",
     "blocks": "trunk.blocks", "norm1": "norm_1", "norm2": "norm_2",
     "qkv": "attn.qkv", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
 }  # fmt: skip
@@ -51,6 +51,7 @@ MIXTURES: tuple[Table, ...] = (  # of transformers 5, then of files of Qwen3-MoE
     {"mlp.router": "block_sparse_moe.gate", "mlp.down": "block_sparse_moe.experts.{e}.w2.weight",
      "mlp.gate_up": "block_sparse_moe.experts.{e}.w1.weight block_sparse_moe.experts.{e}.w3.weight"},
 )  # fmt: skip
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AIM_UNUSED = r"head\..*|trunk\.post_trunk_norm\..*"
 CLIP_UNUSED = r".*position_ids|post_layernorm\..*|text_model\..*|(text|visual)_projection\..*|logit_scale"
 
@@ -62,16 +63,33 @@ CLIP_FIELDS = {
 }  # fmt: skip
 AIM_HONOURED = {"num_channels": (3,), "use_bias": (False,), "mlp_hidden_dim": (None,), "ffn_dropout_rate": (0.0,)}
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CLIP_HONOURED = {"model_type": ("clip_vision_model",), "hidden_act": tuple(ACTIVATIONS), "num_channels": (3,)}
+CLIP_HONOURED = {
+    "model_type": ("clip_vision_model",), "hidden_act": tuple(ACTIVATIONS), "num_channels": (3,),
+    "quantization_config": (None,),
+}  # fmt: skip
+CLIP_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "patch_size",
+    "image_size",
+)
 DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {"sliding_window": 4096}, "mixtral": {"rope_theta": 1_000_000.0},
     "qwen3": {"use_sliding_window": False, "head_dim": 128},
     "qwen3_moe": {"use_sliding_window": False, "norm_topk_prob": False},
 }  # fmt: skip
 DECODER_HONOURED = {
-    "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,), "hidden_act": ("silu",),
-    "attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (True,),
+    "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0, None),
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "quantization_config": (None,),
 }  # fmt: skip
+DECODER_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+)  # fmt: skip
+DECODER_COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 @torch.no_grad()
@@ -119,44 +137,72 @@ def _expect(part: str, source: dict[str, Any], honoured: Mapping[str, tuple]) ->
             raise DataError(f"{part} config: {name} is {source[name]!r}, expected {expected}")
 
 
+def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], null: bool = False) -> None:
+    """Refuse what is no whole number from 1 on, of those of the fields that are there. null: which may be null."""
+    for name in names:
+        value = source.get(name)
+        if name in source and not (value is None and null) and (type(value) is not int or value < 1):
+            raise DataError(f"{part} config: {name} is {value!r}, expected a positive integer")
+
+
 def _vision(source: dict[str, Any]) -> config.Vision:
     if "num_blocks" in source:
         return _aim(source)
     if source["model_type"] == "clip":
-        source = {"model_type": "clip_vision_model"} | source["vision_config"]
+        nested = source.get("vision_config_dict")  # of older files; transformers takes it for the other if it is there
+        nested = (source.get("vision_config") or {}) if nested is None else nested
+        if not isinstance(nested, dict):
+            raise DataError(f"vision config: vision_config is {nested!r}, expected an object")
+        source = {"model_type": "clip_vision_model"} | nested
     _expect("vision", source, CLIP_HONOURED)
     fields: dict[str, Any] = {ours: source.get(*theirs) for ours, theirs in CLIP_FIELDS.items()}
-    return config.Vision(table=(source.get("image_size", 224) // fields["patch"],) * 2, **fields)
+    side = source.get("image_size", 224)
+    names = {theirs: fields[ours] for ours, (theirs, _) in CLIP_FIELDS.items()} | {"image_size": side}
+    _expect_counts("vision", names, CLIP_COUNTS)
+    if side % fields["patch"]:
+        raise DataError(f"vision config: image_size is {side}, expected a multiple of the patch_size {fields['patch']}")
+    return config.Vision(table=(side // fields["patch"],) * 2, **fields)
 
 
 def _aim(source: dict[str, Any]) -> config.Vision:
     _expect("vision", source, AIM_HONOURED)
-    width, patch = source["embed_dim"], source["patch_size"]
+    width, patch, side = source["embed_dim"], source["patch_size"], source["img_size"]
+    _expect_counts("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"))
+    if side % patch:
+        raise DataError(f"vision config: img_size is {side}, expected a multiple of the patch_size {patch}")
     return config.Vision(
         width, source["num_blocks"], source["num_heads"], int(source.get("mlp_ratio", 4) * width), patch,
-        (source["img_size"] // patch,) * 2, activation="gelu", class_token=False, pre_norm=False, patch_norm=True,
-        bias=False, eps=1e-6, **IMAGENET,
+        (side // patch,) * 2, activation="gelu", class_token=False, pre_norm=False, patch_norm=True,
+        positions="sincos", bias=False, eps=1e-6, **IMAGENET,
     )  # fmt: skip
 
 
 def _decoder(source: dict[str, Any], context: int | None) -> config.Decoder:
     kind = source["model_type"]
     _expect("decoder", source, {"model_type": tuple(DECODER_DEFAULTS)})
-    # transformers 5 keeps theta among rope_parameters; before, it stood beside a rope_scaling.
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    # Since transformers 5 theta is among rope_parameters, for which a rope_scaling beside it, as before, is taken.
+    rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise DataError(f"decoder config: rope_parameters are {rope!r}, expected those of all layers")
     source = {"rope_theta": 10_000.0} | DECODER_DEFAULTS[kind] | source | rope
     _expect("decoder", source, DECODER_HONOURED)
+    if strange := set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        raise DataError(f"decoder config: layer_types has {min(strange)!r}, expected full or sliding attention")
+    _expect_counts("decoder", source, DECODER_COUNTS)
+    _expect_counts("decoder", source, DECODER_COUNTS_OR_NULL, null=True)
     window = source.get("sliding_window") if source.get("use_sliding_window", True) else None
     if window and window < (longest := context or source["max_position_embeddings"]):
         raise DataError(f"decoder config: sliding_window is {window}, expected {longest} or more")
     width, heads = source["hidden_size"], source["num_attention_heads"]
-    experts = source.get("num_experts") or source.get("num_local_experts") or 0
+    mixture = kind in ("mixtral", "qwen3_moe")
+    experts = source["num_experts" if "num_experts" in source else "num_local_experts"] if mixture else 0
     return config.Decoder(
         vocabulary=source["vocab_size"], width=width, layers=source["num_hidden_layers"], heads=heads,
         kv_heads=source.get("num_key_value_heads") or heads, eps=source["rms_norm_eps"],
         head_width=source.get("head_dim") or width // heads, rope_theta=source["rope_theta"],
-        ffn=source.get("moe_intermediate_size") or source["intermediate_size"], moe_every=1, experts=experts,
-        experts_per_token=source["num_experts_per_tok"] if experts else 0, qk_norm=kind.startswith("qwen3"),
+        ffn=source["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
+        moe_every=1, experts=experts, experts_per_token=source["num_experts_per_tok"] if mixture else 0,
+        qk_norm=kind.startswith("qwen3"),
         tied=bool(source.get("tie_word_embeddings")),
     )  # fmt: skip
 
@@ -186,15 +232,9 @@ def _load_clip(encoder: VisionEncoder, state: State) -> None:
 
 
 def _load_aim(encoder: VisionEncoder, state: State) -> None:
-    """AIM's positions are a formula; here its values at the grid it was trained on, resampled to others and learned."""
     c, views = encoder.config, views_of(encoder, AIM)
     views[AIM["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
-    del views[AIM["positions"]]
     _fill("vision", views, state, AIM_UNUSED)
-    (rows, columns), frequencies = c.table, 10_000.0 ** (-torch.arange(c.width // 4) / (c.width // 4))
-    r, k = torch.arange(rows)[:, None] * frequencies, torch.arange(columns)[:, None] * frequencies
-    parts = k.sin()[None], k.cos()[None], r.sin()[:, None], r.cos()[:, None]  # the column's half first
-    encoder.positions.copy_(torch.cat([part.expand(rows, columns, -1) for part in parts], -1))
 
 
 def _load_llama(decoder: DecoderLM, state: State) -> None:
@@ -239,6 +279,10 @@ def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = ""
         found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
         if found != (expected := f"of shape {shape}"):
             raise DataError(f"{part}: tensor {name} is {found}, expected {expected}")
+        if state[name].dtype not in FLOATS:  # of which a scale may stand elsewhere
+            raise DataError(
+                f"{part}: tensor {name} is of dtype {state[name].dtype}, expected floats of 16 bits or more"
+            )
         view.copy_(state[name].reshape(view.shape))
     for name in state:
         if name not in views and not re.fullmatch(unused, name):

@@ -12,7 +12,7 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mm1.engine.data.document import SPECIAL
-from mm1.engine.data.record import DataError, Unreadable
+from mm1.engine.data.record import Choice, DataError, Unreadable
 from mm1.engine.data.sources import KINDS, Source, expand, open_source
 
 ROWS = 64  # the vocabulary is a multiple of it: whole tiles of tensor cores in products with the head
@@ -95,7 +95,9 @@ def texts_of(files: Iterable[str]) -> Iterator[str]:
         source = _source(path)
         for i in range(len(source)):
             try:
-                yield from (str(part) for part in source[i].parts if isinstance(part, str))
+                for part in source[i].parts:
+                    if isinstance(part, str):
+                        yield from part.texts if isinstance(part, Choice) else (str(part),)
             except Unreadable:
                 unreadable += 1
     if unreadable:

@@ -28,6 +28,22 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+def sincos(grids: Grids, width: int) -> Tensor:
+    """AIM's positions fp32 [P, width] of patches at (row, column) of their image, whatever its grid.
+
+        [sin(column · f) | cos(column · f) | sin(row · f) | cos(row · f)],  f_i = 10000^(-i / q), i < q = width / 4
+
+    Source: He et al. 2022 (MAE), whose halves stand in this order; El-Nouby et al. 2024.
+    """
+    first, _, _, columns = grids.table.index_select(0, grids.owner.clamp(min=0)).unbind(1)  # padding has an image's
+    place = torch.arange(grids.patches, device=first.device) - first
+    columns = columns.clamp(min=1)
+    quarter = width // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, device=first.device, dtype=torch.float32) / quarter)
+    column, row = ((x.float()[:, None] * frequencies) for x in (place % columns, place // columns))
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
+
+
 class VisionBlock(Replaceable):
     def __init__(self, c: config.Vision):
         super().__init__()
@@ -50,7 +66,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = c
         self.patch_weight = nn.Parameter(torch.empty(c.width, c.patch * c.patch * 3))
-        self.positions = nn.Parameter(torch.empty(*c.table, c.width))
+        if c.positions == "table":
+            self.positions = nn.Parameter(torch.empty(*c.table, c.width))
         if c.patch_norm:
             self.patch_bias = nn.Parameter(torch.empty(c.width))
             self.patch_norm = nn.LayerNorm(c.width, c.eps)
@@ -62,13 +79,17 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
         """pixels uint8 [ΣHW, 3], grids of the batch -> [P, Dv]."""
         c = self.config
-        bias, table = (self.patch_bias, None) if c.patch_norm else (None, self.positions)
+        learned = self.positions if c.positions == "table" else None
+        bias, table = (self.patch_bias, None) if c.patch_norm else (None, learned)
         x, cu_seqlens = patch_embed(
             pixels, grids, self.patch_weight, bias, table, patch_size=c.patch, mean=c.mean, std=c.std,
             interpolation=c.interpolation,
         )  # fmt: skip
-        if c.patch_norm:
-            x = self.patch_norm(x) + positions(self.positions, grids, c.interpolation).to(x.dtype)
+        x = self.patch_norm(x) if c.patch_norm else x
+        if learned is None:
+            x = x + sincos(grids.to(x.device), c.width).to(x.dtype)
+        elif table is None:
+            x = x + positions(learned, grids, c.interpolation).to(x.dtype)
         patch_rows = None
         if c.class_token:
             class_rows, patch_rows, cu_seqlens = grids.to(x.device).with_class_token()

@@ -170,39 +170,39 @@ class DocumentEncoder:
         tokens: list[int] = []
         images: list[np.ndarray] = []
         given: list[bool] = []
+        budget, patches = self.budget, 0  # patches: of the piece's images
 
         def close():
-            nonlocal tokens, images, given
+            nonlocal tokens, images, given, patches
             key = record.key if not pieces else f"{record.key}+{len(pieces)}"
             marks = np.array(given) if any(given) else None
             pieces.append(Document(np.array(tokens, np.int32), tuple(images), f"{record.shard}:{key}", marks))
-            tokens, images, given = [], [], []
+            tokens, images, given, patches = [], [], [], 0
 
         for ids, views, no_target in units:
             if views:
-                area, used = (
-                    sum(v.shape[0] * v.shape[1] for v in of) // self.policy.patch**2 for of in (views, images)
-                )
-                count, budget = len(views), self.budget
-                if area > budget.patches or count > budget.images or len(ids) > budget.tokens - 1:
+                area = sum(v.shape[0] * v.shape[1] for v in views) // self.policy.patch**2
+                if area > budget.patches or len(views) > budget.images or len(ids) > budget.tokens - 1:
                     raise Unreadable(
-                        f"an image of {count} views, {area} patches exceeds the packing budget", record.shard
+                        f"an image of {len(views)} views, {area} patches exceeds the packing budget", record.shard
                     )
-                full = len(images) + count > budget.images or used + area > budget.patches
+                full = len(images) + len(views) > budget.images or patches + area > budget.patches
                 if full or len(tokens) + len(ids) > budget.tokens:
                     close()
                 tokens += ids
                 images += views
                 given += [no_target] * len(ids)
-            else:
-                while len(tokens) + len(ids) > self.budget.tokens:
-                    room = self.budget.tokens - len(tokens)
-                    tokens += ids[:room]
-                    given += [no_target] * room
-                    ids = ids[room:]
-                    close()
-                tokens += ids
-                given += [no_target] * len(ids)
+                patches += area
+                continue
+            start = 0  # of what is left of the text: to copy the rest for every piece would take quadratic time
+            while len(tokens) + len(ids) - start > budget.tokens:
+                room = budget.tokens - len(tokens)
+                tokens += ids[start : start + room]
+                given += [no_target] * room
+                start += room
+                close()
+            tokens += ids[start:]
+            given += [no_target] * (len(ids) - start)
         close()
         # A piece without a target but <eos> is left out: it would teach that a document ends behind any image.
         taught = [p for p in pieces if (p.targets(self.tokenizer.image) & (p.tokens[1:] != self.tokenizer.eos)).any()]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.document import Budget, TextTokenizer
+from mm1.engine.data.record import FEW
 
 if TYPE_CHECKING:
     from mm1.engine.config import Run
@@ -43,6 +44,8 @@ def identity(
             f"data.sources[{i}].weight": setting.weight,
             mean_length(i): mean_lengths[i],
         }
+        if len(source) < FEW:  # before, Grain's cipher shuffled these as well
+            values[f"data.sources[{i}].order"] = "sorted by a hash"
     return values
 
 

@@ -3,50 +3,93 @@
 import math
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
+from mm1.engine.data.metadata import without_metadata
 from mm1.engine.data.record import DataError, Unreadable
 
 # Named, because PIL hands formats such as EPS to an interpreter: data from the web must not choose that.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
 MAX_PIXELS = 178_956_970  # PIL's own limit for an error, kept also where a program has lifted PIL's
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _PIL_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
-def decode(data: bytes) -> Image.Image:
-    """The first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable."""
+def decode(data: bytes, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable.
+
+    Broken or huge metadata costs no picture; an orientation among it that cannot be read leaves it as it lies.
+    """
     # Not catch_warnings: that is global too, and a data thread would race with the training thread for it.
     if warnings.filters[:1] != [_PIL_WARNS]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-        if not 0 < image.width * image.height <= MAX_PIXELS:
-            raise Unreadable(f"image of {image.width} x {image.height} pixels, expected 1 to {MAX_PIXELS}")
-        return upright(image)
+        return _decoded(data, formats, max_pixels)
     except Unreadable:
         raise
-    except UnidentifiedImageError:  # PIL's own words name a buffer at a memory address
-        raise Unreadable(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # PIL's codecs raise nearly every type there is on bad bytes
+        bare = without_metadata(data)
+        if bare != data:
+            with suppress(Exception):
+                return _decoded(bare, formats, max_pixels)
+        if isinstance(error, UnidentifiedImageError):  # PIL's own words name a buffer at a memory address
+            raise Unreadable(f"not an image in one of the formats {', '.join(formats)}") from None
         raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
+
+
+def _decoded(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
+    image = Image.open(BytesIO(data), formats=formats)
+    if not 0 < image.width * image.height <= max_pixels:
+        raise Unreadable(f"image of {image.width} x {image.height} pixels, expected at most {max_pixels}, at least 1")
+    key = image.info.get("transparency")
+    if image.format == "PNG" and not isinstance(key, bytes | None):  # PIL scales samples to 8 bits, this colour not
+        bits = data[24]
+        if bits == 16 and image.mode == "RGB":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        elif bits in (2, 4) and image.mode == "L":
+            image.info["transparency"] = key * 255 // ((1 << bits) - 1)
+    return _upright(image)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Any of PIL's as decode() gives them. Raises Unreadable."""
     try:
-        image.load()
-        if not image.width * image.height:
-            raise Unreadable(f"image of {image.width} x {image.height} pixels")
-        return _rgb(ImageOps.exif_transpose(image))
+        return _upright(image)
     except Unreadable:
         raise
     except Exception as error:
         raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    if not image.width * image.height:
+        raise Unreadable(f"image of {image.width} x {image.height} pixels")
+    turn = TURNS.get(_orientation(image))
+    return _rgb(image if turn is None else image.transpose(turn))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, or XMP's; 1, as it lies, if none can be read."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except Exception:  # no TIFF behind its header, which some programs write several times
+        exif, value = Image.Exif(), None
+        with suppress(Exception):
+            exif.load(re.sub(rb"^(Exif\0\0)+", b"", image.info["exif"]))
+            value = exif.get(ORIENTATION)
+    return value if isinstance(value, int) else 1
 
 
 def read(path: str | Path) -> Image.Image:
@@ -62,7 +105,9 @@ def read(path: str | Path) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits; convert("L") would clip at 255
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
+        scaled = ((values + 128) // 257).clip(0, 255).astype(np.uint8)
+        scaled[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(scaled)
     elif image.mode == "F":  # written as 0..1 or as 0..255: the file does not say
         values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
         values = values * 255 if values.max() <= 1 else values

@@ -7,9 +7,12 @@ index files. Grain shuffles globally in O(1) memory, mixes by weight, decodes in
 the order, and is what torchtitan moved to.
 """
 
+import hashlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns at import that there is no jax
@@ -17,7 +20,7 @@ import grain  # noqa: E402
 from absl import flags  # noqa: E402
 
 from mm1.engine.data.document import DECODED_AHEAD, Document, DocumentEncoder  # noqa: E402
-from mm1.engine.data.record import DataError, Unreadable  # noqa: E402
+from mm1.engine.data.record import FEW, Choice, DataError, Record, Unreadable  # noqa: E402
 
 
 class Drawn(NamedTuple):
@@ -30,32 +33,66 @@ class Drawn(NamedTuple):
     reason: str | None
 
 
+def shuffled(place: int, records: int, seed: int, passed: int) -> int:
+    """Return which of `records` stands at `place` in a pass over a source; every pass has an order of its own.
+
+    Grain's cipher works on 16 bits and is repeated until its number is below `records`: 10 µs a number, but 10 ms for
+    a source of two records. Fewer than FEW are therefore sorted by a hash, once a pass.
+    """
+    if records < FEW:
+        return _sorted_by_hash(records, seed, passed)[place]
+    return grain.experimental.index_shuffle(place, max_index=records - 1, seed=(seed + passed) % 2**32, rounds=4)
+
+
+@lru_cache(maxsize=64)
+def _sorted_by_hash(records: int, seed: int, passed: int) -> list[int]:
+    return sorted(range(records), key=lambda record: _hash(seed, passed, record))
+
+
+def _hash(*numbers: int) -> int:
+    """64 bits that depend on nothing but the numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")
+
+
 @dataclass(frozen=True)
 class _Reader:
-    """Index in a source -> Drawn."""
+    """Position in a source's endless stream -> Drawn."""
 
     source: Any
     number: int
     encode: DocumentEncoder
+    seed: int
 
-    def __call__(self, index: int) -> Drawn:
+    def __call__(self, position: int) -> Drawn:
+        passed, place = divmod(position, len(self.source))
+        return self.read(shuffled(place, len(self.source), self.seed, passed), passed)
+
+    def read(self, index: int, passed: int) -> Drawn:
+        """Read a record as a pass has it: of each Choice one text, the next one in the next pass."""
         shard, key = "", str(index)
         try:
-            record = self.source[index]
+            record: Record = self.source[index]
             shard, key = record.shard, record.key
+            if any(isinstance(part, Choice) for part in record.parts):
+                turn = passed + _hash(self.seed, index)
+                record = replace(record, parts=tuple(_chosen(part, turn) for part in record.parts))
             return Drawn(self.number, shard, key, self.encode(record), None)
         except Unreadable as error:
             return Drawn(self.number, error.shard or shard, error.key or key, [], error.reason)
 
     def mean_tokens(self, sampled: int) -> float:
         """Mean length of evenly spaced records, 1 if none of them is readable."""
-        drawn = [self(i) for i in range(0, len(self.source), -(-len(self.source) // sampled))]
+        drawn = [self.read(i, 0) for i in range(0, len(self.source), -(-len(self.source) // sampled))]
         lengths = [sum(len(document.tokens) for document in d.documents) for d in drawn if d.documents]
         return sum(lengths) / len(lengths) if lengths else 1.0
 
 
+def _chosen(part: str | bytes, turn: int) -> str | bytes:
+    return part.texts[turn % len(part.texts)] if isinstance(part, Choice) else part
+
+
 class Mixture:
-    """Endless stream of the documents of several sources, each shuffled anew every epoch.
+    """Endless stream of the documents of several sources, each shuffled anew every pass.
 
     weights: shares of the tokens drawn from each source, as the paper's sequences are all of one length; records
     are drawn by weight over their mean length in tokens, `mean_lengths`, which is estimated from `sampled` records of
@@ -68,11 +105,8 @@ class Mixture:
     ):  # fmt: skip
         if any(weight <= 0 for weight in weights):
             raise DataError(f"weights of data sources are {list(weights)}, expected positive numbers")
-        readers = [_Reader(source, number, encode) for number, source in enumerate(sources)]
-        datasets = [
-            grain.MapDataset.range(len(reader.source)).shuffle(seed=(seed + reader.number) % 2**32).repeat().map(reader)
-            for reader in readers
-        ]
+        readers = [_Reader(source, i, encode, (seed + i) % 2**32) for i, source in enumerate(sources)]
+        datasets = [grain.MapDataset.range(sys.maxsize).map(reader) for reader in readers]
         self.mean_lengths = list(mean_lengths or (reader.mean_tokens(sampled) for reader in readers))
         self._documents = grain.MapDataset.mix(datasets, [w / n for w, n in zip(weights, self.mean_lengths)])
 

@@ -18,11 +18,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mm1.engine.data.record import Answer, DataError, Record, Unreadable
-from mm1.engine.data.tar import File, members, read_member
+from mm1.engine.data.record import Answer, Choice, DataError, Record, Unreadable
+from mm1.engine.data.samples import PassedOver, Samples
+from mm1.engine.data.tar import File, read_member
 
-IMAGES = {"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"}
+CAPTIONS = ("caption", "captions", "text")  # fields of a sample's .json, a text or a list of texts
 TARS = (".tar", ".tar.gz", ".tgz")
+PARQUET_ROWS = 16  # of a batch of a row group that is too large to be read at once
 
 
 class _Shard:
@@ -30,6 +32,7 @@ class _Shard:
 
     count: int
     damage: str | None = None
+    passed: PassedOver | None = None  # what records do not hold, and need not
 
     def __init__(self, file: File):
         self.file = file
@@ -41,48 +44,27 @@ class _Shard:
         raise NotImplementedError
 
 
-class _Samples(_Shard):
-    """WebDataset tar: members that share the name up to the first dot of the file name are one sample."""
+class _Tar(_Shard):
+    """The samples of a WebDataset tar: image, and caption of .txt or else of .json."""
 
     def __init__(self, file: File):
         super().__init__(file)
-        damage: list[str] = []
-        keys, rows, row_of = bytearray(), array.array("q"), {}
-        for name, start, size, _ in members(file, damage):
-            folder, slash, base = name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            extension = extension.lower()
-            column = 2 if extension in IMAGES else {"txt": 4, "json": 6}.get(extension)
-            if column is None or not stem:
-                continue
-            key = folder + slash + stem
-            row = row_of.get(key)
-            if row is None or rows[row + column] >= 0:  # a second image of that name: a sample of its own
-                row = row_of[key] = len(rows)
-                encoded = key.encode()
-                rows.extend((len(keys), len(encoded), -1, -1, -1, -1, -1, -1))
-                keys += encoded
-            rows[row + column], rows[row + column + 1] = start, size
-        self.keys, self.damage = bytes(keys), "; ".join(damage)
-        self.rows = np.array(rows, np.int64).reshape(-1, 8)  # start, size of key, image, txt, json; -1: none
-        self.count = len(self.rows)
+        self.samples = Samples(file)
+        self.count, self.damage, self.passed = len(self.samples), self.samples.damage, self.samples.passed
 
     def key(self, row: int) -> str:
-        start, size = self.rows[row, :2].tolist()
-        return self.keys[start : start + size].decode()
+        return self.samples.key(row)
 
     def item(self, row: int) -> tuple[bytes, str]:
-        image, text, meta = self.rows[row, 2:].reshape(3, 2).tolist()
-        if image[0] < 0:
-            raise Unreadable("caption without an image")
-        caption = None
-        if text[0] >= 0:
-            caption = _utf8(self.file.read(*text))
-        elif meta[0] >= 0 and isinstance(fields := _json(self.file.read(*meta)), dict):
-            caption = fields.get("caption", fields.get("text"))
+        image, caption = self.samples.image(row), None
+        if (text := self.samples.text(row)) is not None:
+            caption = _utf8(text)
+        elif (meta := self.samples.meta(row)) is not None and isinstance(fields := _json(meta), dict):
+            caption = next((fields[name] for name in CAPTIONS if fields.get(name) is not None), None)
         if caption is None:
-            raise Unreadable('image without a caption: expected a .txt or .json ("caption") of the same name')
-        return self.file.read(*image), _checked(caption, "caption").strip()
+            found = f", found {note}" if (note := self.samples.note(row)) else ""
+            raise Unreadable(f'image without a caption: expected a .txt or .json ("caption") of the same name{found}')
+        return image, _caption(caption)
 
 
 class _Lines(_Shard):
@@ -146,7 +128,11 @@ class _Parquet(_Shard):
         group, inside = _locate(self.ends, row)
         pa, _ = _pyarrow()
         try:
-            return _row_group(self.file, group, self.columns).slice(inside, 1).to_pylist()[0]
+            rows = _row_group(self.file, group, self.columns)
+            if rows is None:
+                part, inside = divmod(inside, PARQUET_ROWS)
+                rows = _parts_of_group(self.file, group, self.columns)[part]
+            return rows.slice(inside, 1).to_pylist()[0]
         except (pa.ArrowException, OSError, ValueError) as error:
             raise Unreadable(f"parquet: {error}") from None
 
@@ -161,9 +147,20 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=4)
-def _row_group(file: File, group: int, columns: tuple[str, ...]):
+def _row_group(file: File, group: int, columns: tuple[str, ...]) -> Any:
+    """The rows of a group as a table, or None if they take more than 2 GiB, which Arrow puts into no nested column."""
+    pa, pq = _pyarrow()
+    try:
+        return pq.ParquetFile(file.path).read_row_group(group, columns=list(columns), use_threads=False)
+    except pa.ArrowNotImplementedError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _parts_of_group(file: File, group: int, columns: tuple[str, ...]) -> list[Any]:
+    """The rows of a group in batches of PARQUET_ROWS, as large as a group that was read at once: only one is kept."""
     parquet = _pyarrow()[1].ParquetFile(file.path)
-    return parquet.read_row_group(group, columns=list(columns), use_threads=False)
+    return list(parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=list(columns), use_threads=False))
 
 
 @lru_cache(maxsize=64)
@@ -195,6 +192,16 @@ def _json(data: bytes) -> Any:
 
 def _blank(text: Any) -> bool:
     return text is None or (isinstance(text, str) and not text.strip())
+
+
+def _caption(given: Any) -> str:
+    """A caption, or the choice of several."""
+    if not isinstance(given, list):
+        return _checked(given, "caption").strip()
+    texts = [_checked(text, "caption").strip() for text in given if not _blank(text)]
+    if not texts:
+        raise Unreadable("empty caption")
+    return texts[0] if len(texts) == 1 else Choice(texts)
 
 
 def _checked(text: Any, what: str) -> str:
@@ -237,6 +244,15 @@ class Source:
             raise DataError(f"{path}: {error.strerror or error}") from None
 
     @property
+    def passed(self) -> str:
+        """What records do not hold and need not, counted: folders, members beside image and caption."""
+        total = PassedOver()
+        for shard in self._shards:
+            for kind, (count, first) in (shard.passed.kinds if shard.passed else {}).items():
+                total.add(kind, f"{first} in {shard.file.path}", count)
+        return str(total)
+
+    @property
     def files(self) -> list[list[Any]]:
         """Name without folders, bytes and number of records of each file, in order."""
         shards = [(Path(shard.file.path), shard.count) for shard in self._shards]
@@ -263,9 +279,12 @@ class Source:
 
 
 class Captions(Source):
-    """WebDataset tars: image, then caption from .txt, or from .json under "caption" or "text"."""
+    """WebDataset tars: image, then caption from .txt, or from .json under "caption", "captions" or "text".
 
-    readers: ClassVar = dict.fromkeys(TARS, _Samples)
+    A list of captions is a Choice: one of them is drawn each pass.
+    """
+
+    readers: ClassVar = dict.fromkeys(TARS, _Tar)
 
     def _parts(self, item, folder):
         return item
@@ -373,16 +392,29 @@ def read_image(name: Any, folder: Path) -> bytes:
         except ValueError as error:
             raise Unreadable(f"image of broken base64: {error}") from None
     if re.match(r"[A-Za-z][\w.+-]*://", name):
-        raise Unreadable(f"image {name!r} is a URL, which is never fetched")
+        raise Unreadable(
+            f"image {name[:200]!r} is a URL, which is never fetched: download the images and name their files, "
+            "as the README says under OBELICS"
+        )
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
         raise Unreadable(f"image {name!r} is not a path inside the shard's folder")
     for tar in path.parents:
         if tar.name.lower().endswith(TARS) and (folder / tar).is_file():
-            return read_member(File.at(folder / tar), path.relative_to(tar).as_posix())
+            return read_member(File.at(_inside(tar, folder)), path.relative_to(tar).as_posix())
     if not (folder / path).is_file():
         raise Unreadable(f"there is no image {name!r} in {folder}")
-    return (folder / path).read_bytes()
+    return _inside(path, folder).read_bytes()
+
+
+def _inside(path: PurePosixPath, folder: Path) -> Path:
+    """The file that a path of a document is, symbolic links followed. Raises Unreadable if it lies elsewhere."""
+    found = (folder / path).resolve()
+    if not found.is_relative_to(folder.resolve()):
+        raise Unreadable(
+            f"image {str(path)!r} leads out of the shard's folder by a symbolic link, which is not followed"
+        )
+    return found
 
 
 def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:

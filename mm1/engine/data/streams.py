@@ -173,6 +173,8 @@ def make_streams(
             "indexed %s: %d records in %d files, which the run sees about %.3g times", setting.kind, len(source),
             len(source.files), drawn * setting.weight / (len(source) * length),
         )  # fmt: skip
+        if passed := source.passed:
+            log.info("passed over in %s: %s", setting.kind, passed)
     told = warn if rank == 0 else lambda message: None
     return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)
 

@@ -6,8 +6,10 @@ to memory: fine for small sets; shards of much data are better left unpacked.
 
 import array
 import gzip
+import io
 import mmap
 import os
+import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,15 @@ from typing import NamedTuple
 import numpy as np
 
 from mm1.engine.data.record import DataError, Unreadable
+
+FOLDER = "a folder"
+KINDS = {
+    b"0": "", b"\0": "", b"7": "", b"S": "", b"1": "a hard link", b"2": "a symbolic link", b"3": "a character device",
+    b"4": "a block device", b"5": FOLDER, b"6": "a pipe", b"D": FOLDER, b"M": "a part of a file of several volumes",
+    b"V": "a label",
+}  # fmt: skip
+ZEROS = bytes(1 << 16)
+LARGEST_SPARSE = 1 << 30  # bytes with the holes, of which an archive of a kilobyte can claim any number
 
 
 @dataclass(frozen=True)
@@ -79,28 +90,46 @@ def _unpacked(file: File) -> tuple[bytes, str | None]:
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its bytes are at start … start + size, its first header (of a long name) at `header`."""
+    """What an archive has under a name. Of a regular file, the bytes are at start … start + size.
+
+    kind: "" for a regular file, else what it is in words. sparse: its bytes are packed without its holes. header: where
+    its first header (of a long name) begins.
+    """
 
     name: str
     start: int
     size: int
     header: int
+    kind: str = ""
+    sparse: bool = False
+
+    def read(self, tar: File) -> bytes:
+        """Return the bytes of a regular file. Raises Unreadable."""
+        return read_sparse(tar, self.header) if self.sparse else tar.read(self.start, self.size)
 
 
 def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
-    """Regular files of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
+    """Members of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
 
-    Not tarfile: it takes a broken header amid the archive for its end, and 27 µs a member where this takes 6.
+    Archives that were appended to one another are read as one (`tar --ignore-zeros`). Not tarfile: it takes a broken
+    header amid the archive for its end, and 27 µs a member where this takes 6.
     """
     data, broken = file.whole()
     damage += [broken] if broken else []
-    first, pax = at, {}
-    while any(header := data[at : at + 512]):
+    first, pax, ended = at, {}, False
+    while header := data[at : at + 512]:
+        if not any(header):
+            at = first = _behind_zeros(data, at)
+            pax, ended = {}, True
+            continue
+        ended = False
         try:
             checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
             if len(header) < 512 or int(header[148:156].strip(b" \0"), 8) != checksum:
                 raise ValueError
             kind, start = header[156:157], at + 512
+            if kind == b"S":
+                start = _behind_map(data, header, start)
             size = int(pax.get(b"size", 0)) or _number(header[124:136])
             if b"1" <= kind <= b"6":  # links, folders, devices: no data follows, whatever the size says
                 size = 0
@@ -121,16 +150,57 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
         at = start + -(-size // 512) * 512
         if kind in b"xLgK":
             continue  # about the next member
-        if kind in (b"0", b"\0", b"7"):
-            name = header[:100].split(b"\0", 1)[0]
-            if header[257:263] == b"ustar\0" and header[345]:
-                name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-            yield Member(pax.get(b"path", name).decode(errors="replace").removeprefix("./"), start, size, first)
+        name = header[:100].split(b"\0", 1)[0]
+        if header[257:263] == b"ustar\0" and header[345]:
+            name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+        name = pax.get(b"GNU.sparse.name", pax.get(b"path", name)).decode(errors="replace").removeprefix("./")
+        words = FOLDER if name.endswith("/") else KINDS.get(kind)
+        if words is None:
+            words = f"a member of the unknown type {kind.decode('latin-1')!r}"
+        sparse = kind == b"S" or (bool(pax) and any(key.startswith(b"GNU.sparse.") for key in pax))
+        yield Member(name, start, size, first, words, sparse)
         first, pax = at, {}
-    if not header:
+    if not ended:
         if at == 0:
             raise DataError(f"{file.path} is empty, not a tar archive")
         damage.append(f"cut off at byte {len(data)}: there is no end-of-archive mark")
+
+
+def _behind_zeros(data: bytes | mmap.mmap, at: int) -> int:
+    """The first block of 512 bytes from `at` on that is not of zeros, or the end."""
+    step = len(ZEROS)
+    while data[at : at + step] == ZEROS:
+        at += step
+    while at < len(data) and not any(data[at : at + 512]):
+        at += 512
+    return min(at, len(data))
+
+
+def _behind_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
+    """Where the bytes of a sparse member of the old GNU form begin: behind the blocks that continue its map."""
+    more = header[482]
+    while more:
+        if at + 512 > len(data):
+            raise ValueError
+        more, at = data[at + 504], at + 512
+    return at
+
+
+def read_sparse(file: File, header: int) -> bytes:
+    """Return the bytes of a sparse member with its holes, which are zeros. Raises Unreadable."""
+    try:
+        with io.BytesIO(_unpacked(file)[0]) if file.packed else open(file.path, "rb") as stream:
+            stream.seek(header)
+            with tarfile.TarFile(fileobj=stream) as tar:
+                found = tar.next()
+                content = tar.extractfile(found) if found is not None and found.size <= LARGEST_SPARSE else None
+                if content is None:
+                    raise Unreadable(f"a sparse member of the tar, expected at most {LARGEST_SPARSE} bytes")
+                return content.read()
+    except (tarfile.TarError, OSError, ValueError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"a broken sparse member of the tar: {error}") from None
 
 
 def _number(field: bytes) -> int:
@@ -159,7 +229,9 @@ def read_member(tar: File, name: str) -> bytes:
         for header in reversed(headers[first:last].tolist()):
             member = next(members(tar, [], header), None)
             if member is not None and member.name == name:  # names of equal hash are told apart by the name itself
-                return tar.read(member.start, member.size)
+                if member.kind:
+                    raise Unreadable(f"{name!r} in {tar.path} is {member.kind}, which is not followed")
+                return member.read(tar)
     except DataError as error:
         raise Unreadable(str(error)) from None
     raise Unreadable(f"there is no member {name!r} in {tar.path}" + (f", {damage}" if damage else ""))
@@ -175,6 +247,8 @@ def _directory(tar: File) -> tuple[np.ndarray, np.ndarray, str]:
     damage: list[str] = []
     pairs = array.array("q")
     for member in members(tar, damage):
+        if member.kind == FOLDER:
+            continue
         pairs.extend((hash(member.name), member.header))
     table = np.array(pairs, np.int64).reshape(-1, 2)
     table = table[np.argsort(table[:, 0], kind="stable")]

@@ -1,0 +1,141 @@
+"""Image files without their metadata: what is broken there must not cost the picture.
+
+Pillow refuses a whole file for a text of over 1 MiB, an EXIF block that is no TIFF or a wrong checksum of a comment.
+Browsers, OpenCV and GIMP show such pictures. What decides pixels stays, bytes and order unchanged, and so does an
+orientation; damage of pixels stays damage.
+Sources: PNG (W3C, third edition), JPEG (T.81, annex B), WebP container, GIF89a, TIFF 6.0, HEIF (ISO 23008-12).
+"""
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # and its flag in VP8X
+XMP_KEYWORD = b"XML:com.adobe.xmp\0"
+LARGEST_XMP = 1 << 16
+# Tags of sizes, samples, compression and its tables, strips and tiles, colours, alpha and orientation.
+TIFF_PIXELS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 281), 284, 292, 293, 317, 320, 321,
+               *range(322, 326), 332, 334, *range(338, 342), 347, *range(512, 522), *range(529, 533)}  # fmt: skip
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return the file with no more than pixels and orientation need; as it is if its format is another or broken."""
+    for start, strip in STRIPPED.items():
+        if re.match(start, data, re.DOTALL):
+            try:
+                return strip(data)
+            except (struct.error, IndexError):  # it ends too early
+                return data
+    return data
+
+
+def _png(data: bytes) -> bytes:
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        chunk = data[at : at + 12 + size]
+        if kind in PNG_PIXELS or (_whole(chunk) and _may_turn(kind, chunk[8:-4])):
+            kept.append(chunk)
+        at += 12 + size
+    return b"".join(kept)
+
+
+def _whole(chunk: bytes) -> bool:
+    return chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4, "big")
+
+
+def _may_turn(kind: bytes, content: bytes) -> bool:
+    """An EXIF block, or XMP that is not compressed: places of an orientation."""
+    return kind == b"eXIf" or (
+        kind == b"iTXt" and content.startswith(XMP_KEYWORD + b"\0") and len(content) < LARGEST_XMP
+    )
+
+
+def _jpeg(data: bytes) -> bytes:
+    kept, at = [data[:2]], 2
+    while (at := data.find(b"\xff", at)) >= 0:
+        kind = data[at + 1]
+        if kind in (0x00, 0xFF):  # junk or padding
+            at += 1
+            continue
+        if kind == 0xDA:  # the scan: all that follows
+            break
+        size = 0 if kind == 0x01 or 0xD0 <= kind <= 0xD9 else struct.unpack_from(">H", data, at + 2)[0]
+        if _decides_pixels(kind, size):
+            kept.append(data[at : at + 2 + size])
+        at += 2 + size
+    return b"".join(kept) + (data[at:] if at >= 0 else b"")
+
+
+def _decides_pixels(kind: int, size: int) -> bool:
+    """JFIF's and Adobe's segments name the colours; EXIF and XMP the orientation."""
+    application = 0xE0 <= kind <= 0xEF or kind == 0xFE
+    return not application or (kind == 0xE0 and size >= 16) or kind == 0xE1 or (kind == 0xEE and size >= 14)
+
+
+def _webp(data: bytes) -> bytes:
+    kept, at = [], 12
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, at)
+        chunk = data[at : at + 8 + size + size % 2]
+        if kind == b"VP8X":
+            flags = chunk[8] & ~sum(WEBP_METADATA.values())
+            chunk = chunk[:8] + bytes([flags]) + chunk[9:]
+        if kind not in WEBP_METADATA:
+            kept.append(chunk)
+        at += 8 + size + size % 2
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _gif(data: bytes) -> bytes:
+    table = 3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0
+    at = 13 + table
+    kept = [data[:at]]
+    while data[at] == 0x21:
+        start, at = at, at + 2
+        while data[at]:
+            at += 1 + data[at]
+        at += 1
+        if data[start + 1] == 0xF9:  # which colour is transparent
+            kept.append(data[start:at])
+    return b"".join(kept) + data[at:]
+
+
+def _tiff(data: bytes) -> bytes:
+    """The first directory with those entries that decide pixels, in the place of all; what they point to stays."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = 43 in data[2:4]
+    at = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
+    count_form, entry, link = ("Q", 20, 8) if big else ("H", 12, 4)
+    (count,) = struct.unpack_from(order + count_form, data, at)
+    first = at + struct.calcsize(count_form)
+    entries = [data[i : i + entry] for i in range(first, first + count * entry, entry)]
+    kept = [e for e in entries if struct.unpack_from(order + "H", e)[0] in TIFF_PIXELS]
+    table = struct.pack(order + count_form, len(kept)) + b"".join(kept) + bytes(link)
+    return data[:at] + table + data[at + len(table) :]
+
+
+def _avif(data: bytes) -> bytes:
+    """The item of EXIF under a name that nobody knows: boxes point to bytes, so that none may be taken out."""
+    boxes = {kind: (at, size) for at, size, kind in _boxes(data)}
+    at, size = boxes.get(b"meta", (0, 0))
+    return data[:at] + re.sub(rb"(infe.{8})Exif", rb"\1skip", data[at : at + size], flags=re.DOTALL) + data[at + size :]
+
+
+def _boxes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    at = 0
+    while at + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if size < 8:  # to the end, or of 64 bits: none that is looked for
+            return
+        yield at, size, kind
+        at += size
+
+
+STRIPPED = {
+    rb"\x89PNG\r\n\x1a\n": _png, rb"\xff\xd8": _jpeg, rb"RIFF....WEBP": _webp, rb"GIF8[79]a": _gif,
+    rb"II[*+]\0|MM\0[*+]": _tiff, rb"....ftypavi[fs]": _avif,
+}  # fmt: skip

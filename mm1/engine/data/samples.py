@@ -1,0 +1,159 @@
+"""Samples of a WebDataset tar: which members belong together, and what no sample holds.
+
+Members of the same name but for the extension are one sample. The extension begins at the first dot of the file name,
+as in WebDataset. If that one is not read, it is what follows the last dot: "photo.v1.png" is the image of "photo.v1".
+Such a sample without image or caption is a further member of the sample "photo", if there is one ("photo.mask.png").
+Of several images before a caption the first is taken; what comes behind a whole sample of its name begins another.
+"""
+
+import array
+from collections.abc import Iterable
+
+import numpy as np
+
+from mm1.engine.data.record import Unreadable
+from mm1.engine.data.tar import FOLDER, File, Member, members
+
+IMAGES = (
+    "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif",
+)  # fmt: skip
+KEY, IMAGE, TEXT, META, NOTE, WIDTH = 0, 2, 4, 6, 8, 9  # columns of a row: start and size of the first four
+COLUMNS = {**dict.fromkeys(IMAGES, IMAGE), "txt": TEXT, "json": META}
+NONE, SPARSE = -1, -2  # in the place of a start; of a size, its start being that of the header
+
+
+class PassedOver:
+    """Members that no sample holds: how many of each kind, and the name of the first."""
+
+    def __init__(self):
+        self.kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        before, first = self.kinds.get(kind, (0, name))
+        self.kinds[kind] = before + count, first
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} × {kind} (first: {name})" for kind, (count, name) in self.kinds.items())
+
+
+class Samples:
+    """The samples of one tar, 72 bytes each beside their keys.
+
+    damage: what is lost, in words. passed: folders, names that begin with a dot, and what samples hold beside image and
+    caption.
+    """
+
+    def __init__(self, file: File):
+        self.file, self.passed, self.notes = file, PassedOver(), [""]
+        damage: list[str] = []
+        lost = PassedOver()
+        found = _Found(members(file, damage), lost, self.passed)
+        rows = np.array(found.rows, np.int64).reshape(-1, WIDTH)
+        whole = (rows[:, IMAGE] != NONE) & (rows[:, [TEXT, META]] != NONE).any(1)
+        kept = np.ones(len(rows), bool)
+        for key, row in found.again:
+            if not whole[row]:
+                kept[row] = False
+                lost.add("an image or caption behind a sample of its name", key)
+        for key, (shorter, extension) in found.dotted.items():
+            row = found.row_of[key]
+            if kept[row] and not whole[row] and shorter in found.row_of:
+                kept[row] = False
+                found.note(shorter, extension)
+        for key, note in found.unread.items():
+            row = found.row_of.get(key)
+            if row is not None:
+                rows[row, NOTE] = self._number(note)
+                self.passed.add(f"{note} beside a sample", key)
+            elif "(" not in note:  # links and devices are counted already
+                lost.add(f"{note} of no sample", key)
+        self.keys, self.rows = bytes(found.keys), rows[kept]
+        self.damage = "; ".join([*damage, *([f"passed over: {lost}"] if lost.kinds else [])])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, row: int) -> str:
+        start, size = self.rows[row, KEY : KEY + 2].tolist()
+        return self.keys[start : start + size].decode()
+
+    def image(self, row: int) -> bytes:
+        if (image := self._content(row, IMAGE)) is None:
+            note = self.notes[self.rows[row, NOTE]]
+            endings = ", ".join(f".{ending}" for ending in IMAGES)
+            raise Unreadable(
+                f"{note} is not read as an image, expected {endings}" if note else "caption without an image"
+            )
+        return image
+
+    def text(self, row: int) -> bytes | None:
+        return self._content(row, TEXT)
+
+    def meta(self, row: int) -> bytes | None:
+        return self._content(row, META)
+
+    def note(self, row: int) -> str:
+        """Return the further members of a sample by their extensions."""
+        return self.notes[self.rows[row, NOTE]]
+
+    def _content(self, row: int, column: int) -> bytes | None:
+        start, size = self.rows[row, column : column + 2].tolist()
+        if start == NONE:
+            return None
+        return Member("", start, size, start, sparse=size == SPARSE).read(self.file)
+
+    def _number(self, note: str) -> int:
+        if note not in self.notes:
+            self.notes.append(note)
+        return self.notes.index(note)
+
+
+class _Found:
+    """Rows of the members as they come, and what is decided when all have come."""
+
+    def __init__(self, tar: Iterable[Member], lost: PassedOver, passed: PassedOver):
+        self.keys, self.rows, self.row_of = bytearray(), array.array("q"), dict[str, int]()
+        self.again = list[tuple[str, int]]()  # rows of names that had one
+        self.dotted = dict[str, tuple[str, str]]()  # key with a dot -> the key up to it, the extension behind
+        self.unread = dict[str, str]()  # key -> extensions that are not read
+        for member in tar:
+            folder, slash, base = member.name.rpartition("/")
+            if member.kind == FOLDER or base.startswith("."):
+                passed.add(member.kind or "a name that begins with a dot", member.name)
+                continue
+            stem, _, extension = base.partition(".")
+            key, column = folder + slash + stem, COLUMNS.get(extension.lower())
+            if member.kind:
+                lost.add(member.kind, member.name)
+                self.note(key, f".{extension} ({member.kind})")
+                continue
+            if column is None:
+                shorter, (stem, _, last) = key, base.rpartition(".")
+                column = COLUMNS.get(last.lower())
+                if column is None or not stem:
+                    self.note(key, f".{extension}")
+                    continue
+                key = folder + slash + stem
+                self.dotted[key] = shorter, f".{extension}"
+            self._add(member, key, column, lost)
+
+    def note(self, key: str, extension: str) -> None:
+        before = self.unread.get(key)
+        self.unread[key] = f"{before}, {extension}" if before else extension
+
+    def _add(self, member: Member, key: str, column: int, lost: PassedOver) -> None:
+        row = self.row_of.get(key)
+        if row is not None and self.rows[row * WIDTH + column] != NONE:
+            if column == IMAGE and self.rows[row * WIDTH + TEXT] == self.rows[row * WIDTH + META] == NONE:
+                return lost.add("a second image of a sample", member.name)
+            row = None
+        if row is None:
+            row, encoded = len(self.rows) // WIDTH, key.encode()
+            if key in self.row_of:
+                self.again.append((key, row))
+            self.row_of[key] = row
+            self.rows.extend((len(self.keys), len(encoded), NONE, 0, NONE, 0, NONE, 0, 0))
+            self.keys += encoded
+        self.rows[row * WIDTH + column] = member.header if member.sparse else member.start
+        self.rows[row * WIDTH + column + 1] = SPARSE if member.sparse else member.size
+        return None

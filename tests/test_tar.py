@@ -1,0 +1,289 @@
+"""Tars as people make them: no member is lost without a word, and none leads out of the folder."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mm1.engine.data import samples as sources
+from mm1.engine.data.record import Choice, DataError, Unreadable
+from mm1.engine.data.sources import Captions, Interleaved, open_source, read_image
+from mm1.engine.data.tar import File, members
+
+GNU_TAR = shutil.which("tar") and b"GNU tar" in subprocess.run(["tar", "--version"], capture_output=True).stdout
+
+
+def packed(*entries, **options):
+    """A tar of (name, bytes), and of TarInfos as they are."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", **options) as archive:
+        for entry in entries:
+            if isinstance(entry, tarfile.TarInfo):
+                archive.addfile(entry)
+                continue
+            name, content = entry
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def pair(name, image=b"pixels"):
+    return (f"{name}.png", image), (f"{name}.txt", name.encode())
+
+
+def read(folder, data, name="a.tar"):
+    """Good records as {key: parts}, reasons of the others as {key: reason}, and the source."""
+    (folder / name).write_bytes(data)
+    source = open_source("captions", name, folder)
+    good, bad = {}, {}
+    for i in range(len(source)):
+        try:
+            record = source[i]
+            good[record.key] = record.parts
+        except Unreadable as error:
+            bad[error.key] = error.reason
+    return good, bad, source
+
+
+def damage(source):
+    return "; ".join(reason for _, reason in source.damage)
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path):
+    names = ["plain", "photo.v1", "photo.v2", "shot 3.5x", "dir.d/x.y.z", ".../a"]
+    good, bad, source = read(tmp_path, packed(*(member for name in names for member in pair(name))))
+    assert good == {name: (b"pixels", name) for name in names}
+    assert (bad, source.damage) == ({}, ())
+
+
+def test_a_further_member_is_counted_and_spares_its_sample(tmp_path):
+    data = packed(*pair("a"), ("a.mask.png", b"no"), ("a.cls", b"3"), ("._a.png", b"no"), special("d", tarfile.DIRTYPE))
+    good, bad, source = read(tmp_path, data)
+    assert (good, bad, source.damage) == ({"a": (b"pixels", "a")}, {}, ())
+    for said in ("1 × .cls, .mask.png beside a sample (first: a in ", "1 × a folder (first: d", "begins with a dot"):
+        assert said in source.passed
+
+
+def test_a_dotted_image_alone_is_a_record_that_lacks_its_caption(tmp_path):
+    good, bad, _ = read(tmp_path, packed(*pair("a"), ("b.v1.png", b"x")))
+    assert list(good) == ["a"]
+    assert "image without a caption" in bad["b.v1"]
+    _, bad, _ = read(tmp_path, packed(("b.v1.png", b"x"), ("b.txt", b"b")))
+    assert bad["b"].startswith(".v1.png is not read as an image")
+
+
+@pytest.mark.parametrize("extension", ["heic", "HEIC", "svg", "jxl"])
+def test_an_extension_that_is_not_read_is_the_reason(tmp_path, extension):
+    name = f"b.{extension}"
+    _, bad, _ = read(tmp_path, packed(*pair("a"), (name, b"x"), ("b.txt", b"b")))
+    assert bad == {"b": f".{extension} is not read as an image, expected " + ", ".join(f".{e}" for e in sources.IMAGES)}
+    _, bad, _ = read(tmp_path, packed(*pair("a"), ("b.png", b"x"), (f"b.caption.{extension}", b"b")))
+    assert bad["b"].endswith(f"of the same name, found .caption.{extension}")
+
+
+def test_members_of_no_sample_are_counted(tmp_path):
+    (tmp_path / "a.tar").write_bytes(packed(("a.heic", b"x"), ("b.heic", b"x")))
+    with pytest.raises(DataError, match=r"no records in .*2 × \.heic of no sample \(first: a\)"):
+        Captions(tmp_path / "a.tar")
+    _, _, source = read(tmp_path, packed(*pair("a"), ("README", b"x"), ("b.npy", b"x")))
+    assert damage(source) == "passed over: 1 × . of no sample (first: README), 1 × .npy of no sample (first: b)"
+
+
+def test_of_two_images_under_one_key_the_first_is_read_and_the_second_told(tmp_path):
+    data = packed(("a.jpg", b"first"), ("a.png", b"second"), ("a.txt", b"a"), *pair("b"))
+    good, bad, source = read(tmp_path, data)
+    assert (good, bad) == ({"a": (b"first", "a"), "b": (b"pixels", "b")}, {})
+    assert damage(source) == "passed over: 1 × a second image of a sample (first: a.png)"
+    good, bad, source = read(tmp_path, packed(*pair("a"), ("a.webp", b"behind")))
+    assert (good, bad) == ({"a": (b"pixels", "a")}, {})
+    assert "1 × an image or caption behind a sample of its name (first: a)" in damage(source)
+
+
+def test_links_and_devices_are_counted_and_never_followed(tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    kinds = {"a symbolic link": tarfile.SYMTYPE, "a hard link": tarfile.LNKTYPE, "a pipe": tarfile.FIFOTYPE,
+             "a character device": tarfile.CHRTYPE, "a block device": tarfile.BLKTYPE}  # fmt: skip
+    entries = [special(f"{i}.png", kind, str(tmp_path / "secret.png")) for i, kind in enumerate(kinds.values())]
+    texts = [(f"{i}.txt", b"text") for i in range(len(kinds))]
+    good, bad, source = read(tmp_path, packed(*entries, *texts, *pair("z")))
+    assert list(good) == ["z"]
+    for i, words in enumerate(kinds):
+        assert f"1 × {words} (first: {i}.png)" in damage(source)
+        assert bad[str(i)].startswith(f".png ({words}) is not read as an image")
+        with pytest.raises(Unreadable, match=f"is {words}, which is not followed"):
+            read_image(f"a.tar/{i}.png", tmp_path)
+
+
+def test_a_member_of_an_unknown_type_is_counted(tmp_path):
+    data = bytearray(packed(*pair("a"), ("b.png", b"x"), ("b.txt", b"b")))
+    at = data.index(b"b.png")
+    data[at + 156] = ord("Q")
+    data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 148]) + sum(data[at + 156 : at + 512]) + 8 * 32)
+    _, bad, source = read(tmp_path, bytes(data))
+    assert "1 × a member of the unknown type 'Q' (first: b.png)" in damage(source)
+    assert list(bad) == ["b"]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_appended_archives_are_read_to_the_end(tmp_path, name, form):
+    long = "x" * 150
+    parts = [packed(*pair("a"), format=form), packed(*pair(long), format=form), packed(*pair("c"), format=form)]
+    data = b"".join(gzip.compress(part) if name.endswith("gz") else part for part in parts)
+    good, bad, source = read(tmp_path, data, name)
+    assert list(good) == ["a", long, "c"]
+    assert (bad, source.damage) == ({}, ())
+    assert read_image(f"{name}/c.png", tmp_path) == b"pixels"
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 512 * 255, (1 << 20) + 512])
+def test_any_number_of_zeros_may_stand_between_archives(tmp_path, zeros):
+    cut = [packed(*pair(name))[: 4 * 512] for name in "ab"]  # without an end
+    good, _, source = read(tmp_path, cut[0] + bytes(zeros) + cut[1] + bytes(zeros) + bytes(100))
+    assert (list(good), source.damage) == (["a", "b"], ())
+    good, _, source = read(tmp_path, cut[0] + bytes(zeros) + cut[1])
+    assert list(good) == ["a", "b"]
+    assert "there is no end-of-archive mark" in damage(source)
+
+
+def test_what_is_no_archive_behind_the_end_is_told(tmp_path):
+    good, _, source = read(tmp_path, packed(*pair("a")) + b"junk" * 200)
+    assert list(good) == ["a"]
+    assert "broken header at byte 10240" in damage(source)
+
+
+@pytest.mark.skipif(not GNU_TAR, reason="needs GNU tar")
+@pytest.mark.parametrize("form", ["gnu", "pax 0.0", "pax 0.1", "pax 1.0"])
+@pytest.mark.parametrize("holes", [1, 60], ids=["one hole", "a map of several blocks"])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_sparse_members_are_whole(tmp_path, form, holes, name):
+    folder, block = tmp_path / "made", os.urandom(4096)
+    folder.mkdir()
+    image = b"".join(block + bytes(8192) for _ in range(holes)) + bytes(12345)
+    with open(folder / "a.bmp", "wb") as file:  # tar asks the file system whether a file has holes
+        for at in range(0, holes * 12288, 12288):
+            file.seek(at)
+            file.write(block)
+        file.truncate(len(image))
+    for base in ("a", "b"):
+        (folder / f"{base}.txt").write_text(base)
+    (folder / "b.png").write_bytes(b"pixels")
+    kind, _, version = form.partition(" ")
+    options = [
+        f"--format={kind}",
+        *([f"--sparse-version={version}"] if version else []),
+        "--hole-detection=raw",
+    ]  # raw: by reading
+    names = ["a.bmp", "a.txt", "b.png", "b.txt"]
+    subprocess.run(["tar", "-S", *options, "-cf", tmp_path / "made.tar", "-C", folder, *names], check=True)
+    data = (tmp_path / "made.tar").read_bytes()
+    assert any(member.sparse for member in members(File.at(tmp_path / "made.tar"), []))
+    good, bad, source = read(tmp_path, gzip.compress(data) if name.endswith("gz") else data, name)
+    assert good == {"a": (image, "a"), "b": (b"pixels", "b")}
+    assert (bad, source.damage) == ({}, ())
+    assert read_image(f"{name}/a.bmp", tmp_path) == image
+
+
+def test_a_sparse_member_of_terabytes_is_refused_before_it_is_made(tmp_path):
+    info = tarfile.TarInfo("a.bmp")
+    info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": "a.bmp",
+                        "GNU.sparse.size": str(1 << 42), "GNU.sparse.realsize": str(1 << 42),
+                        "GNU.sparse.map": f"{(1 << 42) - 1},0"}  # fmt: skip
+    _, bad, _ = read(tmp_path, packed(info, ("a.txt", b"a"), *pair("b"), format=tarfile.PAX_FORMAT))
+    assert "expected at most 1073741824 bytes" in bad["a"]
+
+
+def test_members_are_those_of_tarfile(tmp_path):
+    data = packed(*pair("a"), special("d", tarfile.DIRTYPE), special("l", tarfile.SYMTYPE, "a"), *pair("y" * 200))
+    (tmp_path / "a.tar").write_bytes(data)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        truth = [(m.name, m.isreg()) for m in archive]
+    found = [(m.name.rstrip("/"), not m.kind) for m in members(File.at(tmp_path / "a.tar"), [])]
+    assert found == truth
+
+
+@pytest.mark.parametrize("field", ["caption", "captions", "text"])
+def test_several_captions_are_a_choice(tmp_path, field):
+    meta = [["one", " two ", "", None], ["only"], [], [None], ["fine", 3]]
+    entries = [(f"{i}.{end}", json.dumps({field: m}).encode() if end == "json" else b"x")
+               for i, m in enumerate(meta) for end in ("png", "json")]  # fmt: skip
+    good, bad, _ = read(tmp_path, packed(*entries))
+    assert isinstance(good["0"][1], Choice)
+    assert (good["0"][1], good["0"][1].texts) == ("one", ("one", "two"))
+    assert good["1"] == (b"x", "only")
+    assert {key: reason.split(",")[0] for key, reason in bad.items()} == {
+        "2": "empty caption", "3": "empty caption", "4": "caption is of type int",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """A data folder beside a private one."""
+    for name in ("data", "private"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "private" / "secret.png").write_bytes(b"secret")
+    (tmp_path / "private" / "secret.tar").write_bytes(packed(*pair("a")))
+    (tmp_path / "data" / "real").mkdir()
+    (tmp_path / "data" / "real" / "a.png").write_bytes(b"mine")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("link, target, name", [
+    ("images", "../private", "images/secret.png"),
+    ("a.png", "../private/secret.png", "a.png"),
+    ("real/up", "..", "real/up/../private/secret.png"),
+    ("up", "..", "up/private/secret.png"),
+    ("a.tar", "../private/secret.tar", "a.tar/a.png"),
+    ("tars", "../private", "tars/secret.tar/a.png"),
+])  # fmt: skip
+@pytest.mark.parametrize("absolute", [False, True])
+def test_no_symbolic_link_leads_out_of_the_data_folder(data_folder, link, target, name, absolute):
+    place = data_folder / link
+    place.symlink_to(os.path.normpath(place.parent / target) if absolute else os.path.join(target))
+    pq.write_table(pa.table({"texts": [[None, "x"]], "images": [[name, None]]}), data_folder / "d.parquet")
+    (data_folder / "d.jsonl").write_text(json.dumps({"texts": [None, "x"], "images": [name, None]}))
+    for path in ("d.parquet", "d.jsonl"):
+        with pytest.raises(Unreadable, match=r"leads out of the shard's folder|not a path inside"):
+            Interleaved(path, data_folder)[0]
+
+
+def test_links_inside_the_folder_and_to_the_folder_are_followed(data_folder, tmp_path):
+    (data_folder / "images").symlink_to("real")
+    (tmp_path / "alias").symlink_to(data_folder)
+    for folder in (data_folder, tmp_path / "alias"):
+        assert read_image("images/a.png", folder) == b"mine"
+
+
+def test_a_url_is_told_with_what_to_do(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"texts": [None, "x"], "images": ["https://a.b/c.png", None]}))
+    with pytest.raises(Unreadable, match="never fetched: download the images and name their files, as the README says"):
+        Interleaved("d.jsonl", tmp_path)[0]
+
+
+def test_row_groups_too_large_for_arrow_are_read_in_parts(tmp_path, monkeypatch):
+    texts = [[None, f"text {i}"] for i in range(50)]
+    images = [[{"bytes": b"%d" % i, "path": None}, None] for i in range(50)]
+    pq.write_table(pa.table({"texts": texts, "images": images}), tmp_path / "a.parquet", row_group_size=40)
+
+    def refuse(*_arguments, **_options):
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented for chunked array outputs")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", refuse)
+    source = Interleaved(tmp_path / "a.parquet")
+    assert [source[i].parts for i in (49, 0, 15, 16, 39, 40)] == [
+        (b"%d" % i, f"text {i}") for i in (49, 0, 15, 16, 39, 40)
+    ]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE, gradients, relative_error
+from conftest import DEVICE, assert_exports, gradients, relative_error
 
 from mm1.integrations import timm as integration
 from mm1.integrations.timm import accelerate, restore
@@ -298,6 +298,34 @@ def test_compiles_whole_without_asking_for_sizes(given):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for a, b in zip(gradients(found, inputs), gradients(expected, inputs)):
             assert relative_error(a, b) < 1e-5
+
+
+BATCH, SIDE, OTHER = (torch.export.Dim(name, min=low, max=64) for name, low in (("B", 1), ("N", 1), ("M", 2)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["patches", "images", "convolution", "norm"])
+def test_embeddings_export_for_any_batch(kind, strict):
+    """timm's own cannot be exported for patches, nor for images of any size."""
+    module = embeds(reg_tokens=1, proj_type="conv" if kind == "convolution" else "linear",
+                    proj_norm_layer=NORM if kind == "norm" else None)  # fmt: skip
+    assert accelerate(module) == [""]
+    if kind in ("patches", "norm"):
+        shapes = ({0: BATCH, 1: SIDE},) * 2
+        grids = [([(4, 5), (1, 1), (2, 9)], 20), ([(3, 3)] * 2, 9), (GRIDS, ROWS), ([(1, 1)], 1)]
+        cases = [naflex(*each) for each in grids[: 4 - (kind == "norm")]]
+    else:
+        shapes = ({0: BATCH, 2: 4 * OTHER, 3: 4 * torch.export.Dim("L", min=2, max=64)},)
+        cases = [(torch.randn(size, device=DEVICE),) for size in ((2, 3, 24, 20), (3, 3, 16, 28), (1, 3, 12, 12))]
+    assert_exports(lambda m, *t: m(*t)[0], shapes, *cases, strict=strict, parameters=[module])
+
+
+def test_models_export_for_any_batch():
+    model = model_of(depth=1)
+    assert accelerate(model) == ["embeds"]
+    grids = [([(4, 5), (1, 1), (2, 9)], 20), ([(3, 3)] * 2, 9), ([(1, 1)], 1), (GRIDS, ROWS)]
+    cases = [(naflex(*each)[0], *coordinates(*each)) for each in grids]
+    assert_exports(lambda m, *t: m(*t), ({0: BATCH, 1: SIDE},) * 3, *cases, parameters=[model])
 
 
 def snapshot(model):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEVICE, gradients, relative_error
+from conftest import DEVICE, assert_exports, gradients, relative_error
 
 from mm1.integrations import embeddings
 from mm1.integrations.transformers import accelerate, restore
@@ -188,6 +188,16 @@ def test_siglip_compiles_whole_without_asking_for_sizes():
         spatial = torch.tensor(shapes, device=DEVICE)
         found, expected = (step(module, lambda: call(given[0], spatial)) for call in (compiled, module))  # noqa: B023
         assert_same_steps(found, expected)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_siglip_exports_for_any_batch(strict):
+    """The original's batch cannot be of any size."""
+    module = siglip_embeddings()
+    accelerate(module)
+    batch, rows = torch.export.Dim("B", min=1, max=64), torch.export.Dim("N", min=1, max=256)
+    cases = [naflex(), naflex([(3, 3), (2, 2)], 9), naflex([(1, 1)], 1), naflex([(4, 5)] * 5, 20)]
+    assert_exports(lambda m, *t: m(*t), ({0: batch, 1: rows}, {0: batch}), *cases, strict=strict, parameters=[module])
 
 
 # --- Qwen-VL
@@ -513,6 +523,15 @@ def test_a_patch_embedding_compiles_whole():
         found, expected = (step(module, lambda: call(x)) for call in (compiled, module))  # noqa: B023
         assert_same_steps(found, expected)
         assert torch.allclose(found[0], truth, atol=1e-5) != still, "compiled code follows the swap"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_patch_embedding_exports_for_any_number_of_patches(strict):
+    module = patch_embed("qwen2_5_vl.Qwen2_5_VisionPatchEmbed")
+    accelerate(module)
+    rows = {0: torch.export.Dim("P", min=1, max=4096)}
+    cases = [(torch.randn(count, 96, device=DEVICE),) for count in (24, 1, 96)]
+    assert_exports(lambda m, x: m(x), (rows,), *cases, strict=strict, parameters=[module])
 
 
 def test_a_tower_compiles_whole_where_it_did():

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, INTERPRETED, needs_gpu, needs_triton, not_interpreted, relative_error, tiles
+from conftest import (
+    DEVICE,
+    INTERPRETED,
+    assert_exports,
+    needs_gpu,
+    needs_triton,
+    not_interpreted,
+    relative_error,
+    tiles,
+)
 from torch.utils.checkpoint import checkpoint
 
 from mm1.kernels.activation import ACTIVATIONS
@@ -374,6 +383,53 @@ def test_compiles_whole():
         assert relative_error(found[name], t) < 1e-6, name
     with torch.no_grad():
         assert relative_error(compiled(**p), expected["y"]) < 1e-6
+
+
+# Example, others: few and many slots an expert, one token, and as many as there are columns.
+TOKENS = (SMALL["D"], 7, 30, 1)
+
+
+def call_of(shape):
+    """moe_mlp as a function of its float tensors' values in a fixed order, x, index and weight last."""
+    names = [name for name in problem(T=1, **shape) if name not in ("x", "index", "weight")]
+    return names, lambda *t: moe_mlp(**dict(zip([*names, "x", "index", "weight"], t, strict=True)))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("shape", [{}, {"bias": True}, {"split": True}], ids=str)
+def test_exports_for_any_number_of_tokens(shape, strict, recorded):
+    names, call = call_of(shape)
+    weights = [problem(**shape)[name] for name in names]
+    cases = [tuple(problem(T, **shape)[name].detach() for name in ("x", "index", "weight")) for T in TOKENS]
+    rows = {0: torch.export.Dim("T", min=1, max=4096)}
+    with torch.set_grad_enabled(recorded):
+        assert_exports(call, (rows,) * 3, *cases, strict=strict, parameters=weights)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_its_router(strict):
+    def call(gate_up, down, x, logits):
+        routing = route(logits, 2, capacity=9, mask=x[:, 0] > -1)
+        y = moe_mlp(x, routing.index, routing.weight, gate_up, down, order=routing.order)
+        return y + routing.load_balance + routing.z_loss
+
+    p, rows = problem(), {0: torch.export.Dim("T", min=1, max=4096)}
+    cases = [(randn(T, SMALL["D"]), randn(T, 3)) for T in TOKENS]
+    with torch.no_grad():
+        assert_exports(call, (rows, rows), *cases, strict=strict, parameters=(p["gate_up"], p["down"]))
+
+
+@not_interpreted
+def test_compiles_once_for_any_number_of_tokens():
+    compiled = torch.compile(moe_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (7, 30, SMALL["D"], 1):
+        p = problem(T, bias=True)
+        dy = torch.randn_like(p["x"])
+        with torch._dynamo.config.patch(error_on_recompile=T not in (7, 1)):  # one token is a program of its own
+            found = results(p, dy, compiled)
+        for name, t in results(p, dy).items():
+            assert relative_error(found[name], t) < 1e-6, name
 
 
 @not_interpreted

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, relative_error
+from conftest import DEVICE, assert_exports, relative_error
 
 from mm1.integrations import transformers as integration
 
@@ -300,6 +300,24 @@ def test_a_block_compiles_whole(name):
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
     for found, expected in zip(*results[::-1]):
         assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts", "NemotronHExperts", "MuseSparkExperts"])
+def test_experts_export_for_any_number_of_tokens(name, strict):
+    rows = {0: torch.export.Dim("T", min=1, max=4096)}
+    given = routed()
+    cases = [tuple(t[:count] for t in given) for count in (7, TOKENS, 1)]
+    assert_exports(lambda m, *t: m(*t), (rows,) * 3, *cases, strict=strict, parameters=[experts(name)])
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_models_export_for_any_batch(name):
+    model = model_of(name, experts_implementation="mm1")
+    sizes = {0: torch.export.Dim("B", min=1, max=64), 1: torch.export.Dim("L", min=2, max=64)}
+    cases = [(IDS,), (IDS[:1, :2],), (IDS.repeat(3, 1)[:5, :7],), (IDS.repeat(6, 1)[:11],)]
+    with torch.no_grad():
+        assert_exports(lambda m, ids: m(ids, use_cache=False).logits, (sizes,), *cases, parameters=[model])
 
 
 @pytest.mark.parametrize("name", ["Lfm2MoeExperts", "HYV4Experts", "MuseSparkExperts"])

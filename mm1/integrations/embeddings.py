@@ -101,7 +101,7 @@ class Tower(Swapped):
         if kwargs.get("cu_seqlens") is None:
             kwargs["cu_seqlens"] = cu_seqlens
         t, h, w = grid_thw.unbind(1)
-        of = {"output_size": len(cu_seqlens) - 1}
+        of = {"output_size": cu_seqlens.shape[0] - 1}
         table = self.pos_embed.weight
         side, merge = self.num_grid_per_side, self.config.spatial_merge_size
         grids = Grids.of_tensors(

@@ -28,7 +28,7 @@ from mm1.kernels.combine import combine_sorted
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, launch, on_cpu
 from mm1.kernels.grouped_gemm import dw, gemm
-from mm1.kernels.route import Order, sort_by_expert
+from mm1.kernels.route import Order, sort, sort_by_expert
 from mm1.kernels.tiles import (
     Config,
     Shape,
@@ -300,6 +300,10 @@ def forward_few(
     gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
+    """Compute moe_mlp without gradients, by the kernels for few tokens where there are few."""
+    if not few_tokens.few(index.numel(), down.shape[0]):  # as an exported program may find at other sizes
+        order, biases = sort(index, down.shape[0]), (gate_up_bias, down_bias)
+        return forward(x, *order, weight, gate_up, up, down, *biases, activation, limit, shift, interleaved, False)[0]
     gated = up is not None or gate_up.shape[1] == 2 * down.shape[2]
     biases = (None, None) if gate_up_bias is None else halves(gate_up_bias, None, gated, interleaved)
     gate, up = halves(gate_up, up, gated, interleaved)
@@ -392,9 +396,10 @@ def moe_mlp(
     x, weight = x.to(dtype), weight.float().contiguous()
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *given))
     on_gpu = INTERPRETED or x.device.type != "cpu"
-    if on_gpu and not recorded and few_tokens.few(index.numel(), len(down)):
+    # An exported program is for any number of tokens, so it asks how many there are when it runs.
+    if on_gpu and not recorded and (torch.compiler.is_exporting() or few_tokens.few(index.numel(), down.shape[0])):
         return _few(x, index, weight, *given, activation, limit, shift, interleaved)
-    order = sort_by_expert(index, len(down)) if order is None else Order(*(t.contiguous() for t in order))
+    order = sort_by_expert(index, down.shape[0]) if order is None else Order(*(t.contiguous() for t in order))
     keep = recorded and not recompute
     return _forward(x, *order, weight, *given, activation, limit, shift, interleaved, keep)[0]
 
@@ -407,9 +412,9 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
 
     expect(index.ndim == 2 and not index.is_floating_point(), "moe_mlp", "index",
            f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip
-    expect(down.ndim == 3 and len(down) > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
+    expect(down.ndim == 3 and down.shape[0] > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
     E, D, F = down.shape
-    shaped("x", x, (len(index), D))
+    shaped("x", x, (index.shape[0], D))
     shaped("weight", weight, tuple(index.shape))
     # Without up a gate_up of F rows has no gate; with it, it is the gate.
     shaped("gate_up", gate_up, (E, F, D), *([(E, 2 * F, D)] if up is None else []))

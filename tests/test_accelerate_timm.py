@@ -355,6 +355,54 @@ def test_swapping_leaves_everything_else_and_restore_no_trace(ours):
     assert len(ours) == 2
 
 
+def twice(module):
+    torch.nn.utils.parametrize.register_parametrization(module, "pos_embed", Twice())
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("first", ["accelerated", "parametrized"])
+@pytest.mark.parametrize("last", ["restored", "plain"])
+def test_parametrized_modules(first, last, ours):
+    """Their class derives from the module's own, and goes with the last parametrization."""
+    module, given = embeds(), naflex()
+    plain, _ = module(*given)
+    twice(reference := copy.deepcopy(module))
+    truth, _ = reference(*given)
+    steps = [lambda: twice(module), lambda: accelerate(module)]
+    for each in steps[:: -1 if first == "accelerated" else 1]:
+        each()
+    for other in (module, copy.deepcopy(module)):
+        torch.testing.assert_close(other(*given)[0], truth, rtol=1e-5, atol=1e-5)
+    assert len(ours) == 2
+    steps = [
+        lambda: torch.nn.utils.parametrize.remove_parametrizations(module, "pos_embed", leave_parametrized=False),
+        lambda: restore(module) == [""] or pytest.fail("not restored"),
+    ]
+    steps = steps[:: -1 if last == "plain" else 1]
+    steps[0]()
+    torch.testing.assert_close(module(*given)[0], truth if last == "plain" else plain, rtol=1e-5, atol=1e-5)
+    assert len(ours) == 2 + (last == "restored")
+    steps[1]()
+    assert type(module) is naflexvit.NaFlexEmbeds
+    assert torch.equal(module(*given)[0], plain)
+
+
+def test_restored_after_somebody_wrapped_forward(ours):
+    model, given = model_of(), (*naflex(), coordinates()[1])
+    truth = model(*given)
+    accelerate(model)
+    old = model.embeds.forward
+    model.embeds.forward = lambda *args, **kwargs: old(*args, **kwargs)
+    torch.testing.assert_close(model(*given), truth, rtol=1e-5, atol=1e-5)
+    assert restore(model) == ["embeds"]
+    assert torch.equal(model(*given), truth)
+    assert len(ours) == 1
+
+
 def test_nothing_to_swap():
     class NaFlexEmbeds(naflexvit.NaFlexEmbeds):
         """Another's, whose forward may be another."""

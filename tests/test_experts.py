@@ -575,6 +575,15 @@ def test_refuses_bad_arguments():
             "gate_up": randn(3, 24, 20), "up": randn(3, 24, 20), "gate_up_bias": randn(3, 24)},
         r"moe_mlp: x is \(4, 7\), expected \(4, 20\)": {"x": p["x"][:, :7]},
         r"moe_mlp: x is \(3, 20\)": {"x": p["x"][1:]},
+        r"moe_mlp: x is \(20,\)": {"x": p["x"][0]},
+        r"moe_mlp: index is \(3, 2\), expected \(4, 2\)": {"index": p["index"][1:]},
+        r"moe_mlp: weight is \(3, 2\), expected \(4, 2\)": {"weight": p["weight"][1:]},
+        r"moe_mlp: down is \(3, 24, 20\), expected \(3, 20, 20\)": {"down": p["down"].transpose(1, 2)},
+        r"moe_mlp: gate_up is \(3, 20, 48\)": {"gate_up": p["gate_up"].transpose(1, 2)},
+        "moe_mlp: dtype of gate_up is torch.uint8": {"gate_up": p["gate_up"].byte().view(-1, 1)},
+        "moe_mlp: dtype of down is torch.uint8": {"down": p["down"].byte().view(-1, 1)},
+        "moe_mlp: dtype of down is torch.float8_e4m3fn": {"down": p["down"].to(torch.float8_e4m3fn)},
+        "moe_mlp: dtype of x is torch.int64": {"x": p["x"].long()},
         r"moe_mlp: index is torch.float32 \(4, 2\)": {"index": p["weight"]},
         r"moe_mlp: index is torch.int32 \(4,\)": {"index": p["index"][:, 0]},
         r"moe_mlp: weight is \(4, 1\)": {"weight": p["weight"][:, :1]},
@@ -589,6 +598,8 @@ def test_refuses_bad_arguments():
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=match):
             moe_mlp(**p | change)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match=r"dtype of gate_up is torch\.uint8"):
+        moe_mlp(**p | {"gate_up": p["gate_up"].byte()})
 
 
 @pytest.mark.slow

@@ -410,11 +410,21 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
             found = tuple(tensor.shape)
             expect(found in shapes, "moe_mlp", name, found, shapes if len(shapes) > 1 else shapes[0])
 
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    weights = {"gate_up": gate_up, "up": up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    for name, tensor in {"x": x, **weights}.items():  # first, as packed weights have other shapes too
+        expect(tensor is None or tensor.dtype in dtypes, "moe_mlp", f"dtype of {name}",
+               None if tensor is None else tensor.dtype, dtypes)  # fmt: skip
     expect(index.ndim == 2 and not index.is_floating_point(), "moe_mlp", "index",
            f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip
     expect(down.ndim == 3 and down.shape[0] > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
-    E, D, F = down.shape
-    shaped("x", x, (index.shape[0], D))
+    # Where sizes disagree, the tensor is named that two others outvote.
+    T = x.shape[0] if x.shape[:1] == weight.shape[:1] else index.shape[0]
+    D = x.shape[1] if x.shape[1:] == gate_up.shape[2:] else down.shape[1]
+    E, _, F = down.shape
+    shaped("index", index, (T, index.shape[1]))
+    shaped("down", down, (E, D, F))
+    shaped("x", x, (T, D))
     shaped("weight", weight, tuple(index.shape))
     # Without up a gate_up of F rows has no gate; with it, it is the gate.
     shaped("gate_up", gate_up, (E, F, D), *([(E, 2 * F, D)] if up is None else []))
@@ -422,11 +432,8 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
     shaped("gate_up_bias", gate_up_bias, (E, gate_up.shape[1]))
     shaped("down_bias", down_bias, (E, D))
     expect(up is None or gate_up_bias is None, "moe_mlp", "gate_up_bias", "given", "None where gate and up are apart")
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    expect(x.dtype in dtypes, "moe_mlp", "dtype of x", x.dtype, dtypes)
     expect(activation in ACTIVATIONS, "moe_mlp", "activation", activation, tuple(ACTIVATIONS))
     if not torch.is_autocast_enabled(x.device.type):
-        weights = {"gate_up": gate_up, "up": up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
         for name, w in weights.items():
             expect(w is None or w.dtype == x.dtype, "moe_mlp", f"dtype of {name}", w is not None and w.dtype, x.dtype)
 

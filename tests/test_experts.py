@@ -395,9 +395,8 @@ def call_of(shape):
     return names, lambda *t: moe_mlp(**dict(zip([*names, "x", "index", "weight"], t, strict=True)))
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("shape", [{}, {"bias": True}, {"split": True}], ids=str)
+@pytest.mark.parametrize("strict, recorded", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", [{}, {"bias": True}], ids=str)
 def test_exports_for_any_number_of_tokens(shape, strict, recorded):
     names, call = call_of(shape)
     weights = [problem(**shape)[name] for name in names]
@@ -407,8 +406,7 @@ def test_exports_for_any_number_of_tokens(shape, strict, recorded):
         assert_exports(call, (rows,) * 3, *cases, strict=strict, parameters=weights)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_exports_with_its_router(strict):
+def test_exports_with_its_router():
     def call(gate_up, down, x, logits):
         routing = route(logits, 2, capacity=9, mask=x[:, 0] > -1)
         y = moe_mlp(x, routing.index, routing.weight, gate_up, down, order=routing.order)
@@ -417,19 +415,16 @@ def test_exports_with_its_router(strict):
     p, rows = problem(), {0: torch.export.Dim("T", min=1, max=4096)}
     cases = [(randn(T, SMALL["D"]), randn(T, 3)) for T in TOKENS]
     with torch.no_grad():
-        assert_exports(call, (rows, rows), *cases, strict=strict, parameters=(p["gate_up"], p["down"]))
+        assert_exports(call, (rows, rows), *cases, parameters=(p["gate_up"], p["down"]))
 
 
 @not_interpreted
 def test_compiles_once_for_any_number_of_tokens():
     compiled = torch.compile(moe_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
     for T in (7, 30, SMALL["D"], 1):
-        p = problem(T, bias=True)
-        dy = torch.randn_like(p["x"])
-        with torch._dynamo.config.patch(error_on_recompile=T not in (7, 1)):  # one token is a program of its own
-            found = results(p, dy, compiled)
-        for name, t in results(p, dy).items():
-            assert relative_error(found[name], t) < 1e-6, name
+        p = problem(T)
+        with torch._dynamo.config.patch(error_on_recompile=T not in (7, 1)), torch.no_grad():  # one token: another
+            assert relative_error(compiled(**p), moe_mlp(**p)) < 1e-6
 
 
 @not_interpreted

@@ -102,7 +102,8 @@ def moe_mlp_8(
     E, D, width = down.shape
     expect(x.ndim == 2 and x.shape[1] == D, "moe_mlp_8", "x", tuple(x.shape), f"[T, {D}]")
     expect(index.ndim == 2, "moe_mlp_8", "index", tuple(index.shape), "[T, K]")
-    expect(index.shape[0] == x.shape[0], "moe_mlp_8", "rows of index", index.shape[0], x.shape[0])
+    T, K = x.shape[0], index.shape[1]
+    expect(index.shape[0] == T, "moe_mlp_8", "index", tuple(index.shape), (T, K))
     expect(weight.shape == index.shape, "moe_mlp_8", "weight", tuple(weight.shape), tuple(index.shape))
     _check("moe_mlp_8", "gate_up", gate_up, gate_up_scale, (E, 2 * width, D))
     _check("moe_mlp_8", "down", down, down_scale, (E, D, width))

@@ -663,14 +663,15 @@ def test_sharded_modules(first, mesh, ours):
     torch.testing.assert_close(y, truth, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert ours == [(len(SHAPES) * 30, 48), "positions"]
+    assert type(copy.copy(module)) is type(module).__mro__[2], "FSDP makes copies of what it wraps"
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(module)
     assert accelerate(module) == restore(module) == [""]
     assert type(module).__name__ == "FSDPSiglip2VisionEmbeddings"
     assert type(module).__mro__[2] is siglip2.Siglip2VisionEmbeddings
     module.reshard()
     assert torch.equal(module(*given), truth)
     assert len(ours) == 2
-    with pytest.raises(pickle.PicklingError):
-        pickle.dumps(module)
 
 
 def test_a_module_in_two_places_is_swapped_once():

@@ -303,7 +303,7 @@ def test_a_block_compiles_whole(name):
 
 
 @pytest.mark.parametrize("name, strict", [
-    ("MixtralExperts", True), ("MixtralExperts", False), ("GptOssExperts", False), ("MuseSparkExperts", False),
+    ("MixtralExperts", True), ("MixtralExperts", False), ("GptOssExperts", False), ("NemotronHExperts", False),
 ])  # fmt: skip
 def test_experts_export_for_any_number_of_tokens(name, strict):
     rows = {0: torch.export.Dim("T", min=1, max=4096)}

@@ -663,7 +663,8 @@ def test_sharded_modules(first, mesh, ours):
     torch.testing.assert_close(y, truth, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert ours == [(len(SHAPES) * 30, 48), "positions"]
-    assert type(copy.copy(module)) is type(module).__mro__[2], "FSDP makes copies of what it wraps"
+    with pytest.raises(TypeError, match="config"):  # FSDP's own way with copies
+        copy.copy(module)
     with pytest.raises(pickle.PicklingError):
         pickle.dumps(module)
     assert accelerate(module) == restore(module) == [""]

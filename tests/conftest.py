@@ -49,6 +49,27 @@ def small_tiles():
         yield
 
 
+def assert_exports(call, dynamic_shapes, *cases, strict=False, parameters=()):
+    """Export call(*cases[0]) with torch.export: the program computes what `call` does at the sizes of every case.
+
+    parameters: modules and tensors that `call` reads.
+    """
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modules_ = torch.nn.ModuleList(p for p in parameters if isinstance(p, torch.nn.Module))
+            self.tensors = torch.nn.ParameterList(p for p in parameters if not isinstance(p, torch.nn.Module))
+
+        def forward(self, *given):
+            return call(*self.modules_, *self.tensors, *given)
+
+    module = Module()
+    program = torch.export.export(module, cases[0], dynamic_shapes=(dynamic_shapes,), strict=strict).module()
+    for case in cases:
+        torch.testing.assert_close(program(*case), module(*case), rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def poisoned():
     """torch.empty gives NaN, and the largest integer."""

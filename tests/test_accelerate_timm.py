@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE, gradients, relative_error
+from conftest import DEVICE, assert_exports, gradients, relative_error
 
 from mm1.integrations import timm as integration
 from mm1.integrations.timm import accelerate, restore
@@ -300,6 +300,35 @@ def test_compiles_whole_without_asking_for_sizes(given):
             assert relative_error(a, b) < 1e-5
 
 
+BATCH, SIDE, OTHER = (torch.export.Dim(name, min=low, max=64) for name, low in (("B", 1), ("N", 1), ("M", 2)))
+
+
+@pytest.mark.parametrize("kind, strict", [
+    ("patches", True), ("patches", False), ("images", False), ("convolution", False), ("norm", False),
+])  # fmt: skip
+def test_embeddings_export_for_any_batch(kind, strict):
+    """timm's own cannot be exported for patches, nor for images of any size."""
+    module = embeds(reg_tokens=1, proj_type="conv" if kind == "convolution" else "linear",
+                    proj_norm_layer=NORM if kind == "norm" else None)  # fmt: skip
+    assert accelerate(module) == [""]
+    if kind in ("patches", "norm"):
+        shapes = ({0: BATCH, 1: SIDE},) * 2
+        grids = [([(4, 5), (1, 1), (2, 9)], 20), ([(3, 3)] * 2, 9), (GRIDS, ROWS), ([(1, 1)], 1)]
+        cases = [naflex(*each) for each in grids[: 4 - (kind == "norm")]]
+    else:
+        shapes = ({0: BATCH, 2: 4 * OTHER, 3: 4 * torch.export.Dim("L", min=2, max=64)},)
+        cases = [(torch.randn(size, device=DEVICE),) for size in ((2, 3, 24, 20), (3, 3, 16, 28), (1, 3, 12, 12))]
+    assert_exports(lambda m, *t: m(*t)[0], shapes, *cases, strict=strict, parameters=[module])
+
+
+def test_models_export_for_any_batch():
+    model = model_of(depth=1)
+    assert accelerate(model) == ["embeds"]
+    grids = [([(4, 5), (1, 1), (2, 9)], 20), ([(3, 3)] * 2, 9), ([(1, 1)], 1), (GRIDS, ROWS)]
+    cases = [(naflex(*each)[0], *coordinates(*each)) for each in grids]
+    assert_exports(lambda m, *t: m(*t), ({0: BATCH, 1: SIDE},) * 3, *cases, parameters=[model])
+
+
 def snapshot(model):
     return [(name, type(m), list(vars(m)), list(m._parameters)) for name, m in model.named_modules()]
 
@@ -325,6 +354,54 @@ def test_swapping_leaves_everything_else_and_restore_no_trace(ours):
     assert restore(model) == []
     assert torch.equal(model(*given), truth)
     assert len(ours) == 2
+
+
+def twice(module):
+    torch.nn.utils.parametrize.register_parametrization(module, "pos_embed", Twice())
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("first", ["accelerated", "parametrized"])
+@pytest.mark.parametrize("last", ["restored", "plain"])
+def test_parametrized_modules(first, last, ours):
+    """Their class derives from the module's own, and goes with the last parametrization."""
+    module, given = embeds(), naflex()
+    plain, _ = module(*given)
+    twice(reference := copy.deepcopy(module))
+    truth, _ = reference(*given)
+    steps = [lambda: twice(module), lambda: accelerate(module)]
+    for each in steps[:: -1 if first == "accelerated" else 1]:
+        each()
+    for other in (module, copy.deepcopy(module)):
+        torch.testing.assert_close(other(*given)[0], truth, rtol=1e-5, atol=1e-5)
+    assert len(ours) == 2
+    steps = [
+        lambda: torch.nn.utils.parametrize.remove_parametrizations(module, "pos_embed", leave_parametrized=False),
+        lambda: restore(module) == [""] or pytest.fail("not restored"),
+    ]
+    steps = steps[:: -1 if last == "plain" else 1]
+    steps[0]()
+    torch.testing.assert_close(module(*given)[0], truth if last == "plain" else plain, rtol=1e-5, atol=1e-5)
+    assert len(ours) == 2 + (last == "restored")
+    steps[1]()
+    assert type(module) is naflexvit.NaFlexEmbeds
+    assert torch.equal(module(*given)[0], plain)
+
+
+def test_restored_after_somebody_wrapped_forward(ours):
+    model, given = model_of(), (*naflex(), coordinates()[1])
+    truth = model(*given)
+    accelerate(model)
+    old = model.embeds.forward
+    model.embeds.forward = lambda *args, **kwargs: old(*args, **kwargs)
+    torch.testing.assert_close(model(*given), truth, rtol=1e-5, atol=1e-5)
+    assert restore(model) == ["embeds"]
+    assert torch.equal(model(*given), truth)
+    assert len(ours) == 1
 
 
 def test_nothing_to_swap():

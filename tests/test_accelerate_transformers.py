@@ -1,17 +1,20 @@
 """transformers' vision models compute and train the same with our embeddings as with theirs."""
 
 import copy
+import functools
 import importlib
 import inspect
 import pickle
 import re
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEVICE, gradients, relative_error
+from conftest import DEVICE, assert_exports, gradients, relative_error
+from torch.distributed.fsdp import fully_shard
 
 from mm1.integrations import embeddings
 from mm1.integrations.transformers import accelerate, restore
@@ -188,6 +191,35 @@ def test_siglip_compiles_whole_without_asking_for_sizes():
         spatial = torch.tensor(shapes, device=DEVICE)
         found, expected = (step(module, lambda: call(given[0], spatial)) for call in (compiled, module))  # noqa: B023
         assert_same_steps(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (28, 1), (0, 3), (3, -1)])
+def test_siglip_refuses_the_shapes_that_the_original_refuses(shape):
+    module, (x, spatial) = siglip_embeddings(), naflex([(4, 5), (3, 9)], 27)
+    accelerate(module)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, spatial), module(x, spatial))
+    spatial = spatial.cpu()
+    spatial[1] = torch.tensor(shape)
+    with pytest.raises(
+        ValueError, match=rf"spatial_shapes has \({shape[0]}, {shape[1]}\), expected .* most 27 patches"
+    ):
+        module(x, spatial)
+    with pytest.raises(RuntimeError, match="spatial_shapes has no patches, or more than pixel_values has rows"):
+        compiled(x.cpu(), spatial)
+    restore(module)
+    with pytest.raises(ValueError, match="positional embeddings"):
+        module(x, spatial)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_siglip_exports_for_any_batch(strict):
+    """The original's batch cannot be of any size."""
+    module = siglip_embeddings()
+    accelerate(module)
+    batch, rows = torch.export.Dim("B", min=1, max=64), torch.export.Dim("N", min=1, max=256)
+    cases = [naflex(), naflex([(3, 3), (2, 2)], 9), naflex([(1, 1)], 1), naflex([(4, 5)] * 5, 20)]
+    assert_exports(lambda m, *t: m(*t), ({0: batch, 1: rows}, {0: batch}), *cases, strict=strict, parameters=[module])
 
 
 # --- Qwen-VL
@@ -515,6 +547,15 @@ def test_a_patch_embedding_compiles_whole():
         assert torch.allclose(found[0], truth, atol=1e-5) != still, "compiled code follows the swap"
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_patch_embedding_exports_for_any_number_of_patches(strict):
+    module = patch_embed("qwen2_5_vl.Qwen2_5_VisionPatchEmbed")
+    accelerate(module)
+    rows = {0: torch.export.Dim("P", min=1, max=4096)}
+    cases = [(torch.randn(count, 96, device=DEVICE),) for count in (24, 1, 96)]
+    assert_exports(lambda m, x: m(x), (rows,), *cases, strict=strict, parameters=[module])
+
+
 def test_a_tower_compiles_whole_where_it_did():
     """All that depends on the sizes' values is computed before."""
     model, (x, thw) = tower(depth=1), patches_of()
@@ -550,6 +591,88 @@ def test_nothing_to_swap():
     model = tower()
     del model.interpolation_align_corners  # as in an older transformers
     assert accelerate(model) == ["patch_embed"]
+
+
+def hooked(module, old):
+    """As the library accelerate hooks its own forward in."""
+    module._old_forward = old
+    return functools.update_wrapper(functools.partial(lambda self, *a, **k: self._old_forward(*a, **k), module), old)
+
+
+WRAPPERS = {
+    "hook": hooked,
+    "partial": lambda module, old: functools.partial(old),
+    "closure": lambda module, old: lambda *args, **kwargs: old(*args, **kwargs),
+    "bound method": lambda module, old: types.MethodType(lambda self, *args, **kwargs: old(*args, **kwargs), module),
+    "function of the class": lambda module, old: functools.partial(type(module).forward, module),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("kind", ["siglip", "patches", "tower"])
+def test_restored_after_somebody_wrapped_forward(kind, wrap, ours):
+    module = {"siglip": siglip_embeddings, "patches": lambda: patch_embed("qwen2_vl.PatchEmbed"), "tower": tower}[
+        kind
+    ]()
+    given = {"siglip": naflex, "patches": patches_of, "tower": patches_of}[kind]()[: 1 + (kind != "patches")]
+
+    def call():
+        y = module(*given)
+        return y if isinstance(y, torch.Tensor) else y.pooler_output
+
+    truth = call()
+    names = accelerate(module)
+    swapped = [module.get_submodule(name) for name in names]
+    for each in swapped:
+        each.forward = WRAPPERS[wrap](each, each.forward)
+    torch.testing.assert_close(call(), truth, rtol=1e-4, atol=1e-4)
+    count = len(ours)
+    assert count
+    assert accelerate(module) == names, "they are swapped still"
+    assert restore(module) == names
+    assert torch.equal(call(), truth)
+    assert accelerate(module) == [], "what somebody replaced is left alone"
+    for each in swapped:  # the wrapper goes, and puts back what it found
+        each.forward = getattr(each, "_old_forward", each.forward)
+    assert torch.equal(call(), truth)
+    assert len(ours) == count
+    for each in swapped:
+        del each.forward
+    assert accelerate(module) == names
+    torch.testing.assert_close(call(), truth, rtol=1e-4, atol=1e-4)
+    assert len(ours) > count
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh(DEVICE, (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["accelerated", "sharded"])
+def test_sharded_modules(first, mesh, ours):
+    module, given = siglip_embeddings(), naflex()
+    truth = module(*given)
+    steps = [lambda: fully_shard(module, mesh=mesh), lambda: accelerate(module) == [""] or pytest.fail("not swapped")]
+    for each in steps[:: -1 if first == "accelerated" else 1]:
+        each()
+    assert type(module).__name__ == "FSDPSiglip2VisionEmbeddings"
+    y = module(*given)
+    torch.testing.assert_close(y, truth, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert ours == [(len(SHAPES) * 30, 48), "positions"]
+    with pytest.raises(TypeError, match="config"):  # FSDP's own way with copies
+        copy.copy(module)
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(module)
+    assert accelerate(module) == restore(module) == [""]
+    assert type(module).__name__ == "FSDPSiglip2VisionEmbeddings"
+    assert type(module).__mro__[2] is siglip2.Siglip2VisionEmbeddings
+    module.reshard()
+    assert torch.equal(module(*given), truth)
+    assert len(ours) == 2
 
 
 def test_a_module_in_two_places_is_swapped_once():

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, INTERPRETED, needs_gpu, needs_triton, not_interpreted, relative_error, tiles
+from conftest import (
+    DEVICE,
+    INTERPRETED,
+    assert_exports,
+    needs_gpu,
+    needs_triton,
+    not_interpreted,
+    relative_error,
+    tiles,
+)
 from torch.utils.checkpoint import checkpoint
 
 from mm1.kernels.activation import ACTIVATIONS
@@ -376,6 +385,48 @@ def test_compiles_whole():
         assert relative_error(compiled(**p), expected["y"]) < 1e-6
 
 
+# Example, others: few and many slots an expert, one token, and as many as there are columns.
+TOKENS = (SMALL["D"], 7, 30, 1)
+
+
+def call_of(shape):
+    """moe_mlp as a function of its float tensors' values in a fixed order, x, index and weight last."""
+    names = [name for name in problem(T=1, **shape) if name not in ("x", "index", "weight")]
+    return names, lambda *t: moe_mlp(**dict(zip([*names, "x", "index", "weight"], t, strict=True)))
+
+
+@pytest.mark.parametrize("strict, recorded", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", [{}, {"bias": True}], ids=str)
+def test_exports_for_any_number_of_tokens(shape, strict, recorded):
+    names, call = call_of(shape)
+    weights = [problem(**shape)[name] for name in names]
+    cases = [tuple(problem(T, **shape)[name].detach() for name in ("x", "index", "weight")) for T in TOKENS]
+    rows = {0: torch.export.Dim("T", min=1, max=4096)}
+    with torch.set_grad_enabled(recorded):
+        assert_exports(call, (rows,) * 3, *cases, strict=strict, parameters=weights)
+
+
+def test_exports_with_its_router():
+    def call(gate_up, down, x, logits):
+        routing = route(logits, 2, capacity=9, mask=x[:, 0] > -1)
+        y = moe_mlp(x, routing.index, routing.weight, gate_up, down, order=routing.order)
+        return y + routing.load_balance + routing.z_loss
+
+    p, rows = problem(), {0: torch.export.Dim("T", min=1, max=4096)}
+    cases = [(randn(T, SMALL["D"]), randn(T, 3)) for T in TOKENS]
+    with torch.no_grad():
+        assert_exports(call, (rows, rows), *cases, parameters=(p["gate_up"], p["down"]))
+
+
+@not_interpreted
+def test_compiles_once_for_any_number_of_tokens():
+    compiled = torch.compile(moe_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (7, 30, SMALL["D"], 1):
+        p = problem(T)
+        with torch._dynamo.config.patch(error_on_recompile=T not in (7, 1)), torch.no_grad():  # one token: another
+            assert relative_error(compiled(**p), moe_mlp(**p)) < 1e-6
+
+
 @not_interpreted
 @pytest.mark.parametrize("shape", [{"bias": True}, {"split": True}, {"gated": False}], ids=str)
 def test_op_contracts(shape):
@@ -519,6 +570,15 @@ def test_refuses_bad_arguments():
             "gate_up": randn(3, 24, 20), "up": randn(3, 24, 20), "gate_up_bias": randn(3, 24)},
         r"moe_mlp: x is \(4, 7\), expected \(4, 20\)": {"x": p["x"][:, :7]},
         r"moe_mlp: x is \(3, 20\)": {"x": p["x"][1:]},
+        r"moe_mlp: x is \(20,\)": {"x": p["x"][0]},
+        r"moe_mlp: index is \(3, 2\), expected \(4, 2\)": {"index": p["index"][1:]},
+        r"moe_mlp: weight is \(3, 2\), expected \(4, 2\)": {"weight": p["weight"][1:]},
+        r"moe_mlp: down is \(3, 24, 20\), expected \(3, 20, 20\)": {"down": p["down"].transpose(1, 2)},
+        r"moe_mlp: gate_up is \(3, 20, 48\)": {"gate_up": p["gate_up"].transpose(1, 2)},
+        "moe_mlp: dtype of gate_up is torch.uint8": {"gate_up": p["gate_up"].byte().view(-1, 1)},
+        "moe_mlp: dtype of down is torch.uint8": {"down": p["down"].byte().view(-1, 1)},
+        "moe_mlp: dtype of down is torch.float8_e4m3fn": {"down": p["down"].to(torch.float8_e4m3fn)},
+        "moe_mlp: dtype of x is torch.int64": {"x": p["x"].long()},
         r"moe_mlp: index is torch.float32 \(4, 2\)": {"index": p["weight"]},
         r"moe_mlp: index is torch.int32 \(4,\)": {"index": p["index"][:, 0]},
         r"moe_mlp: weight is \(4, 1\)": {"weight": p["weight"][:, :1]},
@@ -533,6 +593,8 @@ def test_refuses_bad_arguments():
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=match):
             moe_mlp(**p | change)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match=r"dtype of gate_up is torch\.uint8"):
+        moe_mlp(**p | {"gate_up": p["gate_up"].byte()})
 
 
 @pytest.mark.slow

@@ -24,6 +24,12 @@ def test_the_device_may_be_what_knows_the_sizes():
         assert torch.equal(getattr(known, name), getattr(other, name)), name
 
 
+def test_without_images_there_are_no_patches():
+    nothing = torch.zeros(0, dtype=torch.int64)
+    for grids in (Grids([]), Grids([], images=2, patches=5), Grids.of_tensors(*[nothing] * 4, 0)):
+        assert grids.cu_seqlens.tolist() == grids.strips.tolist() == [0] * (grids.images + 1)
+
+
 def test_longest_is_exact_or_a_bound_that_does_not_depend_on_the_batch():
     assert Grids(SIZES).longest == 100
     assert Grids([]).longest == 0

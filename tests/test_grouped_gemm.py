@@ -314,7 +314,7 @@ def test_refuses_bad_arguments():
         with pytest.raises(ValueError, match=match):
             grouped_gemm(*arguments)
     for match, arguments, into in (
-        ("grouped_gemm_dw: dy", (a, a[:3], offsets), None),
+        ("grouped_gemm_dw: rows of dy is 3, expected 4", (a, a[:3], offsets), None),
         ("grouped_gemm_dw: dtype of dy", (a, a.half(), offsets), None),
         ("grouped_gemm_dw: offsets", (a, a, offsets.long()), None),
         ("grouped_gemm_dw: offsets", (a, a, offsets[0]), None),

@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, INTERPRETED, gradients, needs_gpu, needs_triton, not_interpreted, relative_error
+from conftest import (
+    DEVICE,
+    INTERPRETED,
+    assert_exports,
+    gradients,
+    needs_gpu,
+    needs_triton,
+    not_interpreted,
+    relative_error,
+)
 
 from mm1.kernels import patch_embed as module
 from mm1.kernels.grids import Grids
@@ -262,6 +271,39 @@ def test_compiles_with_a_list_of_sizes():
     assert relative_error(torch.compile(call, fullgraph=True)(*inputs), call(*inputs)) < 1e-6
 
 
+def sides_of(sizes):
+    """First row, rows, h and w of each image, int64 [N]."""
+    h, w = torch.tensor(sizes, device=DEVICE).unbind(1)
+    return (h * w).cumsum(0) - h * w, h * w, h, w
+
+
+BATCHES = [SIZES, [(2, 3)], [(1, 2)], [(5, 4), (2, 3), (1, 7), (1, 1)], SIZES[::-1]]  # the first is the example
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype, strict", [(torch.uint8, True), (torch.float32, False)], ids=str)
+def test_exports_for_any_images_of_any_sizes(dtype, strict):
+    def call(weight, bias, table, pixels, *sides):
+        grids = Grids.of_tensors(*sides, pixels.shape[0] // 16)
+        return patch_embed(pixels, grids, weight, bias, table, patch_size=4, **NORMAL)[0]
+
+    rows, count = {0: 16 * torch.export.Dim("P", max=4096)}, {0: torch.export.Dim("N", min=1, max=64)}
+    cases = [(packed(images(4, sizes, dtype)), *sides_of(sizes)) for sizes in BATCHES]
+    assert_exports(call, (rows, *[count] * 4), *cases, strict=strict, parameters=parameters(4))
+
+
+@not_interpreted
+@pytest.mark.parametrize("strict", [True, False])
+def test_cut_patches_export_for_any_images_of_any_sizes(strict):
+    def call(weight, bias, table, patches, *sides):
+        return embed_patches(patches, Grids.of_tensors(*sides, patches.shape[0]), weight, bias, table)
+
+    rows, count = {0: torch.export.Dim("P", min=1, max=4096)}, {0: torch.export.Dim("N", min=1, max=64)}
+    sides = [sides_of(sizes) for sizes in [*BATCHES, [(1, 1)], [(1, 1)] * 5]]
+    cases = [(torch.randn(int(each[1].sum()), 48, device=DEVICE), *each) for each in sides]
+    assert_exports(call, (rows, *[count] * 4), *cases, strict=strict, parameters=parameters(4))
+
+
 @not_interpreted
 def test_op_contracts():
     p, (weight, bias, table) = 4, parameters(4)
@@ -336,7 +378,7 @@ def test_refuses_bad_arguments():
         r"patch_embed: bias is \(19,\), expected \[20\]": lambda: call(blank(96, 3), [(8, 12)], b=bias[1:]),
         r"patch_embed: pos_embed is \(12, 20\)": lambda: call(blank(96, 3), [(8, 12)], t=table.flatten(0, 1)),
         "patch_embed: interpolation is lanczos": lambda: call(blank(96, 3), [(8, 12)], interpolation="lanczos"),
-        "embed_patches: patches": lambda: embed_patches(torch.zeros(5, 48), [(2, 3)], weight),
+        "embed_patches: rows of patches is 5, expected 6": lambda: embed_patches(torch.zeros(5, 48), [(2, 3)], weight),
         "grids: a side is not positive": lambda: Grids([(2, 3), (0, 3)]),
         "grids: a side is no multiple of merge 2": lambda: Grids([(2, 3)], merge=2),
         "grids: 1 images of 6 patches exceed": lambda: Grids([(2, 3)], patches=5),

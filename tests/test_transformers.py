@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, relative_error
+from conftest import DEVICE, assert_exports, relative_error
 
 from mm1.integrations import transformers as integration
 
@@ -302,6 +302,24 @@ def test_a_block_compiles_whole(name):
         assert relative_error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("name, strict", [
+    ("MixtralExperts", True), ("MixtralExperts", False), ("GptOssExperts", False), ("NemotronHExperts", False),
+])  # fmt: skip
+def test_experts_export_for_any_number_of_tokens(name, strict):
+    rows = {0: torch.export.Dim("T", min=1, max=4096)}
+    given = routed()
+    cases = [tuple(t[:count] for t in given) for count in (7, TOKENS, 1)]
+    assert_exports(lambda m, *t: m(*t), (rows,) * 3, *cases, strict=strict, parameters=[experts(name)])
+
+
+def test_models_export_for_any_batch():
+    model = model_of("Mixtral", experts_implementation="mm1")
+    sizes = {0: torch.export.Dim("B", min=1, max=64), 1: torch.export.Dim("L", min=2, max=64)}
+    cases = [(IDS,), (IDS[:1, :2],), (IDS.repeat(3, 1)[:5, :7],), (IDS.repeat(6, 1)[:11],)]
+    with torch.no_grad():
+        assert_exports(lambda m, ids: m(ids, use_cache=False).logits, (sizes,), *cases, parameters=[model])
+
+
 @pytest.mark.parametrize("name", ["Lfm2MoeExperts", "HYV4Experts", "MuseSparkExperts"])
 def test_experts_compile_whole_and_warn_once(name, unwarned):
     module, given = experts(name), routed()
@@ -314,9 +332,99 @@ def test_experts_compile_whole_and_warn_once(name, unwarned):
     assert relative_error(found[1], found[0][:7]) < 1e-5
 
 
+DEAF = {
+    "Llama4Text": {"num_local_experts": 4, "intermediate_size_mlp": 24},
+    "LongcatFlash": LATENT | {
+        "ffn_hidden_size": 24, "expert_ffn_hidden_size": 24, "n_routed_experts": 4, "zero_expert_num": 0, "moe_topk": 2,
+        "num_layers": 1,
+    },
+    "Dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64, "vocab_size": 61,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+}  # fmt: skip
+
+
+def warnings_of(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught if "mm1" in str(warning.message)]
+
+
+@pytest.mark.parametrize("name", DEAF)
+@pytest.mark.parametrize("when", ["made", "loaded", "set"])
+def test_a_mixture_that_never_asks_the_interface_warns_once(name, when, tmp_path, ours, unwarned):
+    fields = DEAF[name] if name == "Dbrx" else SIZES | DEAF[name]
+    config = getattr(transformers, f"{name}Config")(**fields)
+    make = transformers.AutoModelForCausalLM.from_config
+    model = make(config)
+    model.save_pretrained(tmp_path)
+    asked = {
+        "made": lambda: make(config, experts_implementation="mm1"),
+        "loaded": lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="mm1"),
+        "set": lambda: model.set_experts_implementation("mm1"),
+    }[when]
+    found = warnings_of(asked)
+    assert len(found) == 1
+    assert config.model_type in found[0]
+    assert "changes nothing" in found[0]
+    model(IDS.cpu())
+    assert not ours
+    assert not warnings_of(asked), "it is said once"
+
+
+def test_models_of_two_parts_warn_of_the_one_that_never_asks(unwarned):
+    """Llama 4's is nested, and Mixtral nested in LLaVA asks."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    text = transformers.Llama4TextConfig(**SIZES | DEAF["Llama4Text"])
+    pixels = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision | pixels)
+    assert not warnings_of(lambda: transformers.Llama4ForConditionalGeneration(config))
+    model = transformers.Llama4ForConditionalGeneration(config)
+    assert len(warnings_of(lambda: model.set_experts_implementation("mm1"))) == 1
+    config = transformers.LlavaConfig(
+        text_config=transformers.MixtralConfig(**SIZES | MODELS["Mixtral"]),
+        vision_config=transformers.CLIPVisionConfig(**vision), image_token_index=60,
+    )  # fmt: skip
+    make = transformers.AutoModelForImageTextToText.from_config
+    assert not warnings_of(lambda: make(config, experts_implementation="mm1"))
+    assert not warnings_of(lambda: make(config).set_experts_implementation("mm1"))
+
+
+@pytest.mark.parametrize("packed", ["gate_up_proj", "down_proj"])
+def test_packed_weights_are_named(packed):
+    module, given = experts("MixtralExperts"), routed()
+    bytes_ = torch.zeros(getattr(module, packed).numel() // 2, 1, dtype=torch.uint8, device=DEVICE)
+    setattr(module, packed, torch.nn.Parameter(bytes_, requires_grad=False))
+    with pytest.raises(ValueError, match=f"moe_mlp: dtype of {packed[:-5]} is torch.uint8, expected "):
+        module(*given)
+
+
+@pytest.mark.parametrize("name", ["GptOssExperts", "MixtralExperts"])
+def test_classes_derived_on_the_fly_are_known(name, ours, unwarned):
+    """As of FSDP2, of parametrizations and so of adapters."""
+    module, given = experts(name), routed()
+    expected = run(module, "eager", *given)
+    module.__class__ = type(f"FSDP{name}", (type(module),), {})
+    for a, b in zip(run(module, "mm1", *given), expected):
+        assert relative_error(a, b) < 1e-4
+    truth = [module.gate_up_proj.detach(), module.down_proj.detach()]
+    torch.nn.utils.parametrize.register_parametrization(module, "gate_up_proj", torch.nn.Tanh())
+    found = run(module, "mm1", *given)[0]
+    assert len(ours) == 2
+    assert relative_error(found, run(module, "eager", *given)[0]) < 1e-4
+    torch.nn.utils.parametrize.remove_parametrizations(module, "gate_up_proj", leave_parametrized=False)
+    assert torch.equal(module.gate_up_proj, truth[0])
+
+
 def test_registering_twice_is_registering_once():
+    watched = transformers.PreTrainedModel.get_correct_experts_implementation
     integration.register()
     assert moe.ALL_EXPERTS_FUNCTIONS["mm1"] is integration.experts_forward
+    assert transformers.PreTrainedModel.get_correct_experts_implementation is watched
 
 
 def test_names_the_extra_where_transformers_is_missing():

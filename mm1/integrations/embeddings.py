@@ -21,12 +21,14 @@ class Siglip2Embeddings(Swapped):
     def forward(self: Any, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
         """pixel_values [B, N, K], spatial_shapes [B, 2] on any device -> [B, N, D].
 
-        Rows past the h·w of an image get the position of its first patch.
+        Rows past the h·w of an image get the position of its first patch. Sides that are not positive and images of
+        more than N patches raise: a ValueError where the shapes are on a CPU, else an assertion on their device.
         """
         linear, embedding = self.patch_embedding, self.position_embedding
         if not plain(embedding, nn.Embedding) or embedding.weight.dtype not in FLOATS:
             return super().forward(pixel_values, spatial_shapes)
         B, N, _ = pixel_values.shape
+        _expect_shapes(spatial_shapes, N)
         table = embedding.weight.reshape(self.position_embedding_size, self.position_embedding_size, -1)
         h, w = spatial_shapes.to(pixel_values.device, non_blocking=True).unbind(1)
         image = torch.arange(B, device=h.device)
@@ -39,6 +41,16 @@ class Siglip2Embeddings(Swapped):
         first = positions(table, Grids.of_tensors(image, torch.ones_like(h), h, w, B)).to(y.dtype)
         padding = torch.arange(N, device=h.device) >= (h * w)[:, None]
         return torch.addcmul(y.view(B, N, -1), padding[..., None].to(y.dtype), first[:, None])
+
+
+def _expect_shapes(shapes: Tensor, rows: int) -> None:
+    """Refuse what the original refuses, without waiting for a GPU."""
+    fit = (shapes > 0).all(1) & (shapes.prod(1) <= rows)
+    if shapes.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(fit.all(), "SigLIP 2: spatial_shapes has no patches, or more than pixel_values has rows")
+    elif not fit.all():
+        first = tuple(shapes[~fit][0].tolist())
+        raise ValueError(f"SigLIP 2: spatial_shapes has {first}, expected positive sides and at most {rows} patches")
 
 
 class Placed(NamedTuple):
@@ -101,7 +113,7 @@ class Tower(Swapped):
         if kwargs.get("cu_seqlens") is None:
             kwargs["cu_seqlens"] = cu_seqlens
         t, h, w = grid_thw.unbind(1)
-        of = {"output_size": len(cu_seqlens) - 1}
+        of = {"output_size": cu_seqlens.shape[0] - 1}
         table = self.pos_embed.weight
         side, merge = self.num_grid_per_side, self.config.spatial_merge_size
         grids = Grids.of_tensors(

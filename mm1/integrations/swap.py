@@ -5,7 +5,7 @@ frameworks know their modules (saved configurations, sharding policies, recorder
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -18,9 +18,24 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 class Swapped(nn.Module):
     """What replaces methods of an original: super() is the original's."""
 
+    def __init_subclass__(cls) -> None:
+        """Let forward give way to the original's after restore, as a wrapper may have kept the bound method."""
+        if "forward" in vars(cls):
+            cls.forward = _while_swapped(cls.forward)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) not in _originals:  # torch derived another class from ours, and says itself what it allows
+            return super().__reduce_ex__(protocol)
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return _blank, type(self).__bases__, *state  # a class made on the fly has no place to be found at
+
+
+def _while_swapped(forward: Callable) -> Callable:
+    @wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (forward if isinstance(self, Swapped) else type(self).forward)(self, *args, **kwargs)
+
+    return call
 
 
 _originals: dict[type, type] = {}  # of each subclass made here
@@ -41,14 +56,17 @@ def _blank(ours: type, original: type) -> Any:
 def swap(model: nn.Module, choose: Callable[[type, nn.Module], type[Swapped] | None]) -> list[str]:
     """Give each module the methods that `choose` has for its original class; names of the modules that have them.
 
-    A module whose forward somebody replaced is left alone: that one would win.
+    A module whose forward somebody replaced before is left alone: that one would win. Classes that torch derives from
+    a module's own (FSDPModule, parametrizations) keep what they add.
     """
     names = []
     for name, module in model.named_modules():
-        original = _originals.get(type(module), type(module))
+        kind = type(module)
+        subclass = _swapped(kind)
+        original = _beneath(kind) if subclass is None else _originals[subclass]
         ours = choose(original, module)
-        if ours is not None and "forward" not in vars(module):
-            module.__class__ = _subclass(ours, original)
+        if ours is not None and (subclass is not None or "forward" not in vars(module)):
+            module.__class__ = _rebased(kind, subclass or original, _subclass(ours, original))
             names.append(name)
     return names
 
@@ -57,10 +75,30 @@ def restore(model: nn.Module) -> list[str]:
     """Give every swapped module its original class back; their names."""
     names = []
     for name, module in model.named_modules():
-        if type(module) in _originals:
-            module.__class__ = _originals[type(module)]
+        subclass = _swapped(type(module))
+        if subclass is not None:
+            module.__class__ = _rebased(type(module), subclass, _originals[subclass])
             names.append(name)
     return names
+
+
+def _swapped(kind: type) -> type | None:
+    """Return the class made here that `kind` is or derives from."""
+    return next((base for base in kind.__mro__ if base in _originals), None)
+
+
+def _beneath(kind: type) -> type:
+    """Return the class that torch derived `kind` from on the fly, if it did."""
+    return next((base for base in kind.__mro__ if not base.__module__.startswith("torch.")), kind)
+
+
+def _rebased(kind: type, old: type, new: type) -> type:
+    """Return a class like `kind`, which is or derives from `old`, that is or derives from `new` instead."""
+    if kind is old or kind is new:
+        return new
+    bases = tuple(_rebased(base, old, new) if issubclass(base, old) else base for base in kind.__bases__)
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, members)
 
 
 def untouched(module: nn.Module) -> bool:

@@ -69,9 +69,9 @@ class Embeds(Swapped):
             patches = self.norm_input(patches)
         weight, bias = weights(self.proj, compute_dtype(self.proj.weight))
         y = embed_patches(
-            patches.flatten(0, 1), _grids(h, w, x.shape[1]), weight, bias, self.pos_embed[0], **self.how()
-        ).view(*x.shape[:2], -1)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+            patches.flatten(0, 1), _grids(h, w, *x.shape[:2]), weight, bias, self.pos_embed[0], **self.how()
+        ).view(*x.shape[:2], weight.shape[0])
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         return self.pos_drop(torch.cat([*prefix, y], 1) if prefix else y), size
 
     def fuses(self: Any, x: Tensor, of_images: bool) -> bool:
@@ -98,7 +98,7 @@ class Embeds(Swapped):
             original: Any = super()
             return original._apply_learned_naflex_pos_embed(x, patch_coord)
         h, w = (patch_coord.amax(1) + 1).unbind(1)
-        x += positions(self.pos_embed[0], _grids(h, w, x.shape[1]), **self.how()).view(x.shape)
+        x += positions(self.pos_embed[0], _grids(h, w, *x.shape[:2]), **self.how()).view(x.shape)
 
     def how(self: Any) -> dict[str, Any]:
         return {
@@ -108,7 +108,10 @@ class Embeds(Swapped):
         }
 
 
-def _grids(h: Tensor, w: Tensor, rows: int) -> Grids:
-    """Of images in `rows` rows each: as in timm, row i is place (i // w, i % w) wherever its patch came from."""
-    first = torch.arange(len(h), device=h.device) * rows
-    return Grids.of_tensors(first, (h * w).clamp(max=rows), h, w, len(h) * rows)
+def _grids(h: Tensor, w: Tensor, images: int, rows: int) -> Grids:
+    """Return the grids of images in `rows` rows each.
+
+    As in timm, row i is place (i // w, i % w) wherever its patch came from.
+    """
+    first = torch.arange(images, device=h.device) * rows
+    return Grids.of_tensors(first, (h * w).clamp(max=rows), h, w, images * rows)

@@ -12,7 +12,7 @@ transformers' grouped_mm, with one warning. Interface: transformers 5, integrati
 """
 
 import warnings
-from functools import partial
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,11 @@ GATES = {  # the default's is Gate()
 
 
 def register() -> None:
-    """Puts "mm1" among transformers' experts implementations."""
+    """Put "mm1" among transformers' experts implementations.
+
+    From then on a mixture model whose experts do not go through that interface (Llama 4, DBRX) warns once where "mm1"
+    is asked for, as it is made, loaded or set.
+    """
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
@@ -62,6 +66,7 @@ def register() -> None:
     # warnings.warn breaks a graph; of a constant result only tracing calls it. Not a decorator: that imports dynamo.
     torch.compiler.assume_constant_result(_warn_once)
     ALL_EXPERTS_FUNCTIONS.register("mm1", experts_forward)
+    _watch_requests()
 
 
 def accelerate(model: nn.Module, *, still_images: bool = False) -> list[str]:
@@ -94,8 +99,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.is_transposed:
         first, down = first.transpose(1, 2), down.transpose(1, 2)
     biases = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
+    # What a quantizer packed into integers is refused by name, not met by x of integers.
+    x = hidden_states.to(down.dtype) if down.is_floating_point() else hidden_states
     y = moe_mlp(
-        hidden_states.to(down.dtype), top_k_index, top_k_weights, first, down, gate_up_bias=biases[0],
+        x, top_k_index, top_k_weights, first, down, gate_up_bias=biases[0],
         down_bias=biases[1], interleaved=self.has_gate and not self.is_concatenated, **settings,
     )  # fmt: skip
     return y.to(hidden_states.dtype)
@@ -107,7 +114,8 @@ def _settings(experts: Any) -> dict[str, Any] | str:
         return "a post_expert_norm"
     gate = Gate()
     if experts.has_gate and experts._apply_gate.__name__ != "_default_apply_gate":
-        gate = GATES.get(type(experts).__name__)
+        # A class that torch derived from it (FSDP, parametrizations) has another name.
+        gate = next((GATES[kind.__name__] for kind in type(experts).__mro__ if kind.__name__ in GATES), None)
         if gate is None or not experts._apply_gate.__module__.startswith("transformers."):
             return "an _apply_gate of its own"
     if gate.alpha is not None and getattr(experts, gate.alpha) != QUICK:
@@ -122,6 +130,38 @@ def _settings(experts: Any) -> dict[str, Any] | str:
 def _activation(act_fn: Any) -> str | None:
     name = type(act_fn).__name__ if isinstance(act_fn, nn.Module) else getattr(act_fn, "__name__", "")
     return "gelu_tanh" if getattr(act_fn, "approximate", "none") == "tanh" else ACTIVATIONS.get(name)
+
+
+# What configurations call the number of experts.
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@cache
+def _watch_requests() -> None:
+    """Have every model that is asked for "mm1" warn where that has no effect; transformers itself says nothing."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.get_correct_experts_implementation
+
+    @wraps(original)
+    def get_correct_experts_implementation(self: Any, requested_experts: str | None) -> str:
+        if requested_experts == "mm1":
+            for model in self.modules():
+                if isinstance(model, PreTrainedModel):
+                    _warn_if_deaf(model)
+        return original(self, requested_experts)
+
+    PreTrainedModel.get_correct_experts_implementation = get_correct_experts_implementation
+
+
+def _warn_if_deaf(model: Any) -> None:
+    fields = getattr(model.config, "ffn_config", model.config)  # DBRX's
+    counts = [getattr(fields, name, None) for name in COUNTS]
+    if any(isinstance(count, int) and count > 1 for count in counts) and not model._can_set_experts_implementation():
+        _warn_once(
+            f"the experts of {model.config.model_type} models do not go through transformers' experts interface: "
+            'experts_implementation="mm1" changes nothing there'
+        )
 
 
 _warned: set[str] = set()

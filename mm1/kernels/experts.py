@@ -40,7 +40,7 @@ from mm1.kernels.dispatch import (
 )
 from mm1.kernels.grouped_gemm import dw, gemm
 from mm1.kernels.language import tl, triton
-from mm1.kernels.route import Order, sort_by_expert
+from mm1.kernels.route import Order, sort, sort_by_expert
 from mm1.kernels.tiles import (
     Config,
     Shape,
@@ -312,6 +312,10 @@ def forward_few(
     gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
+    """Compute moe_mlp without gradients, by the kernels for few tokens where there are few."""
+    if not few_tokens.few(index.numel(), down.shape[0]):  # as an exported program may find at other sizes
+        order, biases = sort(index, down.shape[0]), (gate_up_bias, down_bias)
+        return forward(x, *order, weight, gate_up, up, down, *biases, activation, limit, shift, interleaved, False)[0]
     gated = up is not None or gate_up.shape[1] == 2 * down.shape[2]
     biases = (None, None) if gate_up_bias is None else halves(gate_up_bias, None, gated, interleaved)
     gate, up = halves(gate_up, up, gated, interleaved)
@@ -405,9 +409,10 @@ def moe_mlp(
     x, weight = x.to(dtype), weight.to(wide(dtype)).contiguous()
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *given))
     on_gpu = INTERPRETED or x.device.type != "cpu"
-    if on_gpu and not recorded and few_tokens.few(index.numel(), len(down)):
+    # An exported program is for any number of tokens, so it asks how many there are when it runs.
+    if on_gpu and not recorded and (torch.compiler.is_exporting() or few_tokens.few(index.numel(), down.shape[0])):
         return _few(x, index, weight, *given, activation, limit, shift, interleaved)
-    order = sort_by_expert(index, len(down)) if order is None else Order(*(t.contiguous() for t in order))
+    order = sort_by_expert(index, down.shape[0]) if order is None else Order(*(t.contiguous() for t in order))
     keep = recorded and not recompute
     return _forward(x, *order, weight, *given, activation, limit, shift, interleaved, keep)[0]
 
@@ -418,11 +423,20 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
             found = tuple(tensor.shape)
             expect(found in shapes, "moe_mlp", name, found, shapes if len(shapes) > 1 else shapes[0])
 
+    weights = {"gate_up": gate_up, "up": up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    for name, tensor in {"x": x, **weights}.items():  # first, as packed weights have other shapes too
+        if tensor is not None:
+            expect_float("moe_mlp", name, tensor)
     expect(index.ndim == 2 and not index.is_floating_point(), "moe_mlp", "index",
-           f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip
-    expect(down.ndim == 3 and len(down) > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
-    E, D, F = down.shape
-    shaped("x", x, (len(index), D))
+           (index.dtype, tuple(index.shape)), "integers [T, K]")  # fmt: skip
+    expect(down.ndim == 3 and down.shape[0] > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
+    # Where sizes disagree, the tensor is named that two others outvote.
+    T = x.shape[0] if x.shape[:1] == weight.shape[:1] else index.shape[0]
+    D = x.shape[1] if x.shape[1:] == gate_up.shape[2:] else down.shape[1]
+    E, _, F = down.shape
+    shaped("index", index, (T, index.shape[1]))
+    shaped("down", down, (E, D, F))
+    shaped("x", x, (T, D))
     shaped("weight", weight, tuple(index.shape))
     # Without up a gate_up of F rows has no gate; with it, it is the gate.
     shaped("gate_up", gate_up, (E, F, D), *([(E, 2 * F, D)] if up is None else []))
@@ -430,10 +444,8 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
     shaped("gate_up_bias", gate_up_bias, (E, gate_up.shape[1]))
     shaped("down_bias", down_bias, (E, D))
     expect(up is None or gate_up_bias is None, "moe_mlp", "gate_up_bias", "given", "None where gate and up are apart")
-    expect_float("moe_mlp", "x", x)
     expect(activation in ACTIVATIONS, "moe_mlp", "activation", activation, tuple(ACTIVATIONS))
     if autocast_dtype(x) is None:
-        weights = {"gate_up": gate_up, "up": up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
         for name, w in weights.items():
             expect(w is None or w.dtype == x.dtype, "moe_mlp", f"dtype of {name}", w is not None and w.dtype, x.dtype)
 

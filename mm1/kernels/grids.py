@@ -80,12 +80,12 @@ class Grids:
         return grids
 
     def _fill(self, table: Tensor, patches: int, merge: int) -> None:
-        self.table, self.patches, self.images, self.merge = table, patches, len(table), merge
+        self.table, self.patches, self.images, self.merge = table, patches, table.shape[0], merge
         first, rows, h, w = table.unbind(1)
         places = torch.arange(patches, dtype=torch.int32, device=table.device)
         self.owner = torch.searchsorted(first.contiguous(), places, right=True, out_int32=True) - 1
-        ends = (first + rows)[-1:] if self.images else first.new_zeros(1)
-        self.cu_seqlens = torch.cat([first, ends])
+        end = F.pad(first + rows, (1, 0))[-1:]  # 0 without images; asking whether there are any would fix their number
+        self.cu_seqlens = torch.cat([first, end])
         strips = -(-h // STRIP_ROWS) * -(-w // STRIP_COLUMNS)
         self.strips = F.pad(strips.cumsum(0, dtype=torch.int32), (1, 0))
         self._elsewhere: dict[str, Grids] = {}

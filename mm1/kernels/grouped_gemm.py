@@ -395,11 +395,12 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = No
 def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | None = None) -> Tensor:
     """a [M, K], dy [M, N], offsets int32 [E] -> [E, K, N]; `into`: an fp32 buffer of that shape to add to instead."""
     expect_alike("grouped_gemm_dw", a=a, dy=dy, offsets=offsets, into=into)
-    expect(a.ndim == 2 and dy.ndim == 2 and a.shape[0] == dy.shape[0], "grouped_gemm_dw", "dy", tuple(dy.shape),
-           f"[{a.shape[0]}, N]")  # fmt: skip
+    expect(a.ndim == 2 and dy.ndim == 2, "grouped_gemm_dw", "a and dy", (tuple(a.shape), tuple(dy.shape)),
+           "[M, K], [M, N]")  # fmt: skip
+    expect(a.shape[0] == dy.shape[0], "grouped_gemm_dw", "rows of dy", dy.shape[0], a.shape[0])
     expect(a.dtype == dy.dtype, "grouped_gemm_dw", "dtype of dy", dy.dtype, a.dtype)
     expect_offsets("grouped_gemm_dw", offsets, offsets.numel())
-    shape, offsets = (len(offsets), a.shape[1], dy.shape[1]), offsets.contiguous()
+    shape, offsets = (offsets.shape[0], a.shape[1], dy.shape[1]), offsets.contiguous()
     if into is None:
         return _dw(a, dy, offsets, False)[0]
     expect(into.shape == shape and into.dtype == torch.float32, "grouped_gemm_dw", "into",

@@ -420,8 +420,8 @@ def embed_patches(
     op = "embed_patches"
     expect_alike(op, patches=patches, weight=weight, bias=bias, pos_embed=pos_embed)
     grids = as_grids(grids, weight.device)
-    expect(patches.ndim == 2 and patches.shape[0] == grids.patches, op, "patches",
-           tuple(patches.shape), f"[{grids.patches}, K]")  # fmt: skip
+    expect(patches.ndim == 2, op, "patches", tuple(patches.shape), "[P, K]")
+    expect(patches.shape[0] == grids.patches, op, "rows of patches", patches.shape[0], grids.patches)
     expect(weight.ndim == 2 and weight.shape[1] == patches.shape[1], op, "weight",
            tuple(weight.shape), f"[Dv, {patches.shape[1]}]")  # fmt: skip
     table, *settings = _table(op, pos_embed, weight, bias, interpolation, antialias, align_corners)
@@ -433,7 +433,7 @@ def embed_patches(
 
 def _table(op, table, weight, bias, interpolation, antialias, align_corners):
     """The table, or None if there is none to add, and the settings of its interpolation."""
-    width = len(weight)
+    width = weight.shape[0]
     expect(weight.is_floating_point(), op, "dtype of weight", weight.dtype, "a float")
     expect(bias is None or bias.shape == (width,), op, "bias", bias is not None and tuple(bias.shape), f"[{width}]")
     expect_interpolation(op, interpolation, INTERPOLATIONS)

@@ -92,7 +92,7 @@ def linear_8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [T, K], weight int8 or on a GPU float8_e4m3fn [N, K], scale fp32 [N] -> [T, N] of x's dtype."""
     expect_alike("linear_8", x=x, weight=weight, scale=scale)
     expect(x.ndim == 2, "linear_8", "x", tuple(x.shape), "[T, K]")
-    _check("linear_8", "weight", weight, scale, (len(weight), x.shape[1]))
+    _check("linear_8", "weight", weight, scale, (weight.shape[0], x.shape[1]))
     return _linear_op(x, weight, scale)
 
 
@@ -104,7 +104,9 @@ def moe_mlp_8(
                  down=down, down_scale=down_scale)  # fmt: skip
     E, D, width = down.shape
     expect(x.ndim == 2 and x.shape[1] == D, "moe_mlp_8", "x", tuple(x.shape), f"[T, {D}]")
-    expect(index.ndim == 2 and len(index) == len(x), "moe_mlp_8", "index", tuple(index.shape), f"[{len(x)}, K]")
+    expect(index.ndim == 2, "moe_mlp_8", "index", tuple(index.shape), "[T, K]")
+    T, K = x.shape[0], index.shape[1]
+    expect(index.shape[0] == T, "moe_mlp_8", "index", tuple(index.shape), (T, K))
     expect(weight.shape == index.shape, "moe_mlp_8", "weight", tuple(weight.shape), tuple(index.shape))
     _check("moe_mlp_8", "gate_up", gate_up, gate_up_scale, (E, 2 * width, D))
     _check("moe_mlp_8", "down", down, down_scale, (E, D, width))

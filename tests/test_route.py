@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, INTERPRETED, needs_gpu, not_interpreted, relative_error
+from conftest import DEVICE, INTERPRETED, TRITON, needs_gpu, not_interpreted, relative_error
 
 from mm1.kernels.route import route, sort_by_expert
 
@@ -42,7 +42,7 @@ def compare(logits, k, tolerance=1e-6, **options):
     found = (routing.weight, routing.load_balance, routing.z_loss)
     assert routing.dropped == 0
     for name, y, t in zip(("weight", "balance", "z"), found, truth):
-        assert y.dtype == torch.float32
+        assert y.dtype == (torch.float64 if logits.dtype == torch.float64 and not TRITON else torch.float32)
         assert relative_error(y, t) < 1e-6, name
         dy = torch.randn_like(y)
         g = torch.autograd.grad(y, logits, dy, retain_graph=True)[0]
@@ -70,7 +70,7 @@ def test_every_k(k):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float64, 1e-6)])
-def test_logits_of_any_float_are_computed_in_fp32(dtype, tolerance):
+def test_logits_of_any_float_are_computed_in_fp32_or_wider(dtype, tolerance):
     logits = randn(40, 8)
     compare(logits.bfloat16().to(dtype), 2, tolerance)  # with ties
 

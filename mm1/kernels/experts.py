@@ -428,7 +428,7 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
         if tensor is not None:
             expect_float("moe_mlp", name, tensor)
     expect(index.ndim == 2 and not index.is_floating_point(), "moe_mlp", "index",
-           (index.dtype, tuple(index.shape)), "integers [T, K]")  # fmt: skip
+           f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip
     expect(down.ndim == 3 and down.shape[0] > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
     # Where sizes disagree, the tensor is named that two others outvote.
     T = x.shape[0] if x.shape[:1] == weight.shape[:1] else index.shape[0]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 KERNELS := $(addprefix tests/test_, $(addsuffix .py, route grouped_gemm experts positions patch_embed conv_block \
-	adaptive_pool flash paged quantize linear_cross_entropy timing clock))
+	adaptive_pool flash paged quantize linear_cross_entropy every_op timing clock))
 GPU_PYTHON ?= $(BIN)/python
 TUNE_SECONDS ?= 240
 GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x

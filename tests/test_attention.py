@@ -334,10 +334,10 @@ def test_offsets_that_cannot_be_are_refused(backend, change, told):
         ({"k": torch.randn(6, 0, 16), "v": torch.randn(6, 0, 16)}, "heads of q is 4, expected a multiple of 0"),
         ({"k": torch.randn(5, 2, 16), "v": torch.randn(5, 2, 16)}, r"k is \(5, 2, 16\), expected \[6, G, Dh\]"),
         ({"v": torch.randn(6, 2, 16).bfloat16()}, "dtype of v is torch.bfloat16, expected torch.float32, that of q"),
-        ({"q": torch.ones(6, 4, 16, dtype=torch.long)}, "dtype of q is torch.int64, expected a float"),
+        ({"q": torch.ones(6, 4, 16, dtype=torch.long)}, "dtype of q is torch.int64"),
         ({"v": torch.randn(6, 2, 16, device="meta")}, "device of v is meta, expected cpu, that of q"),
         ({"cu_seqlens": torch.tensor([0, 6], device="meta")}, "device of cu_seqlens is meta"),
-        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens is .torch.float32"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens is torch.float32"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens is"),
         ({"cu_seqlens_k": torch.tensor([0, 3, 6])}, r"cu_seqlens_k is \(3,\), expected \(2,\)"),
         ({"used_k": torch.tensor([3, 3])}, r"used_k is \(2,\), expected \(1,\)"),
@@ -349,3 +349,13 @@ def test_refuses_bad_arguments(change, told):
     given = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens([6]), "causal": True}
     with pytest.raises(ValueError, match=f"attention: {told}"):
         attention(**given | change)
+
+
+def test_backends_of_gpus_say_so_on_a_cpu():
+    q, k, v = inputs(6)
+    with pytest.raises(ValueError, match='device for backend "varlen" is cpu, expected a GPU'):
+        attention(q, k, v, cu_seqlens([6]), causal=True, backend="varlen")
+    with pytest.raises(ValueError, match='device for gradients of backend "flex" is cpu, expected a GPU'):
+        attention(q, k, v, cu_seqlens([6]), causal=True, backend="flex")
+    with pytest.raises(ValueError, match=r'cu_seqlens for backend "sdpa" is \[0, 2, 6\], expected segments of 3 rows'):
+        attention(q, k, v, cu_seqlens([2, 4]), causal=True, backend="sdpa", max_length=3)

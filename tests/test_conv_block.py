@@ -325,7 +325,7 @@ def test_refuses_bad_arguments():
     with pytest.raises(ValueError, match=r"dtype of conv1.conv.weight is torch.float32, expected torch.bfloat16"):
         conv_block(x.bfloat16(), grids, weights)
     with pytest.raises(ValueError, match="conv_block: dtype of x"):
-        conv_block(x.double(), grids, weights)
+        conv_block(x.int(), grids, weights)
     with pytest.raises(ValueError, match="conv_block: pool"):
         conv_block(x, grids, weights, pool=(0, 3))
     with pytest.raises(ValueError, match="conv_block: merge of grids is 2, expected 1"):

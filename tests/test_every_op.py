@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, INTERPRETED
-from every_op import every_op, results
+from conftest import DEVICE, INTERPRETED, relative_error
+from every_op import every_op, results, values_and_gradients
 
 ROOT = Path(__file__).parent.parent
 OPS = list(every_op())
@@ -29,6 +29,46 @@ def test_meta_tensors_give_shapes(op):
     truth, found = results(call()), results(call(**{name: x.to("meta") for name, x in call.tensors.items()}))
     assert [(y.shape, y.dtype) for y in found] == [(y.shape, y.dtype) for y in truth]
     assert all(y.is_meta for y in found)
+
+
+TENSORS = [(op, name) for op, call in every_op().items() for name in call.tensors]
+FORMS = {
+    "last dimension not contiguous": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "every second": lambda x: torch.stack([x, x.flip(-1)], -1)[..., 0],
+    "with an offset": lambda x: torch.cat([x[:1], x])[1:],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", OPS)
+def test_tensors_may_have_any_strides(op, form):
+    """But those of paged_attention's cache, which are refused: a copy of it would cost more than the op."""
+    call, cache = every_op()[op], ("k", "v") if op == "paged_attention" else ()
+    strided = {name: x if name in cache or x.ndim == 0 else FORMS[form](x) for name, x in call.tensors.items()}
+    for y, truth in zip(values_and_gradients(call._replace(tensors=strided)), values_and_gradients(call), strict=True):
+        assert relative_error(y, truth) < 1e-6
+
+
+OTHERS = (torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool)
+
+
+@pytest.mark.parametrize("op, name", TENSORS)
+def test_dtypes_that_are_not_computed_are_refused_by_name(op, name):
+    call = every_op()[op]
+    x, told = call.tensors[name], name.replace("_", ".") if op == "conv_block" else name
+    for dtype in OTHERS if x.is_floating_point() else (torch.float32, torch.complex64, torch.bool):
+        if (x.dtype == torch.uint8 and dtype == torch.float32) or x.dtype == dtype:
+            continue
+        with pytest.raises(ValueError, match=rf"{op}: (dtypes? of .*{told.split('_')[-1]}.* is|{told} is)"):
+            call(**{name: x.to(dtype)})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_tensor_is_refused(op):
+    call = every_op()[op]
+    name = next(iter(call.tensors))
+    with pytest.raises(TypeError, match=rf"{op}: {name}(\[0\])? is a ndarray, expected a tensor"):
+        call(**{name: call.tensors[name].numpy()})
 
 
 DIFFERENTIABLE = [(op, name) for op, call in every_op().items() for name in call.differentiable]

@@ -694,3 +694,20 @@ def test_peak_memory():
     gradients = torch.autograd.grad(y, list(leaves(p).values()), dy)
     room = sum(g.nbytes for g in gradients)
     assert torch.cuda.max_memory_allocated() - before <= kept + h + 2 * slot + room + metadata
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda order: order._replace(slots=order.slots[1:]), r"slots is \(5,\), expected \(6,\)"),
+        (lambda order: order._replace(position=order.position[1:]), r"position is \(2, 2\), expected \(3, 2\)"),
+        (lambda order: order._replace(offsets=order.offsets[1:]), r"offsets is \(3,\), expected \(4,\)"),
+        (lambda order: order._replace(slots=order.slots.to("meta")), "device of slots is meta"),
+    ],
+)
+def test_an_order_of_other_tokens_is_refused(change, told):
+    index = torch.randint(4, (3, 2), device=DEVICE)
+    x, weight = torch.randn(3, 16, device=DEVICE), torch.rand(3, 2, device=DEVICE)
+    gate_up, down = torch.randn(4, 24, 16, device=DEVICE), torch.randn(4, 16, 12, device=DEVICE)
+    with pytest.raises(ValueError, match=f"moe_mlp: {told}"):
+        moe_mlp(x, index, weight, gate_up, down, order=change(sort_by_expert(index, 4)))

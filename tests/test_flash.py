@@ -333,6 +333,7 @@ def test_offsets_past_the_rows_read_nothing_beyond_them(poisoned):
     """On a GPU nobody can refuse them without waiting: the segments end where the rows do."""
     q, k, v = inputs(20, 12)
     past, own = [starts(lengths) for lengths in ([8, 30, 5], [8, 12, 0])]
+    past[0] = -3
     keys_past, keys = [starts(lengths) for lengths in ([6, 9, 40], [6, 6, 0])]
     for causal in (False, True):
         y = flash.flash(q, k, v, past, keys_past, None, causal)

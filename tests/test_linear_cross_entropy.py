@@ -168,7 +168,7 @@ def test_derivatives_that_are_not_computed_are_refused():
     "change, told",
     [
         ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets is \(4,\), expected \(3,\)"),
-        ({"targets": torch.zeros(3)}, "dtype of targets is torch.float32, expected an integer"),
+        ({"targets": torch.zeros(3)}, r"targets is torch.float32 \(3,\), expected integers"),
         ({"weight": torch.randn(9, 5)}, r"weight is \(9, 5\), expected \[V, 4\]"),
         ({"weight": torch.randn(9, 4, device="meta")}, "device of weight is meta, expected cpu, that of x"),
         ({"targets": torch.zeros(3, dtype=torch.long, device="meta")}, "device of targets is meta, expected cpu"),

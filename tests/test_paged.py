@@ -316,3 +316,33 @@ def test_refuses_bad_arguments(place, change, told):
     given[place] = change(given[place])
     with pytest.raises(ValueError, match=f"paged_attention: ({told})"):
         paged_attention(*given, rows=rows)
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="a GPU is not waited for")
+@pytest.mark.parametrize(
+    "name, change, told",
+    [
+        ("lengths", lambda x: x.fill_(9), r"lengths\[0\] is 9, expected at most 2 pages of 4 keys"),
+        ("lengths", lambda x: x.fill_(-1), r"lengths\[0\] is -1"),
+        ("tables", lambda x: x.fill_(99), r"tables\[0\] is \[99, 99\], expected pages of 0 … 7"),
+        ("tables", lambda x: x.fill_(-1), r"tables\[0\] is \[-1, -1\]"),
+        ("cu_q", lambda x: x.add_(3), "cu_q is .*, expected offsets that rise from 0 to at most the 13 rows"),
+        ("cu_q", lambda x: x.copy_(x.flip(0)), "cu_q is"),
+    ],
+)
+def test_places_that_are_not_there_are_refused(name, change, told):
+    q, k, v, cu_q, tables, lengths, rows, _ = problem(SEGMENTS["prompts"])
+    places = {"cu_q": cu_q, "tables": tables, "lengths": lengths}
+    change(places[name])
+    with pytest.raises(ValueError, match=f"paged_attention: {told}"):
+        paged_attention(q, k, v, **places, rows=rows)
+
+
+def test_rows_before_the_first_key_see_nothing():
+    q, k, v, cu_q, tables, lengths, rows, own = problem([(5, 5), (3, 8)])
+    y = paged_attention(q, k, v, cu_q, tables, lengths - torch.tensor([3, 0], device=DEVICE).int(), rows=rows)
+    few = torch.cat([own[0][:, :2], own[1]], 1).double()
+    truth = attention(q.double().cpu(), *few, cu_q.cpu(), causal=True, cu_seqlens_k=torch.tensor([0, 2, 10]),
+                      backend="reference")  # fmt: skip
+    assert relative_error(y.cpu(), truth) < 1e-6
+    assert not y[:3].any()

@@ -264,14 +264,15 @@ def memory(run: config.Run, gpus: int, load: Load, imbalance: float = IMBALANCE)
     gathered = 2 * held if alone else 6 * outside + 2 * max(map(sum, zip(sizes, [*sizes[1:], 0])))
     taken = fullest(run, imbalance) if p.expert > 1 and d.experts else 0.0
     kept = activations(run.model, load, 2, tensor=p.tensor, taken=taken, recompute=run.train.recompute)
+    logits = 2 * load.targets * d.vocabulary
     return {
         "parameters": 4 * held,
         "gradients": 4 * held,
         "moments of AdamW": 8 * held,
         "gathered weights": gathered,
         "gradients being summed": 0 if alone else max(8 * outside, 6 * max(sizes)),
-        "logits": min(2 * load.targets * d.vocabulary, CHUNK["cuda"]),
-        "gradient of the head": 4 * d.vocabulary * d.width,
+        "logits": min(logits, CHUNK["cuda"]),
+        "gradient of the head": 4 * d.vocabulary * d.width * (1 + (logits > CHUNK["cuda"])),  # and a later chunk's
         # Of one layer: rows in the experts' order and their results, as sent and as taken in.
         "tokens sent to experts": 2 * load.tokens * d.experts_per_token * d.width * 2 * (1 + taken) * (taken > 0),
     } | kept  # fmt: skip

@@ -115,8 +115,8 @@ refuse_second_order(_backward, "adaptive_pool")
 
 def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tuple[int, int] = (12, 12)) -> Tensor:
     """Pool x [P, C] to `out` places an image -> [N·oh·ow, C]; an absent image gives zeros."""
-    grids = as_grids(grids, x.device)
     expect_alike("adaptive_pool", x=x)
+    grids = as_grids(grids, x.device)
     expect(x.ndim == 2 and x.shape[0] == grids.patches, "adaptive_pool", "x", tuple(x.shape), [grids.patches, "C"])
     expect_float("adaptive_pool", "x", x)
     expect(min(out) > 0, "adaptive_pool", "out", out, "positive sides")

@@ -21,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.dispatch import Cost, autocast_dtype, device_of_index, expect, expect_alike, refuse_second_order
+from mm1.kernels.dispatch import (
+    Cost,
+    autocast_dtype,
+    device_of_index,
+    expect,
+    expect_alike,
+    expect_integers,
+    expect_read,
+    refuse_second_order,
+)
 from mm1.kernels.flash import WIDTHS, flash
 from mm1.kernels.tuning import pinned_or
 
@@ -49,6 +58,7 @@ def attention(
     that fall, or reach past the rows, raise ValueError on a CPU; a GPU's are not looked at, because that would wait for
     it. Gradients of gradients and forward-mode derivatives raise RuntimeError.
     """
+    expect_alike("attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, used_k=used_k)
     q, k, v = (x.to(autocast_dtype(x) or x.dtype) for x in (q, k, v))  # as torch's own attention does
     _check(q, k, v, cu_seqlens, cu_seqlens_k, used_k)
     expect(backend == "auto" or backend in BACKENDS, "attention", "backend", backend, ("auto", *BACKENDS))
@@ -69,19 +79,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, u
     expect(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, op, "heads of q", q.shape[1], f"a multiple of {k.shape[1]}")
     expect(q.shape[2] == k.shape[2], op, "head width of k", k.shape[2], q.shape[2])
     expect(cu_k is not None or q.shape[0] == k.shape[0], op, "k", tuple(k.shape), [q.shape[0], "G", "Dh"])
-    expect(q.is_floating_point(), op, "dtype of q", q.dtype, "a float")
+    expect_read(op, "q", q)
     for name, x in (("k", k), ("v", v)):
         expect(x.dtype == q.dtype, op, f"dtype of {name}", x.dtype, f"{q.dtype}, that of q")
     for name, x in (("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k), ("used_k", used_k)):
         if x is not None:
-            whole = x.dtype in (torch.int32, torch.int64)
-            expect(whole and x.ndim == 1, op, name, (x.dtype, tuple(x.shape)), "int32 or int64 of one dimension")
+            expect_integers(op, name, x, 1)
     expect(cu_q.shape[0] > 0, op, "cu_seqlens", tuple(cu_q.shape), "[B + 1]")
     expect(cu_k is None or cu_k.shape == cu_q.shape, op, "cu_seqlens_k", cu_k is not None and tuple(cu_k.shape),
            tuple(cu_q.shape))  # fmt: skip
     B = cu_q.shape[0] - 1
     expect(used_k is None or used_k.shape[0] == B, op, "used_k", used_k is not None and tuple(used_k.shape), (B,))
-    expect_alike(op, q=q, k=k, v=v, cu_seqlens=cu_q, cu_seqlens_k=cu_k, used_k=used_k)
 
 
 def _auto(q: Tensor, k: Tensor, v: Tensor, used_k: Tensor | None, causal: bool) -> str:
@@ -140,7 +148,7 @@ def segments(
 
     Returns y and logsumexp [T, H], fp32 or fp64. Whoever packs does well to put equal lengths side by side.
     """
-    k, v = _repeat(k, q), _repeat(v, q)
+    q, k, v = _rows(q), _rows(_repeat(k, q)), _rows(_repeat(v, q))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_zeros(*q.shape[:2], 1, dtype=torch.promote_types(q.dtype, torch.float32))
     end = 0
@@ -170,7 +178,7 @@ def segments_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, run by run as forward."""
     groups = k.shape[1]
-    k, v, lse = _repeat(k, q), _repeat(v, q), lse.unsqueeze(2)
+    q, k, v, lse = _rows(q), _rows(_repeat(k, q)), _rows(_repeat(v, q)), lse.unsqueeze(2)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for run in _runs(cu_q, cu_k, used_k, causal, len(q), len(k)):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -243,6 +251,11 @@ class _Run(NamedTuple):
         return q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[None, None]
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x of any strides but the last: torch's flash attention on a CPU takes that for 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _repeat(x: Tensor, q: Tensor) -> Tensor:
     """Each key-value head of x [S, G, Dh] repeated to [S, H, Dh]: flash attention on CPU takes no groups."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
@@ -288,6 +301,7 @@ def _varlen(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     """torch's variable-length flash attention: CUDA, bf16 and fp16."""
     from torch.nn.attention.varlen import varlen_attn
 
+    _expect_gpu(q, "varlen")
     y = varlen_attn(
         q, k, v, cu_q, cu_k, max_length or q.shape[0], max_length or k.shape[0], window_size=(-1, 0 if causal else -1),
         enable_gqa=q.shape[1] != k.shape[1], seqused_k=used_k,
@@ -299,6 +313,7 @@ def _flash_attn(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     """The flash-attn package: CUDA, bf16 and fp16."""
     _refuse_used(used_k, "flash")
     run = _package("flash_attn", "flash").flash_attn_varlen_func
+    _expect_gpu(q, "flash")
     return _inside(run(q, k, v, cu_q, cu_k, max_length or q.shape[0], max_length or k.shape[0], causal=causal), cu_q)
 
 
@@ -306,6 +321,7 @@ def _xformers(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     """Its mask wants lengths on the host: this waits for the device, so that "auto" never takes it."""
     _refuse_used(used_k, "xformers")
     package, masks = _package("xformers.ops", "xformers"), _package("xformers.ops.fmha.attn_bias", "xformers")
+    _expect_gpu(q, "xformers")
     mask = masks.BlockDiagonalMask.from_seqlens(cu_q.diff().tolist(), cu_k.diff().tolist())
     mask = mask.make_causal_from_bottomright() if causal else mask
     ends = int(cu_q[-1]), int(cu_k[-1])
@@ -315,7 +331,9 @@ def _xformers(q, k, v, cu_q, cu_k, used_k, causal, max_length):
 
 
 def _flex(q, k, v, cu_q, cu_k, used_k, causal, max_length):
-    """torch's FlexAttention with a mask of segments, made at every call."""
+    """torch's FlexAttention with a mask of segments, made at every call; on a CPU without gradients."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    expect(q.is_cuda or not recorded, "attention", 'device for gradients of backend "flex"', q.device, "a GPU")
     mask = _mask(cu_q, cu_k, used_k, q.shape[0], k.shape[0], causal)
     attend, make = _flex_functions(q.is_cuda)
     blocks = make(lambda b, h, i, j: mask(i, j), None, None, q.shape[0], k.shape[0], device=q.device)
@@ -342,6 +360,10 @@ def _sdpa(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     B = len(cu_q) - 1
     expect(len(q) == len(k) == B * (max_length or 0), "attention", 'max_length for backend "sdpa"', max_length,
            f"the length of each of {B} segments in {len(q)} rows")  # fmt: skip
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        for name, cu in (("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k)):
+            alike = cu.tolist() == [b * (max_length or 0) for b in range(B + 1)]
+            expect(alike, "attention", f'{name} for backend "sdpa"', cu.tolist(), f"segments of {max_length} rows")
     q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(0, 1)
@@ -350,6 +372,10 @@ def _sdpa(q, k, v, cu_q, cu_k, used_k, causal, max_length):
 def _inside(y: Any, cu_q: Tensor) -> Tensor:
     """Zeros in the rows past the last segment, which these kernels never write."""
     return torch.where((torch.arange(len(y), device=y.device) < cu_q[-1])[:, None, None], y, y.new_zeros(()))
+
+
+def _expect_gpu(q: Tensor, backend: str) -> None:
+    expect(q.is_cuda or q.is_meta, "attention", f'device for backend "{backend}"', q.device, "a GPU")
 
 
 def _refuse_used(used_k: Tensor | None, backend: str) -> None:

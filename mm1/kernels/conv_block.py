@@ -26,7 +26,16 @@ from torch import Tensor
 from mm1.kernels import conv_cpu, conv_depthwise, conv_rows
 from mm1.kernels.conv_depthwise import Geometry
 from mm1.kernels.conv_gate import gated_mm
-from mm1.kernels.dispatch import Cost, autocast_dtype, expect, expect_alike, expect_float, on_cpu, refuse_second_order
+from mm1.kernels.dispatch import (
+    Cost,
+    autocast_dtype,
+    expect,
+    expect_alike,
+    expect_float,
+    expect_read,
+    on_cpu,
+    refuse_second_order,
+)
 from mm1.kernels.grids import Grids, as_grids
 
 NAMES = (
@@ -166,12 +175,12 @@ def conv_block(
     the shortcut is x. Under autocast x and the weights of products are cast to its dtype; norms and the depthwise
     weight may be of any float. Images must be whole: all h·w patches of each are there.
     """
+    expect_alike("conv_block", x=x, **{name: weights.get(name) for name in NAMES})
     grids = as_grids(grids, x.device)
     missing = [name for name in NAMES[:REQUIRED] if name not in weights]
     if any(name in weights for name in NAMES[REQUIRED:]):
         missing += [name for name in NAMES[REQUIRED:] if name not in weights]
     expect(not missing, "conv_block", "weights", f"without {missing}", "all of timm's names")
-    expect_alike("conv_block", x=x, **{name: weights.get(name) for name in NAMES})
     _check(x, grids, weights, pool)
     dtype = autocast_dtype(x) or x.dtype
     given = []
@@ -204,6 +213,7 @@ def _check(x: Tensor, grids: Grids, weights: Mapping[str, Tensor], pool: tuple[i
     for name in NAMES if down else NAMES[:REQUIRED]:
         w, shape = weights[name], shapes.get(name, (C,))
         expect(tuple(w.shape) == shape, "conv_block", name, tuple(w.shape), shape)
+        expect_read("conv_block", name, w)
         if name in shapes and name != "conv2.conv.weight" and not autocast_dtype(x):
             expect(w.dtype == x.dtype, "conv_block", f"dtype of {name}", w.dtype, x.dtype)
 

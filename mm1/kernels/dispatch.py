@@ -15,6 +15,8 @@ from mm1.kernels.device import DEVICES, Device, identify
 from mm1.kernels.language import INSTALLED, INTERPRETED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+READ = (*FLOATS, torch.float64)
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,22 @@ def expect(condition: bool, op: str, argument: str, found: object, expected: obj
         raise ValueError(f"{op}: {argument} is {found}, expected {expected}")
 
 
-def expect_float(op: str, name: str, x: Tensor) -> None:
+def expect_float(op: str, name: str, x: Tensor | None) -> None:
     """ValueError unless x is of a dtype that kernels compute in: FLOATS, and fp64 where a CPU computes."""
-    known = FLOATS if INTERPRETED or x.is_cuda else (*FLOATS, torch.float64)
-    expect(x.dtype in known, op, f"dtype of {name}", x.dtype, known)
+    if x is not None and x.dtype not in FLOATS:
+        known = FLOATS if INTERPRETED or x.is_cuda else READ
+        expect(x.dtype in known, op, f"dtype of {name}", x.dtype, known)
+
+
+def expect_read(op: str, name: str, x: Tensor | None) -> None:
+    """ValueError unless x is of a float that kernels widen or round as they read it."""
+    expect(x is None or x.dtype in READ, op, f"dtype of {name}", None if x is None else x.dtype, READ)
+
+
+def expect_integers(op: str, name: str, x: Tensor, ndim: int) -> None:
+    """ValueError unless x holds integers in so many dimensions."""
+    if x.dtype not in INTEGERS or x.ndim != ndim:
+        expect(False, op, name, f"{x.dtype} {tuple(x.shape)}", f"integers of {ndim} dimensions")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -47,19 +61,23 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def expect_alike(op: str, **tensors: Tensor | None) -> None:
-    """ValueError naming the first tensor on another device than the first; None is left out.
+    """ValueError naming the first tensor on another device than the first, TypeError for what is no tensor.
 
-    RuntimeError for tangents of forward mode, which torch's custom ops drop without a word.
+    None is left out. RuntimeError for tangents of forward mode, which torch's custom ops drop without a word.
     """
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    device = next(iter(given.values())).device
-    for name, tensor in given.items():
-        expect(
-            tensor.device == device, op, f"device of {name}", tensor.device, f"{device}, that of {next(iter(given))}"
-        )
+    first = None
+    for name, tensor in tensors.items():  # at every call of every op: strings are made where something is wrong
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a tensor")
+        if first is None:
+            first = name, tensor.device
+        elif tensor.device != first[1]:
+            raise ValueError(f"{op}: device of {name} is {tensor.device}, expected {first[1]}, that of {first[0]}")
     if forward_ad._current_level >= 0:
-        for name, tensor in given.items():
-            if forward_ad.unpack_dual(tensor).tangent is not None:
+        for name, tensor in tensors.items():
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(f"{op}: {name} has a tangent, but forward-mode derivatives are not computed")
 
 

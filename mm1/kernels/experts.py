@@ -33,6 +33,8 @@ from mm1.kernels.dispatch import (
     expect,
     expect_alike,
     expect_float,
+    expect_integers,
+    expect_read,
     launch,
     on_cpu,
     refuse_second_order,
@@ -401,8 +403,9 @@ def moe_mlp(
     """
     given = gate_up, up, down, gate_up_bias, down_bias
     expect_alike("moe_mlp", x=x, index=index, weight=weight, gate_up=gate_up, down=down, up=up,
-                 gate_up_bias=gate_up_bias, down_bias=down_bias)  # fmt: skip
-    _check(x, index, weight, *given, activation)
+                 gate_up_bias=gate_up_bias, down_bias=down_bias,
+                 **({} if order is None else order._asdict()))  # fmt: skip
+    _check(x, index, weight, *given, activation, order)
     dtype = autocast_dtype(x) or x.dtype
     # Weights are read as they lie; what is small is laid out for the kernels.
     given = [None if w is None else w.to(dtype) if w.ndim == 3 else w.to(dtype).contiguous() for w in given]
@@ -417,7 +420,7 @@ def moe_mlp(
     return _forward(x, *order, weight, *given, activation, limit, shift, interleaved, keep)[0]
 
 
-def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activation) -> None:
+def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activation, order) -> None:
     def shaped(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
         if tensor is not None:
             found = tuple(tensor.shape)
@@ -425,10 +428,11 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
 
     weights = {"gate_up": gate_up, "up": up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
     for name, tensor in {"x": x, **weights}.items():  # first, as packed weights have other shapes too
-        if tensor is not None:
-            expect_float("moe_mlp", name, tensor)
-    expect(index.ndim == 2 and not index.is_floating_point(), "moe_mlp", "index",
-           f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip
+        expect_float("moe_mlp", name, tensor)
+    expect_read("moe_mlp", "weight", weight)
+    expect_integers("moe_mlp", "index", index, 2)
+    expect(x.ndim == 2, "moe_mlp", "x", tuple(x.shape), "[T, D]")
+    expect(gate_up.ndim == 3, "moe_mlp", "gate_up", tuple(gate_up.shape), "[E, 2F, D]")
     expect(down.ndim == 3 and down.shape[0] > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
     # Where sizes disagree, the tensor is named that two others outvote.
     T = x.shape[0] if x.shape[:1] == weight.shape[:1] else index.shape[0]
@@ -443,6 +447,10 @@ def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activat
     shaped("up", up, (E, F, D))
     shaped("gate_up_bias", gate_up_bias, (E, gate_up.shape[1]))
     shaped("down_bias", down_bias, (E, D))
+    if order is not None:
+        shaped("slots", order.slots, (index.numel(),))
+        shaped("position", order.position, tuple(index.shape))
+        shaped("offsets", order.offsets, (E,))
     expect(up is None or gate_up_bias is None, "moe_mlp", "gate_up_bias", "given", "None where gate and up are apart")
     expect(activation in ACTIVATIONS, "moe_mlp", "activation", activation, tuple(ACTIVATIONS))
     if autocast_dtype(x) is None:

@@ -51,7 +51,7 @@ def _map_kernel(
     """Of each tile: the first tile of its segment (-1: no tile), the segment's first row and end, and the other side's.
 
     Rows past the last segment are one more, with nothing on the other side. used: how many keys of a segment count.
-    Offsets past the rows, which nobody refuses here, are cut to them, so that no kernel reads beyond its tensors.
+    Offsets outside the rows, which nobody refuses here, are cut to them, so that no kernel reads beyond its tensors.
     """
     tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     before = tl.zeros((), tl.int32)
@@ -73,6 +73,8 @@ def _map_kernel(
                 s_end = tl.where(real, s_begin + used, s_end)
             else:
                 o_end = o_begin + used
+        s_begin = tl.maximum(s_begin, 0)
+        o_begin = tl.maximum(o_begin, 0)
         s_end = tl.minimum(s_end, rows)
         o_end = tl.minimum(o_end, other_rows)
         count = tl.where(s <= B, tl.cdiv(tl.maximum(s_end - s_begin, 0), BLOCK_M), 0)

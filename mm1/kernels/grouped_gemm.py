@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, expect_alike, launch, on_cpu
+from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, expect_alike, expect_float, launch, on_cpu
 from mm1.kernels.language import tl, triton
 from mm1.kernels.model import product_seconds
 from mm1.kernels.tiles import (
@@ -380,6 +380,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = No
     Rows past the last offset come back as zeros, whatever a holds there.
     """
     expect_alike("grouped_gemm", a=a, b=b, offsets=offsets, bias=bias)
+    expect_float("grouped_gemm", "a", a)
     expect(
         a.ndim == 2 and b.ndim == 3, "grouped_gemm", "a and b", (tuple(a.shape), tuple(b.shape)), "[M, K], [E, K, N]"
     )
@@ -395,6 +396,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = No
 def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | None = None) -> Tensor:
     """a [M, K], dy [M, N], offsets int32 [E] -> [E, K, N]; `into`: an fp32 buffer of that shape to add to instead."""
     expect_alike("grouped_gemm_dw", a=a, dy=dy, offsets=offsets, into=into)
+    expect_float("grouped_gemm_dw", "a", a)
     expect(a.ndim == 2 and dy.ndim == 2, "grouped_gemm_dw", "a and dy", (tuple(a.shape), tuple(dy.shape)),
            "[M, K], [M, N]")  # fmt: skip
     expect(a.shape[0] == dy.shape[0], "grouped_gemm_dw", "rows of dy", dy.shape[0], a.shape[0])

@@ -20,10 +20,13 @@ from mm1.kernels.dispatch import (
     cdiv,
     expect,
     expect_alike,
+    expect_float,
+    expect_integers,
     launch,
     on_cpu,
     power_of_2,
     refuse_second_order,
+    wide,
     without_autocast,
 )
 from mm1.kernels.language import tl, triton
@@ -87,10 +90,9 @@ def _forward(
     """The sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; without rows what is not needed."""
     (rows, D), V = x.shape, len(weight)
     x, w = x.to(dtype), weight.to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    nll = x.new_empty(rows, dtype=wide)
+    nll = x.new_empty(rows, dtype=wide(dtype))
     dx = x.new_empty(rows if need_x else 0, D)
-    dw = x.new_zeros(V if need_weight else 0, D, dtype=wide)
+    dw = x.new_zeros(V if need_weight and not rows else 0, D, dtype=wide(dtype))
     # Chunks of one size, so that no last one of few rows is slow.
     chunks = cdiv(rows * V * x.itemsize, CHUNK[x.device.type])
     step = cdiv(rows, max(chunks, 1))
@@ -100,18 +102,20 @@ def _forward(
         loss(logits, targets[part], nll[part], need_x or need_weight)
         if need_x:
             torch.mm(logits, w, out=dx[part])
-        if need_weight and dtype == wide:
-            dw.addmm_(logits.t(), x[part], beta=min(begin, 1))
+        if need_weight and begin == 0:
+            dw = _wide_product(logits.t(), x[part])
+        elif need_weight and dtype == dw.dtype:
+            dw.addmm_(logits.t(), x[part])
         elif need_weight:
             dw += _wide_product(logits.t(), x[part])
     return nll.sum(), dx, dw
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of half precision with fp32 sums; on a CPU those of bf16 come rounded, which overflows nothing."""
-    if a.device.type != "cpu":
+    """a b in fp32 or wider; on a CPU sums of bf16 come rounded to bf16, which overflows nothing."""
+    if a.dtype in (torch.bfloat16, torch.float16) and a.device.type != "cpu":
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b)
+    return torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b).to(wide(a.dtype))
 
 
 def forward(
@@ -137,11 +141,10 @@ on_cpu(_op, forward_cpu)
 
 @_op.register_fake
 def _(x, weight, targets, dtype, need_x, need_weight):
-    wide = torch.promote_types(dtype, torch.float32)
     return (
-        x.new_empty((), dtype=wide),
+        x.new_empty((), dtype=wide(dtype)),
         x.new_empty(x.shape[0] if need_x else 0, x.shape[1], dtype=dtype),
-        x.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1], dtype=wide),
+        x.new_empty(weight.shape[0] if need_weight else 0, weight.shape[1], dtype=wide(dtype)),
     )
 
 
@@ -188,13 +191,14 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
     are no gradients of gradients and no forward-mode derivatives: asking for either raises RuntimeError.
     """
     op = "linear_cross_entropy"
+    expect_alike(op, x=x, weight=weight, targets=targets)
     expect(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], op, "weight", tuple(weight.shape),
            ["V", x.shape[-1]])  # fmt: skip
     expect(targets.shape == x.shape[:1], op, "targets", tuple(targets.shape), tuple(x.shape[:1]))
-    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
-    expect(whole, op, "dtype of targets", targets.dtype, "an integer")
+    expect_float(op, "x", x)
+    expect_float(op, "weight", weight)
+    expect_integers(op, "targets", targets, 1)
     expect(reduction in ("mean", "sum"), op, "reduction", reduction, ("mean", "sum"))
-    expect_alike(op, x=x, weight=weight, targets=targets)
     dtype = autocast_dtype(weight) or weight.dtype
     need_x, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     total = _op(x, weight, targets, dtype, need_x, need_weight)[0]

@@ -19,7 +19,20 @@ from torch import Tensor
 
 from mm1.kernels import flash_tiles
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import INTERPRETED, Cost, cdiv, device_of, expect, expect_alike, launch, on_cpu, power_of_2
+from mm1.kernels.dispatch import (
+    INTERPRETED,
+    Cost,
+    cdiv,
+    device_of,
+    expect,
+    expect_alike,
+    expect_float,
+    expect_integers,
+    launch,
+    on_cpu,
+    power_of_2,
+    wide,
+)
 from mm1.kernels.language import tl, triton
 from mm1.kernels.model import LAUNCH, product_seconds
 from mm1.kernels.tiles import dot
@@ -109,7 +122,6 @@ def _paged_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, table_ptr, lengths_ptr, y_ptr, lse_ptr, stride_qt, stride_qh, stride_kp, stride_kr,
     stride_kg, stride_table, T, splits, tiles, scale, H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y [splits, T, H, WIDTH], of a split's keys alone, and lse fp32 [splits, T, H], base 2, unless it is None."""
     R: tl.constexpr = H // G
@@ -159,23 +171,14 @@ def _paged_kernel(
     if lse_ptr is not None:
         lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
         tl.store(lse_ptr + out, lse, inside)
-    # Rows of no segment are zeros: those of the last segment's programs, in turn.
-    if b == tl.num_programs(0) // (splits * tiles * G) - 1:
-        heads = g * R + tl.arange(0, BLOCK_R)
-        own = tl.arange(0, BLOCK_R) < R
-        for t in range(first + n + m, T, tiles):
-            tail = (split * T + t).to(tl.int64) * H + heads
-            tl.store(y_ptr + tail[:, None] * WIDTH + d[None, :], tl.zeros((BLOCK_R, BLOCK_D), y_ptr.dtype.element_ty),
-                     own[:, None] & wide[None, :])  # fmt: skip
-            if lse_ptr is not None:
-                tl.store(lse_ptr + tail, tl.full((BLOCK_R,), float("-inf"), tl.float32), own)
 
 
 @triton.jit
 def _merge_kernel(
-    y_ptr, lse_ptr, out_ptr, rows, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
+    y_ptr, lse_ptr, cu_ptr, out_ptr, rows, B, H: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = Σ_s y[s, row] 2^(lse[s, row]) / Σ_s 2^(lse[s, row])"""
+    """out[row] = Σ_s y[s, row] 2^(lse[s, row]) / Σ_s 2^(lse[s, row]), zeros behind the last of B segments."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
@@ -185,6 +188,7 @@ def _merge_kernel(
     total = tl.sum(w, 0)
     y = tl.load(y_ptr + (s * rows + row)[:, None] * WIDTH + d[None, :], (d < WIDTH)[None, :], other=0.0)
     y = tl.sum(y * w[:, None], 0) / tl.where(total > 0, total, 1.0)
+    y = tl.where(row < tl.load(cu_ptr + B) * H, y, 0.0)  # where no program wrote, y and lse are anything
     tl.store(out_ptr + row * WIDTH + d, y.to(out_ptr.dtype.element_ty), d < WIDTH)
 
 
@@ -198,16 +202,16 @@ def forward(
     shape = PagedShape(power_of_2(tables.shape[1] * page), B * G, rows * (H // G), width)
     config = config_for(PAGED, shape, q.dtype, device)
     count, tiles = splits(config, shape, device), shape.tiles(config)
-    out = q.new_empty(T, H, width)
+    out = (q.new_zeros if count == 1 else q.new_empty)(T, H, width)
     part = out if count == 1 else q.new_empty(count, T, H, width, dtype=torch.float32)
     lse = None if count == 1 else q.new_empty(count, T, H, dtype=torch.float32)
     launch(
         _paged_kernel, B * G * tiles * count, q, k, v, cu_q, tables, lengths, part, lse, *q.stride()[:2],
         *k.stride()[:3], tables.stride(0), T, count, tiles, width**-0.5 / math.log(2), H, G, width, page,
-        config.block_m, config.block_n, block_d, power_of_2(H // G), num_warps=config.warps, num_stages=config.stages,
+        config.block_m, config.block_n, block_d, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if count > 1:
-        launch(_merge_kernel, T * H, part, lse, out, T * H, width, count, block_d,
+        launch(_merge_kernel, T * H, part, lse, cu_q, out, T * H, B, H, width, count, block_d,
                num_warps=cdiv(count * block_d, 2048))  # fmt: skip
     return out
 
@@ -230,8 +234,10 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
     page, groups = k.shape[1:3]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, seen, pages = cu_q.tolist(), lengths.tolist(), tables.tolist()
-    new = [end - start for start, end in pairwise(starts)]
-    expect(max(new, default=0) <= rows, "paged_attention", "rows", rows, f"at least the most of a segment, of {new}")
+    new = _expect_places(starts, seen, pages, len(q), rows, len(k), page)
+    # Rows before the first key see nothing, and stay zeros.
+    new = [min(n, length) for n, length in zip(new, seen)]
+    starts = [end - n for n, end in zip(new, starts[1:])]
 
     def attended(own: Tensor, chosen: list[list[int]], length: int, mask: Tensor | None = None) -> list[Tensor]:
         """Rows [B, n, H, Dh] of B segments over their pages, and the logarithm of each softmax's sum [B, n, H, 1]."""
@@ -245,17 +251,17 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
         return [x.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(2, 3) for x in (result, sums[..., None])]
 
     beginnings: dict[int, list[int]] = {}
-    for b, length in enumerate(seen):
-        if length and starts[b + 1] > starts[b]:
+    for b, n in enumerate(new):
+        if n:
             beginnings.setdefault(pages[b][0], []).append(b)
     for same in beginnings.values():
-        before = _in_common([pages[b][: (seen[b] - starts[b + 1] + starts[b]) // page] for b in same])
-        every = torch.cat([torch.arange(starts[b], starts[b + 1], device=q.device) for b in same])
+        before = _in_common([pages[b][: (seen[b] - new[b]) // page] for b in same])
+        every = torch.cat([torch.arange(starts[b], starts[b] + new[b], device=q.device) for b in same])
         common = attended(q[every][None], [pages[same[0]][:before]], before * page) if before else []
         places = every.new_zeros(len(q)).index_copy_(0, every, torch.arange(len(every), device=q.device))
         sizes: dict[tuple[int, int], list[int]] = {}
         for b in same:
-            sizes.setdefault((starts[b + 1] - starts[b], seen[b]), []).append(b)
+            sizes.setdefault((new[b], seen[b]), []).append(b)
         for (n, length), alike in sizes.items():
             at = every.new_tensor([starts[b] for b in alike])[:, None] + torch.arange(n, device=q.device)
             mask = None  # a token alone sees all
@@ -266,9 +272,26 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
             own, own_sums = attended(q[at], chosen, length - before * page, mask)
             if common:
                 first, sums = (x[0, places[at]] for x in common)
-                own = torch.lerp(own.float(), first.float(), (sums - own_sums).sigmoid())
+                own, first = (x.to(wide(q.dtype)) for x in (own, first))
+                own = torch.lerp(own, first, (sums - own_sums).sigmoid())
             y[at] = own.to(y.dtype)
     return y
+
+
+def _expect_places(
+    starts: list[int], seen: list[int], pages: list[list[int]], rows: int, most: int, count: int, page: int
+) -> list[int]:
+    """How many new rows each segment has. ValueError for places that are not there."""
+    op, new = "paged_attention", [end - start for start, end in pairwise(starts)]
+    expect(starts[0] == 0 and starts[-1] <= rows and min(new, default=0) >= 0, op, "cu_q", starts,
+           f"offsets that rise from 0 to at most the {rows} rows")  # fmt: skip
+    expect(max(new, default=0) <= most, op, "rows", most, f"at least the most of a segment, of {new}")
+    for b, (length, table) in enumerate(zip(seen, pages)):
+        expect(0 <= length <= len(table) * page, op, f"lengths[{b}]", length,
+               f"at most {len(table)} pages of {page} keys")  # fmt: skip
+        used = table[: cdiv(length, page)]
+        expect(all(0 <= p < count for p in used), op, f"tables[{b}]", used, f"pages of 0 … {count - 1}")
+    return new
 
 
 def _in_common(tables: list[list[int]]) -> int:
@@ -286,22 +309,23 @@ def paged_attention(
 
     k, v [pages, page, G, Dh] of one layout, H a multiple of G, rows contiguous. cu_q int32 [B + 1], tables int32
     [B, M]: pages of a segment in order; lengths int32 [B]: keys it has, its own new rows, which are in the pages
-    already, included. rows: at most so many new ones of a segment. Rows of no segment, or of one without keys, come
-    back as zeros.
+    already, included. rows: at most so many new ones of a segment. Rows of no segment, and rows before the first key of
+    theirs, come back as zeros. Places that are not there raise ValueError on a CPU; a GPU's are not looked at.
     """
     op = "paged_attention"
+    expect_alike(op, q=q, k=k, v=v, cu_q=cu_q, tables=tables, lengths=lengths)
     expect(q.ndim == 3 and k.ndim == 4, op, "q and k", (tuple(q.shape), tuple(k.shape)), "3 and 4 dimensions")
     expect(k.shape[2] > 0 and q.shape[1] % k.shape[2] == 0, op, "heads", q.shape[1], f"a multiple of {k.shape[2]}")
     expect(q.shape[2] == k.shape[3], op, "head width of k", k.shape[3], q.shape[2])
     expect(k.shape == v.shape and k.stride() == v.stride(), op, "v", tuple(v.shape), "k's layout")
     expect(q.dtype == k.dtype == v.dtype, op, "dtypes of q, k and v", (q.dtype, k.dtype, v.dtype), "one")
+    expect(k.stride(3) == 1 or k.shape[3] == 1, op, "stride of a row of k", k.stride(3), 1)
+    expect_float(op, "q", q)
     for name, x, ndim in (("cu_q", cu_q, 1), ("tables", tables, 2), ("lengths", lengths, 1)):
-        whole = x.dtype in (torch.int32, torch.int64)
-        expect(whole and x.ndim == ndim, op, name, (x.dtype, tuple(x.shape)), f"int32 or int64 of {ndim} dimensions")
+        expect_integers(op, name, x, ndim)
     B = lengths.shape[0]
     expect(cu_q.shape[0] == B + 1, op, "cu_q", tuple(cu_q.shape), (B + 1,))
     expect(tables.shape[0] == B, op, "tables", tuple(tables.shape), [B, "M"])
-    expect_alike(op, q=q, k=k, v=v, cu_q=cu_q, tables=tables, lengths=lengths)
     expect(INTERPRETED or q.device.type != "mps", op, "device", q.device, "a GPU or a CPU")
     return _forward(q if q.stride(2) == 1 else q.contiguous(), k, v, cu_q.int(), tables.int(), lengths.int(), rows)
 

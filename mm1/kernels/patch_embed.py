@@ -20,11 +20,14 @@ from torch import Tensor
 
 from mm1.kernels import positions as positions_module
 from mm1.kernels.dispatch import (
+    READ,
     Cost,
     cdiv,
     device_of,
     expect,
     expect_alike,
+    expect_float,
+    expect_read,
     launch,
     on_cpu,
     power_of_2,
@@ -384,8 +387,7 @@ def patch_embed(
     # A padded buffer is asked first, because how much of it is used must not become part of a compiled program.
     fits = found == (grids.patches * area, 3) or grids.used is None or found == (grids.used * area, 3)
     expect(fits, op, "pixels", found, (grids.patches * area, 3))
-    expect(pixels.dtype == torch.uint8 or pixels.is_floating_point(), op, "dtype of pixels", pixels.dtype,
-           "uint8 or a float")  # fmt: skip
+    expect(pixels.dtype in (torch.uint8, *READ), op, "dtype of pixels", pixels.dtype, (torch.uint8, *READ))
     mean, std = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
     expect(len(mean) == 3 and all(math.isfinite(m) for m in mean), op, "mean", mean, "3 finite values")
     expect(len(std) == 3 and all(math.isfinite(s) and s > 0 for s in std), op, "std", std, "3 positive values")
@@ -425,6 +427,7 @@ def embed_patches(
     expect(weight.ndim == 2 and weight.shape[1] == patches.shape[1], op, "weight",
            tuple(weight.shape), f"[Dv, {patches.shape[1]}]")  # fmt: skip
     table, *settings = _table(op, pos_embed, weight, bias, interpolation, antialias, align_corners)
+    expect_read(op, "patches", patches)
     patches = patches.to(weight.dtype)
     if table is None:
         return torch.nn.functional.linear(patches, weight, bias)
@@ -434,7 +437,9 @@ def embed_patches(
 def _table(op, table, weight, bias, interpolation, antialias, align_corners):
     """The table, or None if there is none to add, and the settings of its interpolation."""
     width = weight.shape[0]
-    expect(weight.is_floating_point(), op, "dtype of weight", weight.dtype, "a float")
+    expect_float(op, "weight", weight)
+    expect_read(op, "bias", bias)
+    expect_read(op, "pos_embed", table)
     expect(bias is None or bias.shape == (width,), op, "bias", bias is not None and tuple(bias.shape), f"[{width}]")
     expect_interpolation(op, interpolation, INTERPOLATIONS)
     if table is None or interpolation is None:

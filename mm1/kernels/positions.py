@@ -23,6 +23,7 @@ from mm1.kernels.dispatch import (
     device_of,
     expect,
     expect_alike,
+    expect_float,
     launch,
     on_cpu,
     power_of_2,
@@ -397,10 +398,10 @@ def positions(
     align_corners: bool = False,
 ) -> Tensor:
     """table [Gh, Gw, D] resampled to each image's grid -> [P, D], zeros in rows of no image."""
+    expect_alike("positions", table=table)
     expect(table.ndim == 3 and min(table.shape[:2]) > 0, "positions", "table", tuple(table.shape), "[Gh, Gw, D]")
     expect_interpolation("positions", interpolation, INTERPOLATIONS[:-1])
-    expect(table.is_floating_point(), "positions", "dtype of table", table.dtype, "a float")
-    expect_alike("positions", table=table)
+    expect_float("positions", "table", table)
     grids = as_grids(grids, table.device)
     # Nearest has neither setting; what it is given must not make another kernel.
     settings = (interpolation, antialias, align_corners) if interpolation != "nearest" else ("nearest", False, False)

@@ -21,6 +21,8 @@ from mm1.kernels.dispatch import (
     cdiv,
     expect,
     expect_alike,
+    expect_integers,
+    expect_read,
     launch,
     on_cpu,
     power_of_2,
@@ -365,7 +367,7 @@ def route(
     expect_alike("route", logits=logits, mask=mask)
     expect(logits.ndim == 2, "route", "logits", tuple(logits.shape), "[T, E]")
     T, E = logits.shape
-    expect(logits.is_floating_point(), "route", "dtype of logits", logits.dtype, "a float")
+    expect_read("route", "logits", logits)
     expect(1 <= E <= MAX_EXPERTS, "route", "experts", E, f"1 … {MAX_EXPERTS}")
     expect(1 <= k <= min(E, MAX_K), "route", "k", k, f"1 … {min(E, MAX_K)}")
     if mask is not None:
@@ -390,8 +392,9 @@ def route(
 
 def sort_by_expert(index: Tensor, experts: int) -> Order:
     """The order of the slots of index int [T, K] by expert; an index outside 0 … experts - 1 belongs to none."""
-    expect(index.ndim == 2 and not index.is_floating_point(), "sort_by_expert", "index",
-           f"{index.dtype} {tuple(index.shape)}", "integers [T, K]")  # fmt: skip
+    expect_alike("sort_by_expert", index=index)
+    expect_integers("sort_by_expert", "index", index, 2)
+    expect(experts >= 1, "sort_by_expert", "experts", experts, "1 or more")
     return Order(*_sort(index, experts))
 
 

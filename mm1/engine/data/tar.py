@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ KINDS = {
     b"V": "a label",
 }  # fmt: skip
 ZEROS = bytes(1 << 16)
-LARGEST_SPARSE = 1 << 30  # bytes with the holes, of which an archive of a kilobyte can claim any number
+MOST_HOLES = 1 << 26  # bytes in the holes of a member, of which an archive of a kilobyte can claim any number
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,22 @@ class File:
 
 
 class _Descriptor:
+    """An open file that threads read at any offset. Raises OSError if it cannot be opened."""
+
     def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
+        self.file, self.lock = open(path, "rb", buffering=0), Lock()
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self.number, size, start)  # no shared offset, and no GIL while the disk is slow
+        """Return `size` bytes from `start` on, fewer at the end of the file."""
+        if hasattr(os, "pread"):
+            return os.pread(self.file.fileno(), size, start)  # no shared offset, and no GIL while the disk is slow
+        with self.lock:  # Windows
+            self.file.seek(start)
+            return self.file.read(size)
 
     def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+        if hasattr(self, "file"):
+            self.file.close()
 
 
 @lru_cache(maxsize=256)  # of the 1024 files a process may usually have open
@@ -192,11 +200,16 @@ def read_sparse(file: File, header: int) -> bytes:
         with io.BytesIO(_unpacked(file)[0]) if file.packed else open(file.path, "rb") as stream:
             stream.seek(header)
             with tarfile.TarFile(fileobj=stream) as tar:
-                found = tar.next()
-                content = tar.extractfile(found) if found is not None and found.size <= LARGEST_SPARSE else None
-                if content is None:
-                    raise Unreadable(f"a sparse member of the tar, expected at most {LARGEST_SPARSE} bytes")
-                return content.read()
+                stored, whole = next(members(file, [], header), None), tar.next()
+                if stored is None or whole is None:
+                    raise Unreadable("a broken sparse member of the tar: it is not where the index has it")
+                if whole.size > stored.size + MOST_HOLES:
+                    raise Unreadable(
+                        f"a sparse member of the tar, {stored.size} bytes that stand for {whole.size}, expected at most "
+                        f"{MOST_HOLES} more"
+                    )
+                content = tar.extractfile(whole)
+                return content.read() if content is not None else b""
     except (tarfile.TarError, OSError, ValueError) as error:
         if isinstance(error, Unreadable):
             raise

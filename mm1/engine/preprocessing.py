@@ -3,8 +3,8 @@
 mm1 squashes an image to the encoder's square, bicubic, and computes (x / 255 - mean) / std. A processor of transformers
 computes (x · rescale_factor - image_mean) / image_std, which is the same with other numbers. Of framing, what gives
 another picture of a square image is refused; an image that is not square is squashed where CLIP's processor crops it.
-Names and defaults: transformers 5, image_processing_base and CLIPImageProcessor. A null there is a null of the processor:
-its constructor sets all fields before it looks for defaults, and a null do_… is not done.
+Names and defaults: transformers 5, image_processing_base and CLIPImageProcessor. A null in the file stays a null there:
+the constructor sets all fields before it looks for defaults, and what a null do_… names is not done.
 """
 
 import math
@@ -34,6 +34,9 @@ def normalization(folder: Path, vision: config.Vision) -> tuple[Numbers, Numbers
     file, fields = _fields(folder)
     if not fields:
         return vision.mean, vision.std
+    for name, value in fields.items():
+        if name.startswith("do_") and not isinstance(value, bool | None):  # "false" in quotes would be done
+            raise DataError(f"{file}: {name} is {value!r}, expected True or False")
     for name, values in HONOURED.items():
         if name in fields and fields[name] not in values:
             raise DataError(f"{file}: {name} is {fields[name]!r}, expected {' or '.join(map(repr, values))}")

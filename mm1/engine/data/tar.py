@@ -63,7 +63,7 @@ class _Descriptor:
     """An open file that threads read at any offset. Raises OSError if it cannot be opened."""
 
     def __init__(self, path: str):
-        self.file, self.lock = open(path, "rb", buffering=0), Lock()
+        self.file, self.lock = open(path, "rb", buffering=0), Lock()  # noqa: SIM115
 
     def read(self, start: int, size: int) -> bytes:
         """Return `size` bytes from `start` on, fewer at the end of the file."""
@@ -204,10 +204,8 @@ def read_sparse(file: File, header: int) -> bytes:
                 if stored is None or whole is None:
                     raise Unreadable("a broken sparse member of the tar: it is not where the index has it")
                 if whole.size > stored.size + MOST_HOLES:
-                    raise Unreadable(
-                        f"a sparse member of the tar, {stored.size} bytes that stand for {whole.size}, expected at most "
-                        f"{MOST_HOLES} more"
-                    )
+                    counts = f"{stored.size} bytes that stand for {whole.size}, expected at most {MOST_HOLES} more"
+                    raise Unreadable(f"a sparse member of the tar, {counts}")
                 content = tar.extractfile(whole)
                 return content.read() if content is not None else b""
     except (tarfile.TarError, OSError, ValueError) as error:

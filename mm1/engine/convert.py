@@ -98,7 +98,7 @@ def from_hf(
     *, vision: Source | config.Vision, decoder: Source | config.Decoder, seed: int = 0,
     connector: State | config.Connector | None = None, image_tokens: int = 144, context: int | None = None,
 ) -> MM1:  # fmt: skip
-    """A model in fp32 of transformers' (config, state dict) for vision and decoder and Honeybee's state dict.
+    """Return a model in fp32 of transformers' (config, state dict) for vision and decoder and Honeybee's state dict.
 
     AIM's config is that of its files: img_size, patch_size, embed_dim, num_blocks, num_heads.
 
@@ -121,7 +121,7 @@ def from_hf(
 
 
 def _part(part: str, given: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
-    """Our config, and the state dict if there is one."""
+    """Return our config, and the state dict if there is one."""
     if isinstance(given, kind):
         return given, None
     source, state = given
@@ -218,7 +218,7 @@ def _decoder(source: dict[str, Any], context: int | None) -> config.Decoder:
 
 
 def _honeybee(state: State, tokens: int) -> tuple[config.Connector, State]:
-    """Sizes and tensors of a C-Abstractor, without our norm after it: its readout was trained without one."""
+    """Return sizes and tensors of a C-Abstractor, without our norm after it: its readout was trained without one."""
     state = {name.removeprefix("abstractor."): tensor for name, tensor in state.items()}
     names, grid = " ".join(state), None
     if "pos_emb" in state:
@@ -259,7 +259,7 @@ def _load_llama(decoder: DecoderLM, state: State) -> None:
 
 
 def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Source name -> its part of our parameter: parts are equal along the first axis.
+    """Return the part of our parameter for each source name: parts are equal along the first axis.
 
     heads: key-value heads G of width Dh, if attention.qkv stands by them: then its parts are [G, …, Dh, D].
     """
@@ -280,7 +280,7 @@ def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = No
 
 
 def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = "", grouped: bool = False) -> None:
-    """Copy each tensor into its view. DataError if one is missing, mis-shaped or left over.
+    """Copy each tensor into its view. Raises DataError if one is missing, mis-shaped or left over.
 
     grouped: views of four axes are of rows by key-value head, which stand in one axis in `state`.
     """

@@ -51,7 +51,7 @@ def _whole(chunk: bytes) -> bool:
 
 
 def _may_turn(kind: bytes, content: bytes) -> bool:
-    """An EXIF block, or XMP that is not compressed: places of an orientation."""
+    """Return whether a chunk may hold an orientation: an EXIF block, or XMP that is not compressed."""
     return kind == b"eXIf" or (
         kind == b"iTXt" and content.startswith(XMP_KEYWORD + b"\0") and len(content) < LARGEST_XMP
     )
@@ -74,7 +74,7 @@ def _jpeg(data: bytes) -> bytes:
 
 
 def _decides_pixels(kind: int, size: int) -> bool:
-    """JFIF's and Adobe's segments name the colours; EXIF and XMP the orientation."""
+    """Return whether a segment stays: JFIF's and Adobe's name the colours, EXIF and XMP the orientation."""
     application = 0xE0 <= kind <= 0xEF or kind == 0xFE
     return not application or (kind == 0xE0 and size >= 16) or kind == 0xE1 or (kind == 0xEE and size >= 14)
 
@@ -113,7 +113,7 @@ def _gif(data: bytes) -> bytes:
 
 
 def _tiff(data: bytes) -> bytes:
-    """The first directory with those entries that decide pixels, in the place of all; what they point to stays."""
+    """Keep those entries of the first directory that decide pixels, and what they point to; others are not kept."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     at = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
@@ -129,7 +129,7 @@ def _tiff(data: bytes) -> bytes:
 
 
 def _avif(data: bytes) -> bytes:
-    """The item of EXIF under a name that nobody knows: boxes point to bytes, so that none may be taken out."""
+    """Give the item of EXIF a name that nobody knows: boxes point to bytes, so that none may be taken out."""
     boxes = {kind: (at, size) for at, size, kind in _boxes(data)}
     at, size = boxes.get(b"meta", (0, 0))
     return data[:at] + re.sub(rb"(infe.{8})Exif", rb"\1skip", data[at : at + size], flags=re.DOTALL) + data[at + size :]

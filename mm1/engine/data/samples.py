@@ -117,7 +117,7 @@ class Samples:
 
 
 class _Found:
-    """Rows of the members as they come, and what is decided when all have come."""
+    """Collects the rows of members as they come, and what is decided when all have come."""
 
     def __init__(self, tar: Iterable[Member], lost: PassedOver, passed: PassedOver):
         self.keys, self.rows, self.row_of = bytearray(), array.array("q"), dict[str, int]()

@@ -51,7 +51,7 @@ class File:
         return _unpacked(self)[0][start : start + size] if self.packed else _opened(self).read(start, size)
 
     def whole(self) -> tuple[bytes | mmap.mmap, str | None]:
-        """All bytes to index, and what is wrong with them."""
+        """Return all bytes to index, and what is wrong with them."""
         if self.packed:
             return _unpacked(self)
         with open(self.path, "rb") as file:
@@ -117,7 +117,7 @@ class Member(NamedTuple):
 
 
 def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
-    """Members of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
+    """Yield members of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
 
     Archives that were appended to one another are read as one (`tar --ignore-zeros`). Not tarfile: it takes a broken
     header amid the archive for its end, and 27 µs a member where this takes 6.
@@ -175,7 +175,7 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
 
 
 def _behind_zeros(data: bytes | mmap.mmap, at: int) -> int:
-    """The first block of 512 bytes from `at` on that is not of zeros, or the end."""
+    """Return where the first block of 512 bytes from `at` on begins that is not of zeros, or the end."""
     step = len(ZEROS)
     while data[at : at + step] == ZEROS:
         at += step
@@ -185,7 +185,7 @@ def _behind_zeros(data: bytes | mmap.mmap, at: int) -> int:
 
 
 def _behind_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
-    """Where the bytes of a sparse member of the old GNU form begin: behind the blocks that continue its map."""
+    """Return where the bytes of a sparse member of the old GNU form begin: behind the blocks that continue its map."""
     more = header[482]
     while more:
         if at + 512 > len(data):
@@ -221,15 +221,15 @@ def _number(field: bytes) -> int:
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Extended header: "30 path=some/long/name\\n"… -> {b"path": b"some/long/name"}."""
-    found = {}
+    """Return the fields of an extended header: "30 path=some/long/name\\n"… is {b"path": b"some/long/name"}."""
+    fields = {}
     while data:
         length = int(data.partition(b" ")[0])
         if length < 1:
             raise ValueError
         key, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
-        found[key], data = value, data[length:]
-    return found
+        fields[key], data = value, data[length:]
+    return fields
 
 
 def read_member(tar: File, name: str) -> bytes:
@@ -250,7 +250,7 @@ def read_member(tar: File, name: str) -> bytes:
 
 @cache
 def _directory(tar: File) -> tuple[np.ndarray, np.ndarray, str]:
-    """Hashes of the member names int64 [n] sorted, bytes of their first headers int64 [n], damage.
+    """Return hashes of the member names int64 [n] sorted, bytes of their first headers int64 [n], and the damage.
 
     16 bytes a member, where a dict of names takes 300: a loader process holds those of all the tars it met. hash() of a
     string differs between processes, and so the table belongs to one: it is made in each, never pickled.

@@ -203,6 +203,18 @@ def test_any_number_of_zeros_may_stand_between_archives(tmp_path, zeros):
     assert "there is no end-of-archive mark" in damage(source)
 
 
+def test_an_extended_header_of_many_records_is_read_once(tmp_path):
+    """To copy what follows each record would take minutes."""
+    records = b"6 a=b\n" * (1 << 18) + b"14 path=b.png\n"
+    header = special("x", tarfile.XHDTYPE)
+    header.size = len(records)
+    data = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+    (tmp_path / "a.tar").write_bytes(data + packed(("a.png", b"pixels"), ("b.txt", b"b")))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert archive.getnames() == ["b.png", "b.txt"]
+    assert [member.name for member in members(File.at(tmp_path / "a.tar"), [])] == ["b.png", "b.txt"]
+
+
 def test_what_is_no_archive_behind_the_end_is_told(tmp_path):
     good, _, source = read(tmp_path, packed(*pair("a")) + b"junk" * 200)
     assert list(good) == ["a"]

@@ -29,6 +29,7 @@ KINDS = {
     b"V": "a label",
 }  # fmt: skip
 ZEROS = bytes(1 << 16)
+LENGTH_DIGITS = 20  # and its space, of a record of an extended header: more than any file takes
 MOST_HOLES = 1 << 26  # bytes in the holes of a member, of which an archive of a kilobyte can claim any number
 
 
@@ -222,13 +223,13 @@ def _number(field: bytes) -> int:
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
     """Return the fields of an extended header: "30 path=some/long/name\\n"… is {b"path": b"some/long/name"}."""
-    fields = {}
-    while data:
-        length = int(data.partition(b" ")[0])
+    fields, at = {}, 0
+    while at < len(data):
+        length = int(data[at : at + LENGTH_DIGITS].partition(b" ")[0])
         if length < 1:
             raise ValueError
-        key, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
-        fields[key], data = value, data[length:]
+        key, _, value = data[at : at + length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        fields[key], at = value, at + length
     return fields
 
 

@@ -1,6 +1,7 @@
 """Converted weights compute what transformers computes with them."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -368,6 +369,18 @@ REFUSED_FIELDS = {
     "window of qwen": ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
     "unnormalised routing": ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False, expected"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["false", "true", 0, 1, None, []], ids=repr)
+@pytest.mark.parametrize("name, flag", [
+    ("llama", "tie_word_embeddings"), ("llama", "attention_bias"), ("llama", "mlp_bias"),
+    ("qwen3", "use_sliding_window"), ("qwen3_moe", "norm_topk_prob"),
+])  # fmt: skip
+def test_refuses_a_flag_that_is_neither_true_nor_false(name, flag, value):
+    kind, options = DECODERS[name]
+    fields = getattr(transformers, f"{kind}Config")(**SIZES | options).to_dict() | {flag: value}
+    with pytest.raises(DataError, match=rf"^decoder config: {flag} is {re.escape(repr(value))}, expected True or Fal"):
+        of_decoder(fields, {})
 
 
 @pytest.mark.parametrize("case", REFUSED_FIELDS)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 from contextlib import suppress
 
@@ -126,6 +127,8 @@ BROKEN = {
     "PNG, gamma, density and chromaticities cut off": lambda: png(
         *(chunk(kind, b"\0") for kind in (b"gAMA", b"pHYs", b"cHRM", b"sRGB"))
     ),
+    "PNG, bytes behind the end": lambda: png(chunk(b"tEXt", b"a", crc=0)) + b"\r\n",
+    "PNG, another one behind the end": lambda: png(chunk(b"tEXt", b"a", crc=0)) + file("PNG")[:60],
     "PNG, an animation's header cut off": lambda: png(chunk(b"acTL", b"\0")),
     "JPEG, EXIF that is no TIFF": lambda: jpeg(segment(0xE1, b"Exif\0\0garbage!")),
     "JPEG, EXIF cut off": lambda: jpeg(segment(0xE1, exif(1)[:20])),
@@ -174,6 +177,9 @@ TURNED = {
     "JPEG beside a broken one": lambda: jpeg(segment(0xE0, b"JFIF"), segment(0xE1, exif())),
     "JPEG by XMP": lambda: jpeg(segment(0xEE, b"Adobe"), segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)),
     "WebP": lambda: webp(riff(b"EXIF", exif())),
+    "WebP beside XMP past the end": lambda: webp(riff(b"EXIF", exif()), riff(b"XMP ", b"<", size=4000)),
+    "WebP without its last byte": lambda: webp(riff(b"EXIF", exif() + b"a"))[:-1],
+    "WebP by XMP": lambda: webp(riff(b"XMP ", XMP), riff(b"EXIF", b"II*\0", size=4000)),
     "a long integer": lambda: png(chunk(b"eXIf", exif(6, kind=4)[6:])),
 }  # fmt: skip
 
@@ -209,6 +215,41 @@ def test_a_decompression_bomb_with_broken_metadata_stays_refused():
     header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 1, 0, 0, 0, 0))
     with pytest.raises(Unreadable):
         decode(header + chunk(b"tEXt", b"a", crc=0) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b""))
+
+
+def bigtiff(count, at=16):
+    return b"II+\0\x08\0\0\0" + struct.pack("<QQ", at, count) + bytes(40)
+
+
+HOSTILE = {
+    "TIFF, 2**60 entries": lambda: bigtiff(1 << 60),
+    "TIFF, 2**64 - 1 entries": lambda: bigtiff((1 << 64) - 1),
+    "TIFF, a directory at 2**64 - 1": lambda: bigtiff(1, at=(1 << 64) - 1),
+    "TIFF, a directory at 2**62": lambda: bigtiff(1, at=1 << 62),
+    "TIFF, 65535 entries": lambda: b"MM\0*\0\0\0\x08\xff\xff" + bytes(40),
+    "PNG, a chunk of 4 GiB": lambda: png()[:33] + b"\xff\xff\xff\xfftEXt",
+    "PNG, chunks without content": lambda: png()[:8] + bytes(12) * 5_000,
+    "JPEG, segments of no length": lambda: b"\xff\xd8" + b"\xff\xe1\0\0" * 5_000,
+    "JPEG, padding alone": lambda: b"\xff\xd8" + b"\xff" * 100_000,
+    "WebP, a chunk of 4 GiB": lambda: webp()[:30] + b"EXIF\xff\xff\xff\xff",
+    "WebP, chunks without content": lambda: webp()[:30] + b"ABCD\0\0\0\0" * 5_000,
+    "GIF, blocks without an end": lambda: gif()[:13] + b"\x21\xfe" + b"\xff" * 100_000,
+    "AVIF, boxes of no size": lambda: b"\0\0\0\x08ftypavif" + bytes(100_000),
+    "AVIF, a box of 4 GiB": lambda: b"\0\0\0\x0cftypavif" + b"\xff\xff\xff\xffmeta",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_memory_grows_with_the_bytes_of_a_file_whatever_numbers_stand_in_it(name):
+    data = HOSTILE[name]()
+    tracemalloc.start()
+    try:
+        assert len(without_metadata(data)) <= len(data)
+        assert tracemalloc.get_traced_memory()[1] < 64 * len(data) + MEBIBYTE
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(Unreadable):
+        decode(data)
 
 
 def test_what_decides_pixels_stays_byte_for_byte():

@@ -15,7 +15,9 @@ sys.modules["triton"] = None
 import numpy, torch, grain, rich, tokenizers  # which know on what system they are installed
 for name in ("fcntl", "resource"):
     sys.modules[name] = None
-for module, names in ((os, ("sched_getaffinity", "uname", "killpg", "fork")), (signal, ("SIGUSR1", "SIGKILL"))):
+for module, names in (
+    (os, ("pread", "sched_getaffinity", "uname", "killpg", "fork")), (signal, ("SIGUSR1", "SIGKILL")),
+):
     for name in names:
         delattr(module, name)
 """

@@ -30,6 +30,8 @@ COMPUTED = {
     "not normalised, by null": {"do_normalize": None, "image_mean": None, "image_std": None},
     "not rescaled": {"do_rescale": False, "image_mean": [100, 110.5, 120], "image_std": [60, 61, 62]},
     "not rescaled, by null": {"do_rescale": None},
+    "not cropped, by null": {"do_center_crop": None, "crop_size": None},
+    "one null beside numbers": {"do_normalize": None, "image_mean": THREE, "image_std": OTHERS},
     "neither": {"do_rescale": False, "do_normalize": False},
     "rescaled to -1 … 1": {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
     "rescaled to 0 … 255": {"rescale_factor": 1, "image_mean": THREE, "image_std": OTHERS},
@@ -80,22 +82,35 @@ REFUSED = {
     "bilinear": ({"resample": 2}, r"resample is 2, expected 3"),
     "no resize": ({"do_resize": False}, "do_resize is False, expected True"),
     "a cropped border": ({"size": 32, "crop_size": 28}, "crop_size is 28, expected size's 32: mm1 crops no border"),
+    "a border cropped by default": ({"size": "missing"}, "crop_size is 28, expected size's 224"),
+    "a border added by default": ({"crop_size": "missing"}, "crop_size is 224, expected size's 28"),
+    "null for resize": ({"do_resize": None}, "do_resize is None, expected True"),
+    "null for the interpolation": ({"resample": None}, "resample is None, expected 3"),
+    "null for the crop's size": ({"crop_size": None}, "crop_size is 224, expected size's 28"),
     "a share of the crop": ({"crop_pct": 0.875}, "crop_pct is 0.875, expected None"),
     "the longest edge": ({"size": {"longest_edge": 28}}, "size is .*, expected the side of a square"),
     "no square": ({"size": {"height": 28, "width": 14}}, "size is .*, expected the side of a square"),
     "a size in words": ({"size": "28"}, "size is '28', expected the side of a square"),
     "padded": ({"do_pad": True}, "do_pad is True, expected False"),
     "blue first": ({"do_flip_channel_order": True}, "do_flip_channel_order is True, expected False"),
+    "a word for a flag": ({"do_normalize": "false"}, "do_normalize is 'false', expected True or False"),
+    "a number for a flag": ({"do_rescale": 0}, "do_rescale is 0, expected True or False"),
+    "a word for no crop": ({"do_center_crop": "no"}, "do_center_crop is 'no', expected True or False"),
     "unknown": ({"do_sharpen": True}, "do_sharpen is True, expected False: mm1 does not know it"),
-    "another's defaults": ({"image_processor_type": "ViTImageProcessor"}, "image_mean of ViTImageProcessor is missing"),
+    "another's defaults": (
+        {"image_processor_type": "ViTImageProcessor", "resample": 3}, "image_mean of ViTImageProcessor is missing"),
+    "another's interpolation": (
+        {"image_processor_type": "ViTImageProcessor"}, "resample of ViTImageProcessor is missing, expected 3"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_by_one_line_what_it_does_not_compute(tmp_path, name):
     fields, message = REFUSED[name]
+    fields = {name: value for name, value in (FRAME | fields).items() if value != "missing"}
+    folder = write(tmp_path / "clip", fields)
     with pytest.raises(DataError, match=rf"clip/preprocessor_config\.json: {message}") as caught:
-        normalization(write(tmp_path / "clip", FRAME | fields), ENCODER)
+        normalization(folder, ENCODER)
     assert "\n" not in str(caught.value)
 
 

@@ -177,6 +177,46 @@ def test_interleaved_keeps_reading_order_for_every_form_of_image(tmp_path):
     assert [record.key for record in source] == ["0", "1", "0", "1", "1"]
 
 
+IMG2DATASET = """#!{python}
+import os, sys
+import pyarrow.parquet as pq
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+rows = pq.read_table(options["--url_list"]).to_pylist()
+assert len(rows) == len({{row["url"] for row in rows}}) <= 3
+folder = options["--output_folder"] + "/00000"
+os.makedirs(folder)
+for i, row in enumerate(rows):
+    row |= {{"key": f"{{i:09}}", "status": "failed_to_download" if "gone" in row["url"] else "success"}}
+    if row["status"] == "success":
+        with open(f"{{folder}}/{{i:09}}.jpg", "w") as out:
+            out.write("pixels of " + row["url"])
+import pyarrow as pa
+pq.write_table(pa.Table.from_pylist(rows), folder + ".parquet")
+"""
+
+
+def test_the_recipe_of_obelics_makes_documents_of_one_file_after_the_other(tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    recipe = readme.partition("**OBELICS**")[2].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "obelics").mkdir()
+    for i in range(2):
+        table = {
+            "texts": [[None, f"text {i}", None], ["alone"]],
+            "images": [[f"http://a.b/{i}", None, f"http://a.b/gone{i}"], [None]],
+        }
+        pq.write_table(pa.table(table), tmp_path / "obelics" / f"train-{i}.parquet")
+    program = tmp_path / "bin" / "img2dataset"
+    program.parent.mkdir()
+    program.write_text(IMG2DATASET.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    exec(recipe, {})
+    for i in range(2):
+        source = Interleaved(f"documents-train-{i}.jsonl", tmp_path)
+        assert [r.parts for r in source] == [(f"pixels of http://a.b/{i}".encode(), f"text {i}"), ("alone",)]
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_whose_names_have_the_same_hash_are_told_apart(tmp_path, monkeypatch, format):
     monkeypatch.setattr(tar, "hash", lambda name: 7, raising=False)

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mm1.engine.data import samples as sources
+from mm1.engine.data import tar
 from mm1.engine.data.record import Choice, DataError, Unreadable
 from mm1.engine.data.sources import Captions, Interleaved, open_source, read_image
 from mm1.engine.data.tar import File, members
@@ -74,7 +77,8 @@ def test_a_further_member_is_counted_and_spares_its_sample(tmp_path):
     data = packed(*pair("a"), ("a.mask.png", b"no"), ("a.cls", b"3"), ("._a.png", b"no"), special("d", tarfile.DIRTYPE))
     good, bad, source = read(tmp_path, data)
     assert (good, bad, source.damage) == ({"a": (b"pixels", "a")}, {}, ())
-    for said in ("1 × .cls, .mask.png beside a sample (first: a in ", "1 × a folder (first: d", "begins with a dot"):
+    for said in ("1 × .cls beside a sample (first: a.cls in ", "1 × .png beside a sample (first: a.mask.png in ",
+                 "1 × a folder (first: d", "1 × a name that begins with a dot (first: ._a.png in "):  # fmt: skip
         assert said in source.passed
 
 
@@ -97,10 +101,49 @@ def test_an_extension_that_is_not_read_is_the_reason(tmp_path, extension):
 
 def test_members_of_no_sample_are_counted(tmp_path):
     (tmp_path / "a.tar").write_bytes(packed(("a.heic", b"x"), ("b.heic", b"x")))
-    with pytest.raises(DataError, match=r"no records in .*2 × \.heic of no sample \(first: a\)"):
+    with pytest.raises(DataError, match=r"no records in .*2 × \.heic of no sample \(first: a\.heic\)"):
         Captions(tmp_path / "a.tar")
     _, _, source = read(tmp_path, packed(*pair("a"), ("README", b"x"), ("b.npy", b"x")))
-    assert damage(source) == "passed over: 1 × . of no sample (first: README), 1 × .npy of no sample (first: b)"
+    assert damage(source) == "passed over: 1 × . of no sample (first: README), 1 × .npy of no sample (first: b.npy)"
+
+
+@pytest.mark.parametrize("name", ["b.jpg(1)", "b (copy).heic", "b.(a symbolic link)"])
+def test_a_parenthesis_in_a_name_is_no_link(tmp_path, name):
+    _, _, source = read(tmp_path, packed(*pair("a"), (name, b"x")))
+    assert damage(source) == f"passed over: 1 × .{name.rpartition('.')[2]} of no sample (first: {name})"
+
+
+@pytest.mark.parametrize("first", ["the link", "the member"])
+def test_a_link_hides_no_member_of_its_name(tmp_path, first):
+    members = [special("b.png", tarfile.SYMTYPE, "a.png"), ("b.heic", b"x"), ("b.npy", b"x")]
+    _, _, source = read(tmp_path, packed(*pair("a"), *members[:: 1 if first == "the link" else -1]))
+    for said in ("1 × a symbolic link (first: b.png)", "1 × .heic of no sample", "1 × .npy of no sample"):
+        assert said in damage(source)
+    _, bad, source = read(tmp_path, packed(*members, ("b.txt", b"b")))
+    assert bad["b"].startswith(".png (a symbolic link), .heic, .npy is not read as an image")
+    assert damage(source) == "passed over: 1 × a symbolic link (first: b.png)"
+    assert "1 × .heic beside a sample (first: b.heic in " in source.passed
+
+
+def test_members_are_counted_whatever_their_keys(tmp_path):
+    arrays = [(f"v1.0_{i:06}.npy", b"") for i in range(500)]
+    _, _, source = read(tmp_path, packed(*pair("a"), *arrays))
+    assert damage(source) == "passed over: 500 × .npy of no sample (first: v1.0_000000.npy)"
+    _, bad, source = read(tmp_path, packed(*pair("a"), *arrays, ("v1.txt", b"a caption")))
+    assert source.passed.startswith("500 × .npy beside a sample (first: v1.0_000000.npy in ")
+    assert bad["v1"].startswith(".0_000000.npy, .0_000001.npy, .0_000002.npy and 497 more is not read as an image")
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_thousands_of_extensions_are_one_short_line(tmp_path, captions):
+    members = [(f"{i}.x{i}", b"") for i in range(4000)] + [("y.cls", b""), ("z.cls", b"")]
+    texts = [(f"{i}.txt", b"a caption") for i in range(4000)] if captions else []
+    _, bad, source = read(tmp_path, packed(*pair("a"), *members, *texts))
+    line = source.passed if captions else damage(source)
+    assert ("3992 members of 3992 further kinds" if captions else "3993 members of 3993 further kinds") in line
+    assert "2 × .cls of no sample (first: y.cls)" in damage(source)
+    assert len(line) < 2000
+    assert all(bad[str(i)].startswith(f".x{i} is not read") for i in range(4000) if captions)
 
 
 def test_of_two_images_under_one_key_the_first_is_read_and_the_second_told(tmp_path):
@@ -160,6 +203,18 @@ def test_any_number_of_zeros_may_stand_between_archives(tmp_path, zeros):
     assert "there is no end-of-archive mark" in damage(source)
 
 
+def test_an_extended_header_of_many_records_is_read_once(tmp_path):
+    """To copy what follows each record would take minutes."""
+    records = b"6 a=b\n" * (1 << 18) + b"14 path=b.png\n"
+    header = special("x", tarfile.XHDTYPE)
+    header.size = len(records)
+    data = header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+    (tmp_path / "a.tar").write_bytes(data + packed(("a.png", b"pixels"), ("b.txt", b"b")))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert archive.getnames() == ["b.png", "b.txt"]
+    assert [member.name for member in members(File.at(tmp_path / "a.tar"), [])] == ["b.png", "b.txt"]
+
+
 def test_what_is_no_archive_behind_the_end_is_told(tmp_path):
     good, _, source = read(tmp_path, packed(*pair("a")) + b"junk" * 200)
     assert list(good) == ["a"]
@@ -204,7 +259,40 @@ def test_a_sparse_member_of_terabytes_is_refused_before_it_is_made(tmp_path):
                         "GNU.sparse.size": str(1 << 42), "GNU.sparse.realsize": str(1 << 42),
                         "GNU.sparse.map": f"{(1 << 42) - 1},0"}  # fmt: skip
     _, bad, _ = read(tmp_path, packed(info, ("a.txt", b"a"), *pair("b"), format=tarfile.PAX_FORMAT))
-    assert "expected at most 1073741824 bytes" in bad["a"]
+    assert bad["a"] == (
+        "a sparse member of the tar, 0 bytes that stand for 4398046511104, expected at most 67108864 more"
+    )
+
+
+@pytest.mark.parametrize("holes, fits", [(1 << 16, True), ((1 << 16) + 1, False)])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_holes_are_bounded_and_what_is_stored_is_not(tmp_path, monkeypatch, name, holes, fits):
+    """A tar of a kilobyte would cost a gibibyte at each draw."""
+    monkeypatch.setattr(tar, "MOST_HOLES", 1 << 16)
+    info, stored = tarfile.TarInfo("a.bmp"), b"pixels" * 20_000
+    info.size, size = len(stored), str(holes + len(stored))
+    info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": "a.bmp",
+                        "GNU.sparse.size": size, "GNU.sparse.realsize": size,
+                        "GNU.sparse.map": f"{holes},{len(stored)}"}  # fmt: skip
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(stored))
+    data = out.getvalue()[:-1024] + packed(("a.txt", b"a"))
+    good, bad, _ = read(tmp_path, gzip.compress(data) if name.endswith("gz") else data, name)
+    assert good == ({"a": (bytes(holes) + stored, "a")} if fits else {})
+    assert list(bad) == ([] if fits else ["a"])
+
+
+def test_members_are_read_where_the_system_has_no_pread(tmp_path, monkeypatch):
+    """As on Windows; threads share the offset of a file there."""
+    names = [f"{i}" for i in range(64)]
+    data = packed(*(member for name in names for member in pair(name, name.encode() * 500)))
+    monkeypatch.delattr(os, "pread")
+    good, _, source = read(tmp_path, data)
+    assert good == {name: (name.encode() * 500, name) for name in names}
+    with ThreadPoolExecutor(8) as pool:
+        records = list(pool.map(source.__getitem__, list(range(64)) * 20))
+    assert [record.parts for record in records] == [good[name] for name in names] * 20
 
 
 def test_members_are_those_of_tarfile(tmp_path):
@@ -266,6 +354,20 @@ def test_links_inside_the_folder_and_to_the_folder_are_followed(data_folder, tmp
     (tmp_path / "alias").symlink_to(data_folder)
     for folder in (data_folder, tmp_path / "alias"):
         assert read_image("images/a.png", folder) == b"mine"
+
+
+def test_a_path_without_a_link_is_not_resolved(data_folder, tmp_path, monkeypatch):
+    """Which takes longer than reading a small image."""
+    (tmp_path / "alias").symlink_to(data_folder)
+    (data_folder / "real" / "b.tar").write_bytes(packed(*pair("b")))
+
+    def resolve(path):
+        raise AssertionError(f"{path} is resolved")
+
+    monkeypatch.setattr(Path, "resolve", resolve)
+    for folder in (data_folder, tmp_path / "alias"):
+        assert read_image("real/a.png", folder) == b"mine"
+        assert read_image("real/b.tar/b.png", folder) == b"pixels"
 
 
 def test_a_url_is_told_with_what_to_do(tmp_path):

@@ -89,6 +89,7 @@ DECODER_COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
 )  # fmt: skip
+DECODER_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "norm_topk_prob")
 DECODER_COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
@@ -97,7 +98,7 @@ def from_hf(
     *, vision: Source | config.Vision, decoder: Source | config.Decoder, seed: int = 0,
     connector: State | config.Connector | None = None, image_tokens: int = 144, context: int | None = None,
 ) -> MM1:  # fmt: skip
-    """A model in fp32 of transformers' (config, state dict) for vision and decoder and Honeybee's state dict.
+    """Return a model in fp32 of transformers' (config, state dict) for vision and decoder and Honeybee's state dict.
 
     AIM's config is that of its files: img_size, patch_size, embed_dim, num_blocks, num_heads.
 
@@ -120,7 +121,7 @@ def from_hf(
 
 
 def _part(part: str, given: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
-    """Our config, and the state dict if there is one."""
+    """Return our config, and the state dict if there is one."""
     if isinstance(given, kind):
         return given, None
     source, state = given
@@ -145,6 +146,13 @@ def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], n
             raise DataError(f"{part} config: {name} is {value!r}, expected a positive integer")
 
 
+def _expect_flags(part: str, source: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse what is neither true nor false, as transformers does: of "false" in quotes each reader makes another."""
+    for name in names:
+        if name in source and type(source[name]) is not bool:
+            raise DataError(f"{part} config: {name} is {source[name]!r}, expected True or False")
+
+
 def _vision(source: dict[str, Any]) -> config.Vision:
     if "num_blocks" in source:
         return _aim(source)
@@ -165,6 +173,7 @@ def _vision(source: dict[str, Any]) -> config.Vision:
 
 
 def _aim(source: dict[str, Any]) -> config.Vision:
+    _expect_flags("vision", source, ("use_bias",))
     _expect("vision", source, AIM_HONOURED)
     width, patch, side = source["embed_dim"], source["patch_size"], source["img_size"]
     _expect_counts("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"))
@@ -185,6 +194,7 @@ def _decoder(source: dict[str, Any], context: int | None) -> config.Decoder:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise DataError(f"decoder config: rope_parameters are {rope!r}, expected those of all layers")
     source = {"rope_theta": 10_000.0} | DECODER_DEFAULTS[kind] | source | rope
+    _expect_flags("decoder", source, DECODER_FLAGS)
     _expect("decoder", source, DECODER_HONOURED)
     if strange := set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
         raise DataError(f"decoder config: layer_types has {min(strange)!r}, expected full or sliding attention")
@@ -203,12 +213,12 @@ def _decoder(source: dict[str, Any], context: int | None) -> config.Decoder:
         ffn=source["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
         moe_every=1, experts=experts, experts_per_token=source["num_experts_per_tok"] if mixture else 0,
         qk_norm=kind.startswith("qwen3"),
-        tied=bool(source.get("tie_word_embeddings")),
+        tied=source.get("tie_word_embeddings", False),
     )  # fmt: skip
 
 
 def _honeybee(state: State, tokens: int) -> tuple[config.Connector, State]:
-    """Sizes and tensors of a C-Abstractor, without our norm after it: its readout was trained without one."""
+    """Return sizes and tensors of a C-Abstractor, without our norm after it: its readout was trained without one."""
     state = {name.removeprefix("abstractor."): tensor for name, tensor in state.items()}
     names, grid = " ".join(state), None
     if "pos_emb" in state:
@@ -249,7 +259,7 @@ def _load_llama(decoder: DecoderLM, state: State) -> None:
 
 
 def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Source name -> its part of our parameter: parts are equal along the first axis.
+    """Return the part of our parameter for each source name: parts are equal along the first axis.
 
     heads: key-value heads G of width Dh, if attention.qkv stands by them: then its parts are [G, …, Dh, D].
     """
@@ -270,7 +280,7 @@ def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = No
 
 
 def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = "", grouped: bool = False) -> None:
-    """Copy each tensor into its view. DataError if one is missing, mis-shaped or left over.
+    """Copy each tensor into its view. Raises DataError if one is missing, mis-shaped or left over.
 
     grouped: views of four axes are of rows by key-value head, which stand in one axis in `state`.
     """

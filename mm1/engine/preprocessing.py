@@ -3,7 +3,8 @@
 mm1 squashes an image to the encoder's square, bicubic, and computes (x / 255 - mean) / std. A processor of transformers
 computes (x · rescale_factor - image_mean) / image_std, which is the same with other numbers. Of framing, what gives
 another picture of a square image is refused; an image that is not square is squashed where CLIP's processor crops it.
-Names and defaults: transformers 5, image_processing_base and CLIPImageProcessor.
+Names and defaults: transformers 5, image_processing_base and CLIPImageProcessor. A null in the file stays a null there:
+the constructor sets all fields before it looks for defaults, and what a null do_… names is not done.
 """
 
 import math
@@ -17,6 +18,7 @@ from mm1.engine.tokenizer import json_object
 Numbers = tuple[float, float, float]
 NESTED, FLAT, VIDEO = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 BICUBIC = 3
+CLIP_SIDE = 224  # pixels, of size and crop_size
 HONOURED: dict[str, tuple[Any, ...]] = {
     "do_resize": (True,), "resample": (BICUBIC,), "do_pad": (False, None), "pad_size": (None,), "crop_pct": (None,),
     "do_flip_channel_order": (False, None),
@@ -32,9 +34,14 @@ def normalization(folder: Path, vision: config.Vision) -> tuple[Numbers, Numbers
     file, fields = _fields(folder)
     if not fields:
         return vision.mean, vision.std
+    for name, value in fields.items():
+        if name.startswith("do_") and not isinstance(value, bool | None):  # "false" in quotes would be done
+            raise DataError(f"{file}: {name} is {value!r}, expected True or False")
     for name, values in HONOURED.items():
         if name in fields and fields[name] not in values:
             raise DataError(f"{file}: {name} is {fields[name]!r}, expected {' or '.join(map(repr, values))}")
+    if "resample" not in fields and not _kind(fields).startswith("CLIP"):  # bilinear for most
+        raise DataError(f"{file}: resample of {_kind(fields)} is missing, expected {BICUBIC}")
     if unknown := [name for name in fields if name.startswith("do_") and fields[name] and name not in KNOWN]:
         raise DataError(f"{file}: {unknown[0]} is {fields[unknown[0]]!r}, expected False: mm1 does not know it")
     _expect_one_square(file, fields)
@@ -56,11 +63,11 @@ def normalization(folder: Path, vision: config.Vision) -> tuple[Numbers, Numbers
 
 
 def _fields(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The processor's file and fields: since transformers 5 inside the file of text and images together."""
-    if (file := folder / NESTED).is_file() and (found := json_object(file).get("image_processor")) is not None:
-        if not isinstance(found, dict):
-            raise DataError(f"{file}: image_processor is {found!r}, expected an object")
-        return file, found
+    """Return the processor's file and fields: since transformers 5 inside the file of text and images together."""
+    if (file := folder / NESTED).is_file() and (fields := json_object(file).get("image_processor")) is not None:
+        if not isinstance(fields, dict):
+            raise DataError(f"{file}: image_processor is {fields!r}, expected an object")
+        return file, fields
     if (file := folder / FLAT).is_file():
         return file, json_object(file)
     if (folder / VIDEO).is_file():
@@ -68,9 +75,16 @@ def _fields(folder: Path) -> tuple[Path, dict[str, Any]]:
     return file, {}
 
 
+def _kind(fields: dict[str, Any]) -> str:
+    """Return the class of the processor, whose defaults stand for what is missing."""
+    return str(fields.get("image_processor_type", fields.get("feature_extractor_type", "CLIP")))
+
+
 def _expect_one_square(file: Path, fields: dict[str, Any]) -> None:
     """Refuse to crop a border, and whatever makes no square of a square image."""
-    sides = {name: _side(file, name, fields[name]) for name in ("size", "crop_size") if fields.get(name) is not None}
+    default = CLIP_SIDE if _kind(fields).startswith("CLIP") else None
+    sizes = {name: default if fields.get(name) is None else fields[name] for name in ("size", "crop_size")}
+    sides = {name: _side(file, name, size) for name, size in sizes.items() if size is not None}
     if fields.get("do_center_crop", True) and len(set(sides.values())) > 1:
         raise DataError(
             f"{file}: crop_size is {sides['crop_size']}, expected size's {sides['size']}: mm1 crops no border"
@@ -78,6 +92,7 @@ def _expect_one_square(file: Path, fields: dict[str, Any]) -> None:
 
 
 def _side(file: Path, name: str, value: Any) -> int:
+    """Return the side of a square in pixels. Raises DataError where the value is none."""
     sides = {value} if isinstance(value, int) else set(value.values()) if isinstance(value, dict) else set()
     known = not isinstance(value, dict) or value.keys() in ({"shortest_edge"}, {"height", "width"})
     if not known or len(sides) != 1 or not all(type(side) is int and side > 0 for side in sides):
@@ -86,11 +101,10 @@ def _side(file: Path, name: str, value: Any) -> int:
 
 
 def _numbers(file: Path, fields: dict[str, Any], name: str, default: Numbers) -> Numbers:
-    """One number for all channels, or one for each."""
+    """Return one number for each channel, of a field that holds them or one for all."""
     if name not in fields:
-        kind = fields.get("image_processor_type", fields.get("feature_extractor_type", "CLIP"))
-        if not str(kind).startswith("CLIP"):  # whose defaults are others
-            raise DataError(f"{file}: {name} of {kind} is missing")
+        if not _kind(fields).startswith("CLIP"):  # whose defaults are others
+            raise DataError(f"{file}: {name} of {_kind(fields)} is missing")
         return default
     value = fields[name]
     values = value if isinstance(value, list) else [value]

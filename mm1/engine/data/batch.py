@@ -34,18 +34,18 @@ class Batch:
     keys: tuple[str, ...]  # where each document came from
 
     def to(self, device: torch.device | str) -> "Batch":
-        """To a GPU from pinned memory, without waiting."""
+        """Copy the batch to a GPU from pinned memory, without waiting."""
         moved = {name: moved_to(getattr(self, name), device) for name in TENSORS}
         return replace(self, **moved, grids=self.grids.to(device))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tells the allocator that this stream uses the tensors, if they were made on another."""
+        """Tell the allocator that this stream uses the tensors, if they were made on another."""
         for x in (*(getattr(self, name) for name in TENSORS), *self.grids.tensors):
             x.record_stream(stream)
 
 
 def exact_budget(documents: Sequence[Document], patch: int) -> Budget:
-    """The budget that holds just these documents, for evaluation and prompts."""
+    """Return the budget that holds just these documents, for evaluation and prompts."""
     return Budget(
         tokens=sum(len(d.tokens) for d in documents),
         images=sum(len(d.images) for d in documents),

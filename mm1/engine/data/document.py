@@ -34,7 +34,7 @@ class Document:
     given: np.ndarray | None = None
 
     def targets(self, image_id: int) -> np.ndarray:
-        """bool [n - 1]: which tokens behind the first are learned."""
+        """Return bool [n - 1]: which tokens behind the first are learned."""
         text = self.tokens[1:] != image_id
         return text if self.given is None else text & ~self.given[1:]
 
@@ -84,7 +84,7 @@ class TextTokenizer:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """The id of each token."""
+        """Return the id of each token."""
         return self._tokenizer.get_vocab()
 
     def encode(self, text: str) -> list[int]:
@@ -148,7 +148,7 @@ class DocumentEncoder:
         return self._cut([bos, *ended], record)
 
     def prompt(self, parts: "Sequence[str | Image.Image]") -> Document:
-        """One document without an end, whatever the budget."""
+        """Return one document without an end, whatever the budget."""
         units = self.units(parts)
         tokens = [token for unit in units for token in unit.ids]
         return Document(np.array(tokens, np.int32), tuple(view for unit in units for view in unit.views), "prompt")
@@ -165,7 +165,7 @@ class DocumentEncoder:
         return units
 
     def _cut(self, units: list[Unit], record: Record) -> list[Document]:
-        """Whole images and as much text as fits; what does not begins the next piece."""
+        """Return pieces of whole images and as much text as fits; what does not fit begins the next piece."""
         pieces: list[Document] = []
         tokens: list[int] = []
         images: list[np.ndarray] = []

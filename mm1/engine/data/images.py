@@ -27,7 +27,7 @@ _PIL_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 def decode(data: bytes, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable.
+    """Return the first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable.
 
     Broken or huge metadata costs no picture; an orientation among it that cannot be read leaves it as it lies.
     """
@@ -63,7 +63,7 @@ def _decoded(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Im
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Any of PIL's as decode() gives them. Raises Unreadable."""
+    """Return an image of PIL's as decode() returns it. Raises Unreadable."""
     try:
         return _upright(image)
     except Unreadable:
@@ -81,7 +81,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, or XMP's; 1, as it lies, if none can be read."""
+    """Return the orientation of EXIF, or of XMP; 1, as it lies, if none can be read."""
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # no TIFF behind its header, which some programs write several times
@@ -93,7 +93,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read(path: str | Path) -> Image.Image:
-    """The image in a file that the user names. Raises DataError."""
+    """Return the image in a file that the user names. Raises DataError."""
     try:
         return decode(Path(path).read_bytes())
     except OSError as error:
@@ -147,11 +147,11 @@ class ImagePolicy:
 
     @property
     def longest(self) -> int:
-        """Most patches an image may come to."""
+        """Return the most patches that an image may have."""
         return (self.size // self.patch) ** 2 if self.mode == "squash" else self.max_patches
 
     def views(self, image: Image.Image) -> list[np.ndarray]:
-        """The image, and its parts if there are any."""
+        """Return the resized image, and its parts if there are any: uint8 [H, W, 3] each."""
         if self.parts == 1:
             return [self.resize(image)]
         n, k = self.size, self.parts
@@ -160,7 +160,7 @@ class ImagePolicy:
         return [self.resize(image), *map(np.ascontiguousarray, rows)]
 
     def resize(self, image: Image.Image) -> np.ndarray:
-        """image: RGB -> uint8 [H, W, 3], H and W multiples of patch."""
+        """Return an RGB image as uint8 [H, W, 3], H and W multiples of patch."""
         if self.mode == "squash":
             size = (self.size, self.size)
         else:
@@ -171,7 +171,7 @@ class ImagePolicy:
         return np.array(image)  # a copy: PIL's own view is read-only, which torch.from_numpy warns about
 
     def _grid(self, height: float, width: float) -> tuple[int, int]:
-        """Sides in patches, fractions allowed -> rows, columns."""
+        """Return whole rows and columns for sides in patches, which may be fractions."""
         scale = min(1.0, math.sqrt(self.max_patches / (height * width)))
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
         if rows * columns <= self.max_patches:

@@ -21,19 +21,23 @@ TIFF_PIXELS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 281), 284,
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return the file with no more than pixels and orientation need; as it is if its format is another or broken."""
+    """Return the file with no more than pixels and orientation need, or as it is if its format is another or broken.
+
+    Time and memory grow with the bytes of the file, whatever numbers stand in it.
+    """
     for start, strip in STRIPPED.items():
         if re.match(start, data, re.DOTALL):
             try:
                 return strip(data)
-            except (struct.error, IndexError):  # it ends too early
+            except (struct.error, IndexError, OverflowError):  # it ends too early, or points past every end
                 return data
     return data
 
 
 def _png(data: bytes) -> bytes:
     kept, at = [data[:8]], 8
-    while at < len(data):
+    kind = b""
+    while at + 8 <= len(data) and kind != b"IEND":  # what follows the end is not of the picture
         size, kind = struct.unpack_from(">I4s", data, at)
         chunk = data[at : at + 12 + size]
         if kind in PNG_PIXELS or (_whole(chunk) and _may_turn(kind, chunk[8:-4])):
@@ -47,7 +51,7 @@ def _whole(chunk: bytes) -> bool:
 
 
 def _may_turn(kind: bytes, content: bytes) -> bool:
-    """An EXIF block, or XMP that is not compressed: places of an orientation."""
+    """Return whether a chunk may hold an orientation: an EXIF block, or XMP that is not compressed."""
     return kind == b"eXIf" or (
         kind == b"iTXt" and content.startswith(XMP_KEYWORD + b"\0") and len(content) < LARGEST_XMP
     )
@@ -70,23 +74,27 @@ def _jpeg(data: bytes) -> bytes:
 
 
 def _decides_pixels(kind: int, size: int) -> bool:
-    """JFIF's and Adobe's segments name the colours; EXIF and XMP the orientation."""
+    """Return whether a segment stays: JFIF's and Adobe's name the colours, EXIF and XMP the orientation."""
     application = 0xE0 <= kind <= 0xEF or kind == 0xFE
     return not application or (kind == 0xE0 and size >= 16) or kind == 0xE1 or (kind == 0xEE and size >= 14)
 
 
 def _webp(data: bytes) -> bytes:
-    kept, at = [], 12
+    """Keep EXIF and XMP, places of an orientation, unless they are cut off: nothing parses them to decode pixels."""
+    chunks, at = [], 12
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, at)
-        chunk = data[at : at + 8 + size + size % 2]
-        if kind == b"VP8X":
-            flags = chunk[8] & ~sum(WEBP_METADATA.values())
-            chunk = chunk[:8] + bytes([flags]) + chunk[9:]
-        if kind not in WEBP_METADATA:
-            kept.append(chunk)
+        content = data[at + 8 : at + 8 + size]
+        if kind not in WEBP_METADATA or (kind != b"ICCP" and len(content) == size):
+            chunks.append((kind, size, content))
         at += 8 + size + size % 2
-    body = b"WEBP" + b"".join(kept)
+    gone = sum(flag for kind, flag in WEBP_METADATA.items() if kind not in {kind for kind, _, _ in chunks})
+    kept = [b"WEBP"]
+    for kind, size, content in chunks:
+        if kind == b"VP8X":
+            content = bytes([content[0] & ~gone]) + content[1:]
+        kept += [struct.pack("<4sI", kind, size), content, bytes(size % 2 if len(content) == size else 0)]
+    body = b"".join(kept)
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
@@ -105,13 +113,15 @@ def _gif(data: bytes) -> bytes:
 
 
 def _tiff(data: bytes) -> bytes:
-    """The first directory with those entries that decide pixels, in the place of all; what they point to stays."""
+    """Keep those entries of the first directory that decide pixels, and what they point to; others are not kept."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     at = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
     count_form, entry, link = ("Q", 20, 8) if big else ("H", 12, 4)
     (count,) = struct.unpack_from(order + count_form, data, at)
     first = at + struct.calcsize(count_form)
+    if first + count * entry > len(data):
+        return data
     entries = [data[i : i + entry] for i in range(first, first + count * entry, entry)]
     kept = [e for e in entries if struct.unpack_from(order + "H", e)[0] in TIFF_PIXELS]
     table = struct.pack(order + count_form, len(kept)) + b"".join(kept) + bytes(link)
@@ -119,7 +129,7 @@ def _tiff(data: bytes) -> bytes:
 
 
 def _avif(data: bytes) -> bytes:
-    """The item of EXIF under a name that nobody knows: boxes point to bytes, so that none may be taken out."""
+    """Give the item of EXIF a name that nobody knows: boxes point to bytes, so that none may be taken out."""
     boxes = {kind: (at, size) for at, size, kind in _boxes(data)}
     at, size = boxes.get(b"meta", (0, 0))
     return data[:at] + re.sub(rb"(infe.{8})Exif", rb"\1skip", data[at : at + size], flags=re.DOTALL) + data[at + size :]

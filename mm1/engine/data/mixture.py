@@ -50,7 +50,7 @@ def _sorted_by_hash(records: int, seed: int, passed: int) -> list[int]:
 
 
 def _hash(*numbers: int) -> int:
-    """64 bits that depend on nothing but the numbers."""
+    """Return 64 bits that depend on nothing but the numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")
 
 
@@ -81,7 +81,7 @@ class _Reader:
             return Drawn(self.number, error.shard or shard, error.key or key, [], error.reason)
 
     def mean_tokens(self, sampled: int) -> float:
-        """Mean length of evenly spaced records, 1 if none of them is readable."""
+        """Return the mean length of evenly spaced records, 1 if none of them is readable."""
         drawn = [self.read(i, 0) for i in range(0, len(self.source), -(-len(self.source) // sampled))]
         lengths = [sum(len(document.tokens) for document in d.documents) for d in drawn if d.documents]
         return sum(lengths) / len(lengths) if lengths else 1.0

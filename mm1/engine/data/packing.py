@@ -67,11 +67,11 @@ class Loader:
 
     @property
     def drawn(self) -> int:
-        """Records drawn so far, the bad ones among them."""
+        """Return the number of records drawn so far, the bad ones among them."""
         return (self.position - self.first) // self.stride
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides the batches to come, as plain values."""
+        """Return everything that decides the batches to come, as plain values."""
         return {
             "position": self.position,
             "waiting": [[*w.age, w.start] for w in self.waiting],

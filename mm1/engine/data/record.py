@@ -50,7 +50,7 @@ class Record:
 
 
 def at_least(least: int, **settings: int | None) -> None:
-    """Raises DataError for a setting below it."""
+    """Raise DataError for a setting below it."""
     for name, value in settings.items():
         if value is not None and value < least:
             raise DataError(f"{name} is {value}, expected ≥ {least}")

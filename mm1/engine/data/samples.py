@@ -7,6 +7,7 @@ Of several images before a caption the first is taken; what comes behind a whole
 """
 
 import array
+from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +20,7 @@ IMAGES = (
 )  # fmt: skip
 KEY, IMAGE, TEXT, META, NOTE, WIDTH = 0, 2, 4, 6, 8, 9  # columns of a row: start and size of the first four
 COLUMNS = {**dict.fromkeys(IMAGES, IMAGE), "txt": TEXT, "json": META}
+KINDS, EXTENSIONS = 8, 3  # of members without a sample, and of further members of one sample, that a line names
 NONE, SPARSE = -1, -2  # in the place of a start; of a size, its start being that of the header
 
 
@@ -33,7 +35,11 @@ class PassedOver:
         self.kinds[kind] = before + count, first
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} × {kind} (first: {name})" for kind, (count, name) in self.kinds.items())
+        kinds = sorted(self.kinds.items(), key=lambda item: -item[1][0])
+        words = [f"{count} × {kind} (first: {name})" for kind, (count, name) in kinds[:KINDS]]
+        if others := kinds[KINDS:]:
+            words.append(f"{sum(count for _, (count, _) in others)} members of {len(others)} further kinds")
+        return ", ".join(words)
 
 
 class Samples:
@@ -59,14 +65,21 @@ class Samples:
             row = found.row_of[key]
             if kept[row] and not whole[row] and shorter in found.row_of:
                 kept[row] = False
-                found.note(shorter, extension)
-        for key, note in found.unread.items():
-            row = found.row_of.get(key)
+                found.unread.append((shorter, extension, "", shorter + extension))
+        further = defaultdict[int, list[str]](list)
+        for key, extension, kind, name in found.unread:
+            row, last = found.row_of.get(key), extension.rpartition(".")[2]
             if row is not None:
-                rows[row, NOTE] = self._number(note)
-                self.passed.add(f"{note} beside a sample", key)
-            elif "(" not in note:  # links and devices are counted already
-                lost.add(f"{note} of no sample", key)
+                further[row].append(f"{extension} ({kind})" if kind else extension)
+            if not kind:  # links and devices are counted already
+                counts, whose = (lost, "of no sample") if row is None else (self.passed, "beside a sample")
+                counts.add(f".{last} {whose}", name)
+        numbers: dict[str, int] = {}
+        for row, extensions in further.items():
+            rest = len(extensions) - EXTENSIONS
+            note = ", ".join(extensions[:EXTENSIONS]) + (f" and {rest} more" if rest > 0 else "")
+            rows[row, NOTE] = numbers.setdefault(note, 1 + len(numbers))
+        self.notes += numbers
         self.keys, self.rows = bytes(found.keys), rows[kept]
         self.damage = "; ".join([*damage, *([f"passed over: {lost}"] if lost.kinds else [])])
 
@@ -102,20 +115,15 @@ class Samples:
             return None
         return Member("", start, size, start, sparse=size == SPARSE).read(self.file)
 
-    def _number(self, note: str) -> int:
-        if note not in self.notes:
-            self.notes.append(note)
-        return self.notes.index(note)
-
 
 class _Found:
-    """Rows of the members as they come, and what is decided when all have come."""
+    """Collects the rows of members as they come, and what is decided when all have come."""
 
     def __init__(self, tar: Iterable[Member], lost: PassedOver, passed: PassedOver):
         self.keys, self.rows, self.row_of = bytearray(), array.array("q"), dict[str, int]()
         self.again = list[tuple[str, int]]()  # rows of names that had one
         self.dotted = dict[str, tuple[str, str]]()  # key with a dot -> the key up to it, the extension behind
-        self.unread = dict[str, str]()  # key -> extensions that are not read
+        self.unread = list[tuple[str, str, str, str]]()  # key, extension, kind and name of members that are not read
         for member in tar:
             folder, slash, base = member.name.rpartition("/")
             if member.kind == FOLDER or base.startswith("."):
@@ -125,21 +133,17 @@ class _Found:
             key, column = folder + slash + stem, COLUMNS.get(extension.lower())
             if member.kind:
                 lost.add(member.kind, member.name)
-                self.note(key, f".{extension} ({member.kind})")
+                self.unread.append((key, f".{extension}", member.kind, member.name))
                 continue
             if column is None:
                 shorter, (stem, _, last) = key, base.rpartition(".")
                 column = COLUMNS.get(last.lower())
                 if column is None or not stem:
-                    self.note(key, f".{extension}")
+                    self.unread.append((key, f".{extension}", "", member.name))
                     continue
                 key = folder + slash + stem
                 self.dotted[key] = shorter, f".{extension}"
             self._add(member, key, column, lost)
-
-    def note(self, key: str, extension: str) -> None:
-        before = self.unread.get(key)
-        self.unread[key] = f"{before}, {extension}" if before else extension
 
     def _add(self, member: Member, key: str, column: int, lost: PassedOver) -> None:
         row = self.row_of.get(key)

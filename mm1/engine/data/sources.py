@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -62,8 +63,8 @@ class _Tar(_Shard):
         elif (meta := self.samples.meta(row)) is not None and isinstance(fields := _json(meta), dict):
             caption = next((fields[name] for name in CAPTIONS if fields.get(name) is not None), None)
         if caption is None:
-            found = f", found {note}" if (note := self.samples.note(row)) else ""
-            raise Unreadable(f'image without a caption: expected a .txt or .json ("caption") of the same name{found}')
+            further = f", found {note}" if (note := self.samples.note(row)) else ""
+            raise Unreadable(f'image without a caption: expected a .txt or .json ("caption") of the same name{further}')
         return image, _caption(caption)
 
 
@@ -74,16 +75,16 @@ class _Lines(_Shard):
         super().__init__(file)
         self.parse = parse
         data, self.damage = file.whole()
-        found = array.array("q")
+        places = array.array("q")
         start = number = 0
         while start < len(data):
             end = data.find(b"\n", start)
             end = len(data) if end < 0 else end
             number += 1
             if data[start:end].strip():
-                found.extend((start, end - start, number))
+                places.extend((start, end - start, number))
             start = end + 1
-        self.lines = np.array(found, np.int64).reshape(-1, 3)
+        self.lines = np.array(places, np.int64).reshape(-1, 3)
         self.count = len(self.lines)
 
     def key(self, row: int) -> str:
@@ -148,7 +149,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 @lru_cache(maxsize=4)
 def _row_group(file: File, group: int, columns: tuple[str, ...]) -> Any:
-    """The rows of a group as a table, or None if they take more than 2 GiB, which Arrow puts into no nested column."""
+    """Return a group's rows as a table, None if they take more than 2 GiB, which Arrow puts into no nested column."""
     pa, pq = _pyarrow()
     try:
         return pq.ParquetFile(file.path).read_row_group(group, columns=list(columns), use_threads=False)
@@ -158,19 +159,19 @@ def _row_group(file: File, group: int, columns: tuple[str, ...]) -> Any:
 
 @lru_cache(maxsize=1)
 def _parts_of_group(file: File, group: int, columns: tuple[str, ...]) -> list[Any]:
-    """The rows of a group in batches of PARQUET_ROWS, as large as a group that was read at once: only one is kept."""
+    """Return a group's rows in batches of PARQUET_ROWS, as large as a group that is read at once: only one is kept."""
     parquet = _pyarrow()[1].ParquetFile(file.path)
     return list(parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=list(columns), use_threads=False))
 
 
 @lru_cache(maxsize=64)
 def _documents(file: File) -> list[Any]:
-    found = _json(file.read(0, os.path.getsize(file.path)))
-    return found if isinstance(found, list) else [found]
+    value = _json(file.read(0, os.path.getsize(file.path)))
+    return value if isinstance(value, list) else [value]
 
 
 def _locate(ends: np.ndarray, position: int) -> tuple[int, int]:
-    """Position in a row of things that end at `ends` -> which thing, and the position inside it."""
+    """Return which of the things that end at `ends` has a position, and the position inside it."""
     which = int(np.searchsorted(ends, position, side="right"))
     return which, position - (int(ends[which - 1]) if which else 0)
 
@@ -194,18 +195,18 @@ def _blank(text: Any) -> bool:
     return text is None or (isinstance(text, str) and not text.strip())
 
 
-def _caption(given: Any) -> str:
-    """A caption, or the choice of several."""
-    if not isinstance(given, list):
-        return _checked(given, "caption").strip()
-    texts = [_checked(text, "caption").strip() for text in given if not _blank(text)]
+def _caption(value: Any) -> str:
+    """Return a caption, or the choice of several. Raises Unreadable."""
+    if not isinstance(value, list):
+        return _checked(value, "caption").strip()
+    texts = [_checked(text, "caption").strip() for text in value if not _blank(text)]
     if not texts:
         raise Unreadable("empty caption")
     return texts[0] if len(texts) == 1 else Choice(texts)
 
 
 def _checked(text: Any, what: str) -> str:
-    """The text itself, if it is one that a tokenizer can take."""
+    """Return the text itself, if it is one that a tokenizer can take. Raises Unreadable."""
     if _blank(text):
         raise Unreadable(f"empty {what}")
     if not isinstance(text, str):
@@ -245,7 +246,7 @@ class Source:
 
     @property
     def passed(self) -> str:
-        """What records do not hold and need not, counted: folders, members beside image and caption."""
+        """Return counts of what records do not hold and need not: folders, members beside image and caption."""
         total = PassedOver()
         for shard in self._shards:
             for kind, (count, first) in (shard.passed.kinds if shard.passed else {}).items():
@@ -254,7 +255,7 @@ class Source:
 
     @property
     def files(self) -> list[list[Any]]:
-        """Name without folders, bytes and number of records of each file, in order."""
+        """Return the name without folders, bytes and number of records of each file, in order."""
         shards = [(Path(shard.file.path), shard.count) for shard in self._shards]
         return [[path.name, path.stat().st_size, count] for path, count in shards]
 
@@ -367,7 +368,7 @@ class Conversations(Source):
         marks = sum(text.count("<image>") for text, who in zip(texts, speakers) if who == "human")
         if marks != len(images):
             raise Unreadable(f"{len(images)} images for {marks} marks <image>")
-        left, parts = iter(images), []
+        following, parts = iter(images), []
         for text, who in zip(texts, speakers):
             if who == "gpt":
                 parts.append(Answer(f" {text}"))
@@ -375,12 +376,12 @@ class Conversations(Source):
             before, *behind = f"USER: {text} ASSISTANT:".split("<image>")
             parts.append(before)
             for text in behind:
-                parts += [read_image(next(left), folder), text]
+                parts += [read_image(next(following), folder), text]
         return tuple(parts)
 
 
 def read_image(name: Any, folder: Path) -> bytes:
-    """Bytes of an image that a document names. Data is not trusted: no name leads out of the folder."""
+    """Return the bytes of an image that a document names. Data is not trusted: no name leads out of the folder."""
     if not isinstance(name, str):
         raise Unreadable(f"image is of type {type(name).__name__}, expected a string or bytes")
     if name.startswith("data:"):
@@ -408,30 +409,34 @@ def read_image(name: Any, folder: Path) -> bytes:
 
 
 def _inside(path: PurePosixPath, folder: Path) -> Path:
-    """The file that a path of a document is, symbolic links followed. Raises Unreadable if it lies elsewhere."""
-    found = (folder / path).resolve()
-    if not found.is_relative_to(folder.resolve()):
+    """Return the file that a path of a document names. Raises Unreadable if a symbolic link leads it elsewhere."""
+    # Resolving takes longer than reading a small image. Elsewhere than on POSIX a path holds more than its parts show.
+    steps = islice(accumulate(path.parts, os.path.join, initial=str(folder)), 1, None)
+    if os.name == "posix" and not any(map(os.path.islink, steps)):
+        return folder / path
+    target = (folder / path).resolve()
+    if not target.is_relative_to(folder.resolve()):
         raise Unreadable(
             f"image {str(path)!r} leads out of the shard's folder by a symbolic link, which is not followed"
         )
-    return found
+    return target
 
 
 def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:
-    """Files that paths, globs and ranges as in "a-{00..12}.tar" stand for, from base. Raises DataError."""
-    found: list[Path] = []
-    for given in [paths] if isinstance(paths, str | Path) else paths:
-        for pattern in _braces(str(base / Path(given).expanduser())):
+    """Return the files that paths, globs and ranges as in "a-{00..12}.tar" name, from base. Raises DataError."""
+    files: list[Path] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        for pattern in _braces(str(base / Path(path).expanduser())):
             # Names come before patterns: a file may be called a[1].tar.
             hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             if not hits:
                 raise DataError(f"no such file: {pattern}")
             if folders := [hit for hit in hits if os.path.isdir(hit)]:
                 raise DataError(f"{folders[0]} is a directory: name its files, as in {folders[0]}/*.tar")
-            found += map(Path, hits)
-    if not found:
+            files += map(Path, hits)
+    if not files:
         raise DataError("no paths of data are given")
-    return found
+    return files
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -450,7 +455,7 @@ KINDS = {"captions": Captions, "interleaved": Interleaved, "text": Text, "conver
 
 
 def open_source(kind: str, paths: str | Path | Sequence[str | Path], base: Path) -> Source:
-    """The source of a kind of data. Raises DataError."""
+    """Open the source of a kind of data. Raises DataError."""
     if kind not in KINDS:
         raise DataError(f"unknown kind of data {kind!r}; known: {', '.join(KINDS)}")
     return KINDS[kind](paths, base)

@@ -63,12 +63,12 @@ class Streams:
 
     @property
     def skipped(self) -> int:
-        """Bad records that this process drew, each as often as it came."""
+        """Return the number of bad records that this process drew, each as often as it came."""
         return sum(loader.skipped for loader in self.loaders.values())
 
     @property
     def drawn(self) -> int:
-        """Records that this process drew, the bad ones among them."""
+        """Return the number of records that this process drew, the bad ones among them."""
         return sum(loader.drawn for loader in self.loaders.values())
 
     def _check_fill(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ KINDS = {
     b"V": "a label",
 }  # fmt: skip
 ZEROS = bytes(1 << 16)
-LARGEST_SPARSE = 1 << 30  # bytes with the holes, of which an archive of a kilobyte can claim any number
+LENGTH_DIGITS = 20  # and its space, of a record of an extended header: more than any file takes
+MOST_HOLES = 1 << 26  # bytes in the holes of a member, of which an archive of a kilobyte can claim any number
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class File:
         return _unpacked(self)[0][start : start + size] if self.packed else _opened(self).read(start, size)
 
     def whole(self) -> tuple[bytes | mmap.mmap, str | None]:
-        """All bytes to index, and what is wrong with them."""
+        """Return all bytes to index, and what is wrong with them."""
         if self.packed:
             return _unpacked(self)
         with open(self.path, "rb") as file:
@@ -59,15 +61,22 @@ class File:
 
 
 class _Descriptor:
+    """An open file that threads read at any offset. Raises OSError if it cannot be opened."""
+
     def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
+        self.file, self.lock = open(path, "rb", buffering=0), Lock()  # noqa: SIM115
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self.number, size, start)  # no shared offset, and no GIL while the disk is slow
+        """Return `size` bytes from `start` on, fewer at the end of the file."""
+        if hasattr(os, "pread"):
+            return os.pread(self.file.fileno(), size, start)  # no shared offset, and no GIL while the disk is slow
+        with self.lock:  # Windows
+            self.file.seek(start)
+            return self.file.read(size)
 
     def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+        if hasattr(self, "file"):
+            self.file.close()
 
 
 @lru_cache(maxsize=256)  # of the 1024 files a process may usually have open
@@ -109,7 +118,7 @@ class Member(NamedTuple):
 
 
 def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
-    """Members of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
+    """Yield members of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
 
     Archives that were appended to one another are read as one (`tar --ignore-zeros`). Not tarfile: it takes a broken
     header amid the archive for its end, and 27 µs a member where this takes 6.
@@ -167,7 +176,7 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
 
 
 def _behind_zeros(data: bytes | mmap.mmap, at: int) -> int:
-    """The first block of 512 bytes from `at` on that is not of zeros, or the end."""
+    """Return where the first block of 512 bytes from `at` on begins that is not of zeros, or the end."""
     step = len(ZEROS)
     while data[at : at + step] == ZEROS:
         at += step
@@ -177,7 +186,7 @@ def _behind_zeros(data: bytes | mmap.mmap, at: int) -> int:
 
 
 def _behind_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
-    """Where the bytes of a sparse member of the old GNU form begin: behind the blocks that continue its map."""
+    """Return where the bytes of a sparse member of the old GNU form begin: behind the blocks that continue its map."""
     more = header[482]
     while more:
         if at + 512 > len(data):
@@ -192,11 +201,14 @@ def read_sparse(file: File, header: int) -> bytes:
         with io.BytesIO(_unpacked(file)[0]) if file.packed else open(file.path, "rb") as stream:
             stream.seek(header)
             with tarfile.TarFile(fileobj=stream) as tar:
-                found = tar.next()
-                content = tar.extractfile(found) if found is not None and found.size <= LARGEST_SPARSE else None
-                if content is None:
-                    raise Unreadable(f"a sparse member of the tar, expected at most {LARGEST_SPARSE} bytes")
-                return content.read()
+                stored, whole = next(members(file, [], header), None), tar.next()
+                if stored is None or whole is None:
+                    raise Unreadable("a broken sparse member of the tar: it is not where the index has it")
+                if whole.size > stored.size + MOST_HOLES:
+                    counts = f"{stored.size} bytes that stand for {whole.size}, expected at most {MOST_HOLES} more"
+                    raise Unreadable(f"a sparse member of the tar, {counts}")
+                content = tar.extractfile(whole)
+                return content.read() if content is not None else b""
     except (tarfile.TarError, OSError, ValueError) as error:
         if isinstance(error, Unreadable):
             raise
@@ -210,15 +222,15 @@ def _number(field: bytes) -> int:
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Extended header: "30 path=some/long/name\\n"… -> {b"path": b"some/long/name"}."""
-    found = {}
-    while data:
-        length = int(data.partition(b" ")[0])
+    """Return the fields of an extended header: "30 path=some/long/name\\n"… is {b"path": b"some/long/name"}."""
+    fields, at = {}, 0
+    while at < len(data):
+        length = int(data[at : at + LENGTH_DIGITS].partition(b" ")[0])
         if length < 1:
             raise ValueError
-        key, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
-        found[key], data = value, data[length:]
-    return found
+        key, _, value = data[at : at + length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        fields[key], at = value, at + length
+    return fields
 
 
 def read_member(tar: File, name: str) -> bytes:
@@ -239,7 +251,7 @@ def read_member(tar: File, name: str) -> bytes:
 
 @cache
 def _directory(tar: File) -> tuple[np.ndarray, np.ndarray, str]:
-    """Hashes of the member names int64 [n] sorted, bytes of their first headers int64 [n], damage.
+    """Return hashes of the member names int64 [n] sorted, bytes of their first headers int64 [n], and the damage.
 
     16 bytes a member, where a dict of names takes 300: a loader process holds those of all the tars it met. hash() of a
     string differs between processes, and so the table belongs to one: it is made in each, never pickled.

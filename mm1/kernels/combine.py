@@ -30,7 +30,6 @@ def _combine_kernel(
             row = slot
             expert = tl.load(index_ptr + slot)
             taken = (expert >= 0) & (expert < E)
-        # Triton 3.9 interprets no mask that a scalar is part of.
         y = tl.load(y_ptr + row * D + offs, offs < tl.where(taken, D, 0), other=0.0).to(tl.float32)
         if HAS_WEIGHT:
             y *= tl.where(taken, tl.load(weight_ptr + slot), 0.0)

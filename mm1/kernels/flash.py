@@ -466,4 +466,5 @@ def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: T
     expect(q.shape[2] in WIDTHS, "flash", "head width", q.shape[2], "a multiple of 16 up to 128")
     expect(q.dtype in FLOATS and q.dtype == k.dtype == v.dtype, "flash", "dtypes", (q.dtype, k.dtype, v.dtype),
            f"one of {FLOATS}")  # fmt: skip
+    used_k = None if used_k is None else used_k.contiguous()
     return _forward(q, k, v, cu_q.contiguous(), cu_k.contiguous(), used_k, causal)[0]

@@ -72,7 +72,7 @@ def _gemm_kernel(
                     acc = dot(tile_a, tile_b, acc)
             if HAS_BIAS:
                 offs_n = n + tl.arange(0, BLOCK_N)
-                inside = (offs_n < N) & (expert < E)
+                inside = offs_n < tl.where(expert < E, N, 0)
                 acc += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, inside, other=0.0).to(tl.float32)[None, :]
             store_tile(y_ptr, y_desc, acc, row, end, n, stride_ym, N, BLOCK_M, BLOCK_N, Y_TMA)
 
@@ -151,7 +151,7 @@ def _dw_kernel(
         tl.store(w_ptrs, acc.to(w_ptr.dtype.element_ty), inside)
         if HAS_BIAS:
             bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_se + offs_m * stride_sk
-            tl.store(bias_ptrs, bias.to(bias_ptr.dtype.element_ty), (offs_m < K) & (pid_n == 0))
+            tl.store(bias_ptrs, bias.to(bias_ptr.dtype.element_ty), offs_m < tl.where(pid_n == 0, K, 0))
 
 
 @triton.jit

@@ -1,5 +1,8 @@
 """Triton for the files of kernels, which import `triton` and `tl` from here.
 
+A condition that is a scalar is part of no mask: Triton 3.9 does not interpret that. It sets a bound to 0 instead,
+offs < tl.where(taken, D, 0).
+
 Triton has no wheels for macOS and Windows. There a placeholder takes its place, so that the files import and their CPU
 paths run; `dispatch.launch` says what is missing.
 """

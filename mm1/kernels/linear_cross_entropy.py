@@ -89,7 +89,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; without rows what is not needed."""
     (rows, D), V = x.shape, len(weight)
-    x, w = x.to(dtype), weight.to(dtype)
+    x, w, targets = x.to(dtype), weight.to(dtype), targets.contiguous()
     nll = x.new_empty(rows, dtype=wide(dtype))
     dx = x.new_empty(rows if need_x else 0, D)
     dw = x.new_zeros(V if need_weight and not rows else 0, D, dtype=wide(dtype))

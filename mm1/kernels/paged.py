@@ -327,7 +327,8 @@ def paged_attention(
     expect(cu_q.shape[0] == B + 1, op, "cu_q", tuple(cu_q.shape), (B + 1,))
     expect(tables.shape[0] == B, op, "tables", tuple(tables.shape), [B, "M"])
     expect(INTERPRETED or q.device.type != "mps", op, "device", q.device, "a GPU or a CPU")
-    return _forward(q if q.stride(2) == 1 else q.contiguous(), k, v, cu_q.int(), tables.int(), lengths.int(), rows)
+    integers = (x.int().contiguous() for x in (cu_q, tables, lengths))
+    return _forward(q if q.stride(2) == 1 else q.contiguous(), k, v, *integers, rows)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def _scatter_kernel(
     line = tl.load(stride_ptr + row)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (k < K) & (word >= 0)
+        inside = k < tl.where(word >= 0, K, 0)
         value = tl.load(patches_ptr + row * stride + k, inside, other=0.0)
         tl.store(x_ptr + word + k // ROW * line + k % ROW, value.to(x_ptr.dtype.element_ty), inside)
 

@@ -235,23 +235,27 @@ class _Session:
         return found
 
     def alone(self, tunable: Tunable, shape: Any, config: Any, count: int, failed: Failed) -> Any:
-        """What a configuration gives that failed, in a process where nothing was before it, if that may make a
-        difference. Raises _Unfit where the default fails there too: then no configuration is to blame."""
+        """Return what a configuration that failed gives in a process of its own, if that may make a difference.
+
+        What took longer than the limit is not tried again: each time would cost as much. Raises _Unfit where the
+        default fails in a new process too: then no configuration is to blame.
+        """
         if failed.kind == "task":
             return failed
 
         def fresh(config: Any, count: int) -> Any:
             self.trials.close()
             self.trials.start()  # whose time is not the trial's
-            found = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, (config,), count))
-            return found if isinstance(found, Failed) else found[0]
+            result = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, (config,), count))
+            return result if isinstance(result, Failed) else result[0]
 
-        found, default = fresh(config, count), tunable.default(shape, self.dtype, self.device)
-        if isinstance(found, Failed) and found.kind == "process" and config != default:
+        result = failed if failed.kind == "time" else fresh(config, count)
+        default = tunable.default(shape, self.dtype, self.device)
+        if isinstance(result, Failed) and result.kind in ("process", "time") and config != default:
             control = fresh(default, 0)
             if isinstance(control, Failed):
                 raise _Unfit(control)
-        return found
+        return result
 
     def refuse(self, tunable: Tunable, shape: Any, config: Any, failed: Failed) -> None:
         """For good, but for want of memory, of which there may be more another time."""

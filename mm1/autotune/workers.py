@@ -19,7 +19,8 @@ class Failed(NamedTuple):
     """A task that has no result.
 
     kind: "task": it raised an exception of its own; "process": it ended its process, or left it unfit for another task,
-    as an error of the GPU does, whose cause may be an earlier task; "memory": there was too little.
+    as an error of the GPU does, whose cause may be an earlier task; "memory": there was too little; "time": it took
+    longer than the limit.
     """
 
     why: str
@@ -35,7 +36,7 @@ class Workers:
     """A few spawned processes that apply one function of a module; each starts at its first task.
 
     limit: seconds a task may take. A process that takes longer, dies or is left unfit (see Failed) is killed with what
-    it started, and another takes its place. A task's exception is its result.
+    it started (on Windows without), and another takes its place. A task's exception is its result.
     """
 
     def __init__(self, function: Callable[[Any], Any], count: int, limit: float):
@@ -61,7 +62,7 @@ class Workers:
                 for pipe in [*ready, *late]:
                     worker, task, _ = busy.pop(pipe)
                     late_why = f"took longer than {self.limit:g} s"
-                    result = Failed(late_why, "process") if pipe in late else _received(worker)
+                    result = Failed(late_why, "time") if pipe in late else _received(worker)
                     unfit = isinstance(result, Failed) and result.kind != "task"
                     if unfit or not worker.process.is_alive():
                         _kill(worker)
@@ -121,11 +122,13 @@ def _received(worker: _Worker) -> Any:
         worker.process.join(5)
         status = worker.process.exitcode
         # Linux kills the largest process where memory is short; nothing that a task does to itself has this status.
-        return Failed(f"the process died with status {status}", "memory" if status == -signal.SIGKILL else "process")
+        killed = hasattr(signal, "SIGKILL") and status == -signal.SIGKILL
+        return Failed(f"the process died with status {status}", "memory" if killed else "process")
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
-    os.setsid()  # so that what a task starts can be killed with it
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that what a task starts can be killed with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     while True:
         try:
@@ -157,7 +160,7 @@ def kind_of(error: BaseException) -> str:
 def _kill(worker: _Worker) -> None:
     try:
         os.killpg(worker.process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # gone, or not its own group's leader yet
+    except (AttributeError, ProcessLookupError, PermissionError):  # Windows; gone, or not its own group's leader yet
         worker.process.kill()
     worker.process.join()
     worker.pipe.close()

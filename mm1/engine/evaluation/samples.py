@@ -151,13 +151,19 @@ def load(file: Path) -> Any:
 
 
 def field(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
-    """Of a row; raises DataError that names file and key."""
+    """Return a row's value of this name. Raises DataError that names file and key; true and false are no numbers."""
     value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         where = f"{file}: " + ("" if key is None else f"{key}: ")
-        raise DataError(f"{where}{name} is {json.dumps(value, default=str)[:60]}, expected {kinds}")
+        expected = " or ".join(k.__name__ for k in kinds)
+        raise DataError(f"{where}{name} is {json.dumps(value, default=str)[:60]}, expected {expected}")
     return value
+
+
+def optional(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
+    """Return a row's value as `field` does, or None where there is none."""
+    return None if isinstance(row, dict) and row.get(name) is None else field(file, row, name, kind, key)
 
 
 def _parquet(file: Path) -> list[dict[str, Any]]:

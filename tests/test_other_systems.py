@@ -33,16 +33,6 @@ with Stop(), locked(folder):
     Trainer(small_run(steps=2, save_every=1), folder, Silent(), False).fit()
 print([path.name for path in sorted(folder.iterdir())])
 """
-GENERATE = """
-from types import SimpleNamespace
-from small import small_mm1
-from mm1.engine import decode
-from mm1.engine.generate import generate
-
-os.environ["CXX"] = "c++"
-decode.os = SimpleNamespace(name="nt", environ=os.environ)  # pathlib would believe the real one too
-print(len(generate(small_mm1(seed=3).eval(), [["one"]], max_tokens=4)))
-"""
 # A module that tasks come from is imported by each process that works on them, before it begins.
 TASKS = """
 import os, signal
@@ -95,12 +85,6 @@ def test_a_model_trains(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "step-00000002" in result.stdout
     assert "cannot be locked (this system has no POSIX locks): start no second run in it" in result.stderr
-
-
-def test_a_text_is_generated_without_a_compiler_even_where_one_is_named():
-    result = elsewhere(GENERATE)
-    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
-    assert "decode.cpp is compiled on POSIX systems alone; each token is decoded by many calls of torch" in result.stderr
 
 
 def test_processes_that_crash_or_hang_lose_their_own_task_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""Processes that may crash or hang: what they were at is lost, and nothing else."""
+"""Runs tasks in processes that may crash or hang: their task is lost then, and nothing else."""
 
 import contextlib
 import multiprocessing
@@ -16,7 +16,7 @@ MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED", re.I)
 
 
 class Failed(NamedTuple):
-    """A task that has no result.
+    """Says why a task has no result.
 
     kind: "task": it raised an exception of its own; "process": it ended its process, or left it unfit for another task,
     as an error of the GPU does, whose cause may be an earlier task; "memory": there was too little; "time": it took
@@ -33,7 +33,7 @@ class _Worker(NamedTuple):
 
 
 class Workers:
-    """A few spawned processes that apply one function of a module; each starts at its first task.
+    """Applies one function of a module in a few spawned processes; each starts at its first task.
 
     limit: seconds a task may take. A process that takes longer, dies or is left unfit (see Failed) is killed with what
     it started (on Windows without), and another takes its place. A task's exception is its result.
@@ -46,7 +46,7 @@ class Workers:
         self._idle: list[_Worker | None] = [None] * count
 
     def each(self, tasks: Iterable[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """(task, result or Failed), as they come; a result is taken before the next task is."""
+        """Yield (task, result or Failed) as they come; a result is taken before the next task is."""
         busy: dict[Connection, tuple[_Worker, Any, float]] = {}
         tasks = iter(tasks)
         try:
@@ -82,7 +82,7 @@ class Workers:
         self.close()
 
     def start(self) -> None:
-        """All processes, and wait until they are up: each is given nothing to do, which its function may not like."""
+        """Start all processes and wait until they are up: each gets None to do, which its function may not like."""
         for _ in self.each([None] * len(self._idle)):
             pass
 
@@ -96,7 +96,7 @@ class Workers:
             self._idle[i] = None
 
     def _sent(self, worker: _Worker | None, task: Any) -> _Worker:
-        """The process that has the task now: another one, if this died while it had nothing to do."""
+        """Return the process that has the task now: another one, if this died while it had nothing to do."""
         if worker and not worker.process.is_alive():
             _kill(worker)
             worker = None

@@ -68,9 +68,9 @@ class Text:
 
     def _grow(self, piece: str) -> None:
         before, self.text = len(self.text), self.text + piece
-        found = [at for s in self.stop if (at := self.text.find(s, max(0, before - len(s)))) >= 0]
-        if found:
-            self.text, self.done = self.text[: min(found)], True
+        places = [at for s in self.stop if (at := self.text.find(s, max(0, before - len(s)))) >= 0]
+        if places:
+            self.text, self.done = self.text[: min(places)], True
 
     def _settled(self) -> int:
         """Count the characters that stay, whatever comes: all but the beginning of a stop string at the end."""

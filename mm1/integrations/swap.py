@@ -1,4 +1,4 @@
-"""Modules of other frameworks exchanged in place: an instance becomes one of a subclass of its class, and back.
+"""Exchanges modules of other frameworks in place: an instance becomes one of a subclass of its class, and back.
 
 Parameters, buffers, hooks and state-dict keys stay where they are. The subclass bears the original's name, by which
 frameworks know their modules (saved configurations, sharding policies, recorders of outputs).

@@ -1,4 +1,4 @@
-"""Files of multiple-choice benchmarks, as they are published, to samples; and how MMMU scores what it asks openly."""
+"""Reads multiple-choice benchmarks, as they are published; and scores what MMMU asks openly."""
 
 import ast
 import json
@@ -141,14 +141,14 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
                 raise DataError(f"{file}: {key}: {len(options)} options of a question that is {row['question_type']}")
             text = field(file, row, "question", str, key)
             marked = [int(n) for part in (text, *options) for n in MARK.findall(part)]
-            there = [n for n in range(1, 8) if row.get(f"image_{n}")]
-            shown = [n for n in there if n not in marked] + marked
+            columns = [n for n in range(1, 8) if row.get(f"image_{n}")]
+            shown = [n for n in columns if n not in marked] + marked
             pictures = [_picture(file, row, f"image_{n}", key, images) for n in shown]
             answer = row.get("answer")
             if open_ended:
                 several = isinstance(answer, list) or str(answer).startswith("[")
-                given = _strings(file, row, "answer", key) if several else [field(file, row, "answer", str, key)]
-                right = () if given in ([""], ["?"]) else tuple(given)
+                answers = _strings(file, row, "answer", key) if several else [field(file, row, "answer", str, key)]
+                right = () if answers in ([""], ["?"]) else tuple(answers)
             else:
                 right = _right(file, key, answer, options)
             subject = (re.fullmatch(r"[a-z]+_(.+)_\d+", key) or ["", "other"])[1]
@@ -203,10 +203,10 @@ def open_match(prediction: str, answers: Sequence[str]) -> bool:
 
     Numbers are equal to two places; other answers are part of the text, in any case, single letters with a space.
     """
-    said = {*_normal(prediction), *(_number(found) for found in NUMBER.findall(prediction))}
-    texts = [part for part in said if isinstance(part, str)]
+    parts = {*_normal(prediction), *map(_number, NUMBER.findall(prediction))}
+    texts = [part for part in parts if isinstance(part, str)]
     wanted = [part for answer in answers for part in _normal(answer)]
-    return any(part in said or (isinstance(part, str) and any(part in text for text in texts)) for part in wanted)
+    return any(part in parts or (isinstance(part, str) and any(part in text for text in texts)) for part in wanted)
 
 
 def _normal(text: str) -> list[str | float]:

@@ -1,4 +1,4 @@
-"""Files of captions and questions, as they are published, to samples."""
+"""Reads files of captions and questions, as they are published."""
 
 from collections import defaultdict
 from pathlib import Path

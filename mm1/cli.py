@@ -203,7 +203,7 @@ def generate(
         top_k: and among so many (0: all).
         repetition_penalty: of tokens that are in prompt or text; 1 is none.
         num_beams: texts that beam search keeps; 1 is none.
-        length_penalty: of beams: the power of the length that a log-probability is divided by.
+        length_penalty: of beams: the power of the length that a log-probability is divided by, from -10 to 10.
         stop: end before this string; may be repeated.
         seed: of the sampling.
         weights: round the decoder's to fewer bits.

@@ -225,6 +225,22 @@ def test_a_listener_that_fails_fails_its_own_search_alone():
     assert engine.cache.room == engine.cache.pages
 
 
+@pytest.mark.parametrize("penalty", [-10.0, 10.0])
+def test_the_steepest_penalties_give_a_long_search_finite_scores(penalty):
+    """Of hypotheses that end at each length up to 4096; the length to the power of 150 would be no number."""
+    how = Sampling(max_tokens=4096, num_beams=2, length_penalty=penalty, early_stopping="never")
+    beams = Beams(1, range(pages_of(1, how)), how, lambda tokens: tokens[-1] == EOS)
+    steps = 0
+    while not beams.done:
+        rows = np.tile([[EOS, 5, 6, 7]], (len(beams.live), 1))
+        beams.advance(np.full(rows.shape, -0.5), rows)
+        steps += 1
+        scores = np.array([score for score, _ in beams.finished])
+        assert np.isfinite(scores).all()
+        assert (scores < 0).all()
+    assert steps == 4096 if penalty > 0 else steps > 1
+
+
 @pytest.mark.parametrize("prompt", [1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE])
 def test_beams_share_what_they_can_and_stay_within_their_pages(prompt):
     """Against rows of a plain table that is copied whole at every step."""
@@ -258,7 +274,9 @@ def test_beams_share_what_they_can_and_stay_within_their_pages(prompt):
 
 @pytest.mark.parametrize("settings, message", [
     ({"num_beams": 0}, "num_beams is 0, expected ≥ 1"),
-    ({"length_penalty": float("nan")}, "length_penalty is nan, expected a finite number"),
+    ({"length_penalty": float("nan")}, "length_penalty is nan, expected -10 to 10"),
+    ({"length_penalty": 150.0}, "length_penalty is 150.0, expected -10 to 10"),
+    ({"length_penalty": -10.5}, "length_penalty is -10.5, expected -10 to 10"),
     ({"early_stopping": "soon"}, "early_stopping is soon, expected False, True or"),
     ({"num_beams": 2, "temperature": 0.5}, "2 beams with temperature"),
     ({"num_beams": 2, "repetition_penalty": 1.5}, "2 beams with temperature or repetition_penalty"),

@@ -142,7 +142,37 @@ def test_a_full_disk_costs_the_file_and_no_more(setup, monkeypatch, caplog):
     assert not list(setup.cache.iterdir())
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+@pytest.mark.parametrize("mode", [0o770, 0o775, 0o720])
+def test_a_folder_that_a_group_may_write_is_closed_to_it(setup, caplog, mode):
+    """An umask of 002, usual where each user has a group, makes such folders."""
+    setup.answer()
+    setup.cache.chmod(mode)
+    assert setup.answer() == 42
+    assert stat.S_IMODE(setup.cache.stat().st_mode) == 0o700
+    assert setup.count() == 1, "what it holds is still used"
+    assert not caplog.records
+
+
+def test_what_a_group_wrote_in_it_meanwhile_is_not_loaded(setup, caplog):
+    setup.answer()
+    setup.file().chmod(0o660)
+    setup.cache.chmod(0o770)
+    assert setup.answer() == 42
+    assert setup.count() == 2
+    assert stat.S_IMODE(setup.file().stat().st_mode) == 0o600
+
+
+def test_a_folder_of_another_user_is_left_as_it_is(setup, monkeypatch):
+    setup.answer()
+    setup.cache.chmod(0o770)
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    assert setup.answer() == 42
+    assert setup.count() == 2
+    assert stat.S_IMODE(setup.cache.stat().st_mode) == 0o770
+
+
+@pytest.mark.parametrize("mode", [0o702, 0o707, 0o777])
 def test_nothing_is_loaded_from_a_folder_that_others_may_write(setup, caplog, mode):
     setup.answer()
     planted = setup.file().read_bytes()

@@ -227,3 +227,15 @@ def test_another_processor_compiles_anew(monkeypatch, tmp_path):
         assert decode.library()
     decode.library.cache_clear()
     assert len(list((tmp_path / "native").iterdir())) == 2
+
+
+def test_windows_does_without_even_where_a_compiler_is_named(monkeypatch):
+    """None of os.uname, os.geteuid and os.killpg is there."""
+    monkeypatch.setattr(decode, "os", SimpleNamespace(name="nt", environ={"CXX": "c++"}))
+    monkeypatch.setattr(compiled, "os", SimpleNamespace(name="nt"))
+    decode.library.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"^decode.cpp is compiled on POSIX systems alone; each token is decoded by many"
+    ):
+        assert decode.library() is None
+    decode.library.cache_clear()

@@ -359,10 +359,56 @@ def test_one_that_hangs_or_dies_is_told_from_those_it_was_tried_with(tmp_path, m
         found = session.samples(JOBS, SHAPES[0], [first, dies, second], 2)
         assert found == [[1.0, 1.0], Failed("the process died with status -11", "process"), [2.0, 2.0]]
         found = session.samples(JOBS, SHAPES[0], [hang, first, second], 2)
-        assert found == [Failed("took longer than 1 s", "process"), [1.0, 1.0], [2.0, 2.0]]
+        assert found == [Failed("took longer than 1 s", "time"), [1.0, 1.0], [2.0, 2.0]]
         assert multiprocessing.active_children()
     assert [e["config"]["task"] for e in log_of(tmp_path) if e["event"] == "refused"] == ["segfault", list(hang.task)]
     assert not multiprocessing.active_children()
+
+
+class Slow(Gpu):
+    """The trial of these blocks takes the whole time limit and is killed; counts how often."""
+
+    def __init__(self, hanging):
+        super().__init__()
+        self.hanging, self.limits = hanging, 0
+
+    def one(self, trial):
+        found = super().one(trial)
+        if not {config.block for config in trial.configs} & {*self.hanging}:
+            return found
+        self.limits += 1
+        return Failed("took longer than 60 s", "time")
+
+
+def test_a_candidate_that_hangs_costs_one_time_limit_and_the_others_are_measured(measured, tmp_path):
+    gpu = Slow([32])
+    (kept,) = measured(gpu, shape="rows=128 width=64")["rows"]
+    assert kept["config"] == {"block": 64}
+    assert [(e["config"], e["why"]) for e in log_of(tmp_path) if e["event"] == "refused"] == [
+        ({"block": 32}, "took longer than 60 s")
+    ]
+    assert gpu.limits == 1
+
+
+def test_a_default_that_hangs_costs_one_time_limit_and_blames_nobody(measured, tmp_path):
+    gpu = Slow([8])
+    assert measured(gpu, shape="rows=128 width=64")["rows"] == []
+    assert gpu.limits == 1
+    assert [e["event"] for e in log_of(tmp_path) if e["event"] != "samples"] == ["failed"]
+
+
+def test_where_the_default_hangs_too_no_candidate_is_refused(measured, tmp_path, capsys):
+    gpu = Slow([])
+
+    def breaks(trial):
+        if trial.configs == (Config(32),):
+            gpu.hanging = [8, 16, 32, 64]
+
+    gpu.then = breaks
+    assert measured(gpu, shape="rows=128 width=64")["rows"] == []
+    assert gpu.limits == 2
+    assert [e["event"] for e in log_of(tmp_path) if e["event"] in ("refused", "result")] == []
+    assert "the default fails: took longer than 60 s" in capsys.readouterr().out
 
 
 def test_no_shape_is_begun_after_the_budget_and_a_later_run_does_it(measured, monkeypatch):

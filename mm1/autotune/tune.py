@@ -1,4 +1,4 @@
-"""`mm1 tune` on a GPU: measured rows, for as many seconds as it is given.
+"""Measures rows of the tables on a GPU, `mm1 tune`, for as many seconds as it is given.
 
 Shape by shape: candidates by the model and by chance are compiled side by side, those of sound code are tried one by
 one in a process that may crash, and what is right goes into the search. Trials are logged as they come; what a run that
@@ -60,17 +60,17 @@ def tune(
             with _Session(device, bits, log, processes) as session:
                 return session.measure(wanted, budget, keep)
 
-        found = on_rank_0(measure, ranks)
+        report = on_rank_0(measure, ranks)
         if ranks is not None:
 
             def write() -> None:
-                for source in found["rows"]:
+                for source in report["rows"]:
                     keep(source["kernel"], {k: v for k, v in source.items() if k != "kernel"})
 
             writes = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a machine; rank 0 has done it already
             on_all_ranks(write if writes and torch.distributed.get_rank(ranks) else lambda: None, ranks)
-            found["digest"] = expect_consistent(tunables, device, ranks)
-    return found
+            report["digest"] = expect_consistent(tunables, device, ranks)
+    return report
 
 
 def _here() -> Device:
@@ -82,20 +82,20 @@ def _here() -> Device:
 
 
 def _by_importance(tunables: list[Tunable]) -> Iterator[tuple[Tunable, Any]]:
-    """The first of each kernel, the second of each, …"""
+    """Yield the first shape of each kernel, the second of each, …"""
     for some in zip_longest(*([(t, s) for s in _shapes_of(t)] for t in tunables)):
         yield from (pair for pair in some if pair)
 
 
 def _shapes_of(tunable: Tunable) -> list[Any]:
-    """Two layers after the other, as they are shipped: MM1's first; of each the usual number of rows first."""
+    """Return a kernel's shapes, two layers after the other: MM1's first; of each the usual number of rows first."""
     shapes = list(KERNELS[tunable.kernel].shapes())
     rank = {key: i for i, key in enumerate(dict.fromkeys(s[1:] for s in shapes))}
     return sorted(shapes, key=lambda s: (rank[s[1:]] // 2, abs(log2(s[0] / USUAL)), rank[s[1:]]))
 
 
 class _Session:
-    """What stays the same from shape to shape: the device, the log, the processes."""
+    """Holds what stays the same from shape to shape: the device, the log, the processes."""
 
     def __init__(self, device: Device, bits: int, log: Path | None, processes: int):
         self.device, self.bits, self.dtype = device, bits, DTYPES[bits]
@@ -119,8 +119,8 @@ class _Session:
     def stopped(self) -> bool:
         return bool(self.signals)
 
-    def known(self, tunable: Tunable, shape: Any) -> dict[str, Any]:
-        """What events of the log have in common that an earlier run may have written."""
+    def fields(self, tunable: Tunable, shape: Any) -> dict[str, Any]:
+        """Return what all events of a shape have in common in the log, also those that an earlier run has written."""
         return {"device": self.device.name, "kernel": tunable.kernel, "shape": list(shape), "bits": self.bits,
                 "versions": versions()}  # fmt: skip
 
@@ -133,14 +133,14 @@ class _Session:
         if self.compiles:
             self.compilers.start()
         for i, (tunable, shape) in enumerate(wanted):
-            left = end - time.monotonic()
-            if earlier := self.log.of("result", **self.known(tunable, shape)):
+            remaining = end - time.monotonic()
+            if earlier := self.log.of("result", **self.fields(tunable, shape)):
                 source = earlier[-1]["row"]
-            elif left <= 0 or self.stopped():
+            elif remaining <= 0 or self.stopped():
                 break
             else:
                 try:
-                    source = self.shape(tunable, shape, min(left, max(LEAST, left / (len(wanted) - i))))
+                    source = self.shape(tunable, shape, min(remaining, max(LEAST, remaining / (len(wanted) - i))))
                 except _Unfit as unfit:
                     source = self.failed(tunable, shape, *unfit.args)
                 done += 1
@@ -154,19 +154,19 @@ class _Session:
                 "stopped": self.stopped()}  # fmt: skip
 
     def shape(self, tunable: Tunable, shape: Any, budget: float) -> dict[str, Any] | None:
-        """The row that the search ends with, if it ends with one."""
+        """Search one shape for so many seconds; return the row that it ends with, if it ends with one."""
         at = tunable, shape, self.dtype, self.device
         begin, default = time.monotonic(), tunable.default(shape, self.dtype, self.device)
         incumbent = next(a.config for a in chain(*at) if a.config is not None)
-        known, self.seen = self.known(tunable, shape), set()
-        refused = {json.dumps(e["config"]) for e in self.log.of("refused", **known)}
+        fields, self.seen = self.fields(tunable, shape), set()
+        refused = {json.dumps(e["config"]) for e in self.log.of("refused", **fields)}
         some = dict.fromkeys([incumbent, *ranked(*at, CANDIDATES), *strays(*at, STRAYS)])
         some = [c for c in some if c != default and json.dumps(vars(c)) not in refused]
         codes = self.compiled(tunable, shape, [default, *some], begin + 0.3 * budget)
         # Where the default fails, for want of memory perhaps, no other is to blame, and a later run tries again.
-        (found,) = self.samples(tunable, shape, [default], 0)
-        if isinstance(found, Failed):
-            return self.failed(tunable, shape, found)
+        (first,) = self.samples(tunable, shape, [default], 0)
+        if isinstance(first, Failed):
+            return self.failed(tunable, shape, first)
         wanted, some, judged = [c for c in some if c not in self.seen], [], 0
         for config in (c for c in wanted if c in codes):
             if time.monotonic() >= begin + 0.6 * budget or self.stopped():
@@ -192,83 +192,87 @@ class _Session:
                 **facts, versions=versions(), gpu=_brief(state),
             )  # fmt: skip
         if result.ended != "stopped" and judged >= min(ENOUGH, len(wanted)):
-            self.log.add("result", **known, row=source, tried=result.tried, gpu=state)
+            self.log.add("result", **fields, row=source, tried=result.tried, gpu=state)
         return source
 
     def failed(self, tunable: Tunable, shape: Any, why: Failed) -> None:
         print(f"{tunable.kernel} {short(shape)}: the default fails: {why.why}", flush=True)
-        self.log.add("failed", **self.known(tunable, shape), why=why.why)
+        self.log.add("failed", **self.fields(tunable, shape), why=why.why)
 
     def compiled(self, tunable: Tunable, shape: Any, configs: list[Any], end: float) -> dict[Any, Any]:
-        """By configuration what it compiles to, of those whose code is sound and was there in time."""
+        """Compile configurations; return by configuration the code of those where it is sound and was there in time."""
         if not self.compiles:
             return dict.fromkeys(configs)
         codes = {}
         results = self.compilers.each(
             Task(tunable.kernel, tuple(shape), c, self.bits, self.device.name) for c in configs
         )
-        for task, found in results:
-            if why := fault(task, found):
-                failed = found if isinstance(found, Failed) else Failed(why)
+        for task, code in results:
+            if why := fault(task, code):
+                failed = code if isinstance(code, Failed) else Failed(why)
                 self.refuse(tunable, shape, task.config, failed)
             else:
-                codes[task.config] = found
+                codes[task.config] = code
             if time.monotonic() > end or self.stopped():
                 results.close()
         return codes
 
     def samples(self, tunable: Tunable, shape: Any, configs: list[Any], count: int) -> list[Any]:
-        """Seconds of so many runs of each, in turns. If that fails, each runs alone, and only the culprit is lost."""
-        found = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, tuple(configs), count))
-        if isinstance(found, Failed) and len(configs) > 1:
+        """Return seconds of so many runs of each, in turns. If that fails each runs alone: only the culprit is lost."""
+        results = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, tuple(configs), count))
+        if isinstance(results, Failed) and len(configs) > 1:
             return [self.samples(tunable, shape, [config], count)[0] for config in configs]
-        if isinstance(found, Failed):
-            found = [self.alone(tunable, shape, configs[0], count, found)]
-        for config, result in zip(configs, found):
+        if isinstance(results, Failed):
+            results = [self.alone(tunable, shape, configs[0], count, results)]
+        for config, result in zip(configs, results):
             if isinstance(result, Failed):
                 if config != tunable.default(shape, self.dtype, self.device):
                     self.refuse(tunable, shape, config, result)
             elif result:
                 self.seen.add(config)
-                known = {**self.known(tunable, shape), "config": vars(config)}
-                self.log.add("samples", **known, seconds=[round(s, 9) for s in result])
-        return found
+                fields = {**self.fields(tunable, shape), "config": vars(config)}
+                self.log.add("samples", **fields, seconds=[round(s, 9) for s in result])
+        return results
 
     def alone(self, tunable: Tunable, shape: Any, config: Any, count: int, failed: Failed) -> Any:
-        """What a configuration gives that failed, in a process where nothing was before it, if that may make a
-        difference. Raises _Unfit where the default fails there too: then no configuration is to blame."""
+        """Return what a configuration that failed gives in a process of its own, if that may make a difference.
+
+        What took longer than the limit is not tried again: each time would cost as much. Raises _Unfit where the
+        default fails in a new process too: then no configuration is to blame.
+        """
         if failed.kind == "task":
             return failed
 
         def fresh(config: Any, count: int) -> Any:
             self.trials.close()
             self.trials.start()  # whose time is not the trial's
-            found = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, (config,), count))
-            return found if isinstance(found, Failed) else found[0]
+            result = self.trials.one(Trial(tunable.kernel, tuple(shape), self.bits, (config,), count))
+            return result if isinstance(result, Failed) else result[0]
 
-        found, default = fresh(config, count), tunable.default(shape, self.dtype, self.device)
-        if isinstance(found, Failed) and found.kind == "process" and config != default:
+        result = failed if failed.kind == "time" else fresh(config, count)
+        default = tunable.default(shape, self.dtype, self.device)
+        if isinstance(result, Failed) and result.kind in ("process", "time") and config != default:
             control = fresh(default, 0)
             if isinstance(control, Failed):
                 raise _Unfit(control)
-        return found
+        return result
 
     def refuse(self, tunable: Tunable, shape: Any, config: Any, failed: Failed) -> None:
-        """For good, but for want of memory, of which there may be more another time."""
-        known = {**self.known(tunable, shape), "config": vars(config), "why": failed.why}
+        """Never try it again; but after want of memory do, as there may be more another time."""
+        fields = {**self.fields(tunable, shape), "config": vars(config), "why": failed.why}
         if failed.kind == "memory":
-            self.log.add("failed", **known)
+            self.log.add("failed", **fields)
         else:
             self.seen.add(config)
-            self.log.add("refused", **known)
+            self.log.add("refused", **fields)
 
 
 class _Unfit(Exception):
-    """The default, which ran before, does not run in a new process any more: it is the GPU that fails."""
+    """Says that the default, which ran before, does not run in a new process any more: it is the GPU that fails."""
 
 
 def _brief(state: dict[str, Any]) -> dict[str, Any]:
-    """What a row keeps of the GPU's state."""
+    """Return what a row keeps of the GPU's state."""
     after = {name: state["after"].get(name) for name in ("sm_mhz", "memory_mhz", "power_w", "celsius", "driver")}
     return {name: value for name, value in {**after, "throttled": state["throttled"]}.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""Processes that may crash or hang: what they were at is lost, and nothing else."""
+"""Runs tasks in processes that may crash or hang: their task is lost then, and nothing else."""
 
 import contextlib
 import multiprocessing
@@ -16,10 +16,11 @@ MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED", re.I)
 
 
 class Failed(NamedTuple):
-    """A task that has no result.
+    """Says why a task has no result.
 
     kind: "task": it raised an exception of its own; "process": it ended its process, or left it unfit for another task,
-    as an error of the GPU does, whose cause may be an earlier task; "memory": there was too little.
+    as an error of the GPU does, whose cause may be an earlier task; "memory": there was too little; "time": it took
+    longer than the limit.
     """
 
     why: str
@@ -32,10 +33,10 @@ class _Worker(NamedTuple):
 
 
 class Workers:
-    """A few spawned processes that apply one function of a module; each starts at its first task.
+    """Applies one function of a module in a few spawned processes; each starts at its first task.
 
     limit: seconds a task may take. A process that takes longer, dies or is left unfit (see Failed) is killed with what
-    it started, and another takes its place. A task's exception is its result.
+    it started (on Windows without), and another takes its place. A task's exception is its result.
     """
 
     def __init__(self, function: Callable[[Any], Any], count: int, limit: float):
@@ -45,7 +46,7 @@ class Workers:
         self._idle: list[_Worker | None] = [None] * count
 
     def each(self, tasks: Iterable[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """(task, result or Failed), as they come; a result is taken before the next task is."""
+        """Yield (task, result or Failed) as they come; a result is taken before the next task is."""
         busy: dict[Connection, tuple[_Worker, Any, float]] = {}
         tasks = iter(tasks)
         try:
@@ -61,7 +62,7 @@ class Workers:
                 for pipe in [*ready, *late]:
                     worker, task, _ = busy.pop(pipe)
                     late_why = f"took longer than {self.limit:g} s"
-                    result = Failed(late_why, "process") if pipe in late else _received(worker)
+                    result = Failed(late_why, "time") if pipe in late else _received(worker)
                     unfit = isinstance(result, Failed) and result.kind != "task"
                     if unfit or not worker.process.is_alive():
                         _kill(worker)
@@ -81,7 +82,7 @@ class Workers:
         self.close()
 
     def start(self) -> None:
-        """All processes, and wait until they are up: each is given nothing to do, which its function may not like."""
+        """Start all processes and wait until they are up: each gets None to do, which its function may not like."""
         for _ in self.each([None] * len(self._idle)):
             pass
 
@@ -95,7 +96,7 @@ class Workers:
             self._idle[i] = None
 
     def _sent(self, worker: _Worker | None, task: Any) -> _Worker:
-        """The process that has the task now: another one, if this died while it had nothing to do."""
+        """Return the process that has the task now: another one, if this died while it had nothing to do."""
         if worker and not worker.process.is_alive():
             _kill(worker)
             worker = None
@@ -121,11 +122,13 @@ def _received(worker: _Worker) -> Any:
         worker.process.join(5)
         status = worker.process.exitcode
         # Linux kills the largest process where memory is short; nothing that a task does to itself has this status.
-        return Failed(f"the process died with status {status}", "memory" if status == -signal.SIGKILL else "process")
+        killed = hasattr(signal, "SIGKILL") and status == -signal.SIGKILL
+        return Failed(f"the process died with status {status}", "memory" if killed else "process")
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
-    os.setsid()  # so that what a task starts can be killed with it
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that what a task starts can be killed with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     while True:
         try:
@@ -157,7 +160,7 @@ def kind_of(error: BaseException) -> str:
 def _kill(worker: _Worker) -> None:
     try:
         os.killpg(worker.process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # gone, or not its own group's leader yet
+    except (AttributeError, ProcessLookupError, PermissionError):  # Windows; gone, or not its own group's leader yet
         worker.process.kill()
     worker.process.join()
     worker.pipe.close()

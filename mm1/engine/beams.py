@@ -61,7 +61,7 @@ class Beams:
         return self.finished[0][1] if self.finished else self.live[0]
 
     def advance(self, logprobs: np.ndarray, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """Take the next step; returns pages to copy, from and to.
+        """Take the next step; return the pages to copy, each with the page that it is copied to.
 
         logprobs, tokens [live, ≥ 2 · num_beams]: of the likeliest next tokens of each live beam, likeliest first.
         """

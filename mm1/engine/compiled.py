@@ -1,7 +1,8 @@
-"""A C++ source, compiled for this machine when it is first wanted, and kept in the user's cache.
+"""Compiles a C++ source for this machine when it is first wanted, and keeps it in the user's cache.
 
 What is loaded runs as the user, so nothing is loaded that anyone else could have written: neither folder nor file may
-belong to, or be writable by, another. A file ends in the SHA-256 of its key and of all before that, because to load one
+belong to, or be writable by, another. A folder of the user's own that only a group may write, as a umask of 002 makes
+it, is closed to the group. A file ends in the SHA-256 of its key and of all before that, because to load one
 that is cut short may end the process (SIGBUS). Where the cache cannot be used, the code is compiled for this process
 alone, in a private folder that is removed once it is loaded.
 """
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class CannotCompile(Exception):
-    """In one line."""
+    """Says in one line why a source cannot be compiled."""
 
 
 def compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: Callable[[], Path]) -> ctypes.CDLL:
@@ -38,6 +39,7 @@ def compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: 
     try:
         place = folder()
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _close_to_group(place)
         _expect_private(place)
         path = place / f"{key.hex()[:24]}.so"
     except (OSError, RuntimeError) as error:
@@ -63,6 +65,7 @@ def compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: 
 
 
 def version_of(compiler: list[str]) -> str:
+    """Return what a compiler says of its version. Raises CannotCompile."""
     return _run([*compiler, "--version"])
 
 
@@ -77,7 +80,7 @@ def processor() -> str:
 
 
 def _loaded(path: Path, key: bytes) -> ctypes.CDLL | None:
-    """None if it is not there, is not ours alone, is not whole or does not fit this machine."""
+    """Return the library; None if it is not there, is not ours alone, is not whole or does not fit this machine."""
     try:
         _expect_private(path)
         data = path.read_bytes()
@@ -87,17 +90,25 @@ def _loaded(path: Path, key: bytes) -> ctypes.CDLL | None:
         return None
 
 
+def _close_to_group(place: Path) -> None:
+    """Take the group's right to write from a folder of the user's own; each file in it is checked as it is loaded."""
+    status = place.stat()
+    shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP
+    if shared and status.st_uid == os.geteuid():
+        place.chmod(0o700)
+
+
 def _expect_private(path: Path) -> None:
-    """Raises OSError if somebody else owns it or may write it; a link counts as what it leads to."""
-    found = path.stat()
-    if found.st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    """Raise OSError if somebody else owns it or may write it; a link counts as what it leads to."""
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"others may write {path}: chmod go-w {path}")
 
 
 def _keep(data: bytes, path: Path, key: bytes) -> None:
-    """All of it or nothing, whoever else keeps the same. Raises OSError."""
+    """Write all of it or nothing, whoever else writes the same. Raises OSError."""
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".part")  # for this user alone
     try:
         with open(number, "wb") as file:
@@ -108,7 +119,10 @@ def _keep(data: bytes, path: Path, key: bytes) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """What a compiler prints. Raises CannotCompile if it fails or takes too long, and is killed with its children."""
+    """Run a compiler and return what it prints.
+
+    Raises CannotCompile if it fails or takes too long; then it is killed with its children.
+    """
     with tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(

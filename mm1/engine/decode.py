@@ -48,13 +48,15 @@ class _Model(ctypes.Structure):
 @cache
 def library() -> "ctypes.CDLL | None":
     """The compiled code, from the user's cache if it was compiled before; None, with a warning, where it cannot be."""
-    names = ("c++", "g++", "clang++") if os.name == "posix" else ()
-    found = next(filter(None, map(shutil.which, names)), None)
     try:
-        compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
-        if compiler:
-            return compiled(SOURCE, compiler, FLAGS, lambda: cache_folder().parent / "native")
-        why = "no C++ compiler found"
+        if os.name != "posix":  # the flags are those of POSIX compilers, whatever CXX says
+            why = f"{SOURCE.name} is compiled on POSIX systems alone"
+        else:
+            usual = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+            compiler = shlex.split(os.environ.get("CXX", "")) or ([usual] if usual else [])
+            if compiler:
+                return compiled(SOURCE, compiler, FLAGS, lambda: cache_folder().parent / "native")
+            why = "no C++ compiler found"
     except (CannotCompile, OSError, ValueError) as error:  # ValueError: CXX has an open quotation mark
         why = f"cannot compile {SOURCE.name}: {error}"
     warnings.warn(f"{why}; each token is decoded by many calls of torch in place of one", stacklevel=2)

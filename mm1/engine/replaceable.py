@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Replaceable(nn.Module):
-    """Copies and pickles have the class's own forward, as torch does it with what Module.compile made.
+    """Gives copies and pickles the class's own forward, as torch does it with what Module.compile made.
 
     A replaced one is a closure over this module: it cannot be pickled, and in a copy it would compute with the weights
     of the original.

@@ -1,4 +1,4 @@
-"""A request of the Engine: its prompt, its pages, and what has come of it."""
+"""A request of the Engine: its prompt, its pages, and the tokens that it has so far."""
 
 import random
 
@@ -13,7 +13,7 @@ from mm1.kernels.dispatch import cdiv
 
 
 class Request:
-    """A prompt and what comes of it.
+    """Holds a prompt, its pages and the new tokens.
 
     finish: None while it runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text or its prompt
     raised.
@@ -39,7 +39,7 @@ class Request:
 
     @property
     def room(self) -> int:
-        """Pages, also for all that is to come."""
+        """Return how many pages it needs, with those for all that is to come."""
         rows = len(self.document.tokens)
         return cdiv(rows, PAGE) if self.scored else pages_of(rows, self.sampling)
 
@@ -68,6 +68,6 @@ class Request:
 
 
 def drawn(request: Request) -> Draw:
-    """Of its next token."""
+    """Return how the next token of a request is drawn."""
     how = request.sampling
     return Draw(how.temperature, how.top_p, how.top_k, request.random.random() if request.random else 0.0)

@@ -1,6 +1,5 @@
 """Which token comes next."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -9,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mm1.engine.data.record import DataError
+
+STEEPEST = 10  # the largest |length_penalty|: a length to its power is a finite number, and no score is rounded to zero
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Sampling:
     (Keskar et al. 2019, CTRL). It ends at end-of-text, before the first of `stop`, or after max_tokens.
 
     num_beams > 1: the text of the best score that beam search finds (beams.py); the score is the sum of the tokens'
-    log-probabilities over length^length_penalty, so that above 0 favours long texts and below 0 short ones.
+    log-probabilities over length^length_penalty, so that above 0 favours long texts and below 0 short ones; it is from
+    -10 to 10.
     early_stopping: when the search ends, as in transformers: False, True or "never".
     """
 
@@ -41,7 +43,7 @@ class Sampling:
             "max_tokens": (self.max_tokens >= 1, "≥ 1"), "temperature": (self.temperature >= 0, "≥ 0"),
             "top_p": (0 < self.top_p <= 1, "(0, 1]"), "top_k": (self.top_k >= 0, "≥ 0"),
             "repetition_penalty": (self.repetition_penalty > 0, "> 0"), "num_beams": (self.num_beams >= 1, "≥ 1"),
-            "length_penalty": (math.isfinite(self.length_penalty), "a finite number"),
+            "length_penalty": (abs(self.length_penalty) <= STEEPEST, f"-{STEEPEST} to {STEEPEST}"),
             "early_stopping": (self.early_stopping in (False, True, "never"), 'False, True or "never"'),
         }  # fmt: skip
         for name, (good, expected) in fits.items():

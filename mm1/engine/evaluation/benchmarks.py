@@ -26,7 +26,9 @@ KINDS = {"cider": "captions", "vqa": "questions and answers", "choice": "multipl
 
 @dataclass(frozen=True)
 class Benchmark:
-    """files: patterns of names, `{split}` in them, alternatives apart by |; of a test split only the first is needed.
+    """Says which files a benchmark has, what it asks and how it is scored.
+
+    files: patterns of names, `{split}` in them, alternatives apart by |; of a test split only the first is needed.
 
     key, text: fields of a submission; without text it is one object of keys and answers. stop, max_tokens: of
     decoding. pool: the split that shots are drawn from; None: its own. many: each pattern may stand for several files.
@@ -59,10 +61,10 @@ class Benchmark:
 
     def shot(self, sample: Sample, images: "Sequence[Image.Image]") -> Shot:
         """Show the first of its references, as OpenFlamingo does."""
-        said = sample.references[0]
+        answer = sample.references[0]
         if sample.options and not self.lettered:
-            said = sample.options[LETTERS.index(said)]
-        return Shot(tuple(self.query(sample, images)), said)
+            answer = sample.options[LETTERS.index(answer)]
+        return Shot(tuple(self.query(sample, images)), answer)
 
     def continuations(self, sample: Sample) -> list[str]:
         """Return what the model chooses from, each as it stands behind the query; none where it is to write."""
@@ -75,8 +77,8 @@ class Benchmark:
     def scores(self, samples: Sequence[Sample], predictions: Mapping[Key, str]) -> list[float]:
         """Return each sample's score, 0 to 100 (CIDEr-D: 0 to 1000, with the document frequencies of all samples)."""
         if self.metric == "cider":
-            _, found = cider({s.key: predictions[s.key] for s in samples}, {s.key: s.references for s in samples})
-            return [100 * found[sample.key] for sample in samples]
+            _, scores = cider({s.key: predictions[s.key] for s in samples}, {s.key: s.references for s in samples})
+            return [100 * scores[sample.key] for sample in samples]
         return [100 * self.score(sample, predictions[sample.key]) for sample in samples]
 
     def score(self, sample: Sample, prediction: str) -> float:
@@ -117,10 +119,13 @@ def benchmark(name: str) -> Benchmark:
 
 
 def find(name: str, paths: Sequence[Path], split: str) -> list[Path]:
-    """The files of a split: those given, or of a folder those that have the benchmark's names. Raises DataError."""
+    """Return the files of a split: those given, or those of a folder that have the benchmark's names.
+
+    Raises DataError.
+    """
     if len(paths) != 1 or not paths[0].is_dir():
         return list(paths)
-    found: list[Path] = []
+    files: list[Path] = []
     b = benchmark(name)
     for number, pattern in enumerate(b.files):
         wanted = pattern.format(split=split)
@@ -129,12 +134,12 @@ def find(name: str, paths: Sequence[Path], split: str) -> list[Path]:
             raise DataError(f"{paths[0]} holds {len(matches)} files {wanted}, expected one: name the files")
         if not matches and not (number and split.startswith("test")):
             raise DataError(f"{paths[0]} holds no file {wanted}")
-        found += [m for m in matches if m not in found]
-    return found
+        files += [m for m in matches if m not in files]
+    return files
 
 
 def read(name: str, files: Sequence[Path], images: "Images", split: str) -> list[Sample]:
-    """Samples of a split, in the order of the files. Raises DataError for a file that is not as it should be."""
+    """Return a split's samples, in the order of the files. Raises DataError for a file that is not as it should be."""
     samples = _samples(name, files, images, split)
     if not samples:
         raise DataError(f"{files[0]}: no samples of split {split!r}")
@@ -144,7 +149,7 @@ def read(name: str, files: Sequence[Path], images: "Images", split: str) -> list
 def read_pool(
     name: str, data: Sequence[Path], given: Sequence[Path], images: "Images", samples: list[Sample]
 ) -> list[Sample]:
-    """What shots are drawn from: the training split in `given`, or in `data` if it is there, or else `samples`."""
+    """Return what shots are drawn from: the training split in `given` or else in `data`, or else `samples`."""
     b = benchmark(name)
     split = b.pool or b.split
     if given:
@@ -167,9 +172,9 @@ def _samples(name: str, files: Sequence[Path], images: "Images", split: str) -> 
     samples = form.read(loaded, images, split)
     wanted = [path for sample in samples for path in sample.images if isinstance(path, Path)]
     if wanted and not any(path.is_file() for path in wanted):
-        held = f"{len(images.paths)} files, such as {next(iter(images.paths))}" if images.paths else "no files"
+        content = f"{len(images.paths)} files, such as {next(iter(images.paths))}" if images.paths else "no files"
         raise DataError(
-            f"{files[0]}: 0 of {len(wanted)} images are in {images.folder}: no {wanted[0].name}; it holds {held}"
+            f"{files[0]}: 0 of {len(wanted)} images are in {images.folder}: no {wanted[0].name}; it holds {content}"
         )
     twice = len(samples) - len({sample.key for sample in samples})
     if twice:
@@ -178,7 +183,7 @@ def _samples(name: str, files: Sequence[Path], images: "Images", split: str) -> 
 
 
 def submission(name: str, predictions: dict[Key, str]) -> list[dict[str, Key]] | dict[Key, str]:
-    """As the benchmark's evaluation server takes it."""
+    """Return predictions as the benchmark's evaluation server takes them."""
     b = benchmark(name)
     if not b.text:
         return predictions

@@ -27,7 +27,7 @@ def interval(
 
 
 def _means(scores: np.ndarray, resamples: int, draw: np.random.Generator) -> np.ndarray:
-    """Means of resampled scores, float64 [resamples]."""
+    """Return the means of resampled scores, float64 [resamples]."""
     values, counts = np.unique(scores, return_counts=True)
     if len(values) <= FEW:  # how often each value comes is multinomial
         return draw.multinomial(len(scores), counts / len(scores), size=resamples) @ values / len(scores)

@@ -1,6 +1,7 @@
-"""Files of multiple-choice benchmarks, as they are published, to samples; and how MMMU scores what it asks openly."""
+"""Reads multiple-choice benchmarks, as they are published; and scores what MMMU asks openly."""
 
 import ast
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -8,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from mm1.engine.data.record import DataError
-from mm1.engine.evaluation.samples import Form, Images, Loaded, Picture, Sample, expect_match, field, rows_at
+from mm1.engine.evaluation.samples import (
+    Embedded,
+    Form,
+    Images,
+    Loaded,
+    Picture,
+    Sample,
+    expect_match,
+    field,
+    optional,
+    rows_at,
+)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -28,8 +40,8 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """ScienceQA: problems.json {id: {"question", "choices", "answer": number, "hint", "image", "subject", "grade"}} and
-    pid_splits.json {split: [id]}; images are SPLIT/ID/image.png.
+    """Read ScienceQA: problems.json {id: {"question", "choices", "answer": number, "hint", "image", "subject",
+    "grade"}} and pid_splits.json {split: [id]}; images are SPLIT/ID/image.png.
 
     Groups are those of its table: subjects, context of text, of an image, none, and grades.
     """
@@ -37,6 +49,9 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     if split not in splits:
         raise DataError(f"{splits_file}: no split {split!r}, expected one of {', '.join(splits)}")
     file, rows = problems
+    for i, key in enumerate(splits[split]):
+        if isinstance(key, bool) or not isinstance(key, (int, str)):
+            raise DataError(f"{splits_file}: id {i} of split {split} is {json.dumps(key)[:60]}, expected a string")
     expect_match(splits_file, f"ids of split {split}", splits[split], f"problems of {file.name}", rows)
     missing = [key for key in splits[split] if key not in rows]
     if missing:
@@ -48,14 +63,16 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     for key in (key for key in splits[split] if key in rows):
         row = rows[key]
         text, hint = field(file, row, "question", str, key), field(file, row, "hint", str, key)
-        name = row.get("image")
-        path = images.at(f"{row.get('split', split)}/{key}/{name}") if name else None  # all are named image.png
+        name = optional(file, row, "image", str, key)
+        place = optional(file, row, "split", str, key) or split
+        path = images.at(f"{place}/{key}/{name}") if name else None  # all are named image.png
         grade = int(re.sub(r"\D", "", field(file, row, "grade", str, key)) or 0)
         contexts = ["TXT"] * bool(hint) + ["IMG"] * bool(name) or ["NO"]
-        groups = (SUBJECTS.get(row.get("subject"), "other"), *contexts, "G1-6" if grade <= 6 else "G7-12")
+        subject = optional(file, row, "subject", str, key)
+        groups = (SUBJECTS.get(subject or "", "other"), *contexts, "G1-6" if grade <= 6 else "G7-12")
         options = tuple(field(file, row, "choices", list, key))
-        number = row.get("answer")
-        right = () if number is None else (_letter(file, key, field(file, row, "answer", int, key), options),)
+        number = optional(file, row, "answer", int, key)
+        right = () if number is None else (_letter(file, key, number, options),)
         samples.append(Sample(key, path, text + (f"\nContext: {hint}" if hint else ""), right, options, groups))
     return samples
 
@@ -83,19 +100,24 @@ def _science_fits(loaded: Loaded) -> bool:
 
 
 def _seed(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """SEED-Bench: {"questions": [{"question_id", "question", "choice_a" … "choice_d", "answer", "data_id", "data_type",
-    "question_type_id"}], "question_type": {name: id}}. Its splits are its types of data, of which images are read."""
+    """Read SEED-Bench: {"questions": [{"question_id", "question", "choice_a" … "choice_d", "answer", "data_id",
+    "data_type", "question_type_id"}], "question_type": {name: id}}.
+
+    Its splits are its types of data, of which images are read.
+    """
     if split != "image":
         raise DataError(f"seed: no split {split!r}, expected image: videos are not read")
     samples = []
     for file, data in loaded:
-        names = {number: name for name, number in (data.get("question_type") or {}).items()}
+        types = optional(file, data, "question_type", dict) or {}
+        names = {field(file, types, name, (int, str), "question_type"): name for name in types}
         for row in field(file, data, "questions", list):
             key = field(file, row, "question_id", (int, str))
-            if row.get("data_type", "image") != "image":
+            if optional(file, row, "data_type", str, key) not in (None, "image"):
                 continue
             options = tuple(field(file, row, f"choice_{letter}", str, key) for letter in "abcd")
-            name, number = field(file, row, "data_id", str, key), row.get("question_type_id")
+            name = field(file, row, "data_id", str, key)
+            number = optional(file, row, "question_type_id", (int, str), key)
             right = _right(file, key, row.get("answer"), options)
             path = images.find(name, f"{name}.jpg", f"{name}.png")
             group = (str(names.get(number, number)),)
@@ -104,8 +126,8 @@ def _seed(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """MMMU: rows {"id": "validation_Subject_1", "question", "options": "['…', …]", "answer", "question_type", "image_1"
-    … "image_7"}; `<image 1>` in texts marks images, which are names of files in JSON.
+    """Read MMMU: rows {"id": "validation_Subject_1", "question", "options": "['…', …]", "answer", "question_type",
+    "image_1" … "image_7"}; `<image 1>` in texts marks images, which are names of files in JSON.
 
     Groups are its subjects and disciplines. Open questions have no options; their answer is a text, or a list as text.
     """
@@ -119,14 +141,14 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
                 raise DataError(f"{file}: {key}: {len(options)} options of a question that is {row['question_type']}")
             text = field(file, row, "question", str, key)
             marked = [int(n) for part in (text, *options) for n in MARK.findall(part)]
-            there = [n for n in range(1, 8) if row.get(f"image_{n}")]
-            shown = [n for n in there if n not in marked] + marked
+            columns = [n for n in range(1, 8) if row.get(f"image_{n}")]
+            shown = [n for n in columns if n not in marked] + marked
             pictures = [_picture(file, row, f"image_{n}", key, images) for n in shown]
             answer = row.get("answer")
             if open_ended:
                 several = isinstance(answer, list) or str(answer).startswith("[")
-                given = _strings(file, row, "answer", key) if several else [field(file, row, "answer", str, key)]
-                right = () if given in ([""], ["?"]) else tuple(given)
+                answers = _strings(file, row, "answer", key) if several else [field(file, row, "answer", str, key)]
+                right = () if answers in ([""], ["?"]) else tuple(answers)
             else:
                 right = _right(file, key, answer, options)
             subject = (re.fullmatch(r"[a-z]+_(.+)_\d+", key) or ["", "other"])[1]
@@ -154,8 +176,8 @@ def _strings(file: Path, row: Any, name: str, key: str) -> list[str]:
 
 
 def _picture(file: Path, row: Any, column: str, key: str, images: Images) -> Picture:
-    value = row.get(column)
-    if value is None:
+    value = optional(file, row, column, (str, Embedded), key)
+    if not value:
         raise DataError(f"{file}: {key}: no {column}, which its texts mark")
     return images.find(value) if isinstance(value, str) else value
 
@@ -181,10 +203,10 @@ def open_match(prediction: str, answers: Sequence[str]) -> bool:
 
     Numbers are equal to two places; other answers are part of the text, in any case, single letters with a space.
     """
-    said = {*_normal(prediction), *(_number(found) for found in NUMBER.findall(prediction))}
-    texts = [part for part in said if isinstance(part, str)]
+    parts = {*_normal(prediction), *map(_number, NUMBER.findall(prediction))}
+    texts = [part for part in parts if isinstance(part, str)]
     wanted = [part for answer in answers for part in _normal(answer)]
-    return any(part in said or (isinstance(part, str) and any(part in text for text in texts)) for part in wanted)
+    return any(part in parts or (isinstance(part, str) and any(part in text for text in texts)) for part in wanted)
 
 
 def _normal(text: str) -> list[str | float]:

@@ -50,19 +50,19 @@ DROPPED = re.compile(r"['`\",:;?!…–—“”]|\.+|-+")
 
 
 def tokenize(text: str) -> list[str]:
-    """As Stanford's PTBTokenizer 3.4.1 with -lowerCase and without punctuation, which coco-caption runs.
+    """Split a text as Stanford's PTBTokenizer 3.4.1 with -lowerCase and without punctuation, which coco-caption runs.
 
     Equal on all 24,019 captions of 4,800 images of COCO's validation set; not on smileys, markup and the like. Brackets
     stay, as -lrb- and so on: coco-caption drops only those in capitals, after all is lower case.
     """
-    found = TOKEN.findall(text.replace("’", "'").replace("‘", "'"))
-    return [WRITTEN.get(token) or token.lower() for token in found if not DROPPED.fullmatch(token)]
+    tokens = TOKEN.findall(text.replace("’", "'").replace("‘", "'"))
+    return [WRITTEN.get(token) or token.lower() for token in tokens if not DROPPED.fullmatch(token)]
 
 
 def cider(
     captions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
 ) -> tuple[float, dict[Hashable, float]]:
-    """Mean and each caption's CIDEr-D, from 0 to 10 (papers print 100 times that). Keys are images.
+    """Return the mean and each caption's CIDEr-D, from 0 to 10 (papers print 100 times that). Keys are images.
 
     Raises DataError if a caption has no references.
     """
@@ -71,14 +71,14 @@ def cider(
         other = f", ids such as {next(iter(references))!r}" if references else ""
         count = f"{len(captions) - len(without)} of {len(captions)} captions"
         raise DataError(f"{count} match the references of {len(references)} images{other}: none of {without[0]!r}")
-    held = {key: [_grams(text) for text in references[key]] for key in captions}
-    documents = Counter(gram for of in held.values() for gram in set().union(*of))
-    log_images = math.log(max(len(held), 1))
+    grams_of = {key: [_grams(text) for text in references[key]] for key in captions}
+    documents = Counter(gram for of in grams_of.values() for gram in set().union(*of))
+    log_images = math.log(max(len(grams_of), 1))
     weight = {gram: log_images - math.log(count) for gram, count in documents.items()}
     scores: dict[Hashable, float] = {}
     for key, text in captions.items():
         caption = _Vector(_grams(text), weight, log_images)
-        pairs = [_similarity(caption, _Vector(grams, weight, log_images)) for grams in held[key]]
+        pairs = [_similarity(caption, _Vector(grams, weight, log_images)) for grams in grams_of[key]]
         scores[key] = 10 * sum(pairs) / len(pairs)
     return sum(scores.values()) / max(len(scores), 1), scores
 
@@ -89,7 +89,7 @@ def _grams(text: str) -> Counter[Gram]:
 
 
 class _Vector:
-    """Weighted n-grams, their norm for each n, and the number of words."""
+    """Holds weighted n-grams, their norm for each n, and the number of words."""
 
     def __init__(self, grams: Counter[Gram], weight: Mapping[Gram, float], unseen: float):
         self.values = {gram: count * weight.get(gram, unseen) for gram, count in grams.items()}

@@ -38,7 +38,7 @@ METRICS = {"cider": "CIDEr", "vqa": "accuracy", "choice": "accuracy"}
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded.
+    """Says how answers are decoded.
 
     num_beams, length_penalty, early_stopping: as in Sampling; OpenFlamingo searches with 3 beams and penalty 0 (its
     first version: -2). normalize: options are compared by the "sum" or the "mean" of their tokens' log-probabilities;
@@ -65,7 +65,7 @@ def samples_of(
     name: str, data: Sequence[Path], images: Path | None = None, split: str | None = None,
     shots_from: Sequence[Path] = (), limit: int | None = None, seed: int = 0,
 ) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
-    """What is evaluated, and what shots are drawn from. limit: at most so many, drawn with `seed`."""
+    """Return the samples to evaluate, and those that shots are drawn from. limit: at most so many, drawn by `seed`."""
     split = split or benchmarks.benchmark(name).split
     if not data:
         raise DataError("no data: expected the benchmark's folder, or its files")
@@ -148,14 +148,14 @@ def evaluate(
             "results": results, "unanswered": left_out, "unreadable_shots": shots_left_out}  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> str:
+def show(report: dict[str, Any]) -> str:
     """Return a table of the results."""
-    metric = METRICS[found["metric"]]
-    seeds = f"seed{'s' * (len(found['seeds']) > 1)} {' '.join(map(str, found['seeds']))}"
-    beams = f", {found['num_beams']} beams, length penalty {found['length_penalty']:g}" * (found["num_beams"] > 1)
-    lines = [f"{found['benchmark']}, shots {found['choose']}, {seeds}{beams}",
+    metric = METRICS[report["metric"]]
+    seeds = f"seed{'s' * (len(report['seeds']) > 1)} {' '.join(map(str, report['seeds']))}"
+    beams = f", {report['num_beams']} beams, length penalty {report['length_penalty']:g}" * (report["num_beams"] > 1)
+    lines = [f"{report['benchmark']}, shots {report['choose']}, {seeds}{beams}",
              f"  shots  {metric:>9}  {'95 % interval':>17}  {'sd':>6}  samples"]  # fmt: skip
-    for row in found["results"]:
+    for row in report["results"]:
         lines.append(_line(f"{row['shots']:>5}", row, row["sd"], row["samples"]))
         if row["unreadable"]:
             lines[-1] += f"  {len(row['unreadable'])} of them unreadable, counted as wrong"
@@ -166,12 +166,12 @@ def show(found: dict[str, Any]) -> str:
             else:
                 lines[-1] += file
         lines += [_line(f"  {name}", of, None, of["samples"]) for name, of in row["groups"].items()]
-    if found["unanswered"]:
-        n, of, key = found["unanswered"].values()
+    if report["unanswered"]:
+        n, of, key = report["unanswered"].values()
         lines.append(f"{n} of {of} samples have no references, such as {key!r}: left out")
-    bad = {why for row in found["results"] for why in row["unreadable"].values()}
+    bad = {why for row in report["results"] for why in row["unreadable"].values()}
     lines += [f"unreadable: {why}" for why in sorted(bad)]
-    lines += [f"no shot, because unreadable: {why}" for why in sorted(found["unreadable_shots"].values())]
+    lines += [f"no shot, because unreadable: {why}" for why in sorted(report["unreadable_shots"].values())]
     return "\n".join(lines)
 
 
@@ -188,8 +188,8 @@ def _engine(
 ) -> Engine:  # fmt: skip
     """Return an Engine whose cache holds `batch` prompts, at least four, of TEXT tokens an image, and the longest."""
     slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
-    most = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
-    images = most * views(prompts.high) + (n + 1 - most) * views(prompts.low)
+    high = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
+    images = high * views(prompts.high) + (n + 1 - high) * views(prompts.low)
     length = images * slots + (n + 1) * TEXT + beams * prompts.benchmark.max_tokens
     many = max((len(sample.images) for sample in samples), default=1)
     text = max((len("".join((sample.question, *sample.options)).encode()) for sample in samples), default=0)  # ≥ tokens
@@ -218,11 +218,11 @@ class _Work:
         engine = self.engine
         coming = deque[tuple[Sample, Future]]()
         running: list[tuple[list[Request], Sample, list[Key]]] = []
-        left = iter(todo)
+        remaining = iter(todo)
         threads = ThreadPoolExecutor(4 if engine.device.type == "cuda" else 1)  # beside all cores they would hinder
         try:
             while True:
-                coming += [(s, threads.submit(ask, s)) for s in islice(left, max(2 * self.batch - len(coming), 0))]
+                coming += [(s, threads.submit(ask, s)) for s in islice(remaining, max(2 * self.batch - len(coming), 0))]
                 if not (coming or running):
                     return
                 while coming and len(engine.waiting) < self.batch and (coming[0][1].done() or not running):
@@ -250,7 +250,7 @@ class _Work:
         return [self.engine.submit_answer(asked.document, tokens) for tokens in asked.continuations]
 
     def _answer(self, sample: Sample, requests: Sequence[Request]) -> tuple[str, dict[str, Any]]:
-        """Return the prediction, and what else is kept of it."""
+        """Return the prediction, and what its row keeps beside it."""
         if not sample.options:
             return self.benchmark.answer(requests[0].text), {}
         sums, counts = ([f(request.logprobs) for request in requests] for f in (sum, len))
@@ -301,7 +301,7 @@ def _mean(scores: np.ndarray) -> dict[str, Any]:
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for sample in samples:
-        found.update(json.dumps([sample.key, sample.question, sample.references, sample.options]).encode())
-    return found.hexdigest()[:16]
+        digest.update(json.dumps([sample.key, sample.question, sample.references, sample.options]).encode())
+    return digest.hexdigest()[:16]

@@ -1,26 +1,24 @@
-"""Files of captions and questions, as they are published, to samples."""
+"""Reads files of captions and questions, as they are published."""
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from mm1.engine.evaluation.samples import Form, Images, Key, Loaded, Sample, expect_match, field, rows_at
+from mm1.engine.evaluation.samples import Form, Images, Key, Loaded, Sample, expect_match, field, optional, rows_at
 
 
 def _answers(file: Path, row: Any, key: object) -> tuple[str, ...]:
-    """Strings, or objects with "answer"; none if there are none."""
-    if row.get("answers") is None:
-        return ()
-    answers = field(file, row, "answers", list, key)
+    """Return the answers, which are strings or objects with "answer"; none where there are none."""
+    answers = optional(file, row, "answers", list, key) or ()
     return tuple(a if isinstance(a, str) else field(file, a, "answer", str, key) for a in answers)
 
 
 def _coco(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """COCO, NoCaps: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    """Read COCO and NoCaps: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     captions: dict[Key, list[str]] = defaultdict(list)
     noted = loaded[0][0]
     for file, data in loaded:
-        for row in data.get("annotations") or []:
+        for row in optional(file, data, "annotations", list) or []:
             key = field(file, row, "image_id", (int, str))
             captions[key].append(field(file, row, "caption", str, key))
             noted = file
@@ -35,7 +33,7 @@ def _coco(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _karpathy(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """Karpathy's: {"images": [{"split", "filepath", "filename", "cocoid", "sentences": [{"raw"}]}]}."""
+    """Read Karpathy's form: {"images": [{"split", "filepath", "filename", "cocoid", "sentences": [{"raw"}]}]}."""
     splits = {"train", "restval"} if split == "train" else {split}
     samples = []
     for file, data in loaded:
@@ -45,46 +43,47 @@ def _karpathy(loaded: Loaded, images: Images, split: str) -> list[Sample]:
                 continue
             sentences = field(file, row, "sentences", list, name)
             texts = tuple(field(file, sentence, "raw", str, name) for sentence in sentences)
-            path = images.find(f"{row['filepath']}/{name}" if row.get("filepath") else name)
-            samples.append(Sample(row.get("cocoid", name), path, "", texts))
+            folder, key = optional(file, row, "filepath", str, name), optional(file, row, "cocoid", (int, str), name)
+            path = images.find(f"{folder}/{name}" if folder else name)
+            samples.append(Sample(name if key is None else key, path, "", texts))
     return samples
 
 
 def _textcaps(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """TextCaps: {"data": [{"image_id", "caption_str"}]}, a row for each caption."""
+    """Read TextCaps: {"data": [{"image_id", "caption_str"}]}, a row for each caption."""
     captions: dict[Key, list[str]] = {}
     for file, data in loaded:
         for row in field(file, data, "data", list):
             key = field(file, row, "image_id", (int, str))
             captions.setdefault(key, [])
-            if row.get("caption_str") is not None:
-                captions[key].append(field(file, row, "caption_str", str, key))
+            text = optional(file, row, "caption_str", str, key)
+            captions[key] += [] if text is None else [text]
     return [Sample(key, images.find(f"{key}.jpg"), "", tuple(texts)) for key, texts in captions.items()]
 
 
 def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """VQAv2, OK-VQA: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations": [{"question_id",
-    "answers": [{"answer"}]}]}."""
+    """Read VQAv2 and OK-VQA: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations":
+    [{"question_id", "answers": [{"answer"}]}]}."""
     answers: dict[Key, tuple[str, ...]] = {}
     noted = loaded[0][0]
     for file, data in loaded:
-        for row in data.get("annotations") or []:
+        for row in optional(file, data, "annotations", list) or []:
             key = field(file, row, "question_id", (int, str))
             answers[key] = _answers(file, row, key)
             noted = file
     samples = []
     for file, data in loaded:
-        for row in data.get("questions") or []:
+        for row in optional(file, data, "questions", list) or []:
             key = field(file, row, "question_id", (int, str))
             image = field(file, row, "image_id", (int, str), key)
-            path = images.of_coco(image, data.get("data_subtype", ""))
+            path = images.of_coco(image, optional(file, data, "data_subtype", str) or "")
             samples.append(Sample(key, path, field(file, row, "question", str, key), answers.get(key, ())))
     expect_match(noted, "annotations", answers, "questions", [sample.key for sample in samples])
     return samples
 
 
 def _textvqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """TextVQA: {"data": [{"question_id", "image_id", "question", "answers": [text]}]}."""
+    """Read TextVQA: {"data": [{"question_id", "image_id", "question", "answers": [text]}]}."""
     samples = []
     for file, data in loaded:
         for row in field(file, data, "data", list):
@@ -95,7 +94,7 @@ def _textvqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _vizwiz(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """VizWiz-VQA: [{"image", "question", "answers": [{"answer"}]}], one question an image."""
+    """Read VizWiz-VQA: [{"image", "question", "answers": [{"answer"}]}], one question an image."""
     samples = []
     for file, data in loaded:
         for row in data:

@@ -1,4 +1,4 @@
-"""A file of predictions that grows as they come, and what is shown meanwhile."""
+"""Keeps predictions in a file as they come, and shows how far it is."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from mm1.engine.evaluation.samples import Key
 
 
 class Log:
-    """Rows by key, in a file that grows as they come."""
+    """Keeps rows by key, in a file that grows as they come."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.rows = path, dict[Key, dict[str, Any]]()
@@ -22,11 +22,11 @@ class Log:
         whole = data[: data.rfind(b"\n") + 1]
         try:
             first, *rows = [json.loads(line) for line in whole.splitlines()] or [{"settings": settings}]
-            held = first["settings"]
+            earlier = first["settings"]
             self.rows = {row["key"]: row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a file of predictions: {error}") from None
-        other = [f"{k} {held.get(k)!r} instead of {v!r}" for k, v in settings.items() if held.get(k) != v]
+        other = [f"{k} {earlier.get(k)!r} instead of {v!r}" for k, v in settings.items() if earlier.get(k) != v]
         if other:
             raise DataError(f"{path} holds predictions by other settings, {', '.join(other)}: choose another folder")
         with path.open("r+b" if data else "wb") as file:
@@ -52,7 +52,7 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 class Counter:
-    """A live bar on a terminal, a line every five seconds elsewhere."""
+    """Shows a live bar on a terminal, a line every five seconds elsewhere."""
 
     def __init__(self, what: str, total: int, done: int, out: TextIO):
         self.what, self.total, self.done, self.begun_with = what, total, done, done
@@ -78,6 +78,6 @@ class Counter:
         elif time.monotonic() - self.printed > 5 or self.done == self.total:
             self.printed = time.monotonic()
             rate = (self.done - self.begun_with) / max(self.printed - self.start, 1e-9)
-            left = (self.total - self.done) / rate
-            line = f"{self.what} {self.done}/{self.total} {rate:.1f}/s left {left:.0f}s"
+            seconds = (self.total - self.done) / rate
+            line = f"{self.what} {self.done}/{self.total} {rate:.1f}/s left {seconds:.0f}s"
             print(line, file=self.console.file, flush=True)

@@ -23,7 +23,7 @@ SPARE = 64  # candidates beyond the shots, for those that cannot be read or are 
 
 @dataclass(frozen=True)
 class How:
-    """How shots are chosen and shown.
+    """Says how shots are chosen and shown.
 
     choose: at random for each query, the same for all, or those whose images are most like its own, one of each image.
     text_shots: zero-shot prompts begin with two shots without their images, as Flamingo's do and MM1's do not. high:
@@ -50,7 +50,7 @@ class Asked(NamedTuple):
 
 
 class Prompts:
-    """Documents of shots and a query. What a shot comes to is kept: it is read, resized and encoded once."""
+    """Makes documents of shots and a query. What a shot comes to is kept: it is read, resized and encoded once."""
 
     def __init__(self, model: MM1, benchmark: Benchmark, pool: Sequence[Sample], how: How, features: Path):
         self.model, self.benchmark, self.pool, self.how, self.features = model, benchmark, pool, how, features
@@ -60,8 +60,8 @@ class Prompts:
         self.candidates: list[int] = []  # shots, by their number in it
         self.near: dict[Picture, list[int]] = {}  # shots like an image, the most alike last
         self.unreadable: dict[Picture, str] = {}  # shots
-        most = CACHED // (views(self.high) * self.high.longest * self.high.patch**2 * 3)
-        self.piece = lru_cache(most)(self._piece)
+        shots = CACHED // (views(self.high) * self.high.longest * self.high.patch**2 * 3)
+        self.piece = lru_cache(shots)(self._piece)
 
     def check(self, n: int, samples: Sequence[Sample]) -> None:
         """Find the shots that are like these samples, if they are to be. Raises DataError if there are not enough."""
@@ -111,7 +111,7 @@ class Prompts:
         return Asked(*continued(tokenizer_of(self.model), document, end, texts), keys)
 
     def _order(self, sample: Sample, n: int, seed: int) -> Sequence[int]:
-        """Of shots, with spare ones behind."""
+        """Return the numbers of the shots to try, with spare ones behind."""
         if not n:
             return []
         if self.how.choose == "similar":
@@ -122,6 +122,7 @@ class Prompts:
         return draw.sample(range(len(self.pool)), min(len(self.pool), n + SPARE))
 
     def _piece(self, i: int, bare: bool, high: bool) -> Piece | None:
+        """Encode a shot; None if an image of it cannot be read."""
         sample = self.pool[i]
         images = []
         for where in sample.images:
@@ -135,12 +136,12 @@ class Prompts:
 
 
 def views(policy: ImagePolicy) -> int:
-    """That an image becomes."""
+    """Return how many views an image becomes."""
     return 1 if policy.parts == 1 else 1 + policy.parts**2
 
 
 def _readable(paths: Iterable[Picture], found: list[Picture], missed: dict[Picture, str]) -> Iterator[Any]:
-    """Images, each once, and where they are."""
+    """Yield the images that can be read, each once, and add where they are to `found`, the others to `missed`."""
     for path in dict.fromkeys(paths):
         try:
             image = picture(path)

@@ -19,7 +19,7 @@ Key = int | str
 
 @dataclass(frozen=True)
 class Embedded:
-    """An image that stands in a parquet file."""
+    """Names an image that stands in a parquet file."""
 
     file: Path
     row: int
@@ -34,7 +34,7 @@ Picture = Path | Embedded
 
 @dataclass(frozen=True)
 class Sample:
-    """One question to a model.
+    """Holds one question to a model.
 
     key: as submissions name it. image: the first one; None: there is none. question: `<image>` marks where an image
     stands; images without a mark stand before the text. references: captions, the answers of ten people, or the letter
@@ -73,7 +73,7 @@ def _column(file: Path, column: str) -> Any:
 
 
 class Images:
-    """Files below a folder, by their names."""
+    """Finds files below a folder by their names."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -84,7 +84,7 @@ class Images:
             self.paths.update((name, Path(parent, name)) for name in names)
 
     def find(self, *names: str) -> Path:
-        """The first of these that is there: as a path below the folder, or anywhere in it by its last part."""
+        """Return the first of these that is there: as a path below the folder, or anywhere in it by its last part."""
         for name in names:
             if "/" in name and (path := self.folder / name).is_file():
                 return path
@@ -129,9 +129,9 @@ def rows_at(of: str | None, first: str = "") -> "Callable[[Loaded], bool]":
 def expect_match(file: Path, what: str, ids: Collection[Key], others: str, other_ids: Collection[Key]) -> None:
     """Raise DataError if there are ids on both sides and none is on both; a match of only some is for the caller."""
     if ids and other_ids and not set(ids) & set(other_ids):
-        here, there = (json.dumps(next(iter(of))) for of in (ids, other_ids))
+        first, other = (json.dumps(next(iter(of))) for of in (ids, other_ids))
         raise DataError(
-            f"{file}: 0 of {len(ids)} {what} match the {len(other_ids)} {others}: ids such as {here} against {there}"
+            f"{file}: 0 of {len(ids)} {what} match the {len(other_ids)} {others}: ids such as {first} against {other}"
         )
 
 
@@ -151,17 +151,23 @@ def load(file: Path) -> Any:
 
 
 def field(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
-    """Of a row; raises DataError that names file and key."""
+    """Return a row's value of this name. Raises DataError that names file and key; true and false are no numbers."""
     value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         where = f"{file}: " + ("" if key is None else f"{key}: ")
-        raise DataError(f"{where}{name} is {json.dumps(value, default=str)[:60]}, expected {kinds}")
+        expected = " or ".join(k.__name__ for k in kinds)
+        raise DataError(f"{where}{name} is {json.dumps(value, default=str)[:60]}, expected {expected}")
     return value
 
 
+def optional(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
+    """Return a row's value as `field` does, or None where there is none."""
+    return None if isinstance(row, dict) and row.get(name) is None else field(file, row, name, kind, key)
+
+
 def _parquet(file: Path) -> list[dict[str, Any]]:
-    """Rows of a parquet file, each image as an Embedded."""
+    """Return the rows of a parquet file, each image as an Embedded."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -174,8 +180,8 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
     columns = {}
     for name, column in zip(table.column_names, table.columns):
         if pyarrow.types.is_struct(column.type):
-            there = column.flatten()[column.type.get_field_index("bytes")].is_valid().to_pylist()
-            columns[name] = [Embedded(file, row, name) if is_there else None for row, is_there in enumerate(there)]
+            valid = column.flatten()[column.type.get_field_index("bytes")].is_valid().to_pylist()
+            columns[name] = [Embedded(file, row, name) if is_valid else None for row, is_valid in enumerate(valid)]
         else:
             columns[name] = column.to_pylist()
     return [dict(zip(columns, row)) for row in zip(*columns.values())]

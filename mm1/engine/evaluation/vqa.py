@@ -28,23 +28,23 @@ _REPAIRED = {
 
 
 def normalize(answer: str) -> str:
-    """Lower case; without punctuation and articles; number words as digits; contractions with their apostrophes.
+    """Return an answer in lower case, without punctuation and articles, with digits for numbers and all apostrophes.
 
     A mark that touches a space anywhere, or any mark where a comma is between digits, goes; else it becomes a space.
     """
     text = _cleaned(answer)
     joined = bool(_DIGIT_COMMA.search(text))
-    found = text
+    kept = text
     for mark in _PUNCTUATION:
         touches = joined or f"{mark} " in text or f" {mark}" in text
-        found = found.replace(mark, "" if touches else " ")
-    found = _PERIOD.sub("", found, count=32)  # the official call gives a flag, of value 32, where the count belongs
-    words = [_NUMBERS.get(word, word) for word in found.lower().split()]
+        kept = kept.replace(mark, "" if touches else " ")
+    kept = _PERIOD.sub("", kept, count=32)  # the official call gives a flag, of value 32, where the count belongs
+    words = [_NUMBERS.get(word, word) for word in kept.lower().split()]
     return " ".join(_REPAIRED.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """From 0 to 1. Where all answers are the same, neither they nor the prediction are normalised."""
+    """Return 0 to 1. Where all answers are the same, neither they nor the prediction are normalised."""
     prediction, answers = _cleaned(prediction), [_cleaned(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalize(prediction), [normalize(answer) for answer in answers]

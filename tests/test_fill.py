@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from small import IMAGE, PATCH, small_run
 
 from mm1.engine.config import DIGITS_RUN, Source
@@ -257,10 +258,16 @@ def test_many_bad_records_are_warned_of_once_with_reason_example_and_list(tmp_pa
     assert sum(streams.quarantine.summary().values()) == 3
 
 
+def test_a_buffer_of_less_than_a_sequence_is_one_sequence():
+    warnings: list[str] = []
+    streams = streams_of(warnings.append, buffer=64)
+    assert warnings == ["setting data.buffer is 64 tokens, less than a sequence: 160 are taken"]
+    assert torch.equal(next(streams).tokens, next(streams_of(print, buffer=160)).tokens)
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
-        ({"buffer": 64}, "setting data.buffer is 64 tokens, expected at least data.tokens (160), or 0"),
         ({"patches": 63}, "setting data.patches is 63, too few for one image, expected 64"),
         ({"images": 0}, "data.images is 0"),
     ],

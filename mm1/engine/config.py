@@ -168,7 +168,7 @@ class Data:
     images: Count = 16
     patches: CountOrZero = 0  # 0: images · patches of a full image
     documents: CountOrZero = 0  # 0: tokens / 16, or as many as the source of the shortest ones needs
-    buffer: CountOrZero = 0  # tokens of the documents that the packer chooses from; 0: 4 · tokens
+    buffer: CountOrZero = 0  # tokens of the documents that the packer chooses from, a sequence at least; 0: 4 · tokens
     workers: CountOrZero = 0  # loader processes; 0 decodes in threads of this one
     # Packers that the records are dealt to; a run goes on with any number of data-parallel processes that divides it.
     streams: CountOrZero = 0  # 0: one, or four for each process that there is at the start

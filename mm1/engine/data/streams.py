@@ -143,7 +143,9 @@ def make_streams(
             raise DataError(f"setting data.{name} is {size}, too few for one image, expected {needed} or more")
     buffer = d.buffer or BUFFER * d.tokens
     if buffer < d.tokens:
-        raise DataError(f"setting data.buffer is {buffer} tokens, expected at least data.tokens ({d.tokens}), or 0")
+        if rank == 0:
+            warn(f"setting data.buffer is {buffer} tokens, less than a sequence: {d.tokens} are taken")
+        buffer = d.tokens
     encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
     sources = [_opened(i, setting) for i, setting in enumerate(d.sources)]
     names = [mean_length(i) for i in range(len(sources))]

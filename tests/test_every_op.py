@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, INTERPRETED, relative_error
+from conftest import DEVICE, INTERPRETED, not_interpreted, relative_error
 from every_op import every_op, results, values_and_gradients
 
 ROOT = Path(__file__).parent.parent
 OPS = list(every_op())
 
 
+@not_interpreted
 @pytest.mark.parametrize(
     "op, tensor", [(op, tensor) for op, call in every_op().items() for tensor in call.tensors if len(call.tensors) > 1]
 )
@@ -23,6 +24,7 @@ def test_a_tensor_on_another_device_is_named(op, tensor):
         call(**{tensor: call.tensors[tensor].to("meta")})
 
 
+@not_interpreted
 @pytest.mark.parametrize("op", OPS)
 def test_meta_tensors_give_shapes(op):
     call = every_op()[op]
@@ -52,6 +54,7 @@ def test_tensors_may_have_any_strides(op, form):
 OTHERS = (torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool)
 
 
+@not_interpreted
 @pytest.mark.parametrize("op, name", TENSORS)
 def test_dtypes_that_are_not_computed_are_refused_by_name(op, name):
     call = every_op()[op]
@@ -63,6 +66,7 @@ def test_dtypes_that_are_not_computed_are_refused_by_name(op, name):
             call(**{name: x.to(dtype)})
 
 
+@not_interpreted
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_no_tensor_is_refused(op):
     call = every_op()[op]
@@ -80,6 +84,7 @@ TWICE = {
 }
 
 
+@not_interpreted
 @pytest.mark.parametrize("op, name", DIFFERENTIABLE)
 def test_forward_mode_is_refused(op, name):
     call = every_op()[op]

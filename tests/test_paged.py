@@ -268,11 +268,10 @@ def test_the_default_has_code_that_fits_at_other_widths_and_in_fp32(device, dtyp
 
 
 @pytest.mark.parametrize("config", [Config(16, 16, programs=1), Config(16, 16, programs=8)], ids=["whole", "split"])
-@pytest.mark.parametrize("segments", ["a token of each", "prompts", "some without"])
-@pytest.mark.parametrize("heads", [(4, 2), (20, 1)], ids=str)
-def test_rows_of_no_segment_are_zeros(segments, heads, config, poisoned):
-    q, *given, rows, _ = problem(SEGMENTS[segments], heads)
-    padded = torch.cat([q, torch.full((37, *q.shape[1:]), float("nan"), device=q.device)])
+@pytest.mark.parametrize("segments", ["a token of each", "some without"])
+def test_rows_of_no_segment_are_zeros(segments, config, poisoned):
+    q, *given, rows, _ = problem(SEGMENTS[segments])
+    padded = torch.cat([q, torch.full((7, *q.shape[1:]), float("nan"), device=q.device)])
     with pinned(paged_attention=config):
         y = paged_attention(padded, *given, rows=rows)
         assert torch.equal(y[: len(q)], paged_attention(q, *given, rows=rows))

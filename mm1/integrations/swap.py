@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels compute in
+from mm1.kernels.dispatch import FLOATS, autocast_dtype
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 ORIGINAL = "_mm1_original"  # the attribute of a subclass made here that holds the class it stands for
 
@@ -116,10 +117,7 @@ def plain(module: nn.Module, kind: type) -> bool:
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype in which torch would compute a product with this weight."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype in FLOATS:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return (autocast_dtype(weight) if weight.dtype in FLOATS else None) or weight.dtype
 
 
 def weights(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

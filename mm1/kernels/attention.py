@@ -355,15 +355,18 @@ def _flex_functions(gpu: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _sdpa(q, k, v, cu_q, cu_k, used_k, causal, max_length):
     """torch's dense attention, for segments that are all max_length long, queries and keys alike, and fill all rows.
-    Only the caller can know that: "auto" never takes it."""
+
+    Only the caller can know that: "auto" never takes it. Padding behind a shorter last segment counts as part of it.
+    """
     _refuse_used(used_k, "sdpa")
     B = len(cu_q) - 1
     expect(len(q) == len(k) == B * (max_length or 0), "attention", 'max_length for backend "sdpa"', max_length,
            f"the length of each of {B} segments in {len(q)} rows")  # fmt: skip
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         for name, cu in (("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k)):
-            alike = cu.tolist() == [b * (max_length or 0) for b in range(B + 1)]
-            expect(alike, "attention", f'{name} for backend "sdpa"', cu.tolist(), f"segments of {max_length} rows")
+            begins = cu.tolist()[:-1]
+            alike = begins == [b * (max_length or 0) for b in range(B)]
+            expect(alike, "attention", f'begins in {name} for backend "sdpa"', begins, f"one each {max_length} rows")
     q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(0, 1)

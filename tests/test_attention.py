@@ -164,6 +164,13 @@ def test_the_choice_is_a_constant_of_compiled_code(measured):
     assert compiled(torch.ones((), requires_grad=True)) == 2
 
 
+def test_tables_are_read_while_code_is_compiled():
+    def run(x):
+        return 2 * x if choose("h200", 80, False, "bfloat16", False, False) in module.BACKENDS else 3 * x
+
+    assert torch.compile(run, fullgraph=True, backend="eager")(torch.ones(())) == 2
+
+
 def test_a_pinned_back_end_is_taken():
     q, k, v = inputs(6)
     with pinned(attention="sdpa"):

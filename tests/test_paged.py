@@ -345,3 +345,13 @@ def test_rows_before_the_first_key_see_nothing():
                       backend="reference")  # fmt: skip
     assert relative_error(y.cpu(), truth) < 1e-6
     assert not y[:3].any()
+
+
+def test_segments_that_share_pages_may_have_fewer_keys_than_rows():
+    q, k, v, cu_q, tables, lengths, rows, _ = problem([(5, 5), (5, 5)])
+    tables, lengths = tables[:1].expand(2, -1), lengths - 3
+    y = paged_attention(q, k, v, cu_q, tables, lengths, rows=rows)
+    for b in range(2):
+        alone = paged_attention(q[5 * b : 5 * b + 5], k, v, cu_q[:2], tables[:1], lengths[:1], rows=rows)
+        assert relative_error(y[5 * b : 5 * b + 5], alone) < 1e-6
+        assert not alone[:3].any()

@@ -19,6 +19,11 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 needs_triton = pytest.mark.skipif(not TRITON, reason="the CPU's own implementation has no tiles")
 
 
+def mostly_slow(first: str, *others: str) -> list:
+    """Parameters of which only the first is no slow test: compiling for a GPU takes some ten seconds each."""
+    return [first, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, needs_triton, not_interpreted, relative_error
+from conftest import DEVICE, mostly_slow, needs_triton, not_interpreted, relative_error
 
 from mm1.autotune.static import compile_launch
 from mm1.kernels import paged
@@ -249,7 +249,7 @@ def test_its_code_fits_every_gpu(device):
 @not_interpreted
 @pytest.mark.parametrize("config", [Config(16, 128, 8, 2, 8), Config(32, 64, stages=2), Config(64, 64, 8, 2, 1)],
                          ids=lambda config: "-".join(map(str, vars(config).values())))  # fmt: skip
-@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("device", mostly_slow("h200", *(gpu for gpu in GPUS if gpu != "h200")))
 def test_other_configurations_have_code_that_fits_too(config, device):
     if not PAGED.legal(config, PagedShape(4096, 32, 400, 128), torch.bfloat16, DEVICES[device]):
         pytest.skip("is not legal there")

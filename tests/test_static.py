@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import mostly_slow
 
 from mm1.autotune.static import Compiled, compile_launch, specialize
 from mm1.kernels import experts, patch_embed, positions, route
@@ -120,7 +121,7 @@ def test_h200_code_has_wgmma_bulk_copies_and_no_spills(call):
 
 
 @pytest.mark.parametrize("device", ["a100", "b200", "rtx5090", "mi300x"])
-@pytest.mark.parametrize("call", ["coarse", "vit-h-14"])
+@pytest.mark.parametrize("call", mostly_slow("coarse", "vit-h-14"))
 def test_other_gpus_have_code_that_fits(call, device):
     check(call, device)
 

@@ -9,14 +9,20 @@ import pytest
 import torch
 
 from mm1.integrations.torchvision import declare_operators
+from mm1.kernels.language import INSTALLED
 
 declare_operators()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's source on CPU tensors, slowly: shapes are tiny then
 TRITON = INTERPRETED or DEVICE == "cuda"
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="declarations are the same, repetition shows nothing")
+compiles = pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="compiles for GPUs, which needs Triton, once")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 needs_triton = pytest.mark.skipif(not TRITON, reason="the CPU's own implementation has no tiles")
+
+
+# Without Triton, as on macOS and Windows, what a CPU computes is tested, and nothing that only compiles or tunes.
+collect_ignore = [] if INSTALLED else [f"test_{name}.py" for name in ("ahead", "clock", "static", "tables", "tune")]
 
 
 def mostly_slow(first: str, *others: str) -> list:

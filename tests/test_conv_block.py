@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, INTERPRETED, TRITON, needs_gpu, needs_triton, not_interpreted, relative_error
+from conftest import DEVICE, INTERPRETED, TRITON, compiles, needs_gpu, needs_triton, not_interpreted, relative_error
 from test_adaptive_pool import images, patches, rows
 from torch import nn
 
@@ -379,12 +379,12 @@ def test_no_synchronisation_on_a_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@not_interpreted
+@compiles
 def test_h200_code_has_wgmma_bulk_copies_and_no_spills():
     check("h200", 1024, 1024)
 
 
-@not_interpreted
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("widths", [(1024, 1024), (1280, 1024), (1000, 1000)], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
@@ -392,7 +392,7 @@ def test_every_gpu_has_code_that_fits(device, widths):
     check(device, *widths)
 
 
-@not_interpreted
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_types_have_code_that_fits(dtype):

@@ -3,7 +3,7 @@ for GPUs that are not here."""
 
 import pytest
 import torch
-from conftest import DEVICE, INTERPRETED, gradients, needs_gpu, needs_triton, not_interpreted, relative_error
+from conftest import DEVICE, INTERPRETED, compiles, gradients, needs_gpu, needs_triton, relative_error
 
 from mm1.autotune.static import compile_launch, specialize
 from mm1.kernels import dispatch, flash
@@ -290,13 +290,13 @@ def check(shape, device, dtype=torch.bfloat16, spills=0):
             assert code.instructions["LDGSTS"], "no loads in flight"
 
 
-@not_interpreted
+@compiles
 @pytest.mark.parametrize("shape", SHAPES)
 def test_h200_code_has_wgmma_and_no_spills(shape):
     check(SHAPES[shape], "h200")
 
 
-@not_interpreted
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("width", flash.WIDTHS)
@@ -308,7 +308,7 @@ def test_every_width_has_code_that_fits_every_gpu(width, device):
         check((8192, 16, 16, width, False), device, torch.float32, spills=8)
 
 
-@not_interpreted
+@compiles
 def test_the_map_is_compiled_for_any_number_of_segments_at_once():
     """Their number is no constant of the code."""
     q = torch.empty(64, 2, 16, device="meta")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, mostly_slow, needs_triton, not_interpreted, relative_error
+from conftest import DEVICE, compiles, mostly_slow, needs_triton, not_interpreted, relative_error
 
 from mm1.autotune.static import compile_launch
 from mm1.kernels import paged
@@ -238,7 +238,7 @@ def check_code(launches, device, dtype=torch.bfloat16):
         assert dtype == torch.float32 or launch.kernel is paged._merge_kernel or code.matrix, code
 
 
-@not_interpreted
+@compiles
 @pytest.mark.parametrize("device", GPUS)
 def test_its_code_fits_every_gpu(device):
     """A token of one document in MM1-3B, of many in a 7B, and a prompt behind a prefix."""
@@ -246,7 +246,7 @@ def test_its_code_fits_every_gpu(device):
         check_code(on_meta(*sizes, device=device), device)
 
 
-@not_interpreted
+@compiles
 @pytest.mark.parametrize("config", [Config(16, 128, 8, 2, 8), Config(32, 64, stages=2), Config(64, 64, 8, 2, 1)],
                          ids=lambda config: "-".join(map(str, vars(config).values())))  # fmt: skip
 @pytest.mark.parametrize("device", mostly_slow("h200", *(gpu for gpu in GPUS if gpu != "h200")))
@@ -257,7 +257,7 @@ def test_other_configurations_have_code_that_fits_too(config, device):
         check_code(on_meta(4, 100, 32, 8, device=device)[:1], device)
 
 
-@not_interpreted
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 128), (torch.float32, 256), (torch.bfloat16, 256),
                                           (torch.bfloat16, 80)])  # fmt: skip

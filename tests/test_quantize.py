@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DEVICE, INTERPRETED, TRITON, mostly_slow, needs_triton, not_interpreted, relative_error
+from conftest import DEVICE, INTERPRETED, TRITON, compiles, mostly_slow, needs_triton, not_interpreted, relative_error
 from small import small_mm1
 from test_experts import by_hand
 from torch import nn
@@ -139,7 +139,7 @@ def call(name, kind):
                          down[1].float())  # fmt: skip
 
 
-@not_interpreted
+@compiles
 @pytest.mark.parametrize("device", mostly_slow("h200", "a100", "b200", "rtx5090", "mi300x"))
 @pytest.mark.parametrize("kind", [INT8, FLOAT8], ids=str)
 def test_its_code_fits_every_gpu(kind, device):

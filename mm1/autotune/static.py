@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mm1.autotune.space import DTYPES, KERNELS, Inputs
 from mm1.autotune.workers import Failed, Workers
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import Launch, recording
+from mm1.kernels.language import TensorDescriptor, triton
 from mm1.kernels.model import resident
 from mm1.kernels.tuning import cache_folder, pinned
 
@@ -37,7 +34,6 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LIMIT = 60.0  # seconds one configuration may compile; most take one to four, those that spill thousands minutes
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 MATRIX = re.compile(r"HGMMA|UTC.*MMA|HMMA|v_mfma")  # wgmma, tcgen05, mma.sync, MFMA
@@ -134,6 +130,8 @@ def compile_launch(launch: Launch, device: Device) -> Compiled:
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = json.loads(path.read_text())
         return Compiled(**{**known, "instructions": Counter(known["instructions"])})
+    from triton.compiler import ASTSource
+
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled: Any = triton.compile(source, target=_target(device), options=options)
     read = _read_amd if device.vendor == "amd" else _read_nvidia
@@ -180,7 +178,9 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
     return signature, constants, attributes
 
 
-def _target(device: Device) -> GPUTarget:
+def _target(device: Device) -> Any:
+    from triton.backends.compiler import GPUTarget
+
     if device.vendor == "amd":
         return GPUTarget("hip", device.arch, 64)
     return GPUTarget("cuda", int(device.arch[3:]), 32)
@@ -212,7 +212,7 @@ def _read_amd(name: str, compiled: Any) -> Compiled:
 
 @cache
 def _binary(name: str) -> str:
-    return str(BINARIES / name)
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def _run(program: str, *arguments: str) -> str:

@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's source on CPU tensors, slowly: shapes are tiny then
 TRITON = INTERPRETED or DEVICE == "cuda"
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="declarations are the same, repetition shows nothing")
-compiles = pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="compiles for GPUs, which needs Triton, once")
+compiles = pytest.mark.skipif(INTERPRETED or not INSTALLED, reason="needs Triton as it is, once")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 needs_triton = pytest.mark.skipif(not TRITON, reason="the CPU's own implementation has no tiles")
 

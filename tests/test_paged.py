@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, compiles, mostly_slow, needs_triton, not_interpreted, relative_error
+from conftest import DEVICE, compiles, mostly_slow, needs_triton, relative_error
 
 from mm1.autotune.static import compile_launch
 from mm1.kernels import paged
@@ -135,7 +135,7 @@ def test_a_configuration_is_looked_up_by_what_the_host_knows():
         (4096, 512, 4, 128), (4096, 72, 100, 128), (16, 2, 100, 80)]  # fmt: skip
 
 
-@not_interpreted
+@compiles
 def test_one_compiled_kernel_serves_any_number_of_keys_rows_and_splits():
     def constants(launch):
         values = dict(zip(launch.kernel.arg_names, launch.arguments))

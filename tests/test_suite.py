@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import compiles
 
 from mm1.bench.suite.test_kernel_times import Replay
 
@@ -28,6 +29,7 @@ def test_a_round_takes_as_long_as_its_sample():
     assert begins_and_ends == [0.0, 0.5, 0.5, 2.5]
 
 
+@compiles
 def test_runs_are_stored_with_our_samples_and_compared(tmp_path):
     pytest.importorskip("pytest_benchmark")
     chosen = "look_up or (adaptive_pool and forward-) or (machine_code and h200 and pool)"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import gradients, relative_error
+from conftest import compiles, gradients, relative_error
 
 pytest.importorskip("torchtitan")
 pytest.importorskip("spmd_types")
@@ -26,6 +26,7 @@ def experts(imports=()):
     return config.inner_experts.build()
 
 
+@compiles  # torchtitan itself imports Triton
 def test_the_override_computes_what_torchtitan_does():
     stock, ours = experts(), experts(["torchtitan_experts.mm1_experts"])
     assert type(ours).__name__ == "MM1Experts"

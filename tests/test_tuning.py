@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import compiles
 
 from mm1.autotune.space import KERNELS
 from mm1.kernels import device as devices
@@ -228,6 +229,7 @@ assert found[0] == found[1] == found[2], found
 """
 
 
+@compiles
 def test_compiled_code_looks_up_what_eager_code_does():
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", COMPILED], check=True, env=env)
@@ -288,6 +290,7 @@ def test_defaults_are_legal_and_space_holds_legal_configurations_alone(kernel, n
             assert all(tunable.seconds(config, shape, dtype, known) > 0 for config in found[:20])
 
 
+@compiles
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_shape_of_the_tables_is_what_its_example_looks_up(kernel):
     from mm1.autotune.space import Inputs

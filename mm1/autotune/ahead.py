@@ -24,9 +24,6 @@ from typing import Any, NamedTuple
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a third of the size
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from mm1.autotune import space
 from mm1.autotune.static import specialize
@@ -34,6 +31,7 @@ from mm1.autotune.tables import TABLES
 from mm1.kernels import adaptive_pool, combine, conv_rows, experts, grouped_gemm, patch_embed, route, tiles
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import Launch, recording
+from mm1.kernels.language import triton
 from mm1.kernels.tuning import listening, pinned
 
 GPUS = {"80": "a100", "90": "h200", "100": "b200", "120": "rtx5090", "gfx942": "mi300x"}
@@ -306,6 +304,9 @@ def general(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any],
 
 def compile_image(job: Job, launch: Launch, device: Device, path: Path) -> dict[str, Any]:
     """Writes the image to `path`; what the library must know of it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     signature, constants, attributes = general(launch)
     amd = device.arch.startswith("gfx")
     target = GPUTarget("hip", device.arch, 64) if amd else GPUTarget("cuda", int(device.arch[3:]), 32)

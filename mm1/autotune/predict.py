@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from mm1.autotune.search import ranked
 from mm1.autotune.space import DTYPES, KERNELS, chosen
@@ -17,6 +16,7 @@ from mm1.autotune.static import Task, compilers, fault
 from mm1.autotune.tables import TABLES, made_with, read_table, row, static_facts, versions, write_table
 from mm1.autotune.workers import Failed
 from mm1.kernels.device import DEVICES, Device
+from mm1.kernels.language import triton
 from mm1.kernels.tuning import Tunable, read
 
 TRIED = 8  # candidates whose code is looked at before the default is taken

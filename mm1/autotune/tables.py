@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 import mm1
 from mm1.autotune.space import interval
 from mm1.autotune.static import Compiled, write
 from mm1.kernels.device import Device
+from mm1.kernels.language import triton
 from mm1.kernels.tuning import SCHEMA, Tunable, cache_folder, forget, read
 
 TABLES = Path(__file__).parent / "tables"

@@ -210,7 +210,8 @@ def generate(
     """
     from mm1.engine.checkpoint import load
     from mm1.engine.data.images import read
-    from mm1.engine.generate import generate, interleave
+    from mm1.engine.generate import generate
+    from mm1.engine.prompts import interleave
 
     prompts = interleave(prompt or ("",), [read(path) for path in image])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mm1.engine.generate import Engine
+from mm1.engine.engine import Engine
 from mm1.engine.sampling import Sampling
 from mm1.engine.serve.app import Service, server_of
 

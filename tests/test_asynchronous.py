@@ -12,7 +12,8 @@ from test_generate import PROMPTS
 
 from mm1.engine.asynchronous import AsyncEngine, Dead
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import Busy, Engine, encode_prompts
+from mm1.engine.engine import Busy, Engine
+from mm1.engine.prompts import encode_prompts
 from mm1.engine.sampling import Sampling
 
 

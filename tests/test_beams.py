@@ -11,7 +11,9 @@ from mm1.engine.beams import Beams, pages_of
 from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import Engine, encode_prompts, generate
+from mm1.engine.engine import Engine
+from mm1.engine.generate import generate
+from mm1.engine.prompts import encode_prompts
 from mm1.engine.sampling import Sampling
 
 transformers = pytest.importorskip("transformers")
@@ -133,7 +135,7 @@ def test_company_changes_nothing():
 
 def test_without_the_compiled_step_too(monkeypatch):
     theirs, ours = llama(0, eos_bias=3.0)
-    monkeypatch.setattr("mm1.engine.generate.step_of", lambda *_: None)
+    monkeypatch.setattr("mm1.engine.engine.step_of", lambda *_: None)
     settings = {"num_beams": 3, "length_penalty": 0.0, "max_tokens": 12}
     prompts = prompts_of(5)
     found = ours_of(ours, prompts, **settings)

@@ -20,7 +20,7 @@ from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Budget, DocumentEncoder
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.sources import open_source
-from mm1.engine.generate import encode_prompts
+from mm1.engine.prompts import encode_prompts
 from mm1.engine.serve import chat
 
 

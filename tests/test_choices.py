@@ -12,6 +12,7 @@ from mm1.engine.cache import PAGE
 from mm1.engine.data.images import decode
 from mm1.engine.data.images import read as read_image
 from mm1.engine.data.record import DataError
+from mm1.engine.engine import Engine
 from mm1.engine.evaluation import evaluate as runner
 from mm1.engine.evaluation.benchmarks import benchmark, find, read, read_pool, submission
 from mm1.engine.evaluation.choices import DISCIPLINE, open_match
@@ -20,7 +21,8 @@ from mm1.engine.evaluation.prompts import How
 from mm1.engine.evaluation.samples import Images, Sample
 from mm1.engine.evaluation.samples import picture as opened
 from mm1.engine.fewshot import Shot, few_shot, multiple_choice
-from mm1.engine.generate import Engine, encode_prompts, score
+from mm1.engine.generate import score
+from mm1.engine.prompts import encode_prompts
 
 
 def png(number):
@@ -342,7 +344,7 @@ def test_answers_are_scored_as_the_tokens_that_they_have_behind_their_prompt(tmp
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     from mm1.engine.data.document import TextTokenizer
-    from mm1.engine.generate import continued
+    from mm1.engine.prompts import continued
 
     vocab, pieces = {}, ["▁", *"onetwhra:", "▁a", "▁o", "▁on", "▁one", "▁t", "▁tw", "▁two", ":o", "<unk>"]
     for token in ["<pad>", "<bos>", "<eos>", "<image>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]:

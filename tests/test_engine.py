@@ -18,9 +18,11 @@ from mm1.engine.cache import PAGE, Cache, image_digest, names
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import Busy, Engine, encode_prompts, generate, n_best, score
+from mm1.engine.engine import Busy, Engine
+from mm1.engine.generate import generate, n_best, score
 from mm1.engine.packed import PackedLinear
 from mm1.engine.packed import packed as packed_weights
+from mm1.engine.prompts import encode_prompts
 from mm1.engine.sampling import Draw, Sampling, penalized
 
 LONG = "seven and two and one and nine make nineteen and not eighteen, "

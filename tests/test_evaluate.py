@@ -13,6 +13,7 @@ from test_generate import picture
 from mm1.engine.cache import PAGE
 from mm1.engine.data.images import read
 from mm1.engine.data.record import DataError
+from mm1.engine.engine import Engine
 from mm1.engine.evaluation import evaluate as runner
 from mm1.engine.evaluation.benchmarks import BENCHMARKS
 from mm1.engine.evaluation.bootstrap import interval
@@ -23,7 +24,7 @@ from mm1.engine.evaluation.prompts import How, Prompts
 from mm1.engine.evaluation.samples import Sample
 from mm1.engine.evaluation.vqa import accuracy
 from mm1.engine.fewshot import Retrieval, Shot, caption, few_shot, question
-from mm1.engine.generate import Engine, generate
+from mm1.engine.generate import generate
 
 
 @pytest.fixture(scope="module")

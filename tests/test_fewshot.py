@@ -12,6 +12,7 @@ from mm1.engine.cache import PAGE
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.record import DataError
+from mm1.engine.engine import Engine
 from mm1.engine.fewshot import (
     Retrieval,
     Shot,
@@ -25,8 +26,8 @@ from mm1.engine.fewshot import (
     question,
     vote,
 )
-from mm1.engine.generate import Engine, encode_prompts, policy_of
 from mm1.engine.model import MM1
+from mm1.engine.prompts import encode_prompts, policy_of
 from mm1.engine.sampling import Sampling
 
 

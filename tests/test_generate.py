@@ -5,7 +5,8 @@ from small import small_mm1
 
 from mm1.engine.data.record import DataError
 from mm1.engine.detokenizer import Text
-from mm1.engine.generate import generate, interleave
+from mm1.engine.generate import generate
+from mm1.engine.prompts import interleave
 from mm1.engine.sampling import sample
 
 
@@ -37,7 +38,7 @@ def test_greedy_decoding_is_the_argmax_of_full_passes(model):
 
     from mm1.engine.data.batch import exact_budget, pack
     from mm1.engine.data.document import Document
-    from mm1.engine.generate import encode_prompts
+    from mm1.engine.prompts import encode_prompts
 
     document = encode_prompts(model, PROMPTS[:1])[0]
     ids = document.tokens.tolist()

@@ -20,8 +20,9 @@ from mm1.engine import checkpoint, quantize
 from mm1.engine import packed as packing
 from mm1.engine.cache import Cache
 from mm1.engine.decode import Step
+from mm1.engine.engine import Engine
 from mm1.engine.experts import BACKENDS
-from mm1.engine.generate import Engine, generate
+from mm1.engine.generate import generate
 from mm1.engine.graphs import Graphs
 from mm1.engine.model import MM1
 from mm1.engine.packed import Head, PackedLinear

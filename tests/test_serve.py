@@ -34,7 +34,8 @@ from small import small_mm1, small_run
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data.record import DataError
-from mm1.engine.generate import Engine, encode_prompts
+from mm1.engine.engine import Engine
+from mm1.engine.prompts import encode_prompts
 from mm1.engine.serve import app
 
 

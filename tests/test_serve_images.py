@@ -36,7 +36,7 @@ from test_generate import PROMPTS, picture
 
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.record import DataError, Unreadable
-from mm1.engine.generate import Busy
+from mm1.engine.engine import Busy
 from mm1.engine.serve import images, urls
 from mm1.engine.serve.images import Decoder
 

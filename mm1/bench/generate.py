@@ -36,7 +36,7 @@ from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document, TextTokenizer
 from mm1.engine.data.record import DataError
 from mm1.engine.decode import step_of
-from mm1.engine.generate import Engine
+from mm1.engine.engine import Engine
 from mm1.engine.graphs import Graphs
 from mm1.engine.ledger import Load, ledger
 from mm1.engine.model import MM1

@@ -16,7 +16,9 @@ from functools import partial
 import torch
 
 from mm1.engine.data.document import Document
-from mm1.engine.generate import Busy, Engine, Prompt, Request, encode_prompts
+from mm1.engine.engine import Busy, Engine
+from mm1.engine.prompts import Prompt, encode_prompts
+from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
 
 

@@ -17,8 +17,9 @@ from mm1.engine.data.images import decode
 from mm1.engine.data.lines import read_lines
 from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import open_source, read_image
-from mm1.engine.generate import Prompt, generate
+from mm1.engine.generate import generate
 from mm1.engine.model import MM1
+from mm1.engine.prompts import Prompt
 from mm1.engine.train import train
 
 SHOTS = (0, 4, 8)

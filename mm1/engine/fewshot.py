@@ -19,9 +19,11 @@ from mm1.engine.cache import image_digest
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder
 from mm1.engine.data.record import DataError
+from mm1.engine.engine import Engine
 from mm1.engine.evaluation.vqa import normalize
-from mm1.engine.generate import Engine, Prompt, checked, interleave, policy_of, several, tokenizer_of
+from mm1.engine.generate import several
 from mm1.engine.model import MM1
+from mm1.engine.prompts import Prompt, checked, interleave, policy_of, tokenizer_of
 from mm1.engine.sampling import Sampling
 from mm1.kernels.grids import Grids
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from mm1.engine.data.record import DataError, at_least
+from mm1.engine.engine import Engine
 from mm1.engine.evaluation import benchmarks
 from mm1.engine.evaluation.benchmarks import Benchmark
 from mm1.engine.evaluation.bootstrap import interval
@@ -28,8 +29,8 @@ from mm1.engine.evaluation.log import Counter, Log
 from mm1.engine.evaluation.prompts import Asked, How, Prompts, views
 from mm1.engine.evaluation.samples import Images, Key, Sample
 from mm1.engine.fewshot import fingerprint
-from mm1.engine.generate import Engine, Request
 from mm1.engine.model import MM1
+from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
 
 TEXT = 64  # tokens to an image that the cache has room for

@@ -13,8 +13,8 @@ from mm1.engine.data.record import DataError, at_least
 from mm1.engine.evaluation.benchmarks import Benchmark
 from mm1.engine.evaluation.samples import Key, Picture, Sample, picture
 from mm1.engine.fewshot import Piece, Retrieval, joined, piece
-from mm1.engine.generate import continued, policy_of, tokenizer_of
 from mm1.engine.model import MM1
+from mm1.engine.prompts import continued, policy_of, tokenizer_of
 
 CHOICES = ("random", "fixed", "similar")
 CACHED = 1 << 30  # bytes of shots' pixels

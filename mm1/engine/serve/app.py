@@ -24,7 +24,8 @@ from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError, Unreadable, at_least
 from mm1.engine.data.sources import read_image
-from mm1.engine.generate import Busy, Engine, policy_of
+from mm1.engine.engine import Busy, Engine
+from mm1.engine.prompts import policy_of
 from mm1.engine.sampling import Sampling
 from mm1.engine.serve import chat, urls
 from mm1.engine.serve.images import Decoder

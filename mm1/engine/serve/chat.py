@@ -20,7 +20,7 @@ import numpy as np
 
 from mm1.engine.data.document import Document, TextTokenizer
 from mm1.engine.data.record import Answer, DataError
-from mm1.engine.generate import Request
+from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
 
 WHOLE = {"max_tokens": (1, 1 << 24), "max_completion_tokens": (1, 1 << 24), "top_k": (0, 1 << 24),

@@ -82,7 +82,7 @@ class Decoder:
         return found
 
     async def _turn(self) -> Process | None:
-        from mm1.engine.generate import Busy  # not above: it knows torch
+        from mm1.engine.engine import Busy  # not above: it knows torch
 
         if not self.room:
             raise Busy("too many images wait to be decoded")

@@ -1,0 +1,89 @@
+"""Prompts of texts and images, encoded as a model was trained to see them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mm1.engine.data.batch import exact_budget
+from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
+from mm1.engine.data.record import DataError, Unreadable
+from mm1.engine.model import MM1
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mm1.engine.data.images import ImagePolicy
+
+Prompt = Sequence["str | Image.Image"]
+
+
+def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":
+    """Prompts of texts in which `<image>` marks the place of the next image; images without a mark open the first."""
+    marks = sum(text.count("<image>") for text in texts)
+    if marks > len(images):
+        raise DataError(f"the prompt has {marks} <image> marks for {len(images)} images")
+    spare, rest = list(images[: len(images) - marks]), iter(images[len(images) - marks :])
+    prompts: list[list[str | Image.Image]] = []
+    for text in texts:
+        parts: list[str | Image.Image] = [*spare]
+        spare = []
+        for i, piece in enumerate(text.split("<image>")):
+            parts += [next(rest)] if i else []
+            parts += [piece] if piece else []
+        prompts.append(parts)
+    return prompts
+
+
+def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
+    c = model.config
+    budget = exact_budget([], c.vision.patch)
+    encode = DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, budget)
+    return [encode.prompt(checked(parts)) for parts in prompts]
+
+
+def checked(parts: Prompt) -> "list[str | Image.Image]":
+    """Images in RGB and upright, whatever they were. Raises DataError for what is neither text nor image."""
+    from PIL import Image
+
+    from mm1.engine.data.images import upright
+
+    wrong = [parts] if isinstance(parts, str) else [p for p in parts if not isinstance(p, str | Image.Image)]
+    if wrong:
+        raise DataError(f"a prompt is a sequence of texts and PIL images, not {type(wrong[0]).__name__}")
+    try:
+        return [part if isinstance(part, str) else upright(part) for part in parts]
+    except Unreadable as error:
+        raise DataError(str(error)) from None
+
+
+def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":
+    """How the model was trained to see an image; parts: with other sub-images, 1 for none."""
+    from mm1.engine.data.images import ImagePolicy
+
+    c = model.config
+    return ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches, parts or c.image_parts)
+
+
+def tokenizer_of(model: MM1) -> TextTokenizer:
+    if model.tokenizer is None:
+        raise DataError("this model has no tokenizer: generate from a trained checkpoint")
+    return model.tokenizer
+
+
+def continued(
+    tokenizer: TextTokenizer, prompt: Document, end: str, answers: Sequence[str]
+) -> tuple[Document, list[list[int]]]:
+    """Return the prompt and each answer's tokens, as they are when `end`, its last text, and the answer are one text.
+
+    Encoded alone an answer may begin with a token that never follows a text ("▁" in Llama's). Tokens of `end` that
+    change before one of the answers are taken from the prompt and stand at the beginning of every answer.
+    """
+    before = tokenizer.encode(end)
+    whole = [tokenizer.encode(end + answer) if answer else before for answer in answers]
+    kept = min((_common(before, ids) for ids in whole), default=len(before))
+    tokens = prompt.tokens[: len(prompt.tokens) - len(before) + kept]
+    return Document(tokens, prompt.images, prompt.key), [ids[kept:] for ids in whole]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -11,6 +11,7 @@ from PIL import Image
 from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
 from test_generate import PROMPTS, picture
 
+from mm1.engine import engine as engine_module
 from mm1.engine import generate as generating
 from mm1.engine import packed as packing
 from mm1.engine import quantize
@@ -457,7 +458,7 @@ class Inside:
 @pytest.mark.parametrize("pages", [512, 1])
 def test_by_graphs_penalties_are_outside_and_long_documents_go_without(model, pages, monkeypatch):
     """A greedy text with a penalty, among others, is the same; of more pages than a graph holds, torch's step."""
-    monkeypatch.setattr(generating, "PAGES", pages)
+    monkeypatch.setattr(engine_module, "PAGES", pages)
     sampling = Sampling(max_tokens=6, repetition_penalty=1.8)
     found = []
     for by in ("one call", "graphs"):

@@ -450,7 +450,7 @@ class Inside:
         self.step, self.draws = step, []
 
     def __call__(self, tokens, positions, tables, draws):
-        assert max(map(len, tables)) <= generating.PAGES
+        assert max(map(len, tables)) <= engine_module.PAGES
         self.draws.append(list(draws))
         return self.step(tokens, positions, tables)
 

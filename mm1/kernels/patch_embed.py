@@ -118,18 +118,20 @@ def _embed_kernel(
     else:
         word = tl.load(word_ptr + rows, rows < P, other=-1)
         stride = tl.load(stride_ptr + rows, rows < P, other=0)
-        q = tl.arange(0, BLOCK_K // WORD)
-        words = gather(x_ptr, word, stride, q, MAIN // WORD, ROW)
+        GROUP: tl.constexpr = 4 if WORD > 1 else 1
+        q = tl.arange(0, BLOCK_K // GROUP)
+        groups = gather(x_ptr, word, stride, q, MAIN // WORD, ROW, WORD)
         for k in range(0, MAIN, BLOCK_K):
-            # The words of the next step are on their way while this one is multiplied.
-            after = gather(x_ptr, word, stride, q + (k + BLOCK_K) // WORD, MAIN // WORD, ROW)
+            # The pixels of the next step are on their way while this one is multiplied.
+            after = gather(x_ptr, word, stride, q + (k + BLOCK_K) // GROUP, MAIN // WORD, ROW, WORD)
             b = _load_w(w, w_tail, n * BLOCK_N, k, stride_w, K, N, BLOCK_K, BLOCK_N, TMA, False)
-            acc = dot(values(words, WORD, DTYPE), b, acc)
-            words = after
+            acc = dot(values(groups, WORD, DTYPE), b, acc)
+            groups = after
         if TAIL > 0:
-            words = gather(x_ptr, word, stride, MAIN // WORD + tl.arange(0, TAIL // WORD), K // WORD, ROW)
+            tail = MAIN // GROUP + tl.arange(0, TAIL // GROUP)
+            groups = gather(x_ptr, word, stride, tail, K // WORD, ROW, WORD)
             b = _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True)
-            acc = dot(values(words, WORD, DTYPE), b, acc)
+            acc = dot(values(groups, WORD, DTYPE), b, acc)
     # Part by part, for want of registers: a tile of table entries beside a wide accumulator spilled.
     if BLOCK_N > PART:
         for p in tl.static_range(BLOCK_N // PART):
@@ -156,14 +158,16 @@ def _embed_dw_kernel(
     pid_m = tl.program_id(0) % (num_m * num_n) // num_n
     pid_n = tl.program_id(0) % num_n
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = pid_n * (BLOCK_N // WORD) + tl.arange(0, BLOCK_N // WORD)
+    GROUP: tl.constexpr = 4 if WORD > 1 else 1
+    q = pid_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
     begin = split * share
     end = tl.minimum(begin + share, P)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias = tl.zeros((BLOCK_M,), tl.float32)
     rows = begin + tl.arange(0, BLOCK_K)
     word = tl.load(word_ptr + rows, rows < end, other=-1)
-    words = gather(x_ptr, word, tl.load(stride_ptr + rows, rows < end, other=0), q, K // WORD, ROW)
+    stride = tl.load(stride_ptr + rows, rows < end, other=0)
+    groups = gather(x_ptr, word, stride, q, K // WORD, ROW, WORD)
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         inside = (word >= 0)[:, None] & (offs_m < N)[None, :]
@@ -171,10 +175,11 @@ def _embed_dw_kernel(
         dy = tl.load(dy_ptr + places, inside, other=0.0)
         rows += BLOCK_K
         word = tl.load(word_ptr + rows, rows < end, other=-1)
-        after = gather(x_ptr, word, tl.load(stride_ptr + rows, rows < end, other=0), q, K // WORD, ROW)
-        acc = dot(dy.T, values(words, WORD, dy.dtype), acc)
+        stride = tl.load(stride_ptr + rows, rows < end, other=0)
+        after = gather(x_ptr, word, stride, q, K // WORD, ROW, WORD)
+        acc = dot(dy.T, values(groups, WORD, dy.dtype), acc)
         bias += tl.sum(dy.to(tl.float32), 0)
-        words = after
+        groups = after
     offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     places = (split * N + offs_m).to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(part_ptr + places, acc, (offs_m < N)[:, None] & (offs_k < K)[None, :])

@@ -85,34 +85,45 @@ def _places_kernel(
 
 
 @triton.jit
-def gather(x_ptr, word, stride, q, last, ROW: tl.constexpr):
-    """Words q of each patch [rows, len(q)]; any finite value past the last, which meets zeros of the weight."""
+def _words(x_ptr, word, stride, q, last, ROW: tl.constexpr):
     places = word[:, None] + (q // ROW)[None, :] * stride[:, None] + (q % ROW)[None, :]
     return tl.load(x_ptr + places, (word >= 0)[:, None] & (q < last)[None, :], other=0)
 
 
 @triton.jit
-def _centred(byte, DTYPE: tl.constexpr):
-    # 2²³ + byte in fp32 by its bits, minus 2²³ + 128: a conversion of integers runs at an eighth of this.
-    return ((byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(DTYPE)
+def gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
+    """Groups q of each patch [rows, len(q)]: 4 pixel values in an int32, or one value where words are of 1 byte.
+
+    last: of the patch's words; behind it come finite values, which meet zeros of the weight. Two halves become one
+    int32, which took 15 % fewer instructions than halves of their own.
+    """
+    if WORD == 2:
+        low = _words(x_ptr, word, stride, 2 * q, last, ROW).to(tl.int32)
+        return (low & 0xFFFF) | (_words(x_ptr, word, stride, 2 * q + 1, last, ROW).to(tl.int32) << 16)
+    else:
+        return _words(x_ptr, word, stride, q, last, ROW)
 
 
 @triton.jit
-def values(words, WORD: tl.constexpr, DTYPE: tl.constexpr):
-    """[M, Q] words -> [M, Q · WORD] pixel values."""
-    M: tl.constexpr = words.shape[0]
-    Q: tl.constexpr = words.shape[1]
-    if WORD == 4:
-        even = tl.join(_centred(words & 0xFF, DTYPE), _centred((words >> 16) & 0xFF, DTYPE))
-        odd = tl.join(_centred((words >> 8) & 0xFF, DTYPE), _centred((words >> 24) & 0xFF, DTYPE))
-        return tl.reshape(tl.join(even, odd), (M, Q * 4))
-    elif WORD == 2:
-        pair = words.to(tl.int32)
-        return tl.reshape(tl.join(_centred(pair & 0xFF, DTYPE), _centred((pair >> 8) & 0xFF, DTYPE)), (M, Q * 2))
-    elif words.dtype == tl.uint8:
-        return _centred(words.to(tl.int32), DTYPE)
+def _centred(byte):
+    # 2²³ + byte in fp32 by its bits, minus 2²³ + 128: a conversion of integers runs at an eighth of this.
+    return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+
+
+@triton.jit
+def values(groups, WORD: tl.constexpr, DTYPE: tl.constexpr):
+    """Groups [M, Q] of gather -> pixel values [M, 4 Q], or [M, Q] where words are of 1 byte."""
+    M: tl.constexpr = groups.shape[0]
+    Q: tl.constexpr = groups.shape[1]
+    if WORD > 1:
+        # Values become DTYPE last: Triton 3.6 cannot place joined 16-bit values in a product's operand.
+        even = tl.join(_centred(groups & 0xFF), _centred((groups >> 16) & 0xFF))
+        odd = tl.join(_centred((groups >> 8) & 0xFF), _centred((groups >> 24) & 0xFF))
+        return tl.reshape(tl.join(even, odd), (M, Q * 4)).to(DTYPE)
+    elif groups.dtype == tl.uint8:
+        return _centred(groups.to(tl.int32)).to(DTYPE)
     else:
-        return words.to(DTYPE)
+        return groups.to(DTYPE)
 
 
 @triton.jit

@@ -52,6 +52,7 @@ from mm1.kernels.tiles import (
     legal,
     load_rows,
     load_weight,
+    narrowed,
     programs,
     seconds,
     space,
@@ -216,6 +217,7 @@ def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit,
     gate, up = (half.transpose(1, 2) for half in halves(gate_up, up, gated, interleaved))
     gate_bias, up_bias = (None, None) if bias is None else halves(bias, None, gated, interleaved)
     gate_any, up_any, order = weight_operands(config, gate, up)
+    config = narrowed(config, order, at[0].sums)
     s = x.new_empty(S, width)
     h = x.new_empty(S, (1 + gated) * width if keep else 0)
     h_gate, h_up = halves(h, None, gated, False)

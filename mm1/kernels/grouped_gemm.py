@@ -27,6 +27,7 @@ from mm1.kernels.tiles import (
     legal,
     load_rows,
     load_weight,
+    narrowed,
     programs,
     seconds,
     shared_bytes,
@@ -218,10 +219,11 @@ def gemm(
     config = config_for(GEMM, Shape(M, E, K, N), a.dtype, device)
     tiles, _, num_m = tile_map(offsets, M, config.block_m, tail=tail)
     a_desc = descriptor(a, [config.block_m, config.block_k], config)
-    y_desc = descriptor(y, [config.block_m, config.block_n], config)
     pair = b2 is not None
     b2 = b if b2 is None else b2
     b_any, b2_any, order = weight_operands(config, b, b2)
+    config = narrowed(config, order)
+    y_desc = descriptor(y, [config.block_m, config.block_n], config)
     grid = programs(num_m * cdiv(N, config.block_n), config, device)
     launch(
         _gemm_kernel, grid, a if a_desc is None else a_desc, b_any, b2_any, bias, y, y_desc, tiles, *a.stride(),

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import INTERPRETED, cdiv, launch, power_of_2
-from mm1.kernels.language import TensorDescriptor, tl, triton
+from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, launch, power_of_2
+from mm1.kernels.language import INSTALLED, TensorDescriptor, tl, triton
 from mm1.kernels.model import product_seconds
 
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly
+# On sm_120 Triton 3.6 spills for each descriptor of a loop, and takes up to 36 % more instructions than by addresses.
+SPILLS_DESCRIPTORS = INSTALLED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 MAP_TILES = 32  # tiles one program of the map places
 MAP_EXPERTS = 32  # experts it compares with all others at once
 
@@ -255,6 +257,8 @@ def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) ->
 
 def descriptor(x: Tensor, block: list[int], config: Config) -> Any:
     """A descriptor of x where it is laid out for bulk copies, or else None."""
+    if SPILLS_DESCRIPTORS and device_of(x).arch == "sm_120":
+        return None
     size = x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in x.stride()[:-1])
     if not config.tma or x.stride(-1) != 1 or not aligned or x.numel() == 0:
@@ -273,3 +277,11 @@ def weight_operands(config: Config, *weights: Tensor) -> tuple[Any, ...]:
         if all(f is not None for f in found):
             return *found, order
     return *weights, ""
+
+
+def narrowed(config: Config, order: str, sums: int = 1) -> Config:
+    """Return the configuration for weights that have no descriptor (order ""): at most 128 columns of sums.
+
+    Addresses take the registers that bulk copies leave to sums: with 256 columns Triton 3.6 spilled up to 368 bytes.
+    """
+    return replace(config, block_n=min(config.block_n, 128 // sums)) if config.tma and not order else config

@@ -33,11 +33,46 @@ def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[l
     return prompts
 
 
-def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
-    c = model.config
+def encode_prompts(model: MM1, prompts: Sequence[Prompt], context: int | None = None) -> list[Document]:
+    """Return prompts as documents. Raises DataError for one that is longer than the model's context, or than this.
+
+    One whose text cannot be that short is refused before it is encoded, which takes time in proportion to its length.
+    """
+    c, tokenizer = model.config, tokenizer_of(model)
     budget = exact_budget([], c.vision.patch)
-    encode = DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, budget)
-    return [encode.prompt(checked(parts)) for parts in prompts]
+    encode = DocumentEncoder(tokenizer, policy_of(model), c.connector.tokens, budget)
+    known = [tokens for tokens in (context, c.context) if tokens]
+    documents = []
+    for parts in map(checked, prompts):
+        size = sum(len(part) for part in parts if isinstance(part, str))
+        if known and size > tokenizer.longest * min(known):
+            raise DataError(
+                f"the prompt's {size} characters exceed {min(known)} tokens, {_limit(c.context, min(known))}"
+            )
+        documents.append(encode.prompt(parts))
+        refuse_long(len(documents[-1].tokens), c.context)
+    return documents
+
+
+def _limit(trained: int | None, context: int) -> str:
+    return "which the model was trained on at most" if trained == context else "which the cache holds"
+
+
+def refuse_long(tokens: int, trained: int | None) -> None:
+    """Raise DataError for a prompt, with its answer if that is scored, longer than what the model was trained on."""
+    if trained and tokens > trained:
+        raise DataError(f"the prompt has {tokens} tokens, the model was trained on at most {trained}")
+
+
+def refuse_malformed(document: Document, slots: int, image: int, vocabulary: int) -> None:
+    """Raise DataError for ids that are not in the vocabulary, or whose image tokens are not those of the images."""
+    tokens, images = document.tokens, len(document.images)
+    if not len(tokens):
+        raise DataError("the prompt has no tokens, expected at least begin-of-text")
+    if (wrong := tokens[(tokens < 0) | (tokens >= vocabulary)]).size:
+        raise DataError(f"the prompt has the token id {wrong[0]}, expected 0 to {vocabulary - 1}")
+    if (found := int((tokens == image).sum())) != slots * images:
+        raise DataError(f"the prompt has {found} image tokens, expected {slots * images} of its {images} images")
 
 
 def checked(parts: Prompt) -> "list[str | Image.Image]":

@@ -36,13 +36,18 @@ def streamed(tokenizer, ids, stop=()):
     return text.text, "".join(sent)
 
 
-def joined_bytes(tokenizer, ids):
-    """The text of a vocabulary with byte fallback: bytes are bytes, "▁" is a space, the first one is dropped."""
+def joined_bytes(tokenizer, ids, drop_any):
+    """The text of a vocabulary with byte fallback: bytes are bytes, "▁" is a space, but not at the beginning.
+
+    drop_any: the first piece is without its "▁" (Metaspace); else the text is without its first space (Llama's).
+    """
     control = {tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.image}
     names = {number: name for name, number in tokenizer.vocabulary.items() if number not in control}
     pieces = [names[number] for number in ids if number in names]
+    if drop_any and pieces:
+        pieces[0] = pieces[0].replace("▁", "")
     data = b"".join(bytes([BYTES.index(p)]) if p in BYTES else p.replace("▁", " ").encode() for p in pieces)
-    return data.removeprefix(b" ").decode("utf-8", "replace")
+    return (data if drop_any else data.removeprefix(b" ")).decode("utf-8", "replace")
 
 
 def is_whole(data):
@@ -64,7 +69,7 @@ def test_streamed_text_is_the_final_text_is_the_decoding_of_all_ids(make, tmp_pa
         assert data.decode("utf-8", "replace") == text
         broken += not is_whole(data)
         if make in (byte_fallback, unigram_bytes):
-            assert text == joined_bytes(tokenizer, ids)
+            assert text == joined_bytes(tokenizer, ids, make is unigram_bytes)
         if is_whole(data) or make is byte_level:  # the library replaces each byte of a broken run of byte fallback
             compared += 1
             known = [number for number in ids if 0 <= number < len(tokenizer)]
@@ -99,7 +104,7 @@ def test_a_text_ends_before_the_first_stop_string_and_says_nothing_of_it(make, t
         text = whole.partition(stop)[0]
         assert streamed(tokenizer, ids, (stop,)) == (text, text), (ids, stop)
         stopped += text != whole
-    assert stopped > 200
+    assert stopped > 60
 
 
 @pytest.mark.parametrize("make", KINDS)

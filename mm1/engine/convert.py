@@ -104,7 +104,8 @@ def from_hf(
 
     A part given as a config of ours is initialised from `seed`, as is the connector if None. image_tokens: of
     the connector, which no tensor tells. context: longest document, which a sliding window has to hold; None:
-    max_position_embeddings; the lesser of both is the model's context. Raises DataError for a field or tensor missing, unknown or not supported.
+    max_position_embeddings. The lesser of both is the model's context. Raises DataError for a field or tensor missing,
+    unknown or not supported.
     """
     v, v_state = _part("vision", vision, config.Vision, _vision)
     d, d_state = _part("decoder", decoder, config.Decoder, lambda source: _decoder(source, context))

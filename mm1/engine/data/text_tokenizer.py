@@ -42,9 +42,9 @@ class TextTokenizer:
         if missing := [token for token in SPECIAL if token not in vocabulary]:
             raise DataError(f"{path} lacks the special tokens {', '.join(missing)}: add them {how}")
         self.pad, self.bos, self.eos, self.image = ids = [vocabulary[token] for token in SPECIAL]
-        if twice := [token for token, number in vocabulary.items() if number in ids and token not in SPECIAL]:
-            number = vocabulary[twice[0]]
-            raise DataError(f"{path}: {twice[0]!r} and {SPECIAL[ids.index(number)]} have the same id {number}")
+        for number, token in sorted((number, token) for token, number in vocabulary.items() if number in ids):
+            if token != (special := SPECIAL[ids.index(number)]):
+                raise DataError(f"{path}: {token!r} and {special} have the same id {number}, expected one each")
 
     def __getstate__(self):
         return {name: self.__dict__[name] for name in ("path", "text", "pad", "bos", "eos", "image")}

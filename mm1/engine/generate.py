@@ -15,7 +15,7 @@ from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Busy, Engine
 from mm1.engine.model import MM1
-from mm1.engine.prompts import Prompt, continued, encode_prompts, tokenizer_of
+from mm1.engine.prompts import Prompt, continued, encode_prompts, last_text, one_text, tokenizer_of
 from mm1.engine.request import Request, fitted
 from mm1.engine.sampling import Sampling
 from mm1.kernels.dispatch import cdiv
@@ -75,8 +75,7 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
     for document, parts, of in zip(encoded, prompts, answers):
         if not all(of):
             raise DataError("an answer to score is empty")
-        end = parts[-1] if len(parts) and isinstance(parts[-1], str) else ""
-        document, ids = continued(tokenizer_of(model), document, end, of)
+        document, ids = continued(tokenizer_of(model), document, last_text(one_text(parts)), of)
         documents.append([(document, tokens) for tokens in ids])
     flat = [pair for of in documents for pair in of]
     pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)

@@ -1,7 +1,8 @@
 """Prompts of texts and images, encoded as a model was trained to see them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
@@ -38,14 +39,12 @@ def encode_prompts(model: MM1, prompts: Sequence[Prompt], context: int | None = 
 
     One whose text cannot be that short is refused before it is encoded, which takes time in proportion to its length.
     """
-    c, tokenizer = model.config, tokenizer_of(model)
-    budget = exact_budget([], c.vision.patch)
-    encode = DocumentEncoder(tokenizer, policy_of(model), c.connector.tokens, budget)
+    c, encode = model.config, encoder_of(model)
     known = [tokens for tokens in (context, c.context) if tokens]
     documents = []
     for parts in map(checked, prompts):
         size = sum(len(part) for part in parts if isinstance(part, str))
-        if known and size > tokenizer.longest * min(known):
+        if known and size > encode.tokenizer.longest * min(known):
             raise DataError(
                 f"the prompt's {size} characters exceed {min(known)} tokens, {_limit(c.context, min(known))}"
             )
@@ -75,8 +74,16 @@ def refuse_malformed(document: Document, slots: int, image: int, vocabulary: int
         raise DataError(f"the prompt has {found} image tokens, expected {slots * images} of its {images} images")
 
 
+def encoder_of(model: MM1) -> DocumentEncoder:
+    c = model.config
+    return DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, exact_budget([], c.vision.patch))
+
+
 def checked(parts: Prompt) -> "list[str | Image.Image]":
-    """Images in RGB and upright, whatever they were. Raises DataError for what is neither text nor image."""
+    """Return adjacent texts as one, and images in RGB and upright, whatever they were.
+
+    Raises DataError for what is neither text nor image.
+    """
     from PIL import Image
 
     from mm1.engine.data.images import upright
@@ -85,9 +92,23 @@ def checked(parts: Prompt) -> "list[str | Image.Image]":
     if wrong:
         raise DataError(f"a prompt is a sequence of texts and PIL images, not {type(wrong[0]).__name__}")
     try:
-        return [part if isinstance(part, str) else upright(part) for part in parts]
+        return [part if isinstance(part, str) else upright(part) for part in one_text(parts)]
     except Unreadable as error:
         raise DataError(str(error)) from None
+
+
+def one_text(parts: Iterable[Any]) -> list[Any]:
+    """Join adjacent texts, because many a tokenizer begins each text with a space, and leave out empty ones."""
+    found: list[Any] = []
+    for is_text, some in groupby(parts, key=lambda part: isinstance(part, str)):
+        run = list(some)
+        found += filter(None, ["".join(run)]) if is_text else run
+    return found
+
+
+def last_text(parts: Sequence[object]) -> str:
+    """Return the text that the parts end with, "" if they end with an image."""
+    return parts[-1] if parts and isinstance(parts[-1], str) else ""
 
 
 def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from mm1.engine.data.images import ImagePolicy
 
+    Part = str | Image.Image | list[np.ndarray]  # a text, or an image, also as the views that it becomes
+
 DECODED_AHEAD = 64  # documents that a packer's thread, or each of its worker processes, makes before they are wanted
 
 
@@ -95,20 +97,20 @@ class DocumentEncoder:
                  for part, u in zip(parts, units))  # fmt: skip
         return self._cut([bos, *ended], record)
 
-    def prompt(self, parts: "Sequence[str | Image.Image]") -> Document:
+    def prompt(self, parts: "Sequence[Part]") -> Document:
         """Return one document without an end, whatever the budget."""
         units = self.units(parts)
         tokens = [token for unit in units for token in unit.ids]
         return Document(np.array(tokens, np.int32), tuple(view for unit in units for view in unit.views), "prompt")
 
-    def units(self, parts: "Sequence[str | Image.Image]") -> list[Unit]:
+    def units(self, parts: "Sequence[Part]") -> list[Unit]:
         t = self.tokenizer
         units = [Unit([t.bos], [])]
         for part in parts:
             if isinstance(part, str):
                 units.append(Unit(t.encode(part), []))
             else:
-                views = self.policy.views(part)
+                views = part if isinstance(part, list) else self.policy.views(part)
                 units.append(Unit([t.image] * self.slots * len(views), views))
         return units
 

@@ -49,6 +49,11 @@ def prompt_of(tokens):
     return Document(np.array([1] + [5] * (tokens - 1), np.int32), (), "prompt")
 
 
+async def asynchronous(engine, parts):
+    async with AsyncEngine(engine) as running:
+        await running.generate(parts)
+
+
 def context_of(folder):
     return mm1.load(folder).config.context
 
@@ -107,13 +112,8 @@ def test_a_longer_prompt_is_refused_with_both_numbers_by_all_that_take_one(model
         "generate": lambda: generate(model, [["one"], [LONG]]),
         "score": lambda: score(model, [[LONG]], [["one"]]),
         "several": lambda: several(engine, [LONG], 2, Sampling()),
-        "asynchronous": lambda: asyncio.run(asynchronous(engine)),
+        "asynchronous": lambda: asyncio.run(asynchronous(engine, [LONG])),
     }
-
-    async def asynchronous(engine):
-        async with AsyncEngine(engine) as running:
-            await running.generate([LONG])
-
     for way in ways.values():
         with pytest.raises(DataError, match=f"the prompt has {tokens} tokens, the model was trained on at most 80"):
             way()
@@ -152,8 +152,9 @@ def test_a_text_that_cannot_fit_is_refused_without_being_encoded(trained, model,
         model = small_mm1()
     engine = Engine(model, tokens=1024)
     monkeypatch.setattr(TextTokenizer, "encode", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(DataError, match=r"the prompt's 350000 characters exceed (80|1024) tokens"):
-        engine.submit([HUGE])
+    for way in (engine.submit, lambda parts: asyncio.run(asynchronous(engine, parts))):
+        with pytest.raises(DataError, match=r"the prompt's 350000 characters exceed (80|1024) tokens"):
+            way([HUGE])
     if trained:
         with pytest.raises(DataError, match="80 tokens, which the model was trained on at most"):
             generate(model, [[Image.new("RGB", (24, 12)), HUGE]])

@@ -99,4 +99,4 @@ def test_shots_without_images_and_the_query_are_one_text(models, tmp_path):
 
 def test_an_empty_answer_is_refused_even_beside_one_that_changes_the_prompts_end(models):
     with pytest.raises(DataError, match="an answer to score is empty"):
-        score(models[byte_level], [["a"]], [["b", ""]])
+        score(models[byte_fallback], [["a"]], [["b", ""]])

@@ -2,9 +2,13 @@
 
 import json
 import pickle
+import random
 import unicodedata
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from test_detokenizer import sequences
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from vocabularies import BYTES, KINDS, LLAMA, byte_fallback, byte_level, saved, unigram, word_level
 
@@ -13,6 +17,8 @@ from mm1.engine.data.document import DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.record import DataError, Record, Unreadable
 from mm1.engine.data.text_tokenizer import SPECIAL
+from mm1.engine.request import Request
+from mm1.engine.serve.chat import Reply
 from mm1.engine.tokenizer import with_special_tokens
 
 FULL_WIDTH = str.maketrans({chr(c): chr(c + 0xFEE0) for c in range(0x21, 0x7F)})
@@ -126,6 +132,19 @@ def test_a_token_has_the_bytes_that_it_adds_to_a_text(make, tmp_path):
     for number in (tokenizer.image, tokenizer.eos, -1, len(tokenizer), 1 << 40):
         assert tokenizer.token_bytes(number) == b""
         assert not tokenizer.has_text(number)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_the_bytes_of_logprobs_joined_are_those_of_the_text(make, tmp_path):
+    """Whole and as they are streamed, in pieces that end inside characters."""
+    tokenizer, draw = make(tmp_path), random.Random(0)
+    reply = Reply("model", tokenizer)
+    for ids in sequences(tokenizer, 200, draw):
+        request = cast(Request, SimpleNamespace(tokens=ids, logprobs=[-1.0] * len(ids)))
+        whole = reply.logprobs(request, 0)["content"]
+        assert b"".join(bytes(entry["bytes"]) for entry in whole).decode("utf-8", "replace") == tokenizer.decode(ids)
+        start = draw.randrange(len(ids) + 1)
+        assert reply.logprobs(request, start)["content"] == whole[start:]
 
 
 def test_ids_may_have_gaps(tmp_path):

@@ -3,10 +3,12 @@
 import random
 
 import pytest
+from small import small_mm1
 from tokenizers import Tokenizer
 from vocabularies import BYTES, KINDS, byte_fallback, byte_level, unigram_bytes
 
 from mm1.engine.detokenizer import Text
+from mm1.engine.generate import generate
 
 CHARACTERS = "é漢😀"
 COUNT = 3000
@@ -148,6 +150,26 @@ def test_a_token_costs_the_same_however_long_the_text_is(make, tmp_path, monkeyp
         looked_at.clear()
         assert not text.ends(ids[:n])
         assert len(looked_at) < 100
+
+
+@pytest.mark.parametrize("how", [{"temperature": 3.0, "seed": 0}, {"num_beams": 3}, {"temperature": 3.0, "stop": "b"}])
+@pytest.mark.parametrize("make", KINDS)
+def test_a_model_that_writes_anything_loses_no_text(make, how, tmp_path):
+    """Also rows of the embedding that stand for no token are drawn."""
+    model = small_mm1(seed=1).eval()
+    model.tokenizer = make(tmp_path)
+    assert len(model.tokenizer) <= 384
+    heard = {0: "", 1: "", 2: ""}
+    texts = generate(
+        model,
+        [["a"], ["b b"], ["the cat"]],
+        max_tokens=60,
+        on_text=lambda i, piece: heard.update({i: heard[i] + piece}),
+        **how,
+    )
+    assert texts == list(heard.values())
+    assert any(texts)
+    assert not any(how.get("stop", "\0") in text for text in texts)
 
 
 def test_listeners_hear_each_piece_once_even_if_they_end_the_text():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mm1.engine.data.images import ImagePolicy
 
 Prompt = Sequence["str | Image.Image"]
+CHARACTERS = 64  # to a token, at most, unless the vocabulary has longer ones: a tokenizer may drop spaces
 
 
 def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":
@@ -44,7 +45,7 @@ def encode_prompts(model: MM1, prompts: Sequence[Prompt], context: int | None = 
     documents = []
     for parts in map(checked, prompts):
         size = sum(len(part) for part in parts if isinstance(part, str))
-        if known and size > encode.tokenizer.longest * min(known):
+        if known and size > max(encode.tokenizer.longest, CHARACTERS) * min(known):
             raise DataError(
                 f"the prompt's {size} characters exceed {min(known)} tokens, {_limit(c.context, min(known))}"
             )

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -21,6 +23,8 @@ from mm1.engine.convert import from_hf
 from mm1.engine.data.document import Document, TextTokenizer
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
+from mm1.engine.evaluation.evaluate import evaluate
+from mm1.engine.evaluation.samples import Sample
 from mm1.engine.generate import generate, score, several
 from mm1.engine.prompts import encode_prompts
 from mm1.engine.sampling import Sampling
@@ -160,6 +164,13 @@ def test_a_text_that_cannot_fit_is_refused_without_being_encoded(trained, model,
             generate(model, [[Image.new("RGB", (24, 12)), HUGE]])
         with pytest.raises(DataError, match="350000 characters"):
             score(model, [[HUGE]], [["a"]])
+
+
+def test_an_evaluation_goes_on_and_keeps_both_numbers(model, tmp_path):
+    samples = [Sample(i, None, LONG if i == 1 else "how many?", ("A",), ("one", "two")) for i in range(3)]
+    found = evaluate(model, "scienceqa", samples, [], tmp_path, shots=(0,), display=io.StringIO())
+    [reason] = found["results"][0]["unreadable"].values()
+    assert re.fullmatch(r"the prompt has \d+ tokens, the model was trained on at most 80", reason)
 
 
 def test_mm1_generate_says_so_in_one_line(run_folder, monkeypatch, capsys):

@@ -167,7 +167,7 @@ def opened(text: str) -> Opened:
     silent = {vocabulary[token] for token in special if token in vocabulary}
     names = {number: token for token, number in vocabulary.items() if number not in silent}
     added = (token["content"] for token in spec.get("added_tokens") or ())
-    names |= {vocabulary[token]: token for token in added if vocabulary[token] in names}
+    names |= {vocabulary[token]: token for token in added if vocabulary.get(token) in names}
     decoder = spec.get("decoder") or {}
     kinds = {str(part.get("type")) for part in (decoder, *decoder.get("decoders", ()))}
     return Opened(encoder, vocabulary, names, kinds, vocabulary.get(unknown) if unknown in SPECIAL else None)

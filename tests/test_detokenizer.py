@@ -168,7 +168,7 @@ def test_a_model_that_writes_anything_loses_no_text(make, how, tmp_path):
         **how,
     )
     assert texts == list(heard.values())
-    assert any(texts)
+    assert any(texts) or how.get("num_beams")
     assert not any(how.get("stop", "\0") in text for text in texts)
 
 

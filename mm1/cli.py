@@ -148,7 +148,7 @@ def convert(
         tokenizer: a tokenizer.json (default: the decoder's).
         image_tokens: tokens of an image (default: 144).
         image_size: pixels a side (default: the encoder's).
-        context: longest document, which a sliding window has to hold.
+        context: tokens of the longest document, which a sliding window has to hold (default: max_position_embeddings).
         experts: copies of the dense MLP in every moe_every-th layer.
         moe_every: which layers become mixtures.
         experts_per_token: that a token goes to.
@@ -197,7 +197,7 @@ def generate(
         checkpoint: a checkpoint folder, or the folder of a run.
         prompt: text; `<image>` marks where the next image stands, images without a mark come first. May be repeated.
         image: an image file; may be repeated.
-        max_tokens: longest continuation.
+        max_tokens: longest continuation; it ends before where prompt and text are as long as what it was trained on.
         temperature: 0 is greedy.
         top_p: sample among the most probable tokens of this total.
         top_k: and among so many (0: all).

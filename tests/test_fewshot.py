@@ -61,8 +61,9 @@ def test_pieces_join_to_what_the_prompt_encodes_to(model):
     shots = [Shot(question(picture(seed=i), f"how many {i}?"), str(i)) for i in range(3)]
     query = question(picture(24, 12, 9), "what?")
     whole = encode_prompts(model, [few_shot(shots, query)])[0]
-    found = joined(model, [*(piece(model, shot.shown) for shot in shots), piece(model, query)])
+    found, end = joined(model, [*(piece(model, shot.shown) for shot in shots), piece(model, query)])
     assert np.array_equal(found.tokens, whole.tokens)
+    assert end == query[-1]
     assert len(found.images) == len(whole.images) == 4
     assert all(np.array_equal(a, b) for a, b in zip(found.images, whole.images))
 

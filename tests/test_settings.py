@@ -23,8 +23,8 @@ from mm1.engine.train import Trainer
 SOURCE = Source("text", ("a.txt",))
 LEGAL = {
     "model.vision": DIGITS.vision, "model.connector": dataclasses.replace(DIGITS.connector, position_grid=(6, 6)),
-    "model.decoder": DIGITS.decoder, "model": DIGITS, "data.sources": SOURCE, "data": Data(sources=(SOURCE,)),
-    "train": Train(peak_lr=1e-3, warmup=10), "parallel": Parallel(capacity=2.0),
+    "model.decoder": DIGITS.decoder, "model": dataclasses.replace(DIGITS, context=768), "data.sources": SOURCE,
+    "data": Data(sources=(SOURCE,)), "train": Train(peak_lr=1e-3, warmup=10), "parallel": Parallel(capacity=2.0),
 }  # fmt: skip
 
 

@@ -82,11 +82,11 @@ class Tokens:
 
     image, eos = IMAGE, -1
 
-    def stream(self) -> Callable[[int], str]:
-        return lambda token: ""
+    def pieces(self, ids: Sequence[int], continued: bool = False) -> list[bytes]:
+        return [b""] * len(ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return ""
+    def has_text(self, token: int) -> bool:
+        return False
 
 
 class Case(NamedTuple):

@@ -100,7 +100,7 @@ class AsyncEngine:
         stream = Stream()
         try:
             if not isinstance(prompt, Document):
-                [prompt] = await asyncio.to_thread(encode_prompts, self.engine.model, [prompt])
+                [prompt] = await asyncio.to_thread(encode_prompts, self.engine.model, [prompt], self.engine.context)
             if self.dead:  # looked at here, because its thread may not look any more
                 raise Dead(f"the engine has stopped: {self.dead}")
             self._inbox.put(partial(self._submit, stream, prompt, sampling))

@@ -127,6 +127,9 @@ class Model:
     image_size: Count = 378
     image_patches: Count = 729
     image_parts: Count = 1  # k: besides the whole image k × k parts of it, each of image_size²; squash only
+    # Tokens of the longest document that it was trained on, prompt and answer together; None: not known. A run writes
+    # its data.tokens here, or what train.init was trained on if that is more.
+    context: Count | None = None
 
     def __post_init__(self):
         check(self, "model")
@@ -406,7 +409,9 @@ def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 def stored_model(config: Any) -> Model:
     """Return the model of a checkpoint's config.json, whose other settings may be of an older version."""
     expect(isinstance(config, dict) and "model" in config, "model", None, "a table of a checkpoint's config.json")
-    return from_dict({"model": config["model"]}).model
+    model, data = from_dict({"model": config["model"]}).model, config.get("data")
+    trained = data.get("tokens") if isinstance(data, dict) else None  # of a run, also of an older version
+    return dataclasses.replace(model, context=trained) if trained and not model.context else model
 
 
 def _model_of(folder: Path) -> Model:

@@ -104,13 +104,18 @@ def from_hf(
 
     A part given as a config of ours is initialised from `seed`, as is the connector if None. image_tokens: of
     the connector, which no tensor tells. context: longest document, which a sliding window has to hold; None:
-    max_position_embeddings. Raises DataError for a field or tensor missing, unknown or not supported.
+    max_position_embeddings. The lesser of both is the model's context. Raises DataError for a field or tensor missing,
+    unknown or not supported.
     """
     v, v_state = _part("vision", vision, config.Vision, _vision)
     d, d_state = _part("decoder", decoder, config.Decoder, lambda source: _decoder(source, context))
     c, c_state = _honeybee(connector, image_tokens) if isinstance(connector, Mapping) else (connector, None)
     c = c or config.Connector(tokens=image_tokens, position_grid=v.table)
-    model = MM1(config.Model(v, c, d, "squash", v.table[0] * v.patch, math.prod(v.table))).initialize(seed)
+    size, longest = v.table[0] * v.patch, [context] if context else []
+    if d_state is not None and (trained := _config_of(decoder).get("max_position_embeddings")):
+        longest.append(trained)
+    whole = config.Model(v, c, d, "squash", size, math.prod(v.table), context=min(longest, default=None))
+    model = MM1(whole).initialize(seed)
     if v_state is not None:
         (_load_aim if v.patch_norm else _load_clip)(model.vision, v_state)
     if c_state is not None:
@@ -124,11 +129,14 @@ def _part(part: str, given: Any, kind: type, read: Callable[[dict[str, Any]], An
     """Return our config, and the state dict if there is one."""
     if isinstance(given, kind):
         return given, None
-    source, state = given
     try:
-        return read(dict(source) if isinstance(source, Mapping) else source.to_dict()), state
+        return read(_config_of(given)), given[1]
     except KeyError as error:
         raise DataError(f"{part} config: {error.args[0]} is missing") from None
+
+
+def _config_of(source: Any) -> dict[str, Any]:
+    return dict(source[0]) if isinstance(source[0], Mapping) else source[0].to_dict()
 
 
 def _expect(part: str, source: dict[str, Any], honoured: Mapping[str, tuple]) -> None:

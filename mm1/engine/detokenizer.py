@@ -1,12 +1,15 @@
-"""The text that a request's tokens become, while they come."""
+"""The text that a request's tokens become, while they come.
 
-import re
+It is that of TextTokenizer.decode for all tokens before end-of-text, up to the first stop string; the pieces that are
+streamed, joined, are the same text. A token costs the same however long the text is.
+"""
+
+import codecs
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
-from mm1.engine.data.document import TextTokenizer
+from mm1.engine.data.text_tokenizer import TextTokenizer
 
-MARGIN = 8  # characters behind a cut that may not be those of the whole: half a character, a space that is stripped
+MARGIN = 3  # bytes behind a cut that may belong to a character before it
 
 
 class Text:
@@ -14,9 +17,18 @@ class Text:
 
     def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], emit: Callable[[str], None] | None):
         self.tokenizer, self.stop, self.emit = tokenizer, [s for s in stop if s], emit
-        self.ids: list[int] = []
-        self.text, self.sent, self.done = "", 0, False  # text: without half a character at its end
-        self._piece = tokenizer.stream()
+        self.done = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character
+        self._begun = False  # whether a token has added something
+        self._settled: list[str] = []
+        self._held = ""  # the end of the text where it may be the beginning of a stop string
+        self._unsent: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Return the text without half a character at its end."""
+        self._settled = ["".join(self._settled)]
+        return self._settled[0] + self._held
 
     def add(self, token: int) -> None:
         if self.done:
@@ -24,10 +36,16 @@ class Text:
         if token == self.tokenizer.eos:
             self.done = True
         else:
-            self.ids.append(token)
-            self._grow(self._piece(token))
-        if self.emit:
-            self._send(self.text[: self._settled()])
+            [piece] = self.tokenizer.pieces((token,), self._begun)
+            self._begun = self._begun or self.tokenizer.has_text(token)
+            self._grow(self._decoder.decode(piece))
+        self._send()
+
+    def finish(self) -> None:
+        """Write what was held back: half a character becomes U+FFFD."""
+        self._grow(self._decoder.decode(b"", final=True))
+        self._settle(self._held, "")
+        self._send()
 
     def ends(self, tokens: Sequence[int]) -> bool:
         """Say whether a text of these tokens is done, of which it was not done without the last."""
@@ -35,55 +53,39 @@ class Text:
             return True
         if not self.stop:
             return False
-        text, same = self._tail(tokens)
-        return any(text.find(s, max(0, same - len(s) + 1)) >= 0 for s in self.stop)
-
-    def _tail(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """Return the end of the text, and how many of its characters were there without the last token.
-
-        It is decoded from a token on where neither side changes the other, and holds a stop string's length before the
-        first new character.
-        """
-        decode, needed = self.tokenizer.decode, max(map(len, self.stop)) + MARGIN
-        count = needed
-        while True:
-            first = max(len(tokens) - count, 0)
-            while first and not self._stands_alone(tokens[first]):
-                first -= 1
-            before, text = decode(tokens[first:-1]), decode(tokens[first:])
-            same = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), min(len(before), len(text)))
-            if first == 0 or same >= needed:
-                return text, same
-            count *= 2
-
-    def _stands_alone(self, token: int) -> bool:
-        """Say whether a token has a text that does not depend on the tokens before it, but for MARGIN characters."""
-        return token not in bytes_of(self.tokenizer) and bool(self.tokenizer.decode([token]))
-
-    def finish(self) -> None:
-        if not self.done:
-            self._grow(self.tokenizer.decode(self.ids)[len(self.text) :])
-        if self.emit:
-            self._send(self.text)
+        # As many bytes as the longest stop string can take, so that one that ends in the last token is seen whole.
+        first, needed = len(tokens) - 1, 4 * max(map(len, self.stop)) + MARGIN
+        while first > 0 and needed > 0:
+            first -= 1
+            needed -= len(self.tokenizer.token_bytes(tokens[first]))
+        *before, last = self.tokenizer.pieces(tokens[first:], continued=first > 0)
+        start = b"".join(before)
+        known = len(_whole_characters(start))
+        text = _whole_characters(start + last)
+        return any(text.find(s, max(0, known - len(s) + 1)) >= 0 for s in self.stop)
 
     def _grow(self, piece: str) -> None:
-        before, self.text = len(self.text), self.text + piece
-        places = [at for s in self.stop if (at := self.text.find(s, max(0, before - len(s)))) >= 0]
+        text = self._held + piece
+        places = [at for s in self.stop if (at := text.find(s)) >= 0]
         if places:
-            self.text, self.done = self.text[: min(places)], True
+            self.done = True
+            self._decoder.reset()
+            return self._settle(text[: min(places)], "")
+        sizes = (size for s in self.stop for size in range(1, len(s)) if text.endswith(s[:size]))
+        settled = len(text) - max(sizes, default=0)
+        self._settle(text[:settled], text[settled:])
 
-    def _settled(self) -> int:
-        """Count the characters that stay, whatever comes: all but the beginning of a stop string at the end."""
-        sizes = (size for s in self.stop for size in range(1, len(s)) if self.text.endswith(s[:size]))
-        return len(self.text) - max(sizes, default=0)
+    def _settle(self, text: str, held: str) -> None:
+        self._held = held
+        if text:
+            self._settled.append(text)
+            self._unsent.append(text)
 
-    def _send(self, text: str) -> None:
-        if self.emit and len(text) > self.sent:
-            piece, self.sent = text[self.sent :], len(text)  # before its on_text, which may cancel
-            self.emit(piece)
+    def _send(self) -> None:
+        pieces, self._unsent = self._unsent, []  # before its on_text, which may cancel
+        if self.emit and pieces:
+            self.emit("".join(pieces))
 
 
-@lru_cache(4)
-def bytes_of(tokenizer: TextTokenizer) -> frozenset[int]:
-    """Return the tokens of byte fallback, "<0x41>": one wrong byte spoils all that stand beside it."""
-    return frozenset(id for token, id in tokenizer.vocabulary.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))
+def _whole_characters(data: bytes) -> str:
+    return codecs.utf_8_decode(data, "replace", False)[0]

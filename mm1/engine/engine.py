@@ -22,9 +22,9 @@ from mm1.engine.detokenizer import Text
 from mm1.engine.graphs import PAGES, Graphs
 from mm1.engine.model import MM1
 from mm1.engine.packed import Head, packed
-from mm1.engine.prompts import Prompt, encode_prompts, tokenizer_of
+from mm1.engine.prompts import Prompt, encode_prompts, refuse_long, refuse_malformed, tokenizer_of
 from mm1.engine.quantize import quantized
-from mm1.engine.request import Request, drawn
+from mm1.engine.request import Request, drawn, fitted
 from mm1.engine.sampling import Draw, Sampling, penalized, sample
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.grids import Grids
@@ -41,6 +41,9 @@ class Engine:
     prompts a step, if it is more than one; images: whose features are kept; weights: as they are, or "int8", "int4",
     "float8" (quantize.py).
     Not for several threads at once.
+
+    context: tokens of the longest prompt that it takes, at most what the model was trained on, if that is known. A text
+    ends where prompt and text together are as long as what the model was trained on.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Engine:
         self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
         graphs = self.device.type == "cuda"
         self.pages = cdiv(tokens, PAGE)
+        self.context = min(self.pages * PAGE, model.config.context or self.pages * PAGE)
         self.cache = Cache(model.config.decoder, self.pages + graphs, weight.device, weight.dtype)
         self.graphs = Graphs(self.decoder, self.head, self.cache, batch) if graphs else None
         plain = (self.decoder, self.head) if weights else (model.decoder, Head(model.decoder))
@@ -67,8 +71,8 @@ class Engine:
     def submit(
         self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None
     ) -> Request:
-        """Raises Busy if the queue is full, DataError for a prompt that is more than the cache holds."""
-        document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt])[0]
+        """Raises Busy if the queue is full, DataError for a prompt that is longer than the context or malformed."""
+        document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt], self.context)[0]
         return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text)))
 
     def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
@@ -80,6 +84,10 @@ class Engine:
         return self._enqueue(Request(document, Sampling(), Text(self.tokenizer, (), None), len(answer)))
 
     def _enqueue(self, request: Request) -> Request:
+        document, c = request.document, self.model.config
+        refuse_malformed(document, c.connector.tokens, self.tokenizer.image, c.decoder.vocabulary)
+        refuse_long(len(document.tokens), c.context)
+        request.sampling = fitted(request.sampling, len(document.tokens), c.context)
         if request.room > self.pages:
             exceed = f"exceed {self.pages * PAGE}"
             raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")
@@ -257,8 +265,7 @@ class Engine:
             seen = rows.clone()
             for row, request in zip(seen, (requests[i] for i in left)):
                 if request.sampling.repetition_penalty != 1:
-                    known = np.unique(np.array([*request.document.tokens, *request.tokens], np.int64))
-                    row.copy_(penalized(row, self._moved(known), request.sampling.repetition_penalty))
+                    row.copy_(penalized(row, self._moved(request.seen), request.sampling.repetition_penalty))
             found = sample(seen, *self._moved(np.array([draws[i] for i in left], np.float32).T).unbind())
             sure = rows.log_softmax(-1).gather(1, found[:, None])[:, 0]
             for i, token, logprob in zip(left, found.tolist(), sure.tolist()):

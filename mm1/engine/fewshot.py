@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from mm1.engine.cache import image_digest
-from mm1.engine.data.batch import exact_budget
-from mm1.engine.data.document import Document, DocumentEncoder
+from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.evaluation.vqa import normalize
 from mm1.engine.generate import several
 from mm1.engine.model import MM1
-from mm1.engine.prompts import Prompt, checked, interleave, policy_of, tokenizer_of
+from mm1.engine.prompts import Prompt, checked, encoder_of, interleave, last_text, one_text, policy_of
 from mm1.engine.sampling import Sampling
 from mm1.kernels.grids import Grids
 
@@ -82,29 +81,19 @@ def few_shot(shots: Iterable[Shot], query: Prompt) -> "list[str | Image.Image]":
     return [part for shot in shots for part in shot.shown] + list(query)
 
 
-class Piece(NamedTuple):
-    """Part of a prompt as the model takes it; made once, it serves in many prompts."""
-
-    tokens: list[int]
-    images: tuple[np.ndarray, ...]
+Piece = list["str | list[np.ndarray]"]  # part of a prompt with the views of its images, which serves in many prompts
 
 
 def piece(model: MM1, parts: Prompt, policy: "ImagePolicy | None" = None) -> Piece:
     """policy: how images become patches, if not as the model was trained."""
-    c = model.config
-    budget = exact_budget([], c.vision.patch)
-    encode = DocumentEncoder(tokenizer_of(model), policy or policy_of(model), c.connector.tokens, budget)
-    units = encode.units(checked(parts))[1:]  # without begin-of-text
-    return Piece([token for unit in units for token in unit.ids], tuple(v for unit in units for v in unit.views))
+    policy = policy or policy_of(model)
+    return [part if isinstance(part, str) else policy.views(part) for part in checked(parts)]
 
 
-def joined(model: MM1, pieces: Iterable[Piece]) -> Document:
-    """A prompt."""
-    tokens, images = [tokenizer_of(model).bos], []
-    for part in pieces:
-        tokens += part.tokens
-        images += part.images
-    return Document(np.array(tokens, np.int32), tuple(images), "prompt")
+def joined(model: MM1, pieces: Iterable[Piece]) -> tuple[Document, str]:
+    """Return a prompt and its last text. Texts of adjacent pieces are encoded as one."""
+    parts = one_text(part for piece in pieces for part in piece)
+    return encoder_of(model).prompt(parts), last_text(parts)
 
 
 def encode_mixed(
@@ -122,7 +111,7 @@ def encode_mixed(
     for part in parts:
         pieces.append(piece(model, [part], high if left <= last else low))
         left -= not isinstance(part, str)
-    return joined(model, pieces)
+    return joined(model, pieces)[0]
 
 
 class Retrieval:

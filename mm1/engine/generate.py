@@ -15,8 +15,8 @@ from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Busy, Engine
 from mm1.engine.model import MM1
-from mm1.engine.prompts import Prompt, continued, encode_prompts, tokenizer_of
-from mm1.engine.request import Request
+from mm1.engine.prompts import Prompt, continued, encode_prompts, last_text, one_text, tokenizer_of
+from mm1.engine.request import Request, fitted
 from mm1.engine.sampling import Sampling
 from mm1.kernels.dispatch import cdiv
 
@@ -42,13 +42,15 @@ def generate(
     """Continue each prompt, a sequence of texts and PIL images; returns the new texts.
 
     Settings are those of Sampling and, weights, of Engine; prompt i draws with seed + i. on_text(prompt number, piece)
-    is called as text arrives; of a search with beams it arrives at the end.
+    is called as text arrives; of a search with beams it arrives at the end. Raises DataError for a prompt longer than
+    what the model was trained on; a text ends where the two together are as long.
     """
     sampling = Sampling(
         max_tokens, temperature, top_p, top_k, repetition_penalty, stop, None, num_beams, length_penalty, early_stopping
     )
     documents = encode_prompts(model, prompts)
-    pages = sum(pages_of(len(document.tokens), sampling) for document in documents)
+    lengths = [len(document.tokens) for document in documents]
+    pages = sum(pages_of(length, fitted(sampling, length, model.config.context)) for length in lengths)
     count = max(len(prompts), 1)
     engine = Engine(model, tokens=max(pages, 1) * PAGE, batch=count * num_beams, queue=count, weights=weights)
     requests = []
@@ -63,15 +65,17 @@ def generate(
 def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[list[float]]:
     """Log-probability of each answer behind its prompt, summed over its tokens: for multiple choice.
 
-    A prompt's answers share its pages. Raises DataError for an empty answer.
+    Prompt and answer are encoded as one text, and cut behind the prompt (`continued`). A prompt's answers share its
+    pages. Raises DataError for an empty answer, and for a prompt and answer longer than what the model was trained on.
     """
     encoded = encode_prompts(model, prompts)
     if len(answers) != len(encoded) or any(isinstance(of, str) for of in answers):
         raise DataError(f"{len(encoded)} prompts, expected as many lists of answers")
     documents = []
     for document, parts, of in zip(encoded, prompts, answers):
-        end = parts[-1] if len(parts) and isinstance(parts[-1], str) else ""
-        document, ids = continued(tokenizer_of(model), document, end, of)
+        if not all(of):
+            raise DataError("an answer to score is empty")
+        document, ids = continued(tokenizer_of(model), document, last_text(one_text(parts)), of)
         documents.append([(document, tokens) for tokens in ids])
     flat = [pair for of in documents for pair in of]
     pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)
@@ -83,7 +87,7 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
 
 def several(engine: Engine, prompt: Prompt | Document, n: int, sampling: Sampling) -> list[Request]:
     """n continuations of one prompt, whose pages they share; the i-th draws with seed + i. Others go on meanwhile."""
-    document = prompt if isinstance(prompt, Document) else encode_prompts(engine.model, [prompt])[0]
+    document = prompt if isinstance(prompt, Document) else encode_prompts(engine.model, [prompt], engine.context)[0]
     seed = random.randrange(1 << 32) if sampling.seed is None else sampling.seed
     found: list[Request] = []
     while len(found) < n:

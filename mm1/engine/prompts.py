@@ -1,7 +1,8 @@
 """Prompts of texts and images, encoded as a model was trained to see them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from mm1.engine.data.images import ImagePolicy
 
 Prompt = Sequence["str | Image.Image"]
+CHARACTERS = 64  # to a token, at most, unless the vocabulary has longer ones: a tokenizer may drop spaces
 
 
 def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":
@@ -33,15 +35,56 @@ def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[l
     return prompts
 
 
-def encode_prompts(model: MM1, prompts: Sequence[Prompt]) -> list[Document]:
+def encode_prompts(model: MM1, prompts: Sequence[Prompt], context: int | None = None) -> list[Document]:
+    """Return prompts as documents. Raises DataError for one that is longer than the model's context, or than this.
+
+    One whose text cannot be that short is refused before it is encoded, which takes time in proportion to its length.
+    """
+    c, encode = model.config, encoder_of(model)
+    known = [tokens for tokens in (context, c.context) if tokens]
+    documents = []
+    for parts in map(checked, prompts):
+        size = sum(len(part) for part in parts if isinstance(part, str))
+        if known and size > max(encode.tokenizer.longest, CHARACTERS) * min(known):
+            raise DataError(
+                f"the prompt's {size} characters exceed {min(known)} tokens, {_limit(c.context, min(known))}"
+            )
+        documents.append(encode.prompt(parts))
+        refuse_long(len(documents[-1].tokens), c.context)
+    return documents
+
+
+def _limit(trained: int | None, context: int) -> str:
+    return "which the model was trained on at most" if trained == context else "which the cache holds"
+
+
+def refuse_long(tokens: int, trained: int | None) -> None:
+    """Raise DataError for a prompt, with its answer if that is scored, longer than what the model was trained on."""
+    if trained and tokens > trained:
+        raise DataError(f"the prompt has {tokens} tokens, the model was trained on at most {trained}")
+
+
+def refuse_malformed(document: Document, slots: int, image: int, vocabulary: int) -> None:
+    """Raise DataError for ids that are not in the vocabulary, or whose image tokens are not those of the images."""
+    tokens, images = document.tokens, len(document.images)
+    if not len(tokens):
+        raise DataError("the prompt has no tokens, expected at least begin-of-text")
+    if (wrong := tokens[(tokens < 0) | (tokens >= vocabulary)]).size:
+        raise DataError(f"the prompt has the token id {wrong[0]}, expected 0 to {vocabulary - 1}")
+    if (found := int((tokens == image).sum())) != slots * images:
+        raise DataError(f"the prompt has {found} image tokens, expected {slots * images} of its {images} images")
+
+
+def encoder_of(model: MM1) -> DocumentEncoder:
     c = model.config
-    budget = exact_budget([], c.vision.patch)
-    encode = DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, budget)
-    return [encode.prompt(checked(parts)) for parts in prompts]
+    return DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, exact_budget([], c.vision.patch))
 
 
 def checked(parts: Prompt) -> "list[str | Image.Image]":
-    """Images in RGB and upright, whatever they were. Raises DataError for what is neither text nor image."""
+    """Return adjacent texts as one, and images in RGB and upright, whatever they were.
+
+    Raises DataError for what is neither text nor image.
+    """
     from PIL import Image
 
     from mm1.engine.data.images import upright
@@ -50,9 +93,23 @@ def checked(parts: Prompt) -> "list[str | Image.Image]":
     if wrong:
         raise DataError(f"a prompt is a sequence of texts and PIL images, not {type(wrong[0]).__name__}")
     try:
-        return [part if isinstance(part, str) else upright(part) for part in parts]
+        return [part if isinstance(part, str) else upright(part) for part in one_text(parts)]
     except Unreadable as error:
         raise DataError(str(error)) from None
+
+
+def one_text(parts: Iterable[Any]) -> list[Any]:
+    """Join adjacent texts, because many a tokenizer begins each text with a space, and leave out empty ones."""
+    found: list[Any] = []
+    for is_text, some in groupby(parts, key=lambda part: isinstance(part, str)):
+        run = list(some)
+        found += filter(None, ["".join(run)]) if is_text else run
+    return found
+
+
+def last_text(parts: Sequence[object]) -> str:
+    """Return the text that the parts end with, "" if they end with an image."""
+    return parts[-1] if parts and isinstance(parts[-1], str) else ""
 
 
 def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":

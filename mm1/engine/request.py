@@ -1,6 +1,7 @@
 """A request of the Engine: its prompt, its pages, and the tokens that it has so far."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +11,12 @@ from mm1.engine.data.document import Document
 from mm1.engine.detokenizer import Text
 from mm1.engine.sampling import Draw, Sampling
 from mm1.kernels.dispatch import cdiv
+
+
+def fitted(sampling: Sampling, prompt: int, context: int | None) -> Sampling:
+    """Return the settings with max_tokens cut to what a context has room for behind a prompt, but for one token."""
+    most = max(context - prompt, 1) if context else sampling.max_tokens
+    return sampling if sampling.max_tokens <= most else replace(sampling, max_tokens=most)
 
 
 class Request:
@@ -32,6 +39,9 @@ class Request:
         self.table = np.empty(0, np.int32)  # the same pages
         self.random = random.Random(sampling.seed) if sampling.temperature else None
         self.beams: Beams | None = None  # while it runs, if it searches
+        self._seen = np.empty(0, np.int64)
+        self._known: set[int] = set()  # the same
+        self._counted = 0  # of tokens, those that are in both
 
     @property
     def text(self) -> str:
@@ -42,6 +52,19 @@ class Request:
         """Return how many pages it needs, with those for all that is to come."""
         rows = len(self.document.tokens)
         return cdiv(rows, PAGE) if self.scored else pages_of(rows, self.sampling)
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Return the distinct tokens of prompt and text, int64, for the repetition penalty. Only new ones take time."""
+        if not self._known:
+            self._seen = np.unique(self.document.tokens).astype(np.int64)
+            self._known = set(self._seen.tolist())
+        new = [token for token in self.tokens[self._counted :] if token not in self._known]
+        self._counted = len(self.tokens)
+        if new:
+            self._known.update(new)
+            self._seen = np.append(self._seen, list(dict.fromkeys(new)))
+        return self._seen
 
     def admit(self, pages: list[int], shared: int) -> None:
         """Begin on these pages, of which the first `shared` are computed already."""

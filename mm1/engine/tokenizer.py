@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mm1.engine.data.document import SPECIAL
 from mm1.engine.data.record import Choice, DataError, Unreadable
 from mm1.engine.data.sources import KINDS, Source, expand, open_source
+from mm1.engine.data.text_tokenizer import SPECIAL, renamed
 
 ROWS = 64  # the vocabulary is a multiple of it: whole tiles of tensor cores in products with the head
 LEAST = 256 + len(SPECIAL)  # tokens: each byte is one, so that any text can be written
@@ -138,23 +138,19 @@ def with_special_tokens(path: Path) -> tuple[str, int, int]:
         old = Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise DataError(f"{path} is not a tokenizer.json: {error}") from None
-    names = _renamed(old, json_object(settings) if settings.is_file() else {})
-    spec = json.loads(old.to_str())
-    for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    model, vocabulary = spec["model"], spec["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    else:  # Unigram's: its unknown token is a number
-        model["vocab"] = [(names.get(token, token), score) for token, score in vocabulary]
-    if "merges" in model:  # some files can merge "<" and "s>" of a text into what is meant to begin one
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+    names = _our_names(old, json_object(settings) if settings.is_file() else {})
+    spec = renamed(json.loads(old.to_str()), names)
+    known, vocabulary = _ids(old), spec["model"]["vocab"]
+    if isinstance(vocabulary, dict) and len(vocabulary) <= max(vocabulary.values(), default=-1):
+        # The library counts tokens to find the next id, which in a vocabulary with gaps belongs to another token.
+        ids = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary
+        new_ids = {token: known + i for i, token in enumerate(token for token in SPECIAL if token not in ids)}
+        spec["model"]["vocab"] = ids | new_ids
     # Documents are encoded whole and get bos and eos elsewhere; a template would name tokens that are gone.
     spec["truncation"] = spec["padding"] = spec["post_processor"] = None
     new = Tokenizer.from_str(json.dumps(spec))
     new.add_special_tokens(list(SPECIAL))
-    return new.to_str(), _ids(old), _ids(new)
+    return new.to_str(), known, _ids(new)
 
 
 def _ids(tokenizer: Tokenizer) -> int:
@@ -162,7 +158,7 @@ def _ids(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def _renamed(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
+def _our_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
     """Token of `tokenizer` -> our name for it. One that is bos and eos both is eos, without which no text ends."""
     names: dict[str, str] = {}
     for ours, field in (("<eos>", "eos_token"), ("<bos>", "bos_token")):

@@ -44,7 +44,7 @@ PARTS = ("vision", "connector", "decoder")
 # Settings of the model that may change when a run continues. Those of images are compared as part of the data.
 MAY_CHANGE = {
     "model.decoder.load_balance", "model.decoder.z_loss", "model.decoder.moe_backend", "model.image_mode",
-    "model.image_size", "model.image_patches", "model.image_parts",
+    "model.image_size", "model.image_patches", "model.image_parts", "model.context",
 }  # fmt: skip
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,8 @@ class Trainer:
                 f"setting model.decoder.vocabulary is {run.model.decoder.vocabulary}, but {self.tokenizer.path} has"
                 f" {len(self.tokenizer)} tokens: set model.decoder.vocabulary = {vocabulary_size(len(self.tokenizer))}"
             )
+        context = max(run.data.tokens, run.model.context or 0, _context_before(run, newest))
+        self.run = run = replace(run, model=replace(run.model, context=context))
         state = checkpoint.read_json(newest, "state.json") if newest else None
         # Processes of a tensor group draw the same records, and one of them lists the bad ones.
         quarantine = folder / "quarantine" if self.world.rank % run.parallel.tensor == 0 else None
@@ -510,6 +512,14 @@ class Trainer:
         state = checkpoint.read_json(folder, "state.json")
         self.step = state["step"]
         torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
+
+
+def _context_before(run: Run, newest: Path | None) -> int:
+    """Return the context of the checkpoint that the run begins with or goes on from, 0 if it is not known."""
+    folder = newest or (checkpoint.newest_in(Path(run.train.init)) if run.train.init else None)
+    if folder is None or not (folder / "config.json").is_file():  # which is told where the weights are read
+        return 0
+    return stored_model(checkpoint.read_json(folder, "config.json")).context or 0
 
 
 def _tokenizer_path(run: Run, newest: Path | None) -> Path:

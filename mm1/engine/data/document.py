@@ -3,23 +3,23 @@
 Nor PIL and tokenizers before a text or an encoded image is met: who packs documents of ready tokens needs neither.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mm1.engine.data.record import Answer, DataError, Record, Unreadable
+from mm1.engine.data.text_tokenizer import SPECIAL as SPECIAL
+from mm1.engine.data.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
-    from tokenizers import Tokenizer
 
     from mm1.engine.data.images import ImagePolicy
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
+    Part = str | Image.Image | list[np.ndarray]  # a text, or an image, also as the views that it becomes
+
 DECODED_AHEAD = 64  # documents that a packer's thread, or each of its worker processes, makes before they are wanted
 
 
@@ -49,59 +49,6 @@ class Document:
 
     def patches(self, patch: int) -> int:
         return sum(image.shape[0] * image.shape[1] for image in self.images) // patch**2
-
-
-class TextTokenizer:
-    """A tokenizer.json with the four special tokens. Raises DataError if it is not there, not one, or lacks them."""
-
-    def __init__(self, path: str | Path):
-        self.path = str(path)
-        if not Path(path).is_file():
-            raise DataError(f"no such tokenizer file: {path}")
-        try:
-            self.text = Path(path).read_text(encoding="utf-8")
-            missing = [token for token in SPECIAL if self._tokenizer.token_to_id(token) is None]
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise DataError(f"{path} is not a tokenizer.json: {error}") from None
-        if missing:
-            how = f"add them by `mm1 tokenizer NEW --from {path}`"
-            raise DataError(f"{path} lacks the special tokens {', '.join(missing)}: {how}")
-        self.pad, self.bos, self.eos, self.image = (int(self._tokenizer.token_to_id(token) or 0) for token in SPECIAL)
-
-    @cached_property
-    def _tokenizer(self) -> "Tokenizer":
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(self.text)
-        tokenizer.encode_special_tokens = True  # "<image>" in a text stays text
-        return tokenizer
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}  # reopened in each process
-
-    def __len__(self) -> int:
-        return max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
-
-    @property
-    def vocabulary(self) -> dict[str, int]:
-        """Return the id of each token."""
-        return self._tokenizer.get_vocab()
-
-    def encode(self, text: str) -> list[int]:
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError:  # half a surrogate pair
-            raise DataError("a text is not valid Unicode") from None
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def stream(self) -> Callable[[int], str]:
-        """Return a function that gives what each further token adds to a text, once its last character is whole."""
-        from tokenizers.decoders import DecodeStream
-
-        growing = DecodeStream(skip_special_tokens=True)
-        return lambda token: growing.step(self._tokenizer, token) or ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +86,10 @@ class DocumentEncoder:
         from mm1.engine.data.images import decode
 
         parts = [part if isinstance(part, str) else decode(part) for part in record.parts]
-        units, eos = self.units(parts), [self.tokenizer.eos]
+        try:
+            units, eos = self.units(parts), [self.tokenizer.eos]
+        except DataError as error:  # a text that the tokenizer cannot encode
+            raise Unreadable(str(error), record.shard) from None
         if not any(isinstance(part, Answer) for part in parts):
             return self._cut([*units, Unit(eos, [])], record)
         bos, *units = units
@@ -147,20 +97,20 @@ class DocumentEncoder:
                  for part, u in zip(parts, units))  # fmt: skip
         return self._cut([bos, *ended], record)
 
-    def prompt(self, parts: "Sequence[str | Image.Image]") -> Document:
+    def prompt(self, parts: "Sequence[Part]") -> Document:
         """Return one document without an end, whatever the budget."""
         units = self.units(parts)
         tokens = [token for unit in units for token in unit.ids]
         return Document(np.array(tokens, np.int32), tuple(view for unit in units for view in unit.views), "prompt")
 
-    def units(self, parts: "Sequence[str | Image.Image]") -> list[Unit]:
+    def units(self, parts: "Sequence[Part]") -> list[Unit]:
         t = self.tokenizer
         units = [Unit([t.bos], [])]
         for part in parts:
             if isinstance(part, str):
                 units.append(Unit(t.encode(part), []))
             else:
-                views = self.policy.views(part)
+                views = part if isinstance(part, list) else self.policy.views(part)
                 units.append(Unit([t.image] * self.slots * len(views), views))
         return units
 

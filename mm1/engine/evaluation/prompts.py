@@ -105,9 +105,8 @@ class Prompts:
             raise DataError(f"{sample.key}: {len(keys)} readable shots, expected {n}")
         last = self.how.high is None or self.how.high > 0
         query = self.benchmark.query(sample, images)
-        document = joined(self.model, [*pieces, piece(self.model, query, self.high if last else self.low)])
+        document, end = joined(self.model, [*pieces, piece(self.model, query, self.high if last else self.low)])
         texts = self.benchmark.continuations(sample)
-        end = query[-1] if isinstance(query[-1], str) else ""
         return Asked(*continued(tokenizer_of(self.model), document, end, texts), keys)
 
     def _order(self, sample: Sample, n: int, seed: int) -> Sequence[int]:

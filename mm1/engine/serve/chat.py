@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -207,13 +208,12 @@ class Reply:
         return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage(requests, cached)}
 
     def logprobs(self, request: Request, start: int) -> dict[str, Any]:
-        """Of the tokens from start on: each with its bytes as text, which a part of a character has not."""
-        entries = []
-        for token, logprob in zip(request.tokens[start:], request.logprobs[start:]):
-            text = self.tokenizer.decode([token])
-            entries.append(
-                {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()), "top_logprobs": []}
-            )
+        """Return those of the tokens from start on, each with the bytes that it adds: joined they are the text's."""
+        tokens, entries = request.tokens[start:], []
+        pieces = self.tokenizer.pieces(tokens, any(map(self.tokenizer.has_text, islice(request.tokens, start))))
+        for piece, logprob in zip(pieces, request.logprobs[start:]):
+            text = piece.decode("utf-8", "replace")
+            entries.append({"token": text, "logprob": max(logprob, -9999.0), "bytes": list(piece), "top_logprobs": []})
         return {"content": entries, "refusal": None}
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -78,9 +79,7 @@ def test_the_filter_lets_through_what_is_listed_and_that_alone(machine):
 
 def run(lines, data):
     """Classic BPF, as much as there is of it here."""
-    import struct
-
-    at, value = 0, None
+    at, value = 0, 0
     while True:
         code, if_true, if_false, k = struct.unpack("HBBI", lines[at])
         if code == seccomp.RETURN:
@@ -213,7 +212,8 @@ HOSTILE = {
     "of other sides": b"[[5, 8]]\n" + bytes(120), "no sides": b"[[0, 8]]\n", "negative": b"[[-4, -8]]\n" + bytes(96),
     "that add up": b"[[4000000, 4000000], [-4000000, 4000000]]\n", "infinite": b"[[Infinity, 8]]\n",
     "not a number": b"[[NaN, 8]]\n", "huge": b"[[1" + b"0" * 5000 + b", 8]]\n",
-    "fractions": b"[[4.0, 8.0]]\n" + bytes(96), "texts": b'[["4", "8"]]\n' + bytes(96), "true": b"[[true, true]]\n" + bytes(3),
+    "fractions": b"[[4.0, 8.0]]\n" + bytes(96), "texts": b'[["4", "8"]]\n' + bytes(96),
+    "true": b"[[true, true]]\n" + bytes(3),
     "too large": b"[[400, 400]]\n" + bytes(480_000),
     "not UTF-8": b"\xff\xfe\n", "half a character": b'"\xc3"\n',
 }  # fmt: skip

@@ -36,7 +36,7 @@ from test_generate import PROMPTS, picture
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.prompts import encode_prompts
-from mm1.engine.serve import app
+from mm1.engine.serve import app, connections
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +361,8 @@ def test_a_full_queue_is_said_and_when_to_come_again(model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_disconnects_frees_the_engine(model, stream):
+def test_who_disconnects_frees_the_engine(model, stream, monkeypatch):
+    monkeypatch.setattr(connections, "PROBE_SECONDS", 0.1)
     with serving(model) as (port, service):
         if stream:
             connection = streaming(port, PROMPTS[0], max_tokens=7000, n=1)

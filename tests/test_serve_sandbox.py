@@ -55,7 +55,7 @@ def test_no_attack_from_inside_succeeds(user):
 
 @pytest.mark.parametrize("machine", seccomp.MACHINES)
 def test_the_filter_lets_through_what_is_listed_and_that_alone(machine):
-    """Interpreted here, for all numbers of both machines; 0x22 is MAP_PRIVATE | MAP_ANONYMOUS."""
+    """Interpreted here, for the numbers of both machines, of x32 and of 32 bits. 0x22: private, anonymous."""
     architecture, _, column = seccomp.MACHINES[machine]
 
     def verdict(number, arguments=(0,) * 6, arch=architecture):
@@ -69,7 +69,7 @@ def test_the_filter_lets_through_what_is_listed_and_that_alone(machine):
     for number in range(600):
         truth = seccomp.ALLOW if number in allowed else seccomp.ERRNO | 1 if number in refused else seccomp.KILL
         assert number in mapped or verdict(number) == truth
-        assert verdict(number | seccomp.X32) == verdict(number, arch=0x4000_0003) == seccomp.KILL
+        assert verdict(number | 0x4000_0000) == verdict(number, arch=0x4000_0003) == seccomp.KILL
     for protection, flags, truth in ((3, 0x22, True), (0, 0x4022, True), (3, 2, False), (5, 0x22, False)):
         found = verdict(seccomp.MMAP[column], (0, 4096, protection, flags, -1, 0))
         assert found == (seccomp.ALLOW if truth else seccomp.ERRNO | 1)
@@ -87,7 +87,7 @@ def run(lines, data):
         if code == seccomp.LOAD:
             value, jump = data[k], 0
         else:
-            holds = {seccomp.EQUAL: value == k, seccomp.AT_LEAST: value >= k, seccomp.ANY_BIT: value & k}[code]
+            holds = {seccomp.EQUAL: value == k, seccomp.ANY_BIT: value & k}[code]
             jump = if_true if holds else if_false
         at += 1 + jump
 
@@ -111,7 +111,7 @@ def test_the_process_of_an_image_has_nothing(monkeypatch):
     monkeypatch.setenv("MM1_API_KEY", "secret")
 
     async def looked_at():
-        async with Decoder(POLICY, 1_000_000, processes=1) as decoder:
+        async with asyncio.timeout(60), Decoder(POLICY, 1_000_000, processes=1) as decoder:
             worker = await decoder.idle.get()
             async with waiting_child(worker) as child:
                 folder = Path(f"/proc/{child}")
@@ -190,7 +190,7 @@ def test_all_formats_are_decoded_as_outside_of_the_sandbox():
 @linux
 def test_a_child_that_dies_costs_no_other_image():
     async def decoded():
-        async with Decoder(POLICY, 1 << 24, processes=1) as decoder:
+        async with asyncio.timeout(60), Decoder(POLICY, 1 << 24, processes=1) as decoder:
             worker = await decoder.idle.get()
             async with waiting_child(worker) as child:
                 os.kill(child, signal.SIGKILL)

@@ -63,7 +63,7 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             self.stage = self._stage()
             if len(self.connections) > most:
                 waiting = (c for c in cast("set[Connection]", self.connections) if not c.arrived)
-                oldest = min(waiting, key=lambda c: c.since)
+                oldest = min(waiting, key=lambda c: (c.stage[0] == "work", c.since))  # an upload goes last
                 self.connections.discard(oldest)  # now: others may come before the loop tells that it is lost
                 oldest.transport.abort()
 

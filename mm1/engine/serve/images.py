@@ -214,7 +214,8 @@ def _confine(max_pixels: int) -> None:
         number = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(number)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(number, (most, most))
+        with suppress(ValueError):  # macOS does not bound addresses
+            resource.setrlimit(number, (most, most))
     signal.alarm(SECONDS + 1)
     if os.geteuid() == 0:
         with suppress(OSError):  # a container may have neither this user nor the right to become it

@@ -1,7 +1,7 @@
 """A seccomp filter for a process that decodes images: it may compute, use memory, write what it has, and end.
 
 The filter is an allow-list in classic BPF, installed with ctypes. A call that libraries try and can do without is
-answered with EPERM. Any other call kills the process.
+answered with EPERM. Any other call kills the process, those of x32 and of 32 bits included.
 Sources: Linux, Documentation/userspace-api/seccomp_filter.rst, include/uapi/linux/{seccomp,filter,audit,prctl}.h;
 numbers from arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 """
@@ -15,9 +15,8 @@ import struct
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38
 SET_MODE_FILTER, FLAG_TSYNC = 1, 1
 KILL, ERRNO, ALLOW = 0x8000_0000, 0x0005_0000, 0x7FFF_0000
-X32 = 0x4000_0000  # set in the numbers of the x32 calls, which reach the same kernel functions
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 MAP_ANONYMOUS, PROT_EXEC = 0x20, 4
 
 # machine: AUDIT_ARCH, number of seccomp, column in the tables below
@@ -81,7 +80,6 @@ def program(machine: str) -> list[bytes]:
         _line(EQUAL, architecture, 1, 0),
         _line(RETURN, KILL),
         _line(LOAD, NUMBER),
-        *_if(AT_LEAST, X32, [_line(RETURN, KILL)]),
         *each(ALLOWED, allow),
         *_if(EQUAL, MMAP[column], [_load(3), *_if(ANY_BIT, MAP_ANONYMOUS, not_executable), *refuse]),
         *_if(EQUAL, MPROTECT[column], not_executable),

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from mm1.engine.serve import images, privacy, seccomp
@@ -167,14 +168,13 @@ def outcome(folder, attack: str, confined: bool) -> str:
 
 
 def read_by_another(process: int) -> bool:
-    """Say if another process of this user can read the environment of one."""
+    """Say if another process of this user can read the environment or the memory of one."""
     if not (child := os.fork()):
-        try:
-            Path(f"/proc/{process}/environ").read_bytes()
-        except PermissionError:
-            os._exit(1)
+        for name in ("environ", "mem"):
+            with suppress(PermissionError), open(f"/proc/{process}/{name}", "rb"):
+                os._exit(1)
         os._exit(0)
-    return not os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return bool(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.prompts import encode_prompts
 from mm1.engine.serve import app, connections
+from mm1.engine.serve.privacy import read_key
 
 
 @pytest.fixture(scope="module")
@@ -491,6 +492,17 @@ def test_an_address_that_others_reach_takes_a_key(monkeypatch):
     for host in ("0.0.0.0", "::", "192.168.1.7", "example.com", ""):
         with pytest.raises(DataError, match="can be reached by others: set MM1_API_KEY"):
             app.serve(Path("nowhere"), host=host, port=0, api_key=None, engine={})
+
+
+def test_a_key_comes_from_a_file_of_one_line(tmp_path):
+    (tmp_path / "key").write_text("sesame\n")
+    assert read_key(tmp_path / "key") == "sesame"
+    for content in (b"", b"\n", b"two\nlines\n", b"\xff"):
+        (tmp_path / "key").write_bytes(content)
+        with pytest.raises(DataError, match="key"):
+            read_key(tmp_path / "key")
+    with pytest.raises(DataError, match="No such file"):
+        read_key(tmp_path / "nothing")
 
 
 def test_what_runs_too_long_is_cut_off_at_the_end(model, monkeypatch):

@@ -251,8 +251,8 @@ def test_a_hostile_answer_is_refused(name):
 
 
 def test_a_reason_is_one_short_line():
-    with pytest.raises(Unreadable) as caught:
-        answered(json.dumps("a\nb\r\n" * 9000)[:60_000].encode() + b'"\n')
+    with pytest.raises(Unreadable, match="a b a b") as caught:
+        answered(json.dumps("a\nb\r\n" * 2000).encode() + b"\n")
     assert len(str(caught.value)) <= 1000
     assert "\n" not in str(caught.value)
 

@@ -6,6 +6,7 @@ uvicorn alone waits for a request's head, and for a reader of an answer that is 
 import asyncio
 import os
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from socket import SO_ERROR, SOL_SOCKET, socket
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,7 @@ IDLE_SECONDS = 30  # between requests: longer than clients keep a connection, or
 SEND_SECONDS = 60  # for a reader to take a complete answer, or anything of one that is not
 PROBE_SECONDS = 2  # between signs to a client that has closed its sending side and waits for an answer
 ACCEPT = 16  # connections accepted at a time
-BACKLOG = 2048  # connections that the kernel holds
+BACKLOG = 512  # connections that the kernel holds
 MOST = 2048  # connections
 SPARE = 96  # descriptors for image workers, URLs and files
 BAD_HEAD = b'{"error": {"message": "the head of the request took more than %d s", "type": "invalid_request_error"}}'
@@ -62,10 +63,20 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             self.half_closed = False
             self.stage = self._stage()
             if len(self.connections) > most:
-                waiting = (c for c in cast("set[Connection]", self.connections) if not c.arrived)
-                oldest = min(waiting, key=lambda c: (c.stage[0] == "work", c.since))  # an upload goes last
-                self.connections.discard(oldest)  # now: others may come before the loop tells that it is lost
-                oldest.transport.abort()
+                others = (c for c in chain(waiting, cast("set[Connection]", self.connections)) if c is not self)
+                last = next((c for c in others if not c.arrived), self)  # an upload only if nobody else waits
+                last.transport.abort()
+                last.forget()  # now: others may come before the loop tells that it is lost
+            if self in self.connections:
+                waiting[self] = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self.forget()
+
+        def forget(self) -> None:
+            self.connections.discard(self)
+            waiting.pop(self, None)
 
         @property
         def arrived(self) -> bool:
@@ -100,6 +111,9 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             """End what has lasted too long."""
             if (stage := self._stage()) != self.stage:
                 self.stage, self.since = stage, now
+                waiting.pop(self, None)
+                if stage[0] != "work":
+                    waiting[self] = None
             lasted = now - self.since
             if stage[0] == "head" and lasted > HEAD_SECONDS:
                 self._close()
@@ -119,10 +133,10 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             self.transport.close()
 
         def _probe(self, now: float) -> None:
-            """Notice that a client has left which had closed its sending side before.
+            """Notice that a client which had closed its sending side has left.
 
-            Both look the same until something is sent, which only the second takes: a system answers for who has
-            left with a reset. Before a response that may be any number of 100 Continue (RFC 9110, 15.2).
+            A client that has left looks like one that only sends no more, until something is sent to it: then its
+            system answers with a reset. Before a response, any number of 100 Continue may be sent (RFC 9110, 15.2).
             """
             if self.transport.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_ERROR):
                 self.transport.abort()
@@ -131,6 +145,8 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                 if not self.cycle.response_started and self.scope["http_version"] == "1.1":
                     event = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
                     self.transport.write(self.conn.send(event) or b"")
+
+    waiting: dict[Connection, None] = {}  # those without a request, the longest first
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket] | None = None) -> None:

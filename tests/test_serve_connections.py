@@ -222,7 +222,8 @@ def test_a_client_that_sends_no_more_gets_its_answer(short, version):
         assert not application.left
 
 
-def test_one_that_is_answered_soon_gets_nothing_else():
+def test_one_that_is_answered_soon_gets_nothing_else_and_the_end(monkeypatch):
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 3600)
     with served() as (port, application, _), connected(port, request("/slow")) as connection:
         connection.shutdown(socket.SHUT_WR)
         until(lambda: application.begun)

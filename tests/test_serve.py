@@ -33,6 +33,7 @@ from service import (
 from small import small_mm1, small_run
 from test_generate import PROMPTS, picture
 
+from mm1 import cli
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.prompts import encode_prompts
@@ -503,6 +504,14 @@ def test_a_key_comes_from_a_file_of_one_line(tmp_path):
             read_key(tmp_path / "key")
     with pytest.raises(DataError, match="No such file"):
         read_key(tmp_path / "nothing")
+
+
+def test_the_command_takes_the_key_from_its_file(tmp_path, monkeypatch):
+    settings = {}
+    monkeypatch.setattr(app, "serve", lambda _checkpoint, **given: settings.update(given))
+    (tmp_path / "key").write_text("sesame\n")
+    cli.serve(tmp_path, api_key_file=tmp_path / "key")
+    assert settings["api_key"] == "sesame"
 
 
 def test_what_runs_too_long_is_cut_off_at_the_end(model, monkeypatch):

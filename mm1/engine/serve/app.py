@@ -437,10 +437,10 @@ def serve(
 
     in_environment = take_from_environment("MM1_API_KEY")
     key = api_key or in_environment
-    forbid_inspection()
-    connections.raise_descriptor_limit()
     if not key and not _loopback(host):
         raise DataError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
+    forbid_inspection()
+    connections.raise_descriptor_limit()
     folder = checkpoint.absolute()
     name = folder.parent.name if folder.name == "checkpoint" else folder.name
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

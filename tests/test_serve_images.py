@@ -138,7 +138,7 @@ def test_too_little_memory_refuses_one_image():
             process = await decoder.idle.get()
             resource.prlimit(process.pid, resource.RLIMIT_AS, (200 << 20, 200 << 20))
             decoder.idle.put_nowait(process)
-            with pytest.raises(Unreadable):
+            with pytest.raises(Unreadable, match="MemoryError"):
                 await decoder.decode(form_of(Image.new("RGB", (7000, 7000)), "PNG"))
             return await decoder.decode(png(picture()))
 

@@ -263,10 +263,9 @@ def _answer(max_pixels: int, policy: ImagePolicy, confined: bool) -> None:
     except OSError:
         if confined:
             raise
-    with open(0, "rb", closefd=False) as file:
-        data = file.read()
     try:
-        found = views(data, policy, max_pixels)
+        with open(0, "rb", closefd=False) as file:
+            found = views(file.read(), policy, max_pixels)
     except (Unreadable, MemoryError) as error:
         found = []
         answer = str(error) or "the image takes too much memory"

@@ -233,7 +233,7 @@ def serve(
     checkpoint: Positional[Path],
     host: str = "127.0.0.1",
     port: int = 8000,
-    api_key: str | None = None,
+    api_key_file: Path | None = None,
     max_images: int = 32,
     max_pixels: int = 1 << 25,
     max_bytes: int = 1 << 25,
@@ -249,7 +249,8 @@ def serve(
         checkpoint: a checkpoint folder, or the folder of a run.
         host: address to listen at; one that others can reach needs a key.
         port: 0 is any that is free.
-        api_key: that clients have to send (default: MM1_API_KEY, which other users of this machine cannot see).
+        api_key_file: a file with the key that clients have to send (default: the variable MM1_API_KEY). A command
+            line can be read by every user of the machine, so it holds no key.
         max_images: of one request.
         max_pixels: of one image.
         max_bytes: of one request.
@@ -257,12 +258,14 @@ def serve(
         queue: requests that wait.
         tokens: of the cache.
         weights: round the decoder's to fewer bits.
-        allow_urls: fetch images from public http and https addresses.
+        allow_urls: fetch images from public http and https addresses, ports 80 and 443.
     """
     if not 0 <= port < 1 << 16:
         raise DataError(f"port is {port}, expected 0 to 65535")
     from mm1.engine.serve.app import serve
+    from mm1.engine.serve.privacy import read_key
 
+    api_key = read_key(api_key_file) if api_key_file else None
     engine = {"batch": batch, "queue": queue, "tokens": tokens, "weights": weights}
     serve(
         checkpoint, host=host, port=port, api_key=api_key, engine=engine, max_images=max_images,

@@ -33,10 +33,12 @@ from service import (
 from small import small_mm1, small_run
 from test_generate import PROMPTS, picture
 
+from mm1 import cli
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.prompts import encode_prompts
-from mm1.engine.serve import app
+from mm1.engine.serve import app, connections
+from mm1.engine.serve.privacy import read_key
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +363,8 @@ def test_a_full_queue_is_said_and_when_to_come_again(model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_disconnects_frees_the_engine(model, stream):
+def test_who_disconnects_frees_the_engine(model, stream, monkeypatch):
+    monkeypatch.setattr(connections, "PROBE_SECONDS", 0.1)
     with serving(model) as (port, service):
         if stream:
             connection = streaming(port, PROMPTS[0], max_tokens=7000, n=1)
@@ -490,6 +493,25 @@ def test_an_address_that_others_reach_takes_a_key(monkeypatch):
     for host in ("0.0.0.0", "::", "192.168.1.7", "example.com", ""):
         with pytest.raises(DataError, match="can be reached by others: set MM1_API_KEY"):
             app.serve(Path("nowhere"), host=host, port=0, api_key=None, engine={})
+
+
+def test_a_key_comes_from_a_file_of_one_line(tmp_path):
+    (tmp_path / "key").write_text("sesame\n")
+    assert read_key(tmp_path / "key") == "sesame"
+    for content in (b"", b"\n", b"two\nlines\n", b"\xff"):
+        (tmp_path / "key").write_bytes(content)
+        with pytest.raises(DataError, match="key"):
+            read_key(tmp_path / "key")
+    with pytest.raises(DataError, match="No such file"):
+        read_key(tmp_path / "nothing")
+
+
+def test_the_command_takes_the_key_from_its_file(tmp_path, monkeypatch):
+    settings = {}
+    monkeypatch.setattr(app, "serve", lambda _checkpoint, **given: settings.update(given))
+    (tmp_path / "key").write_text("sesame\n")
+    cli.serve(tmp_path, api_key_file=tmp_path / "key")
+    assert settings["api_key"] == "sesame"
 
 
 def test_what_runs_too_long_is_cut_off_at_the_end(model, monkeypatch):

@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import os
 import re
 import signal
 import socket
@@ -27,9 +26,10 @@ from mm1.engine.data.sources import read_image
 from mm1.engine.engine import Busy, Engine
 from mm1.engine.prompts import policy_of
 from mm1.engine.sampling import Sampling
-from mm1.engine.serve import chat, urls
+from mm1.engine.serve import chat, connections, urls
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.metrics import Metrics
+from mm1.engine.serve.privacy import forbid_inspection, take_from_environment
 
 if TYPE_CHECKING:
     import uvicorn
@@ -435,9 +435,12 @@ def serve(
         raise DataError(f"serving needs {error.name}: pip install 'mm1-engine[serve]'") from None
     from mm1.engine.checkpoint import load
 
-    key = api_key or os.environ.get("MM1_API_KEY")
+    in_environment = take_from_environment("MM1_API_KEY")
+    key = api_key or in_environment
     if not key and not _loopback(host):
         raise DataError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
+    forbid_inspection()
+    connections.raise_descriptor_limit()
     folder = checkpoint.absolute()
     name = folder.parent.name if folder.name == "checkpoint" else folder.name
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -454,12 +457,7 @@ def serve(
 
 
 def server_of(service: Service) -> "uvicorn.Server":
-    import uvicorn
-
-    return uvicorn.Server(uvicorn.Config(
-        service, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=STOP_SECONDS,
-    ))  # fmt: skip
+    return connections.server_of(service, STOP_SECONDS)
 
 
 def _loopback(host: str) -> bool:

@@ -1,31 +1,80 @@
 """Images of strangers are decoded in processes of their own, which can open nothing, know nothing and are killed.
 
-A process starts with an empty environment, and, before its first image, gives up opening files or sockets, forking and
-writing files; memory, CPU time and pixels are bounded. What breaks it breaks one request: the next gets a new one.
-Run as a module this file is such a process; it knows no torch.
+A worker process imports the decoders and is then asked to fork, once an image. The child drops root, bounds its memory
+and time, and installs a seccomp filter before it reads a byte of the image; it answers and ends. So no image meets what
+another one left behind, and the worker itself never sees an image.
+Run as a module this file is a worker; it knows no torch.
 """
 
 import asyncio
 import hashlib
 import json
+import logging
 import math
 import os
+import signal
+import socket
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, Process
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from io import BytesIO
-from typing import BinaryIO
 
 import numpy as np
+from PIL import Image, MpoImagePlugin  # noqa: F401  the JPEG plugin imports it when it meets a file of several pictures
 
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.record import Unreadable
+from mm1.engine.serve import seccomp
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SECONDS = 10  # for an image, by the clock and of CPU time
-START_SECONDS = 60  # for a process to begin, on a machine that is busy
+START_SECONDS = 60  # for a worker to begin, on a machine that is busy
+HEAD_BYTES = 1 << 16  # of an answer, before its pixels
+NOBODY = 65534  # user and group that a child of root becomes
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process that forks to decode an image. control: a Unix socket that carries descriptors to it."""
+
+    process: Process
+    control: socket.socket
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def wait(self) -> int:
+        return await self.process.wait()
+
+    def kill(self) -> None:
+        """Kill the worker and its child: both are in a process group of their own."""
+        self.control.close()
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    async def asked(self, data: bytes, most: int) -> bytes:
+        """Return what the child of an image wrote, when it has ended. Raises ValueError beyond so many bytes."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self.control, [b"\0"], [theirs.fileno()])
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            writer.write(data)
+            writer.write_eof()
+            answer = bytearray()
+            while more := await reader.read(1 << 20):
+                answer += more
+                if len(answer) > most:
+                    raise ValueError("the answer is too long")
+        finally:
+            writer.transport.abort()
+        if not await asyncio.get_running_loop().sock_recv(self.control, 1):
+            raise ConnectionError("the worker has ended")
+        return bytes(answer)
 
 
 class Decoder:
@@ -39,19 +88,22 @@ class Decoder:
     ):
         self.policy, self.max_pixels, self.processes, self.kept = policy, max_pixels, processes, kept
         self.room = waiting
-        self.idle: asyncio.Queue[Process | None] = asyncio.Queue()  # None: one that is yet to be started
+        self.missing = ""  # why the workers' children have no seccomp filter, if they have none
+        self.idle: asyncio.Queue[Worker | None] = asyncio.Queue()  # None: one that is yet to be started
         self.views: OrderedDict[bytes, list[np.ndarray]] = OrderedDict()
 
     async def __aenter__(self) -> "Decoder":
-        for process in await asyncio.gather(*(self._started() for _ in range(self.processes))):
-            self.idle.put_nowait(process)
+        for worker in await asyncio.gather(*(self._started() for _ in range(self.processes))):
+            self.idle.put_nowait(worker)
+        if self.missing:
+            logging.getLogger(__name__).warning("images are decoded without a seccomp filter: %s", self.missing)
         return self
 
     async def __aexit__(self, *_error: object) -> None:
         for _ in range(self.processes):
-            if process := await self.idle.get():
-                _kill(process)
-                await process.wait()
+            if worker := await self.idle.get():
+                worker.kill()
+                await worker.wait()
 
     async def decode(self, data: bytes) -> list[np.ndarray]:
         """Raises Unreadable for what is no good image, Busy if too many wait."""
@@ -59,21 +111,22 @@ class Decoder:
         if digest in self.views:
             self.views.move_to_end(digest)
             return self.views[digest]
-        process = await self._turn()
+        worker = await self._turn()
         good = False
         try:
-            process = process or await self._started()
+            worker = worker or await self._started()
             async with asyncio.timeout(SECONDS):
-                found = await self._asked(process, data)
+                answer = await worker.asked(data, HEAD_BYTES + self._most_pixels())
             good = True
+            found = self._read(answer)
         except TimeoutError:
             raise Unreadable(f"the image took more than {SECONDS} s to decode") from None
-        except (asyncio.IncompleteReadError, ConnectionError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise Unreadable("the image broke its decoder") from None
         finally:
-            self.idle.put_nowait(process if good else None)
-            if not good:  # also if whoever asked has gone: its answer would be the next one's
-                _kill(process)
+            self.idle.put_nowait(worker if good else None)
+            if worker and not good:  # also if whoever asked has gone
+                worker.kill()
         if isinstance(found, str):
             raise Unreadable(found)
         self.views[digest] = found
@@ -81,7 +134,7 @@ class Decoder:
             self.views.popitem(last=False)
         return found
 
-    async def _turn(self) -> Process | None:
+    async def _turn(self) -> Worker | None:
         from mm1.engine.engine import Busy  # not above: it knows torch
 
         if not self.room:
@@ -92,49 +145,56 @@ class Decoder:
         finally:
             self.room += 1
 
-    async def _started(self) -> Process:
+    async def _started(self) -> Worker:
         environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "mm1.engine.serve.images", json.dumps([self.max_pixels, *astuple(self.policy)]),
-            stdin=PIPE, stdout=PIPE, env=environment, start_new_session=True,
-        )  # fmt: skip
-        line = None
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "mm1.engine.serve.images",
+                json.dumps([self.max_pixels, *astuple(self.policy)]),
+                stdin=theirs.fileno(), stdout=DEVNULL, env=environment, start_new_session=True,
+            )  # fmt: skip
+        worker = Worker(process, ours)
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(START_SECONDS):
-                    line = process.stdout and await process.stdout.readline()
-            if line != b"ready\n":
-                raise RuntimeError("a process that decodes images did not start")
+            async with asyncio.timeout(START_SECONDS):
+                ready = await asyncio.get_running_loop().sock_recv(ours, 1000)
+            self.missing = json.loads(ready)
+        except (TimeoutError, OSError, ValueError):
+            worker.kill()
+            raise RuntimeError("a process that decodes images did not start") from None
         except BaseException:
-            _kill(process)
+            worker.kill()
             raise
-        return process
+        return worker
 
-    async def _asked(self, process: Process, data: bytes) -> list[np.ndarray] | str:
-        """Views, or why there are none. Nothing that comes back is trusted."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(len(data).to_bytes(8) + data)
-        await process.stdin.drain()
-        answer = json.loads(await process.stdout.readline() or "null")
-        if isinstance(answer, str):
-            return answer
-        shapes = [(int(height), int(width), 3) for height, width in answer or ()]
-        pixels = (1 + self.policy.parts**2) * self.policy.longest * self.policy.patch**2
-        if not shapes or sum(height * width for height, width, _ in shapes) > pixels:
-            raise ValueError("no views")
-        return [
-            np.frombuffer(bytearray(await process.stdout.readexactly(math.prod(shape))), np.uint8).reshape(shape)
-            for shape in shapes
-        ]
+    def _most_pixels(self) -> int:
+        """Return the bytes of the views of an image, at most."""
+        return 3 * (1 + self.policy.parts**2) * self.policy.longest * self.policy.patch**2
 
-
-def _kill(process: Process | None) -> None:
-    if process:
-        with suppress(ProcessLookupError):
-            process.kill()
+    def _read(self, answer: bytes) -> list[np.ndarray] | str:
+        """Return views, or why there are none. Nothing in an answer is trusted: a bad one raises ValueError."""
+        head, _, pixels = answer.partition(b"\n")
+        shapes = json.loads(head[:HEAD_BYTES])
+        if isinstance(shapes, str):
+            return shapes
+        patch, count = self.policy.patch, 1 + self.policy.parts**2 if self.policy.parts > 1 else 1
+        if not isinstance(shapes, list) or len(shapes) != count:
+            raise ValueError(f"expected {count} views")
+        found, at = [], 0
+        for height, width in shapes:
+            if not (type(height) is type(width) is int and height > 0 and width > 0):
+                raise ValueError("a side is no positive number")
+            if height % patch or width % patch or height * width > self.policy.longest * patch**2:
+                raise ValueError("a view does not consist of patches, or has too many")
+            size = math.prod((height, width, 3))
+            found.append(np.frombuffer(bytearray(pixels[at : at + size]), np.uint8).reshape(height, width, 3))
+            at += size
+        if at != len(pixels):
+            raise ValueError("more or fewer bytes than pixels")
+        return found
 
 
 def views(data: bytes, policy: ImagePolicy, max_pixels: int) -> list[np.ndarray]:
@@ -143,27 +203,30 @@ def views(data: bytes, policy: ImagePolicy, max_pixels: int) -> list[np.ndarray]
 
 
 def _confine(max_pixels: int) -> None:
-    """What is given up for good. Memory: 512 MiB to begin with; 16-bit pixels take 32 bytes on their way to RGB."""
+    """Give up for good what decoding does not need. Raises OSError if there is no seccomp; all else is done then.
+
+    Memory: 512 MiB to begin with; 16-bit pixels take 32 bytes on their way to RGB.
+    """
     import resource
 
-    memory = (512 << 20) + 32 * max_pixels
-    limits = {"AS": memory, "NOFILE": 3, "NPROC": 0, "FSIZE": 0, "CORE": 0}
+    limits = {"AS": (512 << 20) + 32 * max_pixels, "CPU": SECONDS + 1, "NOFILE": 0, "NPROC": 0, "FSIZE": 0, "CORE": 0}
     for name, most in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-
-
-def _allow_cpu_seconds(more: int) -> None:
-    import resource
-    import time
-
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + more + 1, hard))
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with suppress(ValueError):  # macOS does not bound addresses
+            resource.setrlimit(number, (most, most))
+    signal.alarm(SECONDS + 1)
+    if os.geteuid() == 0:
+        with suppress(OSError):  # a container may have neither this user nor the right to become it
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+    seccomp.install()
 
 
 def _warm_up(policy: ImagePolicy) -> None:
     """Imports what decoding any of the formats imports: later it could not."""
-    from PIL import Image
-
     for form in FORMATS:
         exif, file = Image.Exif(), BytesIO()
         exif[0x0112] = 6  # orientation
@@ -172,30 +235,72 @@ def _warm_up(policy: ImagePolicy) -> None:
         views(file.getvalue(), policy, 1 << 20)
 
 
-def _work(stdin: BinaryIO, stdout: BinaryIO, max_pixels: int, policy: ImagePolicy) -> None:
-    """Asked: length in 8 bytes, image. Answered: a line of JSON, [[height, width], …] or what is wrong, and pixels."""
-    from PIL import Image
+def _missing(max_pixels: int, policy: ImagePolicy) -> str:
+    """Return why a child cannot decode under a seccomp filter, "" if it can, by trying."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            _confine(max_pixels)
+            _warm_up(policy)
+        except BaseException as error:
+            os.write(writer, f"{error}"[:500].encode())
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    reason = os.read(reader, 1000).decode()
+    os.close(reader)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return reason or (f"a decoder under it ended with status {status}" if status else "")
 
+
+def _answer(max_pixels: int, policy: ImagePolicy, confined: bool) -> None:
+    """Read an image from descriptor 0 and write the answer to 1.
+
+    The answer is a line of JSON, [[height, width], …] or why there are no views, and their bytes.
+    """
+    try:
+        _confine(max_pixels)
+    except OSError:
+        if confined:
+            raise
+    try:
+        with open(0, "rb", closefd=False) as file:
+            found = views(file.read(), policy, max_pixels)
+    except (Unreadable, MemoryError) as error:
+        found = []
+        answer = str(error) or "the image takes too much memory"
+    else:
+        answer = [view.shape[:2] for view in found]
+    with open(1, "wb", closefd=False) as file:
+        file.write(json.dumps(answer).encode() + b"\n")
+        for view in found:
+            file.write(view.tobytes())
+
+
+def _work(control: socket.socket, max_pixels: int, policy: ImagePolicy) -> None:
+    """Fork for each descriptor that comes: it is the child's input and output. A byte goes back when it has ended."""
     _warm_up(policy)
     Image.MAX_IMAGE_PIXELS = max_pixels
-    _confine(max_pixels)
-    stdout.write(b"ready\n")
-    stdout.flush()
-    while size := stdin.read(8):
-        _allow_cpu_seconds(SECONDS)
-        try:
-            found = views(stdin.read(int.from_bytes(size)), policy, max_pixels)
-        except (Unreadable, MemoryError) as error:
-            found = []
-            answer = str(error) or "the image takes too much memory"
-        else:
-            answer = [view.shape[:2] for view in found]
-        stdout.write(json.dumps(answer).encode() + b"\n")
-        for view in found:
-            stdout.write(view.tobytes())
-        stdout.flush()
+    missing = _missing(max_pixels, policy)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    control.sendall(json.dumps(missing).encode())
+    while descriptors := socket.recv_fds(control, 1, 1)[1]:
+        [descriptor] = descriptors
+        if not (child := os.fork()):
+            os.dup2(descriptor, 0)
+            os.dup2(descriptor, 1)
+            os.closerange(3, descriptor + 1)
+            try:
+                _answer(max_pixels, policy, not missing)
+            finally:
+                os._exit(0)
+        os.close(descriptor)
+        os.waitpid(child, 0)
+        control.sendall(b"\0")
 
 
 if __name__ == "__main__":
     _pixels, *_policy = json.loads(sys.argv[1])
-    _work(sys.stdin.buffer, sys.stdout.buffer, _pixels, ImagePolicy(*_policy))
+    _control = socket.socket(fileno=os.dup(0))
+    _work(_control, _pixels, ImagePolicy(*_policy))

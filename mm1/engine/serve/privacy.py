@@ -1,0 +1,41 @@
+"""What keeps the API key from other processes, also from those of the same user."""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+from mm1.engine.data.record import DataError
+from mm1.engine.serve import seccomp
+
+
+def take_from_environment(name: str) -> str | None:
+    """Return a variable and remove it, also from the memory that /proc/PID/environ shows."""
+    value = os.environ.get(name)
+    if value is not None and os.name == "posix":
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_void_p
+        if place := getenv(name.encode()):
+            ctypes.memset(place, 0, len(os.fsencode(value)))
+    os.environ.pop(name, None)
+    return value
+
+
+def read_key(path: Path) -> str:
+    """Return the one line of a file. Raises DataError."""
+    try:
+        key = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not key or not key.isprintable():
+        raise DataError(f"{path} has {len(key.splitlines())} lines, expected one line with a key")
+    return key
+
+
+def forbid_inspection() -> None:
+    """Keep other processes of this user from this one's memory, environment and descriptors; root is not kept out.
+
+    No core dump is written either. Only Linux has this.
+    """
+    if sys.platform == "linux":
+        seccomp.prctl(seccomp.PR_SET_DUMPABLE, 0)

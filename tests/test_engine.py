@@ -145,7 +145,7 @@ def test_a_page_is_named_by_the_images_it_holds_a_part_of():
 def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
     """Random lengths, images, settings, cancels and refusals, a small cache and a short queue."""
     draw = random.Random(0)
-    engine = Engine(model, tokens=1024, batch=8, queue=8, prefill=128, images=4)
+    engine = Engine(model, tokens=1024, batch=8, queue=8, prefill=128, feature_bytes=2000)
     pictures = [picture(12, 12 * n, n) for n in (1, 2, 3)]
     made, refused, kinds = [], 0, {}
     for number in range(1000):

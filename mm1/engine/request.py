@@ -26,6 +26,7 @@ class Request:
     ):
         self.document, self.sampling, self.scoring = document, sampling, scoring
         self.limit = sampling.max_tokens if limit is None else limit
+        self.prompt = len(document.tokens)
         self.digests = [image_digest(image) for image in document.images]
         self.cached: list[bytes] = []  # names of its first full pages; those that the cache knows are shared
         self.tokens: list[int] = []
@@ -59,23 +60,22 @@ class Request:
     @property
     def room(self) -> int:
         """Return how many pages it needs at most, with those for all that is to come."""
-        rows = len(self.document.tokens)
-        return pages_of(rows, self.sampling) if self.limit else cdiv(rows, PAGE)
+        return pages_of(self.prompt, self.sampling) if self.limit else cdiv(self.prompt, PAGE)
 
     @property
     def pending(self) -> int:
         """Return how many rows of prompt and new tokens the cache does not hold."""
-        return len(self.document.tokens) + len(self.tokens) - self.computed
+        return self.prompt + len(self.tokens) - self.computed
 
     @property
     def prefilling(self) -> bool:
         """Say whether it is at its prompt, or at tokens that were dropped from the cache when it was preempted."""
-        return self.computed < len(self.document.tokens) + max(len(self.tokens) - 1, 0)
+        return self.computed + 1 < self.prompt + len(self.tokens) or self.computed < self.prompt
 
     def ids(self, start: int, end: int) -> np.ndarray:
         """Return tokens int32 of rows `start` to `end`, of prompt and text."""
         prompt = self.document.tokens
-        new = self.tokens[max(start - len(prompt), 0) : max(end - len(prompt), 0)]
+        new = self.tokens[max(start - self.prompt, 0) : max(end - self.prompt, 0)]
         return np.concatenate([prompt[start:end], np.array(new, np.int32)])
 
     def images(self, start: int, end: int) -> tuple[int, int]:
@@ -86,7 +86,7 @@ class Request:
 
     def to_score(self, start: int, end: int) -> tuple[int, int] | None:
         """Return which rows of `start` to `end` say how likely the tokens are that are to be scored."""
-        last = len(self.document.tokens) - 1
+        last = self.prompt - 1
         first, end = max(last - self.scoring + len(self.scores), start), min(end, last)
         return (first, end) if first < end else None
 
@@ -96,7 +96,7 @@ class Request:
             self.shared = shared
         self.pages, self.table, self.computed = pages, np.array(pages, np.int32), shared * PAGE
         if self.sampling.num_beams > 1:
-            self.beams = Beams(len(self.document.tokens), pages, self.sampling, self._text.ends)
+            self.beams = Beams(self.prompt, pages, self.sampling, self._text.ends)
 
     def grow(self, page: int) -> None:
         """Take one page more."""
@@ -109,7 +109,7 @@ class Request:
         self.computed += rows
         for page in full:
             start, end = page * PAGE, page * PAGE + PAGE
-            if page == len(self.cached) and end >= len(self.document.tokens):  # the prompt's have their names
+            if page == len(self.cached) and end >= self.prompt:  # the prompt's have their names
                 first, last = self.images(start, end)
                 before = self.cached[-1] if page else b""
                 self.cached.append(page_name(before, self.ids(start, end), self.digests[first:last]))
@@ -125,7 +125,7 @@ class Request:
 
     def heads(self) -> list[tuple[int, int, np.ndarray]]:
         """Return the rows that a step computes: the last token, its place in the document, the pages."""
-        place = len(self.document.tokens) - 1
+        place = self.prompt - 1
         if self.beams:
             return [(beam.tokens[-1], place + len(beam.tokens), beam.table) for beam in self.beams.live]
         return [(self.tokens[-1], place + len(self.tokens), self.table)]

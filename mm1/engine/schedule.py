@@ -43,8 +43,10 @@ class Schedule:
         One whose beginning another is about to compute waits for it, and those behind it go first, as they do when one
         needs more pages than there are; OVERTAKEN bounds that.
         """
+        if not self.waiting:
+            return
         width = sum(request.sampling.num_beams for request in self.running)
-        if not self.waiting or width >= self.batch:
+        if width >= self.batch:
             return
         growing = sum(len(request.pages) < request.room for request in self.running)
         prompts = [request for request in self.running if request.prefilling]
@@ -59,7 +61,7 @@ class Schedule:
             if missing and missing[0] in computing:
                 continue
             whole = request.sampling.num_beams > 1
-            count = request.room if whole else cdiv(len(request.document.tokens) + len(request.tokens), PAGE)
+            count = request.room if whole else cdiv(request.pending, PAGE)
             ahead = min(request.room, self.cache.pages // self.batch)
             pages = self.cache.take(count, shared, leave=growing, ahead=ahead)
             if pages is None:
@@ -103,13 +105,15 @@ class Schedule:
 
     def _fits(self, request: Request) -> bool:
         """Give a request a page if its next row needs one; preempt the youngest for it, be it itself."""
-        while not request.beams and request.pages and request.computed == len(request.pages) * PAGE:
+        if request.beams or request.computed < len(request.pages) * PAGE:
+            return True
+        while request.pages:
             page = self.cache.grow(request.pages[-1])
             if page is not None:
                 request.grow(page)
-                break
+                return True
             self._preempt(next(r for r in reversed(self.running) if r.sampling.num_beams == 1))
-        return bool(request.pages)
+        return False
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -121,8 +125,8 @@ class Schedule:
     def advance(self, request: Request, rows: int) -> None:
         """Take note that the cache holds so many rows more of it; pages that are full by now become known."""
         full = request.advance(rows)
-        for page in full[: max(len(request.cached) - full.start, 0)]:
-            self.cache.remember([request.pages[page]], [request.cached[page]])
+        if full:
+            self.cache.remember(*(of[full.start : full.stop] for of in (request.pages, request.cached)))
 
     def end(self, request: Request, why: str) -> None:
         """Take it out, wherever it is."""

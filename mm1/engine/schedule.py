@@ -56,6 +56,8 @@ class Schedule:
         for request in list(islice(self.waiting, self.batch + OVERTAKEN)):
             if rows >= self.prefill or width + request.sampling.num_beams > self.batch:
                 return
+            if short and (short[0].preempted or short[0].overtaken >= OVERTAKEN):
+                return
             shared = self.cache.shared(request.cached)
             missing = request.cached[len(shared) :]
             if missing and missing[0] in computing:
@@ -65,8 +67,6 @@ class Schedule:
             ahead = min(request.room, self.cache.pages // self.batch)
             pages = self.cache.take(count, shared, leave=growing, ahead=ahead)
             if pages is None:
-                if request.overtaken >= OVERTAKEN or request.preempted:
-                    return
                 short.append(request)
                 continue
             for older in short:

@@ -143,7 +143,7 @@ def test_the_engines_own_refusal_comes_through(model):
 @pytest.mark.parametrize("where", ["inside its prompt", "preempted"])
 def test_who_leaves_without_pages_or_with_half_a_prompt_leaves_nothing(model, where):
     engine = Engine(model, tokens=4096, prefill=4)
-    document, reached, gate = Document(np.arange(1, 350, dtype=np.int32), (), ""), [], threading.Event()
+    document, reached, gate = Document(np.arange(4, 353, dtype=np.int32), (), ""), [], threading.Event()
 
     def hold():
         """Stop before a step, once, where it is to leave."""

@@ -105,16 +105,19 @@ class Engine:
         if request.room > self.pages:
             exceed = f"exceed {self.pages * PAGE}"
             raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")
+        request.places = np.flatnonzero(request.document.tokens == self.tokenizer.image)
+        images, slots = len(request.digests), self.model.config.connector.tokens
+        if len(request.places) != images * slots:  # a step of it would fail, and others with it
+            raise DataError(f"{len(request.places)} image tokens, expected {slots} for each of {images} images")
         width, vocabulary = request.sampling.num_beams, self.model.config.decoder.vocabulary
         if width > self.batch or (width > 1 and 2 * width > vocabulary):
             raise DataError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
-        tokens, slots = request.document.tokens, self.model.config.connector.tokens
+        tokens = request.document.tokens
         # Rows before an answer's are computed anew, because their logits are what it is scored by.
         shareable = (len(tokens) - request.scoring - 1) // PAGE
         request.cached = names(tokens, request.digests, self.tokenizer.image, slots)[:shareable]
-        request.places = np.flatnonzero(tokens == self.tokenizer.image)
         self.schedule.add(request)
         return request
 

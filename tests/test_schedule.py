@@ -110,12 +110,16 @@ def test_short_prompts_do_not_wait_for_a_long_one_and_it_goes_on(model):
     engine = Engine(model, prefill=64)
     long = engine.submit(text(2000), Sampling(max_tokens=2))
     engine.step()
-    for seed in range(1, 8):  # they keep coming
-        short = [engine.submit(text(20, 10 * seed + i), Sampling(max_tokens=2)) for i in range(4)]
+    short = []
+    for seed in range(8):  # more than a step computes keep coming
+        short += [engine.submit(text(20, 10 * seed + i), Sampling(max_tokens=2)) for i in range(4)]
         before = long.computed
         engine.step()
-        assert short[0].tokens
         assert long.computed - before >= 32
+    assert short[0].tokens
+    while not all(request.finish for request in short):
+        engine.step()
+    assert long.prefilling
     engine.run()
     assert long.tokens == alone(model, text(2000), Sampling(max_tokens=2)).tokens
 
@@ -182,6 +186,21 @@ def test_a_prompts_last_tokens_are_scored_as_a_full_pass_scores_them(model, pref
         )
         assert request.tokens == alone(model, prompt, Sampling(max_tokens=3)).tokens
         assert len(request.logprobs) == len(request.tokens)
+
+
+def test_a_prompt_that_is_preempted_while_it_is_scored_has_each_score_once(model):
+    prompt, truth = text(80), Engine(model)
+    whole = truth.submit(prompt, Sampling(max_tokens=3), scored=50)
+    truth.run()
+    engine = Engine(model, prefill=12)
+    request = engine.submit(prompt, Sampling(max_tokens=3), scored=50)
+    for _ in range(4):
+        engine.step()
+    assert 0 < len(request.scores) < 50
+    engine.schedule._preempt(request)
+    engine.run()
+    assert request.scores == pytest.approx(whole.scores, abs=1e-5)
+    assert request.tokens == whole.tokens
 
 
 def test_what_cannot_be_scored_is_refused(model):

@@ -460,6 +460,18 @@ def test_who_was_preempted_is_passed_by_nobody(model):
         assert engine.schedule.running
 
 
+def test_who_begins_leaves_a_page_to_each_that_grows():
+    """Or the next row of an older one would put it back at once."""
+    engine = Simulated(8, 8, 512)
+    older, younger = engine.submit(40, 40), engine.submit(80, 2)  # pages 3 of 5, and 5 of 6
+    engine.step()
+    assert older.pages
+    assert not younger.pages
+    while engine.schedule.running:
+        engine.step()
+    assert (younger.finish, younger.preempted) == ("length", 0)
+
+
 def test_pages_of_a_text_lie_side_by_side_while_there_is_room():
     """A step reads them faster so."""
     engine = Simulated(256, 16, 512)

@@ -66,7 +66,8 @@ class Stream:
 class AsyncEngine:
     """Use it with `async with`, in one loop. The engine is then its thread's alone.
 
-    A step that fails ends the requests that ran with its error, and the next goes on without them. dead: why no more
+    A step that fails ends the requests that it computed with its error, or where these are not known all that run, and
+    the next goes on without them. dead: why no more
     is computed, if the device does not answer any longer.
     """
 

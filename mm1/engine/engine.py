@@ -197,6 +197,8 @@ class Engine:
         for request, of, start, first in zip(due, scored, starts, behind - [request.due for request in due]):
             if of:
                 self._score(request, of[0], hidden[first - start + of[0] : first - start + of[1]])
+        if not len(last):  # all go on in the next step
+            return hidden.new_empty(0, self.model.config.decoder.vocabulary), [], []
         logits = self.head(hidden[self._moved(last)])
         return logits, *likeliest(logits)
 

@@ -120,8 +120,6 @@ class Request:
         self.preempted += 1
         self.pages, self.table, self.computed, self.due = [], np.empty(0, np.int32), 0, 0
         self.features = {}
-        if not self.tokens:
-            self.scores, self.score_top = [], []
 
     def heads(self) -> list[tuple[int, int, np.ndarray]]:
         """Return the rows that a step computes: the last token, its place in the document, the pages."""

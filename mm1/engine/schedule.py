@@ -2,7 +2,7 @@
 
 Requests are admitted first-in, first-out, each with pages for its prompt, and take pages one by one as they grow. When
 none is left the youngest running request is preempted: its full pages stay known, so that they are found again unless
-others needed them, and it waits at its old place in the queue. The oldest is never preempted, so something always
+others needed them, and it waits at its old place in the queue. Nobody is preempted for a younger one, so the oldest
 comes to its end. A search with beams has all its pages from the beginning and is not preempted: its beams have pages
 of their own, which are not found by their names, and nothing of it could be kept.
 """
@@ -17,6 +17,7 @@ from mm1.engine.request import Request
 from mm1.kernels.dispatch import cdiv
 
 OVERTAKEN = 64  # requests that may begin before an older one for which there are too few pages
+SHORT = 8  # requests, each short of pages, behind which a step looks for one that is not
 PARTS = 4  # long prompts that are computed at once, each a part of a step
 
 
@@ -56,7 +57,7 @@ class Schedule:
         for request in list(islice(self.waiting, self.batch + OVERTAKEN)):
             if rows >= self.prefill or width + request.sampling.num_beams > self.batch:
                 return
-            if short and (short[0].preempted or short[0].overtaken >= OVERTAKEN):
+            if short and (short[0].preempted or short[0].overtaken >= OVERTAKEN or len(short) > SHORT):
                 return
             shared = self.cache.shared(request.cached)
             missing = request.cached[len(shared) :]

@@ -162,6 +162,14 @@ def test_a_prompt_whose_image_tokens_have_no_image_is_refused_before_it_spoils_a
             Engine(model).submit(prompt)
 
 
+@pytest.mark.parametrize("tokens, told", [
+    ([], "a prompt of no tokens"), ([5, 384], "tokens 5 to 384, expected 0 to 383"), ([-1, 5], "tokens -1 to 5"),
+])  # fmt: skip
+def test_tokens_that_the_model_does_not_have_are_refused_before_they_spoil_a_step(model, tokens, told):
+    with pytest.raises(DataError, match=told):
+        Engine(model).submit(Document(np.array(tokens, np.int32), (), "t"))
+
+
 # Scores
 
 

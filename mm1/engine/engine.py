@@ -105,16 +105,21 @@ class Engine:
         if request.room > self.pages:
             exceed = f"exceed {self.pages * PAGE}"
             raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")
-        request.places = np.flatnonzero(request.document.tokens == self.tokenizer.image)
-        images, slots = len(request.digests), self.model.config.connector.tokens
-        if len(request.places) != images * slots:  # a step of it would fail, and others with it
-            raise DataError(f"{len(request.places)} image tokens, expected {slots} for each of {images} images")
         width, vocabulary = request.sampling.num_beams, self.model.config.decoder.vocabulary
+        images, slots = len(request.digests), self.model.config.connector.tokens
+        tokens = request.document.tokens
+        request.places = np.flatnonzero(tokens == self.tokenizer.image)
+        # A step of what follows would fail, and others with it.
+        if not len(tokens):
+            raise DataError("a prompt of no tokens")
+        if not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            raise DataError(f"tokens {tokens.min()} to {tokens.max()}, expected 0 to {vocabulary - 1}")
+        if len(request.places) != images * slots:
+            raise DataError(f"{len(request.places)} image tokens, expected {slots} for each of {images} images")
         if width > self.batch or (width > 1 and 2 * width > vocabulary):
             raise DataError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
-        tokens = request.document.tokens
         # Rows before an answer's are computed anew, because their logits are what it is scored by.
         shareable = (len(tokens) - request.scoring - 1) // PAGE
         request.cached = names(tokens, request.digests, self.tokenizer.image, slots)[:shareable]

@@ -196,6 +196,15 @@ def test_a_prompts_last_tokens_are_scored_as_a_full_pass_scores_them(model, pref
         assert len(request.logprobs) == len(request.tokens)
 
 
+def test_of_no_new_tokens_a_prompt_alone_is_scored(model):
+    sampling, engine = Sampling(), Engine(model, prefill=16)
+    object.__setattr__(sampling, "max_tokens", 0)
+    found = [engine.submit(text(40), sampling, scored=count) for count in (39, 0)]
+    engine.run()
+    assert [(r.finish, r.tokens, len(r.scores)) for r in found] == [("scored", [], 39), ("length", [], 0)]
+    assert drained(engine)
+
+
 def test_a_prompt_that_is_preempted_while_it_is_scored_has_each_score_once(model):
     prompt, truth = text(80), Engine(model)
     whole = truth.submit(prompt, Sampling(max_tokens=3), scored=50)

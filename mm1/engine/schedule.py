@@ -127,7 +127,8 @@ class Schedule:
         """Take note that the cache holds so many rows more of it; pages that are full by now become known."""
         full = request.advance(rows)
         if full:
-            self.cache.remember(*(of[full.start : full.stop] for of in (request.pages, request.cached)))
+            places = slice(full.start, full.stop)
+            self.cache.remember(request.pages[places], request.cached[places])
 
     def end(self, request: Request, why: str) -> None:
         """Take it out, wherever it is."""

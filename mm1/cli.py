@@ -240,6 +240,7 @@ def serve(
     batch: int = 64,
     queue: int = 256,
     tokens: int = 65_536,
+    prefill: int | None = None,
     weights: Weights = None,
     allow_urls: bool = False,
 ) -> None:
@@ -257,6 +258,8 @@ def serve(
         batch: requests at once.
         queue: requests that wait.
         tokens: of the cache.
+        prefill: rows of prompts that are computed between two tokens of a running answer (default: 512 on a CPU, 8192
+            on a GPU).
         weights: round the decoder's to fewer bits.
         allow_urls: fetch images from public http and https addresses, ports 80 and 443.
     """
@@ -266,7 +269,7 @@ def serve(
     from mm1.engine.serve.privacy import read_key
 
     api_key = read_key(api_key_file) if api_key_file else None
-    engine = {"batch": batch, "queue": queue, "tokens": tokens, "weights": weights}
+    engine = {"batch": batch, "queue": queue, "tokens": tokens, "prefill": prefill, "weights": weights}
     serve(
         checkpoint, host=host, port=port, api_key=api_key, engine=engine, max_images=max_images,
         max_pixels=max_pixels, max_bytes=max_bytes, allow_urls=allow_urls,

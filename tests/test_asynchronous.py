@@ -4,6 +4,7 @@ import asyncio
 import threading
 from contextlib import aclosing
 
+import numpy as np
 import pytest
 import torch
 from small import small_mm1
@@ -11,6 +12,7 @@ from test_engine import drained
 from test_generate import PROMPTS
 
 from mm1.engine.asynchronous import AsyncEngine, Dead
+from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Busy, Engine
 from mm1.engine.prompts import encode_prompts
@@ -126,15 +128,62 @@ def test_a_full_queue_and_a_prompt_too_long_are_the_callers_to_know(model):
 def test_the_engines_own_refusal_comes_through(model):
     """Two wait for pages, one more than its queue takes, while its batch has room."""
     engine = Engine(model, tokens=256, batch=8, queue=1)
+    first, second, third = (Document(np.arange(i, i + 199, dtype=np.int32), (), "") for i in (5, 6, 7))
 
     async def refused():
-        async with AsyncEngine(engine) as running, running.open(PROMPTS[0], Sampling(200)) as first:
-            await anext(first)
-            async with running.open(PROMPTS[1], Sampling(200)):
+        async with AsyncEngine(engine) as running, running.open(first, Sampling(50)) as stream:
+            await anext(stream)
+            async with running.open(second, Sampling(50)):
                 with pytest.raises(Busy):
-                    await running.generate(PROMPTS[2], Sampling(200))
+                    await running.generate(third, Sampling(50))
 
     asyncio.run(refused())
+
+
+@pytest.mark.parametrize("where", ["inside its prompt", "preempted"])
+def test_who_leaves_without_pages_or_with_half_a_prompt_leaves_nothing(model, where):
+    engine = Engine(model, tokens=4096, prefill=4)
+    document, reached, gate = Document(np.arange(4, 353, dtype=np.int32), (), ""), [], threading.Event()
+
+    def hold():
+        """Stop before a step, once, where it is to leave."""
+        for request in engine.running[:] if not reached else ():
+            if where == "preempted" and len(request.tokens) == 3:
+                engine.schedule._preempt(request)
+                engine.schedule.admit = lambda: None  # it stays where it waits
+            elif where == "preempted" or request.computed < 60:
+                continue
+            reached.append(request)
+            gate.wait(60)
+
+    step_that(engine, hold)
+
+    async def leave():
+        async with AsyncEngine(engine) as running:
+            task = asyncio.create_task(running.generate(document, Sampling(2000)))
+            await until(lambda: reached)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            gate.set()
+            await until(lambda: drained(engine))
+
+    asyncio.run(leave())
+    assert reached[0].finish == "cancelled"
+    assert engine.computed < 349 or where == "preempted"
+
+
+def test_prompts_are_scored_behind_asyncio_too(model):
+    document = Document(np.arange(5, 60, dtype=np.int32), (), "")
+
+    async def scored():
+        async with AsyncEngine(Engine(model)) as running, running.open(document, Sampling(2), scored=7) as stream:
+            return [piece async for piece in stream] and stream.request
+
+    engine = Engine(model)
+    truth = engine.submit(document, Sampling(2), scored=7)
+    engine.run()
+    assert asyncio.run(scored()).scores == truth.scores
 
 
 def test_it_says_that_it_is_full_also_while_a_step_takes_long(model):

@@ -145,7 +145,7 @@ def test_a_page_is_named_by_the_images_it_holds_a_part_of():
 def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
     """Random lengths, images, settings, cancels and refusals, a small cache and a short queue."""
     draw = random.Random(0)
-    engine = Engine(model, tokens=1024, batch=8, queue=8, prefill=128, images=4)
+    engine = Engine(model, tokens=1024, batch=8, queue=8, prefill=128, feature_bytes=2000)
     pictures = [picture(12, 12 * n, n) for n in (1, 2, 3)]
     made, refused, kinds = [], 0, {}
     for number in range(1000):
@@ -182,22 +182,41 @@ def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
         assert (request.tokens, request.text) == (truth.tokens, truth.text)
 
 
+def free(cache):
+    return [page for page in range(cache.pages) if cache.free[page]]
+
+
 def test_pages_go_to_who_needs_them_and_known_ones_last(model):
     cache = Cache(model.config.decoder, 6, torch.device("cpu"), torch.float32)
     a = cache.take(3)
     cache.remember(a, [b"1", b"2"])
     cache.drop(a)
-    assert (cache.room, cache.free, list(cache.idle)) == (6, [2, 3, 4, 5], [1, 0])
+    assert (cache.room, free(cache), list(cache.idle)) == (6, [2, 3, 4, 5], [1, 0])
     b = cache.take(4, cache.shared([b"1", b"x"]))
-    assert b == [0, 2, 3, 4]
+    assert b == [0, 3, 4, 5]  # behind the place of the last that were taken
     assert cache.take(3) is None
     assert cache.room == 2
     c = cache.take(2)  # the known one nobody uses is given up
-    assert sorted(c) == [1, 5]
+    assert sorted(c) == [1, 2]
     assert cache.shared([b"1", b"2"]) == [0]
     cache.drop(b)
     cache.drop(c)
     assert cache.room == 6
+
+
+def test_a_document_grows_into_the_next_page_or_else_into_any(model):
+    cache = Cache(model.config.decoder, 8, torch.device("cpu"), torch.float32)
+    a, b = cache.take(2, ahead=4), cache.take(2)
+    assert (a, b) == ([0, 1], [4, 5])  # with room between them
+    assert [cache.grow(1), cache.grow(2)] == [2, 3]
+    cache.drop([2])
+    assert cache.grow(3) in (2, 6, 7)
+    cache.remember(b, [b"1", b"2"])
+    cache.drop(b)
+    assert cache.take(4, leave=1) is None
+    assert [cache.grow(7) for _ in range(4)][-1] == 4  # the first page of what is known goes last
+    assert cache.grow(3) is None
+    assert (cache.known, cache.empty, cache.room) == ({}, 0, 0)
 
 
 def test_the_best_of_several_comes_first_and_their_prompt_is_computed_once(model):
@@ -265,7 +284,8 @@ def test_answers_are_scored_as_full_passes_do(model):
 
 @pytest.mark.parametrize("settings, message", [
     ({"batch": 0}, "batch is 0"), ({"queue": 0}, "queue is 0"), ({"tokens": 0}, "tokens is 0"),
-    ({"images": -1}, "images is -1"), ({"tokens": 1 << 50}, "no memory for a cache"),
+    ({"feature_bytes": -1}, "feature_bytes is -1"), ({"prefill": 0}, "prefill is 0"),
+    ({"image_patches": 0}, "image_patches is 0"), ({"tokens": 1 << 50}, "no memory for a cache"),
 ])  # fmt: skip
 def test_an_engine_that_could_do_nothing_is_refused(model, settings, message):
     with pytest.raises(DataError, match=message):
@@ -407,23 +427,14 @@ def of_logits(model, ids, given):
         return model.logits(packed([grown]))[-1]
 
 
-def test_a_step_takes_prompts_up_to_its_rows_and_at_least_one(model):
+def test_a_step_takes_prompts_up_to_its_rows_the_shortest_first_and_half_of_the_oldest(model):
     engine = Engine(model, prefill=50)
-    for count in (60, 20, 20, 20):
-        engine.submit(document(count), Sampling(max_tokens=1))
+    requests = [engine.submit(document(count), Sampling(max_tokens=1)) for count in (60, 20, 20, 20)]
     computed = []
     while engine.step():
-        computed.append(engine.computed)
-    assert computed == [61, 61 + 42]  # the last is the third step, after which there is no more
-    assert engine.computed == 61 + 42 + 21
-
-
-def test_features_that_were_used_last_stay(model):
-    engine = Engine(model, images=2)
-    for seed in (1, 2, 1, 3, 1):
-        engine.submit([picture(seed=seed), f"{seed}{engine.encoded}"], Sampling(max_tokens=1))
-        engine.run()
-    assert engine.encoded == 3
+        computed.append([request.computed for request in requests])
+    assert computed == [[25, 21, 4, 0], [50, 21, 21, 8]]  # the last is the third step, after which there is no more
+    assert [request.computed for request in requests] == [61, 21, 21, 21]
 
 
 def test_the_best_is_by_the_mean_also_of_unequal_lengths(monkeypatch):
@@ -493,5 +504,5 @@ def test_what_two_computed_is_known_once(model):
     for page in (cache.take(1), cache.take(1)):
         cache.remember(page, [b"1"])
         cache.drop(page)
-    assert (cache.shared([b"1"]), cache.free, cache.room) == ([0], [1], 2)
-    assert cache.take(2) == [0, 1]
+    assert (cache.shared([b"1"]), free(cache), cache.room) == ([0], [1], 2)
+    assert sorted(cache.take(2)) == [0, 1]

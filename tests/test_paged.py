@@ -355,3 +355,37 @@ def test_segments_that_share_pages_may_have_fewer_keys_than_rows():
         alone = paged_attention(q[5 * b : 5 * b + 5], k, v, cu_q[:2], tables[:1], lengths[:1], rows=rows)
         assert relative_error(y[5 * b : 5 * b + 5], alone) < 1e-6
         assert not alone[:3].any()
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the CPU's path")
+@pytest.mark.parametrize("piece", [PAGE, 3 * PAGE, 8192])
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_what_was_known_is_seen_in_pieces(piece, side_by_side, monkeypatch):
+    """Several segments of equal and unequal lengths, which begin alike or alone, and end anywhere in a page."""
+    monkeypatch.setattr(paged, "PIECE", piece)
+    segments = [(5, 45), (5, 45), (1, 37), (9, 30), (30, 31), (6, 6)]
+    q, k, v, cu_q, tables, lengths, rows, own = problem(segments, side_by_side=side_by_side)
+    for b in (1, 2):  # of the first as many pages as both have before their own rows
+        tables[b, :8] = tables[0, :8]
+        own[b][:, : 8 * PAGE] = own[0][:, : 8 * PAGE]
+    found = paged_attention(q, k, v, cu_q, tables, lengths, rows=rows)
+    assert relative_error(found, in_order(q, cu_q, lengths, own)) < 5e-7
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the CPU's path")
+def test_rows_behind_known_ones_make_no_tensor_of_all_pairs():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = result if isinstance(result, tuple) else (result,)
+            self.numel = max([self.numel, *(x.numel() for x in tensors if isinstance(x, torch.Tensor))])
+            return result
+
+    *given, rows, _ = problem([(600, 1500)], heads=(2, 1), width=8)
+    with Largest() as largest:
+        paged.on_host(*given, rows)
+    assert largest.numel <= max(x.numel() for x in given) < 600 * 600

@@ -1,7 +1,8 @@
 """Keys and values of every layer in pages of PAGE tokens: who has which, and what one forward sees of them.
 
-A prompt's full pages stay known by what they hold, token ids and contents of images alike, and by all before them: a
-later prompt that begins the same shares them. What nobody uses any more is given up, least recently used first.
+Full pages, of prompts and of what was generated, stay known by what they hold, token ids and contents of images alike,
+and by all before them: a later prompt that begins the same shares them. Known pages that nobody uses any more are
+evicted when pages are needed, least recently used first.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from torch import Tensor
 from mm1.engine import config
 from mm1.engine.data.record import DataError
 from mm1.kernels.attention import attention
+from mm1.kernels.dispatch import cdiv
 from mm1.kernels.paged import paged_attention
 
 PAGE = 16
@@ -34,7 +36,7 @@ class Rows(NamedTuple):
 
 
 class Cache:
-    """`pages` pages; a document's are taken when it begins, for all it may become, so that it is never put back."""
+    """Allocates `pages` pages. A document takes those of its prompt, and one more whenever it has filled its last."""
 
     def __init__(self, c: config.Decoder, pages: int, device: torch.device, dtype: torch.dtype):
         shape = (c.layers, pages, PAGE, c.kv_heads, c.head_width)
@@ -44,50 +46,77 @@ class Cache:
             raise DataError(f"no memory for a cache of {pages * PAGE} tokens ({error})") from None
         self.pages = pages
         self.users = [0] * pages
-        self.free = list(range(pages))  # in order
+        self.free = bytearray(b"\1") * pages  # 1 where a page is free: runs are found by a search for bytes
+        self.empty = pages  # free pages
+        self.cursor = 0  # where a run for the next document is looked for
         self.known: dict[bytes, int] = {}  # page by what it and all before it hold
         self.names: dict[int, bytes] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()  # known pages without a user, last used last
 
     @property
     def room(self) -> int:
-        """Pages that can be taken."""
-        return len(self.free) + len(self.idle)
+        """Return how many pages can be taken."""
+        return self.empty + len(self.idle)
 
-    def take(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
-        """For a document that begins with `shared` ones; None if there are too few. Side by side if it can be."""
-        held = sum(page in self.idle for page in shared)
-        if count - len(shared) > self.room - held:
+    def take(self, count: int, shared: Sequence[int] = (), *, leave: int = 0, ahead: int = 0) -> list[int] | None:
+        """Allocate `count` pages for a document that begins with `shared` ones; None where fewer than `leave` would
+        remain. They lie side by side if they can, with `ahead` pages for all before the next document's begin.
+        """
+        fresh = count - len(shared)
+        if fresh + leave > self.room - sum(page in self.idle for page in shared):
             return None
         for page in shared:
             self.users[page] += 1
             self.idle.pop(page, None)
-        fresh = count - len(shared)
-        while len(self.free) < fresh:
-            page, _ = self.idle.popitem(last=False)
-            del self.known[self.names.pop(page)]
-            self.free = sorted([*self.free, page])
-        at = next((i for i in range(len(self.free) - fresh + 1) if self._run(i, fresh)), 0)
-        taken, self.free = self.free[at : at + fresh], self.free[:at] + self.free[at + fresh :]
+        self._evict(fresh)
+        taken = self._run(fresh)
+        if taken:
+            self.cursor = taken[-1] + 1 + max(ahead - count, 0)
         for page in taken:
-            self.users[page] += 1
+            self._use(page)
         return [*shared, *taken]
 
-    def _run(self, at: int, count: int) -> bool:
-        return not count or self.free[at + count - 1] - self.free[at] == count - 1
+    def grow(self, last: int) -> int | None:
+        """Allocate one page more for a document whose last page is `last`: the next one if it is free."""
+        if not self.room:
+            return None
+        self._evict(1)
+        page = last + 1 if last + 1 < self.pages and self.free[last + 1] else self._run(1)[0]
+        self._use(page)
+        return page
+
+    def _evict(self, count: int) -> None:
+        """Forget known pages until so many are free."""
+        while self.empty < count:
+            page, _ = self.idle.popitem(last=False)
+            del self.known[self.names.pop(page)]
+            self._release(page)
+
+    def _run(self, count: int) -> list[int]:
+        """Return free pages side by side, or else any."""
+        run = b"\1" * count
+        at = self.free.find(run, self.cursor)
+        at = self.free.find(run) if at < 0 else at
+        return list(range(at, at + count)) if at >= 0 else np.flatnonzero(self.free)[:count].tolist()
+
+    def _use(self, page: int) -> None:
+        self.users[page] += 1
+        self.free[page] = 0
+        self.empty -= 1
+
+    def _release(self, page: int) -> None:
+        self.free[page] = 1
+        self.empty += 1
 
     def drop(self, pages: Sequence[int]) -> None:
-        """A document is done with them."""
-        gone = []
+        """Take note that a document is done with its pages."""
         for page in reversed(pages):  # a beginning without its first page is of no use
             self.users[page] -= 1
             if not self.users[page]:
                 if page in self.names:
                     self.idle[page] = None
                 else:
-                    gone.append(page)
-        if gone:
-            self.free = sorted(self.free + gone)
+                    self._release(page)
 
     def shared(self, names: Sequence[bytes]) -> list[int]:
         """Pages that hold the beginning of what these are the names of."""
@@ -112,8 +141,9 @@ class Cache:
                 held.index_copy_(1, target, held.index_select(1, source))
 
     def forget(self) -> None:
-        """What pages hold; those in use stay with their users."""
-        self.free = sorted([*self.free, *self.idle])
+        """Forget what pages hold; those in use stay with their users."""
+        for page in self.idle:
+            self._release(page)
         self.known, self.names = {}, {}
         self.idle.clear()
 
@@ -121,7 +151,7 @@ class Cache:
         """A layer's attention, by layers."""
         return [partial(_attend, keys, values, rows) for keys, values in zip(self.k.unbind(), self.v.unbind())]
 
-    def rows(self, tables: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> Rows:
+    def rows(self, tables: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int], ends: Sequence[int]) -> Rows:
         """Of documents whose pages are `tables`, the rows from `starts` to `ends`."""
         device, most = self.k.device, max(map(len, tables), default=0)
         table = np.zeros((len(tables), most), np.int32)
@@ -146,19 +176,22 @@ def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: T
 
 
 def names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: int) -> list[bytes]:
-    """Of a document's full pages, whose last token is not its own last: each says what it and all before it hold.
+    """Return names of a prompt's full pages, but of one that ends with it: what each and all before it hold.
 
     digests: of its images.
     """
     found, name = [], b""
     images = np.cumsum(tokens == image_id)  # tokens of images up to each row
     for start in range(0, len(tokens) - PAGE, PAGE):
-        rows = slice(start, start + PAGE)
-        first, last = (int(images[start - 1]) if start else 0) // slots, -(-int(images[start + PAGE - 1]) // slots)
-        seen = b"".join(digests[first:last]) if images[start + PAGE - 1] else b""
-        name = hashlib.sha256(name + tokens[rows].tobytes() + seen).digest()
+        first, last = (int(images[start - 1]) if start else 0) // slots, cdiv(int(images[start + PAGE - 1]), slots)
+        name = page_name(name, tokens[start : start + PAGE], digests[first:last])
         found.append(name)
     return found
+
+
+def page_name(before: bytes, tokens: np.ndarray, digests: Sequence[bytes]) -> bytes:
+    """Return the name of a page of these tokens behind the page named `before`, with a part of these images."""
+    return hashlib.sha256(before + np.asarray(tokens, np.int32).tobytes() + b"".join(digests)).digest()
 
 
 def image_digest(image: np.ndarray) -> bytes:

@@ -22,6 +22,7 @@ from mm1.kernels.tuning import cache_folder
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PRODUCTS = 300_000_000  # so many multiplications and additions take less than torch's calls (digits: 220 rows of 1.4 M)
+PAIRS = 4  # times as long as one of them takes one of attention, whose keys each row reads anew
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -78,7 +79,8 @@ def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
 
 
 class Step:
-    """A decoder, its head and a cache; weights are used where they are. few: rows, up to which torch is slower."""
+    """A decoder, its head and a cache; weights are used where they are. few: rows, up to which torch is slower, if they
+    see few keys."""
 
     def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
         c = decoder.config
@@ -103,12 +105,18 @@ class Step:
                 layer.gate, layer.up, layer.down = map(self._linear, (mlp.gate, mlp.up, mlp.down))
         frequencies = c.rope_theta ** (-torch.arange(0, c.head_width, 2, dtype=torch.float32) / c.head_width)
         mlp = 3 * c.ffn * (c.experts_per_token if c.experts else 1)
-        self.few = PRODUCTS // (c.layers * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_width + mlp))
+        self._row = c.layers * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_width + mlp)
+        self._pair = PAIRS * 2 * c.layers * c.heads * c.head_width
+        self.few = PRODUCTS // self._row
         self._model = _Model(
             c.width, c.heads, c.kv_heads, c.head_width, c.ffn, max(c.experts_per_token, 1), c.layers, c.vocabulary,
             PAGE, KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
             self._matrix(decoder.embedding.weight), self._linear(head), layers,
         )  # fmt: skip
+
+    def takes(self, rows: int, pairs: int) -> bool:
+        """Say whether torch is slower for so many rows that see so many keys, summed over the rows."""
+        return rows * self._row + pairs * self._pair <= PRODUCTS
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Addresses and code are of this process; a copy, or where it cannot be compiled None, is made anew."""

@@ -1,12 +1,12 @@
 """The Engine: many requests at once over a paged cache.
 
-A step of the Engine lets in the requests that have room, runs their prompts packed, behind the pages that they share
-with earlier ones, and then one token of each document that goes on. Images are encoded together, and once: their
-features are kept by content.
+A step of the Engine computes one token of each document that goes on, admits the requests that have room, and computes
+rows of their prompts, at most so many, packed, behind the pages that they share with earlier ones. Images are encoded
+together when their rows are due, and once: their features are kept by content.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import numpy as np
@@ -19,15 +19,23 @@ from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError, at_least
 from mm1.engine.decode import step_of
 from mm1.engine.detokenizer import Text
+from mm1.engine.features import Features
 from mm1.engine.graphs import PAGES, Graphs
 from mm1.engine.model import MM1
 from mm1.engine.packed import Head, packed
 from mm1.engine.prompts import Prompt, encode_prompts, refuse_long, refuse_malformed, tokenizer_of
 from mm1.engine.quantize import quantized
-from mm1.engine.request import Request, drawn, fitted
+from mm1.engine.request import Request, drawn
 from mm1.engine.sampling import Draw, Sampling, penalized, sample
+from mm1.engine.schedule import Schedule
 from mm1.kernels.dispatch import cdiv
-from mm1.kernels.grids import Grids
+
+ROWS = {"cpu": 512, "cuda": 8192}  # of prompts a step: so few cost a long prompt 15 % more time than all at once
+PATCHES = {"cpu": 2048, "cuda": 32_768}  # of images a step
+SCORED = 256  # rows whose logits are scored at once
+
+
+Found = tuple[Tensor, list[int], list[float]]  # logits [B, V], the likeliest tokens and their log-probabilities
 
 
 class Busy(RuntimeError):
@@ -35,11 +43,12 @@ class Busy(RuntimeError):
 
 
 class Engine:
-    """A model, as it is when this begins, and the requests it works on.
+    """Runs a model, as it is when this begins, for many requests at once.
 
     tokens: of the cache; batch: documents at once, each beam counts as one; queue: requests that wait; prefill: rows of
-    prompts a step, if it is more than one; images: whose features are kept; weights: as they are, or "int8", "int4",
-    "float8" (quantize.py).
+    prompts a step (default: 512 on a CPU, 8192 on a GPU), between which each running document gets a token;
+    image_patches: of images that a step encodes, but at least one image (default: 2,048 on a CPU, 32,768 on a GPU);
+    feature_bytes: of images' features that are kept; weights: as they are, or "int8", "int4", "float8" (quantize.py).
     Not for several threads at once.
 
     context: tokens of the longest prompt that it takes, at most what the model was trained on, if that is known. A text
@@ -47,13 +56,15 @@ class Engine:
     """
 
     def __init__(
-        self, model: MM1, *, tokens: int = 65_536, batch: int = 64, queue: int = 1024, prefill: int = 8192,
-        images: int = 1024, weights: str | None = None,
+        self, model: MM1, *, tokens: int = 65_536, batch: int = 64, queue: int = 1024, prefill: int | None = None,
+        image_patches: int | None = None, feature_bytes: int = 1 << 28, weights: str | None = None,
     ):  # fmt: skip
-        at_least(1, tokens=tokens, batch=batch, queue=queue)
-        at_least(0, images=images)
         weight = model.decoder.embedding.weight
         self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
+        prefill = ROWS.get(self.device.type, ROWS["cpu"]) if prefill is None else prefill
+        image_patches = PATCHES.get(self.device.type, PATCHES["cpu"]) if image_patches is None else image_patches
+        at_least(1, tokens=tokens, batch=batch, queue=queue, prefill=prefill, image_patches=image_patches)
+        at_least(0, feature_bytes=feature_bytes)
         self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
         graphs = self.device.type == "cuda"
         self.pages = cdiv(tokens, PAGE)
@@ -62,133 +73,141 @@ class Engine:
         self.graphs = Graphs(self.decoder, self.head, self.cache, batch) if graphs else None
         plain = (self.decoder, self.head) if weights else (model.decoder, Head(model.decoder))
         self.one_step = step_of(*plain, self.cache)
-        self.batch, self.queue, self.prefill, self.images = batch, queue, prefill, images
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self.features: OrderedDict[bytes, Tensor] = OrderedDict()  # [n, D] of an image by its content
-        self.encoded = self.computed = 0  # images and rows of prompts, since the beginning
+        self.batch, self.queue = batch, queue
+        self.schedule = Schedule(self.cache, batch, prefill)
+        self.waiting, self.running = self.schedule.waiting, self.schedule.running
+        self.features = Features(model, image_patches, feature_bytes)
+        self.computed = 0  # rows of prompts, since the beginning
+
+    @property
+    def encoded(self) -> int:
+        """Return how many images were encoded since the beginning."""
+        return self.features.encoded
 
     def submit(
-        self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None
-    ) -> Request:
-        """Raises Busy if the queue is full, DataError for a prompt that is longer than the context or malformed."""
+        self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None,
+        scored: int = 0,
+    ) -> Request:  # fmt: skip
+        """Add a request to the queue. scored: so many last tokens of the prompt get log-probabilities too.
+
+        Raises Busy if the queue is full, DataError for a prompt that is longer than the context or malformed.
+        """
         document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt], self.context)[0]
-        return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text)))
+        if not 0 <= scored < max(len(document.tokens), 1):
+            raise DataError(f"{scored} tokens to score, expected 0 to {len(document.tokens) - 1}: all but the first")
+        return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text), scored))
 
     def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
-        """Whose tokens are not chosen but scored. Raises DataError for none, and as submit does."""
+        """Add an answer whose tokens are not chosen but scored. Raises DataError for none, and as submit does."""
         if not len(answer):
             raise DataError("an answer to score is empty")
         tokens = np.array([*prompt.tokens, *answer], np.int32)
         document = Document(tokens, prompt.images, prompt.key)
-        return self._enqueue(Request(document, Sampling(), Text(self.tokenizer, (), None), len(answer)))
+        return self._enqueue(Request(document, Sampling(), Text(self.tokenizer, (), None), len(answer), limit=0))
 
     def _enqueue(self, request: Request) -> Request:
-        document, c = request.document, self.model.config
-        refuse_malformed(document, c.connector.tokens, self.tokenizer.image, c.decoder.vocabulary)
-        refuse_long(len(document.tokens), c.context)
-        request.sampling = fitted(request.sampling, len(document.tokens), c.context)
+        tokens, c = request.document.tokens, self.model.config
+        refuse_malformed(request.document, c.connector.tokens, self.tokenizer.image, c.decoder.vocabulary)
+        refuse_long(len(tokens), c.context)
+        request.fit(c.context)
         if request.room > self.pages:
-            exceed = f"exceed {self.pages * PAGE}"
-            raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")
-        width, vocabulary = request.sampling.num_beams, self.model.config.decoder.vocabulary
+            raise DataError(f"a prompt of {len(tokens)} tokens and what follows exceed {self.pages * PAGE}")
+        width, vocabulary = request.sampling.num_beams, c.decoder.vocabulary
         if width > self.batch or (width > 1 and 2 * width > vocabulary):
             raise DataError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
-        tokens, slots = request.document.tokens, self.model.config.connector.tokens
+        request.places = np.flatnonzero(tokens == self.tokenizer.image)
         # Rows before an answer's are computed anew, because their logits are what it is scored by.
-        shareable = (len(tokens) - request.scored - 1) // PAGE
-        request.cached = names(tokens, request.digests, self.tokenizer.image, slots)[:shareable]
-        self.waiting.append(request)
+        shareable = (len(tokens) - request.scoring - 1) // PAGE
+        request.cached = names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)[:shareable]
+        self.schedule.add(request)
         return request
 
     def forget(self) -> None:
-        """What is known of earlier prompts and images. After a change of weights make a new Engine."""
+        """Forget earlier prompts and images. After a change of weights make a new Engine."""
         self.cache.forget()
-        self.features.clear()
+        self.features.forget()
 
     def cancel(self, request: Request) -> None:
-        """What it has so far stays."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-            request.finish = "cancelled"
-        elif request in self.running:
+        """End a request, wherever it is; what it has so far stays."""
+        if request in self.waiting or request in self.running:
             self._end(request, "cancelled")
 
     def run(self) -> None:
-        """Until nothing is left."""
+        """Take steps until nothing is left."""
         while self.step():
             pass
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Whether there is more to do."""
-        if self.running:
-            self._decode(list(self.running))
-        if fresh := self._admitted():  # afterwards: a listener that fails in decoding leaves nobody half admitted
-            try:
-                found = self._prefilled(fresh)
-            except Exception:  # theirs alone: who ran before goes on
-                for request in fresh:
-                    self._end(request, "failed")
-                raise
-            for request in fresh:
-                self.cache.remember(request.pages, request.cached)
-            self._choose(fresh, [1] * len(fresh), *found, [drawn(request) for request in fresh])
+        """Compute a token of each that goes on, then rows of prompts. Say whether there is more to do."""
+        if going := self.schedule.going():
+            with self._ending(going):
+                widths, found, left = self._decoded(going)
+            for request in going:
+                self.schedule.advance(request, 0 if request.beams else 1)
+            self._choose(going, widths, *found, left)
+        self.schedule.admit()  # afterwards: a listener that fails in decoding leaves nobody half admitted
+        if due := self.schedule.share():
+            with self._ending(due):
+                found = self._prefilled(due)
+            for request in due:
+                self.schedule.advance(request, request.due)
+            done = [request for request in due if not request.pending]
+            for request in done:
+                if request.scored:
+                    request.logprobs = request.scores
+                if not request.limit:
+                    self._end(request, "scored" if request.scored else "length")
+            if begun := [request for request in done if request.limit]:
+                draws = [drawn(request) for request in begun]
+                self._choose(begun, [1] * len(begun), *found, draws)
         return bool(self.running or self.waiting)
 
-    def _admitted(self) -> list[Request]:
-        """In their order. One whose beginning another is about to compute waits for it, and shares it then; those
-        behind it go before it."""
-        fresh: list[Request] = []
-        computing: set[bytes] = set()
-        rows, width = 0, sum(request.sampling.num_beams for request in self.running)
-        for request in list(self.waiting):
-            shared = self.cache.shared(request.cached)
-            missing = request.cached[len(shared) :]
-            if computing.intersection(missing):
-                continue
-            new = len(request.document.tokens) - len(shared) * PAGE
-            if width + request.sampling.num_beams > self.batch or (fresh and rows + new > self.prefill):
-                break
-            pages = self.cache.take(request.room, shared)
-            if pages is None:
-                break
-            request.admit(pages, len(shared))
-            width += request.sampling.num_beams
-            fresh.append(request)
-            self.waiting.remove(request)
-            self.running.append(request)
-            computing.update(missing)
-            rows += new
-        return fresh
+    @contextmanager
+    def _ending(self, requests: Sequence[Request]) -> Iterator[None]:
+        """End these if what they are computed in fails: who was not in it goes on."""
+        try:
+            yield
+        except Exception:
+            for request in requests:
+                self._end(request, "failed")
+            raise
 
-    def _prefilled(self, fresh: Sequence[Request]) -> tuple[Tensor, list[int], list[float]]:
-        """Logits [B, V] behind the prompts, the likeliest tokens and their log-probabilities."""
-        starts = [request.shared * PAGE for request in fresh]
-        ends = [len(request.document.tokens) for request in fresh]
-        tokens = np.concatenate([r.document.tokens[start:] for r, start in zip(fresh, starts)])
+    def _prefilled(self, due: Sequence[Request]) -> Found:
+        """Compute the rows that are due of these prompts. Return logits [B, V] behind the B prompts that end with them
+        and go on, the likeliest tokens and their log-probabilities."""
+        images = self.features.rows(due)
+        due = [request for request in due if request.due]
+        starts = [request.computed for request in due]
+        ends = [start + request.due for request, start in zip(due, starts)]
+        tokens = np.concatenate([request.ids(start, end) for request, start, end in zip(due, starts, ends)])
         positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends)])
         x = self.model.decoder.embedding(self._moved(tokens))
-        images = np.flatnonzero(tokens == self.tokenizer.image)
-        if len(images):
-            x = x.index_copy(0, self._moved(images), self._image_rows(fresh, starts).to(x.dtype))
+        if images:
+            x = x.index_copy(0, self._moved(images[0]), images[1].to(x.dtype))
         self.computed += len(tokens)
-        if self.one_step and len(tokens) <= self.one_step.few and not any(request.scored for request in fresh):
-            tables = [r.table for r, start, end in zip(fresh, starts, ends) for _ in range(start, end)]
-            last = np.cumsum([end - start for start, end in zip(starts, ends)]) - 1
+        behind = np.cumsum([request.due for request in due])  # one past each one's last row
+        last = behind[[request.pending == request.due and request.limit > 0 for request in due]] - 1
+        scored = [request.to_score(start, end) for request, start, end in zip(due, starts, ends)]
+        seen = sum(request.due * (start + 1 + end) // 2 for request, start, end in zip(due, starts, ends))
+        if self.one_step and self.one_step.takes(len(tokens), seen) and not any(scored):
+            tables = [request.table for request in due for _ in range(request.due)]
             return self.one_step(x.float(), positions, tables, last)
-        rows = self.cache.rows([request.pages for request in fresh], starts, ends)
-        hidden, last = self._hidden(x, self._moved(positions), rows), rows.cu_seqlens[1:].long() - 1
-        for i, request in enumerate(fresh):
-            if request.scored:
-                self._score(request, hidden[last[i] - request.scored : last[i]])
-        logits = self.head(hidden[last])
+        rows = self.cache.rows([request.table for request in due], starts, ends)
+        hidden = self._hidden(x, self._moved(positions), rows)
+        for request, of, start, first in zip(due, scored, starts, behind - [request.due for request in due]):
+            if of:
+                self._score(request, of[0], hidden[first - start + of[0] : first - start + of[1]])
+        if not len(last):  # all go on in the next step
+            return hidden.new_empty(0, self.model.config.decoder.vocabulary), [], []
+        logits = self.head(hidden[self._moved(last)])
         return logits, *likeliest(logits)
 
-    def _decode(self, going: Sequence[Request]) -> None:
-        """One token more."""
+    def _decoded(self, going: Sequence[Request]) -> tuple[list[int], Found, Sequence[Draw | None]]:
+        """Compute one token more of each. Return how many rows each has, what was found in them, and how those tokens
+        are drawn that are not drawn yet."""
         heads = [request.heads() for request in going]
         tokens, starts, tables = zip(*(head for of in heads for head in of))
         whose = [request for request, of in zip(going, heads) for _ in of]
@@ -205,7 +224,7 @@ class Engine:
             x = self.model.decoder.embedding(self._moved(np.array(tokens)))
             logits = self.head(self._hidden(x, self._moved(np.array(starts)), rows))
             found = (logits, *likeliest(logits))
-        self._choose(going, [len(of) for of in heads], *found, left)
+        return [len(of) for of in heads], found, left
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
         return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
@@ -213,39 +232,15 @@ class Engine:
     def _moved(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _image_rows(self, fresh: Sequence[Request], starts: Sequence[int]) -> Tensor:
-        """Features of the images' tokens from each document's start on, in their order."""
-        slots, parts = self.model.config.connector.tokens, []
-        wanted: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        for request, start in zip(fresh, starts):
-            before = int((request.document.tokens[:start] == self.tokenizer.image).sum())
-            digests = request.digests[before // slots :]
-            wanted.update(zip(digests, request.document.images[before // slots :]))
-            parts.append((digests, before % slots))
-        features = self._features(wanted)
-        return torch.cat([torch.cat([features[d] for d in digests])[cut:] for digests, cut in parts if digests])
-
-    def _features(self, wanted: "OrderedDict[bytes, np.ndarray]") -> dict[bytes, Tensor]:
-        """Of all these images; those that are not known are encoded together, equal sizes side by side."""
-        missing = sorted((d for d in wanted if d not in self.features), key=lambda d: wanted[d].shape)
-        if missing:
-            patch, images = self.model.config.vision.patch, [wanted[digest] for digest in missing]
-            pixels = self._moved(np.concatenate([np.ascontiguousarray(image).reshape(-1, 3) for image in images]))
-            grids = Grids([(h // patch, w // patch) for h, w, _ in (i.shape for i in images)], device=self.device)
-            encoded = self.model.encode(pixels, grids).unflatten(0, (len(images), -1))
-            self.features.update(zip(missing, (x.clone() for x in encoded.unbind())))  # none holds the others
-            self.encoded += len(missing)
-        found = {digest: self.features[digest] for digest in wanted}
-        for digest in found:
-            self.features.move_to_end(digest)
-        while len(self.features) > self.images:
-            self.features.popitem(last=False)
-        return found
-
-    def _score(self, request: Request, hidden: Tensor) -> None:
-        tokens = self._moved(request.document.tokens[-request.scored :]).long()
-        found = self.head(hidden).float().log_softmax(-1).gather(1, tokens[:, None])
-        request.logprobs = found[:, 0].tolist()
+    def _score(self, request: Request, start: int, hidden: Tensor) -> None:
+        """Score the tokens behind rows `start` … of a prompt, whose states [rows, D] these are."""
+        ids = self._moved(request.document.tokens[start + 1 : start + 1 + len(hidden)]).long()
+        count = getattr(request.sampling, "top_logprobs", 0)
+        for rows, of in zip(hidden.split(SCORED), ids.split(SCORED)):
+            logprobs = self.head(rows).float().log_softmax(-1)
+            request.scores += logprobs.gather(1, of[:, None])[:, 0].tolist()
+            top, tokens = (x.tolist() for x in logprobs.topk(count))
+            request.score_top += [list(zip(*pair)) for pair in zip(tokens, top)] if count else []
 
     def _choose(
         self, requests: Sequence[Request], widths: Sequence[int], logits: Tensor, tokens: list[int],
@@ -313,9 +308,7 @@ class Engine:
         self.cache.copy(copies)
 
     def _end(self, request: Request, why: str) -> None:
-        self.running.remove(request)
-        self.cache.drop(request.pages)
-        request.end(why)
+        self.schedule.end(request, why)
 
 
 def likeliest(logits: Tensor) -> tuple[list[int], list[float]]:

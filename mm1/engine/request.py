@@ -4,9 +4,10 @@ import random
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from mm1.engine.beams import Beams, pages_of
-from mm1.engine.cache import PAGE, image_digest
+from mm1.engine.cache import PAGE, image_digest, page_name
 from mm1.engine.data.document import Document
 from mm1.engine.detokenizer import Text
 from mm1.engine.sampling import Draw, Sampling
@@ -22,36 +23,87 @@ def fitted(sampling: Sampling, prompt: int, context: int | None) -> Sampling:
 class Request:
     """Holds a prompt, its pages and the new tokens.
 
-    finish: None while it runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text or its prompt
-    raised.
+    finish: None while it waits or runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text or a
+    step that it was in raised. scoring: the last tokens of the prompt, so many, whose log-probabilities are wanted;
+    limit: of new tokens, where it is not the sampling's.
     """
 
-    def __init__(self, document: Document, sampling: Sampling, text: Text, scored: int = 0):
-        self.document, self.sampling, self.scored = document, sampling, scored
+    def __init__(
+        self, document: Document, sampling: Sampling, text: Text, scoring: int = 0, *, limit: int | None = None
+    ):
+        self.document, self.sampling, self.scoring = document, sampling, scoring
+        self.limit = sampling.max_tokens if limit is None else limit
+        self.prompt = len(document.tokens)
         self.digests = [image_digest(image) for image in document.images]
-        self.cached: list[bytes] = []  # names of the pages that may be shared
+        self.cached: list[bytes] = []  # names of its first full pages; those that the cache knows are shared
         self.tokens: list[int] = []
-        self.logprobs: list[float] = []  # of tokens, or of those that are scored
+        self.logprobs: list[float] = []  # of tokens, or of an answer's that is scored
+        self.scores: list[float] = []  # of the prompt's last tokens
+        self.score_top: list[list[tuple[int, float]]] = []  # the likeliest tokens in their places
         self.finish: str | None = None
         self._text = text
+        self.number = 0  # in the order of arrival
+        self.overtaken = 0  # by so many later ones, while it waited for pages
+        self.preempted = 0  # so often
         self.pages: list[int] = []
-        self.shared = 0  # of them, with what was computed before
         self.table = np.empty(0, np.int32)  # the same pages
+        self.shared = 0  # pages that were known when it first began
+        self.computed = 0  # rows that the cache holds, without those of beams
+        self.due = 0  # rows that the next step computes of its prompt
+        self.places = np.empty(0, np.int64)  # rows of the prompt that belong to images
+        self.features: dict[bytes, Tensor] = {}  # of an image of which a step computed some rows and not all
         self.random = random.Random(sampling.seed) if sampling.temperature else None
         self.beams: Beams | None = None  # while it runs, if it searches
         self._seen = np.empty(0, np.int64)
         self._known: set[int] = set()  # the same
         self._counted = 0  # of tokens, those that are in both
 
+    def fit(self, context: int | None) -> None:
+        """Cut max_tokens to what a context of so many tokens has room for behind the prompt, but for one token."""
+        self.sampling = fitted(self.sampling, self.prompt, context)
+        self.limit = min(self.limit, self.sampling.max_tokens)
+
     @property
     def text(self) -> str:
         return self._text.text
 
     @property
+    def scored(self) -> bool:
+        """Say whether it ends as soon as its prompt is scored."""
+        return self.scoring > 0 and self.limit == 0
+
+    @property
     def room(self) -> int:
-        """Return how many pages it needs, with those for all that is to come."""
-        rows = len(self.document.tokens)
-        return cdiv(rows, PAGE) if self.scored else pages_of(rows, self.sampling)
+        """Return how many pages it needs at most, with those for all that is to come."""
+        return pages_of(self.prompt, self.sampling) if self.limit else cdiv(self.prompt, PAGE)
+
+    @property
+    def pending(self) -> int:
+        """Return how many rows of prompt and new tokens the cache does not hold."""
+        return self.prompt + len(self.tokens) - self.computed
+
+    @property
+    def prefilling(self) -> bool:
+        """Say whether it is at its prompt, or at tokens that were dropped from the cache when it was preempted."""
+        return self.computed + 1 < self.prompt + len(self.tokens) or self.computed < self.prompt
+
+    def ids(self, start: int, end: int) -> np.ndarray:
+        """Return tokens int32 of rows `start` to `end`, of prompt and text."""
+        prompt = self.document.tokens
+        new = self.tokens[max(start - self.prompt, 0) : max(end - self.prompt, 0)]
+        return np.concatenate([prompt[start:end], np.array(new, np.int32)])
+
+    def images(self, start: int, end: int) -> tuple[int, int]:
+        """Return the first image with a row in `start` to `end`, and one past the last."""
+        slots = max(len(self.places) // max(len(self.digests), 1), 1)
+        first, last = np.searchsorted(self.places, [start, end]).tolist()
+        return first // slots, cdiv(last, slots)
+
+    def to_score(self, start: int, end: int) -> tuple[int, int] | None:
+        """Return which rows of `start` to `end` say how likely the tokens are that are to be scored."""
+        last = self.prompt - 1
+        first, end = max(last - self.scoring + len(self.scores), start), min(end, last)
+        return (first, end) if first < end else None
 
     @property
     def seen(self) -> np.ndarray:
@@ -68,20 +120,45 @@ class Request:
 
     def admit(self, pages: list[int], shared: int) -> None:
         """Begin on these pages, of which the first `shared` are computed already."""
-        self.pages, self.table, self.shared = pages, np.array(pages, np.int32), shared
+        if not self.preempted:
+            self.shared = shared
+        self.pages, self.table, self.computed = pages, np.array(pages, np.int32), shared * PAGE
         if self.sampling.num_beams > 1:
-            self.beams = Beams(len(self.document.tokens), pages, self.sampling, self._text.ends)
+            self.beams = Beams(self.prompt, pages, self.sampling, self._text.ends)
+
+    def grow(self, page: int) -> None:
+        """Take one page more."""
+        self.pages.append(page)
+        self.table = np.append(self.table, np.int32(page))
+
+    def advance(self, rows: int) -> range:
+        """Take note that the cache holds so many rows more; return which pages they fill."""
+        full = range(self.computed // PAGE, (self.computed + rows) // PAGE)
+        self.computed += rows
+        for page in full:
+            start, end = page * PAGE, page * PAGE + PAGE
+            if page == len(self.cached) and end >= self.prompt:  # the prompt's have their names
+                first, last = self.images(start, end)
+                before = self.cached[-1] if page else b""
+                self.cached.append(page_name(before, self.ids(start, end), self.digests[first:last]))
+        return full
+
+    def preempt(self) -> None:
+        """Go on without pages; what it has emitted and how it draws stay."""
+        self.preempted += 1
+        self.pages, self.table, self.computed, self.due = [], np.empty(0, np.int32), 0, 0
+        self.features = {}
 
     def heads(self) -> list[tuple[int, int, np.ndarray]]:
         """Return the rows that a step computes: the last token, its place in the document, the pages."""
-        place = len(self.document.tokens) - 1
+        place = self.prompt - 1
         if self.beams:
             return [(beam.tokens[-1], place + len(beam.tokens), beam.table) for beam in self.beams.live]
         return [(self.tokens[-1], place + len(self.tokens), self.table)]
 
     def end(self, why: str) -> None:
         """Keep what it has so far; of a search its best text."""
-        self.finish = why
+        self.finish, self.features = why, {}
         if self.beams:
             best = self.beams.best
             self.tokens, self.logprobs = list(best.tokens), list(best.logprobs)

@@ -39,6 +39,7 @@ from mm1.kernels.tiles import dot
 from mm1.kernels.tuning import Tunable, config_for
 
 MOST_SPLITS = 64  # what one program merges
+PIECE = 8192  # keys that a CPU attends to at once: copies of scattered pages stay small
 
 
 @dataclass(frozen=True)
@@ -228,54 +229,71 @@ _on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int) -> Tensor:
-    """Pages that several segments begin with are attended to by all their rows at once; what follows them by each on
-    its own, equal sizes side by side. Two softmaxes become one as in `_merge_kernel` (Juravsky et al. 2024, Hydragen).
+    """Rows see what stood before them without a mask, PIECE keys at a time, and each other causally: no mask of all
+    pairs is made. Pages that several segments begin with are attended to by all their rows at once, what follows by
+    each on its own, equal sizes side by side. Softmaxes become one as in `_merge_kernel` (Juravsky et al. 2024,
+    Hydragen).
     """
     page, groups = k.shape[1:3]
-    y = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, seen, pages = cu_q.tolist(), lengths.tolist(), tables.tolist()
     new = _expect_places(starts, seen, pages, len(q), rows, len(k), page)
     # Rows before the first key see nothing, and stay zeros.
     new = [min(n, length) for n, length in zip(new, seen)]
     starts = [end - n for n, end in zip(new, starts[1:])]
+    y = torch.zeros_like(q, dtype=wide(q.dtype), memory_format=torch.contiguous_format)
+    lse = y.new_empty(*q.shape[:2], 1)  # natural logarithm of each softmax's sum so far
 
-    def attended(own: Tensor, chosen: list[list[int]], length: int, mask: Tensor | None = None) -> list[Tensor]:
-        """Rows [B, n, H, Dh] of B segments over their pages, and the logarithm of each softmax's sum [B, n, H, 1]."""
-        [B, n], first, last = own.shape[:2], chosen[0][0], chosen[0][-1]
-        side_by_side = B == 1 and chosen[0] == [*range(first, last + 1)]  # which need no copy
-        found = (x[first : last + 1] if side_by_side else x[torch.tensor(chosen, device=x.device)] for x in (k, v))
-        keys, values = (x.reshape(B, -1, groups, x.shape[-1])[:, :length].transpose(1, 2) for x in found)
+    def gathered(chosen: list[list[int]], first: int, last: int) -> list[Tensor]:
+        """Return keys and values `first` to `last` of B segments, [B, last - first, G, Dh] each."""
+        used = [table[first // page : cdiv(last, page)] for table in chosen]
+        low, high = used[0][0], used[0][-1]
+        side_by_side = len(used) == 1 and used[0] == [*range(low, high + 1)]  # which need no copy
+        found = (x[low : high + 1] if side_by_side else x[torch.tensor(used, device=x.device)] for x in (k, v))
+        inside = slice(first % page, first % page + last - first)
+        return [x.reshape(len(used), -1, groups, x.shape[-1])[:, inside] for x in found]
+
+    def merge(at: Tensor, first: int, result: Tensor, sums: Tensor) -> None:
+        """Add what rows `at` [B, n] saw from key `first` on: results [B, n, H, Dh], logarithms of sums [B, n, H, 1]."""
+        if first:
+            before, result = lse[at], result.to(y.dtype)
+            result, sums = torch.lerp(y[at], result, (sums - before).sigmoid()), torch.logaddexp(before, sums)
+        y[at], lse[at] = result.to(y.dtype), sums
+
+    def see(at: Tensor, chosen: list[list[int]], first: int, last: int) -> None:
+        """Attend with rows `at` [B, n] to all keys `first` to `last` of B segments."""
         # The heads of a group are rows: torch's flash attention on CPU takes no groups.
-        queries = own.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R·n, Dh]
-        result, sums = _on_cpu(queries, keys, values, 0.0, False, attn_mask=mask)
-        return [x.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).flatten(2, 3) for x in (result, sums[..., None])]
+        queries = q[at].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R·n, Dh]
+        for start in range(first, last, PIECE):
+            keys, values = (x.transpose(1, 2) for x in gathered(chosen, start, min(start + PIECE, last)))
+            result, sums = _on_cpu(queries, keys, values, 0.0, False)
+            parts = (x.unflatten(2, (-1, at.shape[1])) for x in (result, sums[..., None]))
+            merge(at, start, *(x.permute(0, 3, 1, 2, 4).flatten(2, 3) for x in parts))
+
+    def see_own(at: Tensor, chosen: list[list[int]], first: int, last: int) -> None:
+        """Attend with rows `at` [B, n] to the keys `first` to `last` that are their own, each up to itself."""
+        own = (x.repeat_interleave(q.shape[1] // groups, 2) for x in gathered(chosen, first, last))
+        result, sums = _on_cpu(*(x.transpose(1, 2) for x in (q[at], *own)), 0.0, True)
+        merge(at, first, *(x.transpose(1, 2) for x in (result, sums[..., None])))
 
     beginnings: dict[int, list[int]] = {}
     for b, n in enumerate(new):
         if n:
             beginnings.setdefault(pages[b][0], []).append(b)
     for same in beginnings.values():
-        before = _in_common([pages[b][: (seen[b] - new[b]) // page] for b in same])
-        every = torch.cat([torch.arange(starts[b], starts[b] + new[b], device=q.device) for b in same])
-        common = attended(q[every][None], [pages[same[0]][:before]], before * page) if before else []
-        places = every.new_zeros(len(q)).index_copy_(0, every, torch.arange(len(every), device=q.device))
+        before = page * _in_common([pages[b][: (seen[b] - new[b]) // page] for b in same])
+        if before:
+            every = torch.cat([torch.arange(starts[b], starts[b] + new[b], device=q.device) for b in same])
+            see(every[None], [pages[same[0]]], 0, before)
         sizes: dict[tuple[int, int], list[int]] = {}
         for b in same:
             sizes.setdefault((new[b], seen[b]), []).append(b)
         for (n, length), alike in sizes.items():
-            at = every.new_tensor([starts[b] for b in alike])[:, None] + torch.arange(n, device=q.device)
-            mask = None  # a token alone sees all
+            at = cu_q.new_tensor([starts[b] for b in alike])[:, None] + torch.arange(n, device=q.device)
+            chosen = [pages[b] for b in alike]
+            see(at, chosen, before, length if n == 1 else length - n)  # a token alone sees all
             if n > 1:
-                mask = q.new_full((n, length), float("-inf")).triu(length - n + 1)[:, before * page :]
-                mask = mask.repeat(q.shape[1] // groups, 1)[None, None]
-            chosen = [pages[b][before : cdiv(length, page)] for b in alike]
-            own, own_sums = attended(q[at], chosen, length - before * page, mask)
-            if common:
-                first, sums = (x[0, places[at]] for x in common)
-                own, first = (x.to(wide(q.dtype)) for x in (own, first))
-                own = torch.lerp(own, first, (sums - own_sums).sigmoid())
-            y[at] = own.to(y.dtype)
-    return y
+                see_own(at, chosen, length - n, length)
+    return y.to(q.dtype)
 
 
 def _expect_places(

@@ -248,7 +248,15 @@ class _Work:
     def _submit(self, asked: Asked) -> list[Request]:
         if not asked.continuations:
             return [self.engine.submit(asked.document, self.sampling)]
-        return [self.engine.submit_answer(asked.document, tokens) for tokens in asked.continuations]
+        found: list[Request] = []
+        try:
+            for tokens in asked.continuations:
+                found.append(self.engine.submit_answer(asked.document, tokens))
+        except DataError:
+            for request in found:
+                self.engine.cancel(request)
+            raise
+        return found
 
     def _answer(self, sample: Sample, requests: Sequence[Request]) -> tuple[str, dict[str, Any]]:
         """Return the prediction, and what its row keeps beside it."""

@@ -155,8 +155,8 @@ def test_uploads_are_bounded_and_the_last_used_stay(model):
             client.files.create(file=("a", png(picture(20, 24, seed))), purpose="vision")
             message = {"role": "user", "content": [image_url(first)]}
             client.chat.completions.create(model="small", messages=[message], max_tokens=1)
-        assert first in service.files
-        assert 10 * 1400 < sum(map(len, service.files.values())) <= 16_000
+        assert first in service.intake.files
+        assert 10 * 1400 < service.intake.files.size <= 16_000
 
 
 def test_the_async_client_streams_many_side_by_side(model, port):

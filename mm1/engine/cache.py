@@ -159,7 +159,3 @@ def names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: in
         name = hashlib.sha256(name + tokens[rows].tobytes() + seen).digest()
         found.append(name)
     return found
-
-
-def image_digest(image: np.ndarray) -> bytes:
-    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()

@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from mm1.engine.beams import Beams, pages_of
-from mm1.engine.cache import PAGE, image_digest
+from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
 from mm1.engine.detokenizer import Text
 from mm1.engine.sampling import Draw, Sampling
@@ -21,7 +21,7 @@ class Request:
 
     def __init__(self, document: Document, sampling: Sampling, text: Text, scored: int = 0):
         self.document, self.sampling, self.scored = document, sampling, scored
-        self.digests = [image_digest(image) for image in document.images]
+        self.digests = document.digests
         self.cached: list[bytes] = []  # names of the pages that may be shared
         self.tokens: list[int] = []
         self.logprobs: list[float] = []  # of tokens, or of those that are scored

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import astuple
 from io import BytesIO
@@ -22,6 +21,7 @@ import numpy as np
 
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.record import Unreadable
+from mm1.engine.serve.turns import Kept
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SECONDS = 10  # for an image, by the clock and of CPU time
@@ -37,10 +37,10 @@ class Decoder:
     def __init__(
         self, policy: ImagePolicy, max_pixels: int, *, processes: int = 2, waiting: int = 256, kept: int = 1 << 28
     ):
-        self.policy, self.max_pixels, self.processes, self.kept = policy, max_pixels, processes, kept
+        self.policy, self.max_pixels, self.processes = policy, max_pixels, processes
         self.room = waiting
         self.idle: asyncio.Queue[Process | None] = asyncio.Queue()  # None: one that is yet to be started
-        self.views: OrderedDict[bytes, list[np.ndarray]] = OrderedDict()
+        self.views: Kept[list[np.ndarray]] = Kept(kept)
 
     async def __aenter__(self) -> "Decoder":
         for process in await asyncio.gather(*(self._started() for _ in range(self.processes))):
@@ -55,10 +55,9 @@ class Decoder:
 
     async def decode(self, data: bytes) -> list[np.ndarray]:
         """Raises Unreadable for what is no good image, Busy if too many wait."""
-        digest = hashlib.sha256(data).digest()
-        if digest in self.views:
-            self.views.move_to_end(digest)
-            return self.views[digest]
+        digest = (await asyncio.to_thread(hashlib.sha256, data)).digest()
+        if known := self.views.get(digest):
+            return known
         process = await self._turn()
         good = False
         try:
@@ -76,9 +75,7 @@ class Decoder:
                 _kill(process)
         if isinstance(found, str):
             raise Unreadable(found)
-        self.views[digest] = found
-        while sum(view.nbytes for views in self.views.values() for view in views) > self.kept:
-            self.views.popitem(last=False)
+        self.views.keep(digest, found, sum(view.nbytes for view in found))
         return found
 
     async def _turn(self) -> Process | None:

@@ -147,6 +147,7 @@ class AsyncEngine:
             except BaseException as error:  # nobody would be told otherwise, and all would wait
                 logging.getLogger("mm1").exception("the engine's thread failed")
                 self._die(Dead(f"{type(error).__name__}: {error}"))
+                self._report()
 
     def _serve(self) -> None:
         more = False

@@ -34,10 +34,13 @@ class Document:
     key: str
     given: np.ndarray | None = None
 
-    @cached_property
+    @property
     def digests(self) -> list[bytes]:
         """Return a name of each image by its content. Computed once: it takes 4 ms for 5 MB of pixels."""
-        return [image_digest(image) for image in self.images]
+        kept = self.__dict__  # cached_property would let one document at a time compute them
+        if "_digests" not in kept:
+            kept["_digests"] = [image_digest(image) for image in self.images]
+        return kept["_digests"]
 
     def targets(self, image_id: int) -> np.ndarray:
         """Return bool [n - 1]: which tokens behind the first are learned."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Hashable, Iterator
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
@@ -10,8 +10,7 @@ V = TypeVar("V")
 
 
 class Turns:
-    """Lets `most` go at once, of one client at most `each`. Clients take turns: one that asks for many waits for
-    itself, not another for it."""
+    """Lets `most` go at once, of one client at most `each`. Who asks for many waits for itself, not another for it."""
 
     def __init__(self, most: int, each: int):
         self.most, self.each = most, each
@@ -37,17 +36,23 @@ class Turns:
             self._call()
 
     def _call(self) -> None:
-        for client, places in list(self.waiting.items()):
-            if self.going.total() >= self.most:
+        """Let in whose clients have the fewest going, of these who waits longest."""
+        while self.going.total() < self.most:
+            ready = [(self.going[client], place, client) for client, place in self._firsts()]
+            going, place, client = min(ready, key=lambda of: of[0], default=(self.each, None, ""))
+            if going >= self.each or place is None:
                 return
-            ready = next((place for place in places if not place.cancelled()), None)
-            if ready and self.going[client] < self.each:
-                places.remove(ready)
-                ready.set_result(None)
-                self.going[client] += 1
-                self.waiting.move_to_end(client)
-                if not places:
-                    del self.waiting[client]
+            self.waiting[client].remove(place)
+            self.waiting.move_to_end(client)
+            if not self.waiting[client]:
+                del self.waiting[client]
+            place.set_result(None)
+            self.going[client] += 1
+
+    def _firsts(self) -> Iterator[tuple[str, "asyncio.Future[None]"]]:
+        for client, places in self.waiting.items():
+            if place := next((place for place in places if not place.cancelled()), None):
+                yield client, place
 
 
 class Room:

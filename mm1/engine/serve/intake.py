@@ -104,7 +104,8 @@ class Intake:
         held = min(most, self.room.size)
         try:
             async with asyncio.timeout(VIEW_SECONDS):
-                await self.room.take(held)
+                if held:  # who needs none does not wait in line
+                    await self.room.take(held)
         except TimeoutError:
             raise Busy("the images of other requests fill the memory for images") from None
 

@@ -81,9 +81,9 @@ class Intake:
             found: list[Any] = list(parts)
             if pictures:
                 async with self.pictures.turn(client):
-                    for i, part in enumerate(parts):
-                        if isinstance(part, chat.Picture):
-                            found[i] = await self._decoded(await self._bytes_of(part, client))
+                    places = [i for i, part in enumerate(parts) if isinstance(part, chat.Picture)]
+                    for number, i in enumerate(places, 1):
+                        found[i] = await self._seen(found[i], number, client)
             del parts  # with the text of data: URLs
             pixels = sum(view.nbytes for part in found if not isinstance(part, str) for view in part)
             lent(pixels)
@@ -119,6 +119,12 @@ class Intake:
             yield needed
         finally:
             self.room.give(held)
+
+    async def _seen(self, picture: chat.Picture, number: int, client: str) -> list[np.ndarray]:
+        try:
+            return await self._decoded(await self._bytes_of(picture, client))
+        except (DataError, Unreadable) as error:  # of several a client is to know which
+            raise DataError(f"image {number}: {error}") from None
 
     async def _bytes_of(self, picture: chat.Picture, client: str) -> bytes:
         url = picture.url

@@ -7,11 +7,28 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from service import CHAT, LONG, alone, asked, data_url, health, idle, image_url, png, raw, refused, serving, text, until
+from service import (
+    CHAT,
+    LONG,
+    alone,
+    asked,
+    data_url,
+    health,
+    idle,
+    image_url,
+    metric,
+    png,
+    raw,
+    refused,
+    serving,
+    text,
+    until,
+)
 from small import small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data import document
+from mm1.engine.prompts import encode_prompts
 from mm1.engine.serve import app, chat, intake
 from mm1.engine.serve.body import DEPTH, TEXT
 
@@ -190,7 +207,9 @@ def test_bodies_are_given_back_once_the_engine_has_the_request(model):
     with serving(model) as (port, service), begun(port, raw(PROMPTS[0], max_tokens=LONG, stream=True)) as connection:
         assert connection.recv(1)
         assert service.active == 1
-        assert service.held == 0
+        assert service.held == metric(port, "mm1_body_bytes") == 0
+        images = encode_prompts(model, [PROMPTS[0]])[0].images
+        assert metric(port, "mm1_view_bytes") == sum(image.nbytes for image in images) > 0
         assert service.intake.room.left < service.intake.room.size
 
 
@@ -213,3 +232,17 @@ def test_views_are_lent_from_fixed_memory(model, monkeypatch):
         waiting.join(60)
         assert found == [200]
         until(lambda: room.left == room.size)
+
+
+def test_an_error_says_which_image_it_is_about(served):
+    good, bad = (image_url(data_url(data)) for data in (png(picture(24, 24, 1)), b"x"))
+    body = {"messages": [{"role": "user", "content": [good, text("one"), good, bad]}]}
+    assert refused(served[0], body).startswith("image 3: ")
+
+
+def test_images_that_never_come_are_not_waited_for(model, monkeypatch):
+    monkeypatch.setattr(intake, "IMAGES_SECONDS", 0.1)
+    with serving(model) as (port, service):
+        monkeypatch.setattr(service.decoder, "decode", lambda _: intake.asyncio.sleep(60))
+        assert "took more than 0.1 s, at image 1" in refused(port, raw([picture(24, 24, 1)]))
+        assert not service.intake.pictures.going

@@ -107,6 +107,9 @@ class Service:
             engine, self.decoder, self.metrics, max_images=max_images, max_bytes=max_bytes, allow_urls=allow_urls
         )
         self.active = self.held = 0  # requests, and bytes of their bodies
+        room = self.intake.room
+        self.metrics.gauge("mm1_body_bytes", "Bytes of bodies that the engine has not yet", lambda: self.held)
+        self.metrics.gauge("mm1_view_bytes", "Bytes of images of requests", lambda: room.size - room.left)
         self.begun = int(time.time())
         self.page = PAGE_FILE.read_text()
         self.app = Starlette(

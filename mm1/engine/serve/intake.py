@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 LONG = 1 << 16  # bytes or characters from which work waits for a turn; below, it takes a few milliseconds
 THREADS = 4  # of which long work has two
+IMAGES_SECONDS = 120  # for all images of a request, once it is its turn
 VIEW_BYTES = 1 << 30  # of all requests' views
 VIEW_SECONDS = 30  # that a request waits for them
 CHARACTERS = 64  # that a token stands for at most, unless the vocabulary has a longer one
@@ -81,9 +82,7 @@ class Intake:
             found: list[Any] = list(parts)
             if pictures:
                 async with self.pictures.turn(client):
-                    places = [i for i, part in enumerate(parts) if isinstance(part, chat.Picture)]
-                    for number, i in enumerate(places, 1):
-                        found[i] = await self._seen(found[i], number, client)
+                    await self._see(found, client)
             del parts  # with the text of data: URLs
             pixels = sum(view.nbytes for part in found if not isinstance(part, str) for view in part)
             lent(pixels)
@@ -120,10 +119,18 @@ class Intake:
         finally:
             self.room.give(held)
 
-    async def _seen(self, picture: chat.Picture, number: int, client: str) -> list[np.ndarray]:
+    async def _see(self, parts: list[Any], client: str) -> None:
+        """Put views in the places of pictures. Raises DataError that says which of them is wrong."""
+        number = 0
         try:
-            return await self._decoded(await self._bytes_of(picture, client))
-        except (DataError, Unreadable) as error:  # of several a client is to know which
+            async with asyncio.timeout(IMAGES_SECONDS):
+                for i, part in enumerate(parts):
+                    if isinstance(part, chat.Picture):
+                        number += 1
+                        parts[i] = await self._decoded(await self._bytes_of(part, client))
+        except TimeoutError:
+            raise DataError(f"the images took more than {IMAGES_SECONDS} s, at image {number}") from None
+        except (DataError, Unreadable) as error:
             raise DataError(f"image {number}: {error}") from None
 
     async def _bytes_of(self, picture: chat.Picture, client: str) -> bytes:

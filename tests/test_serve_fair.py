@@ -156,7 +156,8 @@ def test_an_engine_thread_that_fails_is_told_to_all_who_wait_and_by_health(model
             assert b" 503 " in connection.recv(1000)
         status, _, answer = asked(port, "GET", "/health")
         assert (status, json.loads(answer)["status"]) == (503, "dead")
-        assert "fault" in refused(port, raw(["one"]), 503)
+        assert b"fault" not in answer
+        refused(port, raw(["one"]), 503)
 
 
 def test_an_engine_thread_that_is_gone_is_told_by_health(model):
@@ -164,8 +165,8 @@ def test_an_engine_thread_that_is_gone_is_told_by_health(model):
         service.engine._inbox.put(None)
         until(lambda: not service.engine._thread.is_alive())
         status, _, answer = asked(port, "GET", "/health")
-        assert (status, json.loads(answer)["reason"]) == (503, "the engine's thread has ended")
-        assert "ended" in refused(port, raw(["one"]), 503)
+        assert (status, json.loads(answer)["status"]) == (503, "dead")
+        refused(port, raw(["one"]), 503)
 
 
 @contextmanager

@@ -188,8 +188,8 @@ class Service:
 
     async def _health(self, _: "Request") -> "Response":
         engine = self.engine.engine
-        if not self.engine.alive:
-            return _json({"status": "dead", "reason": str(self.engine.dead or "the engine's thread has ended")}, 503)
+        if not self.engine.alive:  # why is said in the log: everybody may ask here
+            return _json({"status": "dead", "reason": "the engine has stopped"}, 503)
         if (seconds := self.engine.step_seconds) > STALL_SECONDS:
             return _json({"status": "stalled", "seconds": round(seconds)}, 503)
         pages = {"total": engine.cache.pages, "free": engine.cache.room}

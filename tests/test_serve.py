@@ -328,6 +328,14 @@ def test_all_requests_together_are_bounded(model, monkeypatch):
         until(lambda: not service.held)
 
 
+def test_small_requests_go_on_beside_large_ones_that_fill_the_room_for_bodies(model):
+    with serving(model, max_bytes=200_000) as (port, service):
+        service.held = 32 * 200_000  # of others
+        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
+        assert asked(port, "POST", CHAT, raw(["one " * 1000], max_tokens=1))[0] == 429
+        assert service.held == 32 * 200_000
+
+
 def streaming(port, prompt, **more):
     """A connection that has read the head of a stream."""
     connection = socket.create_connection(("127.0.0.1", port))

@@ -101,8 +101,10 @@ def test_what_is_wrong_is_told_in_one_line(text, reason):
 
 
 def test_depth_and_values_inside_strings_do_not_count():
-    text = "[" * 1000 + "," * 2 * VALUES + '"\\'
-    assert loads(json.dumps({"a": text}).encode()) == {"a": text}
+    for text in ("[" * 1000 + "," * 2 * VALUES + '"\\', '\\"' + "[" * 1000, '"\\"' + "," * 2 * VALUES):
+        assert loads(json.dumps({"a": text}).encode()) == {"a": text}
+    with pytest.raises(DataError, match="deep"):
+        loads(json.dumps({"a": "\\"}).encode()[:-1] + b', "b": ' + b"[" * 1000 + b"]" * 1000 + b"}")
     assert loads(b"[" * DEPTH + b"]" * DEPTH)
 
 

@@ -118,7 +118,12 @@ def test_images_that_are_stuck_hold_up_no_text(model, served, monkeypatch):
             thread.start()
         until(lambda: service.active == 6)
         assert asked(port, "POST", CHAT, raw(["one"], max_tokens=3))[0] == 200
-        assert service.intake.pictures.going.total() <= service.intake.pictures.each
+        going = service.intake.pictures.going
+        assert going == {"127.0.0.1": 4}
+        with socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0)) as other:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: "
+            other.sendall(f"{head}{len(json.dumps(body))}\r\n\r\n{json.dumps(body)}".encode())
+            until(lambda: going == {"127.0.0.1": 4, "127.0.0.2": 1})
     finally:
         gate.set()
         for thread in threads:

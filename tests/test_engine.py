@@ -15,9 +15,9 @@ from mm1.engine import engine as engine_module
 from mm1.engine import generate as generating
 from mm1.engine import packed as packing
 from mm1.engine import quantize
-from mm1.engine.cache import PAGE, Cache, image_digest, names
+from mm1.engine.cache import PAGE, Cache, names
 from mm1.engine.data.batch import exact_budget, pack
-from mm1.engine.data.document import Document
+from mm1.engine.data.document import Document, image_digest
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Busy, Engine
 from mm1.engine.generate import generate, n_best, score

@@ -158,7 +158,8 @@ def test_features_are_kept_by_bytes_the_last_used_ones(model):
 def test_a_prompt_whose_image_tokens_have_no_image_is_refused_before_it_spoils_a_step(model):
     for count, images in ((1, ()), (SLOTS + 1, (np.zeros((4, 4, 3), np.uint8),))):
         prompt = Document(np.array([5, *[model.tokenizer.image] * count], np.int32), images, "t")
-        with pytest.raises(DataError, match=f"{count} image tokens, expected {4 * len(images)} of its {len(images)} images"):
+        told = f"{count} image tokens, expected {4 * len(images)} of its {len(images)} images"
+        with pytest.raises(DataError, match=told):
             Engine(model).submit(prompt)
 
 

@@ -157,8 +157,8 @@ def test_uploads_are_bounded_and_the_last_used_stay(model):
             client.files.create(file=("a", png(picture(20, 24, seed))), purpose="vision")
             message = {"role": "user", "content": [image_url(first)]}
             client.chat.completions.create(model="small", messages=[message], max_tokens=1)
-        assert first in service.files
-        assert 10 * 1400 < sum(map(len, service.files.values())) <= 16_000
+        assert first in service.intake.files
+        assert 10 * 1400 < service.intake.files.size <= 16_000
 
 
 def test_the_async_client_streams_many_side_by_side(model, port):
@@ -328,6 +328,14 @@ def test_all_requests_together_are_bounded(model, monkeypatch):
         for connection in [*arriving, last]:
             connection.close()
         until(lambda: not service.held)
+
+
+def test_small_requests_go_on_beside_large_ones_that_fill_the_room_for_bodies(model):
+    with serving(model, max_bytes=200_000) as (port, service):
+        service.held = 32 * 200_000  # of others
+        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
+        assert asked(port, "POST", CHAT, raw(["one " * 1000], max_tokens=1))[0] == 429
+        assert service.held == 32 * 200_000
 
 
 def streaming(port, prompt, **more):

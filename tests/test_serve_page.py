@@ -7,12 +7,17 @@ import os
 import shutil
 import subprocess
 import threading
+from io import BytesIO
 from queue import Empty, Queue
 
 import pytest
-from service import alone, asked, fails_behind, health, idle, png, serving, until
+from PIL import Image
+from service import alone, asked, data_url, fails_behind, health, idle, metric, png, serving, until
 from small import small_mm1
 from test_generate import picture
+
+from mm1.engine.data.images import decode
+from mm1.engine.data.sources import read_image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -197,19 +202,159 @@ def test_shots_are_moved_and_deleted(page, files):
     assert browser[SHOTS] == [c, b]
 
 
-def test_images_can_be_dropped(page):
+DROP = """(base64, type, name, where) => {
+    const bytes = Uint8Array.from(atob(base64), c => c.charCodeAt(0)), dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([bytes], name, {type}));
+    const event = new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true});
+    document.querySelector(where).dispatchEvent(event); }"""
+
+
+def drop(browser, data, kind, name, where):
+    browser[f"({DROP})({json.dumps(base64.b64encode(data).decode())}, '{kind}', '{name}', '{where}')"]
+
+
+def near(browser, element, error):
+    """Whether what is wrong stands in the section of what it is about."""
+    return browser[
+        f"document.querySelector('{element}').closest('section').contains(document.querySelector('{error}'))"
+    ]
+
+
+def test_images_can_be_dropped_and_what_is_broken_is_refused_then(page, files):
     browser, _ = page
-    drop = """(type, name, where) => {
-        const dataTransfer = new DataTransfer();
-        dataTransfer.items.add(new File(["x"], name, {type}));
-        const event = new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true});
-        document.querySelector(where).dispatchEvent(event); }"""
-    browser[f"({drop})('image/png', 'a.png', '[data-drop=shots]')"]
-    browser[f"({drop})('image/png', 'b.png', '[data-drop=images] p')"]
+    good = files[0].read_bytes()
+    drop(browser, good, "image/png", "a.png", "[data-drop=shots]")
+    drop(browser, good, "image/png", "b.png", "[data-drop=images] p")
     until(lambda: browser["[shots.length, images.length]"] == [1, 1])
-    browser[f"({drop})('text/plain', 'c.txt', '[data-drop=images]')"]
+    assert browser["shots[0].url"] == browser["images[0].url"] == data_url(good)
+    drop(browser, b"text", "text/plain", "c.txt", "[data-drop=images]")
     until(lambda: browser["$('error').textContent"] == "c.txt is no image")
-    browser.complaints.clear()  # of images that hold an x
+    assert near(browser, "#images", "#error")
+    for broken in (b"x", good[:40]):
+        browser["complain('')"]
+        drop(browser, broken, "image/png", "d.png", "[data-drop=shots]")
+        until(lambda: browser["$('error').textContent"].startswith("d.png is broken"))
+        assert near(browser, "#shots", "#error")
+    assert browser["[shots.length, images.length]"] == [1, 1]
+
+
+def test_a_large_photograph_is_sent_small_and_upright(page):
+    browser, _ = page
+    photo, exif, file = Image.new("RGB", (3000, 1000), "blue"), Image.Exif(), BytesIO()
+    photo.paste("red", (0, 0, 1500, 1000))  # left half, which stands on top once it is turned
+    exif[0x0112] = 6
+    photo.save(file, "JPEG", exif=exif)
+    drop(browser, file.getvalue(), "image/jpeg", "photo.jpg", "[data-drop=images]")
+    until(lambda: browser["images.length"] == 1)
+    sent = decode(read_image(browser["images[0].url"], None))
+    assert sent.size == (448, 1344)
+    top, bottom = (sent.getpixel((224, y)) for y in (200, 1144))
+    assert top[0] > 200 > 50 > top[2]
+    assert bottom[2] > 200 > 50 > bottom[0]
+
+
+def test_an_example_is_asked_with_two_clicks(page, model):
+    browser, _ = page
+    browser.click("#example")
+    assert browser["document.activeElement.id"] == "ask"
+    browser.click("#ask")
+    until(lambda: answered(browser))
+    assert browser["$('error').textContent"] == ""
+    first, second, asked = (decode(read_image(url, None)) for url in browser["[...shots, ...images].map(i => i.url)"])
+    prompt = ["quiz\n", first, "question: how many eights? answer: three\n", second,
+              "question: how many twos? answer: two\n", asked, "question: how many fives? answer:"]  # fmt: skip
+    assert browser["$('answer').textContent"] == alone(model, prompt, 64, stop="\n").text
+
+
+def test_a_shot_without_an_answer_is_marked_and_not_sent(page, files):
+    browser, port = page
+    browser.click("#ask")
+    assert "question" in browser["$('error').textContent"]
+    browser.choose("[data-choose=shots]", *files[:2])
+    until(lambda: len(browser[SHOTS]) == 2)
+    browser.type(shot(browser, 1, 2), "one")
+    browser.type("#question", "how many?")
+    browser.click("#ask")
+    assert "no answer" in browser["$('error').textContent"]
+    assert browser["[...document.querySelectorAll('#shots .bad')].map(e => e.textContent)"] == [
+        "", "This shot has no answer."]  # fmt: skip
+    assert browser["document.activeElement.getAttribute('aria-label')"] == "answer of shot 2"
+    assert browser["document.activeElement.getAttribute('aria-invalid')"] == "true"
+    assert metric(port, "mm1_requests_total") == 0
+    browser("Input.insertText", text="two")
+    assert browser["document.querySelector('#shots .wrong')"] is None
+    browser.click("#ask")
+    until(lambda: answered(browser))
+    assert browser["$('answer').textContent"]
+
+
+def test_an_error_about_an_image_stands_at_it(page, files):
+    browser, _ = page
+    browser.click("#example")
+    browser["images.unshift({url: 'data:image/png;base64,AAAA'}), draw()"]
+    browser.click("#ask")
+    until(lambda: answered(browser))
+    errors = browser["[...document.querySelectorAll('#images .bad, #shots .bad')].map(e => e.textContent)"]
+    assert "not an image" in errors[0]
+    assert errors[1:] == ["", "", ""]
+    assert "marked" in browser["$('error').textContent"]
+    browser.complaints.clear()  # of the image, and of the 400
+
+
+def test_what_is_filled_in_is_kept_over_a_reload_and_can_be_cleared(page, files):
+    browser, port = page
+    browser.choose("[data-choose=shots]", *files[:2])
+    until(lambda: len(browser[SHOTS]) == 2)
+    kept = browser[SHOTS]
+    browser.type(shot(browser, 2, 2), "two")
+    browser.type("#question", "how many?")
+    browser.type("#key", "secret")
+    browser["saveNow()"]
+    opened(browser, port)
+    until(lambda: browser[SHOTS] == kept)
+    assert browser["[$('question').value, shots[1].answer, $('key').value]"] == ["how many?", "two", ""]
+    browser.click("#clear")
+    assert browser["[shots.length, images.length, $('question').value]"] == [0, 0, ""]
+    browser.click("#undo")
+    assert browser[SHOTS] == kept
+    browser.click("#clear")
+    browser["saveNow()"]
+    opened(browser, port)
+    browser["restore()"]
+    assert browser["[shots.length, $('question').value]"] == [0, ""]
+
+
+def test_on_a_phone_ask_stands_below_the_question_and_the_answer_is_seen(page, files):
+    browser, _ = page
+    browser("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    browser.choose("[data-choose=shots]", *files)
+    browser.choose("[data-choose=shots]", *files)
+    until(lambda: len(browser[SHOTS]) == 6)
+    box = "$('{}').getBoundingClientRect()"
+    browser["scrollTo(0, 0), shots.forEach(shot => { shot.answer = 'one'; }), draw()"]
+    question, ask = (browser[f"[{box.format(id)}.top, {box.format(id)}.bottom]"] for id in ("question", "ask"))
+    assert 0 < question[0] < question[1] < ask[0] < ask[1] < 844
+    browser["$('question').value = 'one', $('ask').click()"]
+    until(lambda: answered(browser))
+    assert 0 <= browser[f"{box.format('answer')}.top"] < 844
+    assert browser["document.documentElement.scrollWidth"] == 390
+    browser("Emulation.clearDeviceMetricsOverride")
+
+
+def test_every_control_has_a_name_and_is_reached_by_keys(page, files):
+    browser, _ = page
+    browser.click("#example")
+    nodes = [node for node in browser("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    roles = ("button", "textbox", "checkbox", "spinbutton", "image")
+    controls = [node for node in nodes if node["role"]["value"] in roles]
+    assert len(controls) > 20
+    assert all(node["name"]["value"].strip() for node in controls)
+    browser["$('question').focus()"]
+    reached = set()
+    for _ in range(40):
+        browser.key("Tab", 9)
+        reached.add(browser["document.activeElement.id || document.activeElement.getAttribute('aria-label')"])
+    assert {"ask", "tokens", "line", "key", "example", "clear", "delete shot 2", "answer of shot 1"} <= reached
 
 
 def test_stop_ends_the_answer_on_the_server_too(page):
@@ -230,12 +375,13 @@ def test_stop_ends_the_answer_on_the_server_too(page):
 def test_errors_are_one_line_and_the_key_is_sent(browser, model):
     with serving(model, key="sesame") as (port, _):
         opened(browser, port)
+        browser.type("#question", "one")
         browser.click("#ask")
         until(lambda: answered(browser))
         assert browser["$('error').textContent"] == "wrong or missing API key"
+        assert browser["document.activeElement.id"] == "key"
         assert browser["$('error').getBoundingClientRect().height"] < 40
         browser.type("#key", "sesame")
-        browser.type("#question", "one")
         browser.click("#ask")
         until(lambda: answered(browser))
         assert browser["$('error').textContent"] == ""
@@ -266,4 +412,4 @@ def test_nothing_but_itself_runs_in_it(model):
     assert "unsafe" not in policy
     assert b"http://" not in body
     assert b"https://" not in body
-    assert body.count(b"\n") < 350
+    assert body.count(b"\n") < 500

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -75,6 +76,7 @@ class AsyncEngine:
         self.engine = engine
         self.dead: Exception | None = None
         self._opened = 0  # the loop's
+        self._awake: float | None = None  # since when the thread does what it does; None while it waits for work
         self._streams: dict[Stream, Request] = {}  # the thread's, as is
         self._news: list[tuple[Stream, str | Exception]] = []  # what is to be told to the loop
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -90,13 +92,24 @@ class AsyncEngine:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    @property
+    def alive(self) -> bool:
+        return not self.dead and self._thread.is_alive()
+
+    @property
+    def step_seconds(self) -> float:
+        """Return how long the thread has been in its present step; 0 if it waits for work."""
+        awake = self._awake
+        return time.monotonic() - awake if awake else 0.0
+
     @asynccontextmanager
     async def open(
         self, prompt: Prompt | Document, sampling: Sampling = Sampling(), scored: int = 0
     ) -> AsyncIterator[Stream]:
         """Submit a request, which is cancelled if it is left before its end. Raises Busy, DataError and Dead."""
         if not self._thread.is_alive():
-            raise self.dead or RuntimeError("an AsyncEngine is used within `async with`")
+            ended = Dead("the engine's thread has ended") if self._thread.ident else None
+            raise self.dead or ended or RuntimeError("an AsyncEngine is used within `async with`")
         if self._opened >= self.engine.batch + self.engine.queue:
             raise Busy(f"{self._opened} requests are being worked on already")
         self._opened += 1
@@ -131,17 +144,35 @@ class AsyncEngine:
     # From here on in the thread.
 
     def _work(self) -> None:
+        while True:
+            try:
+                return self._serve()
+            except BaseException as error:  # nobody would be told otherwise, and all would wait
+                logging.getLogger("mm1").exception("the engine's thread failed")
+                self._die(Dead(f"{type(error).__name__}: {error}"))
+                self._report()
+
+    def _serve(self) -> None:
         more = False
         while True:
             while not more or not self._inbox.empty():
+                self._awake = time.monotonic() if more else None
                 command = self._inbox.get()
+                self._awake = time.monotonic()
                 if command is None:
                     self._fail(list(self._streams), self.dead or Dead("the engine is closed"))
                     return self._report()
                 command()
                 more = True
+            self._awake = time.monotonic()
             more = not self.dead and self._step()
             self._report()
+
+    def _die(self, why: Dead) -> None:
+        """From now on every request is told why none is answered."""
+        self.dead = why
+        self._news += [(stream, why) for stream in self._streams]
+        self._streams.clear()
 
     def _submit(self, stream: Stream, document: Document, sampling: Sampling, scored: int) -> None:
         def on_text(piece: str) -> None:
@@ -172,9 +203,7 @@ class AsyncEngine:
             self._fail(ended or running or list(self._streams), failed)
             torch.zeros(1, device=self.engine.device).item()
         except Exception as error:  # CUDA's errors stay
-            self.dead = Dead(f"{error} after {failed}")
-            self._news += [(stream, self.dead) for stream in self._streams]
-            self._streams.clear()
+            self._die(Dead(f"{error} after {failed}"))
         return bool(self._streams)
 
     def _fail(self, streams: list[Stream], error: Exception) -> None:

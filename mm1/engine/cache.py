@@ -192,7 +192,3 @@ def names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: in
 def page_name(before: bytes, tokens: np.ndarray, digests: Sequence[bytes]) -> bytes:
     """Return the name of a page of these tokens behind the page named `before`, with a part of these images."""
     return hashlib.sha256(before + np.asarray(tokens, np.int32).tobytes() + b"".join(digests)).digest()
-
-
-def image_digest(image: np.ndarray) -> bytes:
-    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mm1.engine.cache import image_digest
-from mm1.engine.data.document import Document
+from mm1.engine.data.document import Document, image_digest
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.evaluation.vqa import normalize

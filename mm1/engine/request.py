@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from mm1.engine.beams import Beams, pages_of
-from mm1.engine.cache import PAGE, image_digest, page_name
+from mm1.engine.cache import PAGE, page_name
 from mm1.engine.data.document import Document
 from mm1.engine.detokenizer import Text
 from mm1.engine.sampling import Draw, Sampling
@@ -34,7 +34,7 @@ class Request:
         self.document, self.sampling, self.scoring = document, sampling, scoring
         self.limit = sampling.max_tokens if limit is None else limit
         self.prompt = len(document.tokens)
-        self.digests = [image_digest(image) for image in document.images]
+        self.digests = document.digests
         self.cached: list[bytes] = []  # names of its first full pages; those that the cache knows are shared
         self.tokens: list[int] = []
         self.logprobs: list[float] = []  # of tokens, or of an answer's that is scored

@@ -55,7 +55,8 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, among which are no control tokens. Raises DataError for what cannot be encoded."""
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            # A batch, even of one, is encoded without the interpreter's lock: other threads go on.
+            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:  # half a surrogate pair
             raise DataError("a text is not valid Unicode") from None
         except Exception as error:  # the tokenizers library raises bare Exception

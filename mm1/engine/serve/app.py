@@ -10,24 +10,24 @@ import re
 import signal
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mm1.engine.asynchronous import AsyncEngine, Dead, Stream
 from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError, Unreadable, at_least
-from mm1.engine.data.sources import read_image
 from mm1.engine.engine import Busy, Engine
 from mm1.engine.prompts import policy_of
 from mm1.engine.sampling import Sampling
-from mm1.engine.serve import chat, connections, urls
+from mm1.engine.serve import chat, connections
+from mm1.engine.serve.body import TooLarge, dumps
 from mm1.engine.serve.images import Decoder
+from mm1.engine.serve.intake import Intake
 from mm1.engine.serve.metrics import Metrics
 from mm1.engine.serve.privacy import forbid_inspection, take_from_environment
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 BODY_SECONDS = 60  # for a request to arrive
 SEND_SECONDS = 60  # for a reader to take anything
+DRAIN_SECONDS = 20  # for the rest of a body that is refused
+STALL_SECONDS = 120  # of one step of the engine, from which on it counts as hung
 STOP_SECONDS = 10  # for answers to end when the server is to
 OPEN = ("/", "/health")  # without a key
 LOOPBACK = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
@@ -68,6 +70,8 @@ def refusal_of(error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error
+        case TooLarge():
+            return Refusal(413, str(error), connection="close")
         case DataError() | Unreadable():
             return Refusal(400, str(error))
         case Busy():
@@ -97,13 +101,15 @@ class Service:
 
         at_least(0, max_images=max_images)
         at_least(1, max_pixels=max_pixels, max_bytes=max_bytes)
-        c = engine.model.config
-        self.engine, self.name, self.key, self.allow_urls = AsyncEngine(engine), name, key, allow_urls
-        self.max_images, self.max_bytes = max_images, max_bytes
+        self.engine, self.name, self.key, self.max_bytes = AsyncEngine(engine), name, key, max_bytes
         self.decoder, self.metrics = Decoder(policy_of(engine.model), max_pixels), Metrics(engine)
-        self.tokenizer, self.slots = engine.tokenizer, c.connector.tokens
-        self.files: OrderedDict[str, bytes] = OrderedDict()
+        self.intake = Intake(
+            engine, self.decoder, self.metrics, max_images=max_images, max_bytes=max_bytes, allow_urls=allow_urls
+        )
         self.active = self.held = 0  # requests, and bytes of their bodies
+        room = self.intake.room
+        self.metrics.gauge("mm1_body_bytes", "Bytes of bodies that the engine has not yet", lambda: self.held)
+        self.metrics.gauge("mm1_view_bytes", "Bytes of images of requests", lambda: room.size - room.left)
         self.begun = int(time.time())
         self.page = PAGE_FILE.read_text()
         self.app = Starlette(
@@ -123,7 +129,8 @@ class Service:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         status = 499  # the client left before it had an answer
-        arriving = True
+        # Who waits to be told to go on (Expect: 100-continue) sends nothing that would have to be thrown away.
+        arriving = (b"expect", b"100-continue") not in [(name, value.lower()) for name, value in scope["headers"]]
 
         async def received() -> "Message":
             nonlocal arriving
@@ -164,6 +171,7 @@ class Service:
     async def _lifespan(self, _: object) -> AsyncIterator[None]:
         async with self.engine, self.decoder:
             yield
+        self.intake.close()
 
     async def _page(self, _: "Request") -> "Response":
         hashes = {
@@ -179,9 +187,11 @@ class Service:
         return _response(self.page, 200, "text/html", headers)
 
     async def _health(self, _: "Request") -> "Response":
-        engine, dead = self.engine.engine, self.engine.dead
-        if dead:
-            return _json({"status": "dead", "reason": str(dead)}, 503)
+        engine = self.engine.engine
+        if not self.engine.alive:  # why is said in the log: everybody may ask here
+            return _json({"status": "dead", "reason": "the engine has stopped"}, 503)
+        if (seconds := self.engine.step_seconds) > STALL_SECONDS:
+            return _json({"status": "stalled", "seconds": round(seconds)}, 503)
         pages = {"total": engine.cache.pages, "free": engine.cache.room}
         now = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
         return _json({"status": "ok", "model": self.name, **now})
@@ -198,17 +208,14 @@ class Service:
         """An image, kept in memory by its content, the last used longest."""
         from starlette.datastructures import UploadFile
 
-        async with self._bounded(request) as bounded, bounded.form(max_files=1, max_fields=8) as form:
+        async with self._counted(), self._bounded(request) as bounded, bounded.form(max_files=1, max_fields=8) as form:
             file = form.get("file")
             if not isinstance(file, UploadFile):
                 raise DataError("expected multipart/form-data with an image as its field file")
             data = await file.read()
-            await self._views(data)
-            name = f"file-{hashlib.sha256(data).hexdigest()[:32]}"
-            self.files[name] = data
-            self.files.move_to_end(name)
-            while sum(map(len, self.files.values())) > 8 * self.max_bytes:
-                self.files.popitem(last=False)
+            await self.intake.views(data, _client(request.scope))
+            name = f"file-{(await self.intake.run(lambda: hashlib.sha256(data))).hexdigest()[:32]}"
+            self.intake.files.keep(name, data, len(data))
             return _json({
                 "id": name, "object": "file", "bytes": len(data), "created_at": int(time.time()),
                 "filename": file.filename, "purpose": str(form.get("purpose", "vision")), "status": "processed",
@@ -219,20 +226,34 @@ class Service:
         begun = time.monotonic()
 
         async def respond(scope: "Scope", receive: "Receive", send: "Send") -> None:
-            async with self._bounded(request) as bounded:
-                asked = chat.parse(await bounded.body())
-                await _while_connected(receive, self._answer(asked, begun, scope, receive, send))
+            async with self._counted(), AsyncExitStack() as arrived:
+                bounded = await arrived.enter_async_context(self._bounded(request))
+                work = self._answer(await _whole(bounded), arrived, begun, scope, receive, send)
+                await _while_connected(receive, work)
 
         return respond
 
     @asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        """Count a request that is worked on. Raises Busy if there are too many."""
+        if self.active >= self.engine.engine.batch + self.engine.engine.queue:
+            raise Busy(f"{self.active} requests are being worked on already")
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+    @asynccontextmanager
     async def _bounded(self, request: "Request") -> AsyncIterator["Request"]:
-        """The same request, refused while it arrives if it is too large or slow, or if there are too many."""
+        """Yield the same request, refused while it arrives if it is too large or slow; its bytes count until the end
+        of the context."""
         from starlette.requests import Request
 
-        engine, held = self.engine.engine, 0
-        if self.active >= engine.batch + engine.queue:
-            raise Busy(f"{self.active} requests are being worked on already")
+        held, too_large = 0, Refusal(413, f"the request has more than {self.max_bytes} bytes", connection="close")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self.max_bytes:
+            raise too_large
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive() -> "Message":
@@ -246,23 +267,31 @@ class Service:
             held += size
             self.held += size
             if held > self.max_bytes:
-                raise Refusal(413, f"the request has more than {self.max_bytes} bytes", connection="close")
-            if self.held > 32 * self.max_bytes:
+                raise too_large
+            # Small ones go on, or whoever sends many large ones slowly would keep everybody out.
+            if self.held > 32 * self.max_bytes and held > self.max_bytes // 512:
                 raise Busy("all requests together are too large")
             return message
 
-        self.active += 1
         try:
             yield Request(request.scope, receive)
         finally:
-            self.active -= 1
             self.held -= held
 
-    async def _answer(self, asked: chat.Asked, begun: float, scope: "Scope", receive: "Receive", send: "Send") -> None:
+    async def _answer(
+        self, body: bytes, arrived: AsyncExitStack, begun: float, scope: "Scope", receive: "Receive", send: "Send"
+    ) -> None:
+        """arrived: what ends once nothing is left of the body."""
+        client = _client(scope)
+        asked = await self.intake.run(partial(chat.parse, body), len(body), client)
+        del body
         if asked.model not in (None, self.name):
             raise Refusal(404, f"there is no model {asked.model[:60]!r} here but {self.name!r}", "model_not_found")
-        document, reply = await self._document(asked.parts), chat.Reply(self.name, self.tokenizer)
+        reply = chat.Reply(self.name, self.intake.tokenizer)
         async with AsyncExitStack() as opened:
+            document = await opened.enter_async_context(self.intake.document(asked.parts, client))
+            asked = replace(asked, parts=())
+            await arrived.aclose()
             streams = [await opened.enter_async_context(self._opened(document, s)) for s in asked.samplings]
             requests = [stream.request for stream in streams]
             if not asked.stream:
@@ -270,8 +299,9 @@ class Service:
                     await _all(self._pieces(stream, begun, None) for stream in streams)
                 except Exception as error:  # the engine's thread has written it down
                     raise refusal_of(error) from None
-                content = reply.whole(requests, requests[0].shared * PAGE, asked.logprobs)
-                return await _json(content)(scope, receive, send)
+                shared = requests[0].shared * PAGE
+                content = await self.intake.run(lambda: dumps(reply.whole(requests, shared, asked.logprobs)))
+                return await _response(content, 200, "application/json")(scope, receive, send)
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -326,40 +356,6 @@ class Service:
             finally:
                 self.metrics.count(stream.request)
 
-    async def _document(self, parts: tuple[str | chat.Picture, ...]) -> Document:
-        pictures = sum(isinstance(part, chat.Picture) for part in parts)
-        if pictures > self.max_images:
-            raise DataError(f"{pictures} images, expected at most {self.max_images}")
-        tokens = self.engine.engine.cache.pages * PAGE
-        if (size := sum(len(part) for part in parts if isinstance(part, str))) > 64 * tokens:
-            raise DataError(f"a text of {size} characters exceeds {tokens} tokens")  # and would take long to encode
-        found = [part if isinstance(part, str) else await self._views(await self._data(part)) for part in parts]
-        return await asyncio.to_thread(chat.encode, self.tokenizer, self.slots, found)
-
-    async def _data(self, picture: chat.Picture) -> bytes:
-        url = picture.url
-        if url.startswith("data:"):
-            return read_image(url, Path())
-        if url in self.files:
-            self.files.move_to_end(url)
-            return self.files[url]
-        if url.startswith("file-"):
-            raise DataError(f"there is no file {url[:60]!r} any more, or never was: upload it again")
-        if not url.startswith(("http://", "https://")):
-            raise DataError("an image is a data: URL or the id of an uploaded file")
-        if not self.allow_urls:
-            raise DataError("URLs are not fetched here (mm1 serve --allow-urls would)")
-        return await urls.fetch(url, self.max_bytes)
-
-    async def _views(self, data: bytes) -> list[np.ndarray]:
-        try:
-            views = await self.decoder.decode(data)
-        except Unreadable:
-            self.metrics.images.labels("refused").inc()
-            raise
-        self.metrics.images.labels("decoded").inc()
-        return views
-
 
 async def _all(work: Any) -> None:
     """All of them; when one fails the others end, and its error is raised."""
@@ -389,10 +385,20 @@ async def _while_connected(receive: "Receive", work: Coroutine[Any, Any, None]) 
         tasks[0].result()
 
 
+async def _whole(request: "Request") -> bytes:
+    """The body, of which the request keeps nothing."""
+    return b"".join([piece async for piece in request.stream()])
+
+
+def _client(scope: "Scope") -> str:
+    """Who takes turns with others: an address."""
+    return (scope.get("client") or ("",))[0]
+
+
 async def _thrown_away(receive: "Receive") -> None:
     """The rest of a body: a client that is still sending would not read the answer."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(BODY_SECONDS / 10):
+        async with asyncio.timeout(DRAIN_SECONDS):
             while (await receive()).get("more_body"):
                 pass
 

@@ -9,12 +9,11 @@ Settings left out are Sampling's (greedy, 64 tokens). top_k and repetition_penal
 not known is refused unless it changes nothing.
 """
 
-import json
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from mm1.engine.data.document import Document, TextTokenizer
 from mm1.engine.data.record import Answer, DataError
 from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
+from mm1.engine.serve.body import loads
 
 WHOLE = {"max_tokens": (1, 1 << 24), "max_completion_tokens": (1, 1 << 24), "top_k": (0, 1 << 24),
          "n": (1, 16), "seed": (-(1 << 63), (1 << 63) - 17)}  # fmt: skip
@@ -55,11 +55,7 @@ class Asked:
 
 def parse(body: bytes) -> Asked:
     """Raises DataError."""
-    try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"malformed JSON: {error}") from None
-    asked = {key: value for key, value in _typed("the request", asked, dict).items() if value is not None}
+    asked = {key: value for key, value in _typed("the request", loads(body), dict).items() if value is not None}
     for name in asked.keys() - KNOWN - WITHOUT_EFFECT:
         if asked[name] not in NEUTRAL.get(name, ()):
             raise DataError(f"{name} is not supported")
@@ -156,11 +152,9 @@ def _part(part: Any) -> str | Picture:
 def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
     """Without empty texts; adjacent ones are one, as a document's are, but answers stay."""
     found: list[str | Picture] = []
-    for part in parts:
-        if found and type(part) is str and type(found[-1]) is str:
-            found[-1] += part
-        elif part:
-            found.append(part)
+    for plain, run in groupby((part for part in parts if part), lambda part: type(part) is str):
+        run = list(run)
+        found += ["".join(map(str, run))] if plain else run
     return found
 
 

@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from io import BytesIO
@@ -27,6 +26,7 @@ from PIL import Image, MpoImagePlugin  # noqa: F401  the JPEG plugin imports it 
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.record import Unreadable
 from mm1.engine.serve import seccomp
+from mm1.engine.serve.turns import Kept
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SECONDS = 10  # for an image, by the clock and of CPU time
@@ -86,11 +86,11 @@ class Decoder:
     def __init__(
         self, policy: ImagePolicy, max_pixels: int, *, processes: int = 2, waiting: int = 256, kept: int = 1 << 28
     ):
-        self.policy, self.max_pixels, self.processes, self.kept = policy, max_pixels, processes, kept
+        self.policy, self.max_pixels, self.processes = policy, max_pixels, processes
         self.room = waiting
         self.missing = ""  # why the workers' children have no seccomp filter, if they have none
         self.idle: asyncio.Queue[Worker | None] = asyncio.Queue()  # None: one that is yet to be started
-        self.views: OrderedDict[bytes, list[np.ndarray]] = OrderedDict()
+        self.views: Kept[list[np.ndarray]] = Kept(kept)
 
     async def __aenter__(self) -> "Decoder":
         for worker in await asyncio.gather(*(self._started() for _ in range(self.processes))):
@@ -107,10 +107,9 @@ class Decoder:
 
     async def decode(self, data: bytes) -> list[np.ndarray]:
         """Raises Unreadable for what is no good image, Busy if too many wait."""
-        digest = hashlib.sha256(data).digest()
-        if digest in self.views:
-            self.views.move_to_end(digest)
-            return self.views[digest]
+        digest = (await asyncio.to_thread(hashlib.sha256, data)).digest()
+        if known := self.views.get(digest):
+            return known
         worker = await self._turn()
         good = False
         try:
@@ -129,9 +128,7 @@ class Decoder:
                 worker.kill()
         if isinstance(found, str):
             raise Unreadable(found)
-        self.views[digest] = found
-        while sum(view.nbytes for views in self.views.values() for view in views) > self.kept:
-            self.views.popitem(last=False)
+        self.views.keep(digest, found, sum(view.nbytes for view in found))
         return found
 
     async def _turn(self) -> Worker | None:

@@ -1,5 +1,7 @@
 """What Prometheus reads of a server."""
 
+from collections.abc import Callable
+
 from mm1.engine.cache import PAGE
 from mm1.engine.engine import Engine
 from mm1.engine.request import Request
@@ -12,7 +14,7 @@ class Metrics:
     """Counters, and the engine's gauges as they are when somebody looks."""
 
     def __init__(self, engine: Engine):
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+        from prometheus_client import CollectorRegistry, Counter, Histogram
 
         self.registry = r = CollectorRegistry()
         self.requests = Counter(
@@ -34,7 +36,13 @@ class Metrics:
             "mm1_pages_used": ("Pages of running documents", lambda: engine.cache.pages - engine.cache.room),
         }
         for name, (what, read) in gauges.items():
-            Gauge(name, what, registry=r).set_function(read)
+            self.gauge(name, what, read)
+
+    def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Add what is looked at whenever somebody asks."""
+        from prometheus_client import Gauge
+
+        Gauge(name, what, registry=self.registry).set_function(read)
 
     def text(self) -> tuple[bytes, str]:
         """And its media type."""

@@ -1,0 +1,159 @@
+"""JSON bodies: one that arrives is bounded before it is parsed, and a long one is written in pieces.
+
+`json` holds the interpreter's lock for a whole call. Here no call sees more than a few megabytes or a few thousand
+values, so that in a thread of its own the work leaves the event loop and the engine their turns.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any, NoReturn
+
+from mm1.engine.data.record import DataError
+
+TEXT = 4 << 20  # bytes of a body without what long data: URLs hold
+DEPTH = 64  # of brackets in brackets
+VALUES = 1 << 18  # brackets and commas: parsed values take a hundred bytes each
+DIGITS = 100  # of a number; 64 bits have 20
+LONG = 4096  # bytes of a data: URL that is taken out before the rest is parsed
+PIECE = 1 << 20  # bytes that one call works on
+SLICE = 64  # elements of a list that one call writes
+
+BRACKETS = b"[]{},"
+OTHERS = bytes(set(range(256)) - set(BRACKETS))
+STEPS = [1 if code in b"[{" else -1 if code in b"]}" else 0 for code in range(256)]
+
+
+class TooLarge(DataError):
+    """A body of more bytes than are accepted."""
+
+
+def loads(body: bytes) -> Any:
+    """Parse UTF-8 JSON. Raises DataError for what is malformed, nested deeper than DEPTH or of more than VALUES
+    values, for keys that stand twice, numbers of more than DIGITS digits, NaN and Infinity; TooLarge beyond TEXT."""
+    mark = secrets.token_hex(16)
+    text, taken = _without_long_urls(body.removeprefix(b"\xef\xbb\xbf"), mark)
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise DataError(f"malformed JSON: the key {key[:60]!r} stands twice in an object")
+            if taken and isinstance(value, str) and value.startswith(mark):
+                value = _unescaped(taken[int(value[len(mark) :])])
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(
+            text.decode(), object_pairs_hook=object_of, parse_constant=_refuse_constant, parse_int=_integer,
+            parse_float=_real,
+        )  # fmt: skip
+    except DataError:
+        raise
+    except UnicodeDecodeError:
+        raise DataError("malformed JSON: it is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"malformed JSON: {error}") from None
+
+
+def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]:
+    """Return the body with `mark` and a number instead of each long data: URL of an object, and these URLs."""
+    kept: list[bytes] = []
+    taken: list[memoryview] = []
+    brackets: list[bytes] = []
+    view, at, size, values = memoryview(body), 0, 0, 0  # size: bytes up to here without the URLs
+    while at < len(body):
+        start = body.find(b'"', at)
+        start = len(body) if start < 0 else start
+        end = _end_of_string(body, start)
+        value = start > 0 and body[at:start].rstrip().endswith(b":")
+        out = value and end - start > LONG and body[start + 1 : start + 6].lower() == b"data:"
+        size += start - at if out else end - at
+        if size > TEXT:
+            raise TooLarge(f"the request has more than {TEXT} bytes beside what data: URLs hold")
+        between = body[at:start].translate(None, OTHERS)
+        brackets.append(between)
+        values += len(between)
+        if values > VALUES:
+            raise DataError(f"malformed JSON: it holds more than {VALUES} values")
+        if out:
+            kept.append(body[at:start] + f'"{mark}{len(taken)}"'.encode())
+            taken.append(view[start + 1 : end - 1])
+        else:
+            kept.append(body[at:end])
+        at = end
+    depth = max(accumulate(map(STEPS.__getitem__, b"".join(brackets)), initial=0))
+    if depth > DEPTH:
+        raise DataError(f"malformed JSON: it is nested {depth} deep, expected at most {DEPTH}")
+    return b"".join(kept), taken
+
+
+def _end_of_string(body: bytes, start: int) -> int:
+    """Return the place behind the string that begins with the quote at `start`, at most the body's end."""
+    end = start
+    while (end := body.find(b'"', end + 1)) >= 0:
+        before = end - 1
+        while body[before] == 0x5C:  # an odd number of backslashes escapes the quote
+            before -= 1
+        if (end - before) % 2:
+            return end + 1
+    return len(body)
+
+
+def _unescaped(url: memoryview) -> str:
+    """Return the text of a JSON string's inside, piece by piece; no piece ends inside an escape."""
+    pieces, at = [], 0
+    while at < len(url):
+        piece = bytes(url[at : at + PIECE])
+        if len(piece) == PIECE and (cut := piece.find(b"\\", PIECE - 6)) > 0:
+            piece = piece[:cut]
+        try:
+            pieces.append(json.loads(b'"%b"' % piece) if b"\\" in piece else piece.decode("ascii"))
+        except ValueError:
+            raise DataError("malformed JSON: a data: URL holds what is not ASCII") from None
+        at += len(piece)
+    return "".join(pieces)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise DataError(f"malformed JSON: {name} is not a number of JSON")
+
+
+def _integer(digits: str) -> int:
+    return int(_short(digits))
+
+
+def _real(digits: str) -> float:
+    return float(_short(digits))
+
+
+def _short(digits: str) -> str:
+    if len(digits) > DIGITS:
+        raise DataError(f"malformed JSON: a number has {len(digits)} digits, expected at most {DIGITS}")
+    return digits
+
+
+def dumps(value: Any) -> bytes:
+    """Write JSON as json.dumps does, but long lists in slices."""
+    return "".join(_pieces(value)).encode()
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for i, (key, inner) in enumerate(value.items()):
+            yield f"{', ' if i else '{'}{json.dumps(key)}: "
+            yield from _pieces(inner)
+        yield "}"
+    elif isinstance(value, list) and len(value) > SLICE:
+        for start in range(0, len(value), SLICE):
+            yield (", " if start else "[") + json.dumps(value[start : start + SLICE])[1:-1]
+        yield "]"
+    elif isinstance(value, list) and value:
+        for i, inner in enumerate(value):
+            yield ", " if i else "["
+            yield from _pieces(inner)
+        yield "]"
+    else:
+        yield json.dumps(value)

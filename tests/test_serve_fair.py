@@ -1,0 +1,254 @@
+"""No request holds up the others: while one is stuck in any stage before the engine, /health and small requests are
+answered, and what waits takes bounded memory."""
+
+import json
+import socket
+import threading
+from contextlib import contextmanager
+
+import pytest
+from service import (
+    CHAT,
+    LONG,
+    alone,
+    asked,
+    data_url,
+    health,
+    idle,
+    image_url,
+    metric,
+    png,
+    raw,
+    refused,
+    serving,
+    text,
+    until,
+)
+from small import small_mm1
+from test_generate import PROMPTS, picture
+
+from mm1.engine.data import document
+from mm1.engine.prompts import encode_prompts
+from mm1.engine.serve import app, chat, intake
+from mm1.engine.serve.body import DEPTH, TEXT
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_mm1(seed=5).eval()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with serving(model, tokens=1 << 16) as (port, service):
+        yield port, service
+
+
+class Gate:
+    """Stands before a function: who comes `when` waits until it is opened."""
+
+    def __init__(self, function, when):
+        self.function, self.when = function, when
+        self.waiting, self.opened = 0, threading.Event()
+
+    def __call__(self, *args):
+        if self.when(*args):
+            self.waiting += 1
+            assert self.opened.wait(60)
+        return self.function(*args)
+
+
+LARGE = "one " * 1500
+PHOTO = {"messages": [{"role": "user", "content": [text("one"), image_url(data_url(png(picture(100, 100, 1))))]}]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "owner", "name", "when", "body"),
+    [
+        ("parsing", chat, "parse", lambda body: len(body) > intake.LONG, raw([LARGE])),
+        ("encoding", document.TextTokenizer, "encode", lambda _, text: len(text) > intake.LONG, raw([LARGE])),
+        ("base64", intake, "read_image", lambda url, _: len(url) > intake.LONG, PHOTO),
+        ("hashes of images", document, "image_digest", lambda _: True, PHOTO),
+        ("writing", chat.Reply, "whole", lambda self, requests, *_: len(requests) == 2, raw(["one"], n=2)),
+    ],
+)
+def test_a_stage_that_is_stuck_holds_up_nobody_else(model, served, monkeypatch, stage, owner, name, when, body):
+    port, service = served
+    monkeypatch.setattr(intake, "LONG", 4096)
+    gate = Gate(getattr(owner, name), when)
+    monkeypatch.setattr(owner, name, lambda *args: gate(*args))
+    found = []
+    many = 2 if stage in ("hashes of images", "writing") else 6
+    threads = [threading.Thread(target=lambda: found.append(asked(port, "POST", CHAT, body | {"max_tokens": 1})))
+               for _ in range(many)]  # fmt: skip
+    try:
+        for thread in threads:
+            thread.start()
+        until(lambda: gate.waiting and service.active == many)
+        for _ in range(5):
+            assert health(port)["status"] == "ok"
+        status, _, answer = asked(port, "POST", CHAT, raw(["one"], max_tokens=3))
+        assert status == 200
+        assert json.loads(answer)["choices"][0]["message"]["content"] == alone(model, ["one"], 3).text
+        assert len(found) == 0
+        assert gate.waiting <= 2
+    finally:
+        gate.opened.set()
+        for thread in threads:
+            thread.join(60)
+    assert [status for status, _, _ in found] == [200] * many
+    until(lambda: idle(port))
+
+
+def test_images_that_are_stuck_hold_up_no_text(model, served, monkeypatch):
+    port, service = served
+    gate, decode = threading.Event(), service.decoder.decode
+
+    async def stuck(data):
+        while not gate.is_set():
+            await intake.asyncio.sleep(0.005)
+        return await decode(data)
+
+    monkeypatch.setattr(service.decoder, "decode", stuck)
+    found = []
+    body = raw(PROMPTS[1], max_tokens=1)
+    threads = [threading.Thread(target=lambda: found.append(asked(port, "POST", CHAT, body)[0])) for _ in range(6)]
+    try:
+        for thread in threads:
+            thread.start()
+        until(lambda: service.active == 6)
+        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=3))[0] == 200
+        going = service.intake.pictures.going
+        assert going == {"127.0.0.1": 4}
+        with socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0)) as other:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: "
+            other.sendall(f"{head}{len(json.dumps(body))}\r\n\r\n{json.dumps(body)}".encode())
+            until(lambda: going == {"127.0.0.1": 4, "127.0.0.2": 1})
+    finally:
+        gate.set()
+        for thread in threads:
+            thread.join(60)
+    assert found == [200] * 6
+
+
+def test_a_step_that_hangs_is_told_by_health(model, monkeypatch):
+    with serving(model) as (port, service):
+        engine, gate = service.engine.engine, threading.Event()
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: gate.wait(60) and step())
+        thread = threading.Thread(target=asked, args=(port, "POST", CHAT, raw(["one"], max_tokens=2)))
+        thread.start()
+        until(lambda: engine.waiting)
+        assert health(port)["status"] == "ok"
+        monkeypatch.setattr(app, "STALL_SECONDS", 0)
+        until(lambda: health(port)["status"] == "stalled")
+        assert asked(port, "GET", "/health")[0] == 503
+        assert health(port)["seconds"] >= 0
+        gate.set()
+        thread.join(60)
+        until(lambda: service.engine.step_seconds == 0)  # who waits for work is not hung, however long
+        assert health(port)["status"] == "ok"
+
+
+def test_an_engine_thread_that_fails_is_told_to_all_who_wait_and_by_health(model):
+    def fail():
+        raise KeyError("a fault of the engine's thread")
+
+    with serving(model) as (port, service):
+        with begun(port, raw(PROMPTS[0], max_tokens=LONG)) as connection:
+            until(lambda: health(port)["running"] == 1)
+            service.engine._inbox.put(fail)
+            assert b" 503 " in connection.recv(1000)
+        status, _, answer = asked(port, "GET", "/health")
+        assert (status, json.loads(answer)["status"]) == (503, "dead")
+        assert b"fault" not in answer
+        refused(port, raw(["one"]), 503)
+
+
+def test_an_engine_thread_that_is_gone_is_told_by_health(model):
+    with serving(model) as (port, service):
+        service.engine._inbox.put(None)
+        until(lambda: not service.engine._thread.is_alive())
+        status, _, answer = asked(port, "GET", "/health")
+        assert (status, json.loads(answer)["status"]) == (503, "dead")
+        refused(port, raw(["one"]), 503)
+
+
+@contextmanager
+def begun(port, body, more=b""):
+    """A connection that has sent a request."""
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n".encode()
+        connection.sendall(head + more + b"\r\n" + (b"" if more else body))
+        yield connection
+
+
+def test_who_asks_before_sending_is_refused_before_it_sends(model):
+    with serving(model, max_bytes=1000) as (port, _), begun(port, b"x" * 1001, b"Expect: 100-continue\r\n") as waiting:
+        answer = waiting.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"connection: close" in answer.lower()
+    with serving(model, max_bytes=1000) as (port, _), begun(port, b"x" * 999, b"Expect: 100-continue\r\n") as waiting:
+        assert waiting.recv(1000).startswith(b"HTTP/1.1 100 ")
+
+
+def test_json_is_bounded_and_data_urls_are_bounded_apart(served):
+    port, _ = served
+    assert f"more than {TEXT} bytes" in refused(port, raw(["a" * TEXT]), 413)
+    assert f"at most {DEPTH}" in refused(port, '{"messages": ' + "[" * 1000 + "]" * 1000 + "}")
+    photo = data_url(bytes(TEXT))
+    assert "not an image" in refused(port, {"messages": [{"role": "user", "content": [image_url(photo)]}]})
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(model, monkeypatch):
+    with serving(model) as (port, service):
+        monkeypatch.setattr(document.TextTokenizer, "encode", lambda *_: pytest.fail("it was encoded"))
+        size = service.intake.characters + 1
+        message = refused(port, raw(["a" * size]))
+        assert f"{size} characters exceeds 8192 tokens" in message
+
+
+def test_bodies_are_given_back_once_the_engine_has_the_request(model):
+    with serving(model) as (port, service), begun(port, raw(PROMPTS[0], max_tokens=LONG, stream=True)) as connection:
+        assert connection.recv(1)
+        assert service.active == 1
+        assert service.held == metric(port, "mm1_body_bytes") == 0
+        images = encode_prompts(model, [PROMPTS[0]])[0].images
+        assert metric(port, "mm1_view_bytes") == sum(image.nbytes for image in images) > 0
+        assert service.intake.room.left < service.intake.room.size
+
+
+def test_views_are_lent_from_fixed_memory(model, monkeypatch):
+    monkeypatch.setattr(intake, "VIEW_SECONDS", 60)
+    with serving(model) as (port, service):
+        room, loop, found = service.intake.room, service.engine._loop, []
+        body = raw([picture(24, 24, 1), "one"], max_tokens=1)
+        assert asked(port, "POST", CHAT, body)[0] == 200
+        until(lambda: room.left == room.size)
+        loop.call_soon_threadsafe(room.give, -room.size)  # others have it
+        waiting = threading.Thread(target=lambda: found.append(asked(port, "POST", CHAT, body)[0]))
+        waiting.start()
+        until(lambda: room.waiting)
+        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200  # which needs none
+        monkeypatch.setattr(intake, "VIEW_SECONDS", 0.01)
+        assert "fill the memory" in refused(port, body, 429)
+        assert found == []
+        loop.call_soon_threadsafe(room.give, room.size)
+        waiting.join(60)
+        assert found == [200]
+        until(lambda: room.left == room.size)
+
+
+def test_an_error_says_which_image_it_is_about(served):
+    good, bad = (image_url(data_url(data)) for data in (png(picture(24, 24, 1)), b"x"))
+    body = {"messages": [{"role": "user", "content": [good, text("one"), good, bad]}]}
+    assert refused(served[0], body).startswith("image 3: ")
+
+
+def test_images_that_never_come_are_not_waited_for(model, monkeypatch):
+    monkeypatch.setattr(intake, "IMAGES_SECONDS", 0.1)
+    with serving(model) as (port, service):
+        monkeypatch.setattr(service.decoder, "decode", lambda _: intake.asyncio.sleep(60))
+        assert "took more than 0.1 s, at image 1" in refused(port, raw([picture(24, 24, 1)]))
+        assert not service.intake.pictures.going

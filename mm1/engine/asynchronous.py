@@ -90,7 +90,9 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
 
     @asynccontextmanager
-    async def open(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncIterator[Stream]:
+    async def open(
+        self, prompt: Prompt | Document, sampling: Sampling = Sampling(), scored: int = 0
+    ) -> AsyncIterator[Stream]:
         """A request, which is cancelled if it is left before its end. Raises Busy, DataError and Dead."""
         if not self._thread.is_alive():
             raise self.dead or RuntimeError("an AsyncEngine is used within `async with`")
@@ -103,7 +105,7 @@ class AsyncEngine:
                 [prompt] = await asyncio.to_thread(encode_prompts, self.engine.model, [prompt])
             if self.dead:  # looked at here, because its thread may not look any more
                 raise Dead(f"the engine has stopped: {self.dead}")
-            self._inbox.put(partial(self._submit, stream, prompt, sampling))
+            self._inbox.put(partial(self._submit, stream, prompt, sampling, scored))
             await stream._heard()
             if stream._end and not hasattr(stream, "request"):
                 raise stream._end
@@ -140,14 +142,14 @@ class AsyncEngine:
             more = not self.dead and self._step()
             self._report()
 
-    def _submit(self, stream: Stream, document: Document, sampling: Sampling) -> None:
+    def _submit(self, stream: Stream, document: Document, sampling: Sampling, scored: int) -> None:
         def on_text(piece: str) -> None:
             self._news.append((stream, piece))
 
         try:
             if self.dead:
                 raise Dead(f"the engine has stopped: {self.dead}")
-            stream.request = self._streams[stream] = self.engine.submit(document, sampling, on_text)
+            stream.request = self._streams[stream] = self.engine.submit(document, sampling, on_text, scored)
             self._news.append((stream, ""))
         except Exception as error:
             self._news.append((stream, error))

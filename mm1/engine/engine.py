@@ -26,6 +26,7 @@ from mm1.engine.prompts import Prompt, encode_prompts, tokenizer_of
 from mm1.engine.quantize import quantized
 from mm1.engine.request import Request, drawn
 from mm1.engine.sampler import choose
+from mm1.engine.sampler import likeliest as likeliest_of
 from mm1.engine.sampling import Draw, Sampling
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.grids import Grids
@@ -55,6 +56,7 @@ class Engine:
         self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
         graphs = self.device.type == "cuda"
         self.pages = cdiv(tokens, PAGE)
+        self.context = self.pages * PAGE
         self.cache = Cache(model.config.decoder, self.pages + graphs, weight.device, weight.dtype)
         self.graphs = Graphs(self.decoder, self.head, self.cache, batch) if graphs else None
         plain = (self.decoder, self.head) if weights else (model.decoder, Head(model.decoder))
@@ -66,11 +68,16 @@ class Engine:
         self.encoded = self.computed = 0  # images and rows of prompts, since the beginning
 
     def submit(
-        self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None
-    ) -> Request:
-        """Raises Busy if the queue is full, DataError for a prompt that is more than the cache holds."""
+        self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None,
+        scored: int = 0,
+    ) -> Request:  # fmt: skip
+        """Raises Busy if the queue is full, DataError for a prompt that is more than the cache holds.
+
+        scored: how many of the prompt's last tokens get a log-probability; the first has none.
+        """
         document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt])[0]
-        return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text)))
+        scored = min(scored, len(document.tokens) - 1)
+        return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text), scored))
 
     def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
         """Whose tokens are not chosen but scored. Raises DataError for none, and as submit does."""
@@ -78,7 +85,7 @@ class Engine:
             raise DataError("an answer to score is empty")
         tokens = np.array([*prompt.tokens, *answer], np.int32)
         document = Document(tokens, prompt.images, prompt.key)
-        return self._enqueue(Request(document, Sampling(), Text(self.tokenizer, (), None), len(answer)))
+        return self._enqueue(Request(document, Sampling(max_tokens=0), Text(self.tokenizer, (), None), len(answer)))
 
     def _enqueue(self, request: Request) -> Request:
         if request.room > self.pages:
@@ -239,8 +246,11 @@ class Engine:
 
     def _score(self, request: Request, hidden: Tensor) -> None:
         tokens = self._moved(request.document.tokens[-request.scored :]).long()
-        found = self.head(hidden).float().log_softmax(-1).gather(1, tokens[:, None])
-        request.logprobs = found[:, 0].tolist()
+        logs = self.head(hidden).float().log_softmax(-1)
+        request.scores = logs.gather(1, tokens[:, None])[:, 0].tolist()
+        request.score_top = [row[: request.sampling.top_logprobs] for row in likeliest_of(logs)]
+        if request.sampling.max_tokens == 0:
+            request.logprobs = request.scores
 
     def _choose(
         self, requests: Sequence[Request], widths: Sequence[int], logits: Tensor, tokens: list[int],
@@ -259,11 +269,8 @@ class Engine:
         for request, choice in zip(requests, choices):
             if request.finish:  # cancelled by the on_text of one before it
                 continue
-            if request.scored:
-                self._end(request, "scored")
-                continue
             if request.sampling.max_tokens == 0:
-                self._end(request, "length")
+                self._end(request, "scored" if request.scored else "length")
                 continue
             try:
                 if choice.error:

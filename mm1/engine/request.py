@@ -10,7 +10,6 @@ from mm1.engine.cache import PAGE, image_digest
 from mm1.engine.data.document import Document
 from mm1.engine.detokenizer import Text
 from mm1.engine.sampling import Draw, Sampling
-from mm1.kernels.dispatch import cdiv
 
 
 class Request:
@@ -26,6 +25,8 @@ class Request:
         self.cached: list[bytes] = []  # names of the pages that may be shared
         self.tokens: list[int] = []
         self.logprobs: list[float] = []  # of tokens, or of those that are scored
+        self.scores: list[float] = []  # log-probabilities of the last `scored` tokens of the prompt
+        self.score_top: list[list[tuple[int, float]]] = []  # at each of them the likeliest ones, with theirs
         self.top: list[list[tuple[int, float]]] = []  # at each token: the likeliest ones, with their log-probabilities
         self.counts: Counter[int] = Counter()  # of tokens, for the frequency and presence penalties
         self.grammar = sampling.grammar.begin() if sampling.grammar else None
@@ -48,7 +49,7 @@ class Request:
     def room(self) -> int:
         """Return how many pages it needs, with those for all that is to come."""
         rows = len(self.document.tokens)
-        return cdiv(rows, PAGE) if self.scored else pages_of(rows, self.sampling)
+        return pages_of(rows, self.sampling)
 
     @property
     def seen(self) -> np.ndarray:

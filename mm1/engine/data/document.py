@@ -3,7 +3,7 @@
 Nor PIL and tokenizers before a text or an encoded image is met: who packs documents of ready tokens needs neither.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +95,32 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def pieces(self, ids: "Iterable[int]", continued: bool = False) -> "Iterator[bytes]":
+        for number in ids:
+            yield self.token_bytes(number, not continued)
+            continued = continued or self.has_text(number)
+
+    def has_text(self, number: int) -> bool:
+        return number not in (self.pad, self.bos, self.eos, self.image)
+
+    def token_bytes(self, number: int, first: bool = False) -> bytes:
+        import re
+
+        from tokenizers.pre_tokenizers import ByteLevel  # noqa: F401
+
+        name = self._tokenizer.id_to_token(number)
+        if name is None or not self.has_text(number):
+            return b""
+        if "ByteLevel" in str(self._tokenizer.decoder):
+            printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+            others = [byte for byte in range(256) if byte not in printable]
+            table = {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+            return bytes(table[c] for c in name)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return bytes([int(byte[1], 16)])
+        text = name.replace("▁", " ").encode()
+        return text.lstrip(b" ") if first else text
 
     def stream(self) -> Callable[[int], str]:
         """Return a function that gives what each further token adds to a text, once its last character is whole."""

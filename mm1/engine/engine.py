@@ -263,8 +263,8 @@ class Engine:
         firsts = [end - width for end, width in zip(accumulate(widths), widths)]
         self._search([(r.beams, range(at, at + n)) for r, at, n in zip(requests, firsts, widths) if r.beams], logits)
         rows = logits if len(firsts) == len(logits) else logits[firsts]
-        of_rows = ([x[at] for at in firsts] for x in (tokens, logprobs, draws))
-        choices = choose(requests, rows, *of_rows)
+        tokens, logprobs = [tokens[at] for at in firsts], [logprobs[at] for at in firsts]
+        choices = choose(requests, rows, tokens, logprobs, [draws[at] for at in firsts])
         failed: Exception | None = None
         for request, choice in zip(requests, choices):
             if request.finish:  # cancelled by the on_text of one before it

@@ -27,7 +27,7 @@ TRIED = 64  # tokens of each of the texts that a schema is tried with
 LARGEST, DEEPEST = 1 << 16, 32  # characters of a schema, and how deep it is nested
 PATTERN, REPEATS = 256, 200  # characters of a regular expression, and the largest count in it
 # White space between JSON's tokens is bounded: a weak model would write nothing else up to max_tokens.
-OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,8}"}
+OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,8}"}
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 50_000,
           "max_grammar_size": 200_000, "initial_lexer_fuel": 500_000, "verbose_errors": False}  # fmt: skip
 
@@ -88,6 +88,7 @@ class Grammars:
         if matcher.is_error():
             raise SchemaError(_line(matcher.get_error()))
         return Grammar(matcher)
+
 
 class Tokens:
     """What the library asks of a tokenizer: the bytes of each token, and the tokens of a text.
@@ -163,7 +164,7 @@ def refuse_costly(schema: str) -> None:
                 )
 
 
-def _walk(value: Any, depth: int) -> Iterable[tuple[int, str, Any]]:
+def _walk(value: Any, depth: int) -> Iterable[tuple[int, Any, Any]]:
     """Yield all entries of nested objects and lists with their depths, as deep as DEEPEST + 1."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 
 from mm1.engine.beams import Beams, pages_of
-from mm1.engine.cache import PAGE, image_digest
+from mm1.engine.cache import image_digest
 from mm1.engine.data.document import Document
 from mm1.engine.detokenizer import Text
 from mm1.engine.sampling import Draw, Sampling

@@ -71,12 +71,12 @@ def likeliest(logs: Tensor) -> list[list[tuple[int, float]]]:
 def _altered(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[int, Exception]]:
     """Return logits [n, V] after bias, penalties and grammar, and the errors of grammars by row."""
     how = [request.sampling for request in requests]
-    bias = _cells(rows, ((i, *zip(*s.biases)) for i, s in enumerate(how) if s.biases))
+    bias = _cells(rows, ((i, [t for t, _ in s.biases], [b for _, b in s.biases]) for i, s in enumerate(how)))
     if bias:
         row, token, value = bias
         rows[row, token] += value
-    seen = ((r.seen, s.repetition_penalty) for r, s in zip(requests, how))
-    repeated = _cells(rows, ((i, ids, [p] * len(ids)) for i, (ids, p) in enumerate(seen) if p != 1))
+    repeats = [(i, s.repetition_penalty) for i, s in enumerate(how) if s.repetition_penalty != 1]
+    repeated = _cells(rows, ((i, requests[i].seen, [p] * len(requests[i].seen)) for i, p in repeats))
     if repeated:
         row, token, penalty = repeated
         rows = penalized(rows, (row, token), penalty)

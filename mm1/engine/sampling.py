@@ -104,6 +104,14 @@ class Sampling:
         return self.temperature == 0 and not self.alters
 
 
+def biases(pairs: Sequence[str]) -> dict[int, float]:
+    """Read logit_bias from a command line, such as ["5=-100"]. Raises DataError."""
+    try:
+        return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
+    except ValueError:
+        raise DataError(f"logit_bias is {' '.join(pairs)!r}, expected TOKEN=BIAS, such as 5=-100") from None
+
+
 class Draw(NamedTuple):
     """How one token is drawn: settings of Sampling, and a number u in [0, 1) that decides."""
 

@@ -102,8 +102,8 @@ def _laid_out(messages: Any, template: Any) -> list[str | Picture]:
     if template == "none":
         return _joined([part for _, parts in turns for part in parts])
     if turns[-1][0] != "user":
-        found = f"the last message is of role {turns[-1][0]}"
-        raise WrongField("messages", f"{found}, expected user (or template 'none')")
+        message = f"the last message is of role {turns[-1][0]}, expected user (or template 'none')"
+        raise WrongField("messages", message)
     found: list[str | Picture] = []
     for role, parts in turns:
         parts = _stripped(_joined(parts))
@@ -142,7 +142,8 @@ def _part(part: Any) -> str | Picture:
         return text_of(kind, part.get(kind))
     inner = members(kind, part.get(kind), PARTS[kind])
     if inner.get("detail", "auto") not in DETAILS:
-        raise WrongField("messages", f"image_url.detail is {str(inner['detail'])[:60]!r}, expected {', '.join(DETAILS)}")
+        detail = str(inner["detail"])[:60]
+        raise WrongField("messages", f"image_url.detail is {detail!r}, expected {', '.join(DETAILS)}")
     where = "url" if kind == "image_url" else "file_data" if "file_data" in inner else "file_id"
     return Picture(typed(f"{kind}.{where}", inner.get(where), str))
 

@@ -105,10 +105,11 @@ def _schema(value: Any) -> str | None:
     form = members("response_format", value, ("type", "json_schema"))
     kind = form.get("type")
     if kind == "json_schema":
-        given = members("response_format.json_schema", form.get("json_schema"), ("name", "description", "schema", "strict"))
-        for name, expected in {"name": str, "description": str, "strict": bool}.items():
-            typed(f"response_format.json_schema.{name}", given.get(name, expected()), expected)
-        return json.dumps(typed("response_format.json_schema.schema", given.get("schema"), dict))
+        where, kinds = "response_format.json_schema", {"name": str, "description": str, "strict": bool}
+        given = members(where, form.get("json_schema"), (*kinds, "schema"))
+        for name in given.keys() & kinds.keys():
+            typed(f"{where}.{name}", given[name], kinds[name])
+        return json.dumps(typed(f"{where}.schema", given.get("schema"), dict))
     if kind not in ("text", "json_object") or "json_schema" in form:
         found = f"response_format.type is {str(kind)[:60]!r}"
         raise WrongField("response_format", f"{found}, expected text, json_object, or json_schema and a json_schema")

@@ -43,7 +43,7 @@ def altered(logits, sampling, prompt, tokens):
     for token, add in sampling.logit_bias:
         out[token] += add
     for token in {*prompt, *tokens}:
-        out[token] = out[token] / sampling.repetition_penalty if out[token] > 0 else out[token] * sampling.repetition_penalty  # fmt: skip
+        out[token] *= sampling.repetition_penalty ** (-1 if out[token] > 0 else 1)
     for token, n in Counter(tokens).items():
         out[token] -= n * sampling.frequency_penalty + sampling.presence_penalty
     return out
@@ -93,8 +93,9 @@ def test_what_may_be_drawn_is_what_transformers_leaves(top_k, top_p, min_p):
 def test_a_token_depends_on_nobody_else_to_the_bit():
     logits = torch.randn(12, V, generator=torch.Generator().manual_seed(4)) * 3
     logits[:, 100:110] = 3.0  # equal ones
-    how = [{**settings, **drawing, "top_logprobs": top} for settings, drawing, top in zip(
-        (SETTINGS * 2), [{}, {"temperature": 1.0}, {"temperature": 0.7, "min_p": 0.05}] * 4, [0, 20, 3] * 4)]  # fmt: skip
+    drawings = [{}, {"temperature": 1.0}, {"temperature": 0.7, "min_p": 0.05}] * 4
+    how = [{**settings, **drawing, "top_logprobs": top}
+           for settings, drawing, top in zip(SETTINGS * 2, drawings, [0, 20, 3] * 4)]  # fmt: skip
     how[3] = how[7] = {}
     requests = [request_of(Sampling(**settings), range(i), range(0, 3 * i, 2)) for i, settings in enumerate(how)]
     us = [i / 12 for i in range(12)]
@@ -159,7 +160,7 @@ def test_generate_takes_every_setting(model):
 @pytest.mark.parametrize("settings, message", [
     ({"min_p": 1.5}, "min_p is 1.5, expected 0 to 1"), ({"top_logprobs": 21}, "top_logprobs is 21, expected 0 to 20"),
     ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"), ({"logit_bias": {-1: 1.0}}, "logit_bias is"),
-    ({"logit_bias": {3: float("inf")}}, "logit_bias is"), ({"num_beams": 2, "min_p": 0.5, "logit_bias": {1: 1.0}}, "2 b"),
+    ({"logit_bias": {3: float("inf")}}, "logit_bias is"), ({"num_beams": 2, "logit_bias": {1: 1.0}}, "2 beams with"),
     ({"num_beams": 2, "max_tokens": 0}, "max_tokens is 0"), ({"num_beams": 2, "top_logprobs": 2}, "2 beams with"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):
@@ -168,8 +169,9 @@ def test_settings_that_cannot_be_are_told(settings, message):
 
 
 def test_a_bias_of_a_token_that_is_not_there_is_told(model):
-    with pytest.raises(DataError, match="logit_bias has token 384, expected 0 to 383"):
-        Engine(model, tokens=64).submit(["one"], Sampling(logit_bias={V: 1.0}))
+    size = model.config.decoder.vocabulary
+    with pytest.raises(DataError, match=f"logit_bias has token {size}, expected 0 to {size - 1}"):
+        Engine(model, tokens=128).submit(["one"], Sampling(logit_bias={size: 1.0}))
 
 
 def test_no_tokens_are_made_of_none(model):

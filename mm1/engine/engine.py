@@ -22,7 +22,7 @@ from mm1.engine.detokenizer import Text
 from mm1.engine.graphs import PAGES, Graphs
 from mm1.engine.model import MM1
 from mm1.engine.packed import Head, packed
-from mm1.engine.prompts import Prompt, encode_prompts, tokenizer_of
+from mm1.engine.prompts import Prompt, encode_prompts, refuse_malformed, tokenizer_of
 from mm1.engine.quantize import quantized
 from mm1.engine.request import Request, drawn
 from mm1.engine.sampler import choose
@@ -88,6 +88,8 @@ class Engine:
         return self._enqueue(Request(document, Sampling(max_tokens=0), Text(self.tokenizer, (), None), len(answer)))
 
     def _enqueue(self, request: Request) -> Request:
+        document, c = request.document, self.model.config
+        refuse_malformed(document, c.connector.tokens, self.tokenizer.image, c.decoder.vocabulary)
         if request.room > self.pages:
             exceed = f"exceed {self.pages * PAGE}"
             raise DataError(f"a prompt of {len(request.document.tokens)} tokens and what follows {exceed}")

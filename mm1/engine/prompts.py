@@ -55,6 +55,17 @@ def checked(parts: Prompt) -> "list[str | Image.Image]":
         raise DataError(str(error)) from None
 
 
+def refuse_malformed(document: Document, slots: int, image: int, vocabulary: int) -> None:
+    """Raise DataError for ids that are not in the vocabulary, or whose image tokens are not those of the images."""
+    tokens, images = document.tokens, len(document.images)
+    if not len(tokens):
+        raise DataError("the prompt has no tokens, expected at least begin-of-text")
+    if (wrong := tokens[(tokens < 0) | (tokens >= vocabulary)]).size:
+        raise DataError(f"the prompt has the token id {wrong[0]}, expected 0 to {vocabulary - 1}")
+    if (found := int((tokens == image).sum())) != slots * images:
+        raise DataError(f"the prompt has {found} image tokens, expected {slots * images} of its {images} images")
+
+
 def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":
     """How the model was trained to see an image; parts: with other sub-images, 1 for none."""
     from mm1.engine.data.images import ImagePolicy

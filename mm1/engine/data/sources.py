@@ -386,9 +386,9 @@ def read_image(name: Any, folder: Path) -> bytes:
     if not isinstance(name, str):
         raise Unreadable(f"image is of type {type(name).__name__}, expected a string or bytes")
     if name[:5].lower() == "data:":  # RFC 2397: a type, parameters, "base64", and data that may be percent-encoded
-        head, _, payload = name.partition(",")
+        head, comma, payload = name.partition(",")
         kind, *parameters = head[5:].lower().split(";")
-        if not re.fullmatch(r"image/[\w.+-]+", kind.strip()):
+        if not comma or not re.fullmatch(r"image/[\w.+-]+", kind.strip()):
             raise Unreadable(f"image is {head[:60]!r}, expected data:image/…;base64")
         if not parameters or parameters[-1].strip() != "base64":
             return unquote_to_bytes(payload)

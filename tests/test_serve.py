@@ -269,9 +269,10 @@ def test_with_a_key_nothing_is_answered_without_it(model):
         for path, status in {"/v1/models": 401, "/metrics": 401, "/v1/files": 401, "/health": 200, "/": 200}.items():
             assert asked(port, "GET", path)[0] == status
             assert asked(port, "GET", path, headers={"Authorization": "Bearer sesam\xe9"})[0] == status
-        assert (
-            asked(port, "GET", "/v1/models", headers={"Authorization": "Bearer sesame", "Host": "a.example"})[0] == 200
-        )
+        for scheme, status in {"Bearer ": 200, "bearer ": 200, "BEARER  ": 200, "Basic ": 401, "": 401}.items():
+            for key, of_key in {"sesame": status, "Sesame": 401, "": 401}.items():
+                headers = {"Authorization": scheme + key, "Host": "a.example"}
+                assert asked(port, "GET", "/v1/models", headers=headers)[0] == of_key, headers
 
 
 def test_without_a_key_no_other_page_and_no_other_name_reaches_it(port):

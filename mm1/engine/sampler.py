@@ -92,7 +92,7 @@ def _altered(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[in
         if request.grammar:
             try:
                 allowed = torch.from_numpy(request.grammar.allowed(rows.shape[1])).to(rows.device)
-                rows[i].masked_fill_(~allowed, float("-inf"))
+                rows[i] = torch.where(allowed, rows[i], float("-inf"))
             except RuntimeError as error:
                 errors[i] = error
     return rows, errors

@@ -240,11 +240,10 @@ class Reply:
 
 
 def taken(request: Request, start: int, top: int) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
-    """Return tokens from start on, their log-probabilities and the likeliest ones, of one length: the engine's thread
-    may be adding to them."""
-    end = len(request.top) if top else len(request.logprobs)  # the last to grow
-    tops = request.top[start:end] if top else [[] for _ in range(start, end)]
-    return request.tokens[start:end], request.logprobs[start:end], tops
+    """Return tokens from start on, their log-probabilities and the likeliest ones; what all three have counts, because
+    the engine's thread may be adding to one after the other."""
+    tokens = request.tokens[start:]
+    return tokens, request.logprobs[start:], request.top[start:] if top else [[] for _ in tokens]
 
 
 def pieces_of(tokenizer: TextTokenizer, request: Request, start: int) -> Iterator[bytes]:

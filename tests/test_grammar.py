@@ -101,13 +101,13 @@ def test_others_in_the_batch_write_as_if_alone(model, grammars):
     options = [{"temperature": 0.8, "seed": 1}, {}, {"temperature": 1.0, "seed": 2, "frequency_penalty": 1.0}]
     object_of = grammars.of_schema('{"type": "object"}')
     person = grammars.of_schema(json.dumps(PERSON))
-    mixed = [engine.submit(prompt, Sampling(max_tokens=60, grammar=grammar, **how)) for prompt in PROMPTS
+    mixed = [engine.submit(prompt, Sampling(max_tokens=40, grammar=grammar, **how)) for prompt in PROMPTS[:2]
              for how, grammar in zip(options * 2, [None, person, object_of, None, None, person])]  # fmt: skip
     engine.run()
     at = iter(mixed)
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:2]:
         for how, grammar in zip(options * 2, [None, person, object_of, None, None, person]):
-            one = alone(model, prompt, 60, grammar=grammar, **how)
+            one = alone(model, prompt, 40, grammar=grammar, **how)
             assert next(at).tokens == one.tokens
 
 

@@ -250,7 +250,8 @@ class Engine:
         tokens = self._moved(request.document.tokens[-request.scored :]).long()
         logs = self.head(hidden).float().log_softmax(-1)
         request.scores = logs.gather(1, tokens[:, None])[:, 0].tolist()
-        request.score_top = [row[: request.sampling.top_logprobs] for row in likeliest_of(logs)]
+        if count := request.sampling.top_logprobs:
+            request.score_top = [row[:count] for row in likeliest_of(logs)]
         if request.sampling.max_tokens == 0:
             request.logprobs = request.scores
 

@@ -151,8 +151,8 @@ class Reply:
         text = given if isinstance(given, str) else self.tokenizer.decode(ids)
         if self.asked.logprobs is None:
             return text, None
-        pieces = self.tokenizer.pieces(ids)
-        return text, self._columns(ids, pieces, [None, *scorer.scores], [None, *scorer.score_top], Offsets(0))
+        tops = [None, *scorer.score_top] if self.asked.logprobs else [[] for _ in ids]
+        return text, self._columns(ids, self.tokenizer.pieces(ids), [None, *scorer.scores], tops, Offsets(0))
 
     def _logprobs(self, request: Request, text: "Offsets") -> dict[str, Any] | None:
         """Return those of the tokens that `text` has not seen."""

@@ -179,6 +179,12 @@ def test_a_schema_that_takes_too_long_is_given_up(monkeypatch, grammars):
         grammars.of_schema('{"type": "boolean"}')
 
 
+def test_without_the_library_a_schema_is_refused_with_the_way_to_get_it(monkeypatch, grammars):
+    monkeypatch.setattr("mm1.engine.grammar.find_spec", lambda name: None)
+    with pytest.raises(SchemaError, match="pip install 'mm1-engine"):
+        grammars.of_schema('{"type": "null"}')
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_response_format_gives_json(port, stream):
     formats = [{"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}},

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,8 @@ class Grammars:
 
     def _of_schema(self, schema: str) -> Grammar:
         """Return the grammar of a JSON schema, given as text. Raises SchemaError for one that cannot be followed."""
+        if not find_spec("llguidance"):
+            raise SchemaError("it needs llguidance: pip install 'mm1-engine[serve]'")
         refuse_costly(schema)
         _try(schema)
         matcher = _matcher(_tokens_of(self.tokenizer), schema)

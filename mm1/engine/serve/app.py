@@ -305,10 +305,10 @@ class Service:
 
     async def _answer(self, asked: Asked, begun: float, scope: "Scope", receive: "Receive", send: "Send") -> None:
         self._refuse_other(asked.settings.model)
+        if asked.texts > (most := self.engine.engine.batch + self.engine.engine.queue):
+            raise DataError(f"{asked.texts} texts in one request, expected at most {most}")
         documents = [p if isinstance(p, Document) else await self._document(p) for p in asked.prompts]
         jobs = asked.jobs(documents, self.engine.engine.context, await self._grammar(asked.settings.schema))
-        if len(jobs) > (most := self.engine.engine.batch + self.engine.engine.queue):
-            raise DataError(f"{len(jobs)} texts in one request, expected at most {most}")
         reply = asked.reply(self.name, self.tokenizer)
         async with AsyncExitStack() as opened:
             streams = [await opened.enter_async_context(self._opened(job)) for job in jobs]

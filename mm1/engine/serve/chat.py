@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +63,11 @@ class Asked:
     @property
     def prompts(self) -> list[tuple[str | Picture, ...] | Document]:
         return [self.parts]
+
+    @property
+    def texts(self) -> int:
+        """Return how many texts the Engine has to make."""
+        return self.settings.count
 
     @property
     def samplings(self) -> list[Sampling]:
@@ -151,11 +156,9 @@ def _part(part: Any) -> str | Picture:
 def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
     """Without empty texts; adjacent ones are one, as a document's are, but answers stay."""
     found: list[str | Picture] = []
-    for part in parts:
-        if found and type(part) is str and type(found[-1]) is str:
-            found[-1] += part
-        elif part:
-            found.append(part)
+    for plain, run in groupby((part for part in parts if part), lambda part: type(part) is str):
+        run = list(run)
+        found += ["".join(map(str, run))] if plain else run
     return found
 
 

@@ -53,6 +53,11 @@ class Asked:
             for prompt in self.given
         ]
 
+    @property
+    def texts(self) -> int:
+        """Return how many texts the Engine has to make."""
+        return len(self.given) * self.best_of
+
     def jobs(self, documents: Sequence[Document], context: int, grammar: Grammar | None) -> list[Job]:
         """Return all choices of the first prompt, then of the second, and so on."""
         jobs: list[Job] = []

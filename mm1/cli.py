@@ -184,7 +184,11 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TOKEN=BIAS")] = (),
     num_beams: int = 1,
     length_penalty: float = 1.0,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
@@ -201,7 +205,11 @@ def generate(
         temperature: 0 is greedy.
         top_p: sample among the most probable tokens of this total.
         top_k: and among so many (0: all).
-        repetition_penalty: of tokens that are in prompt or text; 1 is none.
+        min_p: sample only tokens of at least this times the likeliest one's probability, 0 to 1 (0: no limit).
+        repetition_penalty: divide logits of tokens that are in prompt or text; 1 is none.
+        frequency_penalty: subtract this from a token's logit for each time that it is in the text.
+        presence_penalty: subtract this once from the logit of a token that is in the text.
+        logit_bias: add a number to the logit of the token with this id, such as 5=-100; may be repeated.
         num_beams: texts that beam search keeps; 1 is none.
         length_penalty: of beams: the power of the length that a log-probability is divided by, from -10 to 10.
         stop: end before this string; may be repeated.
@@ -212,6 +220,7 @@ def generate(
     from mm1.engine.data.images import read
     from mm1.engine.generate import generate
     from mm1.engine.prompts import interleave
+    from mm1.engine.sampling import biases
 
     prompts = interleave(prompt or ("",), [read(path) for path in image])
 
@@ -222,8 +231,9 @@ def generate(
     for parts in prompts:
         generate(
             model, [parts], max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-            repetition_penalty=repetition_penalty, num_beams=num_beams, length_penalty=length_penalty, stop=stop,
-            seed=seed, weights=weights, on_text=show,
+            min_p=min_p, repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty, logit_bias=biases(logit_bias), num_beams=num_beams,
+            length_penalty=length_penalty, stop=stop, seed=seed, weights=weights, on_text=show,
         )  # fmt: skip
         print()
 

@@ -3,6 +3,7 @@
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from service import (
 from small import SLOTS, small_mm1
 from test_generate import picture
 
+from mm1.engine.config import saw_conversations
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Budget, DocumentEncoder
 from mm1.engine.data.images import ImagePolicy, decode
-from mm1.engine.data.sources import open_source
+from mm1.engine.data.record import Unreadable
+from mm1.engine.data.sources import open_source, read_image
 from mm1.engine.prompts import encode_prompts
+from mm1.engine.sampling import Sampling
 from mm1.engine.serve import chat
 
 
@@ -94,3 +98,118 @@ def test_shots_can_be_asked_exactly_as_the_demo_was_trained(model):
         found = encoded(model, chat.parse(json.dumps(body).encode()))
         assert found.tokens.tolist() == truth.tokens.tolist()
         assert all(np.array_equal(x, y) for x, y in zip(found.images, truth.images, strict=True))
+
+
+def parsed(*messages, template="conversation", **more):
+    return chat.parse(json.dumps({"messages": list(messages), **more}).encode(), template)
+
+
+USER = {"role": "user", "content": "how many?"}
+
+
+def test_a_developers_words_are_a_systems():
+    both = [parsed({"role": role, "content": "Count."}, USER).parts for role in ("system", "developer")]
+    assert both[0] == both[1] == ("Count.\nUSER: how many? ASSISTANT:",)
+
+
+@pytest.mark.parametrize("answer, said", [
+    ({"content": None}, ""), ({}, ""), ({"content": "two", "refusal": None, "audio": None, "tool_calls": None}, "two"),
+    ({"content": "two", "tool_calls": [], "annotations": [], "function_call": None, "name": "x"}, "two"),
+    ({"content": None, "refusal": "no"}, "no"), ({"content": [{"type": "refusal", "refusal": "no"}]}, "no"),
+    ({"content": [text("two"), text(" or three")]}, "two or three"), ({"content": []}, ""),
+])  # fmt: skip
+def test_an_answer_of_before_may_have_every_form_that_openai_gives(answer, said):
+    found = parsed(USER, {"role": "assistant", **answer}, USER)
+    assert found.parts == ("USER: how many? ASSISTANT:", f" {said}", "USER: how many? ASSISTANT:")
+
+
+def test_a_message_that_the_openai_client_received_can_be_sent_back():
+    openai = pytest.importorskip("openai")
+    message = openai.types.chat.ChatCompletionMessage(role="assistant", content="two", refusal=None)
+    assert parsed(USER, message.model_dump(), USER).parts[1] == " two"
+
+
+@pytest.mark.parametrize("part, url", [
+    ({"type": "image_url", "image_url": {"url": "u", "detail": "low"}}, "u"),
+    ({"type": "image_url", "image_url": {"url": "u", "detail": None}}, "u"),
+    ({"type": "image_url", "image_url": {"url": "u"}, "prompt_cache_breakpoint": {"mode": "explicit"}}, "u"),
+    ({"type": "file", "file": {"file_id": "file-1", "filename": "a.png"}}, "file-1"),
+    ({"type": "file", "file": {"file_data": "data:image/png,A", "filename": "a.png"}}, "data:image/png,A"),
+])  # fmt: skip
+def test_an_image_may_have_every_form_that_openai_documents(part, url):
+    assert parsed({"role": "user", "content": [part]}).parts == ("USER: ", chat.Picture(url), " ASSISTANT:")
+
+
+def data_urls(data):
+    plain = base64.b64encode(data).decode()
+    escaped = plain.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    for head in ("data:image/png;base64,", "DATA:image/PNG;BASE64,", "data:image/png;charset=utf-8;base64,",
+                 "data:image/png;name=a.png;base64,", "Data:IMAGE/png; charset=x ;Base64,"):  # fmt: skip
+        yield from (head + plain, head + escaped, head + plain[:9] + "\n " + plain[9:])
+    yield "data:image/png," + "".join(f"%{byte:02X}" for byte in data)
+
+
+def test_a_data_url_may_have_every_form_of_its_rfc():
+    data = png(picture(9, 7))
+    for url in data_urls(data):
+        assert read_image(url, Path()) == data
+    for url in ("data:text/plain;base64,AAAA", "data:;base64,AAAA", "data:image/png;base64,A", "data:image/png;base64"):
+        with pytest.raises(Unreadable):
+            read_image(url, Path())
+
+
+def test_by_default_a_plain_models_messages_stand_as_they_are():
+    turns = [{"role": "system", "content": "quiz\n"}, USER, {"role": "assistant", "content": " two"}]
+    assert parsed(*turns, template="none").parts == ("quiz\nhow many? two",)
+    assert chat.parse(json.dumps({"messages": [USER], "template": "conversation"}).encode(), "none").parts == (
+        "USER: how many? ASSISTANT:",
+    )
+
+
+@pytest.mark.parametrize("config, saw", [
+    ({"model": {}}, False), ({"data": {"sources": [{"kind": "captions"}]}}, False), ({"data": {}}, False),
+    ({"data": {"sources": [{"kind": "text"}, {"kind": "conversations"}]}}, True), ({"data": None}, False),
+])  # fmt: skip
+def test_a_checkpoint_says_whether_it_was_trained_on_conversations(config, saw):
+    assert saw_conversations(config) is saw
+
+
+def test_max_tokens_left_out_is_what_the_context_has_room_for(model):
+    document = encode_prompts(model, [["one two"]])[0]
+    room = 100 - len(document.tokens)
+    for asked, most in ((parsed(USER), room), (parsed(USER, max_tokens=7), 7), (parsed(USER, n=2), room)):
+        jobs = asked.jobs([document], 100, None)
+        assert [job.sampling.max_tokens for job in jobs] == [most] * asked.settings.count
+    assert parsed(USER).jobs([document], 2, None)[0].sampling.max_tokens == 1
+
+
+def test_every_setting_reaches_the_engine():
+    found = parsed(
+        USER, min_p=0.1, frequency_penalty=-1, presence_penalty=2, logit_bias={"5": -100, "007": 1.5}, logprobs=True,
+        top_logprobs=20, temperature=0.5, top_p=0.9, top_k=3, seed=1, stop="x", max_completion_tokens=9,
+    ).samplings  # fmt: skip
+    assert found == [Sampling(
+        max_tokens=9, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, frequency_penalty=-1, presence_penalty=2,
+        logit_bias={5: -100, 7: 1.5}, top_logprobs=20, seed=1, stop="x",
+    )]  # fmt: skip
+
+
+@pytest.mark.parametrize("finish", [None, "cancelled", "failed"])
+def test_a_text_that_did_not_come_to_its_end_is_no_answer(model, finish):
+    request = SimpleNamespace(finish=finish, text="x", tokens=[], logprobs=[], top=[])
+    with pytest.raises(RuntimeError, match=f"ended as {finish}"):
+        chat.Reply("m", model.tokenizer).whole([request])
+    assert [chat.finish_of(SimpleNamespace(finish=why)) for why in ("stop", "length", "scored")] == [
+        "stop", "length", "length"]  # fmt: skip
+
+
+def test_alternatives_come_with_their_bytes_and_control_tokens_with_their_names(model):
+    t = model.tokenizer
+    ids = [*t.encode("a 好"), t.eos]
+    request = SimpleNamespace(tokens=ids, logprobs=[-1.0] * len(ids), top=[[(t.eos, -0.5), (i, -1.0)] for i in ids])
+    content = chat.Reply("m", t, logprobs=True, top=2).logprobs(request, 0)["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == "a 好"
+    assert content[-1]["token"] == "<eos>"
+    for entry in content:
+        assert [other["token"] for other in entry["top_logprobs"]] == ["<eos>", entry["token"]]
+        assert [other["logprob"] for other in entry["top_logprobs"]] == [-0.5, -1.0]

@@ -363,7 +363,7 @@ def test_what_a_prompt_meets_in_the_cache_is_within_rounding(model):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"max_tokens": 0}, "max_tokens is 0"), ({"top_k": -1}, "top_k"), ({"repetition_penalty": 0.0}, "repetition"),
+    [({"max_tokens": -1}, "max_tokens is -1"), ({"top_k": -1}, "top_k"), ({"repetition_penalty": 0.0}, "repetition"),
      ({"top_p": 0.0}, "top_p")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):

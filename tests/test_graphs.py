@@ -92,7 +92,7 @@ class Replayed(Graphs):
     """_capture without CUDA: a replay runs the step and copies into what it returned."""
 
     def _capture(self, size, sampled):
-        whole, draws = torch.from_numpy(self._rows(size, [], [], []).copy()), torch.zeros(size, 4)
+        whole, draws = torch.from_numpy(self._rows(size, [], [], []).copy()), torch.zeros(size, len(Draw._fields))
         logits, chosen = self.step(whole, draws if sampled else None)
 
         def replay():

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -209,6 +210,13 @@ WRONG = [
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:"}]}]},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 3}}]}]},
     {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
+    {"messages": [{"role": "user", "content": "x", "refusal": "no"}]},
+    {"messages": [{"role": "user", "content": None}]}, {"messages": [{"role": "user", "content": "x", "nam": "y"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "txt": "y"}]}]},
+    {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:", "detial": "low"}}]}]},
+    {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:", "detail": "huge"}}]}]},
     {"messages": [*ONE, {"role": "assistant", "content": "two"}]},
     {"messages": [{"role": "assistant", "content": [image_url("data:image/png;base64,")]}, *ONE]},
     *({"messages": ONE, name: value} for name, values in {
@@ -216,10 +224,17 @@ WRONG = [
         "top_p": (0, 1.1, "x", {}), "n": (0, 17, 1.0, "2"), "top_k": (-1, 0.5), "seed": (0.5, "s", 1 << 63),
         "repetition_penalty": (0, 1e-300, "x", float("nan"), float("inf")),
         "stop": (3, [3], {}, "", ["x"] * 17, "x" * 1000), "stream": ("yes", 1),
-        "stream_options": (True, {"include_usage": "x"}), "logprobs": (1, "x"), "top_logprobs": (3,),
+        "stream_options": (True, {"include_usage": "x"}, {"include_usag": True}, {"include_usage": True}),
+        "logprobs": (1, "x"), "top_logprobs": (3,),
         "template": ("chatml", 3, []), "model": (3, {}), "tools": ([{"type": "function"}], "x"),
-        "response_format": ({"type": "json_object"},), "audio": ({"voice": "x"},), "frequency_penalty": (0.5,),
-        "logit_bias": ({"5": 1},), "unheard_of": (1,), "max_completion_tokens": (0,),
+        "response_format": (
+            {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": 3}},
+            {"type": "json_schema", "json_schema": {"schema": {}, "shema": 1}}, {"type": "json_object", "strict": True},
+        ),
+        "audio": ({"voice": "x"},), "frequency_penalty": (2.5, "x"), "presence_penalty": (-3,), "min_p": (1.5, -0.1),
+        "logit_bias": ({"x": 1}, {"5": 101}, {"5": "x"}, {"-1": 1}, {"384": 1}, {"9" * 30: 1}, [],
+                       {str(i): 0 for i in range(1025)}),
+        "best_of": (2,), "echo": (True,), "unheard_of": (1,), "max_completion_tokens": (0,),
     }.items() for value in values),
 ]  # fmt: skip
 
@@ -256,9 +271,10 @@ def test_with_a_key_nothing_is_answered_without_it(model):
         for path, status in {"/v1/models": 401, "/metrics": 401, "/v1/files": 401, "/health": 200, "/": 200}.items():
             assert asked(port, "GET", path)[0] == status
             assert asked(port, "GET", path, headers={"Authorization": "Bearer sesam\xe9"})[0] == status
-        assert (
-            asked(port, "GET", "/v1/models", headers={"Authorization": "Bearer sesame", "Host": "a.example"})[0] == 200
-        )
+        for scheme, status in {"Bearer ": 200, "bearer ": 200, "BEARER  ": 200, "Basic ": 401, "": 401}.items():
+            for key, of_key in {"sesame": status, "Sesame": 401, "": 401}.items():
+                headers = {"Authorization": scheme + key, "Host": "a.example"}
+                assert asked(port, "GET", "/v1/models", headers=headers)[0] == of_key, headers
 
 
 def test_without_a_key_no_other_page_and_no_other_name_reaches_it(port):
@@ -455,13 +471,16 @@ def test_two_hundred_clients_at_once_get_their_answers_and_health_answers_meanwh
         assert answer["choices"][0]["message"]["content"] == truth[i % 4]
 
 
-def test_a_failing_step_is_told_and_the_next_request_is_answered(model):
+def test_a_failing_step_is_logged_and_told_by_a_number_and_the_next_request_is_answered(model, caplog):
     with serving(model) as (port, service), client_of(port) as client:
         fails_behind(20, service.engine.engine)
-        with pytest.raises(openai.InternalServerError, match="no more"):
-            create(client, PROMPTS[0], max_tokens=50)
-        with pytest.raises(openai.APIError, match="no more"):
-            list(create(client, PROMPTS[0], max_tokens=50, stream=True))
+        for stream, kind in ((False, openai.InternalServerError), (True, openai.APIError)):
+            with pytest.raises(kind, match="internal error: the server's log has more under request") as told:
+                list(create(client, PROMPTS[0], max_tokens=50, stream=stream))
+            number = re.findall("under request ([0-9a-f]{12})", str(told.value))[0]
+            [record] = [r for r in caplog.records if number in r.getMessage()]
+            assert "no more" in str(record.exc_info[1])
+            assert "no more" not in str(told.value)
         assert create(client, PROMPTS[0], max_tokens=5).choices[0].message.content == alone(model, PROMPTS[0], 5).text
         assert idle(port)
 
@@ -471,7 +490,8 @@ def test_a_dead_engine_is_told_by_health_and_to_every_client(model):
         service.engine.dead = app.Dead("gone")
         status, _, answer = asked(port, "GET", "/health")
         assert (status, json.loads(answer)["status"]) == (503, "dead")
-        assert "gone" in refused(port, raw(["one"]), 503)
+        assert "the engine has stopped" in (message := refused(port, raw(["one"]), 503))
+        assert "gone" not in message
 
 
 def test_metrics_are_those_of_what_was_done(model):
@@ -553,6 +573,7 @@ def test_a_signal_lets_answers_end(tmp_path_factory, number):
             *_, last = chunks
             assert last.choices[0].finish_reason in ("stop", "length")
         out, errors = process.communicate(timeout=60)
-        assert (process.returncode, out, errors) == (0, "", "")
+        assert (process.returncode, out) == (0, "")
+        assert errors == "served was not trained on conversations: chats are given to it as plain text\n"
     finally:
         process.kill()

@@ -399,7 +399,7 @@ def test_an_error_in_the_middle_of_an_answer_is_shown_below_it(browser, model):
         browser.type("#question", "which")
         browser.click("#ask")
         until(lambda: answered(browser))
-        assert browser["$('error').textContent"] == "MemoryError: no more"
+        assert browser["$('error').textContent"].startswith("internal error")
         assert browser["$('answer').textContent"]
     assert not browser.complaints
 

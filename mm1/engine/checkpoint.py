@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm1.engine.config import named, stored_model
+from mm1.engine.config import named, saw_conversations, stored_model
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.record import DataError
 from mm1.engine.model import MM1
@@ -160,7 +160,8 @@ def load(
     """A model for inference: a checkpoint folder (or a run's), or a named size with random weights.
 
     device: the GPU if there is one. dtype: fp32 on a CPU, bf16 on a GPU. A checkpoint's tokenizer comes along as
-    `model.tokenizer`. Raises CheckpointError for a damaged checkpoint, DataError for an unknown name.
+    `model.tokenizer`, and whether it was trained on conversations as `model.conversations`. Raises CheckpointError for
+    a damaged checkpoint, DataError for an unknown name.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -172,8 +173,9 @@ def load(
     folder = newest_in(folder)
     check(folder)
     with torch.device("meta"):
-        model = MM1(stored_model(read_json(folder, "config.json")))
+        model = MM1(stored_model(stored := read_json(folder, "config.json")))
     model.load_state_dict(weights(folder), assign=True)
+    model.conversations = saw_conversations(stored)
     model.tokenizer = TextTokenizer(folder / "tokenizer.json")
     return model.to(device, dtype).eval()
 

@@ -414,6 +414,13 @@ def stored_model(config: Any) -> Model:
     return dataclasses.replace(model, context=trained) if trained and not model.context else model
 
 
+def saw_conversations(config: Any) -> bool:
+    """Say whether the run of a checkpoint's config.json trained on conversations."""
+    data = config.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    return any(isinstance(source, dict) and source.get("kind") == "conversations" for source in sources or ())
+
+
 def _model_of(folder: Path) -> Model:
     try:
         return stored_model(json.loads((folder / "config.json").read_text()))

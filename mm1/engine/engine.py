@@ -26,7 +26,8 @@ from mm1.engine.packed import Head, packed
 from mm1.engine.prompts import Prompt, encode_prompts, refuse_long, refuse_malformed, tokenizer_of
 from mm1.engine.quantize import quantized
 from mm1.engine.request import Request, drawn
-from mm1.engine.sampling import Draw, Sampling, penalized, sample
+from mm1.engine.sampler import choose
+from mm1.engine.sampling import Draw, Sampling
 from mm1.engine.schedule import Schedule
 from mm1.kernels.dispatch import cdiv
 
@@ -113,6 +114,8 @@ class Engine:
         if request.room > self.pages:
             raise DataError(f"a prompt of {len(tokens)} tokens and what follows exceed {self.pages * PAGE}")
         width, vocabulary = request.sampling.num_beams, c.decoder.vocabulary
+        if beyond := [token for token, _ in request.sampling.biases if token >= vocabulary]:
+            raise DataError(f"logit_bias has token {beyond[0]}, expected 0 to {vocabulary - 1}")
         if width > self.batch or (width > 1 and 2 * width > vocabulary):
             raise DataError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
         if len(self.waiting) >= self.queue:
@@ -216,7 +219,7 @@ class Engine:
         if self.one_step:
             found = self.one_step(tokens, starts, tables)
         elif self.graphs and max(map(len, tables)) <= PAGES:
-            inside = [draw if r.sampling.repetition_penalty == 1 else Draw(0, 1, 0, 0) for r, draw in zip(whose, draws)]
+            inside = [Draw(0, 1, 0, 0) if r.sampling.alters else draw for r, draw in zip(whose, draws)]
             left = [None if draw is done else draw for draw, done in zip(draws, inside)]
             found = self.graphs(tokens, starts, tables, inside)
         else:
@@ -235,7 +238,7 @@ class Engine:
     def _score(self, request: Request, start: int, hidden: Tensor) -> None:
         """Score the tokens behind rows `start` … of a prompt, whose states [rows, D] these are."""
         ids = self._moved(request.document.tokens[start + 1 : start + 1 + len(hidden)]).long()
-        count = getattr(request.sampling, "top_logprobs", 0)
+        count = request.sampling.top_logprobs
         for rows, of in zip(hidden.split(SCORED), ids.split(SCORED)):
             logprobs = self.head(rows).float().log_softmax(-1)
             request.scores += logprobs.gather(1, of[:, None])[:, 0].tolist()
@@ -246,47 +249,34 @@ class Engine:
         self, requests: Sequence[Request], widths: Sequence[int], logits: Tensor, tokens: list[int],
         logprobs: list[float], draws: Sequence[Draw | None],
     ) -> None:  # fmt: skip
-        """The next token of each, another than these where there is a draw still; nobody's depends on the others.
+        """Take the next token of each request, another than `tokens` where there is a draw still.
 
-        widths: rows of each, of logits and all that follows.
+        widths: rows of each request in logits, tokens, logprobs and draws.
         """
         firsts = [end - width for end, width in zip(accumulate(widths), widths)]
         self._search([(r.beams, range(at, at + n)) for r, at, n in zip(requests, firsts, widths) if r.beams], logits)
+        rows = logits if len(firsts) == len(logits) else logits[firsts]
         tokens, logprobs = [tokens[at] for at in firsts], [logprobs[at] for at in firsts]
-        draws = [draws[at] for at in firsts]
-        left = [i for i, draw in enumerate(draws) if draw and not (requests[i].scored or requests[i].sampling.plain)]
-        if left:
-            rows = logits[[firsts[i] for i in left]].float()
-            seen = rows.clone()
-            for row, request in zip(seen, (requests[i] for i in left)):
-                if request.sampling.repetition_penalty != 1:
-                    row.copy_(penalized(row, self._moved(request.seen), request.sampling.repetition_penalty))
-            found = sample(seen, *self._moved(np.array([draws[i] for i in left], np.float32).T).unbind())
-            sure = rows.log_softmax(-1).gather(1, found[:, None])[:, 0]
-            for i, token, logprob in zip(left, found.tolist(), sure.tolist()):
-                tokens[i], logprobs[i] = token, logprob
+        choices = choose(requests, rows, tokens, logprobs, [draws[at] for at in firsts])
         failed: Exception | None = None
-        for request, token, logprob in zip(requests, tokens, logprobs):
+        for request, choice in zip(requests, choices):
             if request.finish:  # cancelled by the on_text of one before it
                 continue
-            if request.scored:
-                self._end(request, "scored")
-                continue
             try:
+                if choice.error:
+                    raise choice.error
                 if request.beams:
                     if request.beams.done:
                         self._end(request, "stop" if request._text.ends(request.beams.best.tokens) else "length")
                     continue
-                request.tokens.append(token)
-                request.logprobs.append(logprob)
-                request._text.add(token)
+                request.take(*choice[:3])
                 if request.finish:  # cancelled by its own on_text
                     continue
                 if request._text.done:
                     self._end(request, "stop")
                 elif len(request.tokens) == request.sampling.max_tokens:
                     self._end(request, "length")
-            except Exception as error:  # of its on_text; the others are to have their tokens
+            except Exception as error:  # of its on_text or grammar; the others are to have their tokens
                 failed, request._text.emit = failed or error, None
                 if request in self.running:
                     self._end(request, "failed")

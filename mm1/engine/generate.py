@@ -1,7 +1,7 @@
 """Generation: texts that continue prompts, and how likely given answers are."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -36,6 +36,10 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
+    min_p: float = 0.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     weights: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
@@ -46,8 +50,9 @@ def generate(
     what the model was trained on; a text ends where the two together are as long.
     """
     sampling = Sampling(
-        max_tokens, temperature, top_p, top_k, repetition_penalty, stop, None, num_beams, length_penalty, early_stopping
-    )
+        max_tokens, temperature, top_p, top_k, repetition_penalty, stop, None, num_beams, length_penalty,
+        early_stopping, min_p, frequency_penalty, presence_penalty, logit_bias or {},
+    )  # fmt: skip
     documents = encode_prompts(model, prompts)
     lengths = [len(document.tokens) for document in documents]
     pages = sum(pages_of(length, fitted(sampling, length, model.config.context)) for length in lengths)

@@ -23,7 +23,7 @@ PAGES = 512  # of one document, so that all tables are of one shape; longer docu
 class Captured(NamedTuple):
     graph: "torch.cuda.CUDAGraph"
     whole: Tensor  # int32 [B, 2 + PAGES]: token, position, pages
-    draws: Tensor  # fp32 [B, 4]
+    draws: Tensor  # fp32 [B, 5]: of Draw
     logits: Tensor  # fp32 [B, V]
     chosen: Tensor  # fp64 [B, 2]: token, its log-probability
 
@@ -96,7 +96,7 @@ class Graphs:
     def _capture(self, size: int, sampled: bool) -> Captured:
         device = self.cache.k.device
         whole = torch.from_numpy(self._rows(size, [], [], [])).to(device)
-        draws = torch.zeros(size, 4, device=device)
+        draws = torch.zeros(size, len(Draw._fields), device=device)
         step = partial(self.step, whole, draws if sampled else None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

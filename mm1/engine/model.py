@@ -38,6 +38,7 @@ class MM1(nn.Module):
         super().__init__()
         self.config = c
         self.tokenizer: TextTokenizer | None = None  # comes with a checkpoint
+        self.conversations: bool | None = None  # whether it was trained on conversations; None: not known
         self.vision = VisionEncoder(c.vision)
         self.connector = build(c.connector, c.vision.width, c.decoder.width)
         width, eps = c.decoder.width, c.decoder.eps

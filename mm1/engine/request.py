@@ -1,6 +1,7 @@
 """A request of the Engine: its prompt, its pages, and the tokens that it has so far."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -40,6 +41,9 @@ class Request:
         self.logprobs: list[float] = []  # of tokens, or of an answer's that is scored
         self.scores: list[float] = []  # of the prompt's last tokens
         self.score_top: list[list[tuple[int, float]]] = []  # the likeliest tokens in their places
+        self.top: list[list[tuple[int, float]]] = []  # at each new token the likeliest ones
+        self.counts: Counter[int] = Counter()  # of new tokens, for the frequency and presence penalties
+        self.grammar = sampling.grammar.begin() if sampling.grammar else None
         self.finish: str | None = None
         self._text = text
         self.number = 0  # in the order of arrival
@@ -149,6 +153,17 @@ class Request:
         self.pages, self.table, self.computed, self.due = [], np.empty(0, np.int32), 0, 0
         self.features = {}
 
+    def take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        """Add the next token to the text. Raises what its listener or its grammar raises."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.counts[token] += 1
+        if self.sampling.top_logprobs:
+            self.top.append(top)
+        if self.grammar:
+            self.grammar.take(token)
+        self._text.add(token)
+
     def heads(self) -> list[tuple[int, int, np.ndarray]]:
         """Return the rows that a step computes: the last token, its place in the document, the pages."""
         place = self.prompt - 1
@@ -170,4 +185,5 @@ class Request:
 def drawn(request: Request) -> Draw:
     """Return how the next token of a request is drawn."""
     how = request.sampling
-    return Draw(how.temperature, how.top_p, how.top_k, request.random.random() if request.random else 0.0)
+    u = request.random.random() if request.random else 0.0
+    return Draw(how.temperature, how.top_p, how.top_k, u, how.min_p)

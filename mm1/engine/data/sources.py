@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 
@@ -402,10 +403,14 @@ def read_image(name: Any, folder: Path) -> bytes:
     """Return the bytes of an image that a document names. Data is not trusted: no name leads out of the folder."""
     if not isinstance(name, str):
         raise Unreadable(f"image is of type {type(name).__name__}, expected a string or bytes")
-    if name.startswith("data:"):
-        head, _, payload = name.partition(",")
-        if not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
+    if name[:5].lower() == "data:":  # RFC 2397: a type, parameters, "base64", and data that may be percent-encoded
+        head, comma, payload = name.partition(",")
+        kind, *parameters = head[5:].lower().split(";")
+        if not comma or not re.fullmatch(r"image/[\w.+-]+", kind.strip()):
             raise Unreadable(f"image is {head[:60]!r}, expected data:image/…;base64")
+        if not parameters or parameters[-1].strip() != "base64":
+            return unquote_to_bytes(payload)
+        payload = unquote(payload) if "%" in payload else payload
         try:
             return decode_base64(payload)
         except ValueError as error:

@@ -6,25 +6,26 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import re
+import secrets
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm1.engine.asynchronous import AsyncEngine, Dead, Stream
-from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError, Unreadable, at_least
 from mm1.engine.engine import Busy, Engine
+from mm1.engine.grammar import Grammar, Grammars, SchemaError
 from mm1.engine.prompts import policy_of
-from mm1.engine.sampling import Sampling
-from mm1.engine.serve import chat, connections
+from mm1.engine.serve import chat, completions, connections
 from mm1.engine.serve.body import TooLarge, dumps
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.intake import Intake
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
+
+Asked = chat.Asked | completions.Asked
 
 BODY_SECONDS = 60  # for a request to arrive
 SEND_SECONDS = 60  # for a reader to take anything
@@ -50,9 +53,9 @@ PAGE_FILE = Path(__file__).with_name("page.html")
 class Refusal(Exception):
     """What a client is told, as OpenAI would."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None, **headers: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.param = status, code, param
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     @property
@@ -60,7 +63,7 @@ class Refusal(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def refusal_of(error: Exception) -> Refusal:
@@ -72,17 +75,27 @@ def refusal_of(error: Exception) -> Refusal:
             return error
         case TooLarge():
             return Refusal(413, str(error), connection="close")
+        case SchemaError():
+            message = f"response_format: the schema cannot be followed: {error}"
+            return Refusal(400, message, "invalid_json_schema", "response_format")
         case DataError() | Unreadable():
-            return Refusal(400, str(error))
+            return Refusal(400, str(error), param=getattr(error, "param", None))
         case Busy():
             return Refusal(429, str(error), "rate_limit_exceeded", retry_after="1")
         case Dead():
-            return Refusal(503, str(error), "engine_dead")
+            return _logged(503, "the engine has stopped", error, "engine_dead")
         case ClientDisconnect():
             return Refusal(499, "the client left")
         case HTTPException():
             return Refusal(error.status_code, error.detail, **(error.headers or {}))
-    return Refusal(500, f"{type(error).__name__}: {error}"[:300])
+    return _logged(500, "internal error", error)
+
+
+def _logged(status: int, what: str, error: Exception, code: str | None = None) -> Refusal:
+    """Return a refusal without what the error says, which the log alone has, under the same number."""
+    number = secrets.token_hex(6)
+    logging.getLogger("mm1").error("request %s: %s", number, what, exc_info=error)
+    return Refusal(status, f"{what}: the server's log has more under request {number}", code)
 
 
 class Service:
@@ -111,6 +124,8 @@ class Service:
         self.metrics.gauge("mm1_body_bytes", "Bytes of bodies that the engine has not yet", lambda: self.held)
         self.metrics.gauge("mm1_view_bytes", "Bytes of images of requests", lambda: room.size - room.left)
         self.begun = int(time.time())
+        self.grammars, self.compilers = Grammars(engine.tokenizer), ThreadPoolExecutor(2, "mm1-grammar")
+        self.plain, self.warned = engine.model.conversations is False, False
         self.page = PAGE_FILE.read_text()
         self.app = Starlette(
             routes=[
@@ -118,8 +133,10 @@ class Service:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
                 Route("/v1/files", self._upload, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/chat/completions", self._answers(self._parsed_chat), methods=["POST"]),
+                Route("/v1/completions", self._answers(completions.parse), methods=["POST"]),
             ],
             exception_handlers={Exception: _refused, **dict.fromkeys(_expected(), _refused)},
             lifespan=self._lifespan,
@@ -158,8 +175,9 @@ class Service:
     def _forbids(self, scope: "Scope") -> Refusal | None:
         headers = dict(scope["headers"])
         if self.key:
-            given, expected = headers.get(b"authorization", b""), b"Bearer " + self.key.encode()
-            if scope["path"] in OPEN or hmac.compare_digest(given, expected):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            right = scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.key.encode())
+            if scope["path"] in OPEN or right:
                 return None
             return Refusal(401, "wrong or missing API key", "invalid_api_key", www_authenticate="Bearer")
         host, origin = headers.get(b"host", b""), headers.get(b"origin")
@@ -172,6 +190,7 @@ class Service:
         async with self.engine, self.decoder:
             yield
         self.intake.close()
+        self.compilers.shutdown(wait=False, cancel_futures=True)
 
     async def _page(self, _: "Request") -> "Response":
         hashes = {
@@ -201,8 +220,21 @@ class Service:
         return _response(text, 200, media_type)
 
     async def _models(self, _: "Request") -> "Response":
-        model = {"id": self.name, "object": "model", "created": self.begun, "owned_by": "mm1"}
-        return _json({"object": "list", "data": [model]})
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: "Request") -> "Response":
+        self._refuse_other(request.path_params["name"])
+        return _json(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        """Describe the model. max_model_len is vLLM's extension: the longest prompt and answer together, in tokens."""
+        return {"id": self.name, "object": "model", "created": self.begun, "owned_by": "mm1",
+                "max_model_len": self.engine.engine.context}  # fmt: skip
+
+    def _refuse_other(self, model: str | None) -> None:
+        if model not in (None, self.name):
+            message = f"there is no model {str(model)[:60]!r} here but {self.name!r}"
+            raise Refusal(404, message, "model_not_found", "model")
 
     async def _upload(self, request: "Request") -> "Response":
         """An image, kept in memory by its content, the last used longest."""
@@ -221,17 +253,28 @@ class Service:
                 "filename": file.filename, "purpose": str(form.get("purpose", "vision")), "status": "processed",
             })  # fmt: skip
 
-    async def _chat(self, request: "Request") -> Any:
-        """An ASGI application: a response that begins when the engine has taken the request."""
-        begun = time.monotonic()
+    def _parsed_chat(self, body: bytes) -> chat.Asked:
+        if self.plain and not self.warned:
+            self.warned = True
+            logging.getLogger("mm1").warning(
+                "%s was not trained on conversations: chats are given to it as plain text", self.name
+            )
+        return chat.parse(body, "none" if self.plain else "conversation")
 
-        async def respond(scope: "Scope", receive: "Receive", send: "Send") -> None:
-            async with self._counted(), AsyncExitStack() as arrived:
-                bounded = await arrived.enter_async_context(self._bounded(request))
-                work = self._answer(await _whole(bounded), arrived, begun, scope, receive, send)
-                await _while_connected(receive, work)
+    def _answers(self, parse: Callable[[bytes], Asked]) -> Callable[["Request"], Awaitable[Any]]:
+        async def answer(request: "Request") -> Any:
+            """Return an ASGI application: a response that begins when the engine has taken the request."""
+            begun = time.monotonic()
 
-        return respond
+            async def respond(scope: "Scope", receive: "Receive", send: "Send") -> None:
+                async with self._counted(), AsyncExitStack() as arrived:
+                    bounded = await arrived.enter_async_context(self._bounded(request))
+                    work = self._answer(parse, await _whole(bounded), arrived, begun, scope, receive, send)
+                    await _while_connected(receive, work)
+
+            return respond
+
+        return answer
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -279,28 +322,33 @@ class Service:
             self.held -= held
 
     async def _answer(
-        self, body: bytes, arrived: AsyncExitStack, begun: float, scope: "Scope", receive: "Receive", send: "Send"
-    ) -> None:
+        self, parse: Callable[[bytes], Asked], body: bytes, arrived: AsyncExitStack, begun: float, scope: "Scope",
+        receive: "Receive", send: "Send",
+    ) -> None:  # fmt: skip
         """arrived: what ends once nothing is left of the body."""
         client = _client(scope)
-        asked = await self.intake.run(partial(chat.parse, body), len(body), client)
+        asked = await self.intake.run(partial(parse, body), len(body), client)
         del body
-        if asked.model not in (None, self.name):
-            raise Refusal(404, f"there is no model {asked.model[:60]!r} here but {self.name!r}", "model_not_found")
-        reply = chat.Reply(self.name, self.intake.tokenizer)
+        self._refuse_other(asked.settings.model)
+        if asked.texts > (most := self.engine.engine.batch + self.engine.engine.queue):
+            raise DataError(f"{asked.texts} texts in one request, expected at most {most}")
+        grammar, reply = await self._grammar(asked.settings.schema), asked.reply(self.name, self.intake.tokenizer)
         async with AsyncExitStack() as opened:
-            document = await opened.enter_async_context(self.intake.document(asked.parts, client))
-            asked = replace(asked, parts=())
+            documents = [
+                p if isinstance(p, Document) else await opened.enter_async_context(self.intake.document(p, client))
+                for p in asked.prompts
+            ]
+            jobs = asked.jobs(documents, self.engine.engine.context, grammar)
+            asked = asked.settings
             await arrived.aclose()
-            streams = [await opened.enter_async_context(self._opened(document, s)) for s in asked.samplings]
+            streams = [await opened.enter_async_context(self._opened(job)) for job in jobs]
             requests = [stream.request for stream in streams]
             if not asked.stream:
                 try:
                     await _all(self._pieces(stream, begun, None) for stream in streams)
-                except Exception as error:  # the engine's thread has written it down
+                    content = await self.intake.run(lambda: dumps(reply.whole(requests)))
+                except Exception as error:
                     raise refusal_of(error) from None
-                shared = requests[0].shared * PAGE
-                content = await self.intake.run(lambda: dumps(reply.whole(requests, shared, asked.logprobs)))
                 return await _response(content, 200, "application/json")(scope, receive, send)
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -311,31 +359,27 @@ class Service:
                     await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
             try:
-                await _all(
-                    self._streamed(i, stream, begun, asked.logprobs, reply, emit) for i, stream in enumerate(streams)
-                )
+                await _all(self._streamed(i, stream, begun, reply, emit) for i, stream in enumerate(streams))
                 if asked.usage:
-                    await emit(reply.last(requests, requests[0].shared * PAGE))
+                    await emit(reply.last(requests))
                 await emit("[DONE]", more=False)
             except TimeoutError:
                 return  # which makes the server close the connection
             except Exception as error:
                 await emit(refusal_of(error).body, more=False)
 
-    async def _streamed(
-        self, index: int, stream: Stream, begun: float, logprobs: bool, reply: chat.Reply, emit: Callable
-    ) -> None:
-        told = 0
+    async def _grammar(self, schema: str | None) -> Grammar | None:
+        """Compile a schema, which may take seconds, in one of two threads. Raises SchemaError."""
+        if schema is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self.compilers, self.grammars.of_schema, schema)
 
-        async def tell(delta: dict[str, str], finish: str | None = None) -> None:
-            nonlocal told
-            of = reply.logprobs(stream.request, told) if logprobs else None
-            told += len(of["content"]) if of else 0
-            await emit(reply.chunk(index, delta, finish, of))
-
-        await emit(reply.chunk(index, {"role": "assistant", "content": ""}))
-        await self._pieces(stream, begun, lambda piece: tell({"content": piece}))
-        await tell({}, stream.request.finish)
+    async def _streamed(self, index: int, stream: Stream, begun: float, reply: Any, emit: Callable) -> None:
+        request = stream.request
+        for event in reply.begin(index, request):
+            await emit(event)
+        await self._pieces(stream, begun, lambda piece: emit(reply.piece(index, request, piece)))
+        await emit(reply.end(index, request))
 
     async def _pieces(self, stream: Stream, begun: float, take: Callable[[str], Awaitable[None]] | None) -> None:
         first = None
@@ -349,8 +393,8 @@ class Service:
             self.metrics.next.observe((ended - first) / (made - 1))
 
     @asynccontextmanager
-    async def _opened(self, document: Document, sampling: Sampling) -> AsyncIterator[Stream]:
-        async with self.engine.open(document, sampling) as stream:
+    async def _opened(self, job: chat.Job) -> AsyncIterator[Stream]:
+        async with self.engine.open(*job) as stream:
             try:
                 yield stream
             finally:
@@ -407,7 +451,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
-    return Refusal, DataError, Unreadable, Busy, Dead, HTTPException, ClientDisconnect
+    return Refusal, DataError, SchemaError, Unreadable, Busy, Dead, HTTPException, ClientDisconnect
 
 
 async def _refused(_: "Request", error: Exception) -> "Response":

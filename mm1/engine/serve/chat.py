@@ -2,39 +2,40 @@
 
 Checkpoints continue interleaved documents, so messages become one. As trained on conversations (LLaVA's form):
 a user's turn is "USER: … ASSISTANT:" with its images in their places, an assistant's is " …" and end-of-text, a
-system's is its text and a newline. With "template": "none", an extension, texts and images stand as they are, in
-order, adjacent texts joined and nothing added: few-shot prompts, such as "quiz\\n", image, "question: … answer:".
+system's or developer's is its text and a newline. With "template": "none", an extension, texts and images stand as they
+are, in order, adjacent texts joined and nothing added: few-shot prompts, such as "quiz\\n", image, "question: …
+answer:". What a model was trained on decides which template it is by default.
 
-Settings left out are Sampling's (greedy, 64 tokens). top_k and repetition_penalty are extensions. A parameter that is
-not known is refused unless it changes nothing.
+Settings left out are Sampling's (greedy), but max_tokens, which is what the context has room for. top_k, min_p and
+repetition_penalty are extensions. A parameter that is not known is refused unless it changes nothing.
 """
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document, TextTokenizer
-from mm1.engine.data.record import Answer, DataError
+from mm1.engine.data.record import Answer
+from mm1.engine.grammar import Grammar
 from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
-from mm1.engine.serve.body import loads
+from mm1.engine.serve.fields import Settings, WrongField, json_object, members, settings, text_of, top_logprobs, typed
 
-WHOLE = {"max_tokens": (1, 1 << 24), "max_completion_tokens": (1, 1 << 24), "top_k": (0, 1 << 24),
-         "n": (1, 16), "seed": (-(1 << 63), (1 << 63) - 17)}  # fmt: skip
-# A penalty near zero makes logits infinite, and what is drawn of them undefined.
-REAL = {"temperature": (0, 100), "top_p": (1e-6, 1), "repetition_penalty": (0.1, 10)}
-# Of what is not done here, what asks for nothing.
-NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],),
-           "tool_choice": ("none",), "functions": ([],), "modalities": (["text"],), "top_logprobs": (0,),
-           "response_format": ({"type": "text"},)}  # fmt: skip
-WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-KNOWN = {*WHOLE, *REAL, "model", "messages", "stop", "stream", "stream_options", "logprobs", "template"}
-ROLES = ("system", "user", "assistant")
+TEMPLATES = ("conversation", "none")
+OWN = ("messages", "logprobs", "top_logprobs", "template")
+ROLES = ("system", "developer", "user", "assistant")
+# What a message of an earlier answer may carry without saying anything.
+SILENT = {"tool_calls": [], "annotations": []}
+PARTS = {"text": ("text",), "refusal": ("refusal",), "image_url": ("url", "detail"),
+         "file": ("file_id", "file_data", "filename")}  # fmt: skip
+DETAILS = ("auto", "low", "high", "original")
 
 
 class Picture(NamedTuple):
@@ -43,110 +44,113 @@ class Picture(NamedTuple):
     url: str
 
 
+class Job(NamedTuple):
+    """What the Engine is asked for one choice. scored: how many tokens at the prompt's end are scored."""
+
+    document: Document
+    sampling: Sampling
+    scored: int = 0
+
+
 @dataclass(frozen=True)
 class Asked:
+    """A chat request. logprobs: whether they are told; top: with how many alternatives."""
+
     parts: tuple[str | Picture, ...]
-    samplings: tuple[Sampling, ...]  # one a choice
-    model: str | None
-    stream: bool
-    usage: bool  # at a stream's end
-    logprobs: bool
+    settings: Settings
+    logprobs: bool = False
+
+    @property
+    def prompts(self) -> list[tuple[str | Picture, ...] | Document]:
+        return [self.parts]
+
+    @property
+    def texts(self) -> int:
+        """Return how many texts the Engine has to make."""
+        return self.settings.count
+
+    @property
+    def samplings(self) -> list[Sampling]:
+        """Return those of the choices, without what depends on the prompt."""
+        return self.settings.samplings(self.settings.count, self.settings.sampling.max_tokens, None)
+
+    def jobs(self, documents: Sequence[Document], context: int, grammar: Grammar | None) -> list[Job]:
+        [document] = documents
+        room = context - len(document.tokens)
+        return [Job(document, sampling) for sampling in self.settings.samplings(self.settings.count, room, grammar)]
+
+    def reply(self, model: str, tokenizer: TextTokenizer) -> "Reply":
+        top = self.settings.sampling.top_logprobs
+        return Reply(model, tokenizer, logprobs=self.logprobs, top=top, usage=self.settings.usage)
 
 
-def parse(body: bytes) -> Asked:
-    """Raises DataError."""
-    asked = {key: value for key, value in _typed("the request", loads(body), dict).items() if value is not None}
-    for name in asked.keys() - KNOWN - WITHOUT_EFFECT:
-        if asked[name] not in NEUTRAL.get(name, ()):
-            raise DataError(f"{name} is not supported")
-    numbers = {name: _number(name, asked[name], int, *bounds) for name, bounds in WHOLE.items() if name in asked}
-    numbers |= {name: _number(name, asked[name], float, *bounds) for name, bounds in REAL.items() if name in asked}
-    count, seed = numbers.pop("n", 1), numbers.pop("seed", None)
-    if "max_completion_tokens" in numbers:
-        numbers["max_tokens"] = numbers.pop("max_completion_tokens")
-    stop = asked.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else _typed("stop", stop, list)
-    if len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop):
-        raise DataError("stop is a string of 1 to 256 characters, or a list of at most 16 of them")
-    stream_options = _typed("stream_options", asked.get("stream_options", {}), dict)
-    return Asked(
-        tuple(_laid_out(asked.get("messages"), asked.get("template", "conversation"))),
-        tuple(
-            Sampling(**numbers, stop=stop, seed=None if seed is None else seed + i) for i in range(count)
-        ),
-        _typed("model", asked["model"], str) if "model" in asked else None,
-        _typed("stream", asked.get("stream", False), bool),
-        _typed("stream_options.include_usage", stream_options.get("include_usage") or False, bool),
-        _typed("logprobs", asked.get("logprobs", False), bool),
-    )  # fmt: skip
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise DataError(f"{name} is of type {type(value).__name__}, expected {kind.__name__}")
-    return value
-
-
-def _number(name: str, value: Any, kind: type, least: float, most: float) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise DataError(f"{name} is of type {type(value).__name__}, expected {kind.__name__}")
-    if not least <= value <= most:
-        raise DataError(f"{name} is {value}, expected {least} to {most}")
-    return value
+def parse(body: bytes, template: str = "conversation") -> Asked:
+    """Read a request. template: the default. Raises DataError."""
+    asked = json_object(body)
+    logprobs = typed("logprobs", asked.get("logprobs", False), bool)
+    top = top_logprobs("top_logprobs", asked.get("top_logprobs", 0))
+    if top and not logprobs:
+        raise WrongField("top_logprobs", "top_logprobs is given without logprobs")
+    read = settings(asked, OWN, {"top_logprobs": top})
+    if read.bounded and read.sampling.max_tokens == 0:
+        raise WrongField("max_tokens", "max_tokens is 0, expected at least 1")
+    parts = tuple(_laid_out(asked.get("messages"), asked.get("template", template)))
+    return Asked(parts, read, logprobs)
 
 
 def _laid_out(messages: Any, template: Any) -> list[str | Picture]:
-    if template not in ("conversation", "none"):
-        raise DataError(f"template is {str(template)[:60]!r}, expected 'conversation' or 'none'")
-    turns = [_turn(message) for message in _typed("messages", messages, list)]
+    if template not in TEMPLATES:
+        raise WrongField("template", f"template is {str(template)[:60]!r}, expected 'conversation' or 'none'")
+    turns = [_turn(message) for message in typed("messages", messages, list)]
     if not turns:
-        raise DataError("messages is empty")
+        raise WrongField("messages", "messages is empty")
     if template == "none":
         return _joined([part for _, parts in turns for part in parts])
     if turns[-1][0] != "user":
-        raise DataError(f"the last message is of role {turns[-1][0]}, expected user (or template 'none')")
+        message = f"the last message is of role {turns[-1][0]}, expected user (or template 'none')"
+        raise WrongField("messages", message)
     found: list[str | Picture] = []
     for role, parts in turns:
         parts = _stripped(_joined(parts))
         if role == "user":
             found += ["USER: ", *parts, " ASSISTANT:"]
-        elif role == "system":
+        elif role in ("system", "developer"):
             found += [*parts, "\n"]
         elif any(isinstance(part, Picture) for part in parts):
-            raise DataError("an assistant's message holds an image (which takes template 'none')")
+            raise WrongField("messages", "an assistant's message holds an image (which takes template 'none')")
         else:
             found.append(Answer(f" {''.join(map(str, parts))}"))
     return _joined(found)
 
 
 def _turn(message: Any) -> tuple[str, list[str | Picture]]:
-    message = {key: value for key, value in _typed("a message", message, dict).items() if value is not None}
-    if unknown := message.keys() - {"role", "content", "name"}:
-        raise DataError(f"{min(unknown)} of a message is not supported")
-    if message.get("role") not in ROLES:
-        raise DataError(f"role is {str(message.get('role'))[:60]!r}, expected {', '.join(ROLES)}")
-    content = message.get("content")
+    """Return the role and the parts of a message. An assistant's may have no content."""
+    message = typed("a message", message, dict)
+    message = {key: value for key, value in message.items() if value is not None and value != SILENT.get(key)}
+    role, known = message.get("role"), {"role", "content", "name"}
+    if role not in ROLES:
+        raise WrongField("messages", f"role is {str(role)[:60]!r}, expected {', '.join(ROLES)}")
+    message = members("a message", message, known | {"refusal"} if role == "assistant" else known)
+    content = message.get("content", [] if role == "assistant" else None)
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    return message["role"], [_part(part) for part in _typed("content", content, list)]
+    parts = [_part(part) for part in typed("content", content, list)]
+    return role, [*parts, text_of("refusal", message["refusal"])] if "refusal" in message else parts
 
 
 def _part(part: Any) -> str | Picture:
-    kind = _typed("a part of content", part, dict).get("type")
-    if kind == "text":
-        text = _typed("text", part.get("text"), str)
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # JSON can hold half a surrogate pair
-            raise DataError("a text is not valid Unicode") from None
-        return text
-    if kind == "image_url":
-        image = _typed("image_url", part.get("image_url"), dict)
-        return Picture(_typed("image_url.url", image.get("url"), str))
-    if kind == "file":
-        file = _typed("file", part.get("file"), dict)
-        return Picture(_typed("file.file_id", file.get("file_id"), str))
-    raise DataError(f"a part of content is of type {str(kind)[:60]!r}, expected text, image_url or file")
+    kind = typed("a part of content", part, dict).get("type")
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise WrongField("messages", f"a part of content is of type {str(kind)[:60]!r}, expected {', '.join(PARTS)}")
+    part = members(f"a part of type {kind}", part, ("type", kind, "prompt_cache_breakpoint"))
+    if kind in ("text", "refusal"):
+        return text_of(kind, part.get(kind))
+    inner = members(kind, part.get(kind), PARTS[kind])
+    if inner.get("detail", "auto") not in DETAILS:
+        detail = str(inner["detail"])[:60]
+        raise WrongField("messages", f"image_url.detail is {detail!r}, expected {', '.join(DETAILS)}")
+    where = "url" if kind == "image_url" else "file_data" if "file_data" in inner else "file_id"
+    return Picture(typed(f"{kind}.{where}", inner.get(where), str))
 
 
 def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
@@ -180,39 +184,101 @@ def encode(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[np.n
 
 
 class Reply:
-    """The parts of one completion, whole or in chunks, all with its id."""
+    """The parts of one completion, whole or in chunks, all with its id. top: alternatives beside each token."""
 
-    def __init__(self, model: str, tokenizer: TextTokenizer):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, model: str, tokenizer: TextTokenizer, *, logprobs: bool = False, top: int = 0, usage: bool = False
+    ):
+        self.tokenizer, self.with_logprobs, self.top, self.with_usage = tokenizer, logprobs, top, usage
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.told: dict[int, int] = {}  # tokens of each choice whose log-probabilities are out
 
-    def whole(self, requests: Sequence[Request], cached: int, logprobs: bool) -> dict[str, Any]:
+    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         choices = [
             {"index": i, "message": {"role": "assistant", "content": request.text, "refusal": None},
-             "finish_reason": request.finish, "logprobs": self.logprobs(request, 0) if logprobs else None}
+             "finish_reason": finish_of(request), "logprobs": self.logprobs(request, 0) if self.with_logprobs else None}
             for i, request in enumerate(requests)
         ]  # fmt: skip
-        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(requests, cached)}
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(requests)}
 
-    def chunk(self, index: int, delta: dict[str, str], finish: str | None = None, logprobs: Any = None) -> dict:
+    def begin(self, index: int, request: Request) -> list[dict[str, Any]]:
+        """Return the chunks before a choice's text."""
+        return [self._chunk(index, {"role": "assistant", "content": ""})]
+
+    def piece(self, index: int, request: Request, text: str) -> dict[str, Any]:
+        return self._chunk(index, {"content": text}, None, self._news(index, request))
+
+    def end(self, index: int, request: Request) -> dict[str, Any]:
+        return self._chunk(index, {}, finish_of(request), self._news(index, request))
+
+    def last(self, requests: Sequence[Request]) -> dict[str, Any]:
+        return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage(requests)}
+
+    def _chunk(self, index: int, delta: dict[str, str], finish: str | None = None, logprobs: Any = None) -> dict:
         choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
+        more = {"usage": None} if self.with_usage else {}
+        return {**self.head, "object": "chat.completion.chunk", "choices": [choice], **more}
 
-    def last(self, requests: Sequence[Request], cached: int) -> dict[str, Any]:
-        return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage(requests, cached)}
+    def _news(self, index: int, request: Request) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        found = self.logprobs(request, self.told.get(index, 0))
+        self.told[index] = self.told.get(index, 0) + len(found["content"])
+        return found
 
     def logprobs(self, request: Request, start: int) -> dict[str, Any]:
-        """Return those of the tokens from start on, each with the bytes that it adds: joined they are the text's."""
-        tokens, entries = request.tokens[start:], []
-        pieces = self.tokenizer.pieces(tokens, any(map(self.tokenizer.has_text, islice(request.tokens, start))))
-        for piece, logprob in zip(pieces, request.logprobs[start:]):
-            text = piece.decode("utf-8", "replace")
-            entries.append({"token": text, "logprob": max(logprob, -9999.0), "bytes": list(piece), "top_logprobs": []})
-        return {"content": entries, "refusal": None}
+        """Return those of the tokens from start on. Each has the bytes that it adds: joined they are the text's."""
+        tokens, logprobs, tops = taken(request, start, self.top)
+        content = [
+            self._entry(token, logprob, piece) | {"top_logprobs": [self._entry(*pair) for pair in top]}
+            for token, logprob, top, piece in zip(tokens, logprobs, tops, pieces_of(self.tokenizer, request, start))
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float, piece: bytes | None = None) -> dict[str, Any]:
+        """piece: the token's bytes if they are not those that it adds to a text that it continues."""
+        piece = self.tokenizer.token_bytes(token) if piece is None else piece
+        name = piece.decode("utf-8", "replace") or name_of(self.tokenizer, token)
+        return {"token": name, "logprob": max(logprob, -9999.0), "bytes": list(piece)}
 
 
-def usage(requests: Sequence[Request], cached: int) -> dict[str, Any]:
-    """cached: tokens of the prompt that were computed before."""
-    prompt, made = len(requests[0].document.tokens), sum(len(request.tokens) for request in requests)
+def taken(request: Request, start: int, top: int) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
+    """Return tokens from start on, their log-probabilities and the likeliest ones; what all three have counts, because
+    the engine's thread may be adding to one after the other."""
+    tokens = request.tokens[start:]
+    return tokens, request.logprobs[start:], request.top[start:] if top else [[] for _ in tokens]
+
+
+def pieces_of(tokenizer: TextTokenizer, request: Request, start: int) -> Iterator[bytes]:
+    """Yield the bytes that each token of a text adds to it, from token number `start` on."""
+    continued = any(map(tokenizer.has_text, islice(request.tokens, start)))
+    return iter(tokenizer.pieces(request.tokens[start:], continued))
+
+
+def finish_of(request: Request) -> str:
+    """Return why a text has ended, in OpenAI's words. Raises RuntimeError for one that did not come to its end."""
+    if request.finish in ("stop", "length"):
+        return request.finish
+    if request.finish == "scored":  # with max_tokens 0
+        return "length"
+    raise RuntimeError(f"a request has ended as {request.finish}")
+
+
+def name_of(tokenizer: TextTokenizer, token: int) -> str:
+    """Return the name of a token that adds nothing to a text, such as <eos>."""
+    return _names_of(tokenizer).get(token, "")
+
+
+@lru_cache(4)
+def _names_of(tokenizer: TextTokenizer) -> dict[int, str]:
+    return {number: name for name, number in tokenizer.vocabulary.items()}
+
+
+def usage(requests: Sequence[Request]) -> dict[str, Any]:
+    """Count tokens, of each prompt once. cached_tokens: of the prompts, those that were computed before."""
+    firsts = {id(request.document): request for request in reversed(requests)}.values()
+    prompt = sum(len(request.document.tokens) for request in firsts)
+    made = sum(len(request.tokens) for request in requests)
+    cached = sum(request.shared * PAGE for request in firsts)
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
             "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip

@@ -1,0 +1,227 @@
+"""A Grammar: which tokens may come next in a text that has to be JSON of a schema.
+
+llguidance (MIT, no dependencies) computes the masks, from the bytes that each token stands for, so that any tokenizer
+will do. What a client sends as a schema is not trusted. The library bounds neither its time nor its memory for all
+schemas (a multipleOf of eight digits takes gigabytes), so that a schema is tried in a process of its own first, which
+is killed after SECONDS: this file, run with the schema as standard input.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mm1.engine.data.document import TextTokenizer
+
+SECONDS, BYTES = 5, 2 << 30  # that trying a schema may take
+STEP_SECONDS = 0.1  # of the processor, that a mask may take
+TRIED = 64  # tokens of each of the texts that a schema is tried with
+LARGEST, DEEPEST = 1 << 16, 32  # characters of a schema, and how deep it is nested
+PATTERN, REPEATS = 256, 200  # characters of a regular expression, and the largest count in it
+# White space between JSON's tokens is bounded: a weak model would write nothing else up to max_tokens.
+OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,8}"}
+LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 50_000,
+          "max_grammar_size": 200_000, "initial_lexer_fuel": 500_000, "verbose_errors": False}  # fmt: skip
+
+
+class SchemaError(ValueError):
+    """A schema cannot be followed, and why, in one line."""
+
+
+class Grammar:
+    """The texts that are JSON of one schema, in the tokens of one tokenizer. It can be shared by requests."""
+
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def begin(self) -> "Progress":
+        """Return the state of a text that is empty still."""
+        return Progress(self._matcher.deep_copy())
+
+
+class Progress:
+    """How far one text has come in its grammar."""
+
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def allowed(self, vocabulary: int) -> np.ndarray:
+        """Return bool [vocabulary]: the tokens that may come next, end-of-text where the text may end.
+
+        Raises RuntimeError if the library gives up.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        mask = np.unpackbits(bits, count=min(8 * len(bits), vocabulary), bitorder="little").astype(bool)
+        self._check()
+        return np.pad(mask, (0, vocabulary - len(mask)))
+
+    def take(self, token: int) -> None:
+        """Go on by a token. Raises RuntimeError if the grammar does not allow it."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(_line(self._matcher.get_error()))
+
+
+class Grammars:
+    """Makes grammars for one tokenizer. Its methods may be called from any thread, and take up to seconds."""
+
+    def __init__(self, tokenizer: "TextTokenizer"):
+        self.tokenizer = tokenizer
+        self.of_schema = lru_cache(64)(self._of_schema)
+
+    def _of_schema(self, schema: str) -> Grammar:
+        """Return the grammar of a JSON schema, given as text. Raises SchemaError for one that cannot be followed."""
+        if not find_spec("llguidance"):
+            raise SchemaError("it needs llguidance: pip install 'mm1-engine[serve]'")
+        refuse_costly(schema)
+        _try(schema)
+        matcher = _matcher(_tokens_of(self.tokenizer), schema)
+        if matcher.is_error():
+            raise SchemaError(_line(matcher.get_error()))
+        return Grammar(matcher)
+
+
+class Tokens:
+    """What the library asks of a tokenizer: the bytes of each token, and the tokens of a text.
+
+    tokens: bytes by id, empty for those that no text has; special: control tokens. encode: of the real tokenizer.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], special: Sequence[int], eos: int, encode: Callable[[str], list[int]]):
+        self.texts, self.encode = tokens, encode
+        # A control token is named by a byte that no UTF-8 text holds.
+        self.tokens = [b"\xff[%d]" % i if i in special else token for i, token in enumerate(tokens)]
+        self.special_token_ids, self.bos_token_id, self.eos_token_id = special, None, eos
+        self.ids = {token: i for i, token in enumerate(tokens) if token}
+        self.longest = max(map(len, self.ids), default=0)
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Return tokens of exactly this text: the tokenizer's, or, where it adds a space, the longest ones that fit."""
+        ids = self.encode(text.decode("utf-8", "replace"))
+        if b"".join(self.texts[i] for i in ids) == text:
+            return ids
+        ids = []
+        while text:
+            sizes = range(min(self.longest, len(text)), 0, -1)
+            size = next((n for n in sizes if text[:n] in self.ids), 0)
+            if not size:  # what follows cannot be written
+                break
+            ids.append(self.ids[text[:size]])
+            text = text[size:]
+        return ids
+
+    def opened(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        return LLTokenizer(TokenizerWrapper(self), eos_token=self.eos_token_id, slices=[])
+
+
+@lru_cache(4)
+def _tokens_of(tokenizer: "TextTokenizer") -> Any:
+    special = [tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.image]
+    known = {*tokenizer.vocabulary.values()}.difference(special)
+    texts = [tokenizer.token_bytes(i) if i in known else b"" for i in range(len(tokenizer))]
+    return Tokens(texts, special, tokenizer.eos, tokenizer.encode).opened()
+
+
+def _matcher(tokens: Any, schema: str) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
+    except ValueError as error:
+        raise SchemaError(_line(str(error))) from None
+    return LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+
+
+def refuse_costly(schema: str) -> None:
+    """Raise SchemaError for a schema that is large, deep, or holds numbers that make an automaton of many states."""
+    if len(schema) > LARGEST:
+        raise SchemaError(f"it has {len(schema)} characters, expected at most {LARGEST}")
+    for depth, key, value in _walk(json.loads(schema), 1):
+        if depth > DEEPEST:
+            raise SchemaError(f"it is nested deeper than {DEEPEST}")
+        if key == "x-guidance":
+            raise SchemaError(f"{key} is not supported")
+        if key == "multipleOf" and isinstance(value, int | float) and not 0.001 <= value <= 1000:
+            raise SchemaError(f"multipleOf is {value}, expected 0.001 to 1000")
+        patterns = list(value) if key == "patternProperties" and isinstance(value, dict) else []
+        for pattern in [*patterns, *([value] if key == "pattern" and isinstance(value, str) else [])]:
+            counts = [int(count[:9]) for count in re.findall(r"[{,]\s*(\d+)", pattern)]
+            if len(pattern) > PATTERN or np.prod([max(count, 1) for count in counts], dtype=float) > REPEATS:
+                raise SchemaError(
+                    f"a pattern has {len(pattern)} characters and counts {counts[:4]}, expected at most {PATTERN} "
+                    f"characters and counts whose product is at most {REPEATS}"
+                )
+
+
+def _walk(value: Any, depth: int) -> Iterable[tuple[int, Any, Any]]:
+    """Yield all entries of nested objects and lists with their depths, as deep as DEEPEST + 1."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield depth, key, inner
+        if depth <= DEEPEST:
+            yield from _walk(inner, depth + 1)
+
+
+def _try(schema: str) -> None:
+    """Follow a schema in another process for a few texts. Raises SchemaError if it fails or takes too long."""
+    # -P: modules beside this file are not to hide the standard library's. Nothing of this process's environment.
+    command = [sys.executable, "-P", str(Path(__file__))]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        ended = subprocess.run(command, input=schema, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    except subprocess.TimeoutExpired:
+        raise SchemaError("it is too costly to follow") from None
+    if ended.returncode == 2:
+        raise SchemaError(_line(ended.stdout))
+    if ended.returncode:
+        raise SchemaError("it is too costly to follow")
+
+
+def _tried(schema: str) -> None:
+    """Follow a schema with all bytes as tokens: texts of the first, middle and last tokens that are allowed."""
+    import resource
+    import time
+
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    letters = Tokens([*(bytes([i]) for i in range(256)), b""], [256], 256, lambda text: list(text.encode()))
+    prototype = _matcher(letters.opened(), schema)
+    for share in (0.0, 0.5, 0.999):
+        progress = Progress(prototype.deep_copy())
+        for _ in range(TRIED):
+            progress._check()
+            begun = time.process_time()
+            tokens = np.flatnonzero(progress.allowed(257))
+            if time.process_time() - begun > STEP_SECONDS:
+                raise SchemaError("it is too costly to follow")
+            token = int(tokens[int(share * len(tokens))])
+            if token == 256:
+                break
+            progress.take(token)
+
+
+def _line(message: str) -> str:
+    """Return the first line of the library's message, of bounded length."""
+    return " ".join(message.partition("\n<")[0].split())[:200] or "it cannot be followed"
+
+
+if __name__ == "__main__":
+    try:
+        _tried(sys.stdin.read())
+    except (SchemaError, RuntimeError) as error:
+        print(error)
+        sys.exit(2)

@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 TUNE_SECONDS ?= 240
 GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu tune-gpu tables check-tables clean
+.PHONY: demo test test-slow chaos test-gpu lint bench bench-gpu tune-gpu tables check-tables clean
 
 demo: .venv/ready
 	$(BIN)/mm1 demo
@@ -20,6 +20,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
+
+# A server under 200 clients and every attack for ten minutes; ends with one JSON object.
+chaos: .venv/ready
+	$(BIN)/python tests/chaos_run.py --seconds 600 --clients 200
 
 # On a machine with a GPU, with any Python that has torch and pytest: GPU_PYTHON=python3
 test-gpu:

@@ -65,7 +65,7 @@ PHOTO = {"messages": [{"role": "user", "content": [text("one"), image_url(data_u
 @pytest.mark.parametrize(
     ("stage", "owner", "name", "when", "body"),
     [
-        ("parsing", chat, "parse", lambda body: len(body) > intake.LONG, raw([LARGE])),
+        ("parsing", chat, "parse", lambda body, _: len(body) > intake.LONG, raw([LARGE])),
         ("encoding", document.TextTokenizer, "encode", lambda _, text: len(text) > intake.LONG, raw([LARGE])),
         ("base64", intake, "read_image", lambda url, _: len(url) > intake.LONG, PHOTO),
         ("hashes of images", document, "image_digest", lambda _: True, PHOTO),

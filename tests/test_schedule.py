@@ -17,6 +17,7 @@ from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.generate import score
+from mm1.engine.grammar import Grammars
 from mm1.engine.prompts import encode_prompts
 from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
@@ -530,6 +531,42 @@ def test_an_error_of_a_listener_costs_the_others_no_token(model, error):
     engine.run()
     assert (first.finish, type(first.error), second.error) == ("failed", error, None)
     assert second.tokens == alone(model, text(9, 1), drawn).tokens
+
+
+def test_requests_of_every_kind_get_in_a_crowd_what_they_get_alone(model):
+    """Images of which no features are kept, few patches a step, grammars, scores, alternatives, cancels, a small cache."""
+    pytest.importorskip("xgrammar")
+    draw, whole = random.Random(1), Grammars(model.tokenizer).of_schema('{"type": "integer"}')
+    torch.manual_seed(1)
+    pictures = [(2, 2), (3, 3), (1, 2)]
+    prompts = [document(draw.randint(1, 20), draw.choice(pictures), draw.randint(1, 9), draw.choice(pictures), 3)
+               for _ in range(6)] + [text(draw.choice([9, 30, 90]), i) for i in range(6)]  # fmt: skip
+    engine = Engine(model, tokens=512, batch=12, prefill=24, image_patches=9, feature_bytes=0)
+    made = []
+    for number in range(80):
+        prompt = draw.choice(prompts)
+        how = {"temperature": draw.choice([0, 1.0]), "seed": number, "top_logprobs": draw.choice([0, 3]),
+               "grammar": draw.choice([None, None, whole])}  # fmt: skip
+        sampling, scored = Sampling(draw.choice([0, 2, 60]), **how), draw.choice([0, 0, 5, len(prompt.tokens) - 1])
+        made.append((engine.submit(prompt, sampling, scored=scored), prompt, sampling, scored))
+        if draw.random() < 0.1:
+            engine.cancel(draw.choice(made)[0])
+        for _ in range(draw.choice([0, 1, 3])):
+            engine.step()
+            check_pages(engine)
+    while engine.step():
+        check_pages(engine)
+    assert drained(engine)
+    assert sum(request.preempted for request, *_ in made) > 5
+    for request, prompt, sampling, scored in made:
+        if request.finish == "cancelled":
+            continue
+        engine = Engine(model, tokens=512)
+        truth = engine.submit(prompt, sampling, scored=scored)
+        engine.run()
+        assert (request.tokens, request.finish) == (truth.tokens, truth.finish)
+        assert request.scores == pytest.approx(truth.scores, abs=1e-4)
+        assert [len(top) for top in request.score_top] == [len(top) for top in truth.score_top]
 
 
 # The schedule alone, without a model

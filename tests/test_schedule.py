@@ -535,13 +535,13 @@ def test_an_error_of_a_listener_costs_the_others_no_token(model, error):
 
 def test_requests_of_every_kind_get_in_a_crowd_what_they_get_alone(model):
     """Images of which no features are kept, few patches a step, grammars, scores, alternatives, cancels, a small cache."""
-    pytest.importorskip("xgrammar")
+    pytest.importorskip("llguidance")
     draw, whole = random.Random(1), Grammars(model.tokenizer).of_schema('{"type": "integer"}')
     torch.manual_seed(1)
     pictures = [(2, 2), (3, 3), (1, 2)]
     prompts = [document(draw.randint(1, 20), draw.choice(pictures), draw.randint(1, 9), draw.choice(pictures), 3)
                for _ in range(6)] + [text(draw.choice([9, 30, 90]), i) for i in range(6)]  # fmt: skip
-    engine = Engine(model, tokens=512, batch=12, prefill=24, image_patches=9, feature_bytes=0)
+    engine = Engine(model, tokens=256, batch=12, prefill=24, image_patches=9, feature_bytes=0)
     made = []
     for number in range(80):
         prompt = draw.choice(prompts)

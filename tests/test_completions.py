@@ -194,7 +194,7 @@ def test_more_scores_than_an_answer_may_tell_are_refused(model):
         patch.setattr(completions, "SCORES", told)
         assert [job.scored for job in asked.jobs(asked.prompts, 200, None)] == [99, 0] * 3
         patch.setattr(completions, "SCORES", told - 1)
-        with pytest.raises(DataError, match=f"ask for {told} log-probabilities, expected at most {told - 1}") as refused:
+        with pytest.raises(DataError, match=f"ask for {told} numbers, expected at most {told - 1}") as refused:
             asked.jobs(asked.prompts, 200, None)
     assert refused.value.param == "logprobs"
 

@@ -173,7 +173,7 @@ def test_a_text_that_cannot_fit_is_refused_without_being_encoded(trained, model,
     engine = Engine(model, tokens=1024)
     monkeypatch.setattr(TextTokenizer, "encode", lambda *_: pytest.fail("encoded"))
     for way in (engine.submit, lambda parts: asyncio.run(asynchronous(engine, parts))):
-        with pytest.raises(DataError, match="the prompt has 350000 characters, at most (80|1024) tokens fit"):
+        with pytest.raises(DataError, match=r"the prompt has 350000 characters, at most (80|1024) tokens fit"):
             way([HUGE])
     if trained:
         with pytest.raises(DataError, match="350000 characters, at most 80 tokens fit"):

@@ -107,7 +107,9 @@ def test_logits_that_are_no_numbers_harm_nobody():
 def test_a_cache_is_as_large_as_it_has_to_be_and_no_larger(model, monkeypatch, tokens):
     """64 short texts that may become long need no cache for all of that; who is put back has the same text."""
     sizes = []
-    monkeypatch.setattr(generating, "Engine", lambda *given, **how: sizes.append(how["tokens"]) or Engine(*given, **how))
+    monkeypatch.setattr(
+        generating, "Engine", lambda *given, **how: sizes.append(how["tokens"]) or Engine(*given, **how)
+    )
     prompts = [[f"{i}"] for i in range(12)]
     settings = {"max_tokens": 60, "temperature": 1.0, "seed": 0}
     whole = generate(model, prompts, **settings)

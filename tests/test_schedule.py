@@ -304,7 +304,7 @@ def test_alternatives_take_eight_bytes_each(model):
     request = engine.submit(text(400), request.sampling, scored=399)
     engine.run()
     kept = request.score_top
-    assert (len(kept), len(kept[-1]), kept[398], list(kept)[0]) == (399, 20, kept[-1], kept[0])
+    assert (len(kept), len(kept[-1]), kept[398], next(iter(kept))) == (399, 20, kept[-1], kept[0])
     assert kept._tokens.nbytes + kept._logprobs.nbytes == 399 * 20 * 8
     with pytest.raises(IndexError):
         kept[399]
@@ -534,7 +534,7 @@ def test_an_error_of_a_listener_costs_the_others_no_token(model, error):
 
 
 def test_requests_of_every_kind_get_in_a_crowd_what_they_get_alone(model):
-    """Images of which no features are kept, few patches a step, grammars, scores, alternatives, cancels, a small cache."""
+    """Images of which no features are kept, few patches a step, grammars, scores, cancels, a small cache."""
     pytest.importorskip("llguidance")
     draw, whole = random.Random(1), Grammars(model.tokenizer).of_schema('{"type": "integer"}')
     torch.manual_seed(1)

@@ -23,7 +23,6 @@ from mm1.engine.prompts import Prompt, encode_prompts
 from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
 
-
 BETWEEN_SECONDS = 0.005  # between two steps, after which no more requests are taken that have come
 
 

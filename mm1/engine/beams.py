@@ -42,7 +42,8 @@ def pages_of(prompt: int, sampling: Sampling) -> int:
 
 
 def tokens_of(prompt: int, beams: int, pages: int) -> int:
-    """Return how many tokens of a prompt and one of its beams fit so many pages. Beams share the prompt's full pages."""
+    """Return how many tokens of a prompt and one of its beams fit so many pages, of which beams share the full ones of
+    the prompt."""
     full = prompt // PAGE
     return (full + (pages - full) // beams) * PAGE
 

@@ -25,7 +25,7 @@ from mm1.engine.model import MM1
 from mm1.engine.packed import Head, packed
 from mm1.engine.prompts import Prompt, encode_prompts, refuse_long, refuse_malformed, tokenizer_of
 from mm1.engine.quantize import quantized
-from mm1.engine.request import Alternatives, Request, drawn, fitted
+from mm1.engine.request import Request, drawn
 from mm1.engine.sampler import Choice, alternatives, choose
 from mm1.engine.sampling import Draw, Sampling
 from mm1.engine.schedule import Schedule
@@ -134,7 +134,7 @@ class Engine:
         self.features.forget()
 
     def cancel(self, request: Request) -> None:
-        """End a request, wherever it is; what it has so far stays. Raises what its on_text raises, once it has ended."""
+        """End a request, wherever it is; what it has so far stays. Raises what its on_text raises, after that."""
         if request in self.waiting or request in self.running:
             self._end(request, "cancelled")
 

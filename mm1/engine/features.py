@@ -56,8 +56,6 @@ class Features:
     def _gather(self, requests: Sequence[Request], found: dict[bytes, Tensor]) -> tuple[np.ndarray, Tensor] | None:
         places, parts, offset = [], [], 0
         for request in requests:
-            if not request.due:  # it goes on later, with the features that it has
-                continue
             start, end = request.computed, request.computed + request.due
             first, last = request.images(start, end)
             begin, stop = np.searchsorted(request.places, [start, end]).tolist()  # its rows among those of all images

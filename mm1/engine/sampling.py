@@ -150,8 +150,8 @@ def sample(
     if min_p is not None:
         left = left & (probability >= min_p[:, None] * probability[:, :1])
     upto = (probability * left).cumsum(-1)
-    # Rounding may leave u · total at or above the last sum, as u itself may be 1 in fp32; the last that is left is meant
-    # then, which has a probability above 0. Of NaN, and of a top_p that is zero in fp32, none is left: the first.
+    # Rounding may leave u · total at or above the last sum, as u may be 1 in fp32; the last that is left is meant then,
+    # which has a probability above 0. Of NaN, and of a top_p that is zero in fp32, none is left: the first.
     place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=left.sum(-1) - 1).clamp(min=0)
     place = torch.where(temperature > 0, place, 0)
     return token.gather(-1, place[:, None])[:, 0]

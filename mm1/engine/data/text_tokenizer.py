@@ -163,7 +163,8 @@ def opened(text: str) -> Opened:
     private = {token: f"{prefix}{i}" for i, token in enumerate(sorted(special)) if token != unknown or token in SPECIAL}
     encoder = Tokenizer.from_str(json.dumps(renamed(spec, private)))
     encoder.encode_special_tokens = True  # of the special tokens the unknown one alone has kept its name
-    if spec["model"].get("byte_fallback") and (spec["model"]["type"] == "Unigram" or spec["model"].get("ignore_merges")):
+    looks_up = spec["model"]["type"] == "Unigram" or spec["model"].get("ignore_merges")
+    if looks_up and spec["model"].get("byte_fallback"):
         _keep_spelled_bytes_apart(encoder)
     public = {name: token for token, name in private.items()}
     vocabulary = {public.get(token, token): number for token, number in encoder.get_vocab().items()}

@@ -65,7 +65,7 @@ class Asked:
         scored = [len(d.tokens) - 1 if self.echo and self.logprobs is not None else 0 for d in documents]
         told = sum(scored) * (1 + (self.logprobs or 0)) * self.settings.count
         if told > SCORES:
-            raise WrongField("logprobs", f"echo and logprobs ask for {told} log-probabilities, expected at most {SCORES}")
+            raise WrongField("logprobs", f"echo and logprobs ask for {told} numbers, expected at most {SCORES}")
         jobs: list[Job] = []
         for document, count in zip(documents, scored):
             samplings = self.settings.samplings(self.best_of, context - len(document.tokens), grammar)

@@ -220,7 +220,7 @@ def generate(
     from mm1.engine.data.images import read
     from mm1.engine.generate import generate
     from mm1.engine.prompts import interleave
-    from mm1.engine.sampling import biases
+    from mm1.engine.sampling import read_biases
 
     prompts = interleave(prompt or ("",), [read(path) for path in image])
 
@@ -232,7 +232,7 @@ def generate(
         generate(
             model, [parts], max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             min_p=min_p, repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty, logit_bias=biases(logit_bias), num_beams=num_beams,
+            presence_penalty=presence_penalty, logit_bias=read_biases(logit_bias), num_beams=num_beams,
             length_penalty=length_penalty, stop=stop, seed=seed, weights=weights, on_text=show,
         )  # fmt: skip
         print()

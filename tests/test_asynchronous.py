@@ -3,6 +3,8 @@
 import asyncio
 import threading
 from contextlib import aclosing
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,8 +114,8 @@ def test_a_full_queue_and_a_prompt_too_long_are_the_callers_to_know(model):
 
     async def refused():
         async with AsyncEngine(engine) as running:
-            with pytest.raises(DataError, match="exceed 256"):
-                await running.generate(PROMPTS[0], Sampling(300))
+            with pytest.raises(DataError, match="the prompt has 300 tokens, the cache holds at most 256"):
+                await running.generate(Document(np.full(300, 5, np.int32), (), ""), Sampling(3))
             async with running.open(PROMPTS[0], Sampling(100)), running.open(PROMPTS[1], Sampling(100)):
                 with pytest.raises(Busy):
                     await running.generate(PROMPTS[2])
@@ -295,6 +297,44 @@ def test_a_device_that_does_not_answer_ends_it(model):
                 await running.generate(PROMPTS[0])
 
     asyncio.run(ask())
+
+
+def test_many_that_come_at_once_do_not_hold_up_who_runs(model, monkeypatch):
+    """Each takes the thread some time, as long prompts do whose pages are named."""
+    monkeypatch.setattr("mm1.engine.asynchronous.BETWEEN_SECONDS", 0)
+    engine, done = Engine(model), []
+    step, submit = engine.step, engine.submit
+    engine.step = lambda: done.append("step") or step()
+    engine.submit = lambda *given: done.append("submit") or submit(*given)
+
+    async def ask():
+        async with AsyncEngine(engine) as running, running.open(PROMPTS[0], Sampling(500)):
+            await until(lambda: "step" in done)
+            await asyncio.gather(*(running.generate(PROMPTS[1], Sampling(1)) for _ in range(6)))
+
+    asyncio.run(ask())
+    assert done.count("submit") == 7
+    assert ("submit", "submit") not in pairwise(done)
+
+
+def test_each_of_two_that_fail_in_one_step_is_told_its_own_error(model):
+    engine = Engine(model)
+
+    def break_both():
+        if len(engine.running) == 2:
+            for request in engine.running:
+                request.take = partial(failing, request.sampling.seed)
+
+    def failing(seed, *_):
+        raise ValueError(f"of {seed}")
+
+    async def ask():
+        async with AsyncEngine(engine) as running:
+            asked = (running.generate(p, Sampling(900, seed=i)) for i, p in enumerate(PROMPTS[:2]))
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    step_that(engine, break_both)
+    assert [str(error) for error in asyncio.run(ask())] == ["of 0", "of 1"]
 
 
 def test_closing_ends_those_in_flight(model):

@@ -294,5 +294,21 @@ def test_more_beams_than_the_batch_or_the_vocabulary_has_room_for_are_told():
     for batch, beams, most in ((4, 5, 4), (400, 193, 192)):
         with pytest.raises(DataError, match=f"{beams} beams, expected at most {most}"):
             Engine(model, batch=batch).submit(document, Sampling(num_beams=beams, max_tokens=2))
-    with pytest.raises(DataError, match="a prompt of 2 tokens and what follows exceed 64"):
-        Engine(model, tokens=64).submit(document, Sampling(num_beams=3, max_tokens=20))
+    with pytest.raises(DataError, match="the prompt has 2 tokens, the cache of 64 has no room for 5 beams"):
+        Engine(model, tokens=64).submit(document, Sampling(num_beams=5, max_tokens=20))
+
+
+def test_a_search_is_cut_to_what_the_cache_has_room_for():
+    """The last token of a beam needs no row: 2 + 14 rows of 3 beams, which share no full page of the prompt."""
+    model = small_mm1(seed=3).eval()
+    model.tokenizer.eos = -1
+    document = encode_prompts(model, [["one"]])[0]
+    engine = Engine(model, tokens=64)
+    for beams, tokens in ((3, 14), (2, 30), (1, 62)):
+        request = engine.submit(document, Sampling(num_beams=beams, max_tokens=100))
+        engine.run()
+        assert (len(request.tokens), request.finish) == (tokens, "length")
+        whole = Engine(model, tokens=4096)
+        truth = whole.submit(document, Sampling(num_beams=beams, max_tokens=tokens))
+        whole.run()
+        assert request.tokens == truth.tokens

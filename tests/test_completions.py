@@ -1,6 +1,7 @@
 """/v1/completions gives the Engine's texts, and the scores of prompts that transformers would give."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from service import alone, asked, client_of, openai, serving
 from small import small_mm1
 
+from mm1.engine.cache import PAGE
+from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.generate import score
 from mm1.engine.sampling import Sampling
@@ -151,6 +154,49 @@ def test_a_stream_adds_up_to_the_whole(client, settings):
                 assert streamed == pytest.approx(column, abs=1e-5)
             elif name != "top_logprobs":
                 assert streamed == column
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_choice_scores_a_prompt_for_all(model, stream):
+    """Also where the others begin sooner, as their prompt is known: its first page is all that is computed of it."""
+    ids = np.random.default_rng(9).integers(4, 384, 100).tolist()
+    wish = {"model": "small", "prompt": [ids, ids[:50]], "max_tokens": 4, "n": 3, "echo": True, "logprobs": 2}
+    with serving(model) as (port, service), client_of(port) as client:
+        service.engine.engine.schedule.prefill = 16
+        client.completions.create(**{**wish, "echo": False, "n": 1})
+        engine, seen = service.engine.engine, []
+        computed = engine.computed
+        columns = completions.Reply._columns
+        with pytest.MonkeyPatch.context() as patch:
+            thread = lambda: threading.current_thread().name  # noqa: E731
+            patch.setattr(completions.Reply, "_columns", lambda *a: seen.append(thread()) or columns(*a))
+            found = client.completions.create(**wish, stream=stream)
+            found = list(found) if stream else [found]
+        scored = engine.computed - computed
+    assert scored <= 100 + 50 + 4 * (PAGE + 4)
+    assert {name.rpartition("_")[0] for name in seen} == {"mm1-intake"}
+    choices = [choice for chunk in found for choice in chunk.choices]
+    for prompt, at in ((ids, 0), (ids[:50], 3)):
+        truth = [float(row[token]) for row, token in zip(truth_of(model, prompt), prompt[1:])]
+        for index in range(at, at + 3):
+            of = [choice for choice in choices if choice.index == index]
+            logprobs = [x for choice in of for x in choice.logprobs.token_logprobs]
+            assert logprobs[1 : len(prompt)] == pytest.approx(truth, abs=1e-4)
+            assert of[0].text.startswith(model.tokenizer.decode(prompt))
+
+
+def test_more_scores_than_an_answer_may_tell_are_refused(model):
+    body = {"prompt": [[5] * 100] * 3, "echo": True, "logprobs": 20, "n": 2}
+    asked = completions.parse(json.dumps(body).encode())
+    assert completions.SCORES > 65_536 * 21  # a whole prompt of a default cache, with all alternatives
+    told = 3 * 99 * 21 * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(completions, "SCORES", told)
+        assert [job.scored for job in asked.jobs(asked.prompts, 200, None)] == [99, 0] * 3
+        patch.setattr(completions, "SCORES", told - 1)
+        with pytest.raises(DataError, match=f"ask for {told} numbers, expected at most {told - 1}") as refused:
+            asked.jobs(asked.prompts, 200, None)
+    assert refused.value.param == "logprobs"
 
 
 def test_a_scored_prompt_in_a_batch_with_others_is_scored_alike(model):

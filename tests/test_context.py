@@ -150,6 +150,22 @@ def test_a_small_cache_bounds_the_prompt_too(model):
     assert Engine(small_mm1(), tokens=128).context == 128
 
 
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_model_and_cache_bound_prompt_and_text_by_one_rule(tokens):
+    """Of 64 tokens the cache, of 80 the model is the limit."""
+    model = small_mm1(seed=1).eval()
+    model.tokenizer.eos = -1
+    model.config = dataclasses.replace(model.config, context=CONTEXT)
+    engine = Engine(model, tokens=tokens)
+    for prompt in (10, engine.context - 1, engine.context):
+        request = engine.submit(prompt_of(prompt), Sampling(max_tokens=1000))
+        engine.run()
+        assert (len(request.tokens), request.finish) == (max(engine.context - prompt, 1), "length")
+    told = "the cache holds at most 64" if tokens == 64 else "the model was trained on at most 80"
+    with pytest.raises(DataError, match=f"the prompt has {engine.context + 1} tokens, {told}"):
+        engine.submit(prompt_of(engine.context + 1), Sampling(max_tokens=1))
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_text_that_cannot_fit_is_refused_without_being_encoded(trained, model, monkeypatch):
     if not trained:
@@ -157,10 +173,10 @@ def test_a_text_that_cannot_fit_is_refused_without_being_encoded(trained, model,
     engine = Engine(model, tokens=1024)
     monkeypatch.setattr(TextTokenizer, "encode", lambda *_: pytest.fail("encoded"))
     for way in (engine.submit, lambda parts: asyncio.run(asynchronous(engine, parts))):
-        with pytest.raises(DataError, match=r"the prompt's 350000 characters exceed (80|1024) tokens"):
+        with pytest.raises(DataError, match=r"the prompt has 350000 characters, at most (80|1024) tokens fit"):
             way([HUGE])
     if trained:
-        with pytest.raises(DataError, match="80 tokens, which the model was trained on at most"):
+        with pytest.raises(DataError, match="350000 characters, at most 80 tokens fit"):
             generate(model, [[Image.new("RGB", (24, 12)), HUGE]])
         with pytest.raises(DataError, match="350000 characters"):
             score(model, [[HUGE]], [["a"]])

@@ -131,6 +131,22 @@ def test_a_search_sees_a_text_end_at_the_token_at_which_it_ends(make, tmp_path):
     assert long
 
 
+def test_stop_strings_are_looked_for_at_few_places_however_many_and_long_they_are():
+    """Only where a held end goes on, or a new piece begins."""
+    tokenizer, asked = byte_level(None), []
+
+    class Stop(str):
+        def startswith(self, *args):
+            asked.append(args)
+            return str.startswith(self, *args)
+
+    text = Text(tokenizer, [Stop(f"{i:02}" * 128) for i in range(16)], None)
+    ids = tokenizer.encode("the cat sat on the mat. " * 20)
+    for number in ids:
+        text.add(number)
+    assert len(asked) == 16 * len("the cat sat on the mat. " * 20)
+
+
 def test_end_of_text_ends_it_and_without_stop_strings_nothing_else_does():
     tokenizer = byte_level(None)
     assert Text(tokenizer, [], None).ends((5, tokenizer.eos))

@@ -156,7 +156,7 @@ def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
             max_tokens=draw.randint(1, 12), temperature=draw.choice([0, 0, 0.8]), top_k=draw.choice([0, 5]), seed=number
         )
         if number % 50 == 7:
-            with pytest.raises(DataError, match="exceed 1024"):
+            with pytest.raises(DataError, match="the cache holds at most 1024"):
                 engine.submit([LONG * 200], sampling)
             continue
         try:

@@ -1,13 +1,17 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small import small_mm1
 
+from mm1.engine import generate as generating
+from mm1.engine.cache import PAGE
 from mm1.engine.data.record import DataError
 from mm1.engine.detokenizer import Text
-from mm1.engine.generate import generate
+from mm1.engine.engine import Engine
+from mm1.engine.generate import generate, n_best, score
 from mm1.engine.prompts import interleave
-from mm1.engine.sampling import sample
+from mm1.engine.sampling import Sampling, sample
 
 
 def picture(height=12, width=24, seed=0):
@@ -99,6 +103,26 @@ def test_logits_that_are_no_numbers_harm_nobody():
     assert all(0 <= token < 3 for token in found.tolist())
 
 
+@pytest.mark.parametrize("tokens", [None, 96])
+def test_a_cache_is_as_large_as_it_has_to_be_and_no_larger(model, monkeypatch, tokens):
+    """64 short texts that may become long need no cache for all of that; who is put back has the same text."""
+    sizes = []
+    monkeypatch.setattr(
+        generating, "Engine", lambda *given, **how: sizes.append(how["tokens"]) or Engine(*given, **how)
+    )
+    prompts = [[f"{i}"] for i in range(12)]
+    settings = {"max_tokens": 60, "temperature": 1.0, "seed": 0}
+    whole = generate(model, prompts, **settings)
+    scores = score(model, prompts, [[" one", " two"]] * 12)
+    assert sizes == [12 * 64, 24 * PAGE]
+    monkeypatch.setattr(generating, "TOKENS", tokens or generating.TOKENS)
+    assert generate(model, prompts, **settings) == whole
+    assert np.allclose(score(model, prompts, [[" one", " two"]] * 12), scores, atol=1e-4)
+    assert tokens is None or sizes[2:] == [tokens, tokens]
+    generate(model, [["one"]] * 64, max_tokens=4096 if tokens is None else 400, stop=["e", "a", " "])
+    assert sizes[4] == (generating.TOKENS if tokens is None else 96)  # the model has no context
+
+
 def test_no_prompts_give_no_texts(model):
     assert generate(model, []) == []
 
@@ -110,6 +134,11 @@ def test_images_take_their_marks_and_spare_ones_come_first():
     assert interleave([""], [a, b, c]) == [[a, b, c]]
     with pytest.raises(DataError, match="2 <image> marks for 1 images"):
         interleave(["<image><image>"], [a])
+
+
+def test_texts_without_tokens_cannot_be_compared(model):
+    with pytest.raises(DataError, match="max_tokens is 0, expected at least 1"):
+        n_best(Engine(model), ["one"], 2, Sampling(max_tokens=0))
 
 
 def test_refuses_bad_settings(model):

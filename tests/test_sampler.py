@@ -90,6 +90,16 @@ def test_what_may_be_drawn_is_what_transformers_leaves(top_k, top_p, min_p):
         assert set(drawn.tolist()) <= set(left.nonzero()[:, 0].tolist())
 
 
+def test_a_token_of_probability_0_is_never_drawn():
+    """u may be 1 in fp32."""
+    inf = float("inf")
+    logits = torch.tensor([[5.0, -inf, 3.0, -inf], [-inf, 0.0, -inf, -inf], [0.0, -300.0, -inf, -inf]])
+    u = torch.tensor([1 - 2**-26] * 3, dtype=torch.float64).float()
+    assert u.tolist() == [1.0] * 3
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    assert sample(logits, ones, ones, zeros, u).tolist() == [2, 1, 0]
+
+
 def test_a_token_depends_on_nobody_else_to_the_bit():
     logits = torch.randn(12, V, generator=torch.Generator().manual_seed(4)) * 3
     logits[:, 100:110] = 3.0  # equal ones
@@ -162,6 +172,10 @@ def test_generate_takes_every_setting(model):
     ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"), ({"logit_bias": {-1: 1.0}}, "logit_bias is"),
     ({"logit_bias": {3: float("inf")}}, "logit_bias is"), ({"num_beams": 2, "logit_bias": {1: 1.0}}, "2 beams with"),
     ({"num_beams": 2, "max_tokens": 0}, "max_tokens is 0"), ({"num_beams": 2, "top_logprobs": 2}, "2 beams with"),
+    ({"logit_bias": {5: 1e39}}, "logit_bias is"), ({"repetition_penalty": 1e-46}, "repetition_penalty is 1e-46"),
+    ({"repetition_penalty": 1e39}, "repetition_penalty"), ({"frequency_penalty": -1e39}, "frequency_penalty is -1e"),
+    ({"presence_penalty": -1e300}, "presence_penalty is -1e"), ({"top_k": 10**400}, "top_k is 1000"),
+    ({"temperature": float("inf")}, "temperature is inf, expected 0 to 1000000"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):
     with pytest.raises(DataError, match=message):

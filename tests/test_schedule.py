@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.generate import score
+from mm1.engine.grammar import Grammars
 from mm1.engine.prompts import encode_prompts
 from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
-from mm1.engine.schedule import OVERTAKEN, Schedule
+from mm1.engine.schedule import OVERTAKEN, PARTS, Schedule
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,27 @@ def test_short_prompts_do_not_wait_for_a_long_one_and_it_goes_on(model):
     assert long.tokens == alone(model, text(2000), Sampling(max_tokens=2)).tokens
 
 
+def test_short_prompts_and_known_ones_pass_any_number_of_long_ones(model):
+    engine = Engine(model, prefill=64)
+    known = text(100, 99)
+    engine.submit(known, Sampling(max_tokens=1))
+    engine.run()
+    long = [engine.submit(text(600, seed), Sampling(max_tokens=2)) for seed in range(6)]
+    for _ in range(3):
+        engine.step()
+    assert list(engine.running) == long[:PARTS]  # no more take pages before it is their turn
+    for prompt in (text(10, 50), known, text(16, 51)):
+        short = engine.submit(prompt, Sampling(max_tokens=1))
+        engine.step()
+        assert short.finish
+    while not long[0].tokens:
+        engine.step()
+    engine.step()
+    assert long[PARTS] in engine.running
+    engine.run()
+    assert all(request.finish for request in long)
+
+
 def test_images_are_encoded_when_their_rows_are_due_so_many_patches_a_step_and_once(model):
     """Of 6, 6 and 30 patches, seven to a step: one of more goes alone, and rows that show others wait."""
     prompt = document((2, 3), 3, (3, 2), 2, (5, 6), 4)
@@ -141,6 +164,31 @@ def test_images_are_encoded_when_their_rows_are_due_so_many_patches_a_step_and_o
     first, second = (int(request.places[i * SLOTS]) for i in (1, 2))
     assert encoded == [(1, first), (2, second)]
     assert engine.encoded == 3
+
+
+@pytest.mark.parametrize("settings", [{"image_patches": 1, "feature_bytes": 0}, {"image_patches": 9}], ids=str)
+def test_a_prompt_that_goes_on_inside_an_image_waits_for_the_encoder_and_fails_nobody(model, settings):
+    """Its pages are known up to the middle of the image, whose features are forgotten, and another image is first."""
+    torch.manual_seed(0)
+    prompts = [document(3, (3, 3), 4), document(12, (2, 2), 8), document(2, (2, 3), 3)]
+    engine = Engine(model, **settings)
+    engine.submit(prompts[1], Sampling(max_tokens=2))
+    engine.run()
+    engine.features.forget()
+    found = [engine.submit(prompt, Sampling(max_tokens=4)) for prompt in prompts]
+    engine.run()
+    assert found[1].shared == 1
+    assert PAGE in found[1].places
+    for request, prompt in zip(found, prompts):
+        assert request.tokens == alone(model, prompt, Sampling(max_tokens=4)).tokens
+
+
+def test_images_of_no_rows_are_none(model):
+    request = Engine(model).submit(document(2, (1, 1), 3, (1, 1)))
+    first, second = request.places[0], request.places[SLOTS]
+    for place, at in ((0, 0), (first + 1, 0), (second - 1, 1), (second + 2, 1), (second + SLOTS, 2)):
+        start, end = request.images(place, place)
+        assert start == end in (at, at + 1)
 
 
 def test_features_are_kept_by_bytes_the_last_used_ones(model):
@@ -226,6 +274,54 @@ def test_what_cannot_be_scored_is_refused(model):
     for count in (-1, 5):
         with pytest.raises(DataError, match=f"{count} tokens to score, expected 0 to 4"):
             Engine(model).submit(prompt, Sampling(), scored=count)
+
+
+def test_a_scored_prompt_is_known_afterwards_and_goes_on_from_its_pages(model):
+    prompt = text(100)
+    engine = Engine(model)
+    first = [engine.submit(prompt, Sampling(max_tokens=3, temperature=1.0, seed=i), scored=0 if i else 99)
+             for i in range(4)]  # fmt: skip
+    engine.run()
+    assert engine.computed == 100 + 3 * (100 - 96)  # the others share what the first computes
+    again = engine.submit(prompt, Sampling(max_tokens=3), scored=10)
+    engine.run()
+    assert again.shared == (100 - 1 - 10) // PAGE
+    assert again.scores == pytest.approx(first[0].scores[-10:], abs=1e-5)
+    request = engine.submit(prompt, Sampling(max_tokens=30), scored=99)
+    for _ in range(28):
+        engine.step()
+    before = engine.computed
+    engine.schedule._preempt(request)
+    engine.run()
+    assert engine.computed - before <= PAGE
+    assert request.tokens == alone(model, prompt, Sampling(max_tokens=30)).tokens
+    assert len(request.scores) == 99
+
+
+def test_alternatives_take_eight_bytes_each(model):
+    request = Engine(model).submit(text(400), Sampling(max_tokens=0, top_logprobs=20), scored=399)
+    engine = Engine(model)
+    request = engine.submit(text(400), request.sampling, scored=399)
+    engine.run()
+    kept = request.score_top
+    assert (len(kept), len(kept[-1]), kept[398], next(iter(kept))) == (399, 20, kept[-1], kept[0])
+    assert kept._tokens.nbytes + kept._logprobs.nbytes == 399 * 20 * 8
+    with pytest.raises(IndexError):
+        kept[399]
+
+
+def test_of_equal_tokens_the_same_ones_are_told_however_many_are_asked_for(model):
+    model = small_mm1(seed=3).eval()
+    with torch.no_grad():
+        model.decoder.embedding.weight.copy_(model.decoder.embedding.weight[:1].expand(384, -1))
+    found = []
+    for count in (1, 3, 20):
+        engine = Engine(model)
+        found.append(engine.submit(text(40), Sampling(max_tokens=0, top_logprobs=count), scored=39))
+        engine.run()
+    for one, three, twenty in zip(*(request.score_top for request in found)):
+        assert one == twenty[:1]
+        assert three == twenty[:3]
 
 
 def test_answers_are_scored_alike_in_pieces(model):
@@ -374,6 +470,105 @@ def test_a_step_that_fails_ends_only_those_in_it(model, monkeypatch):
     assert drained(engine)
 
 
+def test_a_token_that_cannot_be_chosen_ends_those_it_is_chosen_for_with_the_error(model, monkeypatch):
+    for going in (False, True):  # behind a prompt, or in decoding
+        engine = Engine(model, prefill=16)
+        first, second = (engine.submit(text(9, i), Sampling(max_tokens=50)) for i in range(2))
+        long = engine.submit(text(100), Sampling(max_tokens=3))
+        for _ in range(2 * going):
+            engine.step()
+        error = MemoryError("sort")
+        monkeypatch.setattr("mm1.engine.engine.choose", Mock(side_effect=error))
+        with pytest.raises(MemoryError, match="sort"):
+            engine.step()
+        monkeypatch.undo()
+        check_pages(engine)
+        assert (first.finish, first.error) == ("failed", error)
+        assert long.finish is None
+        engine.run()
+        assert drained(engine)
+        assert long.tokens == alone(model, text(100), Sampling(max_tokens=3)).tokens
+        assert second.finish
+
+
+def held(model, prompt):
+    """A stop string that holds back all of a greedy text."""
+    return alone(model, prompt, Sampling(max_tokens=30)).text + "zz"
+
+
+def test_a_step_that_fails_ends_all_in_it_whatever_their_listeners_do(model, monkeypatch):
+    engine = Engine(model)
+
+    def listener(_):
+        raise ValueError("listener")
+
+    prompts = [text(20, i) for i in range(2)]
+    requests = [engine.submit(p, Sampling(max_tokens=30, stop=held(model, p)), listener) for p in prompts]
+    for _ in range(4):
+        engine.step()
+    monkeypatch.setattr(engine, "_decoded", Mock(side_effect=RuntimeError("device")))
+    with pytest.raises(RuntimeError, match="device"):
+        engine.step()
+    assert [request.finish for request in requests] == ["failed"] * 2
+    assert drained(engine)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_of_a_listener_costs_the_others_no_token(model, error):
+    """Ctrl-C in a listener too: the engine goes on afterwards."""
+    drawn = Sampling(max_tokens=30, temperature=1.0, seed=1)
+    engine, heard = Engine(model), []
+
+    def listener(piece):
+        heard.append(piece)
+        if len(heard) == 2:
+            raise error
+
+    first, second = engine.submit(text(20), Sampling(max_tokens=30), listener), engine.submit(text(9, 1), drawn)
+    with pytest.raises(error):
+        engine.run()
+    check_pages(engine)
+    engine.run()
+    assert (first.finish, type(first.error), second.error) == ("failed", error, None)
+    assert second.tokens == alone(model, text(9, 1), drawn).tokens
+
+
+def test_requests_of_every_kind_get_in_a_crowd_what_they_get_alone(model):
+    """Images of which no features are kept, few patches a step, grammars, scores, cancels, a small cache."""
+    pytest.importorskip("llguidance")
+    draw, whole = random.Random(1), Grammars(model.tokenizer).of_schema('{"type": "integer"}')
+    torch.manual_seed(1)
+    pictures = [(2, 2), (3, 3), (1, 2)]
+    prompts = [document(draw.randint(1, 20), draw.choice(pictures), draw.randint(1, 9), draw.choice(pictures), 3)
+               for _ in range(6)] + [text(draw.choice([9, 30, 90]), i) for i in range(6)]  # fmt: skip
+    engine = Engine(model, tokens=256, batch=12, prefill=24, image_patches=9, feature_bytes=0)
+    made = []
+    for number in range(80):
+        prompt = draw.choice(prompts)
+        how = {"temperature": draw.choice([0, 1.0]), "seed": number, "top_logprobs": draw.choice([0, 3]),
+               "grammar": draw.choice([None, None, whole])}  # fmt: skip
+        sampling, scored = Sampling(draw.choice([0, 2, 60]), **how), draw.choice([0, 0, 5, len(prompt.tokens) - 1])
+        made.append((engine.submit(prompt, sampling, scored=scored), prompt, sampling, scored))
+        if draw.random() < 0.1:
+            engine.cancel(draw.choice(made)[0])
+        for _ in range(draw.choice([0, 1, 3])):
+            engine.step()
+            check_pages(engine)
+    while engine.step():
+        check_pages(engine)
+    assert drained(engine)
+    assert sum(request.preempted for request, *_ in made) > 5
+    for request, prompt, sampling, scored in made:
+        if request.finish == "cancelled":
+            continue
+        engine = Engine(model, tokens=512)
+        truth = engine.submit(prompt, sampling, scored=scored)
+        engine.run()
+        assert (request.tokens, request.finish) == (truth.tokens, truth.finish)
+        assert request.scores == pytest.approx(truth.scores, abs=1e-4)
+        assert [len(top) for top in request.score_top] == [len(top) for top in truth.score_top]
+
+
 # The schedule alone, without a model
 
 
@@ -463,6 +658,27 @@ def test_a_big_request_is_passed_by_some_and_then_by_none(model):
     assert big.tokens
     assert 8 < len(begun) <= OVERTAKEN + 8
     assert big.overtaken <= OVERTAKEN
+
+
+def test_who_waits_for_pages_is_not_looked_at_again_before_one_is_free(monkeypatch):
+    engine = Simulated(40, 64, 64)
+    first = engine.submit(400, 20)
+    engine.step()
+    shared = first.document.tokens
+    while first.prefilling:
+        engine.step()
+    waiting = [engine.submit(300, 10) for _ in range(5)]
+    for request in waiting:
+        request.cached = names(np.concatenate([shared, request.document.tokens]), [], -1, 1)[:18]
+    looked = Mock(wraps=engine.cache.shared)
+    monkeypatch.setattr(engine.cache, "shared", looked)
+    waiting += [engine.submit(500, 10)]  # of which the cache holds no page
+    for _ in range(5):
+        engine.step()
+    assert not waiting[-1].pages
+    assert sum(call.args == ([],) for call in looked.call_args_list) == 1
+    while not all(request.finish for request in waiting):
+        engine.step()
 
 
 def test_who_was_preempted_is_passed_by_nobody(model):

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 from test_detokenizer import sequences
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-from vocabularies import BYTES, KINDS, LLAMA, byte_fallback, byte_level, saved, unigram, word_level
+from vocabularies import BYTES, KINDS, LLAMA, byte_fallback, byte_level, saved, unigram, unigram_bytes, word_level
 
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import DocumentEncoder, TextTokenizer
@@ -194,6 +194,21 @@ def test_a_poisoned_document_and_a_poisoned_prompt_harm_nobody(tmp_path):
         documents = encode(Record(("this is an <image> of <eos> a cat",), "0", "text"))
         pack(documents, exact_budget(documents, 4), image_id=tokenizer.image, patch=4, slots=16)
         assert documents[0].tokens.tolist().count(tokenizer.eos) == 1
+
+
+@pytest.mark.parametrize("look_up", ["Unigram", "ignore_merges"])
+def test_a_text_that_spells_a_byte_stays_text(look_up, tmp_path):
+    if look_up == "Unigram":
+        tokenizer = unigram_bytes(tmp_path)
+    else:
+        pieces = {piece: i for i, piece in enumerate(["<unk>", *SPECIAL, *BYTES, "a", "<", ">"])}
+        made = Tokenizer(models.BPE(pieces, [], byte_fallback=True, unk_token="<unk>", ignore_merges=True))
+        made.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+        made.decoder = LLAMA
+        tokenizer = saved(made, tmp_path)
+    for text in ("<0xE6>", "a <0x41> a", "<0x41><0xFF>", "<<0xE6>>", "a<0x0A>", "<0xe6>", "<0x4", "é <"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocabulary["<0xC3>"] in tokenizer.encode("a é" if look_up == "ignore_merges" else "õ")
 
 
 def test_unigram_pieces_of_bytes_decode_with_either_decoder(tmp_path):

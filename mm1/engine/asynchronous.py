@@ -7,6 +7,7 @@ async with AsyncEngine(engine) as running:
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -21,6 +22,8 @@ from mm1.engine.engine import Busy, Engine
 from mm1.engine.prompts import Prompt, encode_prompts
 from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
+
+BETWEEN_SECONDS = 0.005  # between two steps, after which no more requests are taken that have come
 
 
 class Dead(RuntimeError):
@@ -67,9 +70,9 @@ class Stream:
 class AsyncEngine:
     """Use it with `async with`, in one loop. The engine is then its thread's alone.
 
-    A step that fails ends the requests that it computed with its error, or where these are not known all that run, and
-    the next goes on without them. dead: why no more
-    is computed, if the device does not answer any longer.
+    A step that fails ends the requests that it computed, each with its own error, and the next goes on without them.
+    Where it is not known which these were, all that run end. dead: why nothing more is computed, once the device does
+    not answer any longer.
     """
 
     def __init__(self, engine: Engine):
@@ -155,6 +158,7 @@ class AsyncEngine:
     def _serve(self) -> None:
         more = False
         while True:
+            until = time.monotonic() + BETWEEN_SECONDS if more else math.inf
             while not more or not self._inbox.empty():
                 self._awake = time.monotonic() if more else None
                 command = self._inbox.get()
@@ -164,6 +168,8 @@ class AsyncEngine:
                     return self._report()
                 command()
                 more = True
+                if time.monotonic() >= until:
+                    break
             self._awake = time.monotonic()
             more = not self.dead and self._step()
             self._report()
@@ -208,7 +214,8 @@ class AsyncEngine:
 
     def _fail(self, streams: list[Stream], error: Exception) -> None:
         for stream in streams:
-            self._news.append((stream, error))
+            own = self._streams[stream].error
+            self._news.append((stream, own if isinstance(own, Exception) else error))
             self._cancel(stream)
 
     def _report(self) -> None:

@@ -35,10 +35,17 @@ class Beam(NamedTuple):
 
 
 def pages_of(prompt: int, sampling: Sampling) -> int:
-    """Return how many pages a prompt of so many tokens and all its beams need at most."""
+    """Return how many pages a prompt of so many tokens and all its beams need at most. The last token needs no row."""
     full = prompt // PAGE
-    own = cdiv(prompt + sampling.max_tokens, PAGE) - full
-    return full + sampling.num_beams * own if sampling.num_beams > 1 else full + own
+    own = cdiv(prompt + max(sampling.max_tokens - 1, 0), PAGE) - full
+    return full + sampling.num_beams * own
+
+
+def tokens_of(prompt: int, beams: int, pages: int) -> int:
+    """Return how many tokens of a prompt and one of its beams fit so many pages, of which beams share the full ones of
+    the prompt."""
+    full = prompt // PAGE
+    return (full + (pages - full) // beams) * PAGE
 
 
 class Beams:

@@ -49,6 +49,7 @@ class Cache:
         self.free = bytearray(b"\1") * pages  # 1 where a page is free: runs are found by a search for bytes
         self.empty = pages  # free pages
         self.cursor = 0  # where a run for the next document is looked for
+        self.dropped = 0  # pages that became free or idle, since the beginning
         self.known: dict[bytes, int] = {}  # page by what it and all before it hold
         self.names: dict[int, bytes] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()  # known pages without a user, last used last
@@ -113,10 +114,21 @@ class Cache:
         for page in reversed(pages):  # a beginning without its first page is of no use
             self.users[page] -= 1
             if not self.users[page]:
+                self.dropped += 1
                 if page in self.names:
                     self.idle[page] = None
                 else:
                     self._release(page)
+
+    def known_of(self, names: Sequence[bytes], before: int) -> int:
+        """Return how many of these names, from the first on, are known. before: how many were when last asked.
+
+        Only what has changed takes time: a prefix loses its last pages first.
+        """
+        count = before if before <= len(names) and before and names[before - 1] in self.known else 0
+        while count < len(names) and names[count] in self.known:
+            count += 1
+        return count
 
     def shared(self, names: Sequence[bytes]) -> list[int]:
         """Pages that hold the beginning of what these are the names of."""

@@ -79,8 +79,7 @@ def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
 
 
 class Step:
-    """A decoder, its head and a cache; weights are used where they are. few: rows, up to which torch is slower, if they
-    see few keys."""
+    """Runs a decoder and its head over a cache; weights are used where they are."""
 
     def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
         c = decoder.config
@@ -107,7 +106,6 @@ class Step:
         mlp = 3 * c.ffn * (c.experts_per_token if c.experts else 1)
         self._row = c.layers * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_width + mlp)
         self._pair = PAIRS * 2 * c.layers * c.heads * c.head_width
-        self.few = PRODUCTS // self._row
         self._model = _Model(
             c.width, c.heads, c.kv_heads, c.head_width, c.ffn, max(c.experts_per_token, 1), c.layers, c.vocabulary,
             PAGE, KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),

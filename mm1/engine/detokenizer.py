@@ -71,8 +71,8 @@ class Text:
             self.done = True
             self._decoder.reset()
             return self._settle(text[: min(places)], "")
-        sizes = (size for s in self.stop for size in range(1, len(s)) if text.endswith(s[:size]))
-        settled = len(text) - max(sizes, default=0)
+        ends = ((at, text[at:]) for at in range(len(text)))  # the longest first
+        settled = next((at for at, end in ends if any(s.startswith(end) for s in self.stop)), len(text))
         self._settle(text[:settled], text[settled:])
 
     def _settle(self, text: str, held: str) -> None:

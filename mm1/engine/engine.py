@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm1.engine.beams import Beams
+from mm1.engine.beams import Beams, tokens_of
 from mm1.engine.cache import PAGE, Cache, Rows, names
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError, at_least
@@ -26,11 +26,12 @@ from mm1.engine.packed import Head, packed
 from mm1.engine.prompts import Prompt, encode_prompts, refuse_long, refuse_malformed, tokenizer_of
 from mm1.engine.quantize import quantized
 from mm1.engine.request import Request, drawn
-from mm1.engine.sampler import choose
+from mm1.engine.sampler import Choice, alternatives, choose
 from mm1.engine.sampling import Draw, Sampling
 from mm1.engine.schedule import Schedule
 from mm1.kernels.dispatch import cdiv
 
+TOKENS = 65_536  # of a cache by default
 ROWS = {"cpu": 512, "cuda": 8192}  # of prompts a step: so few cost a long prompt 15 % more time than all at once
 PATCHES = {"cpu": 2048, "cuda": 32_768}  # of images a step
 SCORED = 256  # rows whose logits are scored at once
@@ -44,7 +45,8 @@ class Busy(RuntimeError):
 
 
 class Engine:
-    """Runs a model, as it is when this begins, for many requests at once.
+    """Runs a model for many requests at once. Its weights must not change: some are copied when this begins, in other
+    layouts or narrower, and others are used where they are.
 
     tokens: of the cache; batch: documents at once, each beam counts as one; queue: requests that wait; prefill: rows of
     prompts a step (default: 512 on a CPU, 8192 on a GPU), between which each running document gets a token;
@@ -52,12 +54,13 @@ class Engine:
     feature_bytes: of images' features that are kept; weights: as they are, or "int8", "int4", "float8" (quantize.py).
     Not for several threads at once.
 
-    context: tokens of the longest prompt that it takes, at most what the model was trained on, if that is known. A text
-    ends where prompt and text together are as long as what the model was trained on.
+    context: tokens of the longest prompt that it takes: as many as the cache holds, but at most what the model was
+    trained on, if that is known. A text ends where prompt and text together are as long, whatever max_tokens says;
+    behind a prompt of that length there is one token. Beams share a prompt's pages only, so that theirs may end sooner.
     """
 
     def __init__(
-        self, model: MM1, *, tokens: int = 65_536, batch: int = 64, queue: int = 1024, prefill: int | None = None,
+        self, model: MM1, *, tokens: int = TOKENS, batch: int = 64, queue: int = 1024, prefill: int | None = None,
         image_patches: int | None = None, feature_bytes: int = 1 << 28, weights: str | None = None,
     ):  # fmt: skip
         weight = model.decoder.embedding.weight
@@ -108,12 +111,12 @@ class Engine:
 
     def _enqueue(self, request: Request) -> Request:
         tokens, c = request.document.tokens, self.model.config
-        refuse_malformed(request.document, c.connector.tokens, self.tokenizer.image, c.decoder.vocabulary)
-        refuse_long(len(tokens), c.context)
-        request.fit(c.context)
+        width, vocabulary, cache = request.sampling.num_beams, c.decoder.vocabulary, self.pages * PAGE
+        refuse_malformed(request.document, c.connector.tokens, self.tokenizer.image, vocabulary)
+        refuse_long(len(tokens), c.context, cache)
+        request.fit(min(c.context or cache, tokens_of(len(tokens), width, self.pages)))
         if request.room > self.pages:
-            raise DataError(f"a prompt of {len(tokens)} tokens and what follows exceed {self.pages * PAGE}")
-        width, vocabulary = request.sampling.num_beams, c.decoder.vocabulary
+            raise DataError(f"the prompt has {len(tokens)} tokens, the cache of {cache} has no room for {width} beams")
         if beyond := [token for token, _ in request.sampling.biases if token >= vocabulary]:
             raise DataError(f"logit_bias has token {beyond[0]}, expected 0 to {vocabulary - 1}")
         if width > self.batch or (width > 1 and 2 * width > vocabulary):
@@ -121,9 +124,7 @@ class Engine:
         if len(self.waiting) >= self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
         request.places = np.flatnonzero(tokens == self.tokenizer.image)
-        # Rows before an answer's are computed anew, because their logits are what it is scored by.
-        shareable = (len(tokens) - request.scoring - 1) // PAGE
-        request.cached = names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)[:shareable]
+        request.cached = names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)
         self.schedule.add(request)
         return request
 
@@ -133,7 +134,7 @@ class Engine:
         self.features.forget()
 
     def cancel(self, request: Request) -> None:
-        """End a request, wherever it is; what it has so far stays."""
+        """End a request, wherever it is; what it has so far stays. Raises what its on_text raises, after that."""
         if request in self.waiting or request in self.running:
             self._end(request, "cancelled")
 
@@ -148,9 +149,10 @@ class Engine:
         if going := self.schedule.going():
             with self._ending(going):
                 widths, found, left = self._decoded(going)
-            for request in going:
-                self.schedule.advance(request, 0 if request.beams else 1)
-            self._choose(going, widths, *found, left)
+                for request in going:
+                    self.schedule.advance(request, 0 if request.beams else 1)
+                choices = self._choose(going, widths, *found, left)
+            self._take(going, choices)
         self.schedule.admit()  # afterwards: a listener that fails in decoding leaves nobody half admitted
         if due := self.schedule.share():
             with self._ending(due):
@@ -159,24 +161,32 @@ class Engine:
                 self.schedule.advance(request, request.due)
             done = [request for request in due if not request.pending]
             for request in done:
-                if request.scored:
-                    request.logprobs = request.scores
                 if not request.limit:
-                    self._end(request, "scored" if request.scored else "length")
+                    self._end(request, "scored" if request.to_score else "length")
             if begun := [request for request in done if request.limit]:
-                draws = [drawn(request) for request in begun]
-                self._choose(begun, [1] * len(begun), *found, draws)
+                with self._ending(begun):
+                    draws = [drawn(request) for request in begun]
+                    choices = self._choose(begun, [1] * len(begun), *found, draws)
+                self._take(begun, choices)
         return bool(self.running or self.waiting)
 
     @contextmanager
     def _ending(self, requests: Sequence[Request]) -> Iterator[None]:
-        """End these if what they are computed in fails: who was not in it goes on."""
+        """End these if what they are computed in fails, also by Ctrl-C: who was not in it goes on."""
         try:
             yield
-        except Exception:
+        except BaseException as error:
             for request in requests:
-                self._end(request, "failed")
+                self._fail(request, error)
             raise
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """End a request for an error. Its on_text hears no more of it, as that may be what has failed."""
+        request.error = request.error or error
+        request.silence()
+        if request in self.running:
+            self._end(request, "failed")
+        request.finish = "failed"
 
     def _prefilled(self, due: Sequence[Request]) -> Found:
         """Compute the rows that are due of these prompts. Return logits [B, V] behind the B prompts that end with them
@@ -193,7 +203,7 @@ class Engine:
         self.computed += len(tokens)
         behind = np.cumsum([request.due for request in due])  # one past each one's last row
         last = behind[[request.pending == request.due and request.limit > 0 for request in due]] - 1
-        scored = [request.to_score(start, end) for request, start, end in zip(due, starts, ends)]
+        scored = [request.scoring_rows(start, end) for request, start, end in zip(due, starts, ends)]
         seen = sum(request.due * (start + 1 + end) // 2 for request, start, end in zip(due, starts, ends))
         if self.one_step and self.one_step.takes(len(tokens), seen) and not any(scored):
             tables = [request.table for request in due for _ in range(request.due)]
@@ -206,7 +216,7 @@ class Engine:
         if not len(last):  # all go on in the next step
             return hidden.new_empty(0, self.model.config.decoder.vocabulary), [], []
         logits = self.head(hidden[self._moved(last)])
-        return logits, *likeliest(logits)
+        return logits, *greedy(logits)
 
     def _decoded(self, going: Sequence[Request]) -> tuple[list[int], Found, Sequence[Draw | None]]:
         """Compute one token more of each. Return how many rows each has, what was found in them, and how those tokens
@@ -226,7 +236,7 @@ class Engine:
             rows = self.cache.rows(tables, starts, [start + 1 for start in starts])
             x = self.model.decoder.embedding(self._moved(np.array(tokens)))
             logits = self.head(self._hidden(x, self._moved(np.array(starts)), rows))
-            found = (logits, *likeliest(logits))
+            found = (logits, *greedy(logits))
         return [len(of) for of in heads], found, left
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
@@ -238,18 +248,16 @@ class Engine:
     def _score(self, request: Request, start: int, hidden: Tensor) -> None:
         """Score the tokens behind rows `start` … of a prompt, whose states [rows, D] these are."""
         ids = self._moved(request.document.tokens[start + 1 : start + 1 + len(hidden)]).long()
-        count = request.sampling.top_logprobs
         for rows, of in zip(hidden.split(SCORED), ids.split(SCORED)):
             logprobs = self.head(rows).float().log_softmax(-1)
-            request.scores += logprobs.gather(1, of[:, None])[:, 0].tolist()
-            top, tokens = (x.tolist() for x in logprobs.topk(count))
-            request.score_top += [list(zip(*pair)) for pair in zip(tokens, top)] if count else []
+            top = [x.cpu().numpy() for x in alternatives(logprobs)] if request.sampling.top_logprobs else None
+            request.score(logprobs.gather(1, of[:, None])[:, 0].tolist(), top)
 
     def _choose(
         self, requests: Sequence[Request], widths: Sequence[int], logits: Tensor, tokens: list[int],
         logprobs: list[float], draws: Sequence[Draw | None],
-    ) -> None:  # fmt: skip
-        """Take the next token of each request, another than `tokens` where there is a draw still.
+    ) -> list[Choice]:  # fmt: skip
+        """Choose the next token of each request, another than `tokens` where there is a draw still; beams advance.
 
         widths: rows of each request in logits, tokens, logprobs and draws.
         """
@@ -257,8 +265,14 @@ class Engine:
         self._search([(r.beams, range(at, at + n)) for r, at, n in zip(requests, firsts, widths) if r.beams], logits)
         rows = logits if len(firsts) == len(logits) else logits[firsts]
         tokens, logprobs = [tokens[at] for at in firsts], [logprobs[at] for at in firsts]
-        choices = choose(requests, rows, tokens, logprobs, [draws[at] for at in firsts])
-        failed: Exception | None = None
+        return choose(requests, rows, tokens, logprobs, [draws[at] for at in firsts])
+
+    def _take(self, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
+        """Give each request its next token, and end those that are complete.
+
+        Raises what the first on_text or grammar that fails raises, Ctrl-C too, once all have their tokens.
+        """
+        failed: BaseException | None = None
         for request, choice in zip(requests, choices):
             if request.finish:  # cancelled by the on_text of one before it
                 continue
@@ -276,11 +290,9 @@ class Engine:
                     self._end(request, "stop")
                 elif len(request.tokens) == request.sampling.max_tokens:
                     self._end(request, "length")
-            except Exception as error:  # of its on_text or grammar; the others are to have their tokens
-                failed, request._text.emit = failed or error, None
-                if request in self.running:
-                    self._end(request, "failed")
-                request.finish = "failed"
+            except BaseException as error:  # the others are to have their tokens
+                failed = failed or error
+                self._fail(request, error)
         if failed:
             raise failed
 
@@ -301,7 +313,7 @@ class Engine:
         self.schedule.end(request, why)
 
 
-def likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
-    """Tokens of logits [B, V] and their log-probabilities."""
+def greedy(logits: Tensor) -> tuple[list[int], list[float]]:
+    """Return the likeliest token of each row of logits [B, V], and their log-probabilities."""
     best, tokens = logits.float().log_softmax(-1).max(-1)
     return tokens.tolist(), best.tolist()

@@ -30,8 +30,8 @@ class Features:
     def rows(self, requests: Sequence[Request]) -> tuple[np.ndarray, Tensor] | None:
         """Return the rows that images have among all that are due of these prompts, int64, and features [rows, D].
 
-        Prompts whose images are more than one call encodes get fewer rows: `due` of a request may become less, or 0.
-        None where no image is due.
+        It returns None where no image is due. Where the images are more than one call encodes, it lowers `due` of the
+        requests that have to wait for the next, to 0 if need be.
         """
         found: dict[bytes, Tensor] = {}
         missing: dict[bytes, np.ndarray] = {}
@@ -46,8 +46,7 @@ class Features:
                 elif digest not in missing:
                     size = image.shape[0] * image.shape[1] // patch**2
                     if missing and size > left:
-                        slots = len(request.places) // len(request.digests)
-                        request.due = max(int(request.places[i * slots]) - request.computed, 0)
+                        request.due = max(int(request.places[i * request.slots]) - request.computed, 0)
                         break
                     missing[digest], left = image, left - size
         found.update(self._encode(missing))
@@ -59,17 +58,15 @@ class Features:
         for request in requests:
             start, end = request.computed, request.computed + request.due
             first, last = request.images(start, end)
-            of = [request.digests[i] for i in range(first, last)]
-            if of:
-                own = request.places[slice(*np.searchsorted(request.places, [start, end]))]
-                cut = int(np.searchsorted(request.places, start)) - first * (
-                    len(request.places) // len(request.digests)
-                )
-                parts.append(torch.cat([found[digest] for digest in of])[cut : cut + len(own)])
-                places.append(own + (offset - start))
+            begin, stop = np.searchsorted(request.places, [start, end]).tolist()  # its rows among those of all images
+            shown = [request.digests[i] for i in range(first, last)]
+            if shown:
+                skipped = begin - first * request.slots  # rows of the first image before `start`
+                parts.append(torch.cat([found[digest] for digest in shown])[skipped : skipped + stop - begin])
+                places.append(request.places[begin:stop] + (offset - start))
             # An image that goes on in the next step is kept for it, whatever else is encoded until then.
-            again = of and end < len(request.document.tokens) and request.images(end, end + 1) == (last - 1, last)
-            request.features = {of[-1]: found[of[-1]]} if again else {}
+            again = shown and stop < last * request.slots
+            request.features = {shown[-1]: found[shown[-1]]} if again else {}
             offset += request.due
         return (np.concatenate(places), torch.cat(parts)) if places else None
 

@@ -13,7 +13,7 @@ from mm1.engine.beams import pages_of
 from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import DataError
-from mm1.engine.engine import Busy, Engine
+from mm1.engine.engine import TOKENS, Busy, Engine
 from mm1.engine.model import MM1
 from mm1.engine.prompts import Prompt, continued, encode_prompts, last_text, one_text, tokenizer_of
 from mm1.engine.request import Request, fitted
@@ -55,9 +55,9 @@ def generate(
     )  # fmt: skip
     documents = encode_prompts(model, prompts)
     lengths = [len(document.tokens) for document in documents]
-    pages = sum(pages_of(length, fitted(sampling, length, model.config.context)) for length in lengths)
+    pages = [pages_of(length, fitted(sampling, length, model.config.context or TOKENS)) for length in lengths]
     count = max(len(prompts), 1)
-    engine = Engine(model, tokens=max(pages, 1) * PAGE, batch=count * num_beams, queue=count, weights=weights)
+    engine = Engine(model, tokens=_tokens(pages), batch=count * num_beams, queue=count, weights=weights)
     requests = []
     for i, document in enumerate(documents):
         own = replace(sampling, seed=None if seed is None else seed + i)
@@ -83,11 +83,16 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
         document, ids = continued(tokenizer_of(model), document, last_text(one_text(parts)), of)
         documents.append([(document, tokens) for tokens in ids])
     flat = [pair for of in documents for pair in of]
-    pages = sum(cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat)
-    engine = Engine(model, tokens=max(pages, 1) * PAGE, queue=max(len(flat), 1))
+    pages = [cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat]
+    engine = Engine(model, tokens=_tokens(pages), queue=max(len(flat), 1))
     requests = [[engine.submit_answer(prompt, ids) for prompt, ids in of] for of in documents]
     engine.run()
     return [[sum(request.logprobs) for request in of] for of in requests]
+
+
+def _tokens(pages: Sequence[int]) -> int:
+    """Return the size of a cache for requests of so many pages each: all at once, but at most TOKENS or the largest."""
+    return max(min(sum(pages), TOKENS // PAGE), *pages, 1) * PAGE
 
 
 def several(engine: Engine, prompt: Prompt | Document, n: int, sampling: Sampling) -> list[Request]:
@@ -106,5 +111,10 @@ def several(engine: Engine, prompt: Prompt | Document, n: int, sampling: Samplin
 
 
 def n_best(engine: Engine, prompt: Prompt | Document, n: int, sampling: Sampling) -> list[Request]:
-    """`several`, the likeliest first: by the mean of their tokens' log-probabilities."""
+    """Return `several`, the likeliest first: by the mean of their tokens' log-probabilities.
+
+    Raises DataError for texts without tokens, which have no such mean.
+    """
+    if sampling.max_tokens == 0:
+        raise DataError("max_tokens is 0, expected at least 1 to compare texts")
     return sorted(several(engine, prompt, n, sampling), key=lambda request: -np.mean(request.logprobs))

@@ -46,22 +46,18 @@ def encode_prompts(model: MM1, prompts: Sequence[Prompt], context: int | None = 
     for parts in map(checked, prompts):
         size = sum(len(part) for part in parts if isinstance(part, str))
         if known and size > max(encode.tokenizer.longest, CHARACTERS) * min(known):
-            raise DataError(
-                f"the prompt's {size} characters exceed {min(known)} tokens, {_limit(c.context, min(known))}"
-            )
+            raise DataError(f"the prompt has {size} characters, at most {min(known)} tokens fit")
         documents.append(encode.prompt(parts))
-        refuse_long(len(documents[-1].tokens), c.context)
+        refuse_long(len(documents[-1].tokens), c.context, context)
     return documents
 
 
-def _limit(trained: int | None, context: int) -> str:
-    return "which the model was trained on at most" if trained == context else "which the cache holds"
-
-
-def refuse_long(tokens: int, trained: int | None) -> None:
-    """Raise DataError for a prompt, with its answer if that is scored, longer than what the model was trained on."""
+def refuse_long(tokens: int, trained: int | None, cache: int | None) -> None:
+    """Raise DataError for a prompt, with its answer if that is scored, that the model or the cache has no room for."""
     if trained and tokens > trained:
         raise DataError(f"the prompt has {tokens} tokens, the model was trained on at most {trained}")
+    if cache and tokens > cache:
+        raise DataError(f"the prompt has {tokens} tokens, the cache holds at most {cache}")
 
 
 def refuse_malformed(document: Document, slots: int, image: int, vocabulary: int) -> None:

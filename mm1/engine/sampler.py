@@ -52,20 +52,21 @@ def choose(
         for i, logprob in zip(measured, logs.gather(1, chosen[:, None])[:, 0].tolist()):
             logprobs[i] = logprob
         if wanting:
-            tops = dict(zip(wanting, likeliest(logs[[measured.index(i) for i in wanting]])))
+            columns = [x.tolist() for x in alternatives(logs[[measured.index(i) for i in wanting]])]
+            tops = {i: list(zip(*pair)) for i, *pair in zip(wanting, *columns)}
     return [
         Choice(tokens[i], logprobs[i], tops.get(i, [])[: request.sampling.top_logprobs], errors.get(i))
         for i, request in enumerate(requests)
     ]
 
 
-def likeliest(logs: Tensor) -> list[list[tuple[int, float]]]:
-    """Return the TOP_LOGPROBS likeliest tokens of each row of log-probabilities [B, V], likeliest first.
+def alternatives(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the TOP_LOGPROBS likeliest tokens of each row of log-probabilities [B, V], likeliest first, and theirs.
 
     The number is always the same: which of equal ones come first might depend on it.
     """
     values, tokens = logs.topk(min(TOP_LOGPROBS, logs.shape[1]))
-    return [list(zip(*pair)) for pair in zip(tokens.tolist(), values.tolist())]
+    return tokens, values
 
 
 def _altered(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[int, Exception]]:
@@ -75,8 +76,8 @@ def _altered(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[in
     if bias:
         row, token, value = bias
         rows[row, token] += value
-    repeats = [(i, s.repetition_penalty) for i, s in enumerate(how) if s.repetition_penalty != 1]
-    repeated = _cells(rows, ((i, requests[i].seen, [p] * len(requests[i].seen)) for i, p in repeats))
+    repeats = [(i, requests[i].seen, s.repetition_penalty) for i, s in enumerate(how) if s.repetition_penalty != 1]
+    repeated = _cells(rows, ((i, seen, np.full(len(seen), penalty)) for i, seen, penalty in repeats))
     if repeated:
         row, token, penalty = repeated
         rows = penalized(rows, (row, token), penalty)
@@ -99,10 +100,13 @@ def _altered(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[in
 
 
 def _cells(
-    rows: Tensor, parts: Iterable[tuple[int, Sequence[int] | np.ndarray, Sequence[float]]]
+    rows: Tensor, parts: Iterable[tuple[int, Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return which cells of [n, V] `parts` name, each (row, tokens, values): rows, tokens int64 and values fp32 [k]."""
-    found = [(np.full(len(tokens), row), np.asarray(tokens, np.int64), values) for row, tokens, values in parts]
+    found = [
+        (np.full(len(tokens), row), np.asarray(tokens, np.int64), np.asarray(values, float))
+        for row, tokens, values in parts
+    ]
     if not any(len(tokens) for _, tokens, _ in found):
         return None
     row, token, value = (np.concatenate(column) for column in zip(*found))

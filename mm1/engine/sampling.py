@@ -1,6 +1,5 @@
 """How a text goes on: the settings of a request, and the drawing of a token from logits."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -15,6 +14,12 @@ if TYPE_CHECKING:
 
 TOP_LOGPROBS = 20  # the most alternatives to a token that a request can ask for
 STEEPEST = 10  # the largest |length_penalty|: a length to its power is a finite number, and no score is rounded to zero
+LARGEST = 1e6  # of what changes logits: they stay finite in fp32, or what is drawn of them would be undefined
+BOUNDS = {
+    "temperature": (0, LARGEST), "top_p": (1 / LARGEST, 1), "top_k": (0, 1 << 24), "min_p": (0, 1),
+    "repetition_penalty": (1 / LARGEST, LARGEST), "frequency_penalty": (-LARGEST, LARGEST),
+    "presence_penalty": (-LARGEST, LARGEST), "length_penalty": (-STEEPEST, STEEPEST), "top_logprobs": (0, TOP_LOGPROBS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Sampling:
     """How a text goes on. Raises DataError for what cannot be.
 
     max_tokens: 0 generates nothing, for scoring a prompt. A text ends at end-of-text, before the first of `stop`, or
-    after max_tokens.
+    after max_tokens. Of stop strings that overlap the one that is complete first ends it.
 
     temperature 0: the likeliest token. Otherwise one is drawn after these steps, in vLLM's and transformers' order:
 
@@ -67,20 +72,14 @@ class Sampling:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "logit_bias", tuple(dict(self.logit_bias).items()))  # it can be hashed
         fits = {
-            "max_tokens": (self.max_tokens >= (self.num_beams > 1), "≥ 0, and of beams ≥ 1"),
-            "temperature": (self.temperature >= 0, "≥ 0"),
-            "top_p": (0 < self.top_p <= 1, "(0, 1]"), "top_k": (self.top_k >= 0, "≥ 0"),
-            "repetition_penalty": (self.repetition_penalty > 0, "> 0"), "num_beams": (self.num_beams >= 1, "≥ 1"),
-            "length_penalty": (abs(self.length_penalty) <= STEEPEST, f"-{STEEPEST} to {STEEPEST}"),
+            "max_tokens": (self.max_tokens >= (1 if self.num_beams > 1 else 0), "≥ 0, and of beams ≥ 1"),
+            "num_beams": (self.num_beams >= 1, "≥ 1"),
             "early_stopping": (self.early_stopping in (False, True, "never"), 'False, True or "never"'),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "frequency_penalty": (abs(self.frequency_penalty) < math.inf, "a finite number"),
-            "presence_penalty": (abs(self.presence_penalty) < math.inf, "a finite number"),
             "logit_bias": (
-                all(token >= 0 and abs(bias) < math.inf for token, bias in self.biases), "token ids ≥ 0, finite numbers"
+                all(token >= 0 and abs(bias) <= LARGEST for token, bias in self.biases),
+                f"token ids ≥ 0 and numbers from {-LARGEST} to {LARGEST}",
             ),
-            "top_logprobs": (0 <= self.top_logprobs <= TOP_LOGPROBS, f"0 to {TOP_LOGPROBS}"),
-        }  # fmt: skip
+        } | {name: (low <= getattr(self, name) <= high, f"{low} to {high}") for name, (low, high) in BOUNDS.items()}
         for name, (good, expected) in fits.items():
             if not good:
                 raise DataError(f"{name} is {getattr(self, name)}, expected {expected}")
@@ -104,7 +103,7 @@ class Sampling:
         return self.temperature == 0 and not self.alters
 
 
-def biases(pairs: Sequence[str]) -> dict[int, float]:
+def read_biases(pairs: Sequence[str]) -> dict[int, float]:
     """Read logit_bias from a command line, such as ["5=-100"]. Raises DataError."""
     try:
         return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
@@ -143,7 +142,7 @@ def sample(
     hot = torch.where(temperature > 0, temperature, 1.0).clamp(min=1e-6)  # below, logits over it may be infinite
     probability, token = (logits.float() / hot[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    left = (rank < top_k[:, None]) | (top_k[:, None] == 0)
+    left = ((rank < top_k[:, None]) | (top_k[:, None] == 0)) & (probability > 0)
     first_k = probability * left
     upto = first_k.cumsum(-1)
     total = torch.where(top_k == 0, 1.0, upto[:, -1])[:, None]
@@ -151,8 +150,8 @@ def sample(
     if min_p is not None:
         left = left & (probability >= min_p[:, None] * probability[:, :1])
     upto = (probability * left).cumsum(-1)
-    # Rounding may leave u · total at or above the last sum; the last that is left is meant then. Of NaN, and of a top_p
-    # that is zero in fp32, none is left: the first.
+    # Rounding may leave u · total at or above the last sum, as u may be 1 in fp32; the last that is left is meant then,
+    # which has a probability above 0. Of NaN, and of a top_p that is zero in fp32, none is left: the first.
     place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=left.sum(-1) - 1).clamp(min=0)
     place = torch.where(temperature > 0, place, 0)
     return token.gather(-1, place[:, None])[:, 0]

@@ -1,6 +1,7 @@
 """Which requests run, on which pages of the cache, and how many rows of their prompts a step computes.
 
-Requests are admitted first-in, first-out, each with pages for its prompt, and take pages one by one as they grow. When
+Requests are admitted first-in, first-out, each with pages for its prompt, and take pages one by one as they grow. Of
+long prompts only PARTS are computed at once; short ones pass those that wait for their turn. When
 none is left the youngest running request is preempted: its full pages stay known, so that they are found again unless
 others needed them, and it waits at its old place in the queue. Nobody is preempted for a younger one, so the oldest
 comes to its end. A search with beams has all its pages from the beginning and is not preempted: its beams have pages
@@ -9,7 +10,6 @@ of their own, which are not found by their names, and nothing of it could be kep
 
 from bisect import insort
 from collections import deque
-from itertools import islice
 from operator import attrgetter
 
 from mm1.engine.cache import PAGE, Cache
@@ -18,7 +18,7 @@ from mm1.kernels.dispatch import cdiv
 
 OVERTAKEN = 64  # requests that may begin before an older one for which there are too few pages
 SHORT = 8  # requests, each short of pages, behind which a step looks for one that is not
-PARTS = 4  # long prompts that are computed at once, each a part of a step
+PARTS = 4  # long prompts that are computed at once; a prompt is long if it has more rows than such a part of a step
 
 
 class Schedule:
@@ -39,10 +39,10 @@ class Schedule:
         self.waiting.append(request)
 
     def admit(self) -> None:
-        """Admit waiting requests while there are rows, places in the batch and pages for their prompts.
+        """Admit waiting requests while the batch has places and the cache has pages for their prompts.
 
-        One whose beginning another is about to compute waits for it, and those behind it go first, as they do when one
-        needs more pages than there are; OVERTAKEN bounds that.
+        A request waits, and those behind it go first, while another computes a prefix of its prompt, while PARTS long
+        prompts are computed and its own is long, or while the cache lacks pages for it; OVERTAKEN bounds the last.
         """
         if not self.waiting:
             return
@@ -52,22 +52,32 @@ class Schedule:
         growing = sum(len(request.pages) < request.room for request in self.running)
         prompts = [request for request in self.running if request.prefilling]
         computing = {name for request in prompts for name in request.cached[request.computed // PAGE :]}
-        rows = sum(map(self._rows, prompts))
+        part = cdiv(self.prefill, PARTS)
+        long = sum(request.pending > part for request in prompts)
         short: list[Request] = []  # of pages
-        for request in list(islice(self.waiting, self.batch + OVERTAKEN)):
-            if rows >= self.prefill or width + request.sampling.num_beams > self.batch:
+        for request in list(self.waiting):
+            if width + request.sampling.num_beams > self.batch:
                 return
             if short and (short[0].preempted or short[0].overtaken >= OVERTAKEN or len(short) > SHORT):
                 return
-            shared = self.cache.shared(request.cached)
-            missing = request.cached[len(shared) :]
-            if missing and missing[0] in computing:
+            names = request.sharable
+            known = request.known = self.cache.known_of(names, request.known)
+            if known < len(names) and names[known] in computing:
                 continue
+            is_long = request.pending - known * PAGE > part
+            if is_long and long >= PARTS and not request.preempted:  # who was put back goes on as soon as it can
+                continue
+            state = (self.cache.dropped, known)
+            if request.short and request.short[:2] == state and growing >= request.short[2]:
+                short.append(request)  # as when this was last found: no page has become free since
+                continue
+            shared = self.cache.shared(names[:known])
             whole = request.sampling.num_beams > 1
             count = request.room if whole else cdiv(request.pending, PAGE)
             ahead = min(request.room, self.cache.pages // self.batch)
             pages = self.cache.take(count, shared, leave=growing, ahead=ahead)
             if pages is None:
+                request.short = (*state, growing)
                 short.append(request)
                 continue
             for older in short:
@@ -75,14 +85,10 @@ class Schedule:
             self.waiting.remove(request)
             request.admit(pages, len(shared))
             insort(self.running, request, key=attrgetter("number"))
-            computing.update(missing)
+            computing.update(request.cached[len(shared) :])
             width += request.sampling.num_beams
             growing += len(request.pages) < request.room
-            rows += self._rows(request)
-
-    def _rows(self, request: Request) -> int:
-        """Return how many rows of a step it counts for: of a long prompt a part, so that others begin beside it."""
-        return min(request.pending, cdiv(self.prefill, PARTS))
+            long += is_long
 
     def share(self) -> list[Request]:
         """Return the prompts that this step computes rows of, and note how many: `prefill` in all.

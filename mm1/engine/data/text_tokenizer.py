@@ -163,6 +163,9 @@ def opened(text: str) -> Opened:
     private = {token: f"{prefix}{i}" for i, token in enumerate(sorted(special)) if token != unknown or token in SPECIAL}
     encoder = Tokenizer.from_str(json.dumps(renamed(spec, private)))
     encoder.encode_special_tokens = True  # of the special tokens the unknown one alone has kept its name
+    looks_up = spec["model"]["type"] == "Unigram" or spec["model"].get("ignore_merges")
+    if looks_up and spec["model"].get("byte_fallback"):
+        _keep_spelled_bytes_apart(encoder)
     public = {name: token for token, name in private.items()}
     vocabulary = {public.get(token, token): number for token, number in encoder.get_vocab().items()}
     silent = {vocabulary[token] for token in special if token in vocabulary}
@@ -172,6 +175,18 @@ def opened(text: str) -> Opened:
     decoder = spec.get("decoder") or {}
     kinds = {str(part.get("type")) for part in (decoder, *decoder.get("decoders", ()))}
     return Opened(encoder, vocabulary, names, kinds, vocabulary.get(unknown) if unknown in SPECIAL else None)
+
+
+def _keep_spelled_bytes_apart(encoder: "Tokenizer") -> None:
+    """Cut a text that spells a token of byte fallback, such as "<0x41>", behind its "<".
+
+    The model looks whole pieces up, and finds bytes by the names of their tokens, which therefore cannot be renamed.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    cut = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
+    before = [encoder.pre_tokenizer] if encoder.pre_tokenizer else []
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
 
 
 def special_tokens(spec: dict[str, Any]) -> list[str]:

@@ -344,22 +344,28 @@ class Service:
             streams = [await opened.enter_async_context(self._opened(job)) for job in jobs]
             requests = [stream.request for stream in streams]
             if not asked.stream:
+                scores = sum(job.scored * (1 + job.sampling.top_logprobs) for job in jobs)
                 try:
                     await _all(self._pieces(stream, begun, None) for stream in streams)
-                    content = await self.intake.run(lambda: dumps(reply.whole(requests)))
+                    content = await self.intake.run(lambda: dumps(reply.whole(requests)), scores, client)
                 except Exception as error:
                     raise refusal_of(error) from None
                 return await _response(content, 200, "application/json")(scope, receive, send)
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
 
-            async def emit(event: dict[str, Any] | str, more: bool = True) -> None:
+            scored = [asyncio.Event() if job.scored else None for job in jobs]  # set once its prompt has its scores
+
+            async def emit(event: dict[str, Any] | str | Callable[[], Any], more: bool = True) -> None:
+                if callable(event):  # of scores there may be millions
+                    make = event
+                    event = (await self.intake.run(lambda: dumps(make()))).decode() if any(scored) else make()
                 text = event if isinstance(event, str) else json.dumps(event)
                 async with asyncio.timeout(SEND_SECONDS):
                     await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
             try:
-                await _all(self._streamed(i, stream, begun, reply, emit) for i, stream in enumerate(streams))
+                await _all(self._streamed(i, stream, begun, reply, emit, scored) for i, stream in enumerate(streams))
                 if asked.usage:
                     await emit(reply.last(requests))
                 await emit("[DONE]", more=False)
@@ -374,12 +380,24 @@ class Service:
             return None
         return await asyncio.get_running_loop().run_in_executor(self.compilers, self.grammars.of_schema, schema)
 
-    async def _streamed(self, index: int, stream: Stream, begun: float, reply: Any, emit: Callable) -> None:
+    async def _streamed(
+        self, index: int, stream: Stream, begun: float, reply: Any, emit: Callable, scored: list[asyncio.Event | None]
+    ) -> None:
+        """scored: of each choice that scores its prompt, for those behind it too, which wait for that."""
         request = stream.request
         for event in reply.begin(index, request):
             await emit(event)
-        await self._pieces(stream, begun, lambda piece: emit(reply.piece(index, request, piece)))
-        await emit(reply.end(index, request))
+        own = scored[index]
+        if not own and (other := next((event for event in scored[index::-1] if event), None)):
+            await other.wait()
+
+        async def told(make: Callable[[], Any]) -> None:
+            if own:
+                own.set()
+            await emit(make)
+
+        await self._pieces(stream, begun, lambda piece: told(lambda: reply.piece(index, request, piece)))
+        await told(lambda: reply.end(index, request))
 
     async def _pieces(self, stream: Stream, begun: float, take: Callable[[str], Awaitable[None]] | None) -> None:
         first = None

@@ -34,6 +34,7 @@ from mm1.engine.serve.fields import (
 OWN = ("prompt", "echo", "logprobs", "best_of")
 PROMPTS = 256
 MAX_TOKENS = 16  # OpenAI's default
+SCORES = 1 << 21  # log-probabilities of prompts' tokens and their alternatives in one answer: some 200 bytes each
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,16 @@ class Asked:
         return len(self.given) * self.best_of
 
     def jobs(self, documents: Sequence[Document], context: int, grammar: Grammar | None) -> list[Job]:
-        """Return all choices of the first prompt, then of the second, and so on."""
+        """Return all choices of the first prompt, then of the second, and so on. The first choice of a prompt scores it
+        for all of them. Raises WrongField for more scores than SCORES."""
+        scored = [len(d.tokens) - 1 if self.echo and self.logprobs is not None else 0 for d in documents]
+        told = sum(scored) * (1 + (self.logprobs or 0)) * self.settings.count
+        if told > SCORES:
+            raise WrongField("logprobs", f"echo and logprobs ask for {told} numbers, expected at most {SCORES}")
         jobs: list[Job] = []
-        for document in documents:
-            count = len(document.tokens)
-            samplings = self.settings.samplings(self.best_of, context - count, grammar)
-            scored = count - 1 if self.echo and self.logprobs is not None else 0
-            # One choice scores the prompt for all of them, but in a stream, where each tells it when it begins.
-            every = self.settings.stream
-            jobs += [Job(document, s, scored if every or i == 0 else 0) for i, s in enumerate(samplings)]
+        for document, count in zip(documents, scored):
+            samplings = self.settings.samplings(self.best_of, context - len(document.tokens), grammar)
+            jobs += [Job(document, s, 0 if i else count) for i, s in enumerate(samplings)]
         return jobs
 
     def reply(self, model: str, tokenizer: TextTokenizer) -> "Reply":
@@ -114,6 +116,7 @@ class Reply:
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
                      "created": int(time.time()), "model": model}  # fmt: skip
         self.texts: dict[int, Offsets] = {}  # of each choice that is streamed
+        self.scorers: dict[int, Request] = {}  # of each prompt that is streamed
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         best_of, n = self.asked.best_of, self.asked.settings.count
@@ -122,8 +125,8 @@ class Reply:
             candidates = requests[at : at + best_of]
             if n < best_of:
                 candidates = sorted(candidates, key=lambda request: -float(np.mean(request.logprobs)))[:n]
+            prompt, logprobs = self._prompt(at // best_of, requests[at])
             for request in candidates:
-                prompt, logprobs = self._prompt(at // best_of, requests[at])
                 own = self._logprobs(request, Offsets(len(prompt)))
                 text, finish = prompt + request.text, finish_of(request)
                 choices.append(_choice(len(choices), text, finish, _together(logprobs, own)))
@@ -131,12 +134,14 @@ class Reply:
 
     def begin(self, index: int, request: Request) -> list[dict[str, Any]]:
         """Return the chunks before a choice's text: none, as the prompt's scores are not there yet."""
+        self.scorers.setdefault(index // self.asked.best_of, request)  # the choices begin in order
         return []
 
     def piece(self, index: int, request: Request, text: str, finish: str | None = None) -> dict[str, Any]:
         prompt, logprobs = "", None
         if index not in self.texts:
-            prompt, logprobs = self._prompt(index // self.asked.best_of, request)
+            number = index // self.asked.best_of
+            prompt, logprobs = self._prompt(number, self.scorers.get(number, request))
             self.texts[index] = Offsets(len(prompt))
         own = self._logprobs(request, self.texts[index])
         usage = {"usage": None} if self.asked.settings.usage else {}

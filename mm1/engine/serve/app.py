@@ -341,7 +341,7 @@ class Service:
             jobs = asked.jobs(documents, self.engine.engine.context, grammar)
             asked = asked.settings
             await arrived.aclose()
-            streams = [await opened.enter_async_context(self._opened(job)) for job in jobs]
+            streams = await opened.enter_async_context(self._opened(jobs))
             requests = [stream.request for stream in streams]
             if not asked.stream:
                 try:
@@ -393,12 +393,13 @@ class Service:
             self.metrics.next.observe((ended - first) / (made - 1))
 
     @asynccontextmanager
-    async def _opened(self, job: chat.Job) -> AsyncIterator[Stream]:
-        async with self.engine.open(*job) as stream:
+    async def _opened(self, jobs: list[chat.Job]) -> AsyncIterator[list[Stream]]:
+        async with self.engine.open_many(jobs) as streams:
             try:
-                yield stream
+                yield streams
             finally:
-                self.metrics.count(stream.request)
+                for stream in streams:
+                    self.metrics.count(stream.request)
 
 
 async def _all(work: Any) -> None:

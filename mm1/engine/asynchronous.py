@@ -112,9 +112,7 @@ class AsyncEngine:
             yield stream
 
     @asynccontextmanager
-    async def open_many(
-        self, jobs: Sequence[tuple[Prompt | Document, Sampling, int]]
-    ) -> AsyncIterator[list[Stream]]:
+    async def open_many(self, jobs: Sequence[tuple[Prompt | Document, Sampling, int]]) -> AsyncIterator[list[Stream]]:
         """Submit requests between the same two steps: all of them, or none if one is refused.
 
         jobs: what `open` takes. Each is cancelled if it is left before its end. Raises Busy, DataError and Dead.
@@ -145,7 +143,9 @@ class AsyncEngine:
 
     async def _encoded(self, prompts: Sequence[Prompt | Document]) -> list[Document]:
         rest = [prompt for prompt in prompts if not isinstance(prompt, Document)]
-        made = iter(await asyncio.to_thread(encode_prompts, self.engine.model, rest, self.engine.context) if rest else ())
+        made = iter(
+            await asyncio.to_thread(encode_prompts, self.engine.model, rest, self.engine.context) if rest else ()
+        )
         return [prompt if isinstance(prompt, Document) else next(made) for prompt in prompts]
 
     async def stream(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncGenerator[str, None]:

@@ -19,7 +19,7 @@ from test_generate import picture
 
 from mm1.engine.config import saw_conversations
 from mm1.engine.data.batch import exact_budget
-from mm1.engine.data.document import Budget, DocumentEncoder
+from mm1.engine.data.document import Budget, Document, DocumentEncoder
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.record import Unreadable
 from mm1.engine.data.sources import open_source, read_image
@@ -185,13 +185,14 @@ def test_max_tokens_left_out_is_what_the_context_has_room_for(model):
 
 def test_every_setting_reaches_the_engine():
     found = parsed(
-        USER, min_p=0.1, frequency_penalty=-1, presence_penalty=2, logit_bias={"5": -100, "007": 1.5}, logprobs=True,
+        USER, min_p=0.1, frequency_penalty=-1, presence_penalty=2, logit_bias={"5": -100, "7": 1.5}, logprobs=True,
         top_logprobs=20, temperature=0.5, top_p=0.9, top_k=3, seed=1, stop="x", max_completion_tokens=9,
-    ).samplings  # fmt: skip
-    assert found == [Sampling(
+    )  # fmt: skip
+    [job] = found.jobs([Document(np.array([1]), (), "")], 100, None)
+    assert job.sampling == Sampling(
         max_tokens=9, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, frequency_penalty=-1, presence_penalty=2,
         logit_bias={5: -100, 7: 1.5}, top_logprobs=20, seed=1, stop="x",
-    )]  # fmt: skip
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("finish", [None, "cancelled", "failed"])

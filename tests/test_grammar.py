@@ -179,6 +179,16 @@ def test_a_schema_that_takes_too_long_is_given_up(monkeypatch, grammars):
         grammars.of_schema('{"type": "boolean"}')
 
 
+def test_a_refused_schema_is_refused_again_without_a_try(monkeypatch, model):
+    grammars = Grammars(model.tokenizer)
+    with pytest.raises(SchemaError) as first:
+        grammars.of_schema('{"not": {"type": "object"}}')
+    monkeypatch.setattr("mm1.engine.grammar._try", lambda _: pytest.fail("it was tried again"))
+    with pytest.raises(SchemaError) as second:
+        grammars.of_schema('{"not": {"type": "object"}}')
+    assert str(first.value) == str(second.value)
+
+
 def test_without_the_library_a_schema_is_refused_with_the_way_to_get_it(monkeypatch, grammars):
     monkeypatch.setattr("mm1.engine.grammar.find_spec", lambda name: None)
     with pytest.raises(SchemaError, match="pip install 'mm1-engine"):

@@ -183,6 +183,7 @@ def test_models_lists_the_one_there_is(client, port):
     with pytest.raises(openai.NotFoundError, match="'small'"):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "one"}])
     assert asked(port, "GET", "/v1/nothing")[0] == 404
+    assert asked(port, "POST", CHAT + "/", "{}")[0] == 404  # no redirect, whose answer would have no body
     assert asked(port, "GET", CHAT)[0] == 405
     assert json.loads(asked(port, "GET", "/v1/nothing")[2])["error"]["type"] == "invalid_request_error"
 

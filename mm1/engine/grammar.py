@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mm1.engine.data.document import TextTokenizer
 
 SECONDS, BYTES = 5, 2 << 30  # that trying a schema may take
+KNOWN = 256  # schemas whose grammars or refusals are kept
 STEP_SECONDS = 0.1  # of the processor, that a mask may take
 TRIED = 64  # tokens of each of the texts that a schema is tried with
 LARGEST, DEEPEST = 1 << 16, 32  # characters of a schema, and how deep it is nested
@@ -79,10 +80,23 @@ class Grammars:
 
     def __init__(self, tokenizer: "TextTokenizer"):
         self.tokenizer = tokenizer
-        self.of_schema = lru_cache(64)(self._of_schema)
+        self._known = lru_cache(KNOWN)(self._found)
 
-    def _of_schema(self, schema: str) -> Grammar:
+    def of_schema(self, schema: str) -> Grammar:
         """Return the grammar of a JSON schema, given as text. Raises SchemaError for one that cannot be followed."""
+        found = self._known(schema)
+        if isinstance(found, SchemaError):
+            raise SchemaError(str(found))
+        return found
+
+    def _found(self, schema: str) -> "Grammar | SchemaError":
+        """Return also why there is none: a schema that takes seconds to be refused is not to take them again."""
+        try:
+            return self._made(schema)
+        except SchemaError as error:
+            return SchemaError(str(error))  # without frames that would be kept with it
+
+    def _made(self, schema: str) -> Grammar:
         if not find_spec("llguidance"):
             raise SchemaError("it needs llguidance: pip install 'mm1-engine[serve]'")
         refuse_costly(schema)

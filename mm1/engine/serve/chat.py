@@ -28,6 +28,7 @@ from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
 from mm1.engine.serve.fields import Settings, WrongField, json_object, members, settings, text_of, top_logprobs, typed
 
+ENTRY_BYTES = 64  # of JSON for a token's log-probability
 TEMPLATES = ("conversation", "none")
 OWN = ("messages", "logprobs", "top_logprobs", "template")
 ROLES = ("system", "developer", "user", "assistant")
@@ -54,7 +55,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """A chat request. logprobs: whether they are told; top: with how many alternatives."""
+    """A chat request. logprobs: whether they are told."""
 
     parts: tuple[str | Picture, ...]
     settings: Settings
@@ -68,11 +69,6 @@ class Asked:
     def texts(self) -> int:
         """Return how many texts the Engine has to make."""
         return self.settings.count
-
-    @property
-    def samplings(self) -> list[Sampling]:
-        """Return those of the choices, without what depends on the prompt."""
-        return self.settings.samplings(self.settings.count, self.settings.sampling.max_tokens, None)
 
     def jobs(self, documents: Sequence[Document], context: int, grammar: Grammar | None) -> list[Job]:
         [document] = documents
@@ -200,6 +196,11 @@ class Reply:
             for i, request in enumerate(requests)
         ]  # fmt: skip
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(requests)}
+
+    def size(self, requests: Sequence[Request]) -> int:
+        """Return about how many bytes of JSON the whole is."""
+        entries = sum(len(request.tokens) for request in requests) * (self.top + 1) if self.with_logprobs else 0
+        return sum(len(request.text) for request in requests) + ENTRY_BYTES * entries
 
     def begin(self, index: int, request: Request) -> list[dict[str, Any]]:
         """Return the chunks before a choice's text."""

@@ -71,8 +71,13 @@ PHOTO = {"messages": [{"role": "user", "content": [text("one"), image_url(data_u
         ("encoding", document.TextTokenizer, "encode", lambda _, text: len(text) > intake.LONG, raw([LARGE])),
         ("base64", intake, "read_image", lambda url, _: len(url) > intake.LONG, PHOTO),
         ("hashes of images", document, "image_digest", lambda _: True, PHOTO),
-        ("writing", chat.Reply, "whole", lambda _, requests: len(requests) == 4,
-         raw(["one"], n=4, logprobs=True, top_logprobs=20)),
+        (
+            "writing",
+            chat.Reply,
+            "whole",
+            lambda _, requests: len(requests) == 4,
+            raw(["one"], n=4, logprobs=True, top_logprobs=20),
+        ),
         ("schemas", Grammars, "of_schema", lambda *_: True, raw(["one"], response_format={"type": "json_object"})),
     ],
 )

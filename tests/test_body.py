@@ -31,7 +31,7 @@ STRINGS = (
     "data:,short",
     "data:image/png;base64," + "A/+=" * 2000,
     "data:image/png;base64," + "é" * 3000,
-    'data:image/png;base64,"' + "A" * 5000,
+    "data:image/png;base64," + "A" * 5000 + '" says who?',
     "data: Größe" * 1000,
     "x" * 9000,
 )

@@ -217,7 +217,8 @@ class Service:
             return _json({"status": "stalled", "seconds": round(seconds)}, 503)
         pages = {"total": engine.cache.pages, "free": engine.cache.room}
         now = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
-        return _json({"status": "ok", "model": self.name, **now})
+        limits = {"images": self.intake.max_images, "bytes": self.max_bytes}  # of a request, which the page looks at
+        return _json({"status": "ok", "model": self.name, **now, "limits": limits})
 
     async def _metrics(self, _: "Request") -> "Response":
         text, media_type = self.metrics.text()

@@ -255,7 +255,8 @@ def test_a_large_photograph_is_sent_small_and_upright(page):
 
 
 @pytest.mark.parametrize("form, mode, kind", [
-    ("WEBP", "RGB", "image/jpeg"), ("WEBP", "RGBA", "image/png"), ("PNG", "RGB", "image/jpeg"), ("PNG", "L", "image/png"),
+    ("WEBP", "RGB", "image/jpeg"), ("WEBP", "RGBA", "image/png"), ("PNG", "RGB", "image/jpeg"),
+    ("PNG", "L", "image/png"),
 ])  # fmt: skip
 def test_a_large_file_is_sent_as_jpeg_unless_that_would_spoil_it(page, form, mode, kind):
     """Noise makes PNG large; a drawing, here grey, stays a small PNG; what is transparent cannot be JPEG."""
@@ -271,7 +272,7 @@ def test_a_large_file_is_sent_as_jpeg_unless_that_would_spoil_it(page, form, mod
 
 def test_a_bitmap_is_given_back_whether_or_not_the_file_is_written_anew(page, files):
     browser, _ = page
-    browser["window.open = 0, window.made = []"]
+    browser["window.made = [], 0"]
     browser[
         """window.create = createImageBitmap, createImageBitmap = async file => {
         const bitmap = await create(file);
@@ -319,13 +320,13 @@ def test_what_a_proxy_answers_is_told_in_plain_words(page):
 
 
 def test_a_letter_writes_no_image_and_draws_none_anew(page, files):
-    browser, port = page
+    browser, _ = page
     browser.choose("[data-choose=shots]", *files[:2])
     until(lambda: len(browser[SHOTS]) == 2)
     browser["saveNow()"]
     browser[
         """window.written = [], window.put = IDBObjectStore.prototype.put,
-        IDBObjectStore.prototype.put = function (value, key) { written.push(this.name); return put.call(this, value, key); },
+        IDBObjectStore.prototype.put = function (...of) { written.push(this.name); return put.apply(this, of); },
         window.first = document.querySelector("#shots img"), 0"""
     ]
     browser.type("#question", "how many?")

@@ -198,6 +198,21 @@ def test_small_ones_pass_a_large_one_but_not_for_ever():
     asyncio.run(run())
 
 
+def test_who_waits_for_what_it_holds_itself_keeps_nobody():
+    async def run():
+        room = Room(1000)
+        lending = Lending(room)
+        tasks = [lending.take(f"a{i}", 500) for i in range(2)]
+        tasks += [lending.take(chr(0x100 + i), 1) for i in range(3 * PASSES)]
+        await settled()
+        assert lending.order[0] == "a0"
+        assert len(lending.order) == len(tasks) - 1
+        tasks[1].cancel()
+        await settled()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_of_random_takers_all_have_their_room_in_the_end(seed):
     async def run():

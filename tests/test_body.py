@@ -132,7 +132,7 @@ def test_what_is_well_formed_but_too_much_is_not_called_malformed():
 def test_a_string_ends_at_its_quote_wherever_pieces_end(monkeypatch):
     r = random.Random(3)
     for piece in (2, 3, 1000):
-        monkeypatch.setattr(body, "PIECE", piece)
+        monkeypatch.setattr(body, "STRING_PIECE", piece)
         for _ in range(200):
             text = json.dumps("".join(r.choice('a"\\\n') for _ in range(r.randrange(12))))
             assert _end_of_string(f"[{text}, {text}]".encode(), 1) == 1 + len(text)

@@ -78,7 +78,16 @@ PHOTO = {"messages": [{"role": "user", "content": [text("one"), image_url(data_u
             lambda _, requests: len(requests) == 4,
             raw(["one"], n=4, logprobs=True, top_logprobs=20),
         ),
-        ("schemas", Grammars, "of_schema", lambda *_: True, raw(["one"], response_format={"type": "json_object"})),
+        (
+            "schemas",
+            Grammars,
+            "of_schema",
+            lambda *_: True,
+            raw(
+                ["one"],
+                response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}}},
+            ),
+        ),
     ],
 )
 def test_a_stage_that_is_stuck_holds_up_nobody_else(model, served, monkeypatch, stage, owner, name, when, body):
@@ -112,6 +121,8 @@ def test_a_stage_that_is_stuck_holds_up_nobody_else(model, served, monkeypatch, 
 def test_schemas_of_one_client_hold_up_no_other_client(served, monkeypatch):
     port, service = served
     gate, body = Gate(Grammars.of_schema, lambda _, schema: "enum" in schema), {"max_tokens": 20}
+    plain = raw(["one"], response_format={"type": "json_object"}) | body
+    assert asked(port, "POST", CHAT, plain)[0] == 200
     monkeypatch.setattr(Grammars, "of_schema", lambda *args: gate(*args))
     forms = [{"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [i]}}} for i in range(4)]
     found = []
@@ -121,8 +132,10 @@ def test_schemas_of_one_client_hold_up_no_other_client(served, monkeypatch):
         for thread in threads:
             thread.start()
         until(lambda: sum(map(len, service.compiling.waiting.values())) == 3)
+        assert asked(port, "POST", CHAT, plain)[0] == 200  # which is known: also the same client has it
+        plain["response_format"] = forms[0] | {"json_schema": {"name": "x", "schema": {"type": "boolean"}}}
         other = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=("127.0.0.2", 0))
-        other.request("POST", CHAT, json.dumps(raw(["one"], response_format={"type": "json_object"}) | body))
+        other.request("POST", CHAT, json.dumps(plain))
         assert other.getresponse().status == 200
         other.close()
         monkeypatch.setattr(app, "SCHEMA_SECONDS", 0.01)

@@ -11,10 +11,12 @@ import os
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,21 +82,33 @@ class Grammars:
 
     def __init__(self, tokenizer: "TextTokenizer"):
         self.tokenizer = tokenizer
-        self._known = lru_cache(KNOWN)(self._found)
+        self._known: OrderedDict[str, Grammar | SchemaError] = OrderedDict()  # the last used are at the end
+        self._lock = Lock()
 
-    def of_schema(self, schema: str) -> Grammar:
-        """Return the grammar of a JSON schema, given as text. Raises SchemaError for one that cannot be followed."""
-        found = self._known(schema)
+    def known(self, schema: str) -> Grammar | None:
+        """Return the grammar if it was made before, at once. Raises SchemaError if it was refused before."""
+        with self._lock:
+            if found := self._known.get(schema):
+                self._known.move_to_end(schema)
         if isinstance(found, SchemaError):
             raise SchemaError(str(found))
         return found
 
-    def _found(self, schema: str) -> "Grammar | SchemaError":
-        """Return also why there is none: a schema that takes seconds to be refused is not to take them again."""
+    def of_schema(self, schema: str) -> Grammar:
+        """Return the grammar of a JSON schema, given as text. Raises SchemaError for one that cannot be followed."""
+        if found := self.known(schema):
+            return found
         try:
-            return self._made(schema)
-        except SchemaError as error:
-            return SchemaError(str(error))  # without frames that would be kept with it
+            made = self._made(schema)
+        except SchemaError as error:  # which can take seconds to find out
+            made = SchemaError(str(error))  # without frames that would be kept with it
+        with self._lock:
+            self._known[schema] = made
+            while len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+        if isinstance(made, SchemaError):
+            raise SchemaError(str(made))
+        return made
 
     def _made(self, schema: str) -> Grammar:
         if not find_spec("llguidance"):

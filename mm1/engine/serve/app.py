@@ -383,6 +383,8 @@ class Service:
         """Compile a schema, which may take seconds, in the client's turn. Raises SchemaError and Busy."""
         if schema is None:
             return None
+        if known := self.grammars.known(schema):
+            return known
         async with AsyncExitStack() as turn:
             try:
                 async with asyncio.timeout(SCHEMA_SECONDS):

@@ -256,7 +256,7 @@ def test_a_large_photograph_is_sent_small_and_upright(page):
 
 @pytest.mark.parametrize("form, mode, kind", [
     ("WEBP", "RGB", "image/jpeg"), ("WEBP", "RGBA", "image/png"), ("PNG", "RGB", "image/jpeg"),
-    ("PNG", "L", "image/png"),
+    ("PNG", "L", "image/png"), ("WEBP", "L", "image/jpeg"),
 ])  # fmt: skip
 def test_a_large_file_is_sent_as_jpeg_unless_that_would_spoil_it(page, form, mode, kind):
     """Noise makes PNG large; a drawing, here grey, stays a small PNG; what is transparent cannot be JPEG."""

@@ -6,17 +6,20 @@ import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from threading import BoundedSemaphore
 from urllib.parse import urlsplit
 
 from mm1.engine.data.record import DataError
+from mm1.engine.engine import Busy
 
 SECONDS = 10
 PORTS = (80, 443)
 LOOK_UPS = ThreadPoolExecutor(2, "mm1-names")  # of their own: a name server that is silent holds up nothing else
+TURNS = BoundedSemaphore(32)  # URLs at a time, those included whose names wait to be looked up
 
 
 async def fetch(url: str, most: int) -> bytes:
-    """Return at most so many bytes. Raises DataError. How many are fetched at a time is the caller's to bound.
+    """Return at most so many bytes. Raises DataError, or Busy.
 
     Redirects are not followed: each would have to be looked at like the first.
     """
@@ -33,6 +36,8 @@ async def fetch(url: str, most: int) -> bytes:
         raise DataError(f"{url[:60]!r} is no http or https URL in ASCII") from None
     if port not in PORTS:
         raise DataError(f"port {port} of {host} is none of {', '.join(map(str, PORTS))}")
+    if not TURNS.acquire(blocking=False):
+        raise Busy("too many URLs are being fetched")
     try:
         async with asyncio.timeout(SECONDS):
             return await _got(host, port, parts.scheme == "https", head, most)
@@ -40,6 +45,8 @@ async def fetch(url: str, most: int) -> bytes:
         raise DataError(f"{host} took more than {SECONDS} s") from None
     except OSError as error:
         raise DataError(f"{host}: {error}") from None
+    finally:
+        TURNS.release()
 
 
 async def _got(host: str, port: int, encrypted: bool, head: bytes, most: int) -> bytes:

@@ -128,18 +128,53 @@ def test_a_full_queue_and_a_prompt_too_long_are_the_callers_to_know(model):
 
 
 def test_the_engines_own_refusal_comes_through(model):
-    """Two wait for pages, one more than its queue takes, while its batch has room."""
-    engine = Engine(model, tokens=256, batch=8, queue=1)
-    first, second, third = (Document(np.arange(i, i + 199, dtype=np.int32), (), "") for i in (5, 6, 7))
-
     async def refused():
-        async with AsyncEngine(engine) as running, running.open(first, Sampling(50)) as stream:
-            await anext(stream)
-            async with running.open(second, Sampling(50)):
-                with pytest.raises(Busy):
-                    await running.generate(third, Sampling(50))
+        async with AsyncEngine(Engine(model, tokens=256)) as running:
+            with pytest.raises(DataError, match="the token id 9999"):
+                await running.generate(Document(np.array([1, 9999], np.int32), (), ""), Sampling(5))
 
     asyncio.run(refused())
+
+
+def test_many_are_submitted_between_two_steps_and_have_what_each_gets_alone(model):
+    engine = Engine(model, tokens=4096, batch=3, queue=9, prefill=1024)
+    steps, prompts = [], [[f"{i} and {i}"] for i in range(12)]
+    step_that(engine, lambda: steps.append(len(engine.waiting) + len(engine.running)))
+
+    async def all_of_them():
+        async with AsyncEngine(engine) as running:
+            async with running.open_many([(prompt, Sampling(2), 0) for prompt in prompts]) as streams:
+                for stream in streams:
+                    async for _ in stream:
+                        pass
+            async with running.open_many([]) as none:
+                assert none == []
+            return [stream.request.tokens for stream in streams]
+
+    assert asyncio.run(all_of_them()) == [alone(model, prompt, Sampling(2)).tokens for prompt in prompts]
+    assert steps[0] == 12
+    assert drained(engine)
+
+
+def test_none_of_many_is_submitted_if_one_is_refused(model):
+    engine = Engine(model, tokens=256, batch=2, queue=2)
+    good, bad = Document(np.arange(5, 20, dtype=np.int32), (), ""), Document(np.array([9999], np.int32), (), "")
+
+    async def refused():
+        async with AsyncEngine(engine) as running:
+            with pytest.raises(DataError, match="9999"):
+                async with running.open_many([(document, Sampling(200), 0) for document in (good, good, bad)]):
+                    pytest.fail("it was taken")
+            with pytest.raises(Busy):
+                async with running.open_many([(good, Sampling(200), 0)] * 5):
+                    pytest.fail("it was taken")
+            assert drained(engine)
+            async with running.open_many([(good, Sampling(200), 0)] * 4):
+                pass
+            return await running.generate(good, Sampling(5))
+
+    assert asyncio.run(refused()).tokens == alone(model, good, Sampling(5)).tokens
+    assert drained(engine)
 
 
 @pytest.mark.parametrize("where", ["inside its prompt", "preempted"])

@@ -6,15 +6,18 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
 from mm1.engine.config import DIGITS_FOLDER
+from mm1.engine.data import sources
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.data.record import DataError
-from mm1.engine.data.sources import BASE64_PIECE, decode_base64
+from mm1.engine.data.record import DataError, Unreadable
+from mm1.engine.data.sources import BASE64_PIECE, decode_base64, decode_percent, read_image
 from mm1.engine.serve import body
-from mm1.engine.serve.body import DEPTH, DIGITS, LONG, SLICE, TEXT, VALUES, TooLarge, dumps, loads
+from mm1.engine.serve.body import DEPTH, DIGITS, LONG, SLICE, TEXT, VALUES, TooLarge, _end_of_string, dumps, loads
 
 STRINGS = (
     "",
@@ -26,7 +29,10 @@ STRINGS = (
     "é😀",
     "\n\t\u2028",
     "data:,short",
-    "data:" + "A/+=" * 2000,
+    "data:image/png;base64," + "A/+=" * 2000,
+    "data:image/png;base64," + "é" * 3000,
+    "data:image/png;base64," + "A" * 5000 + '" says who?',
+    "data: Größe" * 1000,
     "x" * 9000,
 )
 
@@ -60,14 +66,14 @@ def test_a_byte_order_mark_is_no_part_of_it():
 def test_long_urls_are_whole_and_do_not_count(monkeypatch, escape):
     monkeypatch.setattr(body, "PIECE", 1000)
     urls = ["data:image/png;base64," + base64.b64encode(bytes([i]) * (TEXT // 2)).decode() for i in (0, 255, 63)]
-    text = json.dumps({"list": [{"url": url} for url in urls], "text": "data:" + "x" * 100})
+    text = json.dumps({"list": [{"url": url} for url in urls], "text": "data:image/png," + "x" * 100})
     text = text.replace("/", escape) if escape else text
     assert len(text) > TEXT
     assert [part["url"] for part in loads(text.encode())["list"]] == urls
 
 
 def test_only_the_values_of_objects_are_taken_out():
-    long = "data:" + "A" * (2 * LONG)
+    long = "data:image/png;base64," + "A" * (2 * LONG)
     value = {"list": [long, long], long: long}
     assert loads(json.dumps(value).encode()) == value
 
@@ -78,16 +84,14 @@ def test_only_the_values_of_objects_are_taken_out():
         ("[" * (DEPTH + 1) + "]" * (DEPTH + 1), f"nested {DEPTH + 1} deep, expected at most {DEPTH}"),
         ('{"a":' * (DEPTH + 1) + "1" + "}" * (DEPTH + 1), "deep"),
         ("[" * 100_000, "nested 100000 deep"),
-        ("[" + "[]," * VALUES + "0]", f"more than {VALUES} values"),
         ('{"a": 1, "b": 2, "a": 3}', "the key 'a' stands twice"),
         ("[1" + "0" * DIGITS + "]", f"{DIGITS + 1} digits"),
         ("[0." + "1" * 5000 + "]", "5002 digits"),
         ("[NaN]", "NaN is not"),
         ('{"a": -Infinity}', "-Infinity is not"),
         (b'{"a": "\xff"}', "not UTF-8"),
-        ('{"url": "data:' + "é" * LONG + '"}', "not ASCII"),
-        ('{"url": "data:' + "\\x" * LONG + '"}', "not ASCII"),
-        ('{"url": "data:' + "A" * LONG, "malformed JSON"),
+        ('{"url": "data:image/png;base64,' + "\\x" * LONG + '"}', "wrong escape"),
+        ('{"url": "data:image/png;base64,' + "A" * LONG, "malformed JSON"),
         ('{"a": "b', "malformed JSON"),
         ("", "malformed JSON"),
         ("{} {}", "malformed JSON"),
@@ -109,10 +113,59 @@ def test_depth_and_values_inside_strings_do_not_count():
 
 
 @pytest.mark.parametrize("text", [b'"' + b"a" * TEXT + b'"', b" " * (TEXT + 1), b'{"a": "' + b"data " * TEXT + b'"}',
-                                  json.dumps(["data:" + "A" * TEXT]).encode()])  # fmt: skip
+                                  json.dumps(["data:image/png," + "A" * TEXT]).encode(),
+                                  json.dumps({"text": "data: " + "A" * TEXT}).encode(),
+                                  json.dumps({"text": "data:image/png," + '"' * TEXT}).encode()])  # fmt: skip
 def test_more_text_than_is_accepted_is_too_large(text):
     with pytest.raises(TooLarge, match=f"more than {TEXT} bytes"):
         loads(text)
+
+
+def test_what_is_well_formed_but_too_much_is_not_called_malformed():
+    with pytest.raises(TooLarge, match=f"^the request holds more than {VALUES} values"):
+        loads(b"[" + b"[]," * VALUES + b"0]")
+    for text in ("[" * 100 + "]" * 100, "[" + "1" * (DIGITS + 1) + "]"):
+        with pytest.raises(DataError, match=r"^the request "):
+            loads(text.encode())
+
+
+def test_a_string_ends_at_its_quote_wherever_pieces_end(monkeypatch):
+    r = random.Random(3)
+    for piece in (2, 3, 1000):
+        monkeypatch.setattr(body, "STRING_PIECE", piece)
+        for _ in range(200):
+            text = json.dumps("".join(r.choice('a"\\\n') for _ in range(r.randrange(12))))
+            assert _end_of_string(f"[{text}, {text}]".encode(), 1) == 1 + len(text)
+            assert _end_of_string(text[:-1].encode(), 0) == len(text) - 1
+
+
+@pytest.mark.parametrize("piece", [3, 4, 7, 1 << 16])
+def test_percent_encoding_in_pieces_is_percent_encoding(monkeypatch, piece):
+    monkeypatch.setattr(sources, "PERCENT_PIECE", piece)
+    r = random.Random(piece)
+    for _ in range(200):
+        text = "".join(r.choice("%%4aF%gG") for _ in range(r.randrange(40)))
+        assert decode_percent(text) == unquote_to_bytes(text)
+    data = r.randbytes(300)
+    assert read_image("data:image/png," + "".join(f"%{byte:02x}" for byte in data), Path()) == data
+    encoded = base64.b64encode(data).decode().replace("+", "%2B").replace("/", "%2F")
+    assert read_image("data:image/png;base64," + encoded, Path()) == data
+
+
+@pytest.mark.parametrize("url", ["data:image/png,\ud800", "data:image/png;base64,é", "data:image/png;base64,%C3%A9",
+                                 "data:" + ";" * 5000 + "," * 5000, "data:image/png" + ";" * 5000 + ","])  # fmt: skip
+def test_a_data_url_that_is_none_is_refused(url):
+    with pytest.raises(Unreadable):
+        read_image(url, Path())
+
+
+def test_other_threads_go_on_while_a_url_is_decoded():
+    urls = {"data:image/png," + "%41" * 1_000_000: b"A" * 1_000_000}
+    with Ticking() as ticking:
+        for url, data in urls.items():
+            before = ticking.ticks
+            assert read_image(url, Path()) == data
+            assert ticking.ticks - before > 3
 
 
 def test_a_long_answer_is_written_as_json_writes_it():

@@ -19,13 +19,14 @@ from test_generate import picture
 
 from mm1.engine.config import saw_conversations
 from mm1.engine.data.batch import exact_budget
-from mm1.engine.data.document import Budget, DocumentEncoder
+from mm1.engine.data.document import Budget, Document, DocumentEncoder
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.data.record import Unreadable
 from mm1.engine.data.sources import open_source, read_image
 from mm1.engine.prompts import encode_prompts
 from mm1.engine.sampling import Sampling
 from mm1.engine.serve import chat
+from mm1.engine.serve.fields import WrongField
 
 
 @pytest.fixture(scope="module")
@@ -183,15 +184,37 @@ def test_max_tokens_left_out_is_what_the_context_has_room_for(model):
     assert parsed(USER).jobs([document], 2, None)[0].sampling.max_tokens == 1
 
 
+@pytest.mark.parametrize("message, param", [
+    (3, ""), ({"role": "x"}, ".role"), ({"content": "x"}, ".role"), ({"role": "user", "content": 3}, ".content"),
+    ({"role": "user", "content": "\ud800"}, ".content"), ({"role": "user", "content": [3]}, ".content[0]"),
+    ({"role": "user", "content": "x", "name": 5}, ".name"), ({"role": "user", "content": [{}]}, ".content[0].type"),
+    ({"role": "user", "content": [text("a"), {"type": "text", "text": 3}]}, ".content[1].text"),
+    ({"role": "user", "content": [image_url(3)]}, ".content[0].image_url.url"),
+    ({"role": "user", "content": [image_url("data:image/png,\ud800")]}, ".content[0].image_url.url"),
+    ({"role": "user", "content": [{"type": "file", "file": {"file_id": 3}}]}, ".content[0].file.file_id"),
+    ({"role": "assistant", "content": [image_url("data:,")]}, ".content"),
+    ({"role": "assistant", "refusal": 3}, ".refusal"),
+], ids=repr)  # fmt: skip
+def test_an_error_names_the_field_that_it_is_about(message, param):
+    messages = [USER, message, USER]
+    with pytest.raises(WrongField) as told:
+        chat.parse(json.dumps({"messages": messages}).encode())
+    assert told.value.param == f"messages[1]{param}"
+    with pytest.raises(WrongField) as told:
+        chat.parse(json.dumps({"messages": [{"role": "assistant", "content": "x"}]}).encode())
+    assert told.value.param == "messages[0].role"
+
+
 def test_every_setting_reaches_the_engine():
     found = parsed(
-        USER, min_p=0.1, frequency_penalty=-1, presence_penalty=2, logit_bias={"5": -100, "007": 1.5}, logprobs=True,
+        USER, min_p=0.1, frequency_penalty=-1, presence_penalty=2, logit_bias={"5": -100, "7": 1.5}, logprobs=True,
         top_logprobs=20, temperature=0.5, top_p=0.9, top_k=3, seed=1, stop="x", max_completion_tokens=9,
-    ).samplings  # fmt: skip
-    assert found == [Sampling(
+    )  # fmt: skip
+    [job] = found.jobs([Document(np.array([1]), (), "")], 100, None)
+    assert job.sampling == Sampling(
         max_tokens=9, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, frequency_penalty=-1, presence_penalty=2,
         logit_bias={5: -100, 7: 1.5}, top_logprobs=20, seed=1, stop="x",
-    )]  # fmt: skip
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("finish", [None, "cancelled", "failed"])

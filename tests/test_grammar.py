@@ -179,6 +179,29 @@ def test_a_schema_that_takes_too_long_is_given_up(monkeypatch, grammars):
         grammars.of_schema('{"type": "boolean"}')
 
 
+def test_a_refused_schema_is_refused_again_without_a_try(monkeypatch, model):
+    grammars = Grammars(model.tokenizer)
+    with pytest.raises(SchemaError) as first:
+        grammars.of_schema('{"not": {"type": "object"}}')
+    monkeypatch.setattr("mm1.engine.grammar._try", lambda _: pytest.fail("it was tried again"))
+    with pytest.raises(SchemaError) as second:
+        grammars.of_schema('{"not": {"type": "object"}}')
+    assert str(first.value) == str(second.value)
+
+
+def test_the_last_used_grammars_are_kept(monkeypatch, model):
+    monkeypatch.setattr("mm1.engine.grammar.KNOWN", 2)
+    monkeypatch.setattr("mm1.engine.grammar._try", lambda _: None)
+    grammars = Grammars(model.tokenizer)
+    a, b, c = (json.dumps({"enum": [i]}) for i in range(3))
+    first, second = grammars.of_schema(a), grammars.of_schema(b)
+    assert grammars.known(a) is first
+    grammars.of_schema(c)
+    assert grammars.known(a) is grammars.of_schema(a) is first
+    assert grammars.known(b) is None
+    assert grammars.of_schema(b) is not second
+
+
 def test_without_the_library_a_schema_is_refused_with_the_way_to_get_it(monkeypatch, grammars):
     monkeypatch.setattr("mm1.engine.grammar.find_spec", lambda name: None)
     with pytest.raises(SchemaError, match="pip install 'mm1-engine"):

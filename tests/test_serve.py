@@ -183,6 +183,7 @@ def test_models_lists_the_one_there_is(client, port):
     with pytest.raises(openai.NotFoundError, match="'small'"):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "one"}])
     assert asked(port, "GET", "/v1/nothing")[0] == 404
+    assert asked(port, "POST", CHAT + "/", "{}")[0] == 404  # no redirect, whose answer would have no body
     assert asked(port, "GET", CHAT)[0] == 405
     assert json.loads(asked(port, "GET", "/v1/nothing")[2])["error"]["type"] == "invalid_request_error"
 
@@ -217,7 +218,10 @@ WRONG = [
         {"type": "image_url", "image_url": {"url": "data:", "detial": "low"}}]}]},
     {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "data:", "detail": "huge"}}]}]},
-    {"messages": [*ONE, {"role": "assistant", "content": "two"}]},
+    {"messages": [*ONE, {"role": "assistant", "content": "two"}]}, {"messages": [{**ONE[0], "name": 5}]},
+    {"messages": ONE, "max_tokens": 3, "max_completion_tokens": 4},
+    {"messages": [{"role": "user", "content": [image_url("data:image/png,\ud800")]}]},
+    {"messages": [{"role": "user", "content": [image_url("data:image/png,é")]}]},
     {"messages": [{"role": "assistant", "content": [image_url("data:image/png;base64,")]}, *ONE]},
     *({"messages": ONE, name: value} for name, values in {
         "max_tokens": (0, -1, 1.5, "3", True, [], 1 << 30), "temperature": (-1, "hot", [], True, 1e300),
@@ -232,7 +236,8 @@ WRONG = [
             {"type": "json_schema", "json_schema": {"schema": {}, "shema": 1}}, {"type": "json_object", "strict": True},
         ),
         "audio": ({"voice": "x"},), "frequency_penalty": (2.5, "x"), "presence_penalty": (-3,), "min_p": (1.5, -0.1),
-        "logit_bias": ({"x": 1}, {"5": 101}, {"5": "x"}, {"-1": 1}, {"384": 1}, {"9" * 30: 1}, [],
+        "logit_bias": ({"x": 1}, {"5": 1, "05": 2}, {"": 1},
+                       {"5": 101}, {"5": "x"}, {"-1": 1}, {"384": 1}, {"9" * 30: 1}, [],
                        {str(i): 0 for i in range(1025)}),
         "best_of": (2,), "echo": (True,), "unheard_of": (1,), "max_completion_tokens": (0,),
     }.items() for value in values),
@@ -246,7 +251,8 @@ def test_what_is_wrong_is_refused_in_one_line(port, body):
 
 
 def test_what_asks_for_nothing_is_let_through(port):
-    body = {"messages": [{**ONE[0], "name": "me", "tool_calls": None}], "max_tokens": 1, "temperature": 1e-9,
+    body = {"messages": [{**ONE[0], "name": "me", "tool_calls": None}], "max_tokens": 1, "max_completion_tokens": 1,
+            "temperature": 1e-9,
             "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "me", "logit_bias": None,
             "frequency_penalty": 0, "presence_penalty": 0.0, "store": False, "metadata": {"a": "b"}}  # fmt: skip
     assert asked(port, "POST", CHAT, body)[0] == 200

@@ -1,6 +1,7 @@
 """No request holds up the others: while one is stuck in any stage before the engine, /health and small requests are
 answered, and what waits takes bounded memory."""
 
+import http.client
 import json
 import socket
 import threading
@@ -28,6 +29,7 @@ from small import small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data import document
+from mm1.engine.grammar import Grammars
 from mm1.engine.prompts import encode_prompts
 from mm1.engine.serve import app, chat, intake
 from mm1.engine.serve.body import DEPTH, TEXT
@@ -69,7 +71,23 @@ PHOTO = {"messages": [{"role": "user", "content": [text("one"), image_url(data_u
         ("encoding", document.TextTokenizer, "encode", lambda _, text: len(text) > intake.LONG, raw([LARGE])),
         ("base64", intake, "read_image", lambda url, _: len(url) > intake.LONG, PHOTO),
         ("hashes of images", document, "image_digest", lambda _: True, PHOTO),
-        ("writing", chat.Reply, "whole", lambda self, requests, *_: len(requests) == 2, raw(["one"], n=2)),
+        (
+            "writing",
+            chat.Reply,
+            "whole",
+            lambda _, requests: len(requests) == 4,
+            raw(["one"], n=4, logprobs=True, top_logprobs=20),
+        ),
+        (
+            "schemas",
+            Grammars,
+            "of_schema",
+            lambda *_: True,
+            raw(
+                ["one"],
+                response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}}},
+            ),
+        ),
     ],
 )
 def test_a_stage_that_is_stuck_holds_up_nobody_else(model, served, monkeypatch, stage, owner, name, when, body):
@@ -78,7 +96,7 @@ def test_a_stage_that_is_stuck_holds_up_nobody_else(model, served, monkeypatch, 
     gate = Gate(getattr(owner, name), when)
     monkeypatch.setattr(owner, name, lambda *args: gate(*args))
     found = []
-    many = 2 if stage in ("hashes of images", "writing") else 6
+    many = 2 if stage == "hashes of images" else 6
     threads = [threading.Thread(target=lambda: found.append(asked(port, "POST", CHAT, body | {"max_tokens": 1})))
                for _ in range(many)]  # fmt: skip
     try:
@@ -91,13 +109,44 @@ def test_a_stage_that_is_stuck_holds_up_nobody_else(model, served, monkeypatch, 
         assert status == 200
         assert json.loads(answer)["choices"][0]["message"]["content"] == alone(model, ["one"], 3).text
         assert len(found) == 0
-        assert gate.waiting <= 2
+        assert gate.waiting == (1 if stage in ("writing", "schemas") else gate.waiting) <= 2  # a client's turns
     finally:
         gate.opened.set()
         for thread in threads:
             thread.join(60)
     assert [status for status, _, _ in found] == [200] * many
     until(lambda: idle(port))
+
+
+def test_schemas_of_one_client_hold_up_no_other_client(served, monkeypatch):
+    port, service = served
+    gate, body = Gate(Grammars.of_schema, lambda _, schema: "enum" in schema), {"max_tokens": 20}
+    plain = raw(["one"], response_format={"type": "json_object"}) | body
+    assert asked(port, "POST", CHAT, plain)[0] == 200
+    monkeypatch.setattr(Grammars, "of_schema", lambda *args: gate(*args))
+    forms = [{"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [i]}}} for i in range(4)]
+    found = []
+    threads = [threading.Thread(target=lambda form=form: found.append(
+        asked(port, "POST", CHAT, raw(["one"], response_format=form) | body)[0])) for form in forms]  # fmt: skip
+    try:
+        for thread in threads:
+            thread.start()
+        until(lambda: sum(map(len, service.compiling.waiting.values())) == 3)
+        assert asked(port, "POST", CHAT, plain)[0] == 200  # which is known: also the same client has it
+        plain["response_format"] = forms[0] | {"json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+        other = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=("127.0.0.2", 0))
+        other.request("POST", CHAT, json.dumps(plain))
+        assert other.getresponse().status == 200
+        other.close()
+        monkeypatch.setattr(app, "SCHEMA_SECONDS", 0.01)
+        assert "schemas" in refused(port, raw(["one"], response_format=forms[0]), 429)
+        assert gate.waiting == 1
+    finally:
+        gate.opened.set()
+        for thread in threads:
+            thread.join(60)
+    assert found == [200] * 4
+    assert not service.compiling.going
 
 
 def test_images_that_are_stuck_hold_up_no_text(model, served, monkeypatch):
@@ -226,7 +275,7 @@ def test_views_are_lent_from_fixed_memory(model, monkeypatch):
         body = raw([picture(24, 24, 1), "one"], max_tokens=1)
         assert asked(port, "POST", CHAT, body)[0] == 200
         until(lambda: room.left == room.size)
-        loop.call_soon_threadsafe(room.give, -room.size)  # others have it
+        loop.call_soon_threadsafe(room.give, -room.size, "others")  # others have it
         waiting = threading.Thread(target=lambda: found.append(asked(port, "POST", CHAT, body)[0]))
         waiting.start()
         until(lambda: room.waiting)
@@ -234,7 +283,7 @@ def test_views_are_lent_from_fixed_memory(model, monkeypatch):
         monkeypatch.setattr(intake, "VIEW_SECONDS", 0.01)
         assert "fill the memory" in refused(port, body, 429)
         assert found == []
-        loop.call_soon_threadsafe(room.give, room.size)
+        loop.call_soon_threadsafe(room.give, room.size, "others")
         waiting.join(60)
         assert found == [200]
         until(lambda: room.left == room.size)
@@ -250,5 +299,5 @@ def test_images_that_never_come_are_not_waited_for(model, monkeypatch):
     monkeypatch.setattr(intake, "IMAGES_SECONDS", 0.1)
     with serving(model) as (port, service):
         monkeypatch.setattr(service.decoder, "decode", lambda _: intake.asyncio.sleep(60))
-        assert "took more than 0.1 s, at image 1" in refused(port, raw([picture(24, 24, 1)]))
+        assert "took more than 0.1 s, at image 1" in refused(port, raw([picture(24, 24, 1)]), 429)
         assert not service.intake.pictures.going

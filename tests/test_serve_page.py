@@ -10,6 +10,7 @@ import threading
 from io import BytesIO
 from queue import Empty, Queue
 
+import numpy as np
 import pytest
 from PIL import Image
 from service import alone, asked, data_url, fails_behind, health, idle, metric, png, serving, until
@@ -253,6 +254,97 @@ def test_a_large_photograph_is_sent_small_and_upright(page):
     assert bottom[2] > 200 > 50 > bottom[0]
 
 
+@pytest.mark.parametrize("form, mode, kind", [
+    ("WEBP", "RGB", "image/jpeg"), ("WEBP", "RGBA", "image/png"), ("PNG", "RGB", "image/jpeg"),
+    ("PNG", "L", "image/png"), ("WEBP", "L", "image/jpeg"),
+])  # fmt: skip
+def test_a_large_file_is_sent_as_jpeg_unless_that_would_spoil_it(page, form, mode, kind):
+    """Noise makes PNG large; a drawing, here grey, stays a small PNG; what is transparent cannot be JPEG."""
+    browser, _ = page
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1400, 4), np.uint8)
+    image, file = Image.fromarray(pixels).convert(mode) if mode != "L" else Image.new("L", (1400, 1000), 128), BytesIO()
+    image.save(file, form)
+    drop(browser, file.getvalue(), f"image/{form.lower()}", "photo", "[data-drop=images]")
+    until(lambda: browser["images.length"] == 1)
+    assert browser["images[0].url.split(';')[0]"] == f"data:{kind}"
+    assert max(decode(read_image(browser["images[0].url"], None)).size) == 1344
+
+
+def test_a_bitmap_is_given_back_whether_or_not_the_file_is_written_anew(page, files):
+    browser, _ = page
+    browser["window.made = [], 0"]
+    browser[
+        """window.create = createImageBitmap, createImageBitmap = async file => {
+        const bitmap = await create(file);
+        made.push(bitmap);
+        return bitmap; }, 0"""
+    ]
+    large, file = Image.new("RGB", (3000, 100)), BytesIO()
+    large.save(file, "PNG")
+    for data in (files[0].read_bytes(), file.getvalue()):
+        drop(browser, data, "image/png", "a.png", "[data-drop=images]")
+    until(lambda: browser["images.length"] == 2)
+    assert browser["made.map(bitmap => bitmap.width)"] == [0, 0]  # closed
+
+
+def test_too_many_or_too_large_images_are_told_before_they_are_sent(browser, model, files):
+    with serving(model, max_images=2, max_bytes=100_000) as (port, _):
+        opened(browser, port)
+        browser.choose("[data-choose=images]", *files)
+        until(lambda: browser["images.length"] == 3)
+        browser.click("#ask")
+        until(lambda: answered(browser))
+        assert browser["$('error').textContent"] == "There are 3 images, the server takes 2: delete some."
+        browser.click('[aria-label="delete image 3 of the question"]')
+        browser["images[0].url += ' '.repeat(100000), 0"]
+        browser.click("#ask")
+        until(lambda: answered(browser))
+        assert browser["$('error').textContent"] == (
+            "The images have 0.1 MB together, the server takes 0.1 MB: delete some."
+        )
+        assert metric(port, "mm1_requests_total") == 0
+    assert not browser.complaints
+
+
+def test_what_a_proxy_answers_is_told_in_plain_words(page):
+    browser, _ = page
+    for status in (200, 502):
+        browser[
+            f"""window.fetch = async () => new Response("<html>oops</html>", {{status: {status}, statusText: "Gone",
+            headers: {{"content-type": "text/html"}}}}), 0"""
+        ]
+        browser["$('question').value = 'one', 0"]
+        browser.click("#ask")
+        until(lambda: answered(browser))
+        assert browser["$('error').textContent"] == f"The answer was {status} Gone, and not the server's."
+
+
+def test_a_letter_writes_no_image_and_draws_none_anew(page, files):
+    browser, _ = page
+    browser.choose("[data-choose=shots]", *files[:2])
+    until(lambda: len(browser[SHOTS]) == 2)
+    browser["saveNow()"]
+    browser[
+        """window.written = [], window.put = IDBObjectStore.prototype.put,
+        IDBObjectStore.prototype.put = function (...of) { written.push(this.name); return put.apply(this, of); },
+        window.first = document.querySelector("#shots img"), 0"""
+    ]
+    browser.type("#question", "how many?")
+    browser["saveNow()"]
+    assert set(browser["written"]) == {"page"}
+    browser.click('[aria-label="move shot 1 down"]')
+    assert browser["first === document.querySelectorAll('#shots img')[1]"]
+    browser.click('[aria-label="delete shot 1"]')
+    browser["saveNow()"]
+    assert (
+        browser[
+            """database.then(d => new Promise(done => {
+        d.transaction("images").objectStore("images").count().onsuccess = event => done(event.target.result); }))"""
+        ]
+        == 1
+    )
+
+
 def test_an_example_is_asked_with_two_clicks(page, model):
     browser, _ = page
     browser.click("#example")
@@ -389,7 +481,7 @@ def test_errors_are_one_line_and_the_key_is_sent(browser, model):
     browser.complaints.clear()  # of the 401
     browser.click("#ask")
     until(lambda: answered(browser))
-    assert "fetch" in browser["$('error').textContent"]
+    assert browser["$('error').textContent"] == "The server does not answer."
 
 
 def test_an_error_in_the_middle_of_an_answer_is_shown_below_it(browser, model):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mm1.engine.serve.turns import Kept, Room, Turns
+from mm1.engine.serve.turns import PASSES, Kept, Room, Turns
 
 
 async def settled():
@@ -108,31 +108,136 @@ def test_random_comings_and_goings_never_exceed_the_limits_and_all_end(seed):
     asyncio.run(run())
 
 
+class Lending:
+    """Tasks that take room and keep it; `order`: their names, as they got it."""
+
+    def __init__(self, room):
+        self.room, self.order = room, []
+
+    def take(self, name, count):
+        async def work():
+            await self.room.take(count, name[0])
+            self.order.append(name)
+
+        return asyncio.create_task(work())
+
+
 def test_room_is_lent_in_order_and_comes_back_from_who_leaves():
     async def run():
         room = Room(10)
-        await room.take(6)
-        order = []
-
-        async def take(name, count):
-            await room.take(count)
-            order.append(name)
-
-        large, small, last = (asyncio.create_task(take(*of)) for of in (("large", 8), ("small", 4), ("last", 2)))
+        lending = Lending(room)
+        await room.take(6, "x")
+        large, small = lending.take("a", 8), lending.take("b", 5)
+        last = lending.take("c", 5)
         await settled()
-        assert order == []  # small would fit, but large was first
+        assert lending.order == []
         large.cancel()
-        await settled()
-        assert order == ["small"]
         last.cancel()
         await settled()
-        room.give(6)
+        room.give(6, "x")
+        await settled()
+        assert lending.order == ["b"]
         await small
-        assert room.left == 6
-        await room.take(6)  # all that is left
-        room.give(10)
+        assert room.left == 5
+        await room.take(5, "y")  # all that is left
+        room.give(5, "y")
+        room.give(5, "b")
         assert room.left == room.size == 10
         assert not room.waiting
+        assert not room.held
+
+    asyncio.run(run())
+
+
+def test_one_client_leaves_room_for_another():
+    async def run():
+        room = Room(100)
+        lending = Lending(room)
+        tasks = [lending.take(f"a{i}", 10) for i in range(30)]
+        await settled()
+        assert lending.order == [f"a{i}" for i in range(5)]  # half of all
+        tasks += [lending.take(f"b{i}", 10) for i in range(30)]
+        await settled()
+        assert lending.order[5:] == ["b0", "b1", "b2"]
+        tasks.append(lending.take("c0", 10))
+        await settled()
+        assert lending.order[-1] == "c0"
+        room.give(50, "a")
+        await settled()
+        assert room.held == {"a": 30, "b": 30, "c": 10}
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_the_whole_room_can_be_lent_to_one_request():
+    async def run():
+        room = Room(10)
+        await room.take(10, "a")
+        room.give(10, "a")
+        assert room.left == 10
+
+    asyncio.run(run())
+
+
+def test_small_ones_pass_a_large_one_but_not_for_ever():
+    async def run():
+        room = Room(1000)
+        lending = Lending(room)
+        await room.take(900, "x")
+        tasks = [lending.take("a", 200), *(lending.take(chr(0x100 + i), 1) for i in range(PASSES + 5))]
+        await settled()
+        assert len(lending.order) == PASSES
+        assert "a" not in lending.order
+        room.give(900, "x")
+        await settled()
+        assert lending.order[PASSES] == "a"
+        assert len(lending.order) == len(tasks)
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_what_it_holds_itself_keeps_nobody():
+    async def run():
+        room = Room(1000)
+        lending = Lending(room)
+        tasks = [lending.take(f"a{i}", 500) for i in range(2)]
+        tasks += [lending.take(chr(0x100 + i), 1) for i in range(3 * PASSES)]
+        await settled()
+        assert lending.order[0] == "a0"
+        assert len(lending.order) == len(tasks) - 1
+        tasks[1].cancel()
+        await settled()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_random_takers_all_have_their_room_in_the_end(seed):
+    async def run():
+        r, room = random.Random(seed), Room(20)
+
+        async def work(client):
+            count = r.randrange(1, 21)
+            await room.take(count, client)
+            try:
+                assert sum(room.held.values()) + room.left == room.size
+                assert room.left >= 0
+                for _ in range(r.randrange(5)):
+                    await asyncio.sleep(0)
+            finally:
+                room.give(count, client)
+
+        tasks = [asyncio.create_task(work(r.choice("abcd"))) for _ in range(60)]
+        for task in r.sample(tasks, 20):
+            for _ in range(r.randrange(4)):
+                await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.wait(tasks, timeout=30)
+        assert all(task.done() for task in tasks)
+        assert all(task.cancelled() or not task.exception() for task in tasks)
+        assert (room.left, dict(room.held), room.waiting) == (20, {}, [])
 
     asyncio.run(run())
 
@@ -140,10 +245,10 @@ def test_room_is_lent_in_order_and_comes_back_from_who_leaves():
 def test_who_leaves_in_the_moment_in_which_it_gets_room_gives_it_back():
     async def run():
         room = Room(1)
-        await room.take(1)
-        waiting = asyncio.create_task(room.take(1))
+        await room.take(1, "a")
+        waiting = asyncio.create_task(room.take(1, "b"))
         await settled()
-        room.give(1)
+        room.give(1, "a")
         waiting.cancel()
         await asyncio.wait([waiting])
         assert room.left == 1

@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
@@ -42,6 +42,7 @@ class Stream:
     def __init__(self):
         self._pieces: list[str] = []
         self._news = asyncio.Event()
+        self._taken = False  # whether the engine has the request
         self._end: Exception | None = None  # StopAsyncIteration for a good one
 
     def __aiter__(self) -> "Stream":
@@ -62,8 +63,9 @@ class Stream:
     def _hear(self, news: str | Exception) -> None:
         if isinstance(news, Exception):
             self._end = self._end or news
-        elif news:
-            self._pieces.append(news)
+        else:
+            self._taken = True
+            self._pieces += [news] if news else []
         self._news.set()
 
 
@@ -110,26 +112,45 @@ class AsyncEngine:
         self, prompt: Prompt | Document, sampling: Sampling = Sampling(), scored: int = 0
     ) -> AsyncIterator[Stream]:
         """Submit a request, which is cancelled if it is left before its end. Raises Busy, DataError and Dead."""
+        async with self.open_many([(prompt, sampling, scored)]) as [stream]:
+            yield stream
+
+    @asynccontextmanager
+    async def open_many(self, jobs: Sequence[tuple[Prompt | Document, Sampling, int]]) -> AsyncIterator[list[Stream]]:
+        """Submit requests between the same two steps: all of them, or none if one is refused.
+
+        jobs: what `open` takes. Each is cancelled if it is left before its end. Raises Busy, DataError and Dead.
+        """
         if not self._thread.is_alive():
             ended = Dead("the engine's thread has ended") if self._thread.ident else None
             raise self.dead or ended or RuntimeError("an AsyncEngine is used within `async with`")
-        if self._opened >= self.engine.batch + self.engine.queue:
+        if self._opened + len(jobs) > self.engine.batch + self.engine.queue:
             raise Busy(f"{self._opened} requests are being worked on already")
-        self._opened += 1
-        stream = Stream()
+        self._opened += len(jobs)
+        streams = [Stream() for _ in jobs]
         try:
-            if not isinstance(prompt, Document):
-                [prompt] = await asyncio.to_thread(encode_prompts, self.engine.model, [prompt], self.engine.context)
+            prompts = await self._encoded([prompt for prompt, *_ in jobs])
             if self.dead:  # looked at here, because its thread may not look any more
                 raise Dead(f"the engine has stopped: {self.dead}")
-            self._inbox.put(partial(self._submit, stream, prompt, sampling, scored))
-            await stream._heard()
-            if stream._end and not hasattr(stream, "request"):
-                raise stream._end
-            yield stream
+            asked = [(stream, prompt, *job[1:]) for stream, prompt, job in zip(streams, prompts, jobs)]
+            self._inbox.put(partial(self._submit, asked))
+            for stream in streams:
+                while not stream._taken:
+                    if stream._end:
+                        raise stream._end
+                    await stream._heard()
+            yield streams
         finally:
-            self._opened -= 1
-            self._inbox.put(partial(self._cancel, stream))
+            self._opened -= len(jobs)
+            for stream in streams:
+                self._inbox.put(partial(self._cancel, stream))
+
+    async def _encoded(self, prompts: Sequence[Prompt | Document]) -> list[Document]:
+        rest = [prompt for prompt in prompts if not isinstance(prompt, Document)]
+        made = iter(
+            await asyncio.to_thread(encode_prompts, self.engine.model, rest, self.engine.context) if rest else ()
+        )
+        return [prompt if isinstance(prompt, Document) else next(made) for prompt in prompts]
 
     async def stream(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncGenerator[str, None]:
         """Pieces of the text. Closing it, or cancelling who reads it, cancels the request."""
@@ -180,17 +201,23 @@ class AsyncEngine:
         self._news += [(stream, why) for stream in self._streams]
         self._streams.clear()
 
-    def _submit(self, stream: Stream, document: Document, sampling: Sampling, scored: int) -> None:
-        def on_text(piece: str) -> None:
-            self._news.append((stream, piece))
-
+    def _submit(self, asked: Sequence[tuple[Stream, Document, Sampling, int]]) -> None:
+        submitted: list[Stream] = []
         try:
-            if self.dead:
-                raise Dead(f"the engine has stopped: {self.dead}")
-            stream.request = self._streams[stream] = self.engine.submit(document, sampling, on_text, scored)
-            self._news.append((stream, ""))
+            for stream, document, sampling, scored in asked:
+                if self.dead:
+                    raise Dead(f"the engine has stopped: {self.dead}")
+                tell = partial(self._tell, stream)
+                stream.request = self._streams[stream] = self.engine.submit(document, sampling, tell, scored)
+                submitted.append(stream)
+            self._news += [(stream, "") for stream in submitted]
         except Exception as error:
-            self._news.append((stream, error))
+            for stream in submitted:
+                self._cancel(stream)
+            self._news += [(stream, error) for stream, *_ in asked]
+
+    def _tell(self, stream: Stream, piece: str) -> None:
+        self._news.append((stream, piece))
 
     def _cancel(self, stream: Stream) -> None:
         if request := self._streams.pop(stream, None):

@@ -121,7 +121,8 @@ class Engine:
             raise DataError(f"logit_bias has token {beyond[0]}, expected 0 to {vocabulary - 1}")
         if width > self.batch or (width > 1 and 2 * width > vocabulary):
             raise DataError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
-        if len(self.waiting) >= self.queue:
+        # Both together, because who is submitted between two steps waits at first though it has a place in the batch.
+        if len(self.waiting) + len(self.running) >= self.batch + self.queue:
             raise Busy(f"{len(self.waiting)} requests wait already")
         request.places = np.flatnonzero(tokens == self.tokenizer.image)
         request.cached = names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)

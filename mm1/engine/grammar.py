@@ -11,10 +11,12 @@ import os
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mm1.engine.data.document import TextTokenizer
 
 SECONDS, BYTES = 5, 2 << 30  # that trying a schema may take
+KNOWN = 256  # schemas whose grammars or refusals are kept
 STEP_SECONDS = 0.1  # of the processor, that a mask may take
 TRIED = 64  # tokens of each of the texts that a schema is tried with
 LARGEST, DEEPEST = 1 << 16, 32  # characters of a schema, and how deep it is nested
@@ -79,10 +82,35 @@ class Grammars:
 
     def __init__(self, tokenizer: "TextTokenizer"):
         self.tokenizer = tokenizer
-        self.of_schema = lru_cache(64)(self._of_schema)
+        self._known: OrderedDict[str, Grammar | SchemaError] = OrderedDict()  # the last used are at the end
+        self._lock = Lock()
 
-    def _of_schema(self, schema: str) -> Grammar:
+    def known(self, schema: str) -> Grammar | None:
+        """Return the grammar if it was made before, at once. Raises SchemaError if it was refused before."""
+        with self._lock:
+            if found := self._known.get(schema):
+                self._known.move_to_end(schema)
+        if isinstance(found, SchemaError):
+            raise SchemaError(str(found))
+        return found
+
+    def of_schema(self, schema: str) -> Grammar:
         """Return the grammar of a JSON schema, given as text. Raises SchemaError for one that cannot be followed."""
+        if found := self.known(schema):
+            return found
+        try:
+            made = self._made(schema)
+        except SchemaError as error:  # which can take seconds to find out
+            made = SchemaError(str(error))  # without frames that would be kept with it
+        with self._lock:
+            self._known[schema] = made
+            while len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+        if isinstance(made, SchemaError):
+            raise SchemaError(str(made))
+        return made
+
+    def _made(self, schema: str) -> Grammar:
         if not find_spec("llguidance"):
             raise SchemaError("it needs llguidance: pip install 'mm1-engine[serve]'")
         refuse_costly(schema)

@@ -150,6 +150,16 @@ class ImagePolicy:
         """Return the most patches that an image may have."""
         return (self.size // self.patch) ** 2 if self.mode == "squash" else self.max_patches
 
+    @property
+    def count(self) -> int:
+        """Return how many views an image has."""
+        return 1 + self.parts**2 if self.parts > 1 else 1
+
+    @property
+    def most_bytes(self) -> int:
+        """Return the bytes of an image's views, at most."""
+        return 3 * self.count * self.longest * self.patch**2
+
     def views(self, image: Image.Image) -> list[np.ndarray]:
         """Return the resized image, and its parts if there are any: uint8 [H, W, 3] each."""
         if self.parts == 1:

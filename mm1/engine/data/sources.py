@@ -16,7 +16,6 @@ from functools import lru_cache, partial
 from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
-from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 
@@ -27,6 +26,11 @@ from mm1.engine.data.tar import File, read_member
 CAPTIONS = ("caption", "captions", "text")  # fields of a sample's .json, a text or a list of texts
 TARS = (".tar", ".tar.gz", ".tgz")
 BASE64_PIECE = 1 << 18  # characters that one call decodes
+PERCENT_PIECE = 1 << 16
+URL_HEAD = 1000  # characters of a data: URL before its data, at most
+HEX = np.full(256, 255, np.uint8)  # digits' values by their codes
+for _code in b"0123456789abcdefABCDEF":
+    HEX[_code] = int(chr(_code), 16)
 PARQUET_ROWS = 16  # of a batch of a row group that is too large to be read at once
 
 
@@ -399,18 +403,43 @@ def decode_base64(text: str) -> bytes:
     return b"".join([*pieces, base64.b64decode(rest, validate=True)])
 
 
+def decode_percent(text: str) -> bytes:
+    """Decode ASCII text with percent-encoded bytes; a percent sign without two digits stands for itself.
+
+    It goes by pieces, as decode_base64 does, and by arrays: urllib makes an object of each percent sign.
+    """
+    pieces: list[bytes] = []
+    at = 0
+    while at < len(text):
+        codes = np.frombuffer(text[at : at + PERCENT_PIECE].encode("ascii"), np.uint8).copy()
+        digits = HEX[codes]
+        places = np.flatnonzero((codes[:-2] == ord("%")) & (digits[1:-1] < 16) & (digits[2:] < 16))
+        codes[places] = 16 * digits[places + 1] + digits[places + 2]
+        kept = np.ones(len(codes), bool)
+        kept[places + 1] = kept[places + 2] = False
+        cut = len(codes)
+        if at + cut < len(text) and (rest := text.find("%", at + cut - 2, at + cut)) >= 0 and kept[rest - at]:
+            cut = rest - at  # the next piece has what belongs to this sign
+        pieces.append(codes[:cut][kept[:cut]].tobytes())
+        at += cut
+    return b"".join(pieces)
+
+
 def read_image(name: Any, folder: Path) -> bytes:
     """Return the bytes of an image that a document names. Data is not trusted: no name leads out of the folder."""
     if not isinstance(name, str):
         raise Unreadable(f"image is of type {type(name).__name__}, expected a string or bytes")
     if name[:5].lower() == "data:":  # RFC 2397: a type, parameters, "base64", and data that may be percent-encoded
-        head, comma, payload = name.partition(",")
+        comma = name.find(",", 0, URL_HEAD)
+        head, payload = name[: max(comma, 0)], name[comma + 1 :]
         kind, *parameters = head[5:].lower().split(";")
-        if not comma or not re.fullmatch(r"image/[\w.+-]+", kind.strip()):
-            raise Unreadable(f"image is {head[:60]!r}, expected data:image/…;base64")
+        if not re.fullmatch(r"image/[\w.+-]+", kind.strip()):
+            raise Unreadable(f"image is {(head or name)[:60]!r}, expected data:image/…;base64")
+        if not payload.isascii():
+            raise Unreadable("a data: URL holds what is not ASCII")
         if not parameters or parameters[-1].strip() != "base64":
-            return unquote_to_bytes(payload)
-        payload = unquote(payload) if "%" in payload else payload
+            return decode_percent(payload)
+        payload = decode_percent(payload).decode("ascii", "replace") if "%" in payload else payload
         try:
             return decode_base64(payload)
         except ValueError as error:

@@ -31,6 +31,7 @@ from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.intake import Intake
 from mm1.engine.serve.metrics import Metrics
 from mm1.engine.serve.privacy import forbid_inspection, take_from_environment
+from mm1.engine.serve.turns import Turns, finished
 
 if TYPE_CHECKING:
     import uvicorn
@@ -43,6 +44,7 @@ Asked = chat.Asked | completions.Asked
 BODY_SECONDS = 60  # for a request to arrive
 SEND_SECONDS = 60  # for a reader to take anything
 DRAIN_SECONDS = 20  # for the rest of a body that is refused
+SCHEMA_SECONDS = 30  # that a request waits for a turn at compiling its schema
 STALL_SECONDS = 120  # of one step of the engine, from which on it counts as hung
 STOP_SECONDS = 10  # for answers to end when the server is to
 OPEN = ("/", "/health")  # without a key
@@ -125,6 +127,7 @@ class Service:
         self.metrics.gauge("mm1_view_bytes", "Bytes of images of requests", lambda: room.size - room.left)
         self.begun = int(time.time())
         self.grammars, self.compilers = Grammars(engine.tokenizer), ThreadPoolExecutor(2, "mm1-grammar")
+        self.compiling = Turns(most=2, each=1)
         self.plain, self.warned = engine.model.conversations is False, False
         self.page = PAGE_FILE.read_text()
         self.app = Starlette(
@@ -141,6 +144,7 @@ class Service:
             exception_handlers={Exception: _refused, **dict.fromkeys(_expected(), _refused)},
             lifespan=self._lifespan,
         )
+        self.app.router.redirect_slashes = False  # a redirect has no body that says what is wrong
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":
@@ -213,7 +217,8 @@ class Service:
             return _json({"status": "stalled", "seconds": round(seconds)}, 503)
         pages = {"total": engine.cache.pages, "free": engine.cache.room}
         now = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
-        return _json({"status": "ok", "model": self.name, **now})
+        limits = {"images": self.intake.max_images, "bytes": self.max_bytes}  # of a request, which the page looks at
+        return _json({"status": "ok", "model": self.name, **now, "limits": limits})
 
     async def _metrics(self, _: "Request") -> "Response":
         text, media_type = self.metrics.text()
@@ -245,8 +250,10 @@ class Service:
             if not isinstance(file, UploadFile):
                 raise DataError("expected multipart/form-data with an image as its field file")
             data = await file.read()
-            await self.intake.views(data, _client(request.scope))
-            name = f"file-{(await self.intake.run(lambda: hashlib.sha256(data))).hexdigest()[:32]}"
+            client = _client(request.scope)
+            await self.intake.views(data, client)
+            digest = await self.intake.run(lambda: hashlib.sha256(data), len(data), client)
+            name = f"file-{digest.hexdigest()[:32]}"
             self.intake.files.keep(name, data, len(data))
             return _json({
                 "id": name, "object": "file", "bytes": len(data), "created_at": int(time.time()),
@@ -332,7 +339,10 @@ class Service:
         self._refuse_other(asked.settings.model)
         if asked.texts > (most := self.engine.engine.batch + self.engine.engine.queue):
             raise DataError(f"{asked.texts} texts in one request, expected at most {most}")
-        grammar, reply = await self._grammar(asked.settings.schema), asked.reply(self.name, self.intake.tokenizer)
+        grammar, reply = (
+            await self._grammar(asked.settings.schema, client),
+            asked.reply(self.name, self.intake.tokenizer),
+        )
         async with AsyncExitStack() as opened:
             documents = [
                 p if isinstance(p, Document) else await opened.enter_async_context(self.intake.document(p, client))
@@ -341,13 +351,13 @@ class Service:
             jobs = asked.jobs(documents, self.engine.engine.context, grammar)
             asked = asked.settings
             await arrived.aclose()
-            streams = [await opened.enter_async_context(self._opened(job)) for job in jobs]
+            streams = await opened.enter_async_context(self._opened(jobs))
             requests = [stream.request for stream in streams]
             if not asked.stream:
-                scores = sum(job.scored * (1 + job.sampling.top_logprobs) for job in jobs)
                 try:
                     await _all(self._pieces(stream, begun, None) for stream in streams)
-                    content = await self.intake.run(lambda: dumps(reply.whole(requests)), scores, client)
+                    size = reply.size(requests)
+                    content = await self.intake.run(lambda: dumps(reply.whole(requests)), size, client)
                 except Exception as error:
                     raise refusal_of(error) from None
                 return await _response(content, 200, "application/json")(scope, receive, send)
@@ -374,11 +384,20 @@ class Service:
             except Exception as error:
                 await emit(refusal_of(error).body, more=False)
 
-    async def _grammar(self, schema: str | None) -> Grammar | None:
-        """Compile a schema, which may take seconds, in one of two threads. Raises SchemaError."""
+    async def _grammar(self, schema: str | None, client: str) -> Grammar | None:
+        """Compile a schema, which may take seconds, in the client's turn. Raises SchemaError and Busy."""
         if schema is None:
             return None
-        return await asyncio.get_running_loop().run_in_executor(self.compilers, self.grammars.of_schema, schema)
+        if known := self.grammars.known(schema):
+            return known
+        async with AsyncExitStack() as turn:
+            try:
+                async with asyncio.timeout(SCHEMA_SECONDS):
+                    await turn.enter_async_context(self.compiling.turn(client))
+            except TimeoutError:
+                raise Busy("other schemas are being compiled") from None
+            compiled = asyncio.get_running_loop().run_in_executor(self.compilers, self.grammars.of_schema, schema)
+            return await finished(compiled)
 
     async def _streamed(
         self, index: int, stream: Stream, begun: float, reply: Any, emit: Callable, scored: list[asyncio.Event | None]
@@ -411,12 +430,13 @@ class Service:
             self.metrics.next.observe((ended - first) / (made - 1))
 
     @asynccontextmanager
-    async def _opened(self, job: chat.Job) -> AsyncIterator[Stream]:
-        async with self.engine.open(*job) as stream:
+    async def _opened(self, jobs: list[chat.Job]) -> AsyncIterator[list[Stream]]:
+        async with self.engine.open_many(jobs) as streams:
             try:
-                yield stream
+                yield streams
             finally:
-                self.metrics.count(stream.request)
+                for stream in streams:
+                    self.metrics.count(stream.request)
 
 
 async def _all(work: Any) -> None:

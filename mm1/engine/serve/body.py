@@ -5,6 +5,7 @@ values, so that in a thread of its own the work leaves the event loop and the en
 """
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from itertools import accumulate
@@ -16,12 +17,17 @@ TEXT = 4 << 20  # bytes of a body without what long data: URLs hold
 DEPTH = 64  # of brackets in brackets
 VALUES = 1 << 18  # brackets and commas: parsed values take a hundred bytes each
 DIGITS = 100  # of a number; 64 bits have 20
-LONG = 4096  # bytes of a data: URL that is taken out before the rest is parsed
+LONG = 4096  # bytes of an image's data: URL that is taken out before the rest is parsed
 PIECE = 1 << 20  # bytes that one call works on
+STRING_PIECE = 1 << 16  # of a string whose end is looked for: the matcher takes 0.1 µs for an escape
 SLICE = 64  # elements of a list that one call writes
 
+BACKSLASH = ord("\\")
 BRACKETS = b"[]{},"
 OTHERS = bytes(set(range(256)) - set(BRACKETS))
+# The head of an image's data: URL behind its quote; PHP escapes slashes.
+IMAGE = re.compile(rb"data: *image(?:/|\\/|\\u002f)[\w.+-]+[^\"\\,]{0,200},", re.IGNORECASE)
+INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # of a string
 STEPS = [1 if code in b"[{" else -1 if code in b"]}" else 0 for code in range(256)]
 
 
@@ -30,8 +36,8 @@ class TooLarge(DataError):
 
 
 def loads(body: bytes) -> Any:
-    """Parse UTF-8 JSON. Raises DataError for what is malformed, nested deeper than DEPTH or of more than VALUES
-    values, for keys that stand twice, numbers of more than DIGITS digits, NaN and Infinity; TooLarge beyond TEXT."""
+    """Parse UTF-8 JSON. Raises DataError for what is malformed or nested deeper than DEPTH, for keys that stand twice,
+    numbers of more than DIGITS digits, NaN and Infinity; TooLarge for more than TEXT bytes or VALUES values."""
     mark = secrets.token_hex(16)
     text, taken = _without_long_urls(body.removeprefix(b"\xef\xbb\xbf"), mark)
 
@@ -67,9 +73,11 @@ def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]
     while at < len(body):
         start = body.find(b'"', at)
         start = len(body) if start < 0 else start
-        end = _end_of_string(body, start)
-        value = start > 0 and body[at:start].rstrip().endswith(b":")
-        out = value and end - start > LONG and body[start + 1 : start + 6].lower() == b"data:"
+        out = start > 0 and body[at:start].rstrip().endswith(b":") and IMAGE.match(body, start + 1) is not None
+        end = body.find(b'"', start + 1) + 1 if out else 0
+        # A quote that is escaped, or letters, stand in texts: they may only begin like a URL.
+        out = end - start > LONG and body[end - 2] != BACKSLASH and body[start:end].isascii()
+        end = end if out else _end_of_string(body, start)
         size += start - at if out else end - at
         if size > TEXT:
             raise TooLarge(f"the request has more than {TEXT} bytes beside what data: URLs hold")
@@ -77,7 +85,7 @@ def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]
         brackets.append(between)
         values += len(between)
         if values > VALUES:
-            raise DataError(f"malformed JSON: it holds more than {VALUES} values")
+            raise TooLarge(f"the request holds more than {VALUES} values")
         if out:
             kept.append(body[at:start] + f'"{mark}{len(taken)}"'.encode())
             taken.append(view[start + 1 : end - 1])
@@ -86,19 +94,20 @@ def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]
         at = end
     depth = max(accumulate(map(STEPS.__getitem__, b"".join(brackets)), initial=0))
     if depth > DEPTH:
-        raise DataError(f"malformed JSON: it is nested {depth} deep, expected at most {DEPTH}")
+        raise DataError(f"the request is nested {depth} deep, expected at most {DEPTH}")
     return b"".join(kept), taken
 
 
 def _end_of_string(body: bytes, start: int) -> int:
     """Return the place behind the string that begins with the quote at `start`, at most the body's end."""
-    end = start
-    while (end := body.find(b'"', end + 1)) >= 0:
-        before = end - 1
-        while body[before] == 0x5C:  # an odd number of backslashes escapes the quote
-            before -= 1
-        if (end - before) % 2:
+    at = start + 1
+    while at < len(body):
+        end = INSIDE.match(body, at, at + STRING_PIECE).end()  # type: ignore[union-attr]  it matches nothing too
+        if body[end : end + 1] == b'"':
             return end + 1
+        if end == at:  # the body ends with a backslash
+            break
+        at = end
     return len(body)
 
 
@@ -112,7 +121,7 @@ def _unescaped(url: memoryview) -> str:
         try:
             pieces.append(json.loads(b'"%b"' % piece) if b"\\" in piece else piece.decode("ascii"))
         except ValueError:
-            raise DataError("malformed JSON: a data: URL holds what is not ASCII") from None
+            raise DataError("malformed JSON: a data: URL holds a wrong escape") from None
         at += len(piece)
     return "".join(pieces)
 
@@ -131,7 +140,7 @@ def _real(digits: str) -> float:
 
 def _short(digits: str) -> str:
     if len(digits) > DIGITS:
-        raise DataError(f"malformed JSON: a number has {len(digits)} digits, expected at most {DIGITS}")
+        raise DataError(f"the request has a number of {len(digits)} digits, expected at most {DIGITS}")
     return digits
 
 

@@ -28,6 +28,7 @@ from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
 from mm1.engine.serve.fields import Settings, WrongField, json_object, members, settings, text_of, top_logprobs, typed
 
+ENTRY_BYTES = 64  # of JSON for a token's log-probability
 TEMPLATES = ("conversation", "none")
 OWN = ("messages", "logprobs", "top_logprobs", "template")
 ROLES = ("system", "developer", "user", "assistant")
@@ -54,7 +55,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """A chat request. logprobs: whether they are told; top: with how many alternatives."""
+    """A chat request. logprobs: whether they are told."""
 
     parts: tuple[str | Picture, ...]
     settings: Settings
@@ -68,11 +69,6 @@ class Asked:
     def texts(self) -> int:
         """Return how many texts the Engine has to make."""
         return self.settings.count
-
-    @property
-    def samplings(self) -> list[Sampling]:
-        """Return those of the choices, without what depends on the prompt."""
-        return self.settings.samplings(self.settings.count, self.settings.sampling.max_tokens, None)
 
     def jobs(self, documents: Sequence[Document], context: int, grammar: Grammar | None) -> list[Job]:
         [document] = documents
@@ -101,56 +97,65 @@ def parse(body: bytes, template: str = "conversation") -> Asked:
 def _laid_out(messages: Any, template: Any) -> list[str | Picture]:
     if template not in TEMPLATES:
         raise WrongField("template", f"template is {str(template)[:60]!r}, expected 'conversation' or 'none'")
-    turns = [_turn(message) for message in typed("messages", messages, list)]
+    turns = [_turn(f"messages[{i}]", message) for i, message in enumerate(typed("messages", messages, list))]
     if not turns:
         raise WrongField("messages", "messages is empty")
     if template == "none":
         return _joined([part for _, parts in turns for part in parts])
     if turns[-1][0] != "user":
         message = f"the last message is of role {turns[-1][0]}, expected user (or template 'none')"
-        raise WrongField("messages", message)
+        raise WrongField(f"messages[{len(turns) - 1}].role", message)
     found: list[str | Picture] = []
-    for role, parts in turns:
+    for i, (role, parts) in enumerate(turns):
         parts = _stripped(_joined(parts))
         if role == "user":
             found += ["USER: ", *parts, " ASSISTANT:"]
         elif role in ("system", "developer"):
             found += [*parts, "\n"]
         elif any(isinstance(part, Picture) for part in parts):
-            raise WrongField("messages", "an assistant's message holds an image (which takes template 'none')")
+            message = "an assistant's message holds an image (which takes template 'none')"
+            raise WrongField(f"messages[{i}].content", message)
         else:
             found.append(Answer(f" {''.join(map(str, parts))}"))
     return _joined(found)
 
 
-def _turn(message: Any) -> tuple[str, list[str | Picture]]:
-    """Return the role and the parts of a message. An assistant's may have no content."""
-    message = typed("a message", message, dict)
+def _turn(where: str, message: Any) -> tuple[str, list[str | Picture]]:
+    """Return the role and the parts of a message. An assistant's may have no content. where: its path."""
+    message = typed(where, message, dict)
     message = {key: value for key, value in message.items() if value is not None and value != SILENT.get(key)}
     role, known = message.get("role"), {"role", "content", "name"}
     if role not in ROLES:
-        raise WrongField("messages", f"role is {str(role)[:60]!r}, expected {', '.join(ROLES)}")
-    message = members("a message", message, known | {"refusal"} if role == "assistant" else known)
+        raise WrongField(f"{where}.role", f"{where}.role is {str(role)[:60]!r}, expected {', '.join(ROLES)}")
+    message = members(where, message, known | {"refusal"} if role == "assistant" else known)
+    text_of(f"{where}.name", message.get("name", ""))
     content = message.get("content", [] if role == "assistant" else None)
     if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    parts = [_part(part) for part in typed("content", content, list)]
-    return role, [*parts, text_of("refusal", message["refusal"])] if "refusal" in message else parts
+        return role, [text_of(f"{where}.content", content), *_refusal(where, message)]
+    parts = typed(f"{where}.content", content, list)
+    parts = [_part(f"{where}.content[{i}]", part) for i, part in enumerate(parts)]
+    return role, [*parts, *_refusal(where, message)]
 
 
-def _part(part: Any) -> str | Picture:
-    kind = typed("a part of content", part, dict).get("type")
+def _refusal(where: str, message: dict[str, Any]) -> list[str]:
+    return [text_of(f"{where}.refusal", message["refusal"])] if "refusal" in message else []
+
+
+def _part(where: str, part: Any) -> str | Picture:
+    kind = typed(where, part, dict).get("type")
     if not isinstance(kind, str) or kind not in PARTS:
-        raise WrongField("messages", f"a part of content is of type {str(kind)[:60]!r}, expected {', '.join(PARTS)}")
-    part = members(f"a part of type {kind}", part, ("type", kind, "prompt_cache_breakpoint"))
+        raise WrongField(f"{where}.type", f"{where}.type is {str(kind)[:60]!r}, expected {', '.join(PARTS)}")
+    part = members(where, part, ("type", kind, "prompt_cache_breakpoint"))
     if kind in ("text", "refusal"):
-        return text_of(kind, part.get(kind))
-    inner = members(kind, part.get(kind), PARTS[kind])
+        return text_of(f"{where}.{kind}", part.get(kind))
+    where = f"{where}.{kind}"
+    inner = members(where, part.get(kind), PARTS[kind])
     if inner.get("detail", "auto") not in DETAILS:
         detail = str(inner["detail"])[:60]
-        raise WrongField("messages", f"image_url.detail is {detail!r}, expected {', '.join(DETAILS)}")
-    where = "url" if kind == "image_url" else "file_data" if "file_data" in inner else "file_id"
-    return Picture(typed(f"{kind}.{where}", inner.get(where), str))
+        raise WrongField(f"{where}.detail", f"{where}.detail is {detail!r}, expected {', '.join(DETAILS)}")
+    text_of(f"{where}.filename", inner.get("filename", ""))
+    source = "url" if kind == "image_url" else "file_data" if "file_data" in inner else "file_id"
+    return Picture(text_of(f"{where}.{source}", inner.get(source)))
 
 
 def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
@@ -200,6 +205,11 @@ class Reply:
             for i, request in enumerate(requests)
         ]  # fmt: skip
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(requests)}
+
+    def size(self, requests: Sequence[Request]) -> int:
+        """Return about how many bytes of JSON the whole is."""
+        entries = sum(len(request.tokens) for request in requests) * (self.top + 1) if self.with_logprobs else 0
+        return sum(len(request.text) for request in requests) + ENTRY_BYTES * entries
 
     def begin(self, index: int, request: Request) -> list[dict[str, Any]]:
         """Return the chunks before a choice's text."""

@@ -19,7 +19,7 @@ import numpy as np
 from mm1.engine.data.document import Document, TextTokenizer
 from mm1.engine.grammar import Grammar
 from mm1.engine.request import Request
-from mm1.engine.serve.chat import Job, Picture, finish_of, name_of, pieces_of, taken, usage
+from mm1.engine.serve.chat import ENTRY_BYTES, Job, Picture, finish_of, name_of, pieces_of, taken, usage
 from mm1.engine.serve.fields import (
     Settings,
     WrongField,
@@ -131,6 +131,13 @@ class Reply:
                 text, finish = prompt + request.text, finish_of(request)
                 choices.append(_choice(len(choices), text, finish, _together(logprobs, own)))
         return {**self.head, "choices": choices, "usage": usage(requests)}
+
+    def size(self, requests: Sequence[Request]) -> int:
+        """Return about how many bytes of JSON the whole is."""
+        own = sum(len(request.tokens) for request in requests)
+        echoed = sum(len(request.document.tokens) for request in requests) if self.asked.echo else 0
+        each = 8 if self.asked.logprobs is None else ENTRY_BYTES * (self.asked.logprobs + 1)
+        return (own + echoed) * each
 
     def begin(self, index: int, request: Request) -> list[dict[str, Any]]:
         """Return the chunks before a choice's text: none, as the prompt's scores are not there yet."""

@@ -1,6 +1,7 @@
 """Fields of the JSON that clients send: read by type and range, refused by name."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ REAL = {"temperature": (0, 100), "top_p": (1e-6, 1), "min_p": (0, 1), "repetitio
 NEUTRAL = {"tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",),
            "parallel_tool_calls": (True, False), "modalities": (["text"],), "verbosity": ("medium",),
            "suffix": ("",)}  # fmt: skip
+# They concern OpenAI's accounts, storage and caches, and change no text: any value is taken.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                   "prompt_cache_options", "prompt_cache_retention"}  # fmt: skip
 COMMON = {*WHOLE, *REAL, "model", "stop", "stream", "stream_options", "logprobs", "logit_bias", "response_format"}
@@ -71,7 +73,10 @@ def settings(asked: dict[str, Any], known: Collection[str], defaults: Mapping[st
     numbers |= {name: number(name, asked[name], float, *bounds) for name, bounds in REAL.items() if name in asked}
     count = numbers.pop("n", 1)
     if "max_completion_tokens" in numbers:
-        numbers["max_tokens"] = numbers.pop("max_completion_tokens")
+        most = numbers.pop("max_completion_tokens")
+        if numbers.setdefault("max_tokens", most) != most:
+            message = f"max_completion_tokens is {most}, but max_tokens is {numbers['max_tokens']}"
+            raise WrongField("max_completion_tokens", message)
     stop = asked.get("stop", [])
     stop = [stop] if isinstance(stop, str) else typed("stop", stop, list)
     if len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop):
@@ -96,7 +101,8 @@ def _biases(value: Any) -> dict[int, float]:
     bias = typed("logit_bias", value, dict)
     if len(bias) > BIASES:
         raise WrongField("logit_bias", f"logit_bias names {len(bias)} tokens, expected at most {BIASES}")
-    if wrong := [token for token in bias if not (token.isascii() and token.isdigit() and len(token) <= 9)]:
+    # "05" beside "5" would be the same token twice.
+    if wrong := [token for token in bias if not re.fullmatch(r"0|[1-9]\d{0,8}", token, re.ASCII)]:
         raise WrongField("logit_bias", f"logit_bias has {wrong[0][:60]!r}, expected the id of a token")
     return {int(token): number(f"logit_bias.{token}", add, float, -100, 100) for token, add in bias.items()}
 
@@ -147,13 +153,15 @@ def number(name: str, value: Any, kind: type, least: float, most: float) -> Any:
 def text_of(name: str, value: Any) -> str:
     text = typed(name, value, str)
     try:
-        text.encode()
+        text.isascii() or text.encode()  # a long URL need not be copied
     except UnicodeEncodeError:  # JSON can hold half a surrogate pair
-        raise WrongField(name, "a text is not valid Unicode") from None
+        raise WrongField(name, f"{name} is not valid Unicode") from None
     return text
 
 
 def json_object(body: bytes) -> dict[str, Any]:
     """Return the object of a request without its null entries. Raises DataError."""
     value = loads(body)
-    return {key: entry for key, entry in typed("the request", value, dict).items() if entry is not None}
+    if not isinstance(value, dict):
+        raise DataError(f"the request is of type {type(value).__name__}, expected dict")
+    return {key: entry for key, entry in value.items() if entry is not None}

@@ -115,7 +115,7 @@ class Decoder:
         try:
             worker = worker or await self._started()
             async with asyncio.timeout(SECONDS):
-                answer = await worker.asked(data, HEAD_BYTES + self._most_pixels())
+                answer = await worker.asked(data, HEAD_BYTES + self.policy.most_bytes)
             good = True
             found = self._read(answer)
         except TimeoutError:
@@ -167,17 +167,13 @@ class Decoder:
             raise
         return worker
 
-    def _most_pixels(self) -> int:
-        """Return the bytes of the views of an image, at most."""
-        return 3 * (1 + self.policy.parts**2) * self.policy.longest * self.policy.patch**2
-
     def _read(self, answer: bytes) -> list[np.ndarray] | str:
         """Return views, or why there are none. Nothing in an answer is trusted: a bad one raises ValueError."""
         head, _, pixels = answer.partition(b"\n")
         shapes = json.loads(head[:HEAD_BYTES])
         if isinstance(shapes, str):
             return shapes
-        patch, count = self.policy.patch, 1 + self.policy.parts**2 if self.policy.parts > 1 else 1
+        patch, count = self.policy.patch, self.policy.count
         if not isinstance(shapes, list) or len(shapes) != count:
             raise ValueError(f"expected {count} views")
         found, at = [], 0

@@ -2,7 +2,7 @@
 
 What takes long, of parsing, base64, hashes and tokens, happens in threads, in calls that give up the interpreter's lock
 or are short. Clients take turns at it. The views of images are lent from a fixed number of bytes until their request
-has ended.
+has ended: a request that is preempted is computed anew, also its images.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from mm1.engine.prompts import CHARACTERS, policy_of
 from mm1.engine.serve import chat, urls
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.metrics import Metrics
-from mm1.engine.serve.turns import Kept, Room, Turns
+from mm1.engine.serve.turns import Kept, Room, Turns, finished
 
 T = TypeVar("T")
 
@@ -47,8 +47,7 @@ class Intake:
         self.max_images, self.max_bytes, self.allow_urls = max_images, max_bytes, allow_urls
         self.tokens = engine.context
         self.characters = self.tokens * max(CHARACTERS, self.tokenizer.longest)
-        policy = policy_of(engine.model)
-        self.image_bytes = 3 * (1 + policy.parts**2) * policy.longest * policy.patch**2  # views of an image, at most
+        self.image_bytes = policy_of(engine.model).most_bytes
         self.files: Kept[bytes] = Kept(8 * max_bytes)
         self.long, self.pictures = Turns(most=2, each=1), Turns(most=8, each=4)
         self.room = Room(max(VIEW_BYTES, max_images * self.image_bytes))
@@ -58,11 +57,7 @@ class Intake:
         """Do it in a thread; in the client's turn if its input is as large as LONG."""
         turn: AbstractAsyncContextManager[None] = self.long.turn(client) if size >= LONG else nullcontext()
         async with turn:
-            future = asyncio.get_running_loop().run_in_executor(self.threads, work)
-            try:
-                return await asyncio.shield(future)
-            finally:  # who has gone keeps the turn until the thread is free
-                await asyncio.wait([future])
+            return await finished(asyncio.get_running_loop().run_in_executor(self.threads, work))
 
     @asynccontextmanager
     async def document(self, parts: Sequence[str | chat.Picture], client: str) -> AsyncIterator[Document]:
@@ -76,7 +71,7 @@ class Intake:
         size = sum(len(part) for part in parts if isinstance(part, str))
         if size > self.characters:
             raise DataError(f"a text of {size} characters exceeds {self.tokens} tokens")
-        async with self._lent(pictures * self.image_bytes) as lent:
+        async with self._lent(pictures * self.image_bytes, client) as lent:
             found: list[Any] = list(parts)
             if pictures:
                 async with self.pictures.turn(client):
@@ -96,26 +91,27 @@ class Intake:
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
-    async def _lent(self, most: int) -> AsyncIterator[Callable[[int], None]]:
+    async def _lent(self, most: int, client: str) -> AsyncIterator[Callable[[int], None]]:
         """Lend room for `most` bytes; call what it gives with the number that is needed once it is known."""
         held = min(most, self.room.size)
         try:
             async with asyncio.timeout(VIEW_SECONDS):
                 if held:  # who needs none does not wait in line
-                    await self.room.take(held)
+                    await self.room.take(held, client)
         except TimeoutError:
             raise Busy("the images of other requests fill the memory for images") from None
 
         def needed(count: int) -> None:
             nonlocal held
             if count < held:
-                self.room.give(held - count)
+                self.room.give(held - count, client)
                 held = count
 
         try:
             yield needed
         finally:
-            self.room.give(held)
+            if held:
+                self.room.give(held, client)
 
     async def _see(self, parts: list[Any], client: str) -> None:
         """Put views in the places of pictures. Raises DataError that says which of them is wrong."""
@@ -127,7 +123,8 @@ class Intake:
                         number += 1
                         parts[i] = await self._decoded(await self._bytes_of(part, client))
         except TimeoutError:
-            raise DataError(f"the images took more than {IMAGES_SECONDS} s, at image {number}") from None
+            # Not the client's fault: each image has bounds of its own, so that most of the time went by in waiting.
+            raise Busy(f"the images took more than {IMAGES_SECONDS} s, at image {number}") from None
         except (DataError, Unreadable) as error:
             raise DataError(f"image {number}: {error}") from None
 

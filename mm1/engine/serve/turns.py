@@ -4,9 +4,20 @@ import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Hashable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
+
+PASSES = 16  # who may have room before one that came earlier and needs more than there is
+
+
+async def finished(future: asyncio.Future[V]) -> V:
+    """Return what a thread makes. Who asked may have gone: its turn lasts until the thread is free."""
+    try:
+        return await asyncio.shield(future)
+    finally:
+        await asyncio.wait([future])
 
 
 class Turns:
@@ -55,32 +66,68 @@ class Turns:
                 yield client, place
 
 
+@dataclass(eq=False)
+class Place:
+    """One who waits for room. passed: how many went before it who came after it."""
+
+    client: str
+    count: int
+    future: asyncio.Future[None]
+    passed: int = 0
+
+
 class Room:
-    """`size` bytes, lent first come, first served."""
+    """`size` bytes, lent in the order of arrival, but so that no client keeps the others out.
+
+    Who holds some gets more only as long as it then holds no more than is still free before it, so that one client
+    alone has half of all. Where there is too little for one, PASSES who need less go before it.
+    """
 
     def __init__(self, size: int):
         self.size = self.left = size
-        self.waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self.held: Counter[str] = Counter()
+        self.waiting: list[Place] = []
 
-    async def take(self, count: int) -> None:
+    async def take(self, count: int, client: str) -> None:
         """Wait for `count` bytes, of which there are at most `size`."""
-        place = asyncio.get_running_loop().create_future()
-        self.waiting.append((count, place))
-        self.give(0)
+        place = Place(client, count, asyncio.get_running_loop().create_future())
+        self.waiting.append(place)
+        self._lend()
         try:
-            await place
+            await place.future
         except asyncio.CancelledError:
-            self.give(0 if place.cancelled() else count)
+            if place.future.cancelled():
+                self.waiting = [other for other in self.waiting if other is not place]
+                self._lend()
+            else:
+                self.give(count, client)
             raise
 
-    def give(self, count: int) -> None:
+    def give(self, count: int, client: str) -> None:
         """Give bytes back."""
         self.left += count
-        while self.waiting and (self.waiting[0][1].cancelled() or self.waiting[0][0] <= self.left):
-            wanted, place = self.waiting.popleft()
-            if not place.cancelled():
-                self.left -= wanted
-                place.set_result(None)
+        self.held[client] -= count
+        if not self.held[client]:
+            del self.held[client]
+        self._lend()
+
+    def _lend(self) -> None:
+        passed: list[Place] = []
+        for place in list(self.waiting):
+            if place.future.cancelled():
+                continue
+            held = self.held[place.client]
+            if place.count <= self.left and not (held and held + place.count > self.left):
+                self.left -= place.count
+                self.held[place.client] += place.count
+                self.waiting.remove(place)
+                place.future.set_result(None)
+                for other in passed:
+                    other.passed += 1
+            elif not held:  # who waits for what it holds itself keeps nobody
+                passed.append(place)
+            if any(other.passed >= PASSES for other in passed):
+                return
 
 
 class Kept(Generic[V]):

@@ -22,6 +22,7 @@ SEND_SECONDS = 60  # for a reader to take anything of an answer
 SEND_BYTES = 1 << 16  # that it takes in each further second
 UNSENT_BYTES = 1 << 28  # of all answers that are complete; beyond, the oldest of them are given up
 LINGER_SECONDS = 20  # for the rest of a body that was answered before it had come
+QUIET_SECONDS = 2  # in which nothing of it comes
 PROBE_SECONDS = 2  # between signs to a client that has closed its sending side and waits for an answer
 READ_BYTES = 1 << 14  # of a connection, before the others have their turn
 ACCEPT = 16  # connections accepted at a time
@@ -89,18 +90,19 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
     class Connection(H11Protocol):
         """A connection that knows what it waits for, and since when.
 
-        lingers: whether it is answered, and what still comes is thrown away unread.
+        lingers: whether it is answered, and what still comes is thrown away unread. thrown: bytes of that.
         """
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.conn = Reader()
             self.half_closed = self.lingers = False
+            self.thrown = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(cast("Any", Transport(transport, self)))
             self.since = self.begun = self.loop.time()  # of the stage, and of all stages of its name
-            self.patience = SEND_SECONDS
+            self.patience = math.inf
             self.stage = self._stage()
             if len(self.connections) > most:
                 last = self._least_needed()
@@ -127,7 +129,9 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             waiting.pop(self, None)
 
         def data_received(self, data: bytes) -> None:
-            if not self.lingers:
+            if self.lingers:
+                self.thrown += len(data)
+            else:
                 super().data_received(data)
 
         @property
@@ -174,7 +178,7 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             answered = self.cycle is None or self.cycle.response_complete
             unsent = self.transport.get_write_buffer_size()
             if self.lingers:
-                return "linger", None
+                return "linger", self.thrown
             if self.transport.is_closing() or (unsent and (answered or self.flow.write_paused)):
                 return "flush", unsent
             if not answered:
@@ -187,16 +191,17 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             if (stage := self._stage()) != self.stage:
                 if stage[0] != self.stage[0]:
                     self.begun = now
-                    self.patience = SEND_SECONDS + self.transport.get_write_buffer_size() / SEND_BYTES
+                    taking = SEND_SECONDS + self.transport.get_write_buffer_size() / SEND_BYTES
+                    self.patience = {"linger": LINGER_SECONDS, "flush": taking}.get(stage[0], math.inf)
                 self.stage, self.since = stage, now
                 waiting.pop(self, None)
                 if stage[0] != "work":
                     waiting[self] = None
             lasted = now - self.since
-            most = {"head": HEAD_SECONDS, "linger": LINGER_SECONDS, "flush": SEND_SECONDS}.get(stage[0], math.inf)
+            most = {"head": HEAD_SECONDS, "linger": QUIET_SECONDS, "flush": SEND_SECONDS}.get(stage[0], math.inf)
             if stage[0] == "head" and lasted > most:
                 self._give_up_head()
-            elif lasted > most or (stage[0] == "flush" and now - self.begun > self.patience):
+            elif lasted > most or now - self.begun > self.patience:
                 self.transport.abort()
             elif stage[0] == "work" and self.half_closed:
                 self._probe(now)

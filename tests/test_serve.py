@@ -342,7 +342,8 @@ def test_requests_that_are_still_arriving_take_no_place_in_the_queue(model):
 
 def test_of_too_many_bodies_that_arrive_the_slowest_of_the_busiest_client_goes(model, monkeypatch):
     monkeypatch.setattr(arrivals, "MOST", 4)
-    monkeypatch.setattr(arrivals, "GRACE", 1)
+    monkeypatch.setattr(arrivals, "GRACE", 50)
+    monkeypatch.setattr(arrivals, "SPEED_SECONDS", 0.5)
     with serving(model) as (port, service):
         other = begun(port, 1, "127.0.0.2")  # slower, but of a client with few
         arriving = []
@@ -350,6 +351,7 @@ def test_of_too_many_bodies_that_arrive_the_slowest_of_the_busiest_client_goes(m
             arriving.append(begun(port, size))
             until(lambda i=i: len(service.arrivals.arriving) == 2 + i)
             until(lambda i=i: service.held == 1 + sum((900, 10, 800)[: i + 1]))
+        time.sleep(1)
         last = begun(port, 20)
         assert b" 429 " in arriving[1].recv(1000)
         for connection in (other, arriving[0], arriving[2], last):
@@ -631,7 +633,7 @@ def test_a_key_that_no_header_can_hold_is_refused_at_the_start(key, tmp_path, mo
     with pytest.raises(DataError, match=f"{tmp_path}/key"):
         read_key(tmp_path / "key")
     monkeypatch.setattr(app, "take_from_environment", lambda _: key)
-    with pytest.raises(DataError, match="MM1_API_KEY has .*, expected"):
+    with pytest.raises(DataError, match="MM1_API_KEY has"):
         app.serve(Path("nowhere"), host="127.0.0.1", port=0, api_key=None, engine={})
 
 

@@ -330,6 +330,8 @@ class Service:
             except TimeoutError:
                 body.check()
                 raise Refusal(408, f"the request took more than {BODY_SECONDS} s to arrive") from None
+            finally:
+                body.waits = None
             body.check()
             size = len(message.get("body", b""))
             body.add(size)

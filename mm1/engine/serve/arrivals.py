@@ -39,7 +39,7 @@ class Body:
     def give_up(self) -> None:
         """Make whoever reads it raise Busy, at once if it waits."""
         self.given_up = True
-        if self.waits and not self.waits.expired():
+        if self.waits:
             self.waits.reschedule(asyncio.get_running_loop().time())
 
 

@@ -151,7 +151,10 @@ class Service:
         status, complete = 499, False  # the client left before it had an answer
         # Who waits to be told to go on (Expect: 100-continue) sends nothing that would have to be thrown away.
         arriving = (b"expect", b"100-continue") not in [(name, value.lower()) for name, value in scope["headers"]]
-        arriving = arriving and any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+        arriving = arriving and any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in scope["headers"]
+        )
 
         async def received() -> "Message":
             nonlocal arriving

@@ -277,7 +277,7 @@ def test_a_client_of_http_1_0_has_left_when_it_sends_no_more(path):
     """Nothing but an answer could be sent to it to see if it is still there."""
     with served() as (port, application, server), connected(port, request(path, "1.0")) as connection:
         until(lambda: application.begun)
-        connection.close()
+        connection.shutdown(socket.SHUT_WR)
         until(lambda: application.left)
         until(lambda: not server.server_state.connections)
 
@@ -376,7 +376,7 @@ def test_what_comes_behind_an_early_answer_is_thrown_away_unread(short, monkeypa
     with served() as (port, _, server), connected(port, head) as connection:
         assert everything(connection).endswith(b"xx")
         until(lambda: not sent(connection, (b"1000\r\n" + bytes(0x1000) + b"\r\n") * 100))
-        assert sum(read) < len(head) + 100_000
+        assert sum(read) == len(head)
         until(lambda: not server.server_state.connections)
         connection.close()
         with connected(port, head) as quiet:

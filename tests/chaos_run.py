@@ -252,6 +252,26 @@ class Clients:
     async def attack_slow_body(self) -> None:
         await self.hold(self.head("POST", "/v1/chat/completions", 100_000) + b'{"messages": [')
 
+    async def attack_tiny_chunks(self) -> None:
+        """Sends without a pause what is slow to read, without a key."""
+        _, writer = await self.open()
+        try:
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            end = time.monotonic() + HOLD
+            while time.monotonic() < end:
+                writer.write(b"1\r\nx\r\n" * 10_000)
+                await writer.drain()
+        finally:
+            writer.close()
+
+    async def attack_many_slow_bodies(self) -> None:
+        await asyncio.gather(*(self.attack_slow_body() for _ in range(40)))
+
+    async def attack_does_not_read_a_large_answer(self) -> None:
+        asked = {"prompt": [[1, *([7] * 2000)]], "max_tokens": 0, "echo": True, "logprobs": 5, "n": 4}
+        body = json.dumps(asked).encode()
+        await self.hold(self.head("POST", "/v1/completions", len(body)) + body)
+
     async def attack_garbage(self) -> None:
         await self.hold(self.random.randbytes(2000))
 

@@ -3,11 +3,17 @@
 import asyncio
 import json
 import os
+import random
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,7 +44,7 @@ from mm1 import cli
 from mm1.engine.data.record import DataError
 from mm1.engine.engine import Engine
 from mm1.engine.prompts import encode_prompts
-from mm1.engine.serve import app, connections
+from mm1.engine.serve import app, arrivals, connections
 from mm1.engine.serve.privacy import read_key
 
 
@@ -287,6 +293,8 @@ def test_without_a_key_no_other_page_and_no_other_name_reaches_it(port):
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
                     {"Host": "127.0.0.1.evil.example"}):  # fmt: skip
         assert asked(port, "GET", "/v1/models", headers=headers)[0] == 403
+    for name in ("LOCALHOST", f"LocalHost:{port}"):  # names have no case
+        assert asked(port, "GET", "/v1/models", headers={"Host": name})[0] == 200
     own = f"127.0.0.1:{port}"
     assert asked(port, "GET", "/v1/models", headers={"Host": own, "Origin": f"http://{own}"})[0] == 200
 
@@ -306,7 +314,8 @@ def test_a_body_too_large_is_refused_while_it_arrives(model, chunked):
 
 def test_a_refusal_reaches_who_is_still_sending(model):
     with serving(model, key="sesame") as (port, _):
-        assert asked(port, "POST", CHAT, b" " * 8_000_000)[0] == 401
+        status, headers, _ = asked(port, "POST", CHAT, b" " * 8_000_000)
+        assert (status, headers["connection"]) == (401, "close")  # what it still sends is not read
         assert asked(port, "POST", "/v1/nothing", b" " * 8_000_000, {"Authorization": "Bearer sesame"})[0] == 404
 
 
@@ -318,24 +327,107 @@ def test_a_body_that_never_comes_is_not_waited_for(model, monkeypatch):
         until(lambda: not service.active)
 
 
-def begun(port, size):
+def begun(port, size, source="127.0.0.1"):
     """A connection that has sent so many of a thousand bytes."""
-    connection = socket.create_connection(("127.0.0.1", port))
+    connection = socket.create_connection(("127.0.0.1", port), source_address=(source, 0))
     connection.sendall(
         f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n".encode() + b" " * size
     )
     return connection
 
 
-def test_requests_that_are_still_arriving_count(model):
+def test_requests_that_are_still_arriving_take_no_place_in_the_queue(model):
     with serving(model, batch=1, queue=1) as (port, service):
-        arriving = [begun(port, 10), begun(port, 10)]
-        until(lambda: service.active == 2)
-        assert asked(port, "POST", CHAT, raw(["one"]))[0] == 429
+        arriving = [begun(port, 10) for _ in range(8)]
+        until(lambda: service.held == 80)
+        assert service.active == 0
+        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
         for connection in arriving:
             connection.close()
-        until(lambda: not service.active)
+        until(lambda: not service.held and not service.arrivals.arriving)
+
+
+def test_of_too_many_bodies_that_arrive_the_slowest_of_the_busiest_client_goes(model, monkeypatch):
+    monkeypatch.setattr(arrivals, "MOST", 4)
+    monkeypatch.setattr(arrivals, "GRACE", 50)
+    monkeypatch.setattr(arrivals, "SPEED_SECONDS", 0.5)
+    with serving(model) as (port, service):
+        other = begun(port, 1, "127.0.0.2")  # slower, but of a client with few
+        arriving = []
+        for i, size in enumerate((900, 10, 800)):
+            arriving.append(begun(port, size))
+            until(lambda i=i: len(service.arrivals.arriving) == 2 + i)
+            until(lambda i=i: service.held == 1 + sum((900, 10, 800)[: i + 1]))
+        time.sleep(1)
+        last = begun(port, 20)
+        assert b" 429 " in arriving[1].recv(1000)
+        for connection in (other, arriving[0], arriving[2], last):
+            connection.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
         assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
+        for connection in (other, *arriving, last):
+            connection.close()
+        until(lambda: not service.held and not service.arrivals.arriving)
+        assert not service.arrivals.leaving
+
+
+def test_bodies_that_stall_make_place_for_one_that_comes(model, monkeypatch):
+    """They fill the room for bodies together; a large one is let in at the cost of the slowest."""
+    monkeypatch.setattr(arrivals, "SPEED_SECONDS", 0.1)
+    with serving(model, max_bytes=1000) as (port, service):
+        stalled = []
+        while service.held <= 31_000:
+            stalled.append(begun(port, 900))
+            until(lambda: service.held >= 900 * len(stalled))
+        time.sleep(0.3)
+        body = json.dumps(raw(["one"], max_tokens=1))
+        for _ in range(8):
+            assert asked(port, "POST", CHAT, body + " " * (990 - len(body)))[0] == 200
+        for connection in stalled:
+            connection.close()
+        until(lambda: not service.held and not service.arrivals.arriving)
+        assert not service.arrivals.leaving
+
+
+def test_who_leaves_while_its_upload_is_decoded_is_waited_for_no_more(model, monkeypatch):
+    with serving(model) as (port, service):
+        seen = []
+
+        async def slow(data, _client):
+            try:
+                seen.append(len(data))
+                await asyncio.sleep(60)
+            finally:
+                seen.append("left")
+
+        monkeypatch.setattr(service.intake, "views", slow)
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+        body = head + b"abc\r\n--x--\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; "
+                               b"boundary=x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
+            until(lambda: seen == [3])
+        until(lambda: seen == [3, "left"])
+        until(lambda: not service.active)
+
+
+def test_an_upload_takes_no_file_of_the_disk(model, monkeypatch):
+    """Nor a descriptor: connections have those that there are."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_, **__: pytest.fail("a file was made"))
+    with serving(model) as (port, _), client_of(port) as client:
+        noise = png(picture(1, 1, 1)) + random.Random(0).randbytes(3 << 20)  # which follows the image
+        assert client.files.create(file=("a.png", noise), purpose="vision").bytes == len(noise) > 3 << 20
+
+
+def test_an_error_of_the_server_is_logged_once(model, monkeypatch, caplog):
+    with serving(model) as (port, service):
+        monkeypatch.setattr(service, "_card", lambda: 1 / 0)
+        status, headers, answer = asked(port, "GET", "/v1/models")
+    assert (status, headers["content-type"]) == (500, "application/json")
+    [record] = caplog.records
+    assert record.exc_info[0] is ZeroDivisionError
+    assert record.getMessage().split()[1].rstrip(":") in json.loads(answer)["error"]["message"]
 
 
 def test_all_requests_together_are_bounded(model, monkeypatch):
@@ -346,7 +438,9 @@ def test_all_requests_together_are_bounded(model, monkeypatch):
             arriving.append(begun(port, 900))
             until(lambda: service.held >= 900 * len(arriving))
         last = begun(port, 900)
-        assert b" 429 " in last.recv(1000)
+        answered, _, _ = select.select([*arriving, last], [], [], 60)
+        assert b" 429 " in answered[0].recv(1000)
+        assert service.held <= 33_000
         for connection in [*arriving, last]:
             connection.close()
         until(lambda: not service.held)
@@ -540,6 +634,42 @@ def test_a_key_comes_from_a_file_of_one_line(tmp_path):
         read_key(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("key", ["two\nlines", " ", "schl\xfcssel", "\udcff", "a\0b"])
+def test_a_key_that_no_header_can_hold_is_refused_at_the_start(key, tmp_path, monkeypatch):
+    (tmp_path / "key").write_bytes(key.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=f"{tmp_path}/key"):
+        read_key(tmp_path / "key")
+    monkeypatch.setattr(app, "take_from_environment", lambda _: key)
+    with pytest.raises(DataError, match="MM1_API_KEY has"):
+        app.serve(Path("nowhere"), host="127.0.0.1", port=0, api_key=None, engine={})
+
+
+def test_the_space_around_a_key_is_none_of_it(monkeypatch):
+    keys = []
+    monkeypatch.setattr(app, "forbid_inspection", lambda: None)
+    monkeypatch.setattr(connections, "raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr("mm1.engine.checkpoint.load", lambda _: None)
+    monkeypatch.setattr(app, "Engine", lambda _: None)
+    monkeypatch.setenv("MM1_API_KEY", "secret\n")
+
+    def service(*_, key):
+        keys.append(key)
+        raise InterruptedError
+
+    monkeypatch.setattr(app, "Service", service)
+    with pytest.raises(InterruptedError):
+        app.serve(Path("nowhere"), host="127.0.0.1", port=0, api_key=None, engine={})
+    assert keys == ["secret"]
+
+
+def test_what_the_server_subclasses_is_of_a_version_that_is_known():
+    """Private parts of them are used: older versions than those tested are not let in."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
+    least = dict(requirement.split(">=") for requirement in wanted if ">=" in requirement)
+    for name in ("starlette", "uvicorn", "h11"):
+        assert [int(n) for n in version(name).split(".")] >= [int(n) for n in least[name].split(".")]
+
+
 def test_the_command_takes_the_key_from_its_file(tmp_path, monkeypatch):
     settings = {}
     monkeypatch.setattr(app, "serve", lambda _checkpoint, **given: settings.update(given))
@@ -556,6 +686,40 @@ def test_what_runs_too_long_is_cut_off_at_the_end(model, monkeypatch):
         assert b"[DONE]" not in received
     connection.close()
     assert not service.engine.engine.running
+
+
+def test_a_step_that_hangs_ends_with_the_process(tmp_path):
+    """Not before it has had its time, and the log says so."""
+    code = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from small import small_mm1
+from mm1.engine import asynchronous, checkpoint
+from mm1.engine.engine import Engine
+from mm1.engine.serve import app
+
+def hangs(self):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    time.sleep(600)
+
+Engine.step = hangs
+asynchronous.STOP_SECONDS = app.STOP_SECONDS = 0.5
+checkpoint.load = lambda _: small_mm1(seed=5).eval()
+app.serve(Path("x"), host="127.0.0.1", port=0, api_key=None, engine={"tokens": 4096})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("x: http://127.0.0.1:"), process.communicate()
+        connection = socket.create_connection(("127.0.0.1", int(line.rpartition(":")[2])))
+        send(connection, raw(["one"]))
+        _, errors = process.communicate(timeout=60)
+        connection.close()
+        assert process.returncode == 1
+        assert "the engine's step has taken" in errors
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import h11
 import pytest
 from service import CHAT, ROOT, asked, client_of, data_url, image_url, png, until
 from small import small_run
 from test_generate import picture
 
 from mm1.engine.serve import connections
+from mm1.engine.serve.reader import CHUNK_BYTES, CHUNKS, Reader, in_origin_form
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -39,6 +41,7 @@ class Application:
                 await send({"type": f"{message['type']}.complete"})
                 if message["type"] == "lifespan.shutdown":
                     return
+        self.scope = scope
         body, streams = b"x" * (8 << 20 if scope["path"] == "/large" else 2), scope["path"] == "/stream"
         if scope["path"] in ("/slow", "/stream"):
             while (await receive()).get("more_body"):
@@ -57,6 +60,7 @@ class Application:
             time.sleep(0.3)
         if not streams:
             headers = [(b"content-length", str(len(body)).encode())]
+            headers += [connections.CLOSE] if scope["path"] == "/closes" else []
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -92,6 +96,15 @@ def connected(port, sent=b""):
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
     connection.sendall(sent)
     return connection
+
+
+def sent(connection, data) -> bool:
+    """Say if it could be sent."""
+    try:
+        connection.sendall(data)
+    except OSError:
+        return False
+    return True
 
 
 def everything(connection) -> bytes:
@@ -166,7 +179,8 @@ def test_a_body_that_nobody_waits_for_has_an_end_too(short):
         assert dribbled(connection).endswith(b"xx")
 
 
-def test_a_head_too_large_is_refused_as_it_comes():
+def test_a_head_too_large_is_refused_as_it_comes(monkeypatch):
+    monkeypatch.setattr(connections, "QUIET_SECONDS", 0.1)
     with served() as (port, _, server), connected(port, b"GET / HTTP/1.1\r\nX-a: ") as connection:
         received = dribbled(connection, b"x" * 4096)
         assert received.startswith(b"HTTP/1.1 400 ") or not received  # a reset may overtake it
@@ -219,10 +233,9 @@ def request(path, version="1.1", body=b""):
     return head.encode() + body
 
 
-@pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_a_client_that_sends_no_more_gets_its_answer(short, version):
-    """To 1.1 a 100 Continue says now and then that the server is there, which any client reads over."""
-    with served() as (port, application, _), connected(port, request("/slow", version, b"x" * 300_000)) as connection:
+def test_a_client_that_sends_no_more_gets_its_answer(short):
+    """A 100 Continue says now and then that the server is there, which any client reads over."""
+    with served() as (port, application, _), connected(port, request("/slow", body=b"x" * 300_000)) as connection:
         connection.shutdown(socket.SHUT_WR)
         until(lambda: application.begun)
         time.sleep(0.4)
@@ -241,6 +254,32 @@ def test_one_that_is_answered_soon_gets_nothing_else_and_the_end(monkeypatch):
         until(lambda: application.begun)
         application.release.set()
         assert everything(connection).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_of_requests_one_behind_the_other_each_is_answered_though_no_more_are_sent():
+    """And the last answer says that it is the last."""
+    with served() as (port, application, _), connected(port, 3 * request("/slow") + b"POST /half") as connection:
+        connection.shutdown(socket.SHUT_WR)
+        application.release.set()
+        answer = everything(connection)
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    with served() as (port, application, server), connected(port, 2 * request("/slow")) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        until(lambda: all(c.half_closed for c in server.server_state.connections) and application.begun)
+        application.release.set()
+        first, second = everything(connection).split(b"HTTP/1.1 200 OK")[1:]
+    assert b"connection: close" not in first.lower()
+    assert b"connection: close" in second.lower()
+
+
+@pytest.mark.parametrize("path", ["/slow", "/stream"])
+def test_a_client_of_http_1_0_has_left_when_it_sends_no_more(path):
+    """Nothing but an answer could be sent to it to see if it is still there."""
+    with served() as (port, application, server), connected(port, request(path, "1.0")) as connection:
+        until(lambda: application.begun)
+        connection.shutdown(socket.SHUT_WR)
+        until(lambda: application.left)
+        until(lambda: not server.server_state.connections)
 
 
 @pytest.mark.parametrize("path", ["/slow", "/stream"])
@@ -279,6 +318,151 @@ def test_beyond_the_most_connections_the_oldest_that_waits_goes(monkeypatch):
         for connection in working:
             one(connection)
         assert not application.left
+
+
+def test_beyond_the_most_connections_uploads_and_answers_stay(monkeypatch):
+    """Silent ones make place for each other; where all others upload, the new one goes; an answer goes last."""
+    monkeypatch.setattr(connections, "MOST", 8)
+    with served(buffer=65536) as (port, application, server), ExitStack() as opened:
+        upload = request("/slow", body=b"x" * 100)[:-1]
+        uploads = [opened.enter_context(connected(port, upload)) for _ in range(6)]
+        reader = opened.enter_context(connected(port, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n"))
+        until(lambda: [c.stage[0] for c in server.server_state.connections].count("flush") == 1)
+        for _ in range(20):
+            opened.enter_context(connected(port))
+        assert asked(port, "GET", "/")[0] == 200
+        received = b""
+        while len(received) < 8 << 20:
+            more = reader.recv(1 << 20)
+            assert more, len(received)
+            received += more
+        uploads += [opened.enter_context(connected(port, upload)) for _ in range(2)]
+        until(lambda: sum(c.stage[0] == "work" for c in server.server_state.connections) == 8)
+        assert everything(connected(port)) == b""
+        application.release.set()
+        for connection in uploads:
+            connection.sendall(b"x")
+            one(connection)
+
+
+@pytest.mark.parametrize("length", ["small", "as large as they have to be"])
+def test_a_body_of_tiny_chunks_is_refused(length):
+    small = length == "small"
+    chunk = b"1\r\nx\r\n" if small else b"%x\r\n%b\r\n" % (CHUNK_BYTES, b"x" * CHUNK_BYTES)
+    head = b"POST /slow HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with served() as (port, application, _), connected(port, head + chunk * (CHUNKS + 10)) as connection:
+        if small:
+            answer = everything(connection)
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert (
+                f"{CHUNKS + 1} chunks have {CHUNKS + 1} bytes"
+                in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+            )
+            until(lambda: application.left)
+        else:
+            connection.sendall(b"0\r\n\r\n")
+            application.release.set()
+            one(connection)
+
+
+def test_what_comes_behind_an_early_answer_is_thrown_away_unread(short, monkeypatch):
+    """The client gets its answer and the end though it goes on sending; h11 sees none of that."""
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "QUIET_SECONDS", 0.1)
+    read = []
+    receive = Reader.receive_data
+    monkeypatch.setattr(Reader, "receive_data", lambda self, data: (read.append(len(data)), receive(self, data))[1])
+    head = b"POST /closes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with served() as (port, _, server), connected(port, head) as connection:
+        assert everything(connection).endswith(b"xx")
+        until(lambda: not sent(connection, (b"1000\r\n" + bytes(0x1000) + b"\r\n") * 100))
+        assert sum(read) == len(head)
+        until(lambda: not server.server_state.connections)
+        connection.close()
+        with connected(port, head) as quiet:
+            assert everything(quiet).endswith(b"xx")
+            until(lambda: not server.server_state.connections)
+
+
+def test_at_most_so_much_is_read_of_one_connection_at_a_time(monkeypatch):
+    read = []
+    receive = Reader.receive_data
+    monkeypatch.setattr(Reader, "receive_data", lambda self, data: (read.append(len(data)), receive(self, data))[1])
+    with served() as (port, application, _), connected(port, request("/slow", body=bytes(1 << 20))) as connection:
+        application.release.set()
+        one(connection)
+    assert sum(read) > 1 << 20
+    assert max(read) <= connections.READ_BYTES
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\0\1\2\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nA b: c\r\n\r\n"]
+)
+def test_what_is_no_request_is_told_so_as_openai_would(sent):
+    with served() as (port, _, _), connected(port, sent) as connection:
+        head, _, body = everything(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"application/json" in head
+    error = json.loads(body)["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert "not a valid request" in error["message"]
+
+
+def test_a_whole_uri_is_a_path_of_its_host():
+    """It takes the place of the header Host (RFC 9112, 3.2.2)."""
+    seen = h11.Request(method="GET", target="HTTP://a.example:80?b=c", headers=[("Host", "evil"), ("A", "b")])
+    found = in_origin_form(seen)
+    assert (found.target, list(found.headers)) == (b"/?b=c", [(b"host", b"a.example:80"), (b"a", b"b")])
+    with served(buffer=65536) as (port, _, _), connected(port) as connection:
+        connection.sendall(b"GET http://127.0.0.1/large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert len(everything(connection)) > 8 << 20
+
+
+def test_who_takes_an_answer_too_slowly_as_a_whole_is_left(short, monkeypatch):
+    """It takes some bytes now and then, which alone would keep it for hours; and who asks and never reads has an end
+    too."""
+    monkeypatch.setattr(connections, "SEND_BYTES", 1 << 24)
+    with served(buffer=65536) as (port, _, server), socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = 0
+        with suppress(OSError):
+            while more := connection.recv(20_000):
+                time.sleep(0.02)
+                received += len(more)
+        assert received < 8 << 20
+        until(lambda: not server.server_state.connections)
+    with served(buffer=4096) as (port, _, server), connected(port) as connection:
+        connection.settimeout(0.2)
+        until(lambda: not sent(connection, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 100))
+        until(lambda: not server.server_state.connections)
+
+
+def test_answers_that_nobody_takes_are_bounded_together(monkeypatch):
+    """The one that has had the longest time goes."""
+    monkeypatch.setattr(connections, "UNSENT_BYTES", 20 << 20)
+    with served(buffer=65536) as (port, _, server), ExitStack() as opened:
+        readers = []
+        for i in range(4):
+            readers.append(opened.enter_context(connected(port, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")))
+            until(lambda i=i: server.server_state.total_requests == i + 1)
+            time.sleep(0.15)
+        until(lambda: len(server.server_state.connections) == 2)
+        for i, reader in enumerate(readers):
+            received = 0
+            with suppress(ConnectionResetError):
+                while received < 8 << 20 and (more := reader.recv(1 << 20)):
+                    received += len(more)
+            assert (received >= 8 << 20) == (i >= 2)
+
+
+def test_the_address_is_that_of_the_connection():
+    """A header chooses nobody's turn."""
+    with served() as (port, application, _):
+        asked(port, "GET", "/", headers={"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"})
+        assert application.scope["client"][0] == "127.0.0.1"
+        assert application.scope["scheme"] == "http"
 
 
 @linux

@@ -189,6 +189,35 @@ def test_who_leaves_while_an_image_is_decoded_leaves_no_answer_for_the_next():
     assert np.array_equal(asyncio.run(decoded())[0], policy.views(picture(12, 24, 2))[0])
 
 
+def test_who_leaves_while_an_image_is_decoded_costs_the_others_no_process():
+    """Nor do others wait for one that broke: the next worker starts by itself."""
+    policy = ImagePolicy(4, "native", 24, 64)
+
+    async def decoded():
+        async with Decoder(policy, 10_000_000, processes=1) as decoder:
+            [worker] = decoder.idle._queue  # pyright: ignore[reportAttributeAccessIssue]
+            for seed in range(3):
+                task = asyncio.create_task(decoder.decode(png(picture(800, 800, seed))))
+                while not decoder.idle.empty():
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert not decoder.idle.empty()  # its turn lasted as long as its process was at work
+            assert await decoder.idle.get() is worker
+            worker.kill()
+            decoder.idle.put_nowait(worker)
+            with pytest.raises(Unreadable, match="broke"):
+                await decoder.decode(png(picture(seed=4)))
+            while decoder.idle.empty():
+                await asyncio.sleep(0.01)
+            other = decoder.idle.get_nowait()
+            assert other.pid != worker.pid
+            decoder.idle.put_nowait(other)
+
+    asyncio.run(decoded())
+
+
 def test_no_more_images_wait_than_may():
     async def decoded():
         async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=1, waiting=2) as decoder:

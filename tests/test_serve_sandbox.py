@@ -203,6 +203,20 @@ def test_a_child_that_dies_costs_no_other_image():
     assert np.array_equal(asyncio.run(decoded())[0], POLICY.views(picture(12, 24, 2))[0])
 
 
+def test_each_right_of_root_is_dropped_though_another_cannot_be(monkeypatch):
+    dropped = []
+
+    def forbidden(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "setgroups", forbidden)
+    monkeypatch.setattr(os, "setgid", dropped.append)
+    monkeypatch.setattr(os, "setuid", dropped.append)
+    images._drop_root()
+    assert dropped == [images.NOBODY] * 2
+
+
 GOOD = b"[[4, 8]]\n" + bytes(4 * 8 * 3)
 HOSTILE = {
     "nothing": b"", "no line": b"[[4, 8]]", "no JSON": b"x\n", "deep": b"[" * 60_000, "a long line": b"1" * (1 << 20),
@@ -304,7 +318,10 @@ def test_a_child_that_writes_without_end_or_never_ends_is_left(monkeypatch, endi
         with pytest.raises(Unreadable, match="broke" if ending else "took more than"):
             await decoder.decode(b"image")
         assert await process.wait() < 0
-        assert decoder.idle.get_nowait() is None
+        worker = await decoder.idle.get()  # another one, started in the background
+        assert worker.pid != process.pid
+        worker.kill()
+        await worker.wait()
 
     thread = threading.Thread(target=work)
     thread.start()

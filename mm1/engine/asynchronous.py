@@ -24,6 +24,7 @@ from mm1.engine.request import Request
 from mm1.engine.sampling import Sampling
 
 BETWEEN_SECONDS = 0.005  # between two steps, after which no more requests are taken that have come
+STOP_SECONDS = 10  # for the last step to end
 
 
 class Dead(RuntimeError):
@@ -74,12 +75,13 @@ class AsyncEngine:
 
     A step that fails ends the requests that it computed, each with its own error, and the next goes on without them.
     Where it is not known which these were, all that run end. dead: why nothing more is computed, once the device does
-    not answer any longer.
+    not answer any longer. Leaving it waits for the present step, but not for one that hangs.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.dead: Exception | None = None
+        self._closed = False
         self._opened = 0  # the loop's
         self._awake: float | None = None  # since when the thread does what it does; None while it waits for work
         self._streams: dict[Stream, Request] = {}  # the thread's, as is
@@ -93,9 +95,16 @@ class AsyncEngine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.dead = self.dead or Dead("the engine is closed")
+        self.dead, self._closed = self.dead or Dead("the engine is closed"), True
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        if self.hangs:
+            logging.getLogger("mm1").error("the engine's step has taken %.0f s: it is left behind", self.step_seconds)
+
+    @property
+    def hangs(self) -> bool:
+        """Say if the engine was closed and its thread goes on, in a step that does not end."""
+        return self._closed and self._thread.is_alive()
 
     @property
     def alive(self) -> bool:

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import os
 import re
 import secrets
 import signal
@@ -14,7 +15,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,17 @@ from mm1.engine.engine import Busy, Engine
 from mm1.engine.grammar import Grammar, Grammars, SchemaError
 from mm1.engine.prompts import policy_of
 from mm1.engine.serve import chat, completions, connections
+from mm1.engine.serve.arrivals import Arrivals
 from mm1.engine.serve.body import TooLarge, dumps
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.intake import Intake
 from mm1.engine.serve.metrics import Metrics
-from mm1.engine.serve.privacy import forbid_inspection, take_from_environment
+from mm1.engine.serve.privacy import checked_key, forbid_inspection, take_from_environment
 from mm1.engine.serve.turns import Turns, finished
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.datastructures import FormData
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
@@ -43,12 +46,11 @@ Asked = chat.Asked | completions.Asked
 
 BODY_SECONDS = 60  # for a request to arrive
 SEND_SECONDS = 60  # for a reader to take anything
-DRAIN_SECONDS = 20  # for the rest of a body that is refused
 SCHEMA_SECONDS = 30  # that a request waits for a turn at compiling its schema
 STALL_SECONDS = 120  # of one step of the engine, from which on it counts as hung
 STOP_SECONDS = 10  # for answers to end when the server is to
 OPEN = ("/", "/health")  # without a key
-LOOPBACK = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+LOOPBACK = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?", re.IGNORECASE)
 PAGE_FILE = Path(__file__).with_name("page.html")
 
 
@@ -121,7 +123,8 @@ class Service:
         self.intake = Intake(
             engine, self.decoder, self.metrics, max_images=max_images, max_bytes=max_bytes, allow_urls=allow_urls
         )
-        self.active = self.held = 0  # requests, and bytes of their bodies
+        self.active = self.held = 0  # requests that have arrived, and bytes of all bodies
+        self.arrivals = Arrivals(32 * max_bytes)
         room = self.intake.room
         self.metrics.gauge("mm1_body_bytes", "Bytes of bodies that the engine has not yet", lambda: self.held)
         self.metrics.gauge("mm1_view_bytes", "Bytes of images of requests", lambda: room.size - room.left)
@@ -149,9 +152,13 @@ class Service:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status = 499  # the client left before it had an answer
+        status, complete = 499, False  # the client left before it had an answer
         # Who waits to be told to go on (Expect: 100-continue) sends nothing that would have to be thrown away.
         arriving = (b"expect", b"100-continue") not in [(name, value.lower()) for name, value in scope["headers"]]
+        arriving = arriving and any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in scope["headers"]
+        )
 
         async def received() -> "Message":
             nonlocal arriving
@@ -160,11 +167,14 @@ class Service:
             return message
 
         async def sent(message: "Message") -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if arriving:
-                    await _thrown_away(receive)
+                if arriving:  # the connection throws the rest away unread
+                    others = [pair for pair in message["headers"] if pair[0] != b"connection"]
+                    message = {**message, "headers": [*others, connections.CLOSE]}
+            else:
+                complete = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -172,6 +182,9 @@ class Service:
                 await _json(refusal.body, refusal.status, refusal.headers)(scope, received, sent)
             else:
                 await self.app(scope, received, sent)
+        except Exception:
+            if not complete:
+                raise  # else Starlette raises once more what has been logged and answered
         finally:
             if scope["path"].startswith("/v1/"):
                 self.metrics.requests.labels(status).inc()
@@ -244,16 +257,25 @@ class Service:
     async def _upload(self, request: "Request") -> "Response":
         """An image, kept in memory by its content, the last used longest."""
         from starlette.datastructures import UploadFile
+        from starlette.requests import ClientDisconnect
 
-        async with self._counted(), self._bounded(request) as bounded, bounded.form(max_files=1, max_fields=8) as form:
+        client, hashed = _client(request.scope), ""
+
+        async def looked_at(data: bytes) -> None:
+            nonlocal hashed
+            await self.intake.views(data, client)
+            digest = await self.intake.run(lambda: hashlib.sha256(data), len(data), client)
+            hashed = digest.hexdigest()
+
+        async with self._bounded(request) as bounded, _form(bounded, self.max_bytes) as form, self._counted():
             file = form.get("file")
             if not isinstance(file, UploadFile):
                 raise DataError("expected multipart/form-data with an image as its field file")
             data = await file.read()
-            client = _client(request.scope)
-            await self.intake.views(data, client)
-            digest = await self.intake.run(lambda: hashlib.sha256(data), len(data), client)
-            name = f"file-{digest.hexdigest()[:32]}"
+            await _while_connected(request.receive, looked_at(data))
+            if not hashed:
+                raise ClientDisconnect
+            name = f"file-{hashed[:32]}"
             self.intake.files.keep(name, data, len(data))
             return _json({
                 "id": name, "object": "file", "bytes": len(data), "created_at": int(time.time()),
@@ -274,10 +296,12 @@ class Service:
             begun = time.monotonic()
 
             async def respond(scope: "Scope", receive: "Receive", send: "Send") -> None:
-                async with self._counted(), AsyncExitStack() as arrived:
-                    bounded = await arrived.enter_async_context(self._bounded(request))
-                    work = self._answer(parse, await _whole(bounded), arrived, begun, scope, receive, send)
-                    await _while_connected(receive, work)
+                async with AsyncExitStack() as arrived:
+                    body = await _whole(await arrived.enter_async_context(self._bounded(request)))
+                    async with self._counted():
+                        work = self._answer(parse, body, arrived, begun, scope, receive, send)
+                        del body
+                        await _while_connected(receive, work)
 
             return respond
 
@@ -285,7 +309,7 @@ class Service:
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
-        """Count a request that is worked on. Raises Busy if there are too many."""
+        """Count a request that has arrived and is worked on. Raises Busy if there are too many."""
         if self.active >= self.engine.engine.batch + self.engine.engine.queue:
             raise Busy(f"{self.active} requests are being worked on already")
         self.active += 1
@@ -300,33 +324,39 @@ class Service:
         of the context."""
         from starlette.requests import Request
 
-        held, too_large = 0, Refusal(413, f"the request has more than {self.max_bytes} bytes", connection="close")
+        too_large = Refusal(413, f"the request has more than {self.max_bytes} bytes", connection="close")
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_bytes:
             raise too_large
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
+        body = self.arrivals.begin(_client(request.scope))
+
         async def receive() -> "Message":
-            nonlocal held
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(0 if body.given_up else deadline) as body.waits:
                     message = await request.receive()
             except TimeoutError:
+                body.check()
                 raise Refusal(408, f"the request took more than {BODY_SECONDS} s to arrive") from None
+            finally:
+                body.waits = None
+            body.check()
             size = len(message.get("body", b""))
-            held += size
+            body.add(size)
             self.held += size
-            if held > self.max_bytes:
+            if body.size > self.max_bytes:
                 raise too_large
-            # Small ones go on, or whoever sends many large ones slowly would keep everybody out.
-            if self.held > 32 * self.max_bytes and held > self.max_bytes // 512:
-                raise Busy("all requests together are too large")
+            self.arrivals.bound(body, self.held, self.max_bytes // 512)
+            if not message.get("more_body"):
+                self.arrivals.end(body)
             return message
 
         try:
             yield Request(request.scope, receive)
         finally:
-            self.held -= held
+            self.held -= body.size
+            self.arrivals.free(body)
 
     async def _answer(
         self, parse: Callable[[bytes], Asked], body: bytes, arrived: AsyncExitStack, begun: float, scope: "Scope",
@@ -477,12 +507,26 @@ def _client(scope: "Scope") -> str:
     return (scope.get("client") or ("",))[0]
 
 
-async def _thrown_away(receive: "Receive") -> None:
-    """The rest of a body: a client that is still sending would not read the answer."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_SECONDS):
-            while (await receive()).get("more_body"):
-                pass
+@asynccontextmanager
+async def _form(request: "Request", most: int) -> AsyncIterator["FormData"]:
+    """Parse multipart/form-data of at most so many bytes in memory: Starlette alone has files of the disk for it."""
+    from starlette.datastructures import FormData
+    from starlette.exceptions import HTTPException
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        yield FormData()
+        return
+    parser = MultiPartParser(request.headers, request.stream(), max_files=1, max_fields=8)
+    parser.spool_max_size = most
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def _expected() -> tuple[type[Exception], ...]:
@@ -525,6 +569,8 @@ def serve(
 
     in_environment = take_from_environment("MM1_API_KEY")
     key = api_key or in_environment
+    if key:
+        key = checked_key(key, "--api-key-file" if api_key else "MM1_API_KEY")
     if not key and not _loopback(host):
         raise DataError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
     forbid_inspection()
@@ -542,6 +588,9 @@ def serve(
         server.run(sockets=[listener])
     if not server.started:
         raise OSError("the server did not start")
+    if service.engine.hangs:  # also the interpreter would wait for what its thread waits for
+        logging.shutdown()
+        os._exit(1)
 
 
 def server_of(service: Service) -> "uvicorn.Server":

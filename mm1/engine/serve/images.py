@@ -16,9 +16,12 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import astuple, dataclass
+from functools import partial
 from io import BytesIO
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, MpoImagePlugin  # noqa: F401  the JPEG plugin imports it when it meets a file of several pictures
@@ -33,6 +36,7 @@ SECONDS = 10  # for an image, by the clock and of CPU time
 START_SECONDS = 60  # for a worker to begin, on a machine that is busy
 HEAD_BYTES = 1 << 16  # of an answer, before its pixels
 NOBODY = 65534  # user and group that a child of root becomes
+V = TypeVar("V")
 
 
 @dataclass(eq=False)
@@ -91,6 +95,7 @@ class Decoder:
         self.missing = ""  # why the workers' children have no seccomp filter, if they have none
         self.idle: asyncio.Queue[Worker | None] = asyncio.Queue()  # None: one that is yet to be started
         self.views: Kept[list[np.ndarray]] = Kept(kept)
+        self.tasks: set[asyncio.Task[Any]] = set()  # of images whose client may have gone, and of workers that start
 
     async def __aenter__(self) -> "Decoder":
         for worker in await asyncio.gather(*(self._started() for _ in range(self.processes))):
@@ -100,36 +105,69 @@ class Decoder:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
+        while self.tasks:
+            await asyncio.wait(self.tasks)
         for _ in range(self.processes):
             if worker := await self.idle.get():
                 worker.kill()
                 await worker.wait()
 
     async def decode(self, data: bytes) -> list[np.ndarray]:
-        """Raises Unreadable for what is no good image, Busy if too many wait."""
+        """Raises Unreadable for what is no good image, Busy if too many wait.
+
+        An image whose client leaves is decoded to its end: to kill its process would make another client wait for the
+        start of the next.
+        """
         digest = (await asyncio.to_thread(hashlib.sha256, data)).digest()
         if known := self.views.get(digest):
             return known
         worker = await self._turn()
+        task = self._begun(self._decoded(worker, data))
+        try:
+            found = await asyncio.shield(task)
+        finally:  # who has gone keeps its turn until the process is free
+            await asyncio.wait([task])
+        if isinstance(found, str):
+            raise Unreadable(found)
+        self.views.keep(digest, found, sum(view.nbytes for view in found))
+        return found
+
+    def _begun(self, work: Coroutine[Any, Any, V]) -> "asyncio.Task[V]":
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def _decoded(self, worker: Worker | None, data: bytes) -> list[np.ndarray] | str:
+        """Return views, or why there are none, and give the worker back or start another."""
         good = False
         try:
             worker = worker or await self._started()
             async with asyncio.timeout(SECONDS):
                 answer = await worker.asked(data, HEAD_BYTES + self.policy.most_bytes)
             good = True
-            found = self._read(answer)
+            return self._read(answer)
         except TimeoutError:
-            raise Unreadable(f"the image took more than {SECONDS} s to decode") from None
+            return f"the image took more than {SECONDS} s to decode"
         except (OSError, ValueError, TypeError, RecursionError):
-            raise Unreadable("the image broke its decoder") from None
+            return "the image broke its decoder"
         finally:
-            self.idle.put_nowait(worker if good else None)
-            if worker and not good:  # also if whoever asked has gone
-                worker.kill()
-        if isinstance(found, str):
-            raise Unreadable(found)
-        self.views.keep(digest, found, sum(view.nbytes for view in found))
-        return found
+            if good:
+                self.idle.put_nowait(worker)
+            else:
+                if worker:
+                    worker.kill()
+                self._begun(self._replace())
+
+    async def _replace(self) -> None:
+        """Start a worker; if that fails, whoever needs it tries once more and is told."""
+        worker = None
+        try:
+            worker = await self._started()
+        except (OSError, RuntimeError) as error:
+            logging.getLogger(__name__).error("%s", error)
+        finally:
+            self.idle.put_nowait(worker)
 
     async def _turn(self) -> Worker | None:
         from mm1.engine.engine import Busy  # not above: it knows torch
@@ -210,12 +248,16 @@ def _confine(max_pixels: int) -> None:
         with suppress(ValueError):  # macOS does not bound addresses
             resource.setrlimit(number, (most, most))
     signal.alarm(SECONDS + 1)
-    if os.geteuid() == 0:
-        with suppress(OSError):  # a container may have neither this user nor the right to become it
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
+    _drop_root()
     seccomp.install()
+
+
+def _drop_root() -> None:
+    """Become nobody, as far as a container has this user and the right to become it."""
+    if os.geteuid() == 0:
+        for drop in (partial(os.setgroups, []), partial(os.setgid, NOBODY), partial(os.setuid, NOBODY)):
+            with suppress(OSError):
+                drop()
 
 
 def _warm_up(policy: ImagePolicy) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import random
 import re
@@ -423,6 +424,7 @@ def test_an_upload_takes_no_file_of_the_disk(model, monkeypatch):
 def test_an_error_of_the_server_is_logged_once(model, monkeypatch, caplog):
     with serving(model) as (port, service):
         monkeypatch.setattr(service, "_card", lambda: 1 / 0)
+        monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
         status, headers, answer = asked(port, "GET", "/v1/models")
     assert (status, headers["content-type"]) == (500, "application/json")
     [record] = caplog.records

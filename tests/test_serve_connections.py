@@ -482,6 +482,7 @@ def test_a_burst_of_connections_is_accepted_piece_by_piece(monkeypatch, caplog):
     assert caplog.records == []
 
 
+@pytest.mark.slow
 @linux
 def test_the_command_withstands_half_open_connections_and_keeps_its_key(tmp_path):
     """As `mm1 serve` runs: with 256 descriptors, 260 connections that say nothing."""

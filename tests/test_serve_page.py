@@ -459,7 +459,7 @@ def test_stop_ends_the_answer_on_the_server_too(page):
         until(lambda: browser["$('answer').textContent.length"] > 10)
         assert health(port)["running"] == 1
 
-        def stopped(stop=stop):  # again, as a person would: the page moves under the pointer while text comes
+        def stopped(stop=stop):  # again while the answer comes: under load a click was missed once
             if browser["$('ask').disabled"]:
                 stop()
             return answered(browser) == "stopped"

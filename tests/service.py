@@ -132,6 +132,17 @@ def alone(model, prompt, *args, **kwargs):
     return request
 
 
+def slow_steps(engine, seconds):
+    """Make every step of the engine take longer, so that an answer is still coming when a client acts on it."""
+    step = engine.step
+
+    def slow():
+        time.sleep(seconds)
+        return step()
+
+    engine.step = slow
+
+
 def fails_behind(tokens, engine):
     step = engine.step
 

@@ -1,8 +1,10 @@
 """Clients that are slow, silent, many or half gone cost the others nothing; one that only sends no more is answered."""
 
 import asyncio
+import errno
 import http.client
 import json
+import logging
 import os
 import resource
 import signal
@@ -13,6 +15,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import h11
 import pytest
@@ -382,6 +385,18 @@ def test_what_comes_behind_an_early_answer_is_thrown_away_unread(short, monkeypa
         with connected(port, head) as quiet:
             assert everything(quiet).endswith(b"xx")
             until(lambda: not server.server_state.connections)
+
+
+def test_a_client_that_resets_its_connection_behind_an_early_answer_is_no_error(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", errors := Mock())
+    gone = Mock(side_effect=OSError(errno.ENOTCONN, "Transport endpoint is not connected"))
+    monkeypatch.setattr("asyncio.selector_events._SelectorSocketTransport.write_eof", gone)
+    head = b"POST /closes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with served() as (port, _, server), connected(port, head) as connection:
+        assert everything(connection).endswith(b"xx")
+        until(lambda: not server.server_state.connections)
+    assert gone.called
+    assert not errors.called
 
 
 def test_at_most_so_much_is_read_of_one_connection_at_a_time(monkeypatch):

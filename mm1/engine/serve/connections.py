@@ -84,8 +84,12 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                 self.transport.close()
             else:
                 self.connection.lingers = True
-                self.transport.write_eof()
-                self.transport.resume_reading()
+                try:
+                    self.transport.write_eof()
+                except OSError:  # the client has gone
+                    self.transport.close()
+                else:
+                    self.transport.resume_reading()
 
     class Connection(H11Protocol):
         """A connection that knows what it waits for, and since when.

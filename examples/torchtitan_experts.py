@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import derive, override
 from torchtitan.models.common.moe import GroupedExperts
 
-from mm1.kernels.experts import moe_mlp
-from mm1.kernels.route import Order
+from mm1.kernels.moe.experts import moe_mlp
+from mm1.kernels.moe.routing import Order
 
 
 class MM1Experts(GroupedExperts):

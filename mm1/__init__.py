@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["MM1", "generate", "load"]
 
-_HOME = {"MM1": "mm1.engine.model", "load": "mm1.engine.checkpoint", "generate": "mm1.engine.generate"}
+_HOME = {"MM1": "mm1.engine.models.mm1", "load": "mm1.engine.train.checkpoint", "generate": "mm1.engine.infer.generate"}
 
 
 def __getattr__(name: str) -> Any:

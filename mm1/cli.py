@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mm1.engine.data.record import DataError
-from mm1.engine.tokenizer import tokenizer
+from mm1.engine.data.tokenizer import tokenizer
+from mm1.errors import UserError
 from mm1.kernels.device import DEVICES
 from mm1.kernels.tuning import TuneError
 
@@ -27,7 +27,7 @@ Weights = Literal["int8", "int4", "float8"] | None
 @app.command
 def demo(out: Path = Path("runs/demo")) -> None:
     """Train a small MM1 on the shipped handwritten digits, then caption and answer about unseen ones."""
-    from mm1.engine.demo import demo
+    from mm1.engine.demo.digits import demo
 
     demo(out)
 
@@ -53,8 +53,8 @@ def train(
         accept_other_data: continue although data, seed, budgets or tokenizer are not those of the checkpoint.
         profile: write a trace and a table of parts of four steps to `out`/profile.
     """
-    from mm1.engine.config import load_run
-    from mm1.engine.train import train
+    from mm1.engine.run_config import load_run
+    from mm1.engine.train.trainer import train
 
     folder = out or Path("runs") / Path(run).stem
     train(load_run(run, set), folder, resume=resume, profile=profile, accept_other_data=accept_other_data)
@@ -73,7 +73,7 @@ def replay(folder: Positional[Path], step: int) -> None:
         folder: the run's folder.
         step: number of the step, as in metrics.jsonl.
     """
-    from mm1.engine.replay import replay, show
+    from mm1.engine.train.replay import replay, show
 
     report = replay(folder, step)
     if os.environ.get("RANK", "0") == "0":
@@ -110,8 +110,8 @@ def plan(
             NFS server.
         host_memory: GB of a node's host memory, with which the need is compared (default: only the need is printed).
     """
-    from mm1.engine import plan as estimate
-    from mm1.engine.config import load_run
+    from mm1.engine.run_config import load_run
+    from mm1.engine.train import plan as estimate
 
     result = estimate.plan(
         load_run(run, set), gpus, device, share=share, network=network, document=document, imbalance=imbalance,
@@ -154,7 +154,7 @@ def convert(
         experts_per_token: that a token goes to.
         seed: of whatever is random.
     """
-    from mm1.engine.assemble import assemble
+    from mm1.engine.convert.assemble import assemble
 
     print(assemble(
         out, vision=vision, decoder=decoder, source=source, connector=connector, tokenizer=tokenizer,
@@ -169,7 +169,7 @@ app.command(tokenizer)
 @app.command
 def export(checkpoint: Positional[Path], out: Positional[Path]) -> None:
     """Write a checkpoint of one process or of many as one safetensors file, with config and tokenizer, to `out`."""
-    from mm1.engine.checkpoint import export
+    from mm1.engine.train.checkpoint import export
 
     export(checkpoint, out)
     print(out)
@@ -216,11 +216,11 @@ def generate(
         seed: of the sampling.
         weights: round the decoder's to fewer bits.
     """
-    from mm1.engine.checkpoint import load
     from mm1.engine.data.images import read
-    from mm1.engine.generate import generate
-    from mm1.engine.prompts import interleave
-    from mm1.engine.sampling import read_biases
+    from mm1.engine.infer.generate import generate
+    from mm1.engine.infer.prompts import interleave
+    from mm1.engine.infer.sampling import read_biases
+    from mm1.engine.train.checkpoint import load
 
     prompts = interleave(prompt or ("",), [read(path) for path in image])
 
@@ -274,7 +274,7 @@ def serve(
         allow_urls: fetch images from public http and https addresses, ports 80 and 443.
     """
     if not 0 <= port < 1 << 16:
-        raise DataError(f"port is {port}, expected 0 to 65535")
+        raise UserError(f"port is {port}, expected 0 to 65535")
     from mm1.engine.serve.app import serve
     from mm1.engine.serve.privacy import read_key
 
@@ -336,8 +336,8 @@ def eval(
         batch: prompts at once.
         weights: round the decoder's to fewer bits.
     """
-    from mm1.engine.checkpoint import load
     from mm1.engine.evaluation.evaluate import Decoding, How, evaluate, samples_of, show
+    from mm1.engine.train.checkpoint import load
 
     how = How(choose, text_shots=text_shots, high=high)
     decoding = Decoding(num_beams, length_penalty, normalize=normalize)
@@ -555,7 +555,7 @@ def doctor(json: bool = False) -> None:
 def main() -> None:
     try:
         app.cli(prog="mm1", description="Train and run MM1-type multimodal models.")
-    except (DataError, TuneError) as error:
+    except (UserError, TuneError) as error:
         sys.exit(_say(error, 2))
     except KeyboardInterrupt as error:  # of a training run that saved, safety.Stopped
         sys.exit(_say(str(error) or "stopped", getattr(error, "status", 1)))

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from small import small_run
 
-from mm1.engine.replay import replay
-from mm1.engine.train import Trainer, train
+from mm1.engine.train.replay import replay
+from mm1.engine.train.trainer import Trainer, train
 
 SETTINGS = {"train": {"steps": 4000, "save_every": 30}, "full": {"steps": 16, "save_every": 4},
             "one": {"steps": 12, "save_every": 4}}  # fmt: skip

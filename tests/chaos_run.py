@@ -37,8 +37,8 @@ def save_model(folder: Path) -> None:
 
     from small import FOLDER, small_mm1
 
-    from mm1.engine import checkpoint
-    from mm1.engine.config import to_dict
+    from mm1.engine.run_config import to_dict
+    from mm1.engine.train import checkpoint
 
     model = small_mm1(seed=5)
     table = {"model": to_dict(replace(model.config, context=CONTEXT))}

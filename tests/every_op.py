@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels.adaptive_pool import adaptive_pool
-from mm1.kernels.attention import attention
-from mm1.kernels.conv_block import NAMES, conv_block
-from mm1.kernels.experts import moe_mlp
-from mm1.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dw
+from mm1.kernels.abstractor.bottleneck import NAMES, conv_block
+from mm1.kernels.abstractor.pooling import adaptive_pool
+from mm1.kernels.attention.paged import paged_attention
+from mm1.kernels.attention.varlen import attention
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
-from mm1.kernels.paged import paged_attention
-from mm1.kernels.patch_embed import embed_patches, patch_embed
-from mm1.kernels.positions import positions
-from mm1.kernels.route import route, sort_by_expert
+from mm1.kernels.moe.experts import moe_mlp
+from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw
+from mm1.kernels.moe.routing import route, sort_by_expert
+from mm1.kernels.patches.embedding import embed_patches, patch_embed
+from mm1.kernels.patches.position_tables import positions
 
 SIZES = [(2, 3), (4, 1), (3, 3)]  # of images, in patches
 PATCHES = sum(h * w for h, w in SIZES)

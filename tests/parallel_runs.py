@@ -13,13 +13,16 @@ import torch
 from small import document, documents, packed, small_model, small_run
 from torch.distributed.tensor import DTensor
 
-from mm1.engine import config, float8
+from mm1.engine.data.config import Source
 from mm1.engine.data.document import Budget
-from mm1.engine.experts import Router
-from mm1.engine.model import MM1
-from mm1.engine.parallel import World, put
-from mm1.engine.recompute import recompute_blocks
-from mm1.engine.train import Trainer
+from mm1.engine.layers import float8
+from mm1.engine.layers.experts import Router
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.run_config import Run
+from mm1.engine.train.config import Parallel
+from mm1.engine.train.parallel import World, put
+from mm1.engine.train.recompute import recompute_blocks
+from mm1.engine.train.trainer import Trainer
 
 
 class Quiet:
@@ -46,9 +49,9 @@ def run_of(job):
     run = small_run(**{"accumulate": 4} | job.get("train", {}))
     data = dataclasses.replace(run.data, **{"streams": 4} | job.get("data", {}))
     if "sources" in job:
-        data = dataclasses.replace(data, sources=tuple(config.Source(*s) for s in job["sources"]))
+        data = dataclasses.replace(data, sources=tuple(Source(*s) for s in job["sources"]))
     model = small_model(**job.get("model", {}))
-    return config.Run(model, data, run.train, config.Parallel(**job.get("parallel", {})))
+    return Run(model, data, run.train, Parallel(**job.get("parallel", {})))
 
 
 def bias_router(model, bias):

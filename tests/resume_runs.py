@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from mm1.engine.config import Run, from_dict
 from mm1.engine.data import mixture  # noqa: F401  # all modules are there before a fork
-from mm1.engine.train import train
+from mm1.engine.run_config import Run, from_dict
+from mm1.engine.train.trainer import train
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"}  # events of sys.addaudithook
 

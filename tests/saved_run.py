@@ -9,9 +9,9 @@ import torch
 from small import small_run
 from torch.distributed.checkpoint import _state_dict_stager
 
-from mm1.engine.display import Silent
-from mm1.engine.parallel import World
-from mm1.engine.train import Trainer
+from mm1.engine.train.display import Silent
+from mm1.engine.train.parallel import World
+from mm1.engine.train.trainer import Trainer
 
 
 def main(folder):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mm1.engine.engine import Engine
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.sampling import Sampling
 from mm1.engine.serve.app import Service, server_of
 
 for package in ("uvicorn", "starlette", "multipart", "prometheus_client"):

@@ -5,11 +5,14 @@ import dataclasses
 import numpy as np
 import torch
 
-from mm1.engine.config import DIGITS, Data, Model, Run, Source, Train
-from mm1.engine.config import DIGITS_FOLDER as FOLDER
 from mm1.engine.data.batch import Batch, exact_budget, pack
+from mm1.engine.data.config import Data, Source
 from mm1.engine.data.document import Budget, Document, TextTokenizer
-from mm1.engine.model import MM1
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.mm1_config import DIGITS, Model
+from mm1.engine.run_config import DIGITS_FOLDER as FOLDER
+from mm1.engine.run_config import Run
+from mm1.engine.train.config import Train
 
 SLOTS, IMAGE, PATCH = 4, 3, 4
 

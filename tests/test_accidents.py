@@ -15,14 +15,15 @@ import torch
 from small import FOLDER, small_model, small_run
 from test_train import Poison, Told, assert_same
 
-from mm1.engine import checkpoint, safety
-from mm1.engine.config import Source, to_dict
+from mm1.engine.data.config import Source
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.data.record import DataError
 from mm1.engine.data.streams import make_streams
-from mm1.engine.display import Display
-from mm1.engine.parallel import World
-from mm1.engine.train import Trainer, train
+from mm1.engine.run_config import to_dict
+from mm1.engine.train import checkpoint, safety
+from mm1.engine.train.display import Display
+from mm1.engine.train.parallel import World
+from mm1.engine.train.trainer import Trainer, train
+from mm1.errors import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json", checkpoint.MARKER)
 
@@ -131,7 +132,7 @@ def test_a_foreign_line_in_metrics_is_dropped_with_a_warning(line, copy):
 
 def test_a_second_run_in_the_same_folder_is_refused_with_host_and_process(tmp_path):
     code = (
-        "import sys, pathlib\nfrom mm1.engine.safety import locked\n"
+        "import sys, pathlib\nfrom mm1.engine.train.safety import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
@@ -139,7 +140,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_host_and_process(tmp_pa
     )
     assert holder.stdout.readline() == "held\n"
     for resume in (False, True):
-        with pytest.raises(DataError, match=rf"is in use by process {holder.pid} on .+"):
+        with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .+"):
             train(small_run(), tmp_path, resume=resume, display=Told())
     holder.kill()
     holder.wait()
@@ -289,11 +290,11 @@ def test_an_error_that_ends_a_run_waits_for_the_save_that_is_on_its_way(tmp_path
     def fails():
         if trainer.step == 2:
             trainer.saving = Saving()
-            raise DataError("100 unreadable records in a row")
+            raise UserError("100 unreadable records in a row")
         return step()
 
     trainer._step = fails
-    with pytest.raises(DataError, match="100 unreadable"):
+    with pytest.raises(UserError, match="100 unreadable"):
         trainer.fit()
     assert waited == [2]
 
@@ -344,7 +345,7 @@ OTHERS = {
 def test_a_run_does_not_continue_on_other_data_unless_told_to(what, texts, trained_on_a, tmp_path):
     folder = shutil.copytree(trained_on_a, tmp_path / "run", symlinks=True)
     run = OTHERS[what](texts)
-    with pytest.raises(DataError, match=r"was trained on other data than this run's: .*--accept-other-data"):
+    with pytest.raises(UserError, match=r"was trained on other data than this run's: .*--accept-other-data"):
         Trainer(run, folder, Told(), True)
     train(run, folder, resume=True, display=Told(), accept_other_data=True)
     assert checkpoint.latest(folder).name == "step-00000008"
@@ -376,7 +377,7 @@ def test_a_checkpoint_without_an_identity_is_continued_only_when_told_to(texts, 
     tensors = {name: checkpoint.read_tensors(source, name) for name in ("model.safetensors", "optimizer.safetensors")}
     texts_of = {name: (source / name).read_text() for name in ("config.json", "tokenizer.json")}
     checkpoint.write(folder / "step-00000004", tensors, texts_of | {"state.json": json.dumps(state)})
-    with pytest.raises(DataError, match="the checkpoint does not say on which"):
+    with pytest.raises(UserError, match="the checkpoint does not say on which"):
         Trainer(of_texts(texts, "a"), folder, Told(), True)
     assert Trainer(of_texts(texts, "a"), folder, Told(), True, accept_other_data=True).step == 4
 
@@ -397,7 +398,7 @@ def test_another_model_is_refused_by_the_names_of_its_settings(texts, trained_on
     run = of_texts(texts, "a")
     run = dataclasses.replace(run, model=small_model(ffn=48, qk_norm=False))
     with pytest.raises(
-        DataError, match=r"model\.decoder\.ffn is 48, was 40; model\.decoder\.qk_norm is False, was True"
+        UserError, match=r"model\.decoder\.ffn is 48, was 40; model\.decoder\.qk_norm is False, was True"
     ):
         Trainer(run, trained_on_a, Told(), True)
 
@@ -416,10 +417,10 @@ def other_tokenizer(folder: Path) -> Path:
 def test_weights_are_not_begun_with_under_another_tokenizer_unless_told_to(texts, trained_on_a, tmp_path):
     run = of_texts(texts, "a", tokenizer=str(other_tokenizer(tmp_path)))
     run = changed(run, "train", init=str(trained_on_a))
-    with pytest.raises(DataError, match=r"gives other token ids than .*tokenizer\.json.*data\.tokenizer"):
+    with pytest.raises(UserError, match=r"gives other token ids than .*tokenizer\.json.*data\.tokenizer"):
         Trainer(run, tmp_path / "refused", Told(), False)
     Trainer(run, tmp_path / "accepted", Told(), False, accept_other_data=True)
-    with pytest.raises(DataError, match="was trained on other data"):
+    with pytest.raises(UserError, match="was trained on other data"):
         Trainer(changed(run, "train", steps=8), trained_on_a, Told(), True)
 
 
@@ -445,9 +446,9 @@ class Command:
         table = to_dict(small_run(steps=steps, save_every=1000, **train))
         table["data"]["streams"] = 0
         (folder / "run.json").write_text(json.dumps(table))
-        start = "import json, sys, pathlib\nimport torch\nfrom mm1 import cli\nfrom mm1.engine import config\n" \
+        start = "import json, sys, pathlib\nimport torch\nfrom mm1 import cli\nfrom mm1.engine import run_config\n" \
                 "torch.set_num_threads(1)\ntable = json.loads(pathlib.Path(sys.argv.pop(1)).read_text())\n" \
-                "config.load_run = lambda *_: config.from_dict(table)\ncli.main()\n"  # fmt: skip
+                "run_config.load_run = lambda *_: run_config.from_dict(table)\ncli.main()\n"  # fmt: skip
         (folder / "start.py").write_text(start)
         command = [
             *(launcher or (sys.executable,)),

@@ -12,9 +12,9 @@ from pathlib import Path
 import accident_runs
 import pytest
 
-from mm1.engine import checkpoint
 from mm1.engine.data.lines import read_lines
-from mm1.engine.replay import replay
+from mm1.engine.train import checkpoint
+from mm1.engine.train.replay import replay
 
 
 class Launched:

@@ -5,9 +5,9 @@ import torch
 from conftest import DEVICE, INTERPRETED, gradients, not_interpreted, relative_error
 from torch import nn
 
-from mm1.kernels import adaptive_pool as module
-from mm1.kernels.adaptive_pool import adaptive_pool
-from mm1.kernels.grids import Grids
+from mm1.kernels.abstractor import pooling as module
+from mm1.kernels.abstractor.pooling import adaptive_pool
+from mm1.kernels.patches.grids import Grids
 
 # The interpreter cuts bf16 off instead of rounding it.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3 if INTERPRETED else 2e-3, torch.float16: 3e-4}

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from mm1.engine.data.record import DataError
-from mm1.engine.vision import sincos
-from mm1.kernels.grids import Grids
+from mm1.engine.layers.vision import sincos
+from mm1.errors import UserError
+from mm1.kernels.patches.grids import Grids
 
 pytest.importorskip("transformers")
 from test_convert import of_vision, pictures, randomized
@@ -93,11 +93,11 @@ def test_sincos_positions_are_those_of_the_formula_in_fp64():
 
 def test_what_is_not_aims_is_told():
     aim = Aim()
-    with pytest.raises(DataError, match=r"use_bias is True, expected False"):
+    with pytest.raises(UserError, match=r"use_bias is True, expected False"):
         of_vision(aim.config | {"use_bias": True}, aim.state_dict())
-    with pytest.raises(DataError, match=r"img_size is 30, expected a multiple of the patch_size 14"):
+    with pytest.raises(UserError, match=r"img_size is 30, expected a multiple of the patch_size 14"):
         of_vision(aim.config | {"img_size": 30}, aim.state_dict())
-    with pytest.raises(DataError, match=r"trunk\.blocks\.1.* is missing"):
+    with pytest.raises(UserError, match=r"trunk\.blocks\.1.* is missing"):
         of_vision(aim.config, {n: x for n, x in aim.state_dict().items() if "blocks.1" not in n})
-    with pytest.raises(DataError, match=r"embed_dim is missing"):
+    with pytest.raises(UserError, match=r"embed_dim is missing"):
         of_vision({"num_blocks": 2, "patch_size": 14}, aim.state_dict())

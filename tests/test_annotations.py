@@ -8,10 +8,10 @@ import pytest
 from test_benchmarks import CASES
 from test_choices import MMMU, PROBLEMS, SEED, SPLITS
 
-from mm1.engine.data.record import DataError
 from mm1.engine.evaluation import benchmarks
 from mm1.engine.evaluation.benchmarks import read
 from mm1.engine.evaluation.samples import Images
+from mm1.errors import UserError
 
 WRONG = [None, True, False, 5, -1, 1.5, "", "x", "['x'", [], ["x"], [["x"]], [5], [None], {}, {"a": 1}, {"a": ["x"]}]
 ROWS = [row | {f"image_{n}": row[f"image_{n}"] if row[f"image_{n}"] is None else "a.png" for n in (1, 2)}
@@ -53,7 +53,7 @@ def line_of(of, split, files, images):
     """Return the line that reading ends with; None where the samples are whole."""
     try:
         samples = read(of, [images.folder / name for name in files], images, split)
-    except DataError as error:
+    except UserError as error:
         return str(error)
     assert_samples_are_whole(samples)
     return None
@@ -94,5 +94,5 @@ def test_the_line_names_what_was_found_and_what_was_expected(case, name, path, v
     of, split, files = FILES[case]
     for other, data in changed(files, name, path, value).items():
         (tmp_path / other).write_text(json.dumps(data))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read(of, [tmp_path / other for other in files], Images(tmp_path), split)

@@ -11,19 +11,20 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import mm1
-from mm1.engine import config
-from mm1.engine.assemble import assemble
-from mm1.engine.connector import CAbstractor
+from mm1.engine.convert.assemble import assemble
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import SPECIAL, Document, TextTokenizer
-from mm1.engine.data.record import DataError
-from mm1.kernels.grids import Grids
+from mm1.engine.layers.connector import CAbstractor
+from mm1.engine.models.mm1_config import DIGITS, MODELS
+from mm1.engine.run_config import DIGITS_FOLDER
+from mm1.errors import UserError
+from mm1.kernels.patches.grids import Grids
 
 transformers = pytest.importorskip("transformers")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz <>/"
 TEXT = "a cab of </s> and <s> and <image>"
-DIGITS_TOKENIZER = config.DIGITS_FOLDER / "tokenizer.json"
+DIGITS_TOKENIZER = DIGITS_FOLDER / "tokenizer.json"
 ROPE = {"rope_theta": 50_000.0, "rope_type": "default"}
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -240,7 +241,7 @@ def test_parts_can_be_named_sizes_with_random_weights(published, tmp_path):
     root, truths = published
     out = assemble(tmp_path / "out", vision=root / "clip", decoder="digits", tokenizer=DIGITS_TOKENIZER, image_tokens=4)
     model = mm1.load(out)
-    assert model.config.decoder == config.DIGITS.decoder
+    assert model.config.decoder == DIGITS.decoder
     truth = truths["clip"].state_dict()["encoder.layers.1.mlp.fc1.weight"]
     assert torch.equal(model.vision.blocks[1].fc1.weight, truth)
     assert model.decoder.embedding.weight.std().item() == pytest.approx(96**-0.5, rel=0.05)
@@ -406,10 +407,9 @@ def test_refuses_by_one_line(published, tmp_path, case):
         edit(tmp_path)
     paths = {"vision", "decoder", "source", "connector"}
     arguments = {
-        name: tmp_path / value if name in paths and value not in config.MODELS else value
-        for name, value in arguments.items()
+        name: tmp_path / value if name in paths and value not in MODELS else value for name, value in arguments.items()
     }
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         assemble(tmp_path / "out", **{"image_tokens": 4} | arguments if "vision" in arguments else arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -417,12 +417,12 @@ def test_refuses_by_one_line(published, tmp_path, case):
 
 def test_refuses_to_write_over_anything(dense):
     before = (dense / "model.safetensors").read_bytes()
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(UserError, match="exists already"):
         assemble(dense, source=dense, experts=4)
     assert (dense / "model.safetensors").read_bytes() == before
 
 
 def test_refuses_experts_for_a_mixture(published, tmp_path):
     root, _ = published
-    with pytest.raises(DataError, match="the decoder has 4 experts already"):
+    with pytest.raises(UserError, match="the decoder has 4 experts already"):
         assemble(tmp_path / "out", vision="digits", decoder=root / "mixtral", experts=4)

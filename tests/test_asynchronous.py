@@ -13,12 +13,12 @@ from small import small_mm1
 from test_engine import drained
 from test_generate import PROMPTS
 
-from mm1.engine.asynchronous import AsyncEngine, Dead
 from mm1.engine.data.document import Document
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Busy, Engine
-from mm1.engine.prompts import encode_prompts
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.asynchronous import AsyncEngine, Dead
+from mm1.engine.infer.engine import Busy, Engine
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.sampling import Sampling
+from mm1.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_full_queue_and_a_prompt_too_long_are_the_callers_to_know(model):
 
     async def refused():
         async with AsyncEngine(engine) as running:
-            with pytest.raises(DataError, match="the prompt has 300 tokens, the cache holds at most 256"):
+            with pytest.raises(UserError, match="the prompt has 300 tokens, the cache holds at most 256"):
                 await running.generate(Document(np.full(300, 5, np.int32), (), ""), Sampling(3))
             async with running.open(PROMPTS[0], Sampling(100)), running.open(PROMPTS[1], Sampling(100)):
                 with pytest.raises(Busy):
@@ -130,7 +130,7 @@ def test_a_full_queue_and_a_prompt_too_long_are_the_callers_to_know(model):
 def test_the_engines_own_refusal_comes_through(model):
     async def refused():
         async with AsyncEngine(Engine(model, tokens=256)) as running:
-            with pytest.raises(DataError, match="the token id 9999"):
+            with pytest.raises(UserError, match="the token id 9999"):
                 await running.generate(Document(np.array([1, 9999], np.int32), (), ""), Sampling(5))
 
     asyncio.run(refused())
@@ -162,7 +162,7 @@ def test_none_of_many_is_submitted_if_one_is_refused(model):
 
     async def refused():
         async with AsyncEngine(engine) as running:
-            with pytest.raises(DataError, match="9999"):
+            with pytest.raises(UserError, match="9999"):
                 async with running.open_many([(document, Sampling(200), 0) for document in (good, good, bad)]):
                     pytest.fail("it was taken")
             with pytest.raises(Busy):
@@ -336,7 +336,7 @@ def test_a_device_that_does_not_answer_ends_it(model):
 
 def test_many_that_come_at_once_do_not_hold_up_who_runs(model, monkeypatch):
     """Each takes the thread some time, as long prompts do whose pages are named."""
-    monkeypatch.setattr("mm1.engine.asynchronous.BETWEEN_SECONDS", 0)
+    monkeypatch.setattr("mm1.engine.infer.asynchronous.BETWEEN_SECONDS", 0)
     engine, done = Engine(model), []
     step, submit = engine.step, engine.submit
     engine.step = lambda: done.append("step") or step()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import gradients, relative_error
 
-from mm1.kernels import attention as module
-from mm1.kernels.attention import attention, choose, segments
+from mm1.kernels.attention import varlen as module
+from mm1.kernels.attention.varlen import attention, choose, segments
 from mm1.kernels.tuning import pinned
 
 LENGTHS = [[5, 7, 7, 1], [0, 3, 0], [12], [], [4, 4, 4]]

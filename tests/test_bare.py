@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = [path for room in ("kernels", "autotune", "bench") for path in sorted((ROOT / "mm1" / room).glob("*.py"))]
-ENGINE = ("config", "model", "generate", "ledger", "optim", "data.batch", "data.document", "data.packing")
+FOLDERS = [ROOT / "mm1" / name for name in ("kernels", "autotune", "bench")]
+FILES = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py")) if path.parent.name != "suite"]
+ENGINE = ("run_config", "models.mm1", "infer.generate", "train.ledger", "train.optim", "data.batch", "data.document",
+          "data.packing")  # fmt: skip
+
 
 HIDE = """
 import importlib, sys
@@ -26,10 +29,10 @@ RUN = """
 import dataclasses
 import numpy as np
 import torch
-from mm1.engine.config import DIGITS
+from mm1.engine.models.mm1_config import DIGITS
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
-from mm1.engine.model import MM1
+from mm1.engine.models.mm1 import MM1
 
 random, c = np.random.default_rng(0), dataclasses.replace(DIGITS, decoder=dataclasses.replace(DIGITS.decoder, layers=2))
 tokens = np.concatenate([[3] * c.connector.tokens, random.integers(4, 384, 9)]).astype(np.int32)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from small import small_mm1, small_model
 
-from mm1.engine.beams import Beams, pages_of
-from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
-from mm1.engine.generate import generate
-from mm1.engine.prompts import encode_prompts
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.beams import Beams, pages_of
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import generate
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.sampling import Sampling
+from mm1.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 EOS = 2
@@ -23,7 +23,7 @@ EOS = 2
 @lru_cache
 def llama(seed, eos_bias=0.0):
     """A random Llama of transformers, and an mm1 that holds its weights. eos_bias makes texts end at odd places."""
-    from mm1.engine.convert import from_hf
+    from mm1.engine.convert.weights import from_hf
 
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -135,7 +135,7 @@ def test_company_changes_nothing():
 
 def test_without_the_compiled_step_too(monkeypatch):
     theirs, ours = llama(0, eos_bias=3.0)
-    monkeypatch.setattr("mm1.engine.engine.step_of", lambda *_: None)
+    monkeypatch.setattr("mm1.engine.infer.engine.step_of", lambda *_: None)
     settings = {"num_beams": 3, "length_penalty": 0.0, "max_tokens": 12}
     prompts = prompts_of(5)
     found = ours_of(ours, prompts, **settings)
@@ -284,7 +284,7 @@ def test_beams_share_what_they_can_and_stay_within_their_pages(prompt):
     ({"num_beams": 2, "repetition_penalty": 1.5}, "2 beams with temperature or repetition_penalty"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         Sampling(**settings)
 
 
@@ -292,9 +292,9 @@ def test_more_beams_than_the_batch_or_the_vocabulary_has_room_for_are_told():
     model = small_mm1(seed=3).eval()
     document = encode_prompts(model, [["one"]])[0]
     for batch, beams, most in ((4, 5, 4), (400, 193, 192)):
-        with pytest.raises(DataError, match=f"{beams} beams, expected at most {most}"):
+        with pytest.raises(UserError, match=f"{beams} beams, expected at most {most}"):
             Engine(model, batch=batch).submit(document, Sampling(num_beams=beams, max_tokens=2))
-    with pytest.raises(DataError, match="the prompt has 2 tokens, the cache of 64 has no room for 5 beams"):
+    with pytest.raises(UserError, match="the prompt has 2 tokens, the cache of 64 has no room for 5 beams"):
         Engine(model, tokens=64).submit(document, Sampling(num_beams=5, max_tokens=20))
 
 

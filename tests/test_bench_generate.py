@@ -12,9 +12,9 @@ from small import IMAGE, PATCH, SLOTS, small_model
 from mm1.bench import generate
 from mm1.bench.generate import NEW, TEXT, Bench, Case, Scale, checked, measure, prompts
 from mm1.bench.record import Record
-from mm1.engine.cache import PAGE
 from mm1.engine.data.batch import exact_budget, pack
-from mm1.engine.data.record import DataError
+from mm1.engine.infer.cache import PAGE
+from mm1.errors import UserError
 
 LIMITS = {"copy": 1e10, "gemm": {"fp32": 1e11}}
 ONE, THREE = 1 + SLOTS + TEXT, 1 + 3 * (SLOTS + TEXT)  # tokens of a prompt of no shots, and of two
@@ -236,8 +236,8 @@ def test_what_is_faster_than_a_gpu_can_be_is_failed():
 
 
 def test_refuses_what_it_does_not_know(tiny):
-    with pytest.raises(DataError, match="unknown size 'huge'"):
+    with pytest.raises(UserError, match="unknown size 'huge'"):
         measure(Record(), ["huge"])
-    with pytest.raises(DataError, match="rounds is 0"):
+    with pytest.raises(UserError, match="rounds is 0"):
         measure(Record(), rounds=0)
     assert Case("decode", 4, 8).key() == {"case": "4-shot batch=8", "what": "decode"}

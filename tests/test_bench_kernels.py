@@ -11,7 +11,7 @@ from mm1.bench.peers import PEERS, Peer, Way, missing
 from mm1.bench.record import Record, read, without_samples
 from mm1.bench.roofline import floor, impossible
 from mm1.bench.run import backends
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost
 
 LIMITS = {"copy": 1e10, "gemm": {"fp32": 1e11, "bf16": 1e11}}
@@ -123,14 +123,14 @@ def test_a_record_goes_on_where_it_was_and_knows_what_a_process_died_over(op, tm
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [1]}', '{"header": {}, "rows": [{}]}'])
 def test_a_file_that_is_no_record_is_told(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(DataError, match=r"x\.json is not a record"):
+    with pytest.raises(UserError, match=r"x\.json is not a record"):
         Record(tmp_path / "x.json")
 
 
 def test_results_of_another_commit_are_not_gone_on_with(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"header": {"commit": "abc"}, "rows": []}')
-    with pytest.raises(DataError, match="another commit"):
+    with pytest.raises(UserError, match="another commit"):
         Record(path)
 
 
@@ -142,7 +142,7 @@ def test_results_of_another_commit_are_not_gone_on_with(tmp_path):
     ],
 )  # fmt: skip
 def test_unknown_names_are_told(arguments, why):
-    with pytest.raises(DataError, match=why):
+    with pytest.raises(UserError, match=why):
         kernels.measure(Record(), **arguments)
 
 

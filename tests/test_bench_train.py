@@ -15,9 +15,9 @@ from small import small_model
 from mm1.bench import mix, plain, train
 from mm1.bench.peer_models import Abstractor, TransformersModel
 from mm1.bench.record import Record
-from mm1.engine import connector, decoder, vision
-from mm1.engine.data.record import DataError
-from mm1.engine.ledger import Load
+from mm1.engine.layers import connector, decoder, vision
+from mm1.engine.train.ledger import Load
+from mm1.errors import UserError
 
 MIXTURE = small_model(experts=4)
 SQUASHED = dataclasses.replace(
@@ -297,7 +297,7 @@ def test_a_row_that_is_there_is_not_measured_again(monkeypatch):
     ({"models": ["tiny"], "rounds": 0}, "rounds is 0, expected at least 1"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(options, message):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         train.measure(Record(), **options)
     assert str(error.value).startswith(message)
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.benchmarks import BENCHMARKS, Images, benchmark, find, read, read_pool, submission
+from mm1.errors import UserError
 
 
 def answers(*texts):
@@ -149,7 +149,7 @@ BAD = {
 
 @pytest.mark.parametrize("name, files, message", BAD.values(), ids=BAD)
 def test_what_is_wrong_is_one_line_with_file_and_key(name, files, message, images, tmp_path):
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read(name, written(tmp_path / "data", files), images, "val")
     assert "\n" not in str(error.value)
 
@@ -170,17 +170,17 @@ def test_images_of_which_some_are_there_are_read(images, tmp_path):
 
 def test_what_is_missing_is_one_line(images, tmp_path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match=r"data holds no file v2_OpenEnded_mscoco_val20\*_questions.json"):
+    with pytest.raises(UserError, match=r"data holds no file v2_OpenEnded_mscoco_val20\*_questions.json"):
         find("vqav2", [tmp_path / "data"], "val")
     written(tmp_path / "data", {"v2_OpenEnded_mscoco_val2014_questions.json": QUESTIONS})
-    with pytest.raises(DataError, match=r"holds no file v2_mscoco_val20\*_annotations.json"):
+    with pytest.raises(UserError, match=r"holds no file v2_mscoco_val20\*_annotations.json"):
         find("vqav2", [tmp_path / "data"], "val")
     written(tmp_path / "data" / "more", {"v2_OpenEnded_mscoco_val2014_questions.json": QUESTIONS})
-    with pytest.raises(DataError, match="holds 2 files"):
+    with pytest.raises(UserError, match="holds 2 files"):
         find("vqav2", [tmp_path / "data"], "val")
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read("vqav2", [tmp_path / "none.json"], images, "val")
-    with pytest.raises(DataError, match="no folder of images"):
+    with pytest.raises(UserError, match="no folder of images"):
         Images(tmp_path / "none")
 
 
@@ -196,7 +196,7 @@ def test_shots_come_from_the_training_split_if_there_is_one(images, tmp_path):
     given = written(tmp_path / "given", {"TextVQA_0.5.1_train.json": {"data": [BRAND | {"question_id": 1}]}})
     for shots in (given, [tmp_path / "given"]):
         assert [s.key for s in read_pool("textvqa", alone, shots, images, samples)] == [1]
-    with pytest.raises(DataError, match=r"holds no file TextVQA_\*_train.json"):
+    with pytest.raises(UserError, match=r"holds no file TextVQA_\*_train.json"):
         read_pool("textvqa", alone, [tmp_path / "alone"], images, samples)
 
 

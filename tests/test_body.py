@@ -11,13 +11,13 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from mm1.engine.config import DIGITS_FOLDER
 from mm1.engine.data import sources
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.data.record import DataError, Unreadable
 from mm1.engine.data.sources import BASE64_PIECE, decode_base64, decode_percent, read_image
+from mm1.engine.run_config import DIGITS_FOLDER
 from mm1.engine.serve import body
 from mm1.engine.serve.body import DEPTH, DIGITS, LONG, SLICE, TEXT, VALUES, TooLarge, _end_of_string, dumps, loads
+from mm1.errors import Unreadable, UserError
 
 STRINGS = (
     "",
@@ -98,7 +98,7 @@ def test_only_the_values_of_objects_are_taken_out():
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(text, reason):
-    with pytest.raises(DataError) as told:
+    with pytest.raises(UserError) as told:
         loads(text if isinstance(text, bytes) else text.encode())
     assert reason in str(told.value)
     assert len(str(told.value)) < 200
@@ -107,7 +107,7 @@ def test_what_is_wrong_is_told_in_one_line(text, reason):
 def test_depth_and_values_inside_strings_do_not_count():
     for text in ("[" * 1000 + "," * 2 * VALUES + '"\\', '\\"' + "[" * 1000, '"\\"' + "," * 2 * VALUES):
         assert loads(json.dumps({"a": text}).encode()) == {"a": text}
-    with pytest.raises(DataError, match="deep"):
+    with pytest.raises(UserError, match="deep"):
         loads(json.dumps({"a": "\\"}).encode()[:-1] + b', "b": ' + b"[" * 1000 + b"]" * 1000 + b"}")
     assert loads(b"[" * DEPTH + b"]" * DEPTH)
 
@@ -125,7 +125,7 @@ def test_what_is_well_formed_but_too_much_is_not_called_malformed():
     with pytest.raises(TooLarge, match=f"^the request holds more than {VALUES} values"):
         loads(b"[" + b"[]," * VALUES + b"0]")
     for text in ("[" * 100 + "]" * 100, "[" + "1" * (DIGITS + 1) + "]"):
-        with pytest.raises(DataError, match=r"^the request "):
+        with pytest.raises(UserError, match=r"^the request "):
             loads(text.encode())
 
 

@@ -17,16 +17,16 @@ from service import (
 from small import SLOTS, small_mm1
 from test_generate import picture
 
-from mm1.engine.config import saw_conversations
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Budget, Document, DocumentEncoder
 from mm1.engine.data.images import ImagePolicy, decode
-from mm1.engine.data.record import Unreadable
 from mm1.engine.data.sources import open_source, read_image
-from mm1.engine.prompts import encode_prompts
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.sampling import Sampling
+from mm1.engine.run_config import saw_conversations
 from mm1.engine.serve import chat
 from mm1.engine.serve.fields import WrongField
+from mm1.errors import Unreadable
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from small import packed, small_run
 
-from mm1.engine import checkpoint
-from mm1.engine.checkpoint import CheckpointError
-from mm1.engine.data.record import DataError
-from mm1.engine.train import train
+from mm1.engine.train import checkpoint
+from mm1.engine.train.checkpoint import CheckpointError
+from mm1.engine.train.trainer import train
+from mm1.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -69,5 +69,5 @@ def test_an_unfinished_write_is_not_seen_and_swept_away(tmp_path):
 def test_a_named_size_has_random_weights_and_no_tokenizer():
     model = checkpoint.load("digits")
     assert model.tokenizer is None
-    with pytest.raises(DataError, match="unknown size 'mm1-4b', and no such file or folder; known: digits"):
+    with pytest.raises(UserError, match="unknown size 'mm1-4b', and no such file or folder; known: digits"):
         checkpoint.load("mm1-4b")

@@ -8,21 +8,21 @@ import pytest
 from small import small_mm1
 from test_generate import picture
 
-from mm1.engine.cache import PAGE
 from mm1.engine.data.images import decode
 from mm1.engine.data.images import read as read_image
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
 from mm1.engine.evaluation import evaluate as runner
 from mm1.engine.evaluation.benchmarks import benchmark, find, read, read_pool, submission
 from mm1.engine.evaluation.choices import DISCIPLINE, open_match
 from mm1.engine.evaluation.evaluate import Decoding, evaluate, show
+from mm1.engine.evaluation.fewshot import Shot, few_shot, multiple_choice
 from mm1.engine.evaluation.prompts import How
 from mm1.engine.evaluation.samples import Images, Sample
 from mm1.engine.evaluation.samples import picture as opened
-from mm1.engine.fewshot import Shot, few_shot, multiple_choice
-from mm1.engine.generate import score
-from mm1.engine.prompts import encode_prompts
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import score
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.errors import UserError
 
 
 def png(number):
@@ -120,7 +120,7 @@ def test_seed_bench_is_read_with_its_questions_about_images(tmp_path):
     assert sample.image == images.folder / "10_11"
     assert sample.groups == ("Instances Counting",)
     assert read_pool("seed", [tmp_path], [], images, [sample]) == [sample]
-    with pytest.raises(DataError, match="no split 'video', expected image: videos are not read"):
+    with pytest.raises(UserError, match="no split 'video', expected image: videos are not read"):
         read("seed", [tmp_path / "SEED-Bench.json"], images, "video")
 
 
@@ -169,7 +169,7 @@ def test_what_is_wrong_is_one_line_and_options_are_never_run(change, message, tm
     monkeypatch.chdir(tmp_path)
     row = MMMU[0] | {"image_1": "a.png", "image_2": "b.png"} | change
     (tmp_path / "validation.json").write_text(json.dumps([row]))
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read("mmmu", [tmp_path / "validation.json"], Images(tmp_path), "validation")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
@@ -178,13 +178,13 @@ def test_what_is_wrong_is_one_line_and_options_are_never_run(change, message, tm
 
 def test_ids_of_other_problems_are_an_error_and_some_are_counted(tmp_path):
     images = science(tmp_path, splits={"test": [1, 3, 5]})
-    with pytest.raises(DataError, match=r'0 of 3 ids of split test match the 4 problems.*ids such as 1 against "1"'):
+    with pytest.raises(UserError, match=r'0 of 3 ids of split test match the 4 problems.*ids such as 1 against "1"'):
         read("scienceqa", find("scienceqa", [tmp_path], "test"), images, "test")
     science(tmp_path, splits={"test": ["1", "30", "31"]})
     with pytest.warns(UserWarning, match="2 of 3 ids of split test have no problem in problems.json, such as '30'"):
         (sample,) = read("scienceqa", find("scienceqa", [tmp_path], "test"), images, "test")
     assert sample.key == "1"
-    with pytest.raises(DataError, match="no split 'val', expected one of test"):
+    with pytest.raises(UserError, match="no split 'val', expected one of test"):
         read("scienceqa", find("scienceqa", [tmp_path], "test"), images, "val")
 
 
@@ -344,7 +344,7 @@ def test_answers_are_scored_as_the_tokens_that_they_have_behind_their_prompt(tmp
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     from mm1.engine.data.document import TextTokenizer
-    from mm1.engine.prompts import continued
+    from mm1.engine.infer.prompts import continued
 
     vocab, pieces = {}, ["▁", *"onetwhra:", "▁a", "▁o", "▁on", "▁one", "▁t", "▁tw", "▁two", ":o", "<unk>"]
     for token in ["<pad>", "<bos>", "<eos>", "<image>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.cider import cider, tokenize
+from mm1.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "captions.json").read_text())
 
@@ -64,5 +64,5 @@ def test_bounds():
     ({}, "0 of 2 captions match the references of 0 images: none of 0"),
 ])  # fmt: skip
 def test_captions_of_other_images_are_one_line(references, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         cider({0: "a bus", 1: "a cup"}, references)

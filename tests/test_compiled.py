@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mm1.engine import compiled as module
-from mm1.engine.compiled import CannotCompile, compiled
+from mm1.engine.infer import compiled as module
+from mm1.engine.infer.compiled import CannotCompile, compiled
 from tests.conftest import not_interpreted
 from tests.test_workers import gone
 
@@ -87,7 +87,7 @@ def test_the_processor_is_the_same_however_many_of_it_there_are(monkeypatch):
 
 def test_several_who_compile_at_once_leave_one_file_that_is_whole(setup):
     setup.says(f'sleep 0.3; exec {CXX} "$@"')
-    code = ("import sys; from pathlib import Path; from mm1.engine.compiled import compiled\n"
+    code = ("import sys; from pathlib import Path; from mm1.engine.infer.compiled import compiled\n"
             "source, compiler, cache = sys.argv[1:]\n"
             f"print(compiled(Path(source), [compiler], {FLAGS}, lambda: Path(cache)).answer())")  # fmt: skip
     command = [sys.executable, "-c", code, str(setup.source), str(setup.compiler), str(setup.cache)]
@@ -234,7 +234,7 @@ def test_a_file_that_is_not_whole_or_not_ours_is_compiled_anew(setup, tmp_path, 
         path.write_bytes(data[: -module.DIGEST] if name == "another library" else data)
     before = setup.count()
     code = (
-        "import sys; from pathlib import Path; from mm1.engine.compiled import compiled\n"
+        "import sys; from pathlib import Path; from mm1.engine.infer.compiled import compiled\n"
         f"print(compiled(Path(sys.argv[1]), [sys.argv[2]], {FLAGS}, lambda: Path(sys.argv[3])).answer())"
     )
     # In another process: this one has the library of that name already.

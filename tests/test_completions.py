@@ -9,12 +9,12 @@ import torch
 from service import alone, asked, client_of, openai, serving
 from small import small_mm1
 
-from mm1.engine.cache import PAGE
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
-from mm1.engine.generate import score
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import score
+from mm1.engine.infer.sampling import Sampling
 from mm1.engine.serve import completions
+from mm1.errors import UserError
 
 PATH = "/v1/completions"
 TEXT = "three and four make seven"
@@ -194,7 +194,7 @@ def test_more_scores_than_an_answer_may_tell_are_refused(model):
         patch.setattr(completions, "SCORES", told)
         assert [job.scored for job in asked.jobs(asked.prompts, 200, None)] == [99, 0] * 3
         patch.setattr(completions, "SCORES", told - 1)
-        with pytest.raises(DataError, match=f"ask for {told} numbers, expected at most {told - 1}") as refused:
+        with pytest.raises(UserError, match=f"ask for {told} numbers, expected at most {told - 1}") as refused:
             asked.jobs(asked.prompts, 200, None)
     assert refused.value.param == "logprobs"
 

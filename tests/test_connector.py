@@ -4,8 +4,8 @@ from conftest import gradients, not_interpreted, relative_error
 from test_adaptive_pool import images, rows
 from torch import nn
 
-from mm1.engine.connector import AttentionPool, AveragePool, CAbstractor
-from mm1.kernels.grids import Grids
+from mm1.engine.layers.connector import AttentionPool, AveragePool, CAbstractor
+from mm1.kernels.patches.grids import Grids
 
 GRIDS = [(5, 40), (13, 11), (1, 1), (12, 12), (27, 27), (3, 2)]
 

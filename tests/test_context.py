@@ -15,20 +15,21 @@ from small import IMAGE, small_mm1, small_run
 
 import mm1
 from mm1.cli import main
-from mm1.engine import checkpoint
-from mm1.engine.assemble import assemble
-from mm1.engine.asynchronous import AsyncEngine
-from mm1.engine.config import DIGITS, to_dict
-from mm1.engine.convert import from_hf
+from mm1.engine.convert.assemble import assemble
+from mm1.engine.convert.weights import from_hf
 from mm1.engine.data.document import Document, TextTokenizer
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
 from mm1.engine.evaluation.evaluate import evaluate
 from mm1.engine.evaluation.samples import Sample
-from mm1.engine.generate import generate, score, several
-from mm1.engine.prompts import encode_prompts
-from mm1.engine.sampling import Sampling
-from mm1.engine.train import train
+from mm1.engine.infer.asynchronous import AsyncEngine
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import generate, score, several
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.sampling import Sampling
+from mm1.engine.models.mm1_config import DIGITS
+from mm1.engine.run_config import to_dict
+from mm1.engine.train import checkpoint
+from mm1.engine.train.trainer import train
+from mm1.errors import UserError
 
 CONTEXT = 80
 LONG = "one two three four five six seven eight nine ten\n" * 9  # more tokens
@@ -119,7 +120,7 @@ def test_a_longer_prompt_is_refused_with_both_numbers_by_all_that_take_one(model
         "asynchronous": lambda: asyncio.run(asynchronous(engine, [LONG])),
     }
     for way in ways.values():
-        with pytest.raises(DataError, match=f"the prompt has {tokens} tokens, the model was trained on at most 80"):
+        with pytest.raises(UserError, match=f"the prompt has {tokens} tokens, the model was trained on at most 80"):
             way()
     assert not engine.waiting
 
@@ -127,7 +128,7 @@ def test_a_longer_prompt_is_refused_with_both_numbers_by_all_that_take_one(model
 def test_a_prompt_and_its_answer_together_are_as_long_at_most(model):
     engine = Engine(model)
     engine.submit_answer(prompt_of(CONTEXT - 2), [5, 6])
-    with pytest.raises(DataError, match="the prompt has 81 tokens, the model was trained on at most 80"):
+    with pytest.raises(UserError, match="the prompt has 81 tokens, the model was trained on at most 80"):
         engine.submit_answer(prompt_of(CONTEXT - 1), [5, 6])
     engine.run()
 
@@ -162,7 +163,7 @@ def test_model_and_cache_bound_prompt_and_text_by_one_rule(tokens):
         engine.run()
         assert (len(request.tokens), request.finish) == (max(engine.context - prompt, 1), "length")
     told = "the cache holds at most 64" if tokens == 64 else "the model was trained on at most 80"
-    with pytest.raises(DataError, match=f"the prompt has {engine.context + 1} tokens, {told}"):
+    with pytest.raises(UserError, match=f"the prompt has {engine.context + 1} tokens, {told}"):
         engine.submit(prompt_of(engine.context + 1), Sampling(max_tokens=1))
 
 
@@ -173,12 +174,12 @@ def test_a_text_that_cannot_fit_is_refused_without_being_encoded(trained, model,
     engine = Engine(model, tokens=1024)
     monkeypatch.setattr(TextTokenizer, "encode", lambda *_: pytest.fail("encoded"))
     for way in (engine.submit, lambda parts: asyncio.run(asynchronous(engine, parts))):
-        with pytest.raises(DataError, match=r"the prompt has 350000 characters, at most (80|1024) tokens fit"):
+        with pytest.raises(UserError, match=r"the prompt has 350000 characters, at most (80|1024) tokens fit"):
             way([HUGE])
     if trained:
-        with pytest.raises(DataError, match="350000 characters, at most 80 tokens fit"):
+        with pytest.raises(UserError, match="350000 characters, at most 80 tokens fit"):
             generate(model, [[Image.new("RGB", (24, 12)), HUGE]])
-        with pytest.raises(DataError, match="350000 characters"):
+        with pytest.raises(UserError, match="350000 characters"):
             score(model, [[HUGE]], [["a"]])
 
 
@@ -209,7 +210,7 @@ def test_ids_that_are_no_prompt_are_refused_and_others_go_on(tokens, images, mes
     engine = Engine(model)
     good = engine.submit(["one"], Sampling(max_tokens=2))
     views = (np.zeros((8, 8, 3), np.uint8),) * images
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         engine.submit(Document(np.array(tokens, np.int32), views, "prompt"))
     engine.run()
     assert good.finish in ("stop", "length")

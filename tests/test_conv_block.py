@@ -10,11 +10,14 @@ from test_adaptive_pool import images, patches, rows
 from torch import nn
 
 from mm1.autotune.static import compile_launch, specialize
-from mm1.kernels import adaptive_pool, conv_gate, conv_rows, dispatch
-from mm1.kernels import conv_block as module
-from mm1.kernels.conv_block import NAMES, REQUIRED, conv_block
+from mm1.kernels import dispatch
+from mm1.kernels.abstractor import bottleneck as module
+from mm1.kernels.abstractor import gate as conv_gate
+from mm1.kernels.abstractor import pooling as adaptive_pool
+from mm1.kernels.abstractor import rows as conv_rows
+from mm1.kernels.abstractor.bottleneck import NAMES, REQUIRED, conv_block
 from mm1.kernels.dispatch import DEVICES, Device, recording
-from mm1.kernels.grids import Grids
+from mm1.kernels.patches.grids import Grids
 from mm1.kernels.tuning import pinned
 
 GRIDS = [(1, 1), (3, 5)]  # the interpreter takes 7 ms a call of one function by another

@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from conftest import gradients, relative_error
 
-from mm1.engine import config
-from mm1.engine.connector import CAbstractor
-from mm1.engine.convert import CLIP_FIELDS, DECODER_DEFAULTS, from_hf
+from mm1.engine.convert.weights import CLIP_FIELDS, DECODER_DEFAULTS, from_hf
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
-from mm1.engine.data.record import DataError
-from mm1.kernels.grids import Grids
+from mm1.engine.layers.config import Connector, Decoder, Vision
+from mm1.engine.layers.connector import CAbstractor
+from mm1.errors import UserError
+from mm1.kernels.patches.grids import Grids
 
 transformers = pytest.importorskip("transformers")
 
-SMALL_VISION = config.Vision(width=24, layers=1, heads=2, ffn=32, table=(2, 2))
-SMALL_DECODER = config.Decoder(vocabulary=32, width=24, layers=1, heads=2, kv_heads=1, ffn=32, head_width=12)
-SMALL_CONNECTOR = config.Connector(tokens=4, hidden=16, depth=1, position_grid=(2, 2))
+SMALL_VISION = Vision(width=24, layers=1, heads=2, ffn=32, table=(2, 2))
+SMALL_DECODER = Decoder(vocabulary=32, width=24, layers=1, heads=2, kv_heads=1, ffn=32, head_width=12)
+SMALL_CONNECTOR = Connector(tokens=4, hidden=16, depth=1, position_grid=(2, 2))
 ROPE = {"rope_theta": 50_000.0, "rope_type": "default"}
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -174,7 +174,7 @@ def test_an_older_clip_config_is_read_as_transformers_reads_it(nested):
 
 
 def test_a_clip_config_without_its_vision_is_the_default_one():
-    with pytest.raises(DataError, match=r"patch_embedding.weight is missing, expected of shape \(768, 3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"patch_embedding.weight is missing, expected of shape \(768, 3, 32, 32\)"):
         of_vision({"model_type": "clip"}, {})
 
 
@@ -315,7 +315,7 @@ def test_honeybee_connector_loads_with_its_sizes(prefix, class_row):
     x = torch.randn(4 + 15, 24)
     assert torch.equal(model.connector(x, [(2, 2), (3, 5)]), truth(x, [(2, 2), (3, 5)]))
     assert isinstance(model.image_norm, torch.nn.Identity)
-    with pytest.raises(DataError, match=r"connector: tensor eos_tokens is unknown"):
+    with pytest.raises(UserError, match=r"connector: tensor eos_tokens is unknown"):
         from_hf(vision=SMALL_VISION, decoder=SMALL_DECODER, connector=state | {"eos_tokens": x}, image_tokens=4)
 
 
@@ -325,7 +325,7 @@ def test_parts_that_are_not_given_are_initialised_from_the_seed():
     one, same, other = (
         from_hf(vision=(c, state), decoder=SMALL_DECODER, image_tokens=9, seed=seed) for seed in (1, 1, 2)
     )
-    assert one.config.connector == config.Connector(tokens=9, position_grid=(2, 2))
+    assert one.config.connector == Connector(tokens=9, position_grid=(2, 2))
     assert (one.config.image_size, one.config.image_patches) == (28, 4)
     one, same, other = (model.state_dict() for model in (one, same, other))
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -379,7 +379,7 @@ REFUSED_FIELDS = {
 def test_refuses_a_flag_that_is_neither_true_nor_false(name, flag, value):
     kind, options = DECODERS[name]
     fields = getattr(transformers, f"{kind}Config")(**SIZES | options).to_dict() | {flag: value}
-    with pytest.raises(DataError, match=rf"^decoder config: {flag} is {re.escape(repr(value))}, expected True or Fal"):
+    with pytest.raises(UserError, match=rf"^decoder config: {flag} is {re.escape(repr(value))}, expected True or Fal"):
         of_decoder(fields, {})
 
 
@@ -387,7 +387,7 @@ def test_refuses_a_flag_that_is_neither_true_nor_false(name, flag, value):
 def test_refuses_what_it_does_not_compute(case):
     name, fields, message = REFUSED_FIELDS[case]
     model = decoder(name)
-    with pytest.raises(DataError, match=rf"^decoder config: {message}") as caught:
+    with pytest.raises(UserError, match=rf"^decoder config: {message}") as caught:
         of_decoder(model.config.to_dict() | fields, model.state_dict())
     assert "\n" not in str(caught.value)
 
@@ -396,7 +396,7 @@ def test_refuses_a_missing_field():
     model = decoder("llama")
     fields = model.config.to_dict()
     del fields["num_hidden_layers"]
-    with pytest.raises(DataError, match=r"^decoder config: num_hidden_layers is missing"):
+    with pytest.raises(UserError, match=r"^decoder config: num_hidden_layers is missing"):
         of_decoder(fields, model.state_dict())
 
 
@@ -404,7 +404,7 @@ def test_a_window_that_the_context_fits_in_is_honoured():
     model = decoder("mistral")
     fields = model.config.to_dict() | {"sliding_window": 32}
     assert of_decoder(fields, model.state_dict(), context=32).config.decoder.layers == 3
-    with pytest.raises(DataError, match="sliding_window is 32, expected 33 or more"):
+    with pytest.raises(UserError, match="sliding_window is 32, expected 33 or more"):
         of_decoder(fields, model.state_dict(), context=33)
 
 
@@ -420,7 +420,7 @@ def test_a_window_that_the_context_fits_in_is_honoured():
 ])  # fmt: skip
 def test_refuses_other_towers(fields, message):
     model = clip()
-    with pytest.raises(DataError, match=f"^vision config: {message}"):
+    with pytest.raises(UserError, match=f"^vision config: {message}"):
         of_vision(model.config.to_dict() | fields, model.state_dict())
 
 
@@ -447,11 +447,11 @@ def test_refuses_tensors_that_are_missing_left_over_or_mis_shaped(source, change
     model, load, part = (clip(), of_vision, "vision") if source == "clip" else (decoder(source), of_decoder, "decoder")
     state = model.state_dict()
     state = {name: value for name, value in (state | change(state)).items() if value is not None}
-    with pytest.raises(DataError, match=f"^{part}: tensor {message}") as caught:
+    with pytest.raises(UserError, match=f"^{part}: tensor {message}") as caught:
         load(model.config, state)
     assert "\n" not in str(caught.value)
 
 
 def test_needs_no_transformers_to_import():
-    code = "import sys, mm1.engine.convert; sys.exit('transformers' in sys.modules)"
+    code = "import sys, mm1.engine.convert.weights; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

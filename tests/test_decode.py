@@ -9,11 +9,12 @@ import torch
 from conftest import relative_error
 from small import small_mm1
 
-from mm1.engine import compiled, decode, quantize
-from mm1.engine.cache import PAGE, Cache
-from mm1.engine.decode import PRODUCTS, step_of
-from mm1.engine.packed import Head
-from mm1.engine.quantize import Linear4, quantized
+from mm1.engine.infer import compiled, decode
+from mm1.engine.infer.cache import PAGE, Cache
+from mm1.engine.infer.decode import PRODUCTS, step_of
+from mm1.engine.layers import quantize
+from mm1.engine.layers.blocked import Head
+from mm1.engine.layers.quantize import Linear4, quantized
 
 VARIANTS = {
     "as it is": {},

@@ -7,8 +7,8 @@ from small import small_mm1
 from tokenizers import Tokenizer
 from vocabularies import BYTES, KINDS, byte_fallback, byte_level, unigram_bytes
 
-from mm1.engine.detokenizer import Text
-from mm1.engine.generate import generate
+from mm1.engine.infer.detokenizer import Text
+from mm1.engine.infer.generate import generate
 
 CHARACTERS = "é漢😀"
 COUNT = 3000

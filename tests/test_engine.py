@@ -11,20 +11,20 @@ from PIL import Image
 from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
 from test_generate import PROMPTS, picture
 
-from mm1.engine import engine as engine_module
-from mm1.engine import generate as generating
-from mm1.engine import packed as packing
-from mm1.engine import quantize
-from mm1.engine.cache import PAGE, Cache, names
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document, image_digest
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Busy, Engine
-from mm1.engine.generate import generate, n_best, score
-from mm1.engine.packed import PackedLinear
-from mm1.engine.packed import packed as packed_weights
-from mm1.engine.prompts import encode_prompts
-from mm1.engine.sampling import Draw, Sampling, penalized
+from mm1.engine.infer import engine as engine_module
+from mm1.engine.infer import generate as generating
+from mm1.engine.infer.cache import PAGE, Cache, names
+from mm1.engine.infer.engine import Busy, Engine
+from mm1.engine.infer.generate import generate, n_best, score
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.sampling import Draw, Sampling, penalized
+from mm1.engine.layers import blocked as packing
+from mm1.engine.layers import quantize
+from mm1.engine.layers.blocked import PackedLinear
+from mm1.engine.layers.blocked import packed as packed_weights
+from mm1.errors import UserError
 
 LONG = "seven and two and one and nine make nineteen and not eighteen, "
 
@@ -156,7 +156,7 @@ def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
             max_tokens=draw.randint(1, 12), temperature=draw.choice([0, 0, 0.8]), top_k=draw.choice([0, 5]), seed=number
         )
         if number % 50 == 7:
-            with pytest.raises(DataError, match="the cache holds at most 1024"):
+            with pytest.raises(UserError, match="the cache holds at most 1024"):
                 engine.submit([LONG * 200], sampling)
             continue
         try:
@@ -278,7 +278,7 @@ def test_answers_are_scored_as_full_passes_do(model):
             assert value == pytest.approx(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
     first, again = score(model, prompts[:1], [[LONG, LONG]])[0]  # all of whose pages are known by then
     assert again == pytest.approx(first, abs=1e-4)
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         score(model, prompts[:1], [[""]])
 
 
@@ -288,13 +288,13 @@ def test_answers_are_scored_as_full_passes_do(model):
     ({"image_patches": 0}, "image_patches is 0"), ({"tokens": 1 << 50}, "no memory for a cache"),
 ])  # fmt: skip
 def test_an_engine_that_could_do_nothing_is_refused(model, settings, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         Engine(model, **settings)
 
 
 @pytest.mark.parametrize("prompt, kind", [("one", "str"), ([None], "NoneType"), ([np.zeros((4, 4, 3))], "ndarray")])
 def test_what_is_no_prompt_is_told(model, prompt, kind):
-    with pytest.raises(DataError, match=f"texts and PIL images, not {kind}"):
+    with pytest.raises(UserError, match=f"texts and PIL images, not {kind}"):
         generate(model, [prompt])
 
 
@@ -307,7 +307,7 @@ def test_images_of_any_mode_are_taken(model, mode):
 
 
 def test_images_that_are_none_are_told(model):
-    with pytest.raises(DataError, match="0 x 4"):
+    with pytest.raises(UserError, match="0 x 4"):
         generate(model, [[Image.new("RGB", (0, 4))]])
 
 
@@ -328,7 +328,7 @@ def test_a_prefill_that_fails_costs_those_that_run_nothing(model, monkeypatch):
 
 def test_answers_go_with_their_prompts(model):
     for answers in ([[" one"]], [" one", " two"]):
-        with pytest.raises(DataError, match="2 prompts"):
+        with pytest.raises(UserError, match="2 prompts"):
             score(model, [["one"], ["two"]], answers)
 
 
@@ -367,7 +367,7 @@ def test_what_a_prompt_meets_in_the_cache_is_within_rounding(model):
      ({"top_p": 0.0}, "top_p")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         Sampling(**settings)
 
 

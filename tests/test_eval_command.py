@@ -41,7 +41,7 @@ def digits_questions(folder, count):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    from mm1.engine.train import train
+    from mm1.engine.train.trainer import train
 
     out = tmp_path_factory.mktemp("run") / "out"
     train(small_run(steps=1), out)

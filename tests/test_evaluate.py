@@ -10,21 +10,21 @@ import torch
 from small import small_mm1
 from test_generate import picture
 
-from mm1.engine.cache import PAGE
 from mm1.engine.data.images import read
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
 from mm1.engine.evaluation import evaluate as runner
 from mm1.engine.evaluation.benchmarks import BENCHMARKS
 from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.evaluation.cider import cider
 from mm1.engine.evaluation.evaluate import Decoding, evaluate, show
+from mm1.engine.evaluation.fewshot import Retrieval, Shot, caption, few_shot, question
 from mm1.engine.evaluation.log import Log
 from mm1.engine.evaluation.prompts import How, Prompts
 from mm1.engine.evaluation.samples import Sample
 from mm1.engine.evaluation.vqa import accuracy
-from mm1.engine.fewshot import Retrieval, Shot, caption, few_shot, question
-from mm1.engine.generate import generate
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import generate
+from mm1.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +244,12 @@ def test_other_settings_are_refused_before_anything_runs(model, made, tmp_path):
     }
     kept = file_of(out, 2).read_bytes()
     for message, again in changed.items():
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             again()
     assert file_of(out, 2).read_bytes() == kept
     for bad in (b"x\n", b'{"key": 1}\n', kept + b"{}\n"):
         file_of(out, 2).write_bytes(bad)
-        with pytest.raises(DataError, match=r"2-shot-seed-0\.jsonl is not a file of predictions"):
+        with pytest.raises(UserError, match=r"2-shot-seed-0\.jsonl is not a file of predictions"):
             run(model, made, out, shots=(2,))
 
 
@@ -287,11 +287,11 @@ def test_unreadable_images_are_counted_listed_and_wrong(model, made, tmp_path):
 
 def test_too_few_shots_are_refused_and_unanswered_samples_left_out_and_counted(model, made, tmp_path):
     samples, pool = made
-    with pytest.raises(DataError, match="8 answered samples to draw shots from, expected over 8"):
+    with pytest.raises(UserError, match="8 answered samples to draw shots from, expected over 8"):
         run(model, made, tmp_path / "a", shots=(8,))
-    with pytest.raises(DataError, match="0 answered samples"):
+    with pytest.raises(UserError, match="0 answered samples"):
         run(model, (samples, [Sample(1, samples[0].image, "what?", ())]), tmp_path / "b", shots=(1,))
-    with pytest.raises(DataError, match="choose is 'best', expected one of random, fixed, similar"):
+    with pytest.raises(UserError, match="choose is 'best', expected one of random, fixed, similar"):
         How("best")
     half = [*samples[:5], *(Sample(s.key, s.image, s.question, ()) for s in samples[5:])]
     found = run(model, (half, pool), tmp_path / "c", shots=(0,))
@@ -300,7 +300,7 @@ def test_too_few_shots_are_refused_and_unanswered_samples_left_out_and_counted(m
     assert "5 of 10 samples have no references, such as 5: left out" in show(found)
     for sample in pool[:6]:
         sample.image.write_bytes(b"")
-    with pytest.raises(DataError, match="2 readable shots, expected 3"):
+    with pytest.raises(UserError, match="2 readable shots, expected 3"):
         run(model, made, tmp_path / "d", shots=(3,))
 
 
@@ -333,7 +333,7 @@ def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path
         kept = [rows(tmp_path / choose, n) for n in (0, 1)]
         assert [{len(row["shots"]) for row in of.values()} for of in kept] == [{2}, {1}]
     assert {key: row["shots"][-1:] for key, row in kept[0].items()} == {k: row["shots"] for k, row in kept[1].items()}
-    with pytest.raises(DataError, match="1 answered samples to draw shots from, expected over 2"):
+    with pytest.raises(UserError, match="1 answered samples to draw shots from, expected over 2"):
         run(model, (samples, pool[:1]), tmp_path / "few", shots=(0,), how=How(text_shots=True))
     plain, *_ = Prompts(model, BENCHMARKS["vqav2"], pool, How(), tmp_path / "f.npz").ask(0, samples[0])
     assert plain.tokens.tolist() == document.tokens.tolist()[:1] + document.tokens.tolist()[-len(plain.tokens) + 1 :]
@@ -363,7 +363,7 @@ def test_the_display_is_plain_lines_without_a_terminal(model, made, tmp_path):
 
 
 def test_models_are_told_apart_by_any_weight(model):
-    from mm1.engine.fewshot import fingerprint
+    from mm1.engine.evaluation.fewshot import fingerprint
 
     other = small_mm1(seed=3).eval()
     assert fingerprint(other) == fingerprint(model)
@@ -376,16 +376,16 @@ def test_models_are_told_apart_by_any_weight(model):
     ({"shots": (3, -1)}, "shots are"), ({"shots": ()}, "shots are"), ({"batch": 0}, "batch is 0"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_told(model, made, tmp_path, settings, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate(model, "vqav2", *made, tmp_path, **settings)
 
 
 def test_no_samples_and_no_data_are_told(tmp_path):
-    with pytest.raises(DataError, match="limit is 0"):
+    with pytest.raises(UserError, match="limit is 0"):
         runner.samples_of("vqav2", [tmp_path], limit=0)
-    with pytest.raises(DataError, match="no data"):
+    with pytest.raises(UserError, match="no data"):
         runner.samples_of("vqav2", [])
-    with pytest.raises(DataError, match="high is -1"):
+    with pytest.raises(UserError, match="high is -1"):
         How(high=-1)
 
 
@@ -416,7 +416,7 @@ def test_several_seeds_give_what_each_gives_alone_their_mean_and_spread(model, m
     assert [line.split()[:2] for line in table if "seed" in line[:8]] == [["seed", s] for s in ["5", "0", "7"] * 2]
     more = run(model, both, tmp_path / "all", shots=(1,), seeds=(0, 9))["results"][0]  # goes on where it was
     assert more["seeds"][0] == one["seeds"][1]
-    with pytest.raises(DataError, match="seeds are"):
+    with pytest.raises(UserError, match="seeds are"):
         run(model, both, tmp_path / "none", seeds=())
 
 
@@ -461,5 +461,5 @@ def test_captions_are_searched_with_beams_and_batches_change_nothing(model, made
     ({"normalize": "median"}, "normalize is 'median', expected sum or mean"),
 ])  # fmt: skip
 def test_decoding_that_cannot_be_is_told(model, made, tmp_path, settings, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         run(model, made, tmp_path, "coco", decoding=Decoding(**settings))

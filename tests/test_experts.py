@@ -17,9 +17,9 @@ from conftest import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from mm1.kernels.activation import ACTIVATIONS
-from mm1.kernels.experts import moe_mlp
-from mm1.kernels.route import route, sort_by_expert
+from mm1.kernels.moe.activation import ACTIVATIONS
+from mm1.kernels.moe.experts import moe_mlp
+from mm1.kernels.moe.routing import route, sort_by_expert
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

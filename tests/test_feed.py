@@ -8,8 +8,8 @@ from small import small_run
 
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.feed import Feed
-from mm1.engine.data.record import DataError
 from mm1.engine.data.streams import Streams, make_streams, merged
+from mm1.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -59,19 +59,19 @@ def test_state_is_that_behind_the_last_batch_taken(ahead):
 
 class Broken(Streams):
     def __next__(self):
-        raise DataError("shard-1: 100 unreadable records in a row")
+        raise UserError("shard-1: 100 unreadable records in a row")
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_what_is_wrong_with_the_data_is_told_where_a_batch_is_taken(ahead):
     feed = Feed(Broken({}, 1), CPU, ahead)
     for _ in range(2):
-        with pytest.raises(DataError, match="shard-1"):
+        with pytest.raises(UserError, match="shard-1"):
             next(feed)
     feed.close()
 
 
 @pytest.mark.parametrize("count, ranks, setting", [(3, 2, "data.streams is 3"), (6, 3, "train.accumulate is 4")])
 def test_refuses_what_cannot_be_dealt_evenly(count, ranks, setting):
-    with pytest.raises(DataError, match=f"{setting}, expected a multiple of the {ranks} processes"):
+    with pytest.raises(UserError, match=f"{setting}, expected a multiple of the {ranks} processes"):
         streams(0, ranks, count)

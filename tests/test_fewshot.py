@@ -8,12 +8,9 @@ import torch
 from small import SLOTS, small_mm1, small_model
 from test_generate import picture
 
-from mm1.engine.cache import PAGE
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
-from mm1.engine.fewshot import (
+from mm1.engine.evaluation.fewshot import (
     Retrieval,
     Shot,
     Vote,
@@ -26,9 +23,12 @@ from mm1.engine.fewshot import (
     question,
     vote,
 )
-from mm1.engine.model import MM1
-from mm1.engine.prompts import encode_prompts, policy_of
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.prompts import encode_prompts, policy_of
+from mm1.engine.infer.sampling import Sampling
+from mm1.engine.models.mm1 import MM1
+from mm1.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_retrieval_finds_what_is_alike_and_puts_it_last(model):
 
 
 def test_retrieval_is_the_cosine_of_mean_outputs_whatever_the_batch(model):
-    from mm1.kernels.grids import Grids
+    from mm1.kernels.patches.grids import Grids
 
     pool = [picture(12 * (1 + i % 2), 12 * (1 + i % 3), i) for i in range(7)]
     found = Retrieval(model, pool, batch=3)
@@ -175,7 +175,7 @@ def test_features_are_kept_by_content_and_by_weights(model, tmp_path, monkeypatc
     assert not np.allclose(Retrieval(other, pool, file=file).features, truth)
     assert sum(counted) == 5
     file.write_bytes(b"x" * 100)
-    with pytest.raises(DataError, match="is not a file of image features"):
+    with pytest.raises(UserError, match="is not a file of image features"):
         Retrieval(model, pool, file=file)
 
 
@@ -193,7 +193,7 @@ def test_answers_stand_behind_the_last_marker():
 def test_a_vote_counts_normalised_answers_and_takes_the_first_of_equals(model, monkeypatch):
     def says(*texts):
         left = iter(texts)
-        monkeypatch.setattr("mm1.engine.fewshot.final_answer", lambda text, markers: next(left))
+        monkeypatch.setattr("mm1.engine.evaluation.fewshot.final_answer", lambda text, markers: next(left))
         return vote(Engine(model), ["how many?"], len(texts), max_tokens=3)
 
     found = says("The 7", "eight", "seven", "8", "Seven!")

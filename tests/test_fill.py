@@ -10,12 +10,13 @@ import pytest
 import torch
 from small import IMAGE, PATCH, small_run
 
-from mm1.engine.config import DIGITS_RUN, Source
+from mm1.engine.data.config import Source
 from mm1.engine.data.document import Budget, Document, TextTokenizer
 from mm1.engine.data.mixture import Drawn
 from mm1.engine.data.packing import BUFFER, Loader
-from mm1.engine.data.record import DataError
 from mm1.engine.data.streams import Streams, make_streams
+from mm1.engine.run_config import DIGITS_RUN
+from mm1.errors import UserError
 
 T, SLOTS = 1024, 16
 
@@ -273,6 +274,6 @@ def test_a_buffer_of_less_than_a_sequence_is_one_sequence():
     ],
 )
 def test_budgets_that_hold_no_document_or_image_are_refused(data, message):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         streams_of(print, **data)
     assert message in str(error.value)

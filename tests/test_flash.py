@@ -6,10 +6,11 @@ import torch
 from conftest import DEVICE, INTERPRETED, compiles, gradients, needs_gpu, needs_triton, relative_error
 
 from mm1.autotune.static import compile_launch, specialize
-from mm1.kernels import dispatch, flash
-from mm1.kernels.attention import attention
+from mm1.kernels import dispatch
+from mm1.kernels.attention import flash
+from mm1.kernels.attention.tiles import Config, FlashShape, default
+from mm1.kernels.attention.varlen import attention
 from mm1.kernels.dispatch import DEVICES, recording
-from mm1.kernels.flash_tiles import Config, FlashShape, default
 from mm1.kernels.tuning import pinned
 
 # p and ds are rounded to the inputs' dtype before they are multiplied; the interpreter cuts bf16 off.

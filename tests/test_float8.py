@@ -9,11 +9,13 @@ from small import document, packed, small_model, small_run
 from test_train import Quiet
 
 from mm1.bench import train as bench
-from mm1.engine import checkpoint, float8
-from mm1.engine.config import Parallel, load_run
-from mm1.engine.data.record import DataError
-from mm1.engine.model import MM1
-from mm1.engine.train import Trainer, train
+from mm1.engine.layers import float8
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.run_config import load_run
+from mm1.engine.train import checkpoint
+from mm1.engine.train.config import Parallel
+from mm1.engine.train.trainer import Trainer, train
+from mm1.errors import UserError
 
 pytest.importorskip("torchao")
 
@@ -78,16 +80,16 @@ def test_it_compiles_whole():
 
 
 def test_what_it_cannot_do_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"train\.float8 is 'fp4', expected one of none, tensorwise, rowwise"):
+    with pytest.raises(UserError, match=r"train\.float8 is 'fp4', expected one of none, tensorwise, rowwise"):
         load_run("digits", ["train.float8=fp4"])
     sharded = dataclasses.replace(small_run(float8="rowwise"), parallel=Parallel(tensor=2))
-    with pytest.raises(DataError, match=r"parallel\.tensor is 2, expected 1 beside train\.float8"):
+    with pytest.raises(UserError, match=r"parallel\.tensor is 2, expected 1 beside train\.float8"):
         Trainer(sharded, tmp_path, Quiet(), False)
     monkeypatch.setattr(float8, "WIDE", 2048)
-    with pytest.raises(DataError, match="no linear of the decoder is 2048 wide"):
+    with pytest.raises(UserError, match="no linear of the decoder is 2048 wide"):
         Trainer(small_run(float8="rowwise"), tmp_path, Quiet(), False)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(DataError, match=r"needs torchao: pip install"):
+    with pytest.raises(UserError, match=r"needs torchao: pip install"):
         float8.float8_linears(MM1(small_model()).decoder, "rowwise")
 
 

@@ -4,14 +4,14 @@ import torch
 from PIL import Image
 from small import small_mm1
 
-from mm1.engine import generate as generating
-from mm1.engine.cache import PAGE
-from mm1.engine.data.record import DataError
-from mm1.engine.detokenizer import Text
-from mm1.engine.engine import Engine
-from mm1.engine.generate import generate, n_best, score
-from mm1.engine.prompts import interleave
-from mm1.engine.sampling import Sampling, sample
+from mm1.engine.infer import generate as generating
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.detokenizer import Text
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import generate, n_best, score
+from mm1.engine.infer.prompts import interleave
+from mm1.engine.infer.sampling import Sampling, sample
+from mm1.errors import UserError
 
 
 def picture(height=12, width=24, seed=0):
@@ -42,7 +42,7 @@ def test_greedy_decoding_is_the_argmax_of_full_passes(model):
 
     from mm1.engine.data.batch import exact_budget, pack
     from mm1.engine.data.document import Document
-    from mm1.engine.prompts import encode_prompts
+    from mm1.engine.infer.prompts import encode_prompts
 
     document = encode_prompts(model, PROMPTS[:1])[0]
     ids = document.tokens.tolist()
@@ -132,21 +132,21 @@ def test_images_take_their_marks_and_spare_ones_come_first():
     assert interleave(["x <image> y"], [a, b]) == [[a, "x ", b, " y"]]
     assert interleave(["<image>one", "two<image>"], [a, b]) == [[a, "one"], ["two", b]]
     assert interleave([""], [a, b, c]) == [[a, b, c]]
-    with pytest.raises(DataError, match="2 <image> marks for 1 images"):
+    with pytest.raises(UserError, match="2 <image> marks for 1 images"):
         interleave(["<image><image>"], [a])
 
 
 def test_texts_without_tokens_cannot_be_compared(model):
-    with pytest.raises(DataError, match="max_tokens is 0, expected at least 1"):
+    with pytest.raises(UserError, match="max_tokens is 0, expected at least 1"):
         n_best(Engine(model), ["one"], 2, Sampling(max_tokens=0))
 
 
 def test_refuses_bad_settings(model):
-    with pytest.raises(DataError, match="temperature"):
+    with pytest.raises(UserError, match="temperature"):
         generate(model, PROMPTS, temperature=-1)
     model_without = small_mm1()
     model_without.tokenizer = None
-    with pytest.raises(DataError, match="no tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer"):
         generate(model_without, PROMPTS)
 
 

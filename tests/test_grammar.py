@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 pytest.importorskip("llguidance", reason="serving is an extra")
 
 from mm1.engine.data.document import SPECIAL, TextTokenizer
-from mm1.engine.engine import Engine
-from mm1.engine.grammar import Grammars, SchemaError, refuse_costly
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.grammar import Grammars, SchemaError, refuse_costly
+from mm1.engine.infer.sampling import Sampling
 
 PERSON = {
     "type": "object", "additionalProperties": False, "required": ["name", "age", "tags"],
@@ -174,7 +174,7 @@ def test_a_schema_that_cannot_be_followed_is_told_in_one_line(grammars, schema, 
 
 
 def test_a_schema_that_takes_too_long_is_given_up(monkeypatch, grammars):
-    monkeypatch.setattr("mm1.engine.grammar.SECONDS", 0.01)
+    monkeypatch.setattr("mm1.engine.infer.grammar.SECONDS", 0.01)
     with pytest.raises(SchemaError, match="too costly"):
         grammars.of_schema('{"type": "boolean"}')
 
@@ -183,15 +183,15 @@ def test_a_refused_schema_is_refused_again_without_a_try(monkeypatch, model):
     grammars = Grammars(model.tokenizer)
     with pytest.raises(SchemaError) as first:
         grammars.of_schema('{"not": {"type": "object"}}')
-    monkeypatch.setattr("mm1.engine.grammar._try", lambda _: pytest.fail("it was tried again"))
+    monkeypatch.setattr("mm1.engine.infer.grammar._try", lambda _: pytest.fail("it was tried again"))
     with pytest.raises(SchemaError) as second:
         grammars.of_schema('{"not": {"type": "object"}}')
     assert str(first.value) == str(second.value)
 
 
 def test_the_last_used_grammars_are_kept(monkeypatch, model):
-    monkeypatch.setattr("mm1.engine.grammar.KNOWN", 2)
-    monkeypatch.setattr("mm1.engine.grammar._try", lambda _: None)
+    monkeypatch.setattr("mm1.engine.infer.grammar.KNOWN", 2)
+    monkeypatch.setattr("mm1.engine.infer.grammar._try", lambda _: None)
     grammars = Grammars(model.tokenizer)
     a, b, c = (json.dumps({"enum": [i]}) for i in range(3))
     first, second = grammars.of_schema(a), grammars.of_schema(b)
@@ -203,7 +203,7 @@ def test_the_last_used_grammars_are_kept(monkeypatch, model):
 
 
 def test_without_the_library_a_schema_is_refused_with_the_way_to_get_it(monkeypatch, grammars):
-    monkeypatch.setattr("mm1.engine.grammar.find_spec", lambda name: None)
+    monkeypatch.setattr("mm1.engine.infer.grammar.find_spec", lambda name: None)
     with pytest.raises(SchemaError, match="pip install 'mm1-engine"):
         grammars.of_schema('{"type": "null"}')
 

@@ -8,12 +8,12 @@ from small import small_mm1
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from mm1.engine import graphs
-from mm1.engine.cache import PAGE, Cache
-from mm1.engine.decode import step_of
-from mm1.engine.graphs import PAGES, Captured, Graphs
-from mm1.engine.packed import Head
-from mm1.engine.sampling import Draw
+from mm1.engine.infer import graphs
+from mm1.engine.infer.cache import PAGE, Cache
+from mm1.engine.infer.decode import step_of
+from mm1.engine.infer.graphs import PAGES, Captured, Graphs
+from mm1.engine.infer.sampling import Draw
+from mm1.engine.layers.blocked import Head
 
 
 @pytest.mark.parametrize("experts", [0, 4])

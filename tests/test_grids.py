@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mm1.kernels.grids import STRIP_COLUMNS, STRIP_ROWS, Grids, as_grids
+from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, Grids, as_grids
 
 SIZES = [(2, 3), (1, 1), (20, 5)]
 

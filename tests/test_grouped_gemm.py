@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE, INTERPRETED, needs_gpu, needs_triton, not_interpreted, relative_error, tiles
 
-from mm1.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dw
+from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

@@ -4,38 +4,53 @@ import ast
 import subprocess
 import sys
 import zipfile
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "engine": {"kernels", "engine"},
-    "autotune": {"kernels", "autotune"},
-    "integrations": {"kernels", "integrations"},
-    "bench": {"kernels", "engine", "autotune", "integrations", "bench"},
+    "kernels": {"kernels", "errors"},
+    "engine": {"kernels", "engine", "errors"},
+    "autotune": {"kernels", "autotune", "errors"},
+    "integrations": {"kernels", "integrations", "errors"},
+    "bench": {"kernels", "engine", "autotune", "integrations", "bench", "errors"},
 }
+# A part of the engine imports what stands before it, and itself. The settings of a part stand before all.
+ENGINE_ORDER = [
+    {"settings"}, {"layers", "data"}, {"models"}, {"run_config"}, {"infer", "train"},
+    {"evaluation", "listen", "serve", "convert", "demo"},
+]  # fmt: skip
 OPTIONAL = {"transformers", "timm", "flash_attn", "xformers", "megablocks", "pynvml", "pyarrow", "matplotlib",
             "sklearn", "tensorboard", "wandb", "torchvision", "starlette", "uvicorn", "prometheus_client",
             "python_multipart", "multipart"}  # fmt: skip
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
+    """Return the full names of modules that a file imports; not those for type annotations alone."""
     found = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
+    statements = [ast.parse(path.read_text())]
+    while statements:
+        node = statements.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative import"
-            found.add(node.module or "")
-            if node.module == "mm1.engine":
-                found |= {f"mm1.engine.{alias.name}" for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module or "" for name in names}
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            nested = () if top_level_only and not isinstance(node, ast.Module) else ast.iter_child_nodes(node)
+            statements += nested
     return found
 
 
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 FILES = sorted((ROOT / "mm1").rglob("*.py"))
+MODULES = {module(path): path for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -58,16 +73,38 @@ def test_optional_packages_are_imported_where_they_are_used(path):
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & OPTIONAL
 
 
-def test_rooms_are_no_packages_that_could_hide_others():
-    assert not list((ROOT / "mm1").glob("*/**/__init__.py"))
+def test_parts_of_the_engine_import_only_what_stands_before_them():
+    rank = {part: i for i, parts in enumerate(ENGINE_ORDER) for part in parts}
+    for name, path in MODULES.items():
+        if not name.startswith("mm1.engine."):
+            continue
+        part = name.split(".")[2]
+        for imported in imports(path):
+            settings = imported.endswith("config") and imported.count(".") == 3
+            if imported.startswith("mm1.engine.") and (other := imported.split(".")[2]) != part and not settings:
+                assert rank[other] < rank[part], f"{name} imports {imported}"
+
+
+def test_no_two_modules_import_each_other():
+    graph = {name: (imports(path) & MODULES.keys()) - {name} for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_four_folders_of_the_root_are_no_packages_that_could_hide_others():
+    """Hugging Face's package is named kernels too."""
+    for name in ("engine", "kernels", "autotune", "bench"):
+        assert (ROOT / name).is_symlink()
+        assert not (ROOT / name / "__init__.py").exists()
     code = "import kernels; print(kernels.__path__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "_NamespacePath" in found, "a regular package of that name would win over it"
 
 
 def test_importing_does_nothing_but_import():
-    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
-    modules = [m for m in modules if not m.endswith(("digits.make",))]
+    modules = [m for m in MODULES if not m.endswith(("digits.make",))]
     code = (
         "import sys, importlib\n"
         f"for m in {modules!r}: importlib.import_module(m)\n"

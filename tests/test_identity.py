@@ -8,11 +8,12 @@ import shutil
 import pytest
 from small import FOLDER, small_run
 
-from mm1.engine.config import Run, Source
+from mm1.engine.data.config import Source
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.identity import differences
 from mm1.engine.data.mixture import _Reader
 from mm1.engine.data.streams import make_streams
+from mm1.engine.run_config import Run
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mm1.engine.data.images import ImagePolicy, decode
-from mm1.engine.data.record import Unreadable
+from mm1.errors import Unreadable
 
 
 def encode(image, format="PNG", **options):

@@ -11,15 +11,16 @@ from conftest import relative_error
 from small import DOCUMENTS, IMAGE, PATCH, document, documents, packed, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm1.engine import connector, vision
-from mm1.engine import decoder as decoder_module
-from mm1.engine import model as model_module
-from mm1.engine.config import D_1B, MODELS, Connector, Model
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Budget
-from mm1.engine.experts import Experts
-from mm1.engine.ledger import Load, ledger
-from mm1.engine.model import MM1, parameter_counts
+from mm1.engine.layers import connector, vision
+from mm1.engine.layers import decoder as decoder_module
+from mm1.engine.layers.config import Connector
+from mm1.engine.layers.experts import Experts
+from mm1.engine.models import mm1 as model_module
+from mm1.engine.models.mm1 import MM1, parameter_counts
+from mm1.engine.models.mm1_config import D_1B, MODELS, Model
+from mm1.engine.train.ledger import Load, ledger
 
 ROOMY = Budget(tokens=120, images=9, patches=80, documents=8)
 DENSE, MIXTURE = small_model(experts=0), small_model(experts=4, moe_every=2)

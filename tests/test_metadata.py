@@ -12,7 +12,7 @@ from PIL import Image, TiffImagePlugin, features
 
 from mm1.engine.data.images import decode
 from mm1.engine.data.metadata import TIFF_PIXELS, without_metadata
-from mm1.engine.data.record import Unreadable
+from mm1.errors import Unreadable
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
 XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from small import FOLDER, IMAGE, PATCH, SLOTS, small_run
 
-from mm1.engine.config import Source
+from mm1.engine.data.config import Source
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer, Unit
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture, shuffled
 from mm1.engine.data.packing import Loader
 from mm1.engine.data.record import FEW, Choice, Record
 from mm1.engine.data.streams import make_streams
-from mm1.engine.tokenizer import texts_of
+from mm1.engine.data.tokenizer import texts_of
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
 BUDGET = Budget(60, 4, 400, 8)

@@ -5,10 +5,10 @@ import torch
 from conftest import gradients, relative_error
 from small import PATCH, document, documents, packed, small_mm1
 
-from mm1.engine.config import MODELS, peak_lr
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Budget
-from mm1.engine.model import MM1, parameter_counts
+from mm1.engine.models.mm1 import MM1, parameter_counts
+from mm1.engine.models.mm1_config import MODELS, peak_lr
 
 ROOMY = Budget(tokens=120, images=9, patches=80, documents=8)
 

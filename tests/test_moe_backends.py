@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import gradients, relative_error
 
-from mm1.engine.config import MODELS, load_run
-from mm1.engine.data.record import DataError
-from mm1.engine.experts import Experts
+from mm1.engine.layers.experts import Experts
+from mm1.engine.models.mm1_config import MODELS
+from mm1.engine.run_config import load_run
+from mm1.errors import UserError
 
 SMALL = dataclasses.replace(MODELS["mm1-3b-moe"].decoder, width=32, ffn=48, experts=5)
 
@@ -41,10 +42,10 @@ def test_the_layer_is_one_op_of_the_kernels():
 
 @pytest.mark.skipif(importlib.util.find_spec("megablocks") is not None, reason="megablocks is installed")
 def test_megablocks_says_what_it_lacks():
-    with pytest.raises(DataError, match=r'moe_backend "megablocks" needs megablocks: pip install "mm1-engine\[gpu\]"'):
+    with pytest.raises(UserError, match=r'moe_backend "megablocks" needs megablocks: pip install "mm1-engine\[gpu\]"'):
         layer("megablocks")
 
 
 def test_another_name_is_refused():
-    with pytest.raises(DataError, match="moe_backend is 'fast', expected one of mm1, torch, megablocks"):
+    with pytest.raises(UserError, match="moe_backend is 'fast', expected one of mm1, torch, megablocks"):
         load_run("digits", ["model.decoder.moe_backend=fast"])

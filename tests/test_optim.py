@@ -10,12 +10,15 @@ from conftest import relative_error
 from small import small_model, small_run
 from torch import nn
 
-from mm1.engine.config import Connector, Model, Parallel, Train, load_run
-from mm1.engine.display import Silent
-from mm1.engine.model import MM1
-from mm1.engine.optim import adamw, decays, learning_rate
-from mm1.engine.parallel import World, local
-from mm1.engine.train import Trainer
+from mm1.engine.layers.config import Connector
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.mm1_config import Model
+from mm1.engine.run_config import load_run
+from mm1.engine.train.config import Parallel, Train
+from mm1.engine.train.display import Silent
+from mm1.engine.train.optim import adamw, decays, learning_rate
+from mm1.engine.train.parallel import World, local
+from mm1.engine.train.trainer import Trainer
 
 DENSE = small_model(experts=0)
 MODELS = {

@@ -24,9 +24,9 @@ for name in ("SIGUSR1", "SIGKILL"):
 TRAIN = """
 from pathlib import Path
 from small import small_run
-from mm1.engine.display import Silent
-from mm1.engine.train import Trainer
-from mm1.engine.safety import Stop, locked
+from mm1.engine.train.display import Silent
+from mm1.engine.train.safety import Stop, locked
+from mm1.engine.train.trainer import Trainer
 
 folder = Path(sys.argv[1])
 with Stop(), locked(folder):
@@ -71,7 +71,7 @@ print("ended")
 LAUNCH = """
 import torch
 from mm1.kernels import dispatch
-from mm1.kernels.adaptive_pool import _pool_kernel
+from mm1.kernels.abstractor.pooling import _pool_kernel
 dispatch.launch(_pool_kernel, 1, torch.zeros(3))
 """
 

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from small import FOLDER, IMAGE, PATCH, SLOTS, small_run
 
-from mm1.engine.config import Source
 from mm1.engine.data.batch import exact_budget, pack
+from mm1.engine.data.config import Source
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
 from mm1.engine.data.quarantine import Quarantine
-from mm1.engine.data.record import Answer, DataError, Record, Unreadable
+from mm1.engine.data.record import Answer, Record
 from mm1.engine.data.streams import make_streams
+from mm1.errors import Unreadable, UserError
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
 POLICY = ImagePolicy(PATCH, "native", 24, 64)
@@ -173,7 +174,7 @@ def test_unreadable_records_are_skipped_counted_and_listed_once_however_often_th
 def test_a_hundred_in_a_row_of_one_source_stop_the_run_and_name_the_shard(tmp_path):
     batches = flaky_loader(tmp_path, Flaky(), Broken())
     with pytest.raises(
-        DataError,
+        UserError,
         match=r"b\.tar: 100 unreadable records in a row \(setting data\.max_bad\), the last because broken image",
     ):
         list(itertools.islice(batches, 100))
@@ -209,9 +210,9 @@ def test_the_first_and_the_last_seed_shuffle_several_sources(seed):
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
         TextTokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match="no such tokenizer"):
+    with pytest.raises(UserError, match="no such tokenizer"):
         TextTokenizer(tmp_path / "other.json")
 
 

@@ -5,10 +5,10 @@ import torch
 from conftest import DEVICE, compiles, mostly_slow, needs_triton, relative_error
 
 from mm1.autotune.static import compile_launch
-from mm1.kernels import paged
-from mm1.kernels.attention import attention
+from mm1.kernels.attention import paged
+from mm1.kernels.attention.paged import PAGED, Config, PagedShape, paged_attention
+from mm1.kernels.attention.varlen import attention
 from mm1.kernels.dispatch import DEVICES, INTERPRETED, power_of_2, recording
-from mm1.kernels.paged import PAGED, Config, PagedShape, paged_attention
 from mm1.kernels.tuning import listening, pinned
 
 PAGE = 4

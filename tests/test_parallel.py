@@ -19,14 +19,15 @@ from conftest import relative_error
 from small import small_model
 
 import mm1
-from mm1.engine import checkpoint
-from mm1.engine.config import DIGITS_FOLDER, Parallel, Train
-from mm1.engine.data.record import DataError
-from mm1.engine.display import Display
-from mm1.engine.experts import Experts
-from mm1.engine.model import MM1
-from mm1.engine.parallel import World
-from mm1.engine.train import Trainer
+from mm1.engine.layers.experts import Experts
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.run_config import DIGITS_FOLDER
+from mm1.engine.train import checkpoint
+from mm1.engine.train.config import Parallel, Train
+from mm1.engine.train.display import Display
+from mm1.engine.train.parallel import World
+from mm1.engine.train.trainer import Trainer
+from mm1.errors import UserError
 
 LAYOUTS = {"shard": {}, "tensor": {"tensor": 2}, "expert": {"expert": 2}, "replicate": {"replicate": 2}}
 MODELS = {"dense": {"experts": 0}, "mixture": {"experts": 4}}
@@ -336,12 +337,12 @@ def test_text_alone_on_two_processes_keeps_nobody_waiting(runs):
 ])  # fmt: skip
 def test_refuses_layouts_that_do_not_go_up(setting, size, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(size))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         World(Parallel(**setting))
 
 
 def test_experts_of_a_dense_model_are_not_divided(monkeypatch):
     world = World()
     world.size, world.config = 2, Parallel(expert=2)
-    with pytest.raises(DataError, match=r"setting parallel\.expert is 2, expected 1 for a model without experts"):
+    with pytest.raises(UserError, match=r"setting parallel\.expert is 2, expected 1 for a model without experts"):
         world.place(MM1(small_model(experts=0)), torch.float32)

@@ -17,9 +17,9 @@ from conftest import (
     relative_error,
 )
 
-from mm1.kernels import patch_embed as module
-from mm1.kernels.grids import Grids
-from mm1.kernels.patch_embed import embed_patches, patch_embed
+from mm1.kernels.patches import embedding as module
+from mm1.kernels.patches.embedding import embed_patches, patch_embed
+from mm1.kernels.patches.grids import Grids
 from mm1.kernels.tiles import Config
 from mm1.kernels.tuning import pinned
 

@@ -16,19 +16,20 @@ import torch
 from conftest import not_interpreted
 from small import documents, packed, small_mm1
 
-from mm1.engine import checkpoint, quantize
-from mm1.engine import packed as packing
-from mm1.engine.cache import Cache
-from mm1.engine.decode import Step
-from mm1.engine.engine import Engine
-from mm1.engine.experts import BACKENDS
-from mm1.engine.generate import generate
-from mm1.engine.graphs import Graphs
-from mm1.engine.model import MM1
-from mm1.engine.packed import Head, PackedLinear
-from mm1.engine.recompute import recompute_blocks
-from mm1.engine.sampling import Sampling
-from mm1.kernels.grids import Grids
+from mm1.engine.infer.cache import Cache
+from mm1.engine.infer.decode import Step
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import generate
+from mm1.engine.infer.graphs import Graphs
+from mm1.engine.infer.sampling import Sampling
+from mm1.engine.layers import blocked as packing
+from mm1.engine.layers import quantize
+from mm1.engine.layers.blocked import Head, PackedLinear
+from mm1.engine.layers.experts import BACKENDS
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.train import checkpoint
+from mm1.engine.train.recompute import recompute_blocks
+from mm1.kernels.patches.grids import Grids
 
 pytestmark = not_interpreted
 ROOT = Path(__file__).parent.parent

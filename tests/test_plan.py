@@ -16,19 +16,22 @@ from small import document, packed, small_model, small_run
 from torch import nn
 
 from mm1 import cli
-from mm1.engine import checkpoint, host
-from mm1.engine.config import Data, Parallel, Run, Train, load_run
+from mm1.engine.data.config import Data
 from mm1.engine.data.document import DECODED_AHEAD, Document
 from mm1.engine.data.mixture import Mixture
-from mm1.engine.data.record import DataError, Record
-from mm1.engine.decoder import Attention
-from mm1.engine.display import Silent
-from mm1.engine.experts import Experts
-from mm1.engine.ledger import Load, ledger
-from mm1.engine.model import MM1, parameter_counts
-from mm1.engine.plan import HARDWARE, activations, fullest, memory, plan, shares, show, to_dict, traffic, typical
-from mm1.engine.recompute import recompute_blocks
-from mm1.engine.train import train
+from mm1.engine.data.record import Record
+from mm1.engine.layers.decoder import Attention
+from mm1.engine.layers.experts import Experts
+from mm1.engine.models.mm1 import MM1, parameter_counts
+from mm1.engine.run_config import Run, load_run
+from mm1.engine.train import checkpoint, host
+from mm1.engine.train.config import Parallel, Train
+from mm1.engine.train.display import Silent
+from mm1.engine.train.ledger import Load, ledger
+from mm1.engine.train.plan import HARDWARE, activations, fullest, memory, plan, shares, show, to_dict, traffic, typical
+from mm1.engine.train.recompute import recompute_blocks
+from mm1.engine.train.trainer import train
+from mm1.errors import UserError
 from mm1.kernels.device import DEVICES
 
 DENSE, MIXTURE = small_model(experts=0), small_model(experts=4, moe_every=1)
@@ -327,7 +330,7 @@ def test_the_devices_are_those_of_the_kernels():
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_a_line(settings, gpus, words):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         plan(load_run("mm1-7b-moe", settings), gpus)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
@@ -350,7 +353,7 @@ def test_what_cannot_be_is_refused_in_a_line(settings, gpus, words):
     ids=str,
 )
 def test_rates_that_cannot_be_are_refused(rates, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         plan(run_of(), 1, **rates)
 
 

@@ -3,9 +3,9 @@ import torch
 from conftest import DEVICE, gradients, not_interpreted, relative_error
 from test_patch_embed import interpolate
 
-from mm1.kernels import positions as module
-from mm1.kernels.grids import Grids
-from mm1.kernels.positions import positions
+from mm1.kernels.patches import position_tables as module
+from mm1.kernels.patches.grids import Grids
+from mm1.kernels.patches.position_tables import positions
 
 # Growing, shrinking, one of each, the table's own, one row and one column.
 SIZES = [(2, 3), (1, 1), (9, 2), (3, 11), (5, 6), (2, 3), (1, 13), (13, 1)]

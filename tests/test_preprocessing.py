@@ -9,15 +9,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mm1
-from mm1.engine import config
-from mm1.engine.assemble import _tensors, assemble
+from mm1.engine.convert.assemble import _tensors, assemble
+from mm1.engine.convert.preprocessing import normalization
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.record import DataError
-from mm1.engine.preprocessing import normalization
+from mm1.engine.layers.config import Vision
+from mm1.engine.run_config import DIGITS_FOLDER
+from mm1.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 
-ENCODER = config.Vision(width=32, layers=1, heads=2, ffn=48, patch=14, table=(2, 2))
+ENCODER = Vision(width=32, layers=1, heads=2, ffn=48, patch=14, table=(2, 2))
 FRAME = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": 28}
 THREE, OTHERS = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 COMPUTED = {
@@ -109,7 +110,7 @@ def test_refuses_by_one_line_what_it_does_not_compute(tmp_path, name):
     fields, message = REFUSED[name]
     fields = {name: value for name, value in (FRAME | fields).items() if value != "missing"}
     folder = write(tmp_path / "clip", fields)
-    with pytest.raises(DataError, match=rf"clip/preprocessor_config\.json: {message}") as caught:
+    with pytest.raises(UserError, match=rf"clip/preprocessor_config\.json: {message}") as caught:
         normalization(folder, ENCODER)
     assert "\n" not in str(caught.value)
 
@@ -122,14 +123,14 @@ def test_the_processor_inside_goes_before_the_file_of_its_own(tmp_path):
     assert normalization(folder, ENCODER)[0] == tuple(THREE)
     assert transformers.AutoImageProcessor.from_pretrained(folder).image_mean == tuple(THREE)
     (folder / "processor_config.json").write_text('{"image_processor": 3}')
-    with pytest.raises(DataError, match="image_processor is 3, expected an object"):
+    with pytest.raises(UserError, match="image_processor is 3, expected an object"):
         normalization(folder, ENCODER)
 
 
 def test_without_a_processor_the_encoders_own_numbers_stand(tmp_path):
     assert normalization(tmp_path, ENCODER) == (ENCODER.mean, ENCODER.std)
     (tmp_path / "video_preprocessor_config.json").write_text("{}")
-    with pytest.raises(DataError, match=r"has video_preprocessor_config\.json alone"):
+    with pytest.raises(UserError, match=r"has video_preprocessor_config\.json alone"):
         normalization(tmp_path, ENCODER)
 
 
@@ -139,7 +140,7 @@ def test_a_checkpoint_has_the_processors_numbers(tmp_path):
     model.save_pretrained(tmp_path / "clip")
     write(tmp_path / "clip", FRAME | {"do_normalize": False, "rescale_factor": 1 / 127.5}, nested=True)
     out = assemble(
-        tmp_path / "out", vision=tmp_path / "clip", decoder="digits", tokenizer=config.DIGITS_FOLDER / "tokenizer.json",
+        tmp_path / "out", vision=tmp_path / "clip", decoder="digits", tokenizer=DIGITS_FOLDER / "tokenizer.json",
     )  # fmt: skip
     found = mm1.load(out).config.vision
     assert (found.mean, found.std) == ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5))
@@ -185,6 +186,6 @@ def test_each_tensor_is_that_of_the_file_which_the_index_names(shards):
 ])  # fmt: skip
 def test_an_index_names_files_of_its_folder_that_hold_the_tensor(shards, tmp_path, name, message):
     name = name.format(tmp=tmp_path) if isinstance(name, str) else name
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         shards(a=name, b="one.safetensors")
     assert "\n" not in str(caught.value)

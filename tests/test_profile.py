@@ -9,12 +9,13 @@ import torch
 from small import small_run
 from test_train import Quiet, assert_same, trained
 
-from mm1.engine import profile as profiling
-from mm1.engine.data.record import DataError
-from mm1.engine.ledger import Load, ledger
-from mm1.engine.model import MM1
-from mm1.engine.profile import STEPS, Marks, profile
-from mm1.engine.train import WARM, Trainer
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.train import profile as profiling
+from mm1.engine.train.ledger import Load, ledger
+from mm1.engine.train.profile import STEPS, Marks, profile
+from mm1.engine.train.safety import WARM
+from mm1.engine.train.trainer import Trainer
+from mm1.errors import UserError
 
 RUN = small_run(steps=6)
 
@@ -85,5 +86,5 @@ def test_compiled_blocks_are_not_compiled_again(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_too_short_is_told_at_once(tmp_path):
-    with pytest.raises(DataError, match="a profile needs 6 steps, and 5 are left of the run"):
+    with pytest.raises(UserError, match="a profile needs 6 steps, and 5 are left of the run"):
         profile(Trainer(small_run(steps=5), tmp_path, Quiet(), False), tmp_path / "profile")

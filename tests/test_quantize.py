@@ -11,13 +11,13 @@ from test_experts import by_hand
 from torch import nn
 
 from mm1.autotune import static
-from mm1.engine import quantize
-from mm1.engine.data.record import DataError
-from mm1.engine.quantize import Experts8, Linear4, Linear8, quantized, rounded
-from mm1.kernels import few_tokens
-from mm1.kernels import quantized as products
+from mm1.engine.layers import quantize
+from mm1.engine.layers.quantize import Experts8, Linear4, Linear8, quantized, rounded
+from mm1.errors import UserError
 from mm1.kernels.dispatch import DEVICES, recording
-from mm1.kernels.quantized import linear_8, moe_mlp_8
+from mm1.kernels.moe import few_tokens
+from mm1.kernels.moe import quantized as products
+from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
 
 pytest.importorskip("torchao")
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -353,20 +353,20 @@ def test_it_compiles_whole(settings, how):
 @not_interpreted
 def test_what_it_cannot_do_is_one_line(monkeypatch):
     decoder = decoder_of(experts=4)
-    with pytest.raises(DataError, match="weights are 'fp4', expected one of int8, int4, float8"):
+    with pytest.raises(UserError, match="weights are 'fp4', expected one of int8, int4, float8"):
         quantized(decoder, "fp4")
-    with pytest.raises(DataError, match=r'"float8" need a GPU of compute capability 8\.9 or more, not cpu'):
+    with pytest.raises(UserError, match=r'"float8" need a GPU of compute capability 8\.9 or more, not cpu'):
         quantized(decoder, "float8")
     gpu = torch.device("cuda")
     for capability, refused in (((7, 5), ["int4", "float8"]), ((8, 6), ["float8"]), ((8, 9), []), ((12, 0), [])):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         for how in quantize.HOW:
             if how in refused:
-                with pytest.raises(DataError, match=f'"{how}" need a GPU .* not one of {capability[0]}'):
+                with pytest.raises(UserError, match=f'"{how}" need a GPU .* not one of {capability[0]}'):
                     quantize._check(gpu, how)
             else:
                 quantize._check(gpu, how)
     for how in ("int8", "int4"):
         monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-        with pytest.raises(DataError, match=r"needs torchao: pip install"):
+        with pytest.raises(UserError, match=r"needs torchao: pip install"):
             quantized(decoder, how)

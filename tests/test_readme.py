@@ -8,7 +8,7 @@ from made_records import generate, kernels, train, write
 from mm1.bench import readme
 from mm1.bench.comparison import gather
 from mm1.bench.readme import ROOT, tables
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 README = ROOT / "README.md"
 NUMBER = r"\**[\d.,]+(?:| ?%|×.*)\**"
@@ -108,6 +108,6 @@ def test_newest_record_with_such_rows_is_taken_and_a_pattern_narrows(tmp_path):
     ("<!-- table: kernels box moe_mlp -->\n<!-- table: kernels box moe_mlp -->\n<!-- end -->", "is not"),
 ])  # fmt: skip
 def test_tables_that_cannot_be_given_are_one_clear_line(tmp_path, text, why):
-    with pytest.raises(DataError, match=why) as error:
+    with pytest.raises(UserError, match=why) as error:
         tables(text, gather([write(tmp_path / "x.json", [kernels()])]))
     assert len(str(error.value).splitlines()) == 1

@@ -9,14 +9,15 @@ import pytest
 from PIL import Image
 from small import small_model, small_run
 
-from mm1.engine import checkpoint
-from mm1.engine.config import load_run, to_dict
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.record import DataError, Record
-from mm1.engine.display import Silent
-from mm1.engine.model import MM1
-from mm1.engine.train import Trainer
+from mm1.engine.data.record import Record
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.run_config import load_run, to_dict
+from mm1.engine.train import checkpoint
+from mm1.engine.train.display import Silent
+from mm1.engine.train.trainer import Trainer
+from mm1.errors import UserError
 
 
 def test_pre_training_is_what_a_size_is_trained_by():
@@ -36,7 +37,7 @@ def test_fine_tuning_is_the_papers():
 
 
 def test_unknown_recipes_are_refused():
-    with pytest.raises(DataError, match="setting recipe is 'sft', expected one of pretrain, finetune, digits"):
+    with pytest.raises(UserError, match="setting recipe is 'sft', expected one of pretrain, finetune, digits"):
         load_run("mm1-3b", ["recipe=sft"])
 
 
@@ -110,7 +111,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     texts = {"config.json": json.dumps({"model": to_dict(run.model)}), "tokenizer.json": Path(TOKENIZER).read_text()}
     checkpoint.write(tmp_path / "base", {"model.safetensors": dict(model.state_dict())}, texts)
     begun = dataclasses.replace(run, train=dataclasses.replace(run.train, init=str(tmp_path / "base")))
-    with pytest.raises(DataError, match=r"q_norm\.weight is missing, expected"):
+    with pytest.raises(UserError, match=r"q_norm\.weight is missing, expected"):
         Trainer(begun, tmp_path / "run", Silent(), False)
 
 
@@ -118,5 +119,5 @@ def test_budgets_hold_at_least_one_image_with_its_parts(tmp_path):
     run = small_run()
     model = dataclasses.replace(run.model, image_mode="squash", image_size=12, image_parts=2)
     few = dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, images=4))
-    with pytest.raises(DataError, match=r"setting data.images is 4, too few for one image, expected 5 or more"):
+    with pytest.raises(UserError, match=r"setting data.images is 4, too few for one image, expected 5 or more"):
         Trainer(few, tmp_path / "run", Silent(), False)

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm1.engine import recompute
-from mm1.engine.ledger import Load
-from mm1.engine.model import MM1
-from mm1.engine.plan import activations
-from mm1.engine.recompute import recompute_blocks
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.train import recompute
+from mm1.engine.train.ledger import Load
+from mm1.engine.train.plan import activations
+from mm1.engine.train.recompute import recompute_blocks
 
 WAYS = ["none", "selective", "blocks"]
 

@@ -8,12 +8,12 @@ import torch
 from small import FOLDER, small_run
 from test_train import Quiet
 
-from mm1.engine import replay as module
-from mm1.engine.config import Source
-from mm1.engine.data.record import DataError
-from mm1.engine.display import Display
-from mm1.engine.replay import replay, show
-from mm1.engine.train import Trainer, train
+from mm1.engine.data.config import Source
+from mm1.engine.train import replay as module
+from mm1.engine.train.display import Display
+from mm1.engine.train.replay import replay, show
+from mm1.engine.train.trainer import Trainer, train
+from mm1.errors import UserError
 
 
 @pytest.fixture
@@ -104,10 +104,10 @@ def test_a_step_left_out_is_not_finite_again(tmp_path):
 
 @pytest.mark.parametrize("step", [0, 13])
 def test_refuses_steps_that_were_not(step, folder):
-    with pytest.raises(DataError, match=f"has no metrics of step {step}, only of 12 up to 12"):
+    with pytest.raises(UserError, match=f"has no metrics of step {step}, only of 12 up to 12"):
         replay(folder, step)
 
 
 def test_refuses_what_is_no_run(tmp_path):
-    with pytest.raises(DataError, match="is no folder of a run"):
+    with pytest.raises(UserError, match="is no folder of a run"):
         replay(tmp_path, 1)

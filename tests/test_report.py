@@ -10,7 +10,7 @@ from made_records import generate, kernels, spread, train, write
 from mm1.bench import comparison, report
 from mm1.bench.pictures import pictures
 from mm1.bench.record import RESULTS
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 CEILINGS = {"copy": 1e10, "gemm": {"fp32": 1e11}}
 
@@ -215,7 +215,7 @@ WITH_ROW = '{"header": {}, "rows": [{"bench": "kernels", "variants": %s}]}'
 def test_what_is_no_record_gives_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "bad.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         report.report([tmp_path / "bad.json"], tmp_path / "report.html")
     assert len(str(error.value).splitlines()) == 1
     assert "bad.json" in str(error.value)
@@ -223,7 +223,7 @@ def test_what_is_no_record_gives_one_line(tmp_path, content):
 
 
 def test_folders_without_records_are_an_error_and_older_files_are_left_out_aloud(tmp_path, capsys):
-    with pytest.raises(DataError, match="no results in"):
+    with pytest.raises(UserError, match="no results in"):
         comparison.gather([tmp_path])
     (tmp_path / "experts.json").write_text('{"bench": "experts", "rows": []}')
     write(tmp_path / "x.json", [kernels()])
@@ -249,5 +249,5 @@ def test_pictures_are_two_or_as_many_as_there_is_data_for(tmp_path):
 
 def test_pictures_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(DataError, match=r"mm1-engine\[report\]"):
+    with pytest.raises(UserError, match=r"mm1-engine\[report\]"):
         pictures([write(tmp_path / "x.json", [kernels()])], tmp_path)

@@ -20,14 +20,16 @@ import resume_runs
 import torch
 from small import FOLDER, small_model, small_run
 
-from mm1.engine import checkpoint
-from mm1.engine.config import DIGITS_RUN, Parallel, Run, Source, to_dict
 from mm1.engine.data import feed
+from mm1.engine.data.config import Source
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.streams import make_streams
-from mm1.engine.display import Display
-from mm1.engine.model import MM1
-from mm1.engine.train import Trainer
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.run_config import DIGITS_RUN, Run, to_dict
+from mm1.engine.train import checkpoint
+from mm1.engine.train.config import Parallel
+from mm1.engine.train.display import Display
+from mm1.engine.train.trainer import Trainer
 
 TIMES = ("seconds", "data_seconds")
 BAD = 7  # unreadable records in `tiny`

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE, INTERPRETED, TRITON, needs_gpu, not_interpreted, relative_error
 
-from mm1.kernels.route import route, sort_by_expert
+from mm1.kernels.moe.routing import route, sort_by_expert
 
 
 def randn(*shape):

@@ -10,11 +10,11 @@ import torch
 from small import small_mm1
 from test_generate import PROMPTS
 
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
-from mm1.engine.generate import generate
-from mm1.engine.sampler import choose
-from mm1.engine.sampling import Draw, Sampling, sample
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import generate
+from mm1.engine.infer.sampler import choose
+from mm1.engine.infer.sampling import Draw, Sampling, sample
+from mm1.errors import UserError
 
 V = 384
 
@@ -178,13 +178,13 @@ def test_generate_takes_every_setting(model):
     ({"temperature": float("inf")}, "temperature is inf, expected 0 to 1000000"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         Sampling(**settings)
 
 
 def test_a_bias_of_a_token_that_is_not_there_is_told(model):
     size = model.config.decoder.vocabulary
-    with pytest.raises(DataError, match=f"logit_bias has token {size}, expected 0 to {size - 1}"):
+    with pytest.raises(UserError, match=f"logit_bias has token {size}, expected 0 to {size - 1}"):
         Engine(model, tokens=128).submit(["one"], Sampling(logit_bias={size: 1.0}))
 
 

@@ -12,16 +12,16 @@ from small import DOCUMENTS, SLOTS, document, packed, small_mm1
 from test_engine import LONG, drained
 from test_generate import PROMPTS, picture
 
-from mm1.engine.cache import PAGE, Cache, names
 from mm1.engine.data.document import Document
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
-from mm1.engine.generate import score
-from mm1.engine.grammar import Grammars
-from mm1.engine.prompts import encode_prompts
-from mm1.engine.request import Request
-from mm1.engine.sampling import Sampling
-from mm1.engine.schedule import OVERTAKEN, PARTS, Schedule
+from mm1.engine.infer.cache import PAGE, Cache, names
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.generate import score
+from mm1.engine.infer.grammar import Grammars
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.request import Request
+from mm1.engine.infer.sampling import Sampling
+from mm1.engine.infer.schedule import OVERTAKEN, PARTS, Schedule
+from mm1.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_a_prompt_whose_image_tokens_have_no_image_is_refused_before_it_spoils_a
     for count, images in ((1, ()), (SLOTS + 1, (np.zeros((4, 4, 3), np.uint8),))):
         prompt = Document(np.array([5, *[model.tokenizer.image] * count], np.int32), images, "t")
         told = f"{count} image tokens, expected {4 * len(images)} of its {len(images)} images"
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(UserError, match=told):
             Engine(model).submit(prompt)
 
 
@@ -215,7 +215,7 @@ def test_a_prompt_whose_image_tokens_have_no_image_is_refused_before_it_spoils_a
     ([], "the prompt has no tokens"), ([5, 384], "the token id 384, expected 0 to 383"), ([-1, 5], "the token id -1"),
 ])  # fmt: skip
 def test_tokens_that_the_model_does_not_have_are_refused_before_they_spoil_a_step(model, tokens, told):
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(UserError, match=told):
         Engine(model).submit(Document(np.array(tokens, np.int32), (), "t"))
 
 
@@ -272,7 +272,7 @@ def test_a_prompt_that_is_preempted_while_it_is_scored_has_each_score_once(model
 def test_what_cannot_be_scored_is_refused(model):
     prompt = text(5)
     for count in (-1, 5):
-        with pytest.raises(DataError, match=f"{count} tokens to score, expected 0 to 4"):
+        with pytest.raises(UserError, match=f"{count} tokens to score, expected 0 to 4"):
             Engine(model).submit(prompt, Sampling(), scored=count)
 
 
@@ -328,8 +328,8 @@ def test_answers_are_scored_alike_in_pieces(model):
     prompts, answers = [[LONG, picture(), "how many? answer:"]], [[" two", LONG]]
     whole = score(model, prompts, answers)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mm1.engine.engine.ROWS", {"cpu": 7})
-        patch.setattr("mm1.engine.engine.SCORED", 3)
+        patch.setattr("mm1.engine.infer.engine.ROWS", {"cpu": 7})
+        patch.setattr("mm1.engine.infer.engine.SCORED", 3)
         assert score(model, prompts, answers)[0] == pytest.approx(whole[0], abs=1e-4)
 
 
@@ -478,7 +478,7 @@ def test_a_token_that_cannot_be_chosen_ends_those_it_is_chosen_for_with_the_erro
         for _ in range(2 * going):
             engine.step()
         error = MemoryError("sort")
-        monkeypatch.setattr("mm1.engine.engine.choose", Mock(side_effect=error))
+        monkeypatch.setattr("mm1.engine.infer.engine.choose", Mock(side_effect=error))
         with pytest.raises(MemoryError, match="sort"):
             engine.step()
         monkeypatch.undo()

@@ -8,12 +8,12 @@ from test_generate import picture
 from vocabularies import KINDS, byte_fallback, byte_level
 
 from mm1.engine.data.batch import exact_budget, pack
-from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.benchmarks import benchmark
 from mm1.engine.evaluation.prompts import How, Prompts
 from mm1.engine.evaluation.samples import Sample
-from mm1.engine.generate import generate, score
-from mm1.engine.prompts import encode_prompts
+from mm1.engine.infer.generate import generate, score
+from mm1.engine.infer.prompts import encode_prompts
+from mm1.errors import UserError
 
 
 @pytest.fixture
@@ -98,5 +98,5 @@ def test_shots_without_images_and_the_query_are_one_text(models, tmp_path):
 
 
 def test_an_empty_answer_is_refused_even_beside_one_that_changes_the_prompts_end(models):
-    with pytest.raises(DataError, match="an answer to score is empty"):
+    with pytest.raises(UserError, match="an answer to score is empty"):
         score(models[byte_fallback], [["a"]], [["b", ""]])

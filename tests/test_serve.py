@@ -42,11 +42,11 @@ from small import small_mm1, small_run
 from test_generate import PROMPTS, picture
 
 from mm1 import cli
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Engine
-from mm1.engine.prompts import encode_prompts
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.serve import app, arrivals, connections
 from mm1.engine.serve.privacy import read_key
+from mm1.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -614,14 +614,14 @@ def test_metrics_are_those_of_what_was_done(model):
 
 @pytest.mark.parametrize("limit", [{"max_images": -1}, {"max_pixels": 0}, {"max_bytes": 0}])
 def test_limits_that_let_nothing_through_are_refused(model, limit):
-    with pytest.raises(DataError, match=f"{next(iter(limit))} is"):
+    with pytest.raises(UserError, match=f"{next(iter(limit))} is"):
         app.Service(Engine(model, tokens=64), "small", **limit)
 
 
 def test_an_address_that_others_reach_takes_a_key(monkeypatch):
     monkeypatch.delenv("MM1_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "192.168.1.7", "example.com", ""):
-        with pytest.raises(DataError, match="can be reached by others: set MM1_API_KEY"):
+        with pytest.raises(UserError, match="can be reached by others: set MM1_API_KEY"):
             app.serve(Path("nowhere"), host=host, port=0, api_key=None, engine={})
 
 
@@ -630,19 +630,19 @@ def test_a_key_comes_from_a_file_of_one_line(tmp_path):
     assert read_key(tmp_path / "key") == "sesame"
     for content in (b"", b"\n", b"two\nlines\n", b"\xff"):
         (tmp_path / "key").write_bytes(content)
-        with pytest.raises(DataError, match="key"):
+        with pytest.raises(UserError, match="key"):
             read_key(tmp_path / "key")
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_key(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("key", ["two\nlines", " ", "schl\xfcssel", "\udcff", "a\0b"])
 def test_a_key_that_no_header_can_hold_is_refused_at_the_start(key, tmp_path, monkeypatch):
     (tmp_path / "key").write_bytes(key.encode(errors="surrogateescape"))
-    with pytest.raises(DataError, match=f"{tmp_path}/key"):
+    with pytest.raises(UserError, match=f"{tmp_path}/key"):
         read_key(tmp_path / "key")
     monkeypatch.setattr(app, "take_from_environment", lambda _: key)
-    with pytest.raises(DataError, match="MM1_API_KEY has"):
+    with pytest.raises(UserError, match="MM1_API_KEY has"):
         app.serve(Path("nowhere"), host="127.0.0.1", port=0, api_key=None, engine={})
 
 
@@ -650,7 +650,7 @@ def test_the_space_around_a_key_is_none_of_it(monkeypatch):
     keys = []
     monkeypatch.setattr(app, "forbid_inspection", lambda: None)
     monkeypatch.setattr(connections, "raise_descriptor_limit", lambda: None)
-    monkeypatch.setattr("mm1.engine.checkpoint.load", lambda _: None)
+    monkeypatch.setattr("mm1.engine.train.checkpoint.load", lambda _: None)
     monkeypatch.setattr(app, "Engine", lambda _: None)
     monkeypatch.setenv("MM1_API_KEY", "secret\n")
 
@@ -696,8 +696,9 @@ def test_a_step_that_hangs_ends_with_the_process(tmp_path):
 import os, signal, sys, threading, time
 from pathlib import Path
 from small import small_mm1
-from mm1.engine import asynchronous, checkpoint
-from mm1.engine.engine import Engine
+from mm1.engine.infer import asynchronous
+from mm1.engine.train import checkpoint
+from mm1.engine.infer.engine import Engine
 from mm1.engine.serve import app
 
 def hangs(self):
@@ -726,7 +727,7 @@ app.serve(Path("x"), host="127.0.0.1", port=0, api_key=None, engine={"tokens": 4
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_lets_answers_end(tmp_path_factory, number):
-    from mm1.engine.train import train
+    from mm1.engine.train.trainer import train
 
     folder = tmp_path_factory.getbasetemp() / "served"
     if not folder.exists():

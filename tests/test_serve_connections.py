@@ -501,7 +501,7 @@ def test_a_burst_of_connections_is_accepted_piece_by_piece(monkeypatch, caplog):
 @linux
 def test_the_command_withstands_half_open_connections_and_keeps_its_key(tmp_path):
     """As `mm1 serve` runs: with 256 descriptors, 260 connections that say nothing."""
-    from mm1.engine.train import train
+    from mm1.engine.train.trainer import train
 
     train(small_run(steps=1), tmp_path / "served")
     command = [sys.executable, "-m", "mm1.cli", "serve", str(tmp_path / "served"), "--port", "0", "--tokens", "4096"]

@@ -29,8 +29,8 @@ from small import small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data import document
-from mm1.engine.grammar import Grammars
-from mm1.engine.prompts import encode_prompts
+from mm1.engine.infer.grammar import Grammars
+from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.serve import app, chat, intake
 from mm1.engine.serve.body import DEPTH, TEXT
 

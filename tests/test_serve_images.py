@@ -34,10 +34,10 @@ from small import small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.record import DataError, Unreadable
-from mm1.engine.engine import Busy
+from mm1.engine.infer.engine import Busy
 from mm1.engine.serve import images, urls
 from mm1.engine.serve.images import Decoder
+from mm1.errors import Unreadable, UserError
 
 
 @pytest.fixture(scope="module")
@@ -301,26 +301,26 @@ def test_a_url_is_fetched_once_from_a_public_address_and_within_bounds(monkeypat
         return asyncio.run(urls.fetch(host + path, 1 << 16))
 
     port = int(host.rpartition(":")[2])
-    with pytest.raises(DataError, match=f"port {port} of 127.0.0.1 is none of 80, 443"):
+    with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is none of 80, 443"):
         fetched("/a.png")
     monkeypatch.setattr(urls, "PORTS", (port,))
     for name in ("localhost", "127.0.0.1", "127.1", "0x7f000001", "[::1]"):
-        with pytest.raises(DataError, match="address"):
+        with pytest.raises(UserError, match="address"):
             asyncio.run(urls.fetch(f"http://{name}:{port}/a.png", 1 << 16))
     for wrong in ("ftp://x/a", "http:///a", "http://x:99999/", "http://x/a b", "http://x/\r\nHost: y", "http://ü/",
                   f"http://{'a' * 64}.example/", f"http://{'a.' * 200}/", "http://a\0b/", "http://a..b/"):  # fmt: skip
-        with pytest.raises(DataError):
+        with pytest.raises(UserError):
             asyncio.run(urls.fetch(wrong, 1 << 16))
     monkeypatch.setattr(urls, "public", lambda address: True)
     assert fetched("/a.png") == png(PROMPTS[1][0])
-    with pytest.raises(DataError, match="more than 65536 bytes"):
+    with pytest.raises(UserError, match="more than 65536 bytes"):
         fetched("/large")
-    with pytest.raises(DataError, match="answered 302"):
+    with pytest.raises(UserError, match="answered 302"):
         fetched("/moved")
-    with pytest.raises(DataError, match="answered nothing"):
+    with pytest.raises(UserError, match="answered nothing"):
         fetched("/nothing")
     monkeypatch.setattr(urls, "SECONDS", 0.2)
-    with pytest.raises(DataError, match="took more than"):
+    with pytest.raises(UserError, match="took more than"):
         fetched("/never")
 
 
@@ -347,7 +347,7 @@ def test_slow_look_ups_take_no_thread_of_the_loop_and_are_bounded(monkeypatch):
     looked_up, refused_at_once, failed = asyncio.run(fetched())
     assert looked_up <= 2
     assert [type(error) for error in refused_at_once] == [Busy] * 18
-    assert [type(error) for error in failed] == [DataError] * 32
+    assert [type(error) for error in failed] == [UserError] * 32
     assert len(names) == 32
 
 

@@ -23,9 +23,9 @@ from service import ROOT, png
 from test_generate import picture
 
 from mm1.engine.data.images import ImagePolicy, decode
-from mm1.engine.data.record import Unreadable
 from mm1.engine.serve import images, seccomp
 from mm1.engine.serve.images import Decoder
+from mm1.errors import Unreadable
 
 POLICY = ImagePolicy(4, "native", 24, 64)
 linux = pytest.mark.skipif(

@@ -11,14 +11,22 @@ from pathlib import Path
 import pytest
 from small import FOLDER, small_model, small_run
 
-from mm1.engine import checkpoint, config
-from mm1.engine.config import DIGITS, DIGITS_RUN, Data, Parallel, Run, Source, Train, from_dict, load_run, to_dict
+from mm1.engine import run_config
+from mm1.engine.data import config as data_config
+from mm1.engine.data.config import Data, Source
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.data.record import DataError
 from mm1.engine.data.streams import make_streams
-from mm1.engine.display import Silent
-from mm1.engine.model import MM1
-from mm1.engine.train import Trainer
+from mm1.engine.layers import config as layers_config
+from mm1.engine.models import mm1_config
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.mm1_config import DIGITS
+from mm1.engine.run_config import DIGITS_RUN, Run, from_dict, load_run, to_dict
+from mm1.engine.train import checkpoint
+from mm1.engine.train import config as train_config
+from mm1.engine.train.config import Parallel, Train
+from mm1.engine.train.display import Silent
+from mm1.engine.train.trainer import Trainer
+from mm1.errors import UserError
 
 SOURCE = Source("text", ("a.txt",))
 LEGAL = {
@@ -59,7 +67,10 @@ def put(where, field, index, value):
 
 
 def test_every_class_of_settings_and_every_number_is_walked():
-    classes = {c for c in vars(config).values() if isinstance(c, type) and c.__module__ == config.__name__}
+    classes = {
+        cls for module in (run_config, mm1_config, layers_config, data_config, train_config)
+        for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__
+    }  # fmt: skip
     assert {type(legal) for legal in LEGAL.values()} == classes - {Run}
     declared = 0
     for cls in {type(legal) for legal in LEGAL.values()}:
@@ -82,7 +93,7 @@ def test_nonsense_is_refused_with_the_settings_name(where, field, index):
     if f"{where}.{field}" not in ZERO:
         nonsense.append(0)
     for value in nonsense:
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             put(where, field, index, value)
         said = str(error.value)
         assert said.startswith(f"setting {name} is "), (value, said)
@@ -128,18 +139,18 @@ def test_zero_is_taken_where_it_means_something(name):
      " 'lanczos', expected one of bilinear, bicubic, nearest"),
 ])  # fmt: skip
 def test_what_a_setting_is_and_should_be_is_one_line(settings, message):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         from_dict({"model": "digits"} | settings)
     assert str(error.value).startswith(message)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_python_callers_are_checked_as_files_are():
-    with pytest.raises(DataError, match=r"setting data.sources.weight is nan, expected a number > 0"):
+    with pytest.raises(UserError, match=r"setting data.sources.weight is nan, expected a number > 0"):
         Source("text", ("a.txt",), math.nan)
-    with pytest.raises(DataError, match=r"setting data.sources\[0\] is 'a.txt', expected a table of settings"):
+    with pytest.raises(UserError, match=r"setting data.sources\[0\] is 'a.txt', expected a table of settings"):
         Data(sources=("a.txt",))
-    with pytest.raises(DataError, match=r"setting model is None, expected a table of settings"):
+    with pytest.raises(UserError, match=r"setting model is None, expected a table of settings"):
         Run(None)
     assert Connector_of([6, 6]) == Connector_of((6, 6))  # and may be hashed
     assert isinstance(Source("text", ("a.txt",), 45).weight, float)
@@ -211,7 +222,7 @@ def test_patches_below_those_of_one_image_are_an_error_at_the_start(parts):
     tokenizer = TextTokenizer(run.data.tokenizer)
     make_streams(enough, tokenizer, None)
     message = f"setting data.patches is {needed - 1}, too few for one image, expected {needed} or more"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         make_streams(few, tokenizer, None)
 
 
@@ -286,7 +297,7 @@ def test_a_home_directory_and_absolute_paths_stay_what_they_are(elsewhere, monke
     run = load_run(str(elsewhere / "run.toml"), ["data.tokenizer=~/t.json", "train.init=", "model=digits"])
     assert (run.data.tokenizer, run.train.init) == ("/home/me/t.json", "")
     assert load_run("digits").data == DIGITS_RUN.data
-    with pytest.raises(DataError, match=r"setting data.tokenizer is 3, expected a string"):
+    with pytest.raises(UserError, match=r"setting data.tokenizer is 3, expected a string"):
         load_run(str(elsewhere / "run.toml"), ["data.tokenizer=3"])
 
 
@@ -296,7 +307,7 @@ def test_a_run_that_begins_with_a_checkpoint_takes_its_model_and_its_tokenizer(e
     assert run.model == dataclasses.replace(small_model(), image_patches=40)
     assert run.data.tokenizer == str(elsewhere / "base" / "tokenizer.json")
     shutil.rmtree(elsewhere / "base")
-    with pytest.raises(DataError, match=r"setting train.init is '.*base', expected a checkpoint: "):
+    with pytest.raises(UserError, match=r"setting train.init is '.*base', expected a checkpoint: "):
         load_run(short)
     assert from_dict(to_dict(run)) == run  # which says all that there is to say of the model
 

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mm1.engine.data import tar
-from mm1.engine.data.record import Answer, DataError, Unreadable
+from mm1.engine.data.record import Answer
 from mm1.engine.data.sources import Captions, Conversations, Interleaved, Text, expand, open_source, read_image
+from mm1.errors import Unreadable, UserError
 
 PNG = b"\x89PNG any bytes: sources do not look inside images"
 ROOT = Path(__file__).parents[1]
@@ -245,14 +246,14 @@ def test_parquet_rows_are_found_across_row_groups(tmp_path):
     source = Text(tmp_path / "t.parquet")
     assert (source[2].parts, source[2].key) == (("c",), "2")
     assert "empty text" in reason(source, 1)
-    with pytest.raises(DataError, match="no column 'texts'"):
+    with pytest.raises(UserError, match="no column 'texts'"):
         Interleaved(tmp_path / "t.parquet")
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install 'mm1-engine\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install 'mm1-engine\[data\]'"):
         Text(tmp_path / "a.parquet")
 
 
@@ -286,7 +287,7 @@ def test_a_malformed_document_is_refused(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"texts": [')
     assert "malformed JSON" in reason(Interleaved(tmp_path / "b.jsonl"))
     (tmp_path / "c.json").write_text("[{")
-    with pytest.raises(DataError, match=r"no records in .*c.json \(.*malformed JSON"):
+    with pytest.raises(UserError, match=r"no records in .*c.json \(.*malformed JSON"):
         Interleaved(tmp_path / "c.json")
 
 
@@ -356,7 +357,7 @@ def test_a_wrong_path_or_kind_is_one_clear_line(tmp_path, kind, path, why):
         (tmp_path / name).write_text("plain text " * 100)
     for name in ("empty.tar", "empty.txt"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=why) as caught:
+    with pytest.raises(UserError, match=why) as caught:
         open_source(kind, path, tmp_path)
     assert "\n" not in str(caught.value)
 

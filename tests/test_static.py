@@ -5,8 +5,11 @@ import torch
 from conftest import mostly_slow
 
 from mm1.autotune.static import Compiled, compile_launch, specialize
-from mm1.kernels import experts, patch_embed, positions, route
 from mm1.kernels.dispatch import DEVICES, Launch, recording
+from mm1.kernels.moe import experts
+from mm1.kernels.moe import routing as route
+from mm1.kernels.patches import embedding as patch_embed
+from mm1.kernels.patches import position_tables as positions
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COARSE, FINE = (4096, 14336, 8, 2), (2048, 768, 128, 8)  # Mixtral 8×7B, Qwen3-30B

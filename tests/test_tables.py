@@ -17,7 +17,7 @@ from mm1.autotune.tables import TABLES, read_table, static_facts, write_table
 from mm1.autotune.workers import Failed
 from mm1.kernels import tuning
 from mm1.kernels.device import DEVICES
-from mm1.kernels.grouped_gemm import DwShape
+from mm1.kernels.moe.grouped import DwShape
 from mm1.kernels.tiles import Config, Shape
 from mm1.kernels.tuning import chain
 from tests.conftest import not_interpreted

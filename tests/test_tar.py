@@ -16,9 +16,10 @@ import pytest
 
 from mm1.engine.data import samples as sources
 from mm1.engine.data import tar
-from mm1.engine.data.record import Choice, DataError, Unreadable
+from mm1.engine.data.record import Choice
 from mm1.engine.data.sources import Captions, Interleaved, open_source, read_image
 from mm1.engine.data.tar import File, members
+from mm1.errors import Unreadable, UserError
 
 GNU_TAR = shutil.which("tar") and b"GNU tar" in subprocess.run(["tar", "--version"], capture_output=True).stdout
 
@@ -101,7 +102,7 @@ def test_an_extension_that_is_not_read_is_the_reason(tmp_path, extension):
 
 def test_members_of_no_sample_are_counted(tmp_path):
     (tmp_path / "a.tar").write_bytes(packed(("a.heic", b"x"), ("b.heic", b"x")))
-    with pytest.raises(DataError, match=r"no records in .*2 × \.heic of no sample \(first: a\.heic\)"):
+    with pytest.raises(UserError, match=r"no records in .*2 × \.heic of no sample \(first: a\.heic\)"):
         Captions(tmp_path / "a.tar")
     _, _, source = read(tmp_path, packed(*pair("a"), ("README", b"x"), ("b.npy", b"x")))
     assert damage(source) == "passed over: 1 × . of no sample (first: README), 1 × .npy of no sample (first: b.npy)"

@@ -15,11 +15,12 @@ from vocabularies import BYTES, KINDS, LLAMA, byte_fallback, byte_level, saved, 
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.record import DataError, Record, Unreadable
+from mm1.engine.data.record import Record
 from mm1.engine.data.text_tokenizer import SPECIAL
-from mm1.engine.request import Request
+from mm1.engine.data.tokenizer import with_special_tokens
+from mm1.engine.infer.request import Request
 from mm1.engine.serve.chat import Reply
-from mm1.engine.tokenizer import with_special_tokens
+from mm1.errors import Unreadable, UserError
 
 FULL_WIDTH = str.maketrans({chr(c): chr(c + 0xFEE0) for c in range(0x21, 0x7F)})
 NAMES = [*SPECIAL, "<|im_start|>"]
@@ -169,14 +170,14 @@ def test_new_control_tokens_take_no_id_of_a_vocabulary_with_gaps(tmp_path):
     assert tokenizer.encode("a b c <image>") == [1, 4, 6, 0]
     made.add_special_tokens(list(SPECIAL))  # the library gives <pad> the id of b
     made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="'b' and <pad> have the same id 4"):
+    with pytest.raises(UserError, match="'b' and <pad> have the same id 4"):
         TextTokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_text_that_cannot_be_encoded_is_one_record_left_out(tmp_path):
     made = Tokenizer(models.Unigram([(name, -1.0) for name in (*SPECIAL, "a", "b")], None))
     tokenizer = saved(made, tmp_path)
-    with pytest.raises(DataError, match="cannot encode a text"):
+    with pytest.raises(UserError, match="cannot encode a text"):
         tokenizer.encode("abc")
     encode = DocumentEncoder(tokenizer, ImagePolicy(4, "native", 24, 24), 16, exact_budget([], 4))
     with pytest.raises(Unreadable, match="cannot encode a text"):

@@ -10,10 +10,10 @@ import torch
 from conftest import relative_error
 from small import document, packed, small_model, small_run
 
-from mm1.engine import checkpoint
-from mm1.engine.data.record import DataError
-from mm1.engine.model import MM1
-from mm1.engine.train import Trainer, train
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.train import checkpoint
+from mm1.engine.train.trainer import Trainer, train
+from mm1.errors import UserError
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -149,7 +149,7 @@ def test_what_is_compiled_again_is_an_error_that_names_the_guard(tmp_path, monke
 
     run("warn")
     torch.compiler.reset()
-    with pytest.raises(DataError, match=r"forward in .*decoder.py:.* was compiled again: .*expected 160, actual 168"):
+    with pytest.raises(UserError, match=r"forward in .*decoder.py:.* was compiled again: .*expected 160, actual 168"):
         run("error")
     assert not torch._dynamo.config.error_on_recompile
 
@@ -251,7 +251,9 @@ def iter_of(batches, feed):
 
 
 def test_a_hang_says_where_it_hangs(tmp_path):
-    code = "import time\nfrom mm1.engine.safety import Watch\ndef stuck(): time.sleep(3)\nwith Watch(0.2): stuck()"
+    code = (
+        "import time\nfrom mm1.engine.train.safety import Watch\ndef stuck(): time.sleep(3)\nwith Watch(0.2): stuck()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "in stuck" in done.stderr
     assert "Timeout" in done.stderr
@@ -268,8 +270,8 @@ def test_bf16_trains_as_fp32_does(tmp_path):
 
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path):
     train(small_run(steps=4), tmp_path / "run")
-    with pytest.raises(DataError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         train(small_run(steps=4), tmp_path / "run")
     other = dataclasses.replace(small_run(), model=small_model(ffn=48))
-    with pytest.raises(DataError, match=r"holds another model than this run's: model\.decoder\.ffn is 48, was 40"):
+    with pytest.raises(UserError, match=r"holds another model than this run's: model\.decoder\.ffn is 48, was 40"):
         train(other, tmp_path / "run", resume=True)

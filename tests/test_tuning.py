@@ -207,14 +207,14 @@ def test_listeners_hear_every_look_up():
 
 
 def test_the_look_up_imports_no_torch():
-    code = "import sys, mm1.kernels.tuning, mm1.kernels.model; print('torch' in sys.modules)"
+    code = "import sys, mm1.kernels.tuning, mm1.kernels.cost_model; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
 
 
 COMPILED = """
 import torch
-from mm1.kernels.grouped_gemm import grouped_gemm
+from mm1.kernels.moe.grouped import grouped_gemm
 from mm1.kernels.tuning import listening
 a, b = torch.randn(20, 16, requires_grad=True), torch.randn(3, 16, 16, requires_grad=True)
 offsets = torch.tensor([5, 5, 20], dtype=torch.int32)

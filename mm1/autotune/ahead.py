@@ -28,10 +28,16 @@ import torch
 from mm1.autotune import space
 from mm1.autotune.static import specialize
 from mm1.autotune.tables import TABLES
-from mm1.kernels import adaptive_pool, combine, conv_rows, experts, grouped_gemm, patch_embed, route, tiles
+from mm1.kernels import tiles
+from mm1.kernels.abstractor import pooling as adaptive_pool
+from mm1.kernels.abstractor import rows as conv_rows
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import Launch, recording
 from mm1.kernels.language import triton
+from mm1.kernels.moe import combine, experts
+from mm1.kernels.moe import grouped as grouped_gemm
+from mm1.kernels.moe import routing as route
+from mm1.kernels.patches import embedding as patch_embed
 from mm1.kernels.tuning import listening, pinned
 
 GPUS = {"80": "a100", "90": "h200", "100": "b200", "120": "rtx5090", "gfx942": "mi300x"}

@@ -31,7 +31,7 @@ PACKAGES = {
     "matplotlib": "pictures of the demo's results", "tensorboard": "train.tensorboard", "wandb": "nothing yet",
 }  # fmt: skip
 INSTALL = {"flash-attn": "flash-attn --no-build-isolation", "megablocks": "megablocks grouped_gemm"}
-# What those of mm1.kernels.attention need, whose import takes longer than all the rest.
+# What those of mm1.kernels.attention.varlen need, whose import takes longer than all the rest.
 BACKENDS = {
     "reference": (), "segments": (), "varlen": ("a GPU",), "flash": ("a GPU", "flash_attn"),
     "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (), "triton": ("a GPU", "triton"),

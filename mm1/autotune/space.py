@@ -11,26 +11,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels import (
-    adaptive_pool,
-    conv_depthwise,
-    conv_gate,
-    conv_rows,
-    experts,
-    few_tokens,
-    flash,
-    grouped_gemm,
-    paged,
-    patch_embed,
-)
-from mm1.kernels.conv_depthwise import Geometry
-from mm1.kernels.conv_rows import RowShape
+from mm1.kernels.abstractor import depthwise as conv_depthwise
+from mm1.kernels.abstractor import gate as conv_gate
+from mm1.kernels.abstractor import pooling as adaptive_pool
+from mm1.kernels.abstractor import rows as conv_rows
+from mm1.kernels.abstractor.depthwise import Geometry
+from mm1.kernels.abstractor.rows import RowShape
+from mm1.kernels.attention import flash, paged
+from mm1.kernels.attention.tiles import DKV, DQ, FLASH, FlashShape
 from mm1.kernels.dispatch import cdiv, power_of_2
-from mm1.kernels.flash_tiles import DKV, DQ, FLASH, FlashShape
-from mm1.kernels.grids import Grids
-from mm1.kernels.grouped_gemm import DwShape
-from mm1.kernels.patch_tiles import EMBED, EMBED_DW, PatchShape
-from mm1.kernels.route import sort_by_expert
+from mm1.kernels.moe import experts, few_tokens
+from mm1.kernels.moe import grouped as grouped_gemm
+from mm1.kernels.moe.grouped import DwShape
+from mm1.kernels.moe.routing import sort_by_expert
+from mm1.kernels.patches import embedding as patch_embed
+from mm1.kernels.patches.grids import Grids
+from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape
 from mm1.kernels.tiles import Shape
 from mm1.kernels.tuning import Tunable, TuneError
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from mm1.autotune.space import DTYPES, KERNELS, Inputs
 from mm1.autotune.workers import Failed, Workers
+from mm1.kernels.cost_model import resident
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import Launch, recording
 from mm1.kernels.language import TensorDescriptor, triton
-from mm1.kernels.model import resident
 from mm1.kernels.tuning import cache_folder, pinned
 
 TYPES = {

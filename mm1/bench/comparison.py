@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm1.bench.record import RESULTS, Row, read
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 DENSE = "dense"  # the yardstick, products of as many operations: no other way to do the same
 OWN = "mm1 "  # begins the names of mm1 itself under other conditions, and of its control
@@ -35,7 +35,7 @@ def gather(paths: Sequence[Path] = ()) -> list[Result]:
     """The records there, oldest first; without paths, those of this package. In folders, files that are no records but
     JSON without a header are named and left out.
 
-    Raises DataError, in one line, if a file is no record or there is no row at all.
+    Raises UserError, in one line, if a file is no record or there is no row at all.
     """
     results = []
     for path in dict.fromkeys(paths or [RESULTS]):
@@ -46,13 +46,13 @@ def gather(paths: Sequence[Path] = ()) -> list[Result]:
                     continue
                 found = read(file)
             except (ValueError, OSError) as error:
-                raise DataError(str(error)) from None
+                raise UserError(str(error)) from None
             for number, row in enumerate(found["rows"], 1):
                 if fault := _fault(row):
-                    raise DataError(f"{file}: row {number}: {fault}")
+                    raise UserError(f"{file}: row {number}: {fault}")
             results.append(Result(file, found["header"], found["rows"]))
     if not any(result.rows for result in results):
-        raise DataError(f"no results in {', '.join(map(str, paths or [RESULTS]))}")
+        raise UserError(f"no results in {', '.join(map(str, paths or [RESULTS]))}")
     return sorted(results, key=lambda result: (result.date, str(result.header.get("time", "")), result.path.name))
 
 

@@ -30,19 +30,19 @@ from mm1.bench.peer_models import transformers_decoder
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
 from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
-from mm1.engine import config
-from mm1.engine.cache import PAGE, Cache
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document, TextTokenizer
-from mm1.engine.data.record import DataError
-from mm1.engine.decode import step_of
-from mm1.engine.engine import Engine
-from mm1.engine.graphs import Graphs
-from mm1.engine.ledger import Load, ledger
-from mm1.engine.model import MM1
-from mm1.engine.packed import Head, packed
-from mm1.engine.quantize import quantized
-from mm1.engine.sampling import Draw, Sampling
+from mm1.engine.infer.cache import PAGE, Cache
+from mm1.engine.infer.decode import step_of
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.graphs import Graphs
+from mm1.engine.infer.sampling import Draw, Sampling
+from mm1.engine.layers.blocked import Head, packed
+from mm1.engine.layers.quantize import quantized
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.mm1_config import DIGITS, MODELS, Model, named
+from mm1.engine.train.ledger import Load, ledger
+from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost, cdiv
 
 SHOTS = (0, 4, 8)
@@ -54,9 +54,9 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the logits' rms; roundings of bf1
 NARROW = 0.2  # of int8's logits, on random weights
 CACHES = {"transformers": "DynamicCache", "transformers static": "StaticCache"}
 _30M = replace(
-    config.DIGITS.decoder, vocabulary=8192, width=512, layers=8, heads=8, kv_heads=8, head_width=64, ffn=1408, experts=0
+    DIGITS.decoder, vocabulary=8192, width=512, layers=8, heads=8, kv_heads=8, head_width=64, ffn=1408, experts=0
 )
-MODELS = {**config.MODELS, "digits-30m": replace(config.DIGITS, decoder=_30M)}
+MODELS = {**MODELS, "digits-30m": replace(DIGITS, decoder=_30M)}
 
 Way = Callable[[], Call]  # makes a call, whose result is logits or tokens
 
@@ -109,12 +109,12 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
     """Adds a row for each case that the record lacks, as they come, and prints it.
 
     models: named sizes, none for some that suit the machine. Of each row `rounds` rounds, or as many as `budget`
-    seconds allow. Raises DataError for an unknown size.
+    seconds allow. Raises UserError for an unknown size.
     """
     if rounds is not None and rounds < 1:
-        raise DataError(f"rounds is {rounds}, expected at least 1")
+        raise UserError(f"rounds is {rounds}, expected at least 1")
     scale, device, dtype = (GPU, "cuda", "bf16") if torch.cuda.is_available() else (CPU, "cpu", "fp32")
-    sizes = {name: MODELS.get(name) or config.named(name) for name in models or scale.models}
+    sizes = {name: MODELS.get(name) or named(name) for name in models or scale.models}
     limits = record.header["ceilings"] = record.header.get("ceilings") or ceilings(device)
     for name, size in sizes.items():
         base = {"bench": "generate", "model": name, "dtype": dtype, "mode": "stream" if device == "cuda" else "host"}
@@ -128,7 +128,7 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
         del bench  # before the next one's weights are made
 
 
-def cases(c: config.Model, scale: Scale) -> list[Case]:
+def cases(c: Model, scale: Scale) -> list[Case]:
     every = [(shots, batch) for shots in SHOTS for batch in scale.batches]
     fit = {most: [(s, b) for s, b in every if b * prompt_length(c, s) <= most] for most in scale[2:4]}
     few = [(s, b) for s, b in fit[scale.prefilled] if b in PREFILLED]
@@ -138,11 +138,11 @@ def cases(c: config.Model, scale: Scale) -> list[Case]:
     return [*found, Case("queries", SHOTS[-1], scale.queries)]
 
 
-def prompt_length(c: config.Model, shots: int) -> int:
+def prompt_length(c: Model, shots: int) -> int:
     return 1 + (shots + 1) * (c.connector.tokens + TEXT)
 
 
-def prompts(c: config.Model, shots: int, batch: int, *, images: bool) -> list[Document]:
+def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]:
     """Random documents of one length; without images, text in their places."""
     random, patch, squash = np.random.default_rng(0), c.vision.patch, c.image_mode == "squash"
     rows = c.image_size // patch if squash else math.isqrt(c.image_patches)
@@ -162,7 +162,7 @@ def prompts(c: config.Model, shots: int, batch: int, *, images: bool) -> list[Do
 class Bench:
     """A model with random weights, made when first needed, and the ways to run it."""
 
-    def __init__(self, size: config.Model, device: str, dtype: str, limits: dict[str, Any]):
+    def __init__(self, size: Model, device: str, dtype: str, limits: dict[str, Any]):
         self.config, self.device, self.dtype, self.limits = size, device, dtype, limits
 
     @cached_property
@@ -422,7 +422,7 @@ def captured(call: Call) -> Call:
     return replay
 
 
-def operations(c: config.Model, lengths: list[int], grids: Sequence[tuple[int, int]] = (), heads: int = 0) -> int:
+def operations(c: Model, lengths: list[int], grids: Sequence[tuple[int, int]] = (), heads: int = 0) -> int:
     """Of documents and images forward, and of that many rows of logits."""
     load = Load(lengths, grids, heads, sum(lengths), len(grids), sum(h * w for h, w in grids))
     return sum(ledger(c, load).forward.values())

@@ -20,7 +20,7 @@ from mm1.bench.peers import COMPILED, PEERS, Peer, Way, missing
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
 from mm1.bench.timing import CONTROL, Samples, interleaved, noise, ratio, reason, summary
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost
 
 WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -46,7 +46,7 @@ def measure(
     """Appends a row for each op × case × direction and prints it; whether this project was right in all.
 
     ops, peers: by name, all for none. shapes: parts of the cases' names. budget: seconds a row; seconds: in all, after
-    which what is left is left out. Raises DataError for unknown names.
+    which what is left is left out. Raises UserError for unknown names.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = dtype or ("bf16" if device == "cuda" else "fp32")
@@ -55,7 +55,7 @@ def measure(
     _known("peer", peers, [peer.name for peer in PEERS])
     cases = [(op, case) for op, case in ordered(ops, device) if not shapes or any(part in case for part in shapes)]
     if not cases:
-        raise DataError(f"bench kernels: no case is called like {', '.join(shapes)}")
+        raise UserError(f"bench kernels: no case is called like {', '.join(shapes)}")
     chosen = [p for p in PEERS if (p.name in peers if peers else device == "cuda" or p.name not in COMPILED)]
     record.header["ceilings"] = limits = ceilings(device)
     rates = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in limits["gemm"].items())
@@ -77,7 +77,7 @@ def measure(
 
 def _known(what: str, names: Sequence[str], known: Any) -> None:
     if unknown := [name for name in names if name not in known]:
-        raise DataError(f"bench kernels: unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+        raise UserError(f"bench kernels: unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def ordered(ops: Sequence[str], device: str) -> list[tuple[str, str]]:

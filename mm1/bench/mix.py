@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from mm1.engine import config
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
-from mm1.engine.ledger import Load
+from mm1.engine.models.mm1_config import Model
+from mm1.engine.train.ledger import Load
 from mm1.kernels.linear_cross_entropy import IGNORED
 
 PAD, BOS, EOS, IMAGE = range(4)  # token ids that no text has
@@ -26,7 +26,7 @@ Documents = Sequence[Document]
 Layout = Callable[[Documents], list[Batch]]
 
 
-def documents(c: config.Model, tokens: int, seed: int) -> list[Document]:
+def documents(c: Model, tokens: int, seed: int) -> list[Document]:
     """In the order drawn, until not even a caption fits."""
     draw, kinds = np.random.default_rng(seed), list(SHARES)
     whole = dict.fromkeys(kinds, 0)
@@ -43,7 +43,7 @@ def documents(c: config.Model, tokens: int, seed: int) -> list[Document]:
             kinds = ["captions"]
 
 
-def _document(c: config.Model, tokens: int, kind: str, draw: np.random.Generator) -> Document:
+def _document(c: Model, tokens: int, kind: str, draw: np.random.Generator) -> Document:
     images = {"captions": 1, "interleaved": int(draw.integers(*IMAGES)), "text": 0}[kind]
     parts = [np.array([BOS])]
     for _ in range(max(images, 1)):
@@ -54,7 +54,7 @@ def _document(c: config.Model, tokens: int, kind: str, draw: np.random.Generator
     return Document(row, tuple(_image(c, draw) for _ in range(images)), kind)
 
 
-def _image(c: config.Model, draw: np.random.Generator) -> np.ndarray:
+def _image(c: Model, draw: np.random.Generator) -> np.ndarray:
     p = c.vision.patch
     h = w = c.image_size // p
     if c.image_mode == "native":
@@ -64,14 +64,14 @@ def _image(c: config.Model, draw: np.random.Generator) -> np.ndarray:
     return draw.integers(0, 256, (h * p, w * p, 3), dtype=np.uint8)
 
 
-def packed(c: config.Model, sets: Sequence[Documents], tokens: int) -> Layout:
+def packed(c: Model, sets: Sequence[Documents], tokens: int) -> Layout:
     """One sequence, whose budgets hold each of the sets."""
     budget = _budget(c, sets, tokens)
     # As the loader does: equal lengths run as one batch.
     return lambda docs: [_pack(c, sorted(docs, key=lambda d: len(d.tokens)), budget)]
 
 
-def padded(c: config.Model, tokens: int) -> Layout:
+def padded(c: Model, tokens: int) -> Layout:
     """Documents as long as the longest of a set, in as many batches as `tokens` rows at once take."""
 
     def layout(docs: Documents) -> list[Batch]:
@@ -83,7 +83,7 @@ def padded(c: config.Model, tokens: int) -> Layout:
     return layout
 
 
-def _padded(c: config.Model, docs: Documents, longest: int) -> Batch:
+def _padded(c: Model, docs: Documents, longest: int) -> Batch:
     rows = [np.pad(d.tokens, (0, longest - len(d.tokens)), constant_values=PAD) for d in docs]
     full = [replace(d, tokens=row) for d, row in zip(docs, rows)]
     batch = _pack(c, full, _budget(c, [full], len(full) * longest))
@@ -107,7 +107,7 @@ def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Load:
     )
 
 
-def _budget(c: config.Model, parts: Sequence[Documents], tokens: int) -> Budget:
+def _budget(c: Model, parts: Sequence[Documents], tokens: int) -> Budget:
     """The least that holds every part."""
     return Budget(
         tokens=tokens,
@@ -118,5 +118,5 @@ def _budget(c: config.Model, parts: Sequence[Documents], tokens: int) -> Budget:
     )
 
 
-def _pack(c: config.Model, docs: Documents, budget: Budget) -> Batch:
+def _pack(c: Model, docs: Documents, budget: Budget) -> Batch:
     return pack(docs, budget, image_id=IMAGE, patch=c.vision.patch, slots=c.connector.tokens)

@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm1.bench.plain import block
-from mm1.engine.connector import CAbstractor, ConvBlock
-from mm1.kernels import adaptive_pool as pool
-from mm1.kernels import attention as attend
-from mm1.kernels import conv_block as conv
-from mm1.kernels import experts, grouped_gemm, linear_cross_entropy, paged, patch_embed
-from mm1.kernels import route as routing
+from mm1.engine.layers.connector import CAbstractor, ConvBlock
+from mm1.kernels import linear_cross_entropy
+from mm1.kernels.abstractor import bottleneck as conv
+from mm1.kernels.abstractor import pooling as pool
+from mm1.kernels.attention import paged
+from mm1.kernels.attention import varlen as attend
 from mm1.kernels.dispatch import Cost, cdiv
-from mm1.kernels.grids import Grids
+from mm1.kernels.moe import experts, routing
+from mm1.kernels.moe import grouped as grouped_gemm
+from mm1.kernels.patches import embedding as patch_embed
+from mm1.kernels.patches.grids import Grids
 
 Sizes = list[tuple[int, int]]
 Leaves = dict[str, Tensor]

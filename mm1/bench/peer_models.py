@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm1.engine import config
-from mm1.engine.connector import readout
-from mm1.engine.convert import CLIP, LLAMA, MIXTURES, views_of
+from mm1.engine.convert.weights import CLIP, LLAMA, MIXTURES, views_of
 from mm1.engine.data.batch import Batch
-from mm1.engine.decoder import DecoderLM
-from mm1.engine.model import MM1, Losses
-from mm1.engine.vision import VisionEncoder
+from mm1.engine.layers.config import Vision
+from mm1.engine.layers.connector import readout
+from mm1.engine.layers.decoder import DecoderLM
+from mm1.engine.layers.vision import VisionEncoder
+from mm1.engine.models.mm1 import MM1, Losses
+from mm1.engine.models.mm1_config import Model
 from mm1.integrations.torchvision import declare_operators
 
 
@@ -64,7 +65,7 @@ class ClipVision(nn.Module):
     then one gradient, as ours has.
     """
 
-    def __init__(self, c: config.Vision, encoder: VisionEncoder):
+    def __init__(self, c: Vision, encoder: VisionEncoder):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -96,7 +97,7 @@ class Siglip2Vision(nn.Module):
     form its own processor makes, whose positions are resampled image by image) and 42 ms size by size.
     """
 
-    def __init__(self, c: config.Vision, encoder: VisionEncoder):
+    def __init__(self, c: Vision, encoder: VisionEncoder):
         super().__init__()
         from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
@@ -131,7 +132,7 @@ class Siglip2Vision(nn.Module):
         return [y.view(count, h, w, -1).permute(0, 3, 1, 2) for y, (count, h, w) in zip(rows, runs)]
 
 
-def vision_of(c: config.Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
+def vision_of(c: Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
     """Return the encoder of transformers that computes what ours does, with our parameters.
 
     Raises ValueError if transformers has none.
@@ -153,7 +154,7 @@ class Abstractor(nn.Module):
     Raises ValueError for a connector that this is not.
     """
 
-    def __init__(self, c: config.Model, connector: nn.Module):
+    def __init__(self, c: Model, connector: nn.Module):
         super().__init__()
         k, width = c.connector, c.vision.width
         whole = c.image_mode == "squash" and k.position_grid == (c.image_size // c.vision.patch,) * 2
@@ -252,7 +253,7 @@ class TransformersModel(nn.Module):
         return losses.nll
 
 
-def _sizes(c: config.Vision) -> dict[str, Any]:
+def _sizes(c: Vision) -> dict[str, Any]:
     """Return the sizes that all vision models of transformers name alike."""
     return {
         "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
@@ -272,7 +273,7 @@ def _runs(batch: Batch) -> tuple[tuple[int, int, int], ...]:
     return tuple((len(list(run)), h, w) for (h, w), run in groupby(batch.grids.sizes or ()))
 
 
-def _normalised(pixels: Tensor, c: config.Vision) -> Tensor:
+def _normalised(pixels: Tensor, c: Vision) -> Tensor:
     """Return uint8 pixels [..., 3] as a processor hands them over: fp32, less the mean, over the deviation."""
     mean, std = (torch.tensor(values, device=pixels.device) for values in (c.mean, c.std))
     return (pixels / 255 - mean) / std

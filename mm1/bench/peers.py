@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PagedAttention, PatchEmbed, QwenEmbed, Sizes, by_size
 from mm1.integrations.torchvision import declare_operators
-from mm1.kernels.attention import BACKENDS
+from mm1.kernels.attention.varlen import BACKENDS
 from mm1.kernels.dispatch import cdiv
-from mm1.kernels.route import Routing, sort_by_expert
+from mm1.kernels.moe.routing import Routing, sort_by_expert
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -88,7 +88,7 @@ def torch_grouped_gemm(problem: Any) -> Way:
 
 def layer_of(name: str, problem: MoeMlp) -> Way:
     """A back-end of the engine."""
-    from mm1.engine.experts import BACKENDS
+    from mm1.engine.layers.experts import BACKENDS
 
     backend = BACKENDS[name]()
 

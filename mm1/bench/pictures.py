@@ -9,7 +9,7 @@ from mm1.bench.chart import digits
 from mm1.bench.comparison import fastest, gather, newest, verdict
 from mm1.bench.record import Row
 from mm1.bench.timing import CONTROL
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 WIDTH = 8.3  # inches; shown at 100 dots each, drawn at twice as many
 COLOURS = {"faster": "#12708e", "slower": "#b4490a", "even": "#707b84"}
@@ -18,12 +18,12 @@ COLOURS = {"faster": "#12708e", "slower": "#b4490a", "even": "#707b84"}
 def pictures(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Writes speedups.png and ladder.png, of the machine measured last, a GPU if there is one; each if it has rows.
 
-    Raises DataError without matplotlib, and as `gather` does.
+    Raises UserError without matplotlib, and as `gather` does.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DataError("pictures need matplotlib: pip install 'mm1-engine[report]'") from None
+        raise UserError("pictures need matplotlib: pip install 'mm1-engine[report]'") from None
     results = gather(paths)
     machine = max(results, key=lambda result: (bool(result.header.get("gpu")), result.date)).machine
     results = [result for result in results if result.machine == machine]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.attention import BACKENDS
-from mm1.kernels.grids import Grids
+from mm1.kernels.attention.varlen import BACKENDS
+from mm1.kernels.patches.grids import Grids
 
 
 def batched_attention(

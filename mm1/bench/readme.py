@@ -14,14 +14,14 @@ from mm1.bench.chart import digits, percent
 from mm1.bench.comparison import DENSE, Result, fastest, gather, label, newest, peers, verdict
 from mm1.bench.record import Row
 from mm1.bench.timing import CONTROL
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) (\S+)(?: (?!-->)([^\n]+?))? -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def rewrite(readme: Path = ROOT / "README.md") -> None:
-    """Raises DataError for a table that no record gives."""
+    """Raises UserError for a table that no record gives."""
     readme.write_text(current(readme))
 
 
@@ -32,10 +32,10 @@ def current(readme: Path = ROOT / "README.md") -> str:
 
 
 def tables(readme: str, results: Sequence[Result]) -> str:
-    """With each table as the results, oldest first, give it. Raises DataError."""
+    """With each table as the results, oldest first, give it. Raises UserError."""
     found = list(TABLE.finditer(readme))
     if readme.count("<!-- table:") != len(found) or any("<!-- table:" in match[6] for match in found):
-        raise DataError("a table of the README is not <!-- table: BENCH MACHINE SUBJECT --> … <!-- end -->")
+        raise UserError("a table of the README is not <!-- table: BENCH MACHINE SUBJECT --> … <!-- end -->")
     return TABLE.sub(lambda match: match[1] + _table(results, *match.group(2, 3, 4, 5)) + match[7], readme)
 
 
@@ -44,7 +44,7 @@ def _table(results: Sequence[Result], bench: str, machine: str, name: str, patte
     result, rows = of.get(name, (None, []))
     rows = [row for row in rows if row["variants"] and re.search(pattern or "", label(row))]
     if result is None or not rows:
-        raise DataError(f"no record has rows of {bench} {machine} {' '.join(filter(None, (name, pattern)))}")
+        raise UserError(f"no record has rows of {bench} {machine} {' '.join(filter(None, (name, pattern)))}")
     head, lines, notes = (_ladder if bench == "train" else _compared)(rows)
     counts = sorted({found["n"] for row in rows for found in row["variants"].values() if "n" in found})
     about = f"{result.header.get('device')}, {'/'.join(dict.fromkeys(str(row.get('dtype')) for row in rows))}"

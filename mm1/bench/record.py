@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 from mm1.kernels.dispatch import device_of_index
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +44,7 @@ class Record:
             found = read(path)
             for name in ("commit", "device", "versions"):
                 if found["header"].get(name) != self.header[name]:
-                    raise DataError(f"{path} holds results of another {name}; give another file")
+                    raise UserError(f"{path} holds results of another {name}; give another file")
             self.header, self.rows = found["header"], found["rows"]
             if found.get("now"):
                 self.add({**found["now"], "variants": {}, "failed": {"mm1": "the process died"}})
@@ -82,14 +82,14 @@ class Record:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """{"header": …, "rows": […]}. Raises DataError if the file is not such a record."""
+    """{"header": …, "rows": […]}. Raises UserError if the file is not such a record."""
     try:
         found = json.loads(path.read_text())
         rows, header = found["rows"], found["header"]
         if not (isinstance(header, dict) and all(isinstance(row, dict) and "bench" in row for row in rows)):
             raise TypeError("no rows")
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is not a record of mm1 bench ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path} is not a record of mm1 bench ({type(error).__name__}: {error})") from None
     return found
 
 

@@ -29,7 +29,7 @@ two runs of mm1 within the same rounds differ: a ratio that is no further from 1
 def report(paths: Sequence[Path], out: Path) -> None:
     """Writes the page of these result files and of all in these folders; of none, of those of this package.
 
-    Raises DataError, in one line, if a file is no record or there is no row at all.
+    Raises UserError, in one line, if a file is no record or there is no row at all.
     """
     machines: dict[str, list[Result]] = {}
     for result in gather(paths):

@@ -20,7 +20,7 @@ import torch
 from mm1.bench import generate, kernels, train
 from mm1.bench.record import Record, Row, file
 from mm1.bench.roofline import DTYPES
-from mm1.kernels.attention import gpu_name
+from mm1.kernels.attention.varlen import gpu_name
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"tests": 0.25, "kernels": 0.45, "train": 0.15, "generate": 0.15}  # shares of the time

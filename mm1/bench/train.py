@@ -24,18 +24,20 @@ from mm1.bench.peer_models import TransformersModel
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import ceilings
 from mm1.bench.timing import interleaved, noise, ratio, reason, summary
-from mm1.engine import config, connector, decoder, float8, vision
-from mm1.engine.connector import ConvBlock
 from mm1.engine.data.batch import Batch
-from mm1.engine.data.record import DataError
-from mm1.engine.decoder import Block
-from mm1.engine.experts import BACKENDS, Experts
-from mm1.engine.float8 import converted
-from mm1.engine.ledger import Ledger, Load, ledger
-from mm1.engine.model import MM1
-from mm1.engine.optim import adamw
-from mm1.engine.recompute import recomputed
-from mm1.engine.vision import VisionBlock
+from mm1.engine.layers import connector, decoder, float8, vision
+from mm1.engine.layers.connector import ConvBlock
+from mm1.engine.layers.decoder import Block
+from mm1.engine.layers.experts import BACKENDS, Experts
+from mm1.engine.layers.float8 import converted
+from mm1.engine.layers.vision import VisionBlock
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.mm1_config import MODELS, Model, named
+from mm1.engine.train.config import Train
+from mm1.engine.train.ledger import Ledger, Load, ledger
+from mm1.engine.train.optim import adamw
+from mm1.engine.train.recompute import recomputed
+from mm1.errors import UserError
 
 SETS = 3  # of documents; the first is timed, the others show what is compiled again
 TOLERANCES = {"loss": {"fp32": 1e-5, "bf16": 2e-3}, "gradient norm": {"fp32": 1e-4, "bf16": 3e-2}}
@@ -44,16 +46,16 @@ BIG = 100e9
 
 
 class Size(NamedTuple):
-    model: config.Model
+    model: Model
     tokens: int  # of a packed sequence
 
 
-def _resized(name: str, **changes: int) -> config.Model:
-    model = config.named(name)
+def _resized(name: str, **changes: int) -> Model:
+    model = named(name)
     return replace(model, decoder=replace(model.decoder, **changes))
 
 
-SIZES = {name: Size(model, 768 if name == "digits" else 4096) for name, model in config.MODELS.items()} | {
+SIZES = {name: Size(model, 768 if name == "digits" else 4096) for name, model in MODELS.items()} | {
     "digits-dense": Size(_resized("digits", experts=0), 768),
     "mm1-3b-moe-4x8": Size(_resized("mm1-3b-moe", layers=4, experts=8), 4096),  # what one GPU holds
 }
@@ -110,7 +112,7 @@ def peers(device: str) -> list[Rung]:
     return [way for rung in rungs for way in (rung, rung._replace(name=f"{rung.name} compiled", **compiled))]
 
 
-def ladder(c: config.Model, dtype: str = "fp32") -> list[Rung]:
+def ladder(c: Model, dtype: str = "fp32") -> list[Rung]:
     """From plain to full, what float8 wins and recomputing costs, and the plain one with torch.compile alone."""
     left = [part for part in CHANGES if part != "experts" or c.decoder.experts]
     every = frozenset(left)
@@ -132,14 +134,14 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
 
     models: of SIZES, none for some that suit the machine. rounds: of turns, or as many as `budget` seconds a model
     allow. A variant's "ratio" is its time over the first rung's; compiling takes longer where "cache_hits" is 0. Raises
-    DataError for an unknown size.
+    UserError for an unknown size.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = models or DEFAULTS[device]
     if unknown := [name for name in models if name not in SIZES]:
-        raise DataError(f"unknown size {unknown[0]!r}; known: {', '.join(SIZES)}")
+        raise UserError(f"unknown size {unknown[0]!r}; known: {', '.join(SIZES)}")
     if rounds is not None and rounds < 1:
-        raise DataError(f"rounds is {rounds}, expected at least 1")
+        raise UserError(f"rounds is {rounds}, expected at least 1")
     for name in models:
         c, tokens = SIZES[name]
         if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < BIG:
@@ -176,7 +178,7 @@ class Way:
 class Steps:
     """The model, its documents, and the ways to train on them."""
 
-    def __init__(self, c: config.Model, tokens: int, device: str, dtype: str, peak: float):
+    def __init__(self, c: Model, tokens: int, device: str, dtype: str, peak: float):
         self.config, self.device, self.dtype, self.peak = c, torch.device(device), dtype, peak
         sets = [mix.documents(c, tokens, seed) for seed in range(SETS)]
         self.documents, self.same_size = sets[0], c.image_mode == "squash"
@@ -421,7 +423,7 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, targets: int) -> 
 
 def _optimizers(model: MM1) -> dict[bool, torch.optim.Optimizer]:
     """The engine's, and, True, torch's AdamW as it comes; they share their moments."""
-    fused = adamw(model.named_parameters(), config.Train(), 0.0)
+    fused = adamw(model.named_parameters(), Train(), 0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     fused.step()
@@ -434,7 +436,7 @@ def _optimizers(model: MM1) -> dict[bool, torch.optim.Optimizer]:
 
 def _sharing_moments(peer: TransformersModel, ours: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the engine's AdamW for the peer; a parameter that is part of one of ours has that one's moments."""
-    optimizer = adamw(peer.named_parameters(), config.Train(), 0.0)
+    optimizer = adamw(peer.named_parameters(), Train(), 0.0)
     owners = {parameter.untyped_storage().data_ptr(): state for parameter, state in ours.state.items()}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if state := owners.get(parameter.untyped_storage().data_ptr()):

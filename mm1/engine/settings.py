@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any
 
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or f
 
 
 def expect(condition: bool, name: str, value: Any, expected: str) -> None:
-    """Raise DataError unless `condition` holds: "setting NAME is VALUE, expected EXPECTED"."""
+    """Raise UserError unless `condition` holds: "setting NAME is VALUE, expected EXPECTED"."""
     if not condition:
-        raise DataError(f"setting {name} is {value!r}, expected {expected}")
+        raise UserError(f"setting {name} is {value!r}, expected {expected}")
 
 
 def check(config: Any, name: str) -> None:
     """Check every field of a frozen dataclass, and give integers of float fields and lists of tuple fields their type.
 
-    name: of the dataclass among the settings, such as "model.vision". Raises DataError naming the first field whose
+    name: of the dataclass among the settings, such as "model.vision". Raises UserError naming the first field whose
     value is not of the declared type and range.
     """
     for field, hint in _hints(type(config)).items():
@@ -79,11 +79,11 @@ def check(config: Any, name: str) -> None:
 def build(cls: type, values: dict[str, Any], name: str = "", base: Any = None) -> Any:
     """Return the dataclass of nested dicts; fields that are not in `values` come from `base`, or from the defaults.
 
-    name: of the dataclass among the settings. Raises DataError for unknown, missing and illegal values.
+    name: of the dataclass among the settings. Raises UserError for unknown, missing and illegal values.
     """
     hints = _hints(cls)
     if unknown := set(values) - set(hints):
-        raise DataError(f"unknown setting {join(name, min(unknown))}; known: {', '.join(hints)}")
+        raise UserError(f"unknown setting {join(name, min(unknown))}; known: {', '.join(hints)}")
     fields = {
         field: _checked(hints[field], value, join(name, field), getattr(base, field, None))
         for field, value in values.items()
@@ -93,7 +93,7 @@ def build(cls: type, values: dict[str, Any], name: str = "", base: Any = None) -
     defaults = (dataclasses.MISSING, dataclasses.MISSING)
     required = [f.name for f in dataclasses.fields(cls) if (f.default, f.default_factory) == defaults]
     if missing := [join(name, field) for field in required if field not in fields]:
-        raise DataError(f"setting {missing[0]} is missing, expected {_described(hints[missing[0].rpartition('.')[2]])}")
+        raise UserError(f"setting {missing[0]} is missing, expected {_described(hints[missing[0].rpartition('.')[2]])}")
     return cls(**fields)
 
 
@@ -105,7 +105,7 @@ def put(table: dict[str, Any], key: str, value: Any) -> None:
             table[name] = {"size": table[name]}  # model = "digits" with model.decoder.… on top
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise DataError(f"setting {key!r}: {name} has no fields")
+            raise UserError(f"setting {key!r}: {name} has no fields")
     table[last] = value
 
 
@@ -149,7 +149,7 @@ def _checked(hint: Any, value: Any, name: str, base: Any = None) -> Any:
             return float(value)
     elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool) and (legal is None or value in legal):
         return value
-    raise DataError(f"setting {name} is {_short(value)}, expected {_described(hint)}")
+    raise UserError(f"setting {name} is {_short(value)}, expected {_described(hint)}")
 
 
 def _parts(hint: Any) -> tuple[Any, Any]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mm1.integrations.swap import FLOATS, Swapped, compute_dtype, missing, plain, restore, swap, weights
-from mm1.kernels.grids import Grids
-from mm1.kernels.patch_embed import embed_patches
-from mm1.kernels.positions import positions
+from mm1.kernels.patches.embedding import embed_patches
+from mm1.kernels.patches.grids import Grids
+from mm1.kernels.patches.position_tables import positions
 
 __all__ = ["accelerate", "restore"]
 

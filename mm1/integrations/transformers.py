@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mm1.integrations import embeddings
 from mm1.integrations.swap import missing, restore, swap
-from mm1.kernels.activation import QUICK
-from mm1.kernels.experts import moe_mlp
+from mm1.kernels.moe.activation import QUICK
+from mm1.kernels.moe.experts import moe_mlp
 
 __all__ = ["accelerate", "experts_forward", "register", "restore"]
 

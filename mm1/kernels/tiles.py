@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mm1.kernels.cost_model import product_seconds
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, launch, power_of_2
 from mm1.kernels.language import INSTALLED, TensorDescriptor, tl, triton
-from mm1.kernels.model import product_seconds
 
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly
 # On sm_120 Triton 3.6 spills for each descriptor of a loop, and takes up to 36 % more instructions than by addresses.

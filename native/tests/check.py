@@ -19,9 +19,11 @@ import torch
 import mm1
 from mm1.autotune import ahead
 from mm1.autotune.static import BINARIES
-from mm1.kernels import adaptive_pool, grouped_gemm, patch_embed
+from mm1.kernels.abstractor import pooling as adaptive_pool
+from mm1.kernels.moe import grouped as grouped_gemm
+from mm1.kernels.patches import embedding as patch_embed
 from mm1.kernels.device import DEVICES
-from mm1.kernels.grids import Grids
+from mm1.kernels.patches.grids import Grids
 
 OK, INVALID, UNSUPPORTED, NO_DRIVER, NO_CONTEXT, DRIVER = 0, 1, 2, 3, 4, 1000
 OPS = list(ahead.OPS)
@@ -399,7 +401,8 @@ def case_gemm(arch: int, dtype: int, rows: int, E: int, k: int, n: int, transpos
 
 
 def case_moe(arch: int, dtype: int, T: int, K: int, E: int, D: int, F: int) -> None:
-    from mm1.kernels import experts, route
+    from mm1.kernels.moe import experts
+    from mm1.kernels.moe import routing as route
 
     c = Case("mm1_moe_mlp", dtype, arch)
     x, index, weight = c.new(T, D), ints(T, K), c.new(T, K, dtype=torch.float32)

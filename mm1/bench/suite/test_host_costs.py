@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from mm1.kernels import tuning
-from mm1.kernels.adaptive_pool import adaptive_pool
-from mm1.kernels.attention import attention
+from mm1.kernels.abstractor.pooling import adaptive_pool
+from mm1.kernels.attention.varlen import attention
 from mm1.kernels.device import DEVICES
-from mm1.kernels.experts import moe_mlp
-from mm1.kernels.grids import Grids
-from mm1.kernels.grouped_gemm import GEMM
-from mm1.kernels.patch_embed import patch_embed
-from mm1.kernels.route import route
+from mm1.kernels.moe.experts import moe_mlp
+from mm1.kernels.moe.grouped import GEMM
+from mm1.kernels.moe.routing import route
+from mm1.kernels.patches.embedding import patch_embed
+from mm1.kernels.patches.grids import Grids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = GEMM.shape(rows=16384, experts=64, k=3072, n=16128)

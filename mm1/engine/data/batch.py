@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mm1.engine.data.document import Budget, Document
-from mm1.kernels.grids import Grids, moved_to
 from mm1.kernels.linear_cross_entropy import IGNORED
+from mm1.kernels.patches.grids import Grids, moved_to
 
 TENSORS = ("tokens", "targets", "positions", "cu_seqlens", "pixels", "image_slots", "target_rows")
 

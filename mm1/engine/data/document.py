@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mm1.engine.data.record import Answer, DataError, Record, Unreadable
+from mm1.engine.data.record import Answer, Record
 from mm1.engine.data.text_tokenizer import SPECIAL as SPECIAL
 from mm1.engine.data.text_tokenizer import TextTokenizer
+from mm1.errors import Unreadable, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,7 +103,7 @@ class DocumentEncoder:
         parts = [part if isinstance(part, str) else decode(part) for part in record.parts]
         try:
             units, eos = self.units(parts), [self.tokenizer.eos]
-        except DataError as error:  # a text that the tokenizer cannot encode
+        except UserError as error:  # a text that the tokenizer cannot encode
             raise Unreadable(str(error), record.shard) from None
         if not any(isinstance(part, Answer) for part in parts):
             return self._cut([*units, Unit(eos, [])], record)

@@ -11,8 +11,8 @@ from mm1.engine.data.document import Budget, TextTokenizer
 from mm1.engine.data.record import FEW
 
 if TYPE_CHECKING:
-    from mm1.engine.config import Run
     from mm1.engine.data.sources import Source
+    from mm1.engine.run_config import Run
 
 
 def identity(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from mm1.engine.data.metadata import without_metadata
-from mm1.engine.data.record import DataError, Unreadable
+from mm1.errors import Unreadable, UserError
 
 # Named, because PIL hands formats such as EPS to an interpreter: data from the web must not choose that.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
@@ -93,13 +93,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read(path: str | Path) -> Image.Image:
-    """Return the image in a file that the user names. Raises DataError."""
+    """Return the image in a file that the user names. Raises UserError."""
     try:
         return decode(Path(path).read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     except Unreadable as error:
-        raise DataError(f"{path}: {error.reason}") from None
+        raise UserError(f"{path}: {error.reason}") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

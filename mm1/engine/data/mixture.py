@@ -20,7 +20,8 @@ import grain  # noqa: E402
 from absl import flags  # noqa: E402
 
 from mm1.engine.data.document import DECODED_AHEAD, Document, DocumentEncoder  # noqa: E402
-from mm1.engine.data.record import FEW, Choice, DataError, Record, Unreadable  # noqa: E402
+from mm1.engine.data.record import FEW, Choice, Record  # noqa: E402
+from mm1.errors import Unreadable, UserError  # noqa: E402
 
 
 class Drawn(NamedTuple):
@@ -104,7 +105,7 @@ class Mixture:
         mean_lengths: Sequence[float] | None = None, sampled: int = 64,
     ):  # fmt: skip
         if any(weight <= 0 for weight in weights):
-            raise DataError(f"weights of data sources are {list(weights)}, expected positive numbers")
+            raise UserError(f"weights of data sources are {list(weights)}, expected positive numbers")
         readers = [_Reader(source, i, encode, (seed + i) % 2**32) for i, source in enumerate(sources)]
         datasets = [grain.MapDataset.range(sys.maxsize).map(reader) for reader in readers]
         self.mean_lengths = list(mean_lengths or (reader.mean_tokens(sampled) for reader in readers))

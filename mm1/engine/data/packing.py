@@ -18,7 +18,7 @@ import numpy as np
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.quarantine import Quarantine
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 if TYPE_CHECKING:  # a bare GPU image has no Grain
     from mm1.engine.data.mixture import Drawn, Mixture
@@ -47,7 +47,7 @@ class Loader:
 
     buffer: tokens of the pool; decoded pixels wait there too, and it takes in no more when their patches reach the same
     multiple of the patch budget. quarantine: lists every bad record, and the damage (shard, reason) of whole files.
-    max_bad records of one source in a row raise DataError naming the last one's shard.
+    max_bad records of one source in a row raise UserError naming the last one's shard.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Loader:
         for position, piece, start in state["waiting"]:
             record = drawn[position]
             if piece >= len(record.documents) or start >= len(record.documents[piece].tokens):
-                raise DataError(f"{record.shard}: {record.key} is not what it was when the checkpoint was written")
+                raise UserError(f"{record.shard}: {record.key} is not what it was when the checkpoint was written")
             self.waiting.append(self._wait((position, piece), start, record.documents[piece]))
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class Loader:
         self.in_a_row[bad.source] = self.in_a_row.get(bad.source, 0) + 1
         self.quarantine.add(bad.shard, bad.key, bad.reason or "", self.position)
         if self.in_a_row[bad.source] >= self.max_bad:
-            raise DataError(
+            raise UserError(
                 f"{bad.shard}: {self.max_bad} unreadable records in a row (setting data.max_bad), the last because "
                 f"{bad.reason}"
             )

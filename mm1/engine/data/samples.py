@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mm1.engine.data.record import Unreadable
 from mm1.engine.data.tar import FOLDER, File, Member, members
+from mm1.errors import Unreadable
 
 IMAGES = (
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif",

@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mm1.engine.data.record import Answer, Choice, DataError, Record, Unreadable
+from mm1.engine.data.record import Answer, Choice, Record
 from mm1.engine.data.samples import PassedOver, Samples
 from mm1.engine.data.tar import File, read_member
+from mm1.errors import Unreadable, UserError
 
 CAPTIONS = ("caption", "captions", "text")  # fields of a sample's .json, a text or a list of texts
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -125,9 +126,9 @@ class _Parquet(_Shard):
         try:
             parquet = pq.ParquetFile(file.path)
         except (pa.ArrowException, ValueError) as error:
-            raise DataError(f"{file.path} is not a parquet file: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{file.path} is not a parquet file: {str(error).splitlines()[0]}") from None
         if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
-            raise DataError(f"{file.path} has no column {missing[0]!r}")
+            raise UserError(f"{file.path} has no column {missing[0]!r}")
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         self.ends, self.count = np.cumsum(sizes), sum(sizes)
 
@@ -149,7 +150,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
+        raise UserError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
     return pyarrow, pyarrow.parquet
 
 
@@ -227,7 +228,7 @@ def _checked(text: Any, what: str) -> str:
 class Source:
     """Records of all files of `paths` in order. `damage`: (shard, reason) of all found broken while indexing.
 
-    Raises DataError for a path or file that is not what this kind reads, and if there is not a single record.
+    Raises UserError for a path or file that is not what this kind reads, and if there is not a single record.
     source[i] raises Unreadable for a record that cannot be used.
     """
 
@@ -239,16 +240,16 @@ class Source:
         self.damage = tuple((shard.file.path, shard.damage) for shard in self._shards if shard.damage)
         if not len(self):
             why = "; ".join(f"{shard}: {reason}" for shard, reason in self.damage[:1])
-            raise DataError(f"no records in {self._shards[0].file.path}" + (f" ({why})" if why else ""))
+            raise UserError(f"no records in {self._shards[0].file.path}" + (f" ({why})" if why else ""))
 
     def _index(self, path: Path) -> _Shard:
         suffix = next((s for s in self.readers if path.name.lower().endswith(s)), None)
         if suffix is None:
-            raise DataError(f"{path}: expected a file ending in {', '.join(self.readers)}")
+            raise UserError(f"{path}: expected a file ending in {', '.join(self.readers)}")
         try:
             return self.readers[suffix](File.at(path))
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from None
+            raise UserError(f"{path}: {error.strerror or error}") from None
 
     @property
     def passed(self) -> str:
@@ -475,19 +476,19 @@ def _inside(path: PurePosixPath, folder: Path) -> Path:
 
 
 def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:
-    """Return the files that paths, globs and ranges as in "a-{00..12}.tar" name, from base. Raises DataError."""
+    """Return the files that paths, globs and ranges as in "a-{00..12}.tar" name, from base. Raises UserError."""
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         for pattern in _braces(str(base / Path(path).expanduser())):
             # Names come before patterns: a file may be called a[1].tar.
             hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             if not hits:
-                raise DataError(f"no such file: {pattern}")
+                raise UserError(f"no such file: {pattern}")
             if folders := [hit for hit in hits if os.path.isdir(hit)]:
-                raise DataError(f"{folders[0]} is a directory: name its files, as in {folders[0]}/*.tar")
+                raise UserError(f"{folders[0]} is a directory: name its files, as in {folders[0]}/*.tar")
             files += map(Path, hits)
     if not files:
-        raise DataError("no paths of data are given")
+        raise UserError("no paths of data are given")
     return files
 
 
@@ -497,7 +498,7 @@ def _braces(pattern: str) -> Iterator[str]:
         return
     first, last = braces.groups()
     if int(first) > int(last):
-        raise DataError(f"{pattern}: the range {braces[0]} is empty")
+        raise UserError(f"{pattern}: the range {braces[0]} is empty")
     for number in range(int(first), int(last) + 1):
         name = str(number).zfill(len(first))
         yield from _braces(pattern[: braces.start()] + name + pattern[braces.end() :])
@@ -507,7 +508,7 @@ KINDS = {"captions": Captions, "interleaved": Interleaved, "text": Text, "conver
 
 
 def open_source(kind: str, paths: str | Path | Sequence[str | Path], base: Path) -> Source:
-    """Open the source of a kind of data. Raises DataError."""
+    """Open the source of a kind of data. Raises UserError."""
     if kind not in KINDS:
-        raise DataError(f"unknown kind of data {kind!r}; known: {', '.join(KINDS)}")
+        raise UserError(f"unknown kind of data {kind!r}; known: {', '.join(KINDS)}")
     return KINDS[kind](paths, base)

@@ -6,18 +6,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm1.engine import config
 from mm1.engine.data.batch import Batch
+from mm1.engine.data.config import Source as SourceSettings
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.identity import differences, identity, mean_length
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import BUFFER, Loader
 from mm1.engine.data.quarantine import Quarantine
-from mm1.engine.data.record import DataError
 from mm1.engine.data.sources import Source, open_source
+from mm1.errors import UserError
+
+if TYPE_CHECKING:
+    from mm1.engine.run_config import Run
 
 FIRST, HALF = 20, 0.5  # batches of a process after which a smaller mean fill is warned of
 OTHERS = ("images", "patches", "documents")
@@ -109,22 +112,22 @@ class Streams:
 
 
 def make_streams(
-    run: config.Run, tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print,
+    run: "Run", tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print,
     rank: int = 0, ranks: int = 1, count: int = 0, before: dict[str, Any] | None = None,
 ) -> Streams:  # fmt: skip
     """Return packed batches of the run's sources, those of one of `ranks` processes.
 
     quarantine: folder of the lists of bad records. count: packers, if a run had them before. before: identity of the
     data in the checkpoint that is resumed; if these data are the same, its mean lengths mix the sources as they did, in
-    place of new estimates. Raises DataError for whatever is wrong with the sources.
+    place of new estimates. Raises UserError for whatever is wrong with the sources.
     """
     d, m, t = run.data, run.model, run.train
     if count and d.streams not in (0, count):
-        raise DataError(f"setting data.streams is {d.streams}, expected {count} as in the checkpoint, or 0")
+        raise UserError(f"setting data.streams is {d.streams}, expected {count} as in the checkpoint, or 0")
     count = count or d.streams or (4 * ranks if ranks > 1 else 1)
     for name, number in (("data.streams", count), ("train.accumulate", t.accumulate)):
         if number % ranks:
-            raise DataError(f"setting {name} is {number}, expected a multiple of the {ranks} processes that take data")
+            raise UserError(f"setting {name} is {number}, expected a multiple of the {ranks} processes that take data")
     policy = ImagePolicy(m.vision.patch, m.image_mode, m.image_size, m.image_patches, m.image_parts)
     budget = Budget(
         tokens=d.tokens,
@@ -140,7 +143,7 @@ def make_streams(
         ("patches", budget.patches, views * policy.longest),
     ):
         if size < needed:
-            raise DataError(f"setting data.{name} is {size}, too few for one image, expected {needed} or more")
+            raise UserError(f"setting data.{name} is {size}, too few for one image, expected {needed} or more")
     buffer = d.buffer or BUFFER * d.tokens
     if buffer < d.tokens:
         if rank == 0:
@@ -181,11 +184,11 @@ def make_streams(
     return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)
 
 
-def _opened(number: int, setting: config.Source) -> Source:
+def _opened(number: int, setting: SourceSettings) -> Source:
     try:
         return open_source(setting.kind, setting.paths, Path.cwd())
-    except DataError as error:
-        raise DataError(f"setting data.sources[{number}]: {error}") from None
+    except UserError as error:
+        raise UserError(f"setting data.sources[{number}]: {error}") from None
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm1.engine.data.record import DataError, Unreadable
+from mm1.errors import Unreadable, UserError
 
 FOLDER = "a folder"
 KINDS = {
@@ -93,7 +93,7 @@ def _unpacked(file: File) -> tuple[bytes, str | None]:
                 chunks.append(chunk)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         if not chunks:
-            raise DataError(f"{file.path} is not a gzip file") from None
+            raise UserError(f"{file.path} is not a gzip file") from None
         return b"".join(chunks), f"its gzip stream is broken: {error}"
     return b"".join(chunks), None
 
@@ -118,7 +118,7 @@ class Member(NamedTuple):
 
 
 def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
-    """Yield members of a tar from the header at byte `at` on. Appends to `damage`; raises DataError if it is no tar.
+    """Yield members of a tar from the header at byte `at` on. Appends to `damage`; raises UserError if it is no tar.
 
     Archives that were appended to one another are read as one (`tar --ignore-zeros`). Not tarfile: it takes a broken
     header amid the archive for its end, and 27 µs a member where this takes 6.
@@ -153,7 +153,7 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
                 pax[b"path"] = data[start : start + size].rstrip(b"\0")
         except ValueError:
             if at == 0:
-                raise DataError(f"{file.path} is not a tar archive") from None
+                raise UserError(f"{file.path} is not a tar archive") from None
             damage.append(f"broken header at byte {at}: what follows is lost")
             return
         at = start + -(-size // 512) * 512
@@ -171,7 +171,7 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
         first, pax = at, {}
     if not ended:
         if at == 0:
-            raise DataError(f"{file.path} is empty, not a tar archive")
+            raise UserError(f"{file.path} is empty, not a tar archive")
         damage.append(f"cut off at byte {len(data)}: there is no end-of-archive mark")
 
 
@@ -244,7 +244,7 @@ def read_member(tar: File, name: str) -> bytes:
                 if member.kind:
                     raise Unreadable(f"{name!r} in {tar.path} is {member.kind}, which is not followed")
                 return member.read(tar)
-    except DataError as error:
+    except UserError as error:
         raise Unreadable(str(error)) from None
     raise Unreadable(f"there is no member {name!r} in {tar.path}" + (f", {damage}" if damage else ""))
 

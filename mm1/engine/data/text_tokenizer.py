@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,24 +27,24 @@ BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a token of byte fallback
 
 
 class TextTokenizer:
-    """Encodes and decodes text. Raises DataError for a file that is missing, no tokenizer.json, or not usable here."""
+    """Encodes and decodes text. Raises UserError for a file that is missing, no tokenizer.json, or not usable here."""
 
     def __init__(self, path: str | Path):
         self.path = str(path)
         if not Path(path).is_file():
-            raise DataError(f"no such tokenizer file: {path}")
+            raise UserError(f"no such tokenizer file: {path}")
         try:
             self.text = Path(path).read_text(encoding="utf-8")
             vocabulary = self.vocabulary
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
         how = f"by `mm1 tokenizer NEW --from {path}`"
         if missing := [token for token in SPECIAL if token not in vocabulary]:
-            raise DataError(f"{path} lacks the special tokens {', '.join(missing)}: add them {how}")
+            raise UserError(f"{path} lacks the special tokens {', '.join(missing)}: add them {how}")
         self.pad, self.bos, self.eos, self.image = ids = [vocabulary[token] for token in SPECIAL]
         for number, token in sorted((number, token) for token, number in vocabulary.items() if number in ids):
             if token != (special := SPECIAL[ids.index(number)]):
-                raise DataError(f"{path}: {token!r} and {special} have the same id {number}, expected one each")
+                raise UserError(f"{path}: {token!r} and {special} have the same id {number}, expected one each")
 
     def __getstate__(self):
         return {name: self.__dict__[name] for name in ("path", "text", "pad", "bos", "eos", "image")}
@@ -53,14 +53,14 @@ class TextTokenizer:
         return max(self.vocabulary.values()) + 1  # ids may have gaps
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, among which are no control tokens. Raises DataError for what cannot be encoded."""
+        """Return the ids of a text, among which are no control tokens. Raises UserError for what cannot be encoded."""
         try:
             # A batch, even of one, is encoded without the interpreter's lock: other threads go on.
             ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:  # half a surrogate pair
-            raise DataError("a text is not valid Unicode") from None
+            raise UserError("a text is not valid Unicode") from None
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise DataError(f"{self.path} cannot encode a text: {error}") from None
+            raise UserError(f"{self.path} cannot encode a text: {error}") from None
         unknown = self._file.unknown
         return ids if unknown is None else [number for number in ids if number != unknown]
 

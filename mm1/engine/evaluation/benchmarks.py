@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.choices import CHOICES, LETTERS, open_match
 from mm1.engine.evaluation.cider import cider
+from mm1.engine.evaluation.fewshot import Shot, caption, multiple_choice, question
 from mm1.engine.evaluation.formats import CAPTIONS, QUESTIONS
 from mm1.engine.evaluation.samples import Images, Key, Sample, load
 from mm1.engine.evaluation.vqa import accuracy
-from mm1.engine.fewshot import Shot, caption, multiple_choice, question
+from mm1.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -114,14 +114,14 @@ BENCHMARKS = {
 
 def benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
-        raise DataError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+        raise UserError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
 def find(name: str, paths: Sequence[Path], split: str) -> list[Path]:
     """Return the files of a split: those given, or those of a folder that have the benchmark's names.
 
-    Raises DataError.
+    Raises UserError.
     """
     if len(paths) != 1 or not paths[0].is_dir():
         return list(paths)
@@ -131,18 +131,18 @@ def find(name: str, paths: Sequence[Path], split: str) -> list[Path]:
         wanted = pattern.format(split=split)
         matches = next((m for p in wanted.split("|") if (m := sorted(paths[0].rglob(p)))), [])
         if len(matches) > 1 and not b.many:
-            raise DataError(f"{paths[0]} holds {len(matches)} files {wanted}, expected one: name the files")
+            raise UserError(f"{paths[0]} holds {len(matches)} files {wanted}, expected one: name the files")
         if not matches and not (number and split.startswith("test")):
-            raise DataError(f"{paths[0]} holds no file {wanted}")
+            raise UserError(f"{paths[0]} holds no file {wanted}")
         files += [m for m in matches if m not in files]
     return files
 
 
 def read(name: str, files: Sequence[Path], images: "Images", split: str) -> list[Sample]:
-    """Return a split's samples, in the order of the files. Raises DataError for a file that is not as it should be."""
+    """Return a split's samples, in the order of the files. Raises UserError for a file that is not as it should be."""
     samples = _samples(name, files, images, split)
     if not samples:
-        raise DataError(f"{files[0]}: no samples of split {split!r}")
+        raise UserError(f"{files[0]}: no samples of split {split!r}")
     return samples
 
 
@@ -158,7 +158,7 @@ def read_pool(
         return samples
     try:
         files = find(name, data, split)
-    except DataError:
+    except UserError:
         return samples
     return _samples(name, files, images, split) or samples
 
@@ -168,17 +168,17 @@ def _samples(name: str, files: Sequence[Path], images: "Images", split: str) -> 
     metric = benchmark(name).metric
     form = next((form for form in FORMS[metric] if form.fits(loaded)), None)
     if form is None:
-        raise DataError(f"{', '.join(map(str, files)) or 'no file'}: no known form of {KINDS[metric]}")
+        raise UserError(f"{', '.join(map(str, files)) or 'no file'}: no known form of {KINDS[metric]}")
     samples = form.read(loaded, images, split)
     wanted = [path for sample in samples for path in sample.images if isinstance(path, Path)]
     if wanted and not any(path.is_file() for path in wanted):
         content = f"{len(images.paths)} files, such as {next(iter(images.paths))}" if images.paths else "no files"
-        raise DataError(
+        raise UserError(
             f"{files[0]}: 0 of {len(wanted)} images are in {images.folder}: no {wanted[0].name}; it holds {content}"
         )
     twice = len(samples) - len({sample.key for sample in samples})
     if twice:
-        raise DataError(f"{files[0]}: {twice} keys are there twice")
+        raise UserError(f"{files[0]}: {twice} keys are there twice")
     return samples
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.samples import (
     Embedded,
     Form,
@@ -21,6 +20,7 @@ from mm1.engine.evaluation.samples import (
     optional,
     rows_at,
 )
+from mm1.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -47,11 +47,11 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """
     problems, (splits_file, splits) = _problems(loaded)
     if split not in splits:
-        raise DataError(f"{splits_file}: no split {split!r}, expected one of {', '.join(splits)}")
+        raise UserError(f"{splits_file}: no split {split!r}, expected one of {', '.join(splits)}")
     file, rows = problems
     for i, key in enumerate(splits[split]):
         if isinstance(key, bool) or not isinstance(key, (int, str)):
-            raise DataError(f"{splits_file}: id {i} of split {split} is {json.dumps(key)[:60]}, expected a string")
+            raise UserError(f"{splits_file}: id {i} of split {split} is {json.dumps(key)[:60]}, expected a string")
     expect_match(splits_file, f"ids of split {split}", splits[split], f"problems of {file.name}", rows)
     missing = [key for key in splits[split] if key not in rows]
     if missing:
@@ -106,7 +106,7 @@ def _seed(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     Its splits are its types of data, of which images are read.
     """
     if split != "image":
-        raise DataError(f"seed: no split {split!r}, expected image: videos are not read")
+        raise UserError(f"seed: no split {split!r}, expected image: videos are not read")
     samples = []
     for file, data in loaded:
         types = optional(file, data, "question_type", dict) or {}
@@ -138,7 +138,7 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
             options = tuple(_strings(file, row, "options", key))
             open_ended = field(file, row, "question_type", str, key) == "open"
             if open_ended == bool(options):
-                raise DataError(f"{file}: {key}: {len(options)} options of a question that is {row['question_type']}")
+                raise UserError(f"{file}: {key}: {len(options)} options of a question that is {row['question_type']}")
             text = field(file, row, "question", str, key)
             marked = [int(n) for part in (text, *options) for n in MARK.findall(part)]
             columns = [n for n in range(1, 8) if row.get(f"image_{n}")]
@@ -169,16 +169,16 @@ def _strings(file: Path, row: Any, name: str, key: str) -> list[str]:
         try:
             value = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise DataError(f"{file}: {key}: {name} is {value[:60]!r}, expected a list of strings") from None
+            raise UserError(f"{file}: {key}: {name} is {value[:60]!r}, expected a list of strings") from None
     if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
-        raise DataError(f"{file}: {key}: {name} is {str(value)[:60]!r}, expected a list of strings")
+        raise UserError(f"{file}: {key}: {name} is {str(value)[:60]!r}, expected a list of strings")
     return value
 
 
 def _picture(file: Path, row: Any, column: str, key: str, images: Images) -> Picture:
     value = optional(file, row, column, (str, Embedded), key)
     if not value:
-        raise DataError(f"{file}: {key}: no {column}, which its texts mark")
+        raise UserError(f"{file}: {key}: no {column}, which its texts mark")
     return images.find(value) if isinstance(value, str) else value
 
 
@@ -192,9 +192,9 @@ def _right(file: Path, key: object, answer: Any, options: Sequence[str]) -> tupl
 
 def _letter(file: Path, key: object, number: int, options: Sequence[str], answer: Any = None) -> str:
     if not all(isinstance(option, str) for option in options) or len(options) > len(LETTERS):
-        raise DataError(f"{file}: {key}: options are not at most {len(LETTERS)} strings")
+        raise UserError(f"{file}: {key}: options are not at most {len(LETTERS)} strings")
     if not 0 <= number < len(options):
-        raise DataError(f"{file}: {key}: answer is {answer or number!r}, expected one of {len(options)} options")
+        raise UserError(f"{file}: {key}: answer is {answer or number!r}, expected one of {len(options)} options")
     return LETTERS[number]
 
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 N, SIGMA = 4, 6.0
 
@@ -64,13 +64,13 @@ def cider(
 ) -> tuple[float, dict[Hashable, float]]:
     """Return the mean and each caption's CIDEr-D, from 0 to 10 (papers print 100 times that). Keys are images.
 
-    Raises DataError if a caption has no references.
+    Raises UserError if a caption has no references.
     """
     without = [key for key in captions if not references.get(key)]
     if without:
         other = f", ids such as {next(iter(references))!r}" if references else ""
         count = f"{len(captions) - len(without)} of {len(captions)} captions"
-        raise DataError(f"{count} match the references of {len(references)} images{other}: none of {without[0]!r}")
+        raise UserError(f"{count} match the references of {len(references)} images{other}: none of {without[0]!r}")
     grams_of = {key: [_grams(text) for text in references[key]] for key in captions}
     documents = Counter(gram for of in grams_of.values() for gram in set().union(*of))
     log_images = math.log(max(len(grams_of), 1))

@@ -19,19 +19,19 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from mm1.engine.data.record import DataError, at_least
-from mm1.engine.engine import Engine
 from mm1.engine.evaluation import benchmarks
 from mm1.engine.evaluation.benchmarks import Benchmark
 from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.evaluation.choices import LETTERS
+from mm1.engine.evaluation.fewshot import fingerprint
 from mm1.engine.evaluation.log import Counter, Log
 from mm1.engine.evaluation.prompts import Asked, How, Prompts, views
 from mm1.engine.evaluation.samples import Images, Key, Sample
-from mm1.engine.fewshot import fingerprint
-from mm1.engine.model import MM1
-from mm1.engine.request import Request
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.request import Request
+from mm1.engine.infer.sampling import Sampling
+from mm1.engine.models.mm1 import MM1
+from mm1.errors import UserError, at_least
 
 TEXT = 64  # tokens to an image that the cache has room for
 METRICS = {"cider": "CIDEr", "vqa": "accuracy", "choice": "accuracy"}
@@ -53,7 +53,7 @@ class Decoding:
 
     def __post_init__(self):
         if self.normalize not in (None, "sum", "mean"):
-            raise DataError(f"normalize is {self.normalize!r}, expected sum or mean")
+            raise UserError(f"normalize is {self.normalize!r}, expected sum or mean")
 
     def sampling(self, benchmark: Benchmark) -> Sampling:
         return Sampling(
@@ -69,7 +69,7 @@ def samples_of(
     """Return the samples to evaluate, and those that shots are drawn from. limit: at most so many, drawn by `seed`."""
     split = split or benchmarks.benchmark(name).split
     if not data:
-        raise DataError("no data: expected the benchmark's folder, or its files")
+        raise UserError("no data: expected the benchmark's folder, or its files")
     at_least(1, limit=limit)
     folder = images or (data[0] if data[0].is_dir() else data[0].parent)
     where = Images(folder)
@@ -101,15 +101,15 @@ def evaluate(
 
     A sample whose image cannot be read is counted, listed, and scored as an empty prediction. Samples without
     references are counted and left out; if there are no others, a submission takes the place of a score. batch,
-    weights: of Engine. Raises DataError if `out` holds predictions by other settings.
+    weights: of Engine. Raises UserError if `out` holds predictions by other settings.
     """
     benchmark = benchmarks.benchmark(name)
     at_least(1, batch=batch)
     seeds = (how.seed,) if seeds is None else tuple(dict.fromkeys(seeds))
     if not shots or min(shots) < 0:
-        raise DataError(f"shots are {list(shots)}, expected numbers ≥ 0")
+        raise UserError(f"shots are {list(shots)}, expected numbers ≥ 0")
     if not seeds:
-        raise DataError("seeds are [], expected at least one")
+        raise UserError("seeds are [], expected at least one")
     decoding = replace(decoding, normalize=decoding.normalize or benchmark.normalize)
     sampling = decoding.sampling(benchmark)
     unanswered = [sample for sample in samples if not sample.references]
@@ -231,9 +231,9 @@ class _Work:
                     asked = future.result()
                     try:
                         if isinstance(asked, str):
-                            raise DataError(asked)
+                            raise UserError(asked)
                         running.append((self._submit(asked), sample, asked.shots))
-                    except DataError as error:  # its image, or it is too long
+                    except UserError as error:  # its image, or it is too long
                         self._add(sample, [], "", {"unreadable": str(error)})
                 engine.step()
                 for requests, sample, keys in [r for r in running if all(request.finish for request in r[0])]:
@@ -252,7 +252,7 @@ class _Work:
         try:
             for tokens in asked.continuations:
                 found.append(self.engine.submit_answer(asked.document, tokens))
-        except DataError:
+        except UserError:
             for request in found:
                 self.engine.cancel(request)
             raise

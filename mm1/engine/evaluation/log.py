@@ -8,8 +8,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mm1.engine.data.record import DataError
 from mm1.engine.evaluation.samples import Key
+from mm1.errors import UserError
 
 
 class Log:
@@ -25,10 +25,10 @@ class Log:
             earlier = first["settings"]
             self.rows = {row["key"]: row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a file of predictions: {error}") from None
+            raise UserError(f"{path} is not a file of predictions: {error}") from None
         other = [f"{k} {earlier.get(k)!r} instead of {v!r}" for k, v in settings.items() if earlier.get(k) != v]
         if other:
-            raise DataError(f"{path} holds predictions by other settings, {', '.join(other)}: choose another folder")
+            raise UserError(f"{path} holds predictions by other settings, {', '.join(other)}: choose another folder")
         with path.open("r+b" if data else "wb") as file:
             file.truncate(len(whole))
             if not whole:

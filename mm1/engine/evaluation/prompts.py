@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from mm1.engine.data.document import Document
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.record import DataError, at_least
 from mm1.engine.evaluation.benchmarks import Benchmark
+from mm1.engine.evaluation.fewshot import Piece, Retrieval, joined, piece
 from mm1.engine.evaluation.samples import Key, Picture, Sample, picture
-from mm1.engine.fewshot import Piece, Retrieval, joined, piece
-from mm1.engine.model import MM1
-from mm1.engine.prompts import continued, policy_of, tokenizer_of
+from mm1.engine.infer.prompts import continued, policy_of, tokenizer_of
+from mm1.engine.models.mm1 import MM1
+from mm1.errors import UserError, at_least
 
 CHOICES = ("random", "fixed", "similar")
 CACHED = 1 << 30  # bytes of shots' pixels
@@ -37,7 +37,7 @@ class How:
 
     def __post_init__(self):
         if self.choose not in CHOICES:
-            raise DataError(f"choose is {self.choose!r}, expected one of {', '.join(CHOICES)}")
+            raise UserError(f"choose is {self.choose!r}, expected one of {', '.join(CHOICES)}")
         at_least(0, high=self.high)
 
 
@@ -64,10 +64,10 @@ class Prompts:
         self.piece = lru_cache(shots)(self._piece)
 
     def check(self, n: int, samples: Sequence[Sample]) -> None:
-        """Find the shots that are like these samples, if they are to be. Raises DataError if there are not enough."""
+        """Find the shots that are like these samples, if they are to be. Raises UserError if there are not enough."""
         n = n or 2 * self.how.text_shots
         if n and len({sample.images or sample.key for sample in self.pool}) <= n:
-            raise DataError(f"{len(self.pool)} answered samples to draw shots from, expected over {n}")
+            raise UserError(f"{len(self.pool)} answered samples to draw shots from, expected over {n}")
         if not n or self.how.choose != "similar":
             return
         first = {sample.image: i for i, sample in reversed(list(enumerate(self.pool))) if sample.image}
@@ -88,7 +88,7 @@ class Prompts:
         """Return the prompt; or why the query's image cannot be read. seed: of the drawing (default: that of `how`)."""
         try:
             images = [picture(where) for where in sample.images]
-        except DataError as error:
+        except UserError as error:
             return str(error)
         bare = n == 0 and self.how.text_shots
         n = 2 if bare else n
@@ -102,7 +102,7 @@ class Prompts:
                 pieces.append(found)
                 keys.append(shot.key)
         if len(keys) < n:
-            raise DataError(f"{sample.key}: {len(keys)} readable shots, expected {n}")
+            raise UserError(f"{sample.key}: {len(keys)} readable shots, expected {n}")
         last = self.how.high is None or self.how.high > 0
         query = self.benchmark.query(sample, images)
         document, end = joined(self.model, [*pieces, piece(self.model, query, self.high if last else self.low)])
@@ -127,7 +127,7 @@ class Prompts:
         for where in sample.images:
             try:
                 images.append(picture(where))
-            except DataError as error:
+            except UserError as error:
                 self.unreadable[where] = str(error)
                 return None
         shot = self.benchmark.shot(sample, images)
@@ -144,7 +144,7 @@ def _readable(paths: Iterable[Picture], found: list[Picture], missed: dict[Pictu
     for path in dict.fromkeys(paths):
         try:
             image = picture(path)
-        except DataError as error:
+        except UserError as error:
             missed[path] = str(error)
             continue
         found.append(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.images import decode, read
-from mm1.engine.data.record import DataError, Unreadable
+from mm1.errors import Unreadable, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,13 +56,13 @@ class Sample:
 
 
 def picture(where: Picture) -> "Image.Image":
-    """Read an image. Raises DataError."""
+    """Read an image. Raises UserError."""
     if isinstance(where, Path):
         return read(where)
     try:
         return decode(_column(where.file, where.column)[where.row].as_py()["bytes"])
     except Unreadable as error:
-        raise DataError(f"{where}: {error.reason}") from None
+        raise UserError(f"{where}: {error.reason}") from None
 
 
 @lru_cache(8)
@@ -77,7 +77,7 @@ class Images:
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
-            raise DataError(f"no folder of images {folder}")
+            raise UserError(f"no folder of images {folder}")
         self.folder = folder
         self.paths: dict[str, Path] = {}
         for parent, _, names in os.walk(folder):
@@ -127,10 +127,10 @@ def rows_at(of: str | None, first: str = "") -> "Callable[[Loaded], bool]":
 
 
 def expect_match(file: Path, what: str, ids: Collection[Key], others: str, other_ids: Collection[Key]) -> None:
-    """Raise DataError if there are ids on both sides and none is on both; a match of only some is for the caller."""
+    """Raise UserError if there are ids on both sides and none is on both; a match of only some is for the caller."""
     if ids and other_ids and not set(ids) & set(other_ids):
         first, other = (json.dumps(next(iter(of))) for of in (ids, other_ids))
-        raise DataError(
+        raise UserError(
             f"{file}: 0 of {len(ids)} {what} match the {len(other_ids)} {others}: ids such as {first} against {other}"
         )
 
@@ -139,25 +139,25 @@ Loaded = list[tuple[Path, Any]]
 
 
 def load(file: Path) -> Any:
-    """Return what a file of JSON or parquet holds. Raises DataError."""
+    """Return what a file of JSON or parquet holds. Raises UserError."""
     if file.suffix == ".parquet":
         return _parquet(file)
     try:
         return json.loads(file.read_bytes())
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from None
+        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def field(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
-    """Return a row's value of this name. Raises DataError that names file and key; true and false are no numbers."""
+    """Return a row's value of this name. Raises UserError that names file and key; true and false are no numbers."""
     value = row.get(name) if isinstance(row, dict) else None
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         where = f"{file}: " + ("" if key is None else f"{key}: ")
         expected = " or ".join(k.__name__ for k in kinds)
-        raise DataError(f"{where}{name} is {json.dumps(value, default=str)[:60]}, expected {expected}")
+        raise UserError(f"{where}{name} is {json.dumps(value, default=str)[:60]}, expected {expected}")
     return value
 
 
@@ -172,11 +172,11 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
+        raise UserError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
     try:
         table = parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     columns = {}
     for name, column in zip(table.column_names, table.columns):
         if pyarrow.types.is_struct(column.type):

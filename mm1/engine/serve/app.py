@@ -20,12 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm1.engine.asynchronous import AsyncEngine, Dead, Stream
 from mm1.engine.data.document import Document
-from mm1.engine.data.record import DataError, Unreadable, at_least
-from mm1.engine.engine import Busy, Engine
-from mm1.engine.grammar import Grammar, Grammars, SchemaError
-from mm1.engine.prompts import policy_of
+from mm1.engine.infer.asynchronous import AsyncEngine, Dead, Stream
+from mm1.engine.infer.engine import Busy, Engine
+from mm1.engine.infer.grammar import Grammar, Grammars, SchemaError
+from mm1.engine.infer.prompts import policy_of
 from mm1.engine.serve import chat, completions, connections
 from mm1.engine.serve.arrivals import Arrivals
 from mm1.engine.serve.body import TooLarge, dumps
@@ -34,6 +33,7 @@ from mm1.engine.serve.intake import Intake
 from mm1.engine.serve.metrics import Metrics
 from mm1.engine.serve.privacy import checked_key, forbid_inspection, take_from_environment
 from mm1.engine.serve.turns import Turns, finished
+from mm1.errors import Unreadable, UserError, at_least
 
 if TYPE_CHECKING:
     import uvicorn
@@ -82,7 +82,7 @@ def refusal_of(error: Exception) -> Refusal:
         case SchemaError():
             message = f"response_format: the schema cannot be followed: {error}"
             return Refusal(400, message, "invalid_json_schema", "response_format")
-        case DataError() | Unreadable():
+        case UserError() | Unreadable():
             return Refusal(400, str(error), param=getattr(error, "param", None))
         case Busy():
             return Refusal(429, str(error), "rate_limit_exceeded", retry_after="1")
@@ -270,7 +270,7 @@ class Service:
         async with self._bounded(request) as bounded, _form(bounded, self.max_bytes) as form, self._counted():
             file = form.get("file")
             if not isinstance(file, UploadFile):
-                raise DataError("expected multipart/form-data with an image as its field file")
+                raise UserError("expected multipart/form-data with an image as its field file")
             data = await file.read()
             await _while_connected(request.receive, looked_at(data))
             if not hashed:
@@ -368,7 +368,7 @@ class Service:
         del body
         self._refuse_other(asked.settings.model)
         if asked.texts > (most := self.engine.engine.batch + self.engine.engine.queue):
-            raise DataError(f"{asked.texts} texts in one request, expected at most {most}")
+            raise UserError(f"{asked.texts} texts in one request, expected at most {most}")
         grammar, reply = (
             await self._grammar(asked.settings.schema, client),
             asked.reply(self.name, self.intake.tokenizer),
@@ -533,7 +533,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
-    return Refusal, DataError, SchemaError, Unreadable, Busy, Dead, HTTPException, ClientDisconnect
+    return Refusal, UserError, SchemaError, Unreadable, Busy, Dead, HTTPException, ClientDisconnect
 
 
 async def _refused(_: "Request", error: Exception) -> "Response":
@@ -556,7 +556,7 @@ def serve(
 ) -> None:
     """Until SIGTERM or SIGINT: then it takes nothing more, and what runs has STOP_SECONDS.
 
-    engine, limits: settings of Engine and of Service. Raises DataError, also for an address that others can reach
+    engine, limits: settings of Engine and of Service. Raises UserError, also for an address that others can reach
     without a key.
     """
     try:
@@ -564,15 +564,15 @@ def serve(
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise DataError(f"serving needs {error.name}: pip install 'mm1-engine[serve]'") from None
-    from mm1.engine.checkpoint import load
+        raise UserError(f"serving needs {error.name}: pip install 'mm1-engine[serve]'") from None
+    from mm1.engine.train.checkpoint import load
 
     in_environment = take_from_environment("MM1_API_KEY")
     key = api_key or in_environment
     if key:
         key = checked_key(key, "--api-key-file" if api_key else "MM1_API_KEY")
     if not key and not _loopback(host):
-        raise DataError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
+        raise UserError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
     forbid_inspection()
     connections.raise_descriptor_limit()
     folder = checkpoint.absolute()

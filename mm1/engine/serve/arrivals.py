@@ -7,7 +7,7 @@ import asyncio
 import math
 from collections import Counter
 
-from mm1.engine.engine import Busy
+from mm1.engine.infer.engine import Busy
 
 MOST = 512  # bodies at a time
 SPEED_SECONDS = 5  # over which the speed of a body is measured

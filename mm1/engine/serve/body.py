@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NoReturn
 
-from mm1.engine.data.record import DataError
+from mm1.errors import UserError
 
 TEXT = 4 << 20  # bytes of a body without what long data: URLs hold
 DEPTH = 64  # of brackets in brackets
@@ -31,12 +31,12 @@ INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # of a string
 STEPS = [1 if code in b"[{" else -1 if code in b"]}" else 0 for code in range(256)]
 
 
-class TooLarge(DataError):
+class TooLarge(UserError):
     """A body of more bytes than are accepted."""
 
 
 def loads(body: bytes) -> Any:
-    """Parse UTF-8 JSON. Raises DataError for what is malformed or nested deeper than DEPTH, for keys that stand twice,
+    """Parse UTF-8 JSON. Raises UserError for what is malformed or nested deeper than DEPTH, for keys that stand twice,
     numbers of more than DIGITS digits, NaN and Infinity; TooLarge for more than TEXT bytes or VALUES values."""
     mark = secrets.token_hex(16)
     text, taken = _without_long_urls(body.removeprefix(b"\xef\xbb\xbf"), mark)
@@ -45,7 +45,7 @@ def loads(body: bytes) -> Any:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise DataError(f"malformed JSON: the key {key[:60]!r} stands twice in an object")
+                raise UserError(f"malformed JSON: the key {key[:60]!r} stands twice in an object")
             if taken and isinstance(value, str) and value.startswith(mark):
                 value = _unescaped(taken[int(value[len(mark) :])])
             found[key] = value
@@ -56,12 +56,12 @@ def loads(body: bytes) -> Any:
             text.decode(), object_pairs_hook=object_of, parse_constant=_refuse_constant, parse_int=_integer,
             parse_float=_real,
         )  # fmt: skip
-    except DataError:
+    except UserError:
         raise
     except UnicodeDecodeError:
-        raise DataError("malformed JSON: it is not UTF-8") from None
+        raise UserError("malformed JSON: it is not UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"malformed JSON: {error}") from None
+        raise UserError(f"malformed JSON: {error}") from None
 
 
 def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]:
@@ -94,7 +94,7 @@ def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]
         at = end
     depth = max(accumulate(map(STEPS.__getitem__, b"".join(brackets)), initial=0))
     if depth > DEPTH:
-        raise DataError(f"the request is nested {depth} deep, expected at most {DEPTH}")
+        raise UserError(f"the request is nested {depth} deep, expected at most {DEPTH}")
     return b"".join(kept), taken
 
 
@@ -121,13 +121,13 @@ def _unescaped(url: memoryview) -> str:
         try:
             pieces.append(json.loads(b'"%b"' % piece) if b"\\" in piece else piece.decode("ascii"))
         except ValueError:
-            raise DataError("malformed JSON: a data: URL holds a wrong escape") from None
+            raise UserError("malformed JSON: a data: URL holds a wrong escape") from None
         at += len(piece)
     return "".join(pieces)
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise DataError(f"malformed JSON: {name} is not a number of JSON")
+    raise UserError(f"malformed JSON: {name} is not a number of JSON")
 
 
 def _integer(digits: str) -> int:
@@ -140,7 +140,7 @@ def _real(digits: str) -> float:
 
 def _short(digits: str) -> str:
     if len(digits) > DIGITS:
-        raise DataError(f"the request has a number of {len(digits)} digits, expected at most {DIGITS}")
+        raise UserError(f"the request has a number of {len(digits)} digits, expected at most {DIGITS}")
     return digits
 
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mm1.engine.cache import PAGE
 from mm1.engine.data.document import Document, TextTokenizer
 from mm1.engine.data.record import Answer
-from mm1.engine.grammar import Grammar
-from mm1.engine.request import Request
-from mm1.engine.sampling import Sampling
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.grammar import Grammar
+from mm1.engine.infer.request import Request
+from mm1.engine.infer.sampling import Sampling
 from mm1.engine.serve.fields import Settings, WrongField, json_object, members, settings, text_of, top_logprobs, typed
 
 ENTRY_BYTES = 64  # of JSON for a token's log-probability
@@ -81,7 +81,7 @@ class Asked:
 
 
 def parse(body: bytes, template: str = "conversation") -> Asked:
-    """Read a request. template: the default. Raises DataError."""
+    """Read a request. template: the default. Raises UserError."""
     asked = json_object(body)
     logprobs = typed("logprobs", asked.get("logprobs", False), bool)
     top = top_logprobs("top_logprobs", asked.get("top_logprobs", 0))

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mm1.engine.data.document import Document, TextTokenizer
-from mm1.engine.grammar import Grammar
-from mm1.engine.request import Request
+from mm1.engine.infer.grammar import Grammar
+from mm1.engine.infer.request import Request
 from mm1.engine.serve.chat import ENTRY_BYTES, Job, Picture, finish_of, name_of, pieces_of, taken, usage
 from mm1.engine.serve.fields import (
     Settings,
@@ -77,7 +77,7 @@ class Asked:
 
 
 def parse(body: bytes) -> Asked:
-    """Read a request. Raises DataError."""
+    """Read a request. Raises UserError."""
     asked = json_object(body)
     logprobs = top_logprobs("logprobs", asked["logprobs"]) if "logprobs" in asked else None
     read = settings(asked, OWN, {"max_tokens": MAX_TOKENS, "top_logprobs": logprobs or 0})

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mm1.engine.data.record import DataError
-from mm1.engine.grammar import Grammar
-from mm1.engine.sampling import TOP_LOGPROBS, Sampling
+from mm1.engine.infer.grammar import Grammar
+from mm1.engine.infer.sampling import TOP_LOGPROBS, Sampling
 from mm1.engine.serve.body import loads
+from mm1.errors import UserError
 
 LONGEST = 1 << 24  # tokens: beyond any context
 BIASES = 1024  # tokens that logit_bias can name
@@ -28,7 +28,7 @@ WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifie
 COMMON = {*WHOLE, *REAL, "model", "stop", "stream", "stream_options", "logprobs", "logit_bias", "response_format"}
 
 
-class WrongField(DataError):
+class WrongField(UserError):
     """A field of a request cannot be followed. param: its name."""
 
     def __init__(self, param: str | None, message: str):
@@ -160,8 +160,8 @@ def text_of(name: str, value: Any) -> str:
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """Return the object of a request without its null entries. Raises DataError."""
+    """Return the object of a request without its null entries. Raises UserError."""
     value = loads(body)
     if not isinstance(value, dict):
-        raise DataError(f"the request is of type {type(value).__name__}, expected dict")
+        raise UserError(f"the request is of type {type(value).__name__}, expected dict")
     return {key: entry for key, entry in value.items() if entry is not None}

@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image, MpoImagePlugin  # noqa: F401  the JPEG plugin imports it when it meets a file of several pictures
 
 from mm1.engine.data.images import ImagePolicy, decode
-from mm1.engine.data.record import Unreadable
 from mm1.engine.serve import seccomp
 from mm1.engine.serve.turns import Kept
+from mm1.errors import Unreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SECONDS = 10  # for an image, by the clock and of CPU time
@@ -170,7 +170,7 @@ class Decoder:
             self.idle.put_nowait(worker)
 
     async def _turn(self) -> Worker | None:
-        from mm1.engine.engine import Busy  # not above: it knows torch
+        from mm1.engine.infer.engine import Busy  # not above: it knows torch
 
         if not self.room:
             raise Busy("too many images wait to be decoded")

@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mm1.engine.data.document import Document
-from mm1.engine.data.record import DataError, Unreadable
 from mm1.engine.data.sources import read_image
-from mm1.engine.engine import Busy, Engine
-from mm1.engine.prompts import CHARACTERS, policy_of
+from mm1.engine.infer.engine import Busy, Engine
+from mm1.engine.infer.prompts import CHARACTERS, policy_of
 from mm1.engine.serve import chat, urls
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.metrics import Metrics
 from mm1.engine.serve.turns import Kept, Room, Turns, finished
+from mm1.errors import Unreadable, UserError
 
 T = TypeVar("T")
 
@@ -63,14 +63,14 @@ class Intake:
     async def document(self, parts: Sequence[str | chat.Picture], client: str) -> AsyncIterator[Document]:
         """Encode texts and images. The document's views count until the end of the context.
 
-        Raises DataError, Unreadable and Busy; for a text that cannot fit before any of it is encoded.
+        Raises UserError, Unreadable and Busy; for a text that cannot fit before any of it is encoded.
         """
         pictures = sum(isinstance(part, chat.Picture) for part in parts)
         if pictures > self.max_images:
-            raise DataError(f"{pictures} images, expected at most {self.max_images}")
+            raise UserError(f"{pictures} images, expected at most {self.max_images}")
         size = sum(len(part) for part in parts if isinstance(part, str))
         if size > self.characters:
-            raise DataError(f"a text of {size} characters exceeds {self.tokens} tokens")
+            raise UserError(f"a text of {size} characters exceeds {self.tokens} tokens")
         async with self._lent(pictures * self.image_bytes, client) as lent:
             found: list[Any] = list(parts)
             if pictures:
@@ -114,7 +114,7 @@ class Intake:
                 self.room.give(held, client)
 
     async def _see(self, parts: list[Any], client: str) -> None:
-        """Put views in the places of pictures. Raises DataError that says which of them is wrong."""
+        """Put views in the places of pictures. Raises UserError that says which of them is wrong."""
         number = 0
         try:
             async with asyncio.timeout(IMAGES_SECONDS):
@@ -125,8 +125,8 @@ class Intake:
         except TimeoutError:
             # Not the client's fault: each image has bounds of its own, so that most of the time went by in waiting.
             raise Busy(f"the images took more than {IMAGES_SECONDS} s, at image {number}") from None
-        except (DataError, Unreadable) as error:
-            raise DataError(f"image {number}: {error}") from None
+        except (UserError, Unreadable) as error:
+            raise UserError(f"image {number}: {error}") from None
 
     async def _bytes_of(self, picture: chat.Picture, client: str) -> bytes:
         url = picture.url
@@ -135,11 +135,11 @@ class Intake:
         if data := self.files.get(url):
             return data
         if url.startswith("file-"):
-            raise DataError(f"there is no file {url[:60]!r} any more, or never was: upload it again")
+            raise UserError(f"there is no file {url[:60]!r} any more, or never was: upload it again")
         if not url.startswith(("http://", "https://")):
-            raise DataError("an image is a data: URL or the id of an uploaded file")
+            raise UserError("an image is a data: URL or the id of an uploaded file")
         if not self.allow_urls:
-            raise DataError("URLs are not fetched here (mm1 serve --allow-urls would)")
+            raise UserError("URLs are not fetched here (mm1 serve --allow-urls would)")
         return await urls.fetch(url, self.max_bytes)
 
     async def _decoded(self, data: bytes) -> list[np.ndarray]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from mm1.engine.cache import PAGE
-from mm1.engine.engine import Engine
-from mm1.engine.request import Request
+from mm1.engine.infer.cache import PAGE
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.request import Request
 
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from mm1.engine.data.record import DataError
 from mm1.engine.serve import seccomp
+from mm1.errors import UserError
 
 
 def take_from_environment(name: str) -> str | None:
@@ -22,20 +22,20 @@ def take_from_environment(name: str) -> str | None:
 
 
 def read_key(path: Path) -> str:
-    """Return the one line of a file. Raises DataError."""
+    """Return the one line of a file. Raises UserError."""
     try:
         return checked_key(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def checked_key(text: str, where: str) -> str:
-    """Return a key without the space around it. Raises DataError for one that no header can hold."""
+    """Return a key without the space around it. Raises UserError for one that no header can hold."""
     key = text.strip()
     if not key or not key.isprintable():
-        raise DataError(f"{where} has {len(key.splitlines())} lines, expected one line with a key")
+        raise UserError(f"{where} has {len(key.splitlines())} lines, expected one line with a key")
     if not key.isascii():
-        raise DataError(f"{where} has a character that is not ASCII, expected a key of ASCII characters")
+        raise UserError(f"{where} has a character that is not ASCII, expected a key of ASCII characters")
     return key
 
 

@@ -9,8 +9,8 @@ from functools import cache, partial
 from threading import BoundedSemaphore
 from urllib.parse import urlsplit
 
-from mm1.engine.data.record import DataError
-from mm1.engine.engine import Busy
+from mm1.engine.infer.engine import Busy
+from mm1.errors import UserError
 
 SECONDS = 10
 PORTS = (80, 443)
@@ -19,7 +19,7 @@ TURNS = BoundedSemaphore(32)  # URLs at a time, those included whose names wait 
 
 
 async def fetch(url: str, most: int) -> bytes:
-    """Return at most so many bytes. Raises DataError, or Busy.
+    """Return at most so many bytes. Raises UserError, or Busy.
 
     Redirects are not followed: each would have to be looked at like the first.
     """
@@ -33,18 +33,18 @@ async def fetch(url: str, most: int) -> bytes:
         if not host or len(host) > 253 or head.split(b"\r\n", 1)[0].count(b" ") != 2:
             raise ValueError
     except (ValueError, KeyError):
-        raise DataError(f"{url[:60]!r} is no http or https URL in ASCII") from None
+        raise UserError(f"{url[:60]!r} is no http or https URL in ASCII") from None
     if port not in PORTS:
-        raise DataError(f"port {port} of {host} is none of {', '.join(map(str, PORTS))}")
+        raise UserError(f"port {port} of {host} is none of {', '.join(map(str, PORTS))}")
     if not TURNS.acquire(blocking=False):
         raise Busy("too many URLs are being fetched")
     try:
         async with asyncio.timeout(SECONDS):
             return await _got(host, port, parts.scheme == "https", head, most)
     except TimeoutError:
-        raise DataError(f"{host} took more than {SECONDS} s") from None
+        raise UserError(f"{host} took more than {SECONDS} s") from None
     except OSError as error:
-        raise DataError(f"{host}: {error}") from None
+        raise UserError(f"{host}: {error}") from None
     finally:
         TURNS.release()
 
@@ -55,10 +55,10 @@ async def _got(host: str, port: int, encrypted: bool, head: bytes, most: int) ->
     try:
         found = await loop.run_in_executor(LOOK_UPS, look_up)
     except ValueError:  # a label of more than 63 characters, a zero
-        raise DataError(f"{host[:60]!r} is no name of a host") from None
+        raise UserError(f"{host[:60]!r} is no name of a host") from None
     addresses = [str(where[0]) for *_, where in found]
     if not addresses or not all(map(public, addresses)):
-        raise DataError(f"{host} is not at a public address")
+        raise UserError(f"{host} is not at a public address")
     # That very address, for a second look-up of the name could give another.
     context = {"ssl": _tls(), "server_hostname": host} if encrypted else {}
     reader, writer = await asyncio.open_connection(addresses[0], port, **context)
@@ -72,11 +72,11 @@ async def _got(host: str, port: int, encrypted: bool, head: bytes, most: int) ->
     lines, _, body = answer.partition(b"\r\n\r\n")
     status = lines.split(b"\r\n")[0].split(b" ")[1:2]
     if status != [b"200"] or b"\ntransfer-encoding:" in lines.lower():
-        raise DataError(
+        raise UserError(
             f"{host} answered {b''.join(status).decode('latin-1')[:9] or 'nothing'}, expected 200 and plain bytes"
         )
     if len(body) > most:
-        raise DataError(f"what {host} sends has more than {most} bytes")
+        raise UserError(f"what {host} sends has more than {most} bytes")
     return bytes(body)
 
 

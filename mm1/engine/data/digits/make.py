@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mm1.engine.tokenizer import byte_level_bpe
+from mm1.engine.data.tokenizer import byte_level_bpe
 
 SEED = 1998  # the year the digits were given to the UCI repository
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -1,0 +1,308 @@
+"""An MM1 of published weights: CLIP and AIM vision towers, Honeybee's C-Abstractor, Llama-type decoders.
+
+Tables map our parameters to names in the source's state dict, several where we fuse what it keeps apart. Each
+name gets a view of our parameter in the source's shape, so that loading is comparing shapes and copying.
+Names: transformers 5, models clip, llama, mistral, mixtral, qwen3, qwen3_moe; Cha et al. 2024 (Honeybee).
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm1.engine.layers.config import Connector, Decoder, Vision
+from mm1.engine.layers.decoder import DecoderLM
+from mm1.engine.layers.vision import ACTIVATIONS, VisionEncoder
+from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.mm1_config import Model
+from mm1.errors import UserError
+
+State = Mapping[str, Tensor]
+Source = tuple[Any, State]  # a transformers config or its dict, and the state dict
+Table = dict[str, str]  # module or parameter of ours -> what it is fused of; {e}: one for each expert
+
+QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+CLIP: Table = {
+    "class_token": "embeddings.class_embedding", "patch_weight": "embeddings.patch_embedding.weight",
+    "positions": "embeddings.position_embedding.weight", "pre_norm": "pre_layrnorm",
+    "blocks": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2",
+    "qkv": QKV, "out": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+}  # fmt: skip
+AIM: Table = {  # of apple/ml-aim, version 1
+    "patch_weight": "preprocessor.patchifier.proj.weight", "patch_bias": "preprocessor.patchifier.proj.bias",
+    "patch_norm": "preprocessor.patchifier.norm",
+    "blocks": "trunk.blocks", "norm1": "norm_1", "norm2": "norm_2",
+    "qkv": "attn.qkv", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+}  # fmt: skip
+LLAMA: Table = {
+    "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+    "blocks": "model.layers", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+    "attention.qkv": QKV, "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
+    "attention.out": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
+}  # fmt: skip
+MIXTURES: tuple[Table, ...] = (  # of transformers 5, then of files of Qwen3-MoE and Mixtral
+    {"mlp.router": "mlp.gate", "mlp.down": "mlp.experts.down_proj",
+     "mlp.gate_up": "mlp.experts.gate_up_proj"},
+    {"mlp.router": "mlp.gate", "mlp.down": "mlp.experts.{e}.down_proj.weight",
+     "mlp.gate_up": "mlp.experts.{e}.gate_proj.weight mlp.experts.{e}.up_proj.weight"},
+    {"mlp.router": "block_sparse_moe.gate", "mlp.down": "block_sparse_moe.experts.{e}.w2.weight",
+     "mlp.gate_up": "block_sparse_moe.experts.{e}.w1.weight block_sparse_moe.experts.{e}.w3.weight"},
+)  # fmt: skip
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+AIM_UNUSED = r"head\..*|trunk\.post_trunk_norm\..*"
+CLIP_UNUSED = r".*position_ids|post_layernorm\..*|text_model\..*|(text|visual)_projection\..*|logit_scale"
+
+# What fields that config.json leaves out mean, and which values of a field this engine honours.
+CLIP_FIELDS = {
+    "width": ("hidden_size", 768), "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
+    "ffn": ("intermediate_size", 3072), "patch": ("patch_size", 32), "eps": ("layer_norm_eps", 1e-5),
+    "activation": ("hidden_act", "quick_gelu"),
+}  # fmt: skip
+AIM_HONOURED = {"num_channels": (3,), "use_bias": (False,), "mlp_hidden_dim": (None,), "ffn_dropout_rate": (0.0,)}
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CLIP_HONOURED = {
+    "model_type": ("clip_vision_model",), "hidden_act": tuple(ACTIVATIONS), "num_channels": (3,),
+    "quantization_config": (None,),
+}  # fmt: skip
+CLIP_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "patch_size",
+    "image_size",
+)
+DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {"sliding_window": 4096}, "mixtral": {"rope_theta": 1_000_000.0},
+    "qwen3": {"use_sliding_window": False, "head_dim": 128},
+    "qwen3_moe": {"use_sliding_window": False, "norm_topk_prob": False},
+}  # fmt: skip
+DECODER_HONOURED = {
+    "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0, None),
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "quantization_config": (None,),
+}  # fmt: skip
+DECODER_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+)  # fmt: skip
+DECODER_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "norm_topk_prob")
+DECODER_COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
+@torch.no_grad()
+def from_hf(
+    *, vision: Source | Vision, decoder: Source | Decoder, seed: int = 0,
+    connector: State | Connector | None = None, image_tokens: int = 144, context: int | None = None,
+) -> MM1:  # fmt: skip
+    """Return a model in fp32 of transformers' (config, state dict) for vision and decoder and Honeybee's state dict.
+
+    AIM's config is that of its files: img_size, patch_size, embed_dim, num_blocks, num_heads.
+
+    A part given as a config of ours is initialised from `seed`, as is the connector if None. image_tokens: of
+    the connector, which no tensor tells. context: longest document, which a sliding window has to hold; None:
+    max_position_embeddings. The lesser of both is the model's context. Raises UserError for a field or tensor missing,
+    unknown or not supported.
+    """
+    v, v_state = _part("vision", vision, Vision, _vision)
+    d, d_state = _part("decoder", decoder, Decoder, lambda source: _decoder(source, context))
+    c, c_state = _honeybee(connector, image_tokens) if isinstance(connector, Mapping) else (connector, None)
+    c = c or Connector(tokens=image_tokens, position_grid=v.table)
+    size, longest = v.table[0] * v.patch, [context] if context else []
+    if d_state is not None and (trained := _config_of(decoder).get("max_position_embeddings")):
+        longest.append(trained)
+    whole = Model(v, c, d, "squash", size, math.prod(v.table), context=min(longest, default=None))
+    model = MM1(whole).initialize(seed)
+    if v_state is not None:
+        (_load_aim if v.patch_norm else _load_clip)(model.vision, v_state)
+    if c_state is not None:
+        _fill("connector", dict(model.connector.named_parameters()), c_state)
+    if d_state is not None:
+        _load_llama(model.decoder, d_state)
+    return model
+
+
+def _part(part: str, given: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
+    """Return our config, and the state dict if there is one."""
+    if isinstance(given, kind):
+        return given, None
+    try:
+        return read(_config_of(given)), given[1]
+    except KeyError as error:
+        raise UserError(f"{part} config: {error.args[0]} is missing") from None
+
+
+def _config_of(source: Any) -> dict[str, Any]:
+    return dict(source[0]) if isinstance(source[0], Mapping) else source[0].to_dict()
+
+
+def _expect(part: str, source: dict[str, Any], honoured: Mapping[str, tuple]) -> None:
+    for name, values in honoured.items():
+        if name in source and source[name] not in values:
+            expected = " or ".join(map(repr, values))
+            raise UserError(f"{part} config: {name} is {source[name]!r}, expected {expected}")
+
+
+def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], null: bool = False) -> None:
+    """Refuse what is no whole number from 1 on, of those of the fields that are there. null: which may be null."""
+    for name in names:
+        value = source.get(name)
+        if name in source and not (value is None and null) and (type(value) is not int or value < 1):
+            raise UserError(f"{part} config: {name} is {value!r}, expected a positive integer")
+
+
+def _expect_flags(part: str, source: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse what is neither true nor false, as transformers does: of "false" in quotes each reader makes another."""
+    for name in names:
+        if name in source and type(source[name]) is not bool:
+            raise UserError(f"{part} config: {name} is {source[name]!r}, expected True or False")
+
+
+def _vision(source: dict[str, Any]) -> Vision:
+    if "num_blocks" in source:
+        return _aim(source)
+    if source["model_type"] == "clip":
+        nested = source.get("vision_config_dict")  # of older files; transformers takes it for the other if it is there
+        nested = (source.get("vision_config") or {}) if nested is None else nested
+        if not isinstance(nested, dict):
+            raise UserError(f"vision config: vision_config is {nested!r}, expected an object")
+        source = {"model_type": "clip_vision_model"} | nested
+    _expect("vision", source, CLIP_HONOURED)
+    fields: dict[str, Any] = {ours: source.get(*theirs) for ours, theirs in CLIP_FIELDS.items()}
+    side = source.get("image_size", 224)
+    names = {theirs: fields[ours] for ours, (theirs, _) in CLIP_FIELDS.items()} | {"image_size": side}
+    _expect_counts("vision", names, CLIP_COUNTS)
+    if side % fields["patch"]:
+        raise UserError(f"vision config: image_size is {side}, expected a multiple of the patch_size {fields['patch']}")
+    return Vision(table=(side // fields["patch"],) * 2, **fields)
+
+
+def _aim(source: dict[str, Any]) -> Vision:
+    _expect_flags("vision", source, ("use_bias",))
+    _expect("vision", source, AIM_HONOURED)
+    width, patch, side = source["embed_dim"], source["patch_size"], source["img_size"]
+    _expect_counts("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"))
+    if side % patch:
+        raise UserError(f"vision config: img_size is {side}, expected a multiple of the patch_size {patch}")
+    return Vision(
+        width, source["num_blocks"], source["num_heads"], int(source.get("mlp_ratio", 4) * width), patch,
+        (side // patch,) * 2, activation="gelu", class_token=False, pre_norm=False, patch_norm=True,
+        positions="sincos", bias=False, eps=1e-6, **IMAGENET,
+    )  # fmt: skip
+
+
+def _decoder(source: dict[str, Any], context: int | None) -> Decoder:
+    kind = source["model_type"]
+    _expect("decoder", source, {"model_type": tuple(DECODER_DEFAULTS)})
+    # Since transformers 5 theta is among rope_parameters, for which a rope_scaling beside it, as before, is taken.
+    rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"decoder config: rope_parameters are {rope!r}, expected those of all layers")
+    source = {"rope_theta": 10_000.0} | DECODER_DEFAULTS[kind] | source | rope
+    _expect_flags("decoder", source, DECODER_FLAGS)
+    _expect("decoder", source, DECODER_HONOURED)
+    if strange := set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"decoder config: layer_types has {min(strange)!r}, expected full or sliding attention")
+    _expect_counts("decoder", source, DECODER_COUNTS)
+    _expect_counts("decoder", source, DECODER_COUNTS_OR_NULL, null=True)
+    window = source.get("sliding_window") if source.get("use_sliding_window", True) else None
+    if window and window < (longest := context or source["max_position_embeddings"]):
+        raise UserError(f"decoder config: sliding_window is {window}, expected {longest} or more")
+    width, heads = source["hidden_size"], source["num_attention_heads"]
+    mixture = kind in ("mixtral", "qwen3_moe")
+    experts = source["num_experts" if "num_experts" in source else "num_local_experts"] if mixture else 0
+    return Decoder(
+        vocabulary=source["vocab_size"], width=width, layers=source["num_hidden_layers"], heads=heads,
+        kv_heads=source.get("num_key_value_heads") or heads, eps=source["rms_norm_eps"],
+        head_width=source.get("head_dim") or width // heads, rope_theta=source["rope_theta"],
+        ffn=source["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
+        moe_every=1, experts=experts, experts_per_token=source["num_experts_per_tok"] if mixture else 0,
+        qk_norm=kind.startswith("qwen3"),
+        tied=source.get("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+def _honeybee(state: State, tokens: int) -> tuple[Connector, State]:
+    """Return sizes and tensors of a C-Abstractor, without our norm after it: its readout was trained without one."""
+    state = {name.removeprefix("abstractor."): tensor for name, tensor in state.items()}
+    names, grid = " ".join(state), None
+    if "pos_emb" in state:
+        side = math.isqrt(state["pos_emb"].shape[1])
+        grid = (side, side)
+        state["pos_emb"] = state["pos_emb"][:, -side * side :]  # older files begin with the class token's
+    depth, readout = (len(re.findall(p, names)) for p in (r"net\.0\.b\d+\.conv1\.conv", r"readout\.\d+\.w"))
+    if not depth or not readout:
+        raise UserError("connector: tensors net.0.b…, readout.… are missing, expected Honeybee's C-Abstractor")
+    hidden = len(state["net.0.b1.conv1.conv.weight"])
+    return Connector("c-abstractor", tokens, hidden, depth, readout, grid, output_norm=False), state
+
+
+def _load_clip(encoder: VisionEncoder, state: State) -> None:
+    c, views = encoder.config, views_of(encoder, CLIP)
+    views[CLIP["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
+    views[CLIP["positions"]] = positions = torch.empty(1 + math.prod(c.table), c.width)  # the class's first
+    _fill("vision", views, {name.removeprefix("vision_model."): state[name] for name in state}, CLIP_UNUSED)
+    encoder.class_token.add_(positions[0])
+    encoder.positions.copy_(positions[1:].view_as(encoder.positions))
+
+
+def _load_aim(encoder: VisionEncoder, state: State) -> None:
+    c, views = encoder.config, views_of(encoder, AIM)
+    views[AIM["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
+    _fill("vision", views, state, AIM_UNUSED)
+
+
+def _load_llama(decoder: DecoderLM, state: State) -> None:
+    c, table, embedding = decoder.config, LLAMA, decoder.embedding.weight
+    if c.experts:
+        first = {f"model.layers.0.{mixture['mlp.down']}".format(e=0): mixture for mixture in MIXTURES}
+        table = LLAMA | next((first[name] for name in first if name in state), MIXTURES[0])
+    views = views_of(decoder, table, (c.kv_heads, c.head_width))
+    _fill("decoder", views, state, r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * c.tied, grouped=True)
+    if c.tied and not torch.equal(state.get("lm_head.weight", embedding).to(embedding), embedding):
+        raise UserError("decoder: tensor lm_head.weight is another than the embedding, expected them tied")
+
+
+def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Return the part of our parameter for each source name: parts are equal along the first axis.
+
+    heads: key-value heads G of width Dh, if attention.qkv stands by them: then its parts are [G, …, Dh, D].
+    """
+    views = {}
+    for path, parameter in module.named_parameters():
+        *block, name = re.split(r"^(blocks\.\d+\.)", path)  # ["", "blocks.3.", name], or only the name
+        prefix = "".join(block).replace("blocks", table["blocks"])
+        stem, dot, kind = name.rpartition(".")
+        sources = table[name].split() if name in table else [s + dot + kind for s in table[stem].split()]
+        for e, whole in enumerate(parameter if "{e}" in sources[0] else [parameter]):
+            if heads and stem == "attention.qkv":
+                groups = whole.view(heads[0], -1, heads[1], whole.shape[1])
+                parts = groups.split([groups.shape[1] - 2, 1, 1], dim=1)
+            else:
+                parts = whole.split(len(whole) // len(sources))
+            views |= {prefix + source.format(e=e): part for source, part in zip(sources, parts)}
+    return views
+
+
+def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = "", grouped: bool = False) -> None:
+    """Copy each tensor into its view. Raises UserError if one is missing, mis-shaped or left over.
+
+    grouped: views of four axes are of rows by key-value head, which stand in one axis in `state`.
+    """
+    for name, view in views.items():
+        shape = (view[..., 0].numel(), view.shape[-1]) if grouped and view.ndim == 4 else tuple(view.shape)
+        found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+        if found != (expected := f"of shape {shape}"):
+            raise UserError(f"{part}: tensor {name} is {found}, expected {expected}")
+        if state[name].dtype not in FLOATS:  # of which a scale may stand elsewhere
+            raise UserError(
+                f"{part}: tensor {name} is of dtype {state[name].dtype}, expected floats of 16 bits or more"
+            )
+        view.copy_(state[name].reshape(view.shape))
+    for name in state:
+        if name not in views and not re.fullmatch(unused, name):
+            raise UserError(f"{part}: tensor {name} is unknown, expected those that the config implies")

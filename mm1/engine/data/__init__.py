@@ -1,0 +1,1 @@
+"""Data sources, images, documents, mixtures and packing; nothing here imports torch before the batch."""

@@ -1,0 +1,183 @@
+"""The tokenizer.json of a run: byte-level BPE trained on text, or an existing one with the special tokens added.
+
+Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (GPT-2) for bytes as its alphabet.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mm1.engine.data.record import Choice
+from mm1.engine.data.sources import KINDS, Source, expand, open_source
+from mm1.engine.data.text_tokenizer import SPECIAL, renamed
+from mm1.errors import Unreadable, UserError
+
+ROWS = 64  # the vocabulary is a multiple of it: whole tiles of tensor cores in products with the head
+LEAST = 256 + len(SPECIAL)  # tokens: each byte is one, so that any text can be written
+VOCABULARY = 32_000
+TRIED = 16  # records of a file that have to be unreadable before it counts as of another kind
+
+
+def tokenizer(
+    out: tyro.conf.Positional[Path],
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[FILES …]")] = (),
+    vocabulary: int | None = None,
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+) -> None:
+    """Make the tokenizer.json that a run needs: train one on text, or add the special tokens to an existing one.
+
+    Args:
+        out: file to write.
+        files: data to train on, in any form that a run reads: text, captions, interleaved documents, conversations.
+        vocabulary: tokens of a trained one (default: 32000); a small text may give fewer.
+        source: instead of files, a tokenizer.json to which <pad>, <bos>, <eos> and <image> are added.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: give another file")
+    if bool(files) == (source is not None):
+        raise UserError("give either FILES to train on or --from an existing tokenizer.json")
+    if source is None:
+        text = byte_level_bpe(texts_of(files), VOCABULARY if vocabulary is None else vocabulary).to_str(pretty=True)
+    elif vocabulary is None:
+        text, _, _ = with_special_tokens(source)
+    else:
+        raise UserError(f"--vocabulary is {vocabulary}, expected none beside --from, whose tokens stay as they are")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n", encoding="utf-8")
+    tokens = _ids(Tokenizer.from_str(text))
+    size = vocabulary_size(tokens)
+    print(f'{out} has {tokens} tokens: set data.tokenizer = "{out}" and model.decoder.vocabulary = {size}')
+
+
+def vocabulary_size(tokens: int) -> int:
+    """Return the smallest legal size of an embedding for so many tokens."""
+    return -(-tokens // ROWS) * ROWS
+
+
+def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Return a tokenizer of at most `vocabulary` tokens that writes any UTF-8 text; ids 0 to 3 are the special tokens.
+
+    Raises UserError if there is no text, or if `vocabulary` has no room for all bytes and the special tokens.
+    """
+    if vocabulary < LEAST:
+        raise UserError(f"--vocabulary is {vocabulary}, expected at least {LEAST}: 256 bytes and {len(SPECIAL)} marks")
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    counted = 0
+
+    def texts_counted() -> Iterator[str]:
+        nonlocal counted
+        for text in texts:
+            counted += 1
+            yield text
+
+    trained.train_from_iterator(texts_counted(), trainer)
+    if not counted:
+        raise UserError("no text to train a tokenizer on")
+    return trained
+
+
+def texts_of(files: Iterable[str]) -> Iterator[str]:
+    """Yield every text of the files, which may be patterns; records that cannot be read are left out and counted.
+
+    Raises UserError for a file of none of the kinds of data.
+    """
+    unreadable = 0
+    for path in expand(list(files), Path()):
+        source = _source(path)
+        for i in range(len(source)):
+            try:
+                for part in source[i].parts:
+                    if isinstance(part, str):
+                        yield from part.texts if isinstance(part, Choice) else (str(part),)
+            except Unreadable:
+                unreadable += 1
+    if unreadable:
+        print(f"{unreadable} records could not be read and were left out")
+
+
+def _source(path: Path) -> Source:
+    """Return the file as the first kind of data as which one of its first records can be read."""
+    kinds = [kind for kind, source in KINDS.items() if path.name.lower().endswith(tuple(source.readers))]
+    if not kinds:
+        endings = dict.fromkeys(ending for source in KINDS.values() for ending in source.readers)
+        raise UserError(f"{path}: expected a file ending in {', '.join(endings)}")
+    reasons = []
+    for kind in kinds:
+        reason = ""
+        try:
+            source = open_source(kind, path, Path())
+            for i in range(min(TRIED, len(source))):
+                try:
+                    source[i]
+                    return source
+                except Unreadable as error:
+                    reason = reason or error.reason
+        except UserError as error:
+            reason = str(error)
+        reasons.append(f"as {kind}: {reason}")
+    raise UserError(f"{path} has no text that can be read; {'; '.join(reasons)}")
+
+
+def with_special_tokens(path: Path) -> tuple[str, int, int]:
+    """Return a tokenizer.json with the special tokens that it lacked, and the number of its ids before and after.
+
+    What tokenizer_config.json calls bos and eos becomes <bos> and <eos>, under its id, whose row is trained.
+    Raises UserError for a file that is no tokenizer.json.
+    """
+    text, settings = json.dumps(json_object(path)), path.with_name("tokenizer_config.json")
+    try:
+        old = Tokenizer.from_str(text)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(f"{path} is not a tokenizer.json: {error}") from None
+    names = _our_names(old, json_object(settings) if settings.is_file() else {})
+    spec = renamed(json.loads(old.to_str()), names)
+    known, vocabulary = _ids(old), spec["model"]["vocab"]
+    if isinstance(vocabulary, dict) and len(vocabulary) <= max(vocabulary.values(), default=-1):
+        # The library counts tokens to find the next id, which in a vocabulary with gaps belongs to another token.
+        ids = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary
+        new_ids = {token: known + i for i, token in enumerate(token for token in SPECIAL if token not in ids)}
+        spec["model"]["vocab"] = ids | new_ids
+    # Documents are encoded whole and get bos and eos elsewhere; a template would name tokens that are gone.
+    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
+    new = Tokenizer.from_str(json.dumps(spec))
+    new.add_special_tokens(list(SPECIAL))
+    return new.to_str(), known, _ids(new)
+
+
+def _ids(tokenizer: Tokenizer) -> int:
+    """Return the number of rows that an embedding needs: ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _our_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Token of `tokenizer` -> our name for it. One that is bos and eos both is eos, without which no text ends."""
+    names: dict[str, str] = {}
+    for ours, field in (("<eos>", "eos_token"), ("<bos>", "bos_token")):
+        theirs = settings.get(field)
+        theirs = theirs["content"] if isinstance(theirs, dict) else theirs
+        if theirs and tokenizer.token_to_id(theirs) is not None and tokenizer.token_to_id(ours) is None:
+            names.setdefault(theirs, ours)
+    return names
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,1 @@
+"""The demo: train a small model in minutes and ask it about images it has not seen."""

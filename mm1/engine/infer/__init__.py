@@ -1,0 +1,1 @@
+"""Inference: the engine that schedules requests, its cache, sampling and decoding."""

@@ -1,0 +1,156 @@
+"""One decoding step on a CPU in one call: decode.cpp, compiled for this machine when it is first wanted."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mm1.engine.infer.cache import PAGE, Cache
+from mm1.engine.infer.compiled import CannotCompile, compiled
+from mm1.kernels.tuning import cache_folder
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+PRODUCTS = 300_000_000  # so many multiplications and additions take less than torch's calls (digits: 220 rows of 1.4 M)
+PAIRS = 4  # times as long as one of them takes one of attention, whose keys each row reads anew
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("kind", c_int64)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm1", "q_norm", "k_norm", "norm2")),
+        *((name, _Matrix) for name in ("qkv", "out", "router", "gate", "up", "down")),
+        ("experts", c_int64), ("gate_stride", c_int64), ("k", c_void_p), ("v", c_void_p),
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("width", "heads", "groups", "head", "ffn", "chosen", "layers", "vocabulary")),
+        ("page", c_int64), ("cache", c_int64), ("eps", c_float), ("frequencies", c_void_p), ("norm", c_void_p),
+        ("embedding", _Matrix), ("lm_head", _Matrix), ("layer", POINTER(_Layer)),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> "ctypes.CDLL | None":
+    """The compiled code, from the user's cache if it was compiled before; None, with a warning, where it cannot be."""
+    try:
+        if os.name != "posix":  # the flags are those of POSIX compilers, whatever CXX says
+            why = f"{SOURCE.name} is compiled on POSIX systems alone"
+        else:
+            usual = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+            compiler = shlex.split(os.environ.get("CXX", "")) or ([usual] if usual else [])
+            if compiler:
+                return compiled(SOURCE, compiler, FLAGS, lambda: cache_folder().parent / "native")
+            why = "no C++ compiler found"
+    except (CannotCompile, OSError, ValueError) as error:  # ValueError: CXX has an open quotation mark
+        why = f"cannot compile {SOURCE.name}: {error}"
+    warnings.warn(f"{why}; each token is decoded by many calls of torch in place of one", stacklevel=2)
+    return None
+
+
+def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
+    """None where it cannot run: on a GPU, in fp16, with weights that torchao packs, without a compiler.
+
+    decoder, head: a DecoderLM and its Head, or as quantize.py makes them.
+    """
+    named = decoder.named_parameters()
+    known = all(
+        type(p) is nn.Parameter and p.dtype in KINDS and p.is_contiguous() and not name.endswith("bias")
+        for name, p in named
+    )
+    on_cpu = known and cache.k.device.type == "cpu"
+    return Step(decoder, head, cache, code) if on_cpu and (code := library()) else None
+
+
+class Step:
+    """Runs a decoder and its head over a cache; weights are used where they are."""
+
+    def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
+        c = decoder.config
+        self.vocabulary, self.code, self._kept = c.vocabulary, code, [cache.k, cache.v]
+        self._of = decoder, head, cache
+        layers = (_Layer * c.layers)()
+        for layer, block, k, v in zip(layers, decoder.blocks, cache.k, cache.v):
+            a, mlp = block.attention, block.mlp
+            layer.norm1, layer.norm2 = self._vector(block.norm1.weight), self._vector(block.norm2.weight)
+            if c.qk_norm:
+                layer.q_norm, layer.k_norm = self._vector(a.q_norm.weight), self._vector(a.k_norm.weight)
+            layer.qkv, layer.out = self._linear(a.qkv), self._linear(a.out)
+            layer.k, layer.v, layer.experts = k.data_ptr(), v.data_ptr(), 1
+            if hasattr(mlp, "router"):
+                layer.experts, layer.gate_stride = c.experts, 2 * c.ffn
+                layer.router = self._linear(mlp.router)
+                gate_up, scale = mlp.gate_up, getattr(mlp, "gate_up_scale", None)
+                layer.gate = self._matrix(gate_up, scale)
+                layer.up = self._matrix(gate_up[:, c.ffn :], None if scale is None else scale[:, c.ffn :])
+                layer.down = self._matrix(mlp.down, getattr(mlp, "down_scale", None))
+            else:
+                layer.gate, layer.up, layer.down = map(self._linear, (mlp.gate, mlp.up, mlp.down))
+        frequencies = c.rope_theta ** (-torch.arange(0, c.head_width, 2, dtype=torch.float32) / c.head_width)
+        mlp = 3 * c.ffn * (c.experts_per_token if c.experts else 1)
+        self._row = c.layers * c.width * ((2 * c.heads + 2 * c.kv_heads) * c.head_width + mlp)
+        self._pair = PAIRS * 2 * c.layers * c.heads * c.head_width
+        self._model = _Model(
+            c.width, c.heads, c.kv_heads, c.head_width, c.ffn, max(c.experts_per_token, 1), c.layers, c.vocabulary,
+            PAGE, KINDS[cache.k.dtype], c.eps, self._vector(frequencies), self._vector(decoder.norm.weight),
+            self._matrix(decoder.embedding.weight), self._linear(head), layers,
+        )  # fmt: skip
+
+    def takes(self, rows: int, pairs: int) -> bool:
+        """Say whether torch is slower for so many rows that see so many keys, summed over the rows."""
+        return rows * self._row + pairs * self._pair <= PRODUCTS
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Addresses and code are of this process; a copy, or where it cannot be compiled None, is made anew."""
+        return step_of, self._of
+
+    def _vector(self, x: Any) -> int:
+        self._kept.append(x.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _linear(self, module: nn.Module) -> _Matrix:
+        return self._matrix(module.weight, getattr(module, "scale", None))
+
+    def _matrix(self, weight: Any, scale: Tensor | None = None) -> _Matrix:
+        """scale: of int8's rows."""
+        self._kept += [weight, scale]
+        return _Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), KINDS[weight.dtype])
+
+    def __call__(
+        self, rows: Sequence[int] | Tensor, positions: Sequence[int] | np.ndarray, tables: Sequence[np.ndarray],
+        wanted: Sequence[int] | np.ndarray | None = None,
+    ) -> tuple[Tensor, list[int], list[float]]:  # fmt: skip
+        """Logits fp32 [B, V] of B new rows or of those `wanted`, the likeliest tokens and their log-probabilities.
+
+        rows: tokens, or embedded ones fp32 [B, D]; positions: in their documents, of which a row sees what the cache
+        has and what is new up to itself; tables int32: pages of each row's document.
+        """
+        B, last = len(positions), range(len(positions)) if wanted is None else wanted
+        logits, best = torch.empty(len(last), self.vocabulary), np.empty(len(last), np.int64)
+        logprobs = np.empty(len(last), np.float32)
+        given = rows.contiguous().numpy() if isinstance(rows, Tensor) else np.array(rows, np.int64)
+        places = (None, given.ctypes.data) if isinstance(rows, Tensor) else (given.ctypes.data, None)
+        pages = np.array([table.ctypes.data for table in tables], np.uintp)
+        at, which = np.array(positions, np.int64), np.array(last, np.int64)
+        self.code.decode(
+            ctypes.byref(self._model), c_int64(B), *map(c_void_p, (*places, at.ctypes.data, pages.ctypes.data)),
+            c_int64(len(last)), *(c_void_p(x.ctypes.data) for x in (which, logits.numpy(), best, logprobs)),
+            c_int(torch.get_num_threads()),
+        )  # fmt: skip
+        return logits, best.tolist(), logprobs.tolist()

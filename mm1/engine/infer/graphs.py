@@ -1,0 +1,111 @@
+"""One decoding step on a GPU without the CPU's part in it: compiled blocks in CUDA graphs, with sampling inside.
+
+A graph is made when its number of documents, a power of two, is first met; the rows that are not needed run on a page
+of their own. Launched one by one, the few hundred kernels of a step would take longer than reading the weights does.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mm1.engine.infer.cache import PAGE, Cache, Rows
+from mm1.engine.infer.sampling import Draw, sample
+from mm1.engine.layers.blocked import twin
+from mm1.kernels.dispatch import power_of_2
+
+PAGES = 512  # of one document, so that all tables are of one shape; longer documents are decoded without a graph
+
+
+class Captured(NamedTuple):
+    graph: "torch.cuda.CUDAGraph"
+    whole: Tensor  # int32 [B, 2 + PAGES]: token, position, pages
+    draws: Tensor  # fp32 [B, 5]: of Draw
+    logits: Tensor  # fp32 [B, V]
+    chosen: Tensor  # fp64 [B, 2]: token, its log-probability
+
+
+class Graphs:
+    """Of a decoder, its head and a cache on a GPU, for at most `batch` documents at once."""
+
+    def __init__(self, decoder: Any, head: nn.Module, cache: Cache, batch: int):
+        self.decoder, self.head, self.cache = twin(decoder), head, cache
+        self._compile()
+        spare = cache.take(1)
+        assert spare, "a cache of no pages"
+        self.spare, self.captured, self.pool = spare[0], {}, None
+        self.whole = np.zeros((power_of_2(batch), 2 + PAGES), np.int32)
+
+    def _compile(self) -> None:
+        for block in self.decoder.blocks:
+            block.replace_forward(torch.compile(block.forward, fullgraph=True))  # pyright: ignore[reportCallIssue]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which are of this process; a copy captures its own."""
+        return {**self.__dict__, "captured": {}, "pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compile()
+
+    def __call__(
+        self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray], draws: Sequence[Draw]
+    ) -> tuple[Tensor, list[int], list[float]]:
+        """Logits fp32 [B, V] behind a token of each of B documents, the next tokens and their log-probabilities.
+
+        positions: rows that the cache has of each; tables int32: their pages, at most PAGES, also for this row.
+        """
+        count, sampled = len(tokens), any(draw.temperature for draw in draws)
+        key = (power_of_2(count), sampled)
+        if key not in self.captured:
+            self.captured[key] = self._capture(*key)
+        c = self.captured[key]
+        c.whole.copy_(torch.from_numpy(self._rows(key[0], tokens, positions, tables)))
+        if sampled:
+            c.draws[:count].copy_(torch.tensor(draws, dtype=torch.float32))
+        c.graph.replay()
+        chosen = c.chosen[:count].tolist()
+        return c.logits[:count], [int(token) for token, _ in chosen], [logprob for _, logprob in chosen]
+
+    def _rows(self, size: int, tokens, positions, tables) -> np.ndarray:
+        whole = self.whole[:size]
+        whole[:, :2], whole[:, 2] = 0, self.spare
+        whole[: len(tokens), 0], whole[: len(tokens), 1] = tokens, positions
+        for row, table in zip(whole, tables):
+            row[2 : 2 + len(table)] = table
+        return whole
+
+    def step(self, whole: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits and chosen as in Captured; without draws the likeliest tokens. Nothing waits for the device."""
+        positions, tables = whole[:, 1].long(), whole[:, 2:]
+        slots = tables.gather(1, positions[:, None] // PAGE)[:, 0].long() * PAGE + positions % PAGE
+        cu_seqlens = torch.arange(len(whole) + 1, dtype=torch.int32, device=whole.device)
+        rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, 1, True)
+        x = self.decoder.embedding(whole[:, 0])
+        # All engines of a process share Block.forward's code, each with four or five versions of it; torch allows 8.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            hidden = self.decoder(x, positions, cu_seqlens, attends=self.cache.attends(rows))[0]
+        logits = self.head(hidden).float()
+        tokens = logits.argmax(-1) if draws is None else sample(logits, *draws.unbind(1))
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return logits, torch.stack([tokens.double(), logprobs.double()], 1)
+
+    def _capture(self, size: int, sampled: bool) -> Captured:
+        device = self.cache.k.device
+        whole = torch.from_numpy(self._rows(size, [], [], [])).to(device)
+        draws = torch.zeros(size, len(Draw._fields), device=device)
+        step = partial(self.step, whole, draws if sampled else None)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and chooses kernels
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits, chosen = step()
+        self.pool = graph.pool()  # which one at a time is replayed may share
+        return Captured(graph, whole, draws, logits, chosen)

@@ -1,0 +1,146 @@
+"""A decoder whose weights are of fewer bits: decoding is bound by reading them.
+
+"int8": a scale a row, rounded by torchao and multiplied by kernels/quantized.py, because torchao's own product writes
+the whole weight out in x's dtype at each call (33 ms of 2048 × 8192 on a CPU, where reading it takes 1.3). "float8",
+e4m3: likewise, on GPUs that have it. "int4": a scale and a zero for each 128, 64 or 32 of a row, torchao's packing for
+the device and its product in bf16; but experts, the head and what does not divide are int8. Experts are looked up and
+read within one kernel, which knows rows of whole bytes; and a head's error goes straight into the logits.
+
+Rounding normal weights changes a product by 0.8 % (int8, 2048 wide) and 9 % (int4 in groups of 64). On a CPU decode.cpp
+reads int8 itself: a token of 30 M parameters takes 2.7 ms, in bf16 3.9, in fp32 5.8 (two threads). int4 goes by torch
+there: of 78 M parameters in fp32, one thread, 22 ms a token and 50 for eight, where packed.py takes 50 and 56, but a
+prompt of 256 takes 501 in place of 391.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm1.engine.layers.blocked import twin
+from mm1.engine.layers.decoder import DecoderLM
+from mm1.engine.layers.experts import Experts
+from mm1.errors import UserError
+from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
+from mm1.kernels.moe.routing import route
+
+HOW = ("int8", "int4", "float8")
+LEAST = 1 << 17  # numbers in a weight; a smaller one saves nothing that is felt
+GROUPS = (128, 64, 32)  # of int4
+
+
+class Linear8(nn.Module):
+    """x [T, in] -> [T, out] of a frozen weight [out, in]."""
+
+    def __init__(self, weight: Tensor, how: str):
+        super().__init__()
+        self.weight, self.scale = map(nn.Buffer, rounded(weight, how))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_8(x, self.weight, self.scale)
+
+
+class Linear4(nn.Module):
+    """The same; its weight is torchao's."""
+
+    def __init__(self, weight: Tensor, group: int):
+        super().__init__()
+        self.weight = nn.Parameter(grouped(weight, group), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(torch.bfloat16), self.weight).to(x.dtype)
+
+
+class Experts8(nn.Module):
+    """In the place of Experts."""
+
+    def __init__(self, experts: Experts, how: str):
+        super().__init__()
+        self.k, self.router = experts.k, experts.router
+        self.gate_up, self.gate_up_scale = map(nn.Buffer, rounded(experts.gate_up, how))
+        self.down, self.down_scale = map(nn.Buffer, rounded(experts.down, how))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r = route(self.router(x), self.k, mask=mask)
+        y = moe_mlp_8(x, r.index, r.weight, self.gate_up, self.gate_up_scale, self.down, self.down_scale)
+        return y, r.load_balance, r.z_loss, torch.cat([r.offsets, r.dropped[None]])
+
+
+@torch.no_grad()
+def quantized(decoder: DecoderLM, how: str) -> tuple[nn.Module, nn.Module]:
+    """A copy of the decoder with wide linears and experts in "int8", "int4" or "float8", and its head [T, D] -> [T, V].
+
+    All else is shared. Raises UserError without torchao, or for what the device does not have.
+    """
+    if how not in HOW:
+        raise UserError(f"weights are {how!r}, expected one of {', '.join(HOW)}")
+    _check(decoder.head_weight.device, how)
+    other = twin(decoder)
+    for module in list(other.blocks.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Experts):
+                setattr(module, name, Experts8(child, how))
+            elif type(child) is nn.Linear and child.bias is None and child.weight.numel() >= LEAST:
+                setattr(module, name, _linear(child.weight, how))
+    head = Linear8(decoder.head_weight, "int8" if how == "int4" else how)
+    if not decoder.config.tied:
+        del other.head
+    return other, head
+
+
+def _check(device: torch.device, how: str) -> None:
+    least = {"int8": (0, 0), "int4": (8, 0), "float8": (8, 9)}[how]
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if how == "float8" if found is None else found < least:
+        has = device.type if found is None else "one of {}.{}".format(*found)
+        raise UserError(f'weights "{how}" need a GPU of compute capability {least[0]}.{least[1]} or more, not {has}')
+
+
+def _linear(weight: Tensor, how: str) -> nn.Module:
+    rows, width = weight.shape
+    group = next((g for g in GROUPS if width % g == 0), None)
+    if how == "int4" and group and (weight.device.type == "cuda" or rows % 16 == 0):
+        return Linear4(weight, group)
+    return Linear8(weight, "int8" if how == "int4" else how)
+
+
+def rounded(weight: Tensor, how: str) -> tuple[Tensor, Tensor]:
+    """weight [..., N, K] in 8 bits, and its scales fp32 [..., N]."""
+    with importing_torchao('weights "int8" or "float8"'):
+        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+    if weight.ndim == 3:  # one by one, because rounding takes several copies
+        data, scale = zip(*(rounded(w, how) for w in weight))
+        return torch.stack(data), torch.stack(scale)
+    kind = Float8Tensor if how == "float8" else Int8Tensor
+    found = kind.from_hp(weight.detach().float(), granularity=PerRow())
+    return found.qdata, found.scale[:, 0].contiguous()
+
+
+def grouped(weight: Tensor, group: int) -> Tensor:
+    """weight [N, K] in 4 bits, as torchao packs it for the device."""
+    with importing_torchao('weights "int4"'):
+        from torchao.prototype.quantization.int4 import Int4OpaqueTensor
+        from torchao.quantization import Int4TilePackedTo4dTensor
+    weight = weight.detach().to(torch.bfloat16)
+    if weight.device.type == "cpu":
+        return Int4OpaqueTensor.from_hp(weight, [1, group])
+    return Int4TilePackedTo4dTensor.from_hp(weight, [1, group], ntile_size=16 if torch.version.hip else 8)
+
+
+@contextmanager
+def importing_torchao(what: str) -> Iterator[None]:
+    """Without its warnings of libraries for other machines. Raises UserError if it is not there."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f'{what}: needs torchao: pip install "mm1-engine[quantize]" ({error})') from None
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -1,0 +1,100 @@
+"""Sizes of MM1, and the named ones.
+
+The MM1 paper (arXiv 2403.09611) publishes the encoder's kind, the connector's kind and token count, the number and
+placement of experts and the totals; widths and depths it does not. What is inferred says from what, on its line.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from mm1.engine.layers.config import POOL_HEADS, Connector, Decoder, Vision
+from mm1.engine.settings import Count, OneOf, check, expect
+from mm1.errors import UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    vision: Vision
+    connector: Connector
+    decoder: Decoder
+    # To image_size², or "native": own aspect ratio, at most image_patches.
+    image_mode: Annotated[str, OneOf("squash", "native")] = "squash"
+    image_size: Count = 378
+    image_patches: Count = 729
+    image_parts: Count = 1  # k: besides the whole image k × k parts of it, each of image_size²; squash only
+    # Tokens of the longest document that it was trained on, prompt and answer together; None: not known. A run writes
+    # its data.tokens here, or what train.init was trained on if that is more.
+    context: Count | None = None
+
+    def __post_init__(self):
+        check(self, "model")
+        squash, patch = self.image_mode == "squash", self.vision.patch
+        expect(self.image_parts == 1 or squash, "model.image_parts", self.image_parts, "1 where image_mode is native")
+        whole = not squash or self.image_size % patch == 0
+        expect(whole, "model.image_size", self.image_size, f"a multiple of the patch size {patch}")
+        pooled, width = self.connector.kind == "attention", self.decoder.width
+        expect(not pooled or width % POOL_HEADS == 0, "model.decoder.width", width,
+               f"a multiple of the attention connector's {POOL_HEADS} heads")  # fmt: skip
+
+
+def peak_lr(parameters: int) -> float:
+    """MM1's law, exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder (paper, section 3.3)."""
+    return math.exp(-0.4214 * math.log(parameters) - 0.5535)
+
+
+VIT_L_336 = Vision(width=1024, layers=24, heads=16, ffn=4096, table=(24, 24))  # OpenAI CLIP ViT-L/14-336
+VIT_H_378 = Vision(width=1280, layers=32, heads=16, ffn=5120, table=(27, 27))  # open_clip's ViT-H-14-378-quickgelu
+# Honeybee's C-Abstractor, width and depth; the paper gives kind and token count.
+ABSTRACTOR_144 = Connector(position_grid=(27, 27))
+
+# Paper: 1.2B. Inferred: the 3B's proportions (head width 128, ffn/width 2.625) at 1.2 B non-embedding parameters.
+D_1B = Decoder(vocabulary=49_152, width=2048, layers=24, heads=16, kv_heads=16, ffn=5376)
+# Paper: 3B, of which 64B with 64 experts every 2nd layer. Inferred: width, layers, heads, ffn, vocabulary, theta and
+# q/k norm from the AFM on-device config (huggingface/transformers#32515); kv_heads = heads because that gives the 2.9B
+# and 64B the paper names.
+D_3B = Decoder(vocabulary=49_152, width=3072, layers=26, heads=24, kv_heads=24, ffn=8064)
+# Paper: 7B, of which 47B with 32 experts every 4th layer, which implies 5.2B parameters in the dense MLPs. Inferred
+# from that: 32 × 4096 with ffn 13,312; grouped-query attention keeps the total at 7B.
+D_7B = Decoder(vocabulary=49_152, width=4096, layers=32, heads=32, kv_heads=8, ffn=13_312)
+# Paper: 30B. Inferred: the 7B's ffn/width 3.25 and grouped queries, scaled to 30 B.
+D_30B = Decoder(vocabulary=49_152, width=7168, layers=48, heads=56, kv_heads=8, ffn=23_296)
+
+
+def _mm1(decoder: Decoder) -> Model:
+    return Model(VIT_H_378, ABSTRACTOR_144, decoder)
+
+
+DIGITS = Model(
+    vision=Vision(
+        width=96, layers=3, heads=3, ffn=256, patch=4, table=(6, 6), activation="gelu", class_token=False,
+        pre_norm=False, interpolation="bilinear", mean=(0.34, 0.34, 0.34), std=(0.3, 0.3, 0.3),
+    ),
+    connector=Connector(tokens=16, hidden=96, depth=1, position_grid=None),
+    decoder=Decoder(
+        vocabulary=384, width=96, layers=4, heads=3, kv_heads=3, head_width=32, ffn=192, rope_theta=10_000.0,
+        experts=4,
+    ),
+    image_mode="native", image_size=24, image_patches=24,
+)  # fmt: skip
+
+MODELS: dict[str, Model] = {
+    "digits": DIGITS,
+    "mm1-1b": _mm1(D_1B),
+    "mm1-3b": _mm1(D_3B),
+    "mm1-7b": _mm1(D_7B),
+    "mm1-30b": _mm1(D_30B),
+    "mm1-3b-moe": _mm1(dataclasses.replace(D_3B, experts=64, moe_every=2)),
+    "mm1-7b-moe": _mm1(dataclasses.replace(D_7B, experts=32, moe_every=4)),
+    # The paper's ablation base: ViT-L/14 at 336 px and the 1.2B decoder.
+    "mm1-1b-vit-l-336": Model(
+        VIT_L_336, Connector(position_grid=(24, 24)), D_1B, image_size=336, image_patches=576
+    ),
+}  # fmt: skip
+
+
+def named(name: str) -> Model:
+    if name not in MODELS:
+        raise UserError(f"unknown size {name!r}, and no such file or folder; known: {', '.join(MODELS)}")
+    return MODELS[name]

@@ -1,0 +1,176 @@
+"""The settings of a run, as frozen dataclasses; how they are read from TOML files and from the command line."""
+
+import dataclasses
+import glob
+import json
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm1.engine.data.config import Data, Source
+from mm1.engine.models.mm1_config import DIGITS, Model, named
+from mm1.engine.settings import (
+    build,
+    check,
+    expect,
+    parsed,
+    put,
+)
+from mm1.engine.train.config import Parallel, Train
+from mm1.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything `mm1 train` needs."""
+
+    model: Model
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+
+    def __post_init__(self):
+        check(self, "")
+
+
+# The demo's data, which is shipped, and its recipe.
+DIGITS_FOLDER = Path(__file__).parent / "data" / "digits"
+DIGITS_RUN = Run(
+    DIGITS,
+    Data(
+        sources=(
+            Source("captions", (str(DIGITS_FOLDER / "train-captions.tar.gz"),), 45),
+            Source("interleaved", (str(DIGITS_FOLDER / "train-interleaved.jsonl.gz"),), 45),
+            Source("text", (str(DIGITS_FOLDER / "text.txt"),), 10),
+        ),
+        tokenizer=str(DIGITS_FOLDER / "tokenizer.json"),
+        tokens=768, images=32, patches=400, documents=32,
+    ),
+    # The law's rate for so few parameters is 2.6e-3. Compiling takes longer than it saves in so short a run.
+    Train(steps=1200, accumulate=1, compile=False, save_every=100, peak_lr=1.5e-3),
+)  # fmt: skip
+
+
+# What a recipe changes of the defaults, which are MM1's pre-training: 4096 tokens and up to 16 images a sequence, 512
+# sequences a step, the law's learning rate, nothing frozen (section 3.3). Fine-tuning (section 4.1): 10k steps of 256
+# sequences of 2048 tokens, positions interpolated to 672 pixels, an image of 1344 as five of 144 tokens each. Its
+# warm-up was not published: the default's 3 % are 300 steps.
+RECIPES: dict[str, dict[str, Any]] = {
+    "pretrain": {},
+    "finetune": {
+        "model": {"image_mode": "squash", "image_size": 672, "image_patches": 2304, "image_parts": 2},
+        "data": {"tokens": 2048, "images": 14},
+        "train": {"steps": 10_000, "accumulate": 256, "peak_lr": 1e-5, "final_lr": 0.0},
+    },
+    "digits": {"data": dataclasses.asdict(DIGITS_RUN.data), "train": dataclasses.asdict(DIGITS_RUN.train)},
+}
+
+
+def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> Run:
+    """Return the run of a named size or a TOML file, and of `key=value` settings on top ("train.steps=100").
+
+    A file has `model = "mm1-3b"` or a [model] table, `recipe`, [data], [[data.sources]], [train], [parallel]. Paths in
+    it are relative to its folder, those of `settings` to the working directory; in the run all are absolute. The name
+    "digits" alone is the demo with its data and settings: recipe "digits".
+    Raises UserError with one line for whatever is wrong.
+    """
+    table: dict[str, Any] = {"model": name_or_file}
+    if name_or_file.endswith(".toml"):
+        try:
+            table = tomllib.loads(Path(name_or_file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"no such file: {name_or_file}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{name_or_file}: {error}") from None
+        _resolve_paths(table, Path(name_or_file).parent)
+    elif name_or_file == "digits":
+        table["recipe"] = "digits"
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"setting {setting!r} is not key=value")
+        put(table, key.strip(), parsed(value.strip()))
+    _resolve_paths(table, Path())
+    return from_dict(table)
+
+
+def from_dict(table: dict[str, Any]) -> Run:
+    """Return the run of nested plain values, as `to_dict` and TOML give them.
+
+    "model" is a size's name or a table, which may change what its "size" names. Without either, model and tokenizer are
+    those of the checkpoint train.init.
+    """
+    table = dict(table)
+    model, recipe = table.pop("model", None), table.pop("recipe", "pretrain")
+    expect(isinstance(recipe, str) and recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+    changes = dict(model) if isinstance(model, dict) else {}
+    size = changes.pop("size", None) if isinstance(model, dict) else model
+    train = table.get("train")
+    init = train.get("init") if isinstance(train, dict) else None
+    base = None
+    if isinstance(size, str):
+        base = Run(named(size))
+    elif size is not None or not (changes or init):
+        raise UserError(f"setting model is {model!r}, expected a size's name or a [model] table")
+    elif isinstance(init, str) and init and not changes.keys() >= {"vision", "connector", "decoder"}:
+        folder = Path(init)
+        if not (folder / "config.json").is_file() and (folder / "checkpoint").is_dir():  # the folder of a run
+            folder = folder / "checkpoint"
+        base = Run(_model_of(folder), Data(tokenizer=str(folder / "tokenizer.json")))
+    return build(Run, _over(RECIPES[recipe], {**table, "model": changes}), base=base)
+
+
+def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Return two levels of settings in which those of `high` outweigh those of `low`."""
+    both = {part: {**low[part], **high[part]} for part in low if isinstance(high.get(part), dict)}
+    return {**low, **high, **both}
+
+
+def stored_model(config: Any) -> Model:
+    """Return the model of a checkpoint's config.json, whose other settings may be of an older version."""
+    expect(isinstance(config, dict) and "model" in config, "model", None, "a table of a checkpoint's config.json")
+    model, data = from_dict({"model": config["model"]}).model, config.get("data")
+    trained = data.get("tokens") if isinstance(data, dict) else None  # of a run, also of an older version
+    return dataclasses.replace(model, context=trained) if trained and not model.context else model
+
+
+def saw_conversations(config: Any) -> bool:
+    """Say whether the run of a checkpoint's config.json trained on conversations."""
+    data = config.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    return any(isinstance(source, dict) and source.get("kind") == "conversations" for source in sources or ())
+
+
+def _model_of(folder: Path) -> Model:
+    try:
+        return stored_model(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"setting train.init is {str(folder)!r}, expected a checkpoint: {error}") from None
+
+
+def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a table of settings absolute, relative to `folder`. Values of a wrong type stay as they are."""
+    for part, name in (("data", "tokenizer"), ("train", "init")):
+        fields = table.get(part)
+        if isinstance(fields, dict) and isinstance(path := fields.get(name), str) and path:
+            fields[name] = str(folder.absolute() / os.path.expanduser(path))
+    # Paths of sources may be patterns; characters of patterns in the folder's own name are escaped.
+    escaped = Path(glob.escape(str(folder.absolute())))
+    sources = table["data"].get("sources") if isinstance(table.get("data"), dict) else None
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, dict) and isinstance(paths := source.get("paths"), list):
+            source["paths"] = [str(escaped / os.path.expanduser(p)) if isinstance(p, str) else p for p in paths]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def changes(before: Any, now: Any, where: str) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two dataclasses of one kind differ, by their dotted names: (before, now)."""
+    if not dataclasses.is_dataclass(now):
+        return {} if before == now else {where: (before, now)}
+    pairs = ((f"{where}.{f.name}", getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now))
+    return {name: values for part, a, b in pairs for name, values in changes(a, b, part).items()}

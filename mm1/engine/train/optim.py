@@ -1,0 +1,47 @@
+"""AdamW with MM1's recipe: peak learning rate by law, weight decay of a tenth of the rate, warm-up, cosine to a tenth.
+
+Sources: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.3; Loshchilov & Hutter 2019 (Decoupled Weight Decay
+Regularization, arXiv 1711.05101), Algorithm 2.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mm1.engine.models.mm1 import LEARNED_VECTORS
+from mm1.engine.train.config import Train
+
+
+def learning_rate(step: int, t: Train, peak: float) -> float:
+    """Return the rate of step 0, 1, …: linear over the warm-up to the peak, cosine to final_lr · peak at the end."""
+    warmup = t.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, t.steps - warmup)
+    return peak * (t.final_lr + (1 - t.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def adamw(parameters: Iterable[tuple[str, nn.Parameter]], t: Train, peak: float) -> torch.optim.AdamW:
+    """Return fused AdamW over named parameters, whole or sharded, that shrinks those that `decays` names.
+
+    A step at rate r multiplies them by 1 - r · weight_decay. MM1's λ = 0.1 η is that of Algorithm 2, in which the
+    schedule scales both η and λ but η does not scale λ: with torch's r = η · schedule this is weight_decay = 0.1.
+    """
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if decays(name, p)], "weight_decay": t.weight_decay},
+        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=peak, betas=t.betas, eps=t.eps, fused=True)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Say whether weight decay applies: to matrices, experts, convolutions and embeddings.
+
+    It does not apply to norms, biases, positions, class token and learned queries. Sharding keeps names and the number
+    of axes, so every layout decides the same. The embedding is decayed, as in AXLearn's GPT recipe and in torchtitan:
+    where it is tied, it is the head's matrix too.
+    """
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in LEARNED_VECTORS

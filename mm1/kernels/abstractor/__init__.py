@@ -1,0 +1,6 @@
+"""The C-Abstractor's two ops: a convolution block and adaptive pooling on packed tokens of any grid."""
+
+from mm1.kernels.abstractor.bottleneck import conv_block
+from mm1.kernels.abstractor.pooling import adaptive_pool
+
+__all__ = ["adaptive_pool", "conv_block"]

@@ -1,0 +1,353 @@
+"""Depthwise 3×3 over packed images, and what conv_block computes from its result before that is written anywhere.
+
+    u2[p] = Σ over the 9 neighbours q of p in its image of w2[q - p] · a[q];   b = silu(norm2(u2))
+
+A program walks down a few columns of a strip (grids.py) with all channels in registers, so that norm2 is part of it.
+Each row it loads, at three shifts, is added to the output rows above, beside and below it: three loads an output
+instead of nine. The window's weights [9, C] are loaded again at each row, out of L1: kept in registers they took 72 of
+a thread's 255 at C = 1024. Sums over an image are first sums of each walk, [walks, C], then added in order. Zeros
+outside an image, and in rows of no image.
+
+    walk "value"      b, and Σ b                                        forward
+    walk "gated"      b · gate, and Σ b · dc                            backward: gate's gradient, operand of dw3
+    walk "backward"   du2 from db = dc · gate + dmean / area            and the sums for gamma2, beta2
+    unwalk            du1 from da = u2's transpose of du2               and the sums for w2, gamma1, beta1
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm1.kernels.abstractor import rows as conv_rows
+from mm1.kernels.abstractor.rows import (
+    Config,
+    RowShape,
+    config_of,
+    load_row,
+    norm_backward,
+    normalised,
+    over_rows,
+    programs,
+    silu,
+    silu_slope,
+)
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import cdiv, launch, power_of_2
+from mm1.kernels.language import tl, triton
+from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, image_of
+
+HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
+SEARCH = tl.constexpr(128)  # images one step of the search for a strip's image looks at
+SUM_ROWS, SUM_COLUMNS = 16, 128  # of the tile in which an image's sums are added
+
+
+class Geometry(NamedTuple):
+    table: Tensor
+    owner: Tensor
+    strips: Tensor
+
+
+@triton.jit
+def _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Image, first row, rows, h, w, and the walk's top and left in the image."""
+    strip = walk // PER_STRIP
+    image = 0
+    for start in range(0, N, SEARCH):
+        n = start + tl.arange(0, SEARCH)
+        end = tl.load(strips_ptr + 1 + n, n < N, other=0x7FFFFFFF)
+        image += tl.sum((end <= strip).to(tl.int32), 0)
+    within = strip - tl.load(strips_ptr + image)
+    first = tl.load(table_ptr + image * 4)
+    rows = tl.load(table_ptr + image * 4 + 1)
+    h = tl.load(table_ptr + image * 4 + 2)
+    w = tl.load(table_ptr + image * 4 + 3)
+    across = tl.cdiv(w, WIDTH)
+    left = within % across * WIDTH + walk % PER_STRIP * COLUMNS
+    return image, first, rows, h, w, within // across * HEIGHT, left
+
+
+@triton.jit
+def _load(ptr, first, r, c, rows, w, offs_c, C):
+    """[columns, C] at row r and columns c of an image in fp32, zeros outside it."""
+    at = r * w + c
+    inside = (r >= 0) & (c >= 0) & (c < w) & (at < rows)
+    places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
+    return tl.load(ptr + places, inside[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mixed(w_ptr, before, here, after, offs_c, C):
+    """What a row adds to the outputs that have it in the row of their window whose three weights are at w_ptr."""
+    w0 = tl.load(w_ptr + offs_c, offs_c < C, other=0.0).to(tl.float32)
+    w1 = tl.load(w_ptr + C + offs_c, offs_c < C, other=0.0).to(tl.float32)
+    w2 = tl.load(w_ptr + 2 * C + offs_c, offs_c < C, other=0.0).to(tl.float32)
+    return before * w0[None, :] + here * w1[None, :] + after * w2[None, :]
+
+
+@triton.jit
+def _zero_tail(y_ptr, owner_ptr, table_ptr, offs_c, P, C, ROWS: tl.constexpr):
+    """Zeros in y's rows of no image."""
+    for row in range(tl.program_id(0) * ROWS, P, tl.num_programs(0) * ROWS):
+        rows = row + tl.arange(0, ROWS)
+        _, _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
+        nothing = ((rows < P) & (there == 0))[:, None] & (offs_c < C)[None, :]
+        zeros = tl.zeros((ROWS, offs_c.shape[0]), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], zeros, nothing)
+
+
+@triton.jit
+def _walk_kernel(
+    a_ptr, dc_ptr, w_ptr, gamma_ptr, beta_ptr, gate_ptr, dmean_ptr, table_ptr, owner_ptr, strips_ptr, y_ptr, sums_ptr,
+    P, N, C, walks, MODE: tl.constexpr, STORE: tl.constexpr, PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_c = tl.arange(0, BLOCK_C)
+    in_c = offs_c < C
+    gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
+    gate = tl.zeros((BLOCK_C,), tl.float32)
+    spread = tl.zeros((BLOCK_C,), tl.float32)
+    dgamma = tl.zeros((BLOCK_C,), tl.float32)
+    dbeta = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.minimum(tl.load(strips_ptr + N) * PER_STRIP, walks)
+    for walk in range(tl.program_id(0), total, tl.num_programs(0)):
+        image, first, rows, h, w, top, left = _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP, COLUMNS)
+        c = left + tl.arange(0, COLUMNS)
+        if MODE != "value":
+            gate = load_row(gate_ptr + image.to(tl.int64) * C, offs_c, C)
+        if MODE == "backward":
+            spread = load_row(dmean_ptr + image.to(tl.int64) * C, offs_c, C) / rows
+        sums = tl.zeros((BLOCK_C,), tl.float32)
+        above = tl.zeros((COLUMNS, BLOCK_C), tl.float32)  # the sum for row r - 1, then for r
+        below = tl.zeros((COLUMNS, BLOCK_C), tl.float32)  # for r, then for r + 1
+        bottom = tl.minimum(top + HEIGHT, h)
+        for r in range(top - 1, bottom + 1):
+            before = _load(a_ptr, first, r, c - 1, rows, w, offs_c, C)
+            here = _load(a_ptr, first, r, c, rows, w, offs_c, C)
+            after = _load(a_ptr, first, r, c + 1, rows, w, offs_c, C)
+            if r > top:
+                u = above + _mixed(w_ptr + 6 * C, before, here, after, offs_c, C)
+                at = (r - 1) * w + c
+                there = (c < w) & (at < rows)
+                inside = there[:, None] & in_c[None, :]
+                places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
+                unit, rstd = normalised(u, in_c[None, :], C)
+                z = unit * gamma[None, :] + beta[None, :]
+                if MODE == "value":
+                    y = silu(z).to(y_ptr.dtype.element_ty)
+                    sums += tl.sum(tl.where(inside, y.to(tl.float32), 0.0), 0)
+                    tl.store(y_ptr + places, y, inside)
+                else:
+                    dc = tl.load(dc_ptr + places, inside, other=0.0).to(tl.float32)
+                    if MODE == "gated":
+                        y = silu(z).to(dc_ptr.dtype.element_ty).to(tl.float32)
+                        sums += tl.sum(y * dc, 0)
+                        if STORE:
+                            tl.store(y_ptr + places, (y * gate[None, :]).to(y_ptr.dtype.element_ty), inside)
+                    else:
+                        dz = tl.where(inside, (dc * gate[None, :] + spread[None, :]) * silu_slope(z), 0.0)
+                        dgamma += tl.sum(dz * unit, 0)
+                        dbeta += tl.sum(dz, 0)
+                        du = norm_backward(dz, unit, rstd, gamma, C)
+                        tl.store(y_ptr + places, du.to(y_ptr.dtype.element_ty), inside)
+            above = below + _mixed(w_ptr + 3 * C, before, here, after, offs_c, C)
+            below = _mixed(w_ptr, before, here, after, offs_c, C)
+        if MODE != "backward":
+            tl.store(sums_ptr + tl.cast(walk, tl.int64) * C + offs_c, sums, in_c)
+    if MODE == "backward":
+        sums_ptr += tl.program_id(0) * 2 * C + offs_c
+        tl.store(sums_ptr, dgamma, in_c)
+        tl.store(sums_ptr + C, dbeta, in_c)
+    if STORE and MODE != "backward":
+        _zero_tail(y_ptr, owner_ptr, table_ptr, offs_c, P, C, COLUMNS)
+
+
+@triton.jit
+def _sums_kernel(
+    walks_ptr, strips_ptr, table_ptr, gate_ptr, y_ptr, C, walks, GATED: tl.constexpr, PER_STRIP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """By image: Σ of its walks / its rows; GATED: Σ · gate (1 - gate), the gradient before the gate's sigmoid."""
+    image = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
+    offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    end = tl.minimum(tl.load(strips_ptr + image + 1) * PER_STRIP, walks)
+    acc = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(tl.load(strips_ptr + image) * PER_STRIP, end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < end)[:, None] & (offs_c < C)[None, :]
+        acc += tl.sum(tl.load(walks_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], inside, other=0.0), 0)
+    places = image.to(tl.int64) * C + offs_c
+    if GATED:
+        gate = tl.load(gate_ptr + places, offs_c < C, other=0.0).to(tl.float32)
+        acc = acc * gate * (1 - gate)
+    else:
+        acc = acc / tl.maximum(tl.load(table_ptr + image * 4 + 1), 1)
+    tl.store(y_ptr + places, acc.to(y_ptr.dtype.element_ty), offs_c < C)
+
+
+@triton.jit
+def _unrow(du_ptr, w_ptr, first, r, c, rows, w, offs_c, C, da, a, k0, k1, k2):
+    """Adds to da and to the weight's gradients what the outputs of row r took through one row of their window."""
+    in_c = offs_c < C
+    d = _load(du_ptr, first, r, c + 1, rows, w, offs_c, C)
+    da += d * tl.load(w_ptr + offs_c, in_c, other=0.0).to(tl.float32)[None, :]
+    k0 += tl.sum(d * a, 0)
+    d = _load(du_ptr, first, r, c, rows, w, offs_c, C)
+    da += d * tl.load(w_ptr + C + offs_c, in_c, other=0.0).to(tl.float32)[None, :]
+    k1 += tl.sum(d * a, 0)
+    d = _load(du_ptr, first, r, c - 1, rows, w, offs_c, C)
+    da += d * tl.load(w_ptr + 2 * C + offs_c, in_c, other=0.0).to(tl.float32)[None, :]
+    k2 += tl.sum(d * a, 0)
+    return da, k0, k1, k2
+
+
+@triton.jit
+def _unwalk_kernel(
+    u_ptr, du2_ptr, w_ptr, gamma_ptr, beta_ptr, table_ptr, owner_ptr, strips_ptr, du_ptr, sums_ptr, P, N, C, walks,
+    PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """du1 from du2 and u1; by program the sums [11, C] for the nine taps of w2, gamma1 and beta1."""
+    offs_c = tl.arange(0, BLOCK_C)
+    in_c = offs_c < C
+    gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
+    k00 = tl.zeros((BLOCK_C,), tl.float32)
+    k01, k02, k10, k11, k12, k20, k21, k22, dgamma, dbeta = k00, k00, k00, k00, k00, k00, k00, k00, k00, k00
+    total = tl.minimum(tl.load(strips_ptr + N) * PER_STRIP, walks)
+    for walk in range(tl.program_id(0), total, tl.num_programs(0)):
+        _, first, rows, h, w, top, left = _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP, COLUMNS)
+        c = left + tl.arange(0, COLUMNS)
+        for r in range(top, tl.minimum(top + HEIGHT, h)):
+            at = r * w + c
+            inside = ((c < w) & (at < rows))[:, None] & in_c[None, :]
+            places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
+            u = tl.load(u_ptr + places, inside, other=0.0).to(tl.float32)
+            unit, rstd = normalised(u, in_c[None, :], C)
+            z = unit * gamma[None, :] + beta[None, :]
+            a = tl.where(inside, silu(z), 0.0).to(du_ptr.dtype.element_ty).to(tl.float32)
+            da = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
+            da, k00, k01, k02 = _unrow(du2_ptr, w_ptr, first, r + 1, c, rows, w, offs_c, C, da, a, k00, k01, k02)
+            da, k10, k11, k12 = _unrow(du2_ptr, w_ptr + 3 * C, first, r, c, rows, w, offs_c, C, da, a, k10, k11, k12)
+            da, k20, k21, k22 = _unrow(
+                du2_ptr, w_ptr + 6 * C, first, r - 1, c, rows, w, offs_c, C, da, a, k20, k21, k22
+            )
+            dz = tl.where(inside, da * silu_slope(z), 0.0)
+            dgamma += tl.sum(dz * unit, 0)
+            dbeta += tl.sum(dz, 0)
+            du = norm_backward(dz, unit, rstd, gamma, C)
+            tl.store(du_ptr + places, du.to(du_ptr.dtype.element_ty), inside)
+    sums_ptr += tl.program_id(0) * 11 * C + offs_c
+    tl.store(sums_ptr, k00, in_c)
+    tl.store(sums_ptr + C, k01, in_c)
+    tl.store(sums_ptr + 2 * C, k02, in_c)
+    tl.store(sums_ptr + 3 * C, k10, in_c)
+    tl.store(sums_ptr + 4 * C, k11, in_c)
+    tl.store(sums_ptr + 5 * C, k12, in_c)
+    tl.store(sums_ptr + 6 * C, k20, in_c)
+    tl.store(sums_ptr + 7 * C, k21, in_c)
+    tl.store(sums_ptr + 8 * C, k22, in_c)
+    tl.store(sums_ptr + 9 * C, dgamma, in_c)
+    tl.store(sums_ptr + 10 * C, dbeta, in_c)
+    _zero_tail(du_ptr, owner_ptr, table_ptr, offs_c, P, C, COLUMNS)
+
+
+def _walks(P: int, N: int, config: Config) -> int:
+    """A bound: an image of h × w has ⌈h/16⌉·⌈w/4⌉ ≤ h·w/4 + 1 strips, of several walks each."""
+    return min(P, P // STRIP_COLUMNS + N) * (STRIP_COLUMNS // config.rows)
+
+
+def _default(columns: int, warps: int) -> Callable[[RowShape, torch.dtype, Device], Config]:
+    """Two columns where sums a channel leave registers for them, up to 2048 channels; twice the warps for the eleven
+    sums of unwalk. Beyond 1024 channels a few of its registers spill even so."""
+
+    def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
+        enough = min(conv_rows.default(shape, dtype, device).warps * warps, 16)
+        narrow = power_of_2(shape.channels) <= 2048
+        return Config(rows=columns if narrow else 1, warps=enough, programs=max(1, 8 // enough))
+
+    return default
+
+
+def _legal(registers: int) -> Callable[[Config, RowShape, torch.dtype, Device], bool]:
+    """registers: of a thread, for each value it holds of a row."""
+
+    def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
+        values = power_of_2(shape.channels) / (device.warp * config.warps)
+        few = config.rows <= STRIP_COLUMNS and values * (registers + 6 * config.rows) <= 190
+        return few and conv_rows.legal(config, shape, dtype, device)
+
+    return legal
+
+
+WALKS = {
+    "value": over_rows("conv_walk_value", 2, 11, True, _default(2, 1), _legal(6)),
+    "gated": over_rows("conv_walk_gated", 3, 11, True, _default(2, 1), _legal(8)),
+    "backward": over_rows("conv_walk_backward", 3, 18, True, _default(1, 1), _legal(12)),
+}
+UNWALK = over_rows("conv_unwalk", 3, 24, True, _default(1, 2), _legal(30))
+
+
+def _walk(
+    mode: str, a: Tensor, dc: Tensor | None, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor | None,
+    dmean: Tensor | None, geometry: Geometry, store: bool,
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """What the walk writes, its sums fp32, and walks a strip."""
+    (P, C), N = a.shape, len(geometry.table)
+    config = config_of(WALKS[mode], a)
+    walks = _walks(P, N, config)
+    grid = programs(walks, config, a)
+    y = torch.empty_like(a) if store else a.new_empty(0, C)
+    shape = (grid, 2, C) if mode == "backward" else (walks, C)
+    sums = a.new_empty(shape, dtype=torch.float32)
+    launch(
+        _walk_kernel, grid, a, dc, w, gamma, beta, gate, dmean, *geometry, y, sums, P, N, C, walks, mode, store,
+        STRIP_COLUMNS // config.rows, config.rows, power_of_2(C), num_warps=config.warps,
+    )  # fmt: skip
+    return y, sums, STRIP_COLUMNS // config.rows
+
+
+def _image_sums(sums: Tensor, per_strip: int, gate: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    walks, C = sums.shape
+    N = len(geometry.table)
+    y = sums.new_empty(N, C, dtype=dtype)
+    launch(
+        _sums_kernel, N * cdiv(C, SUM_COLUMNS), sums, geometry.strips, geometry.table, gate, y, C, walks,
+        gate is not None, per_strip, SUM_ROWS, SUM_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def forward(a: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """b [P, C] and its mean by image [N, C], zero where the image is absent. w [9, C]."""
+    b, sums, per_strip = _walk("value", a, None, w, gamma, beta, None, None, geometry, True)
+    return b, _image_sums(sums, per_strip, None, geometry, a.dtype)
+
+
+def gated(
+    a: Tensor, dc: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor, geometry: Geometry, store: bool
+) -> tuple[Tensor, Tensor]:
+    """b · gate [P, C] (if `store`), and the gradient [N, C] of what the gate is the sigmoid of."""
+    c, sums, per_strip = _walk("gated", a, dc, w, gamma, beta, gate, None, geometry, store)
+    return c, _image_sums(sums, per_strip, gate, geometry, a.dtype)
+
+
+def backward(
+    a: Tensor, dc: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor, dmean: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """du2 [P, C], and fp32 [2, C] of gamma and beta. In rows of no image du2 is undefined, and nobody reads it."""
+    du2, sums, _ = _walk("backward", a, dc, w, gamma, beta, gate, dmean, geometry, True)
+    return du2, sums.sum(0)
+
+
+def unwalk(u: Tensor, du2: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """du1 [P, C], and fp32 [11, C] of the nine taps, gamma and beta."""
+    (P, C), N = u.shape, len(geometry.table)
+    config = config_of(UNWALK, u)
+    walks = _walks(P, N, config)
+    grid = programs(walks, config, u)
+    du, sums = torch.empty_like(u), u.new_empty(grid, 11, C, dtype=torch.float32)
+    launch(
+        _unwalk_kernel, grid, u, du2, w, gamma, beta, *geometry, du, sums, P, N, C, walks,
+        STRIP_COLUMNS // config.rows, config.rows, power_of_2(C), num_warps=config.warps,
+    )  # fmt: skip
+    return du, sums.sum(0)

@@ -1,0 +1,130 @@
+"""Adaptive average pooling of packed images of any grids to one common grid.
+
+    y[n, i, j] = mean of x over rows floor(i·h/oh) … ceil((i+1)·h/oh) and columns likewise, of image n
+
+x [P, C] -> [N·oh·ow, C]; the windows of torch.nn.AdaptiveAvgPool2d: they overlap where h is no multiple of oh, and
+repeat where h < oh. Reads P·C, writes N·oh·ow·C. Backward is a gather: row r lies in the windows floor(r·oh/h) …
+ceil((r+1)·oh/h), so that nothing is added with atomics and every run gives the same bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mm1.kernels.abstractor import cpu as conv_cpu
+from mm1.kernels.abstractor.rows import config_of, gathered, over_rows, window_of
+from mm1.kernels.dispatch import (
+    Cost,
+    cdiv,
+    expect,
+    expect_alike,
+    expect_float,
+    launch,
+    on_cpu,
+    power_of_2,
+    refuse_second_order,
+)
+from mm1.kernels.language import tl, triton
+from mm1.kernels.patches.grids import Grids, as_grids, image_of
+
+POOL = over_rows("adaptive_pool", 2, 3, False)
+
+
+@triton.jit
+def _pool_kernel(
+    x_ptr, table_ptr, y_ptr, C, OH: tl.constexpr, OW: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One place of one image."""
+    place = tl.program_id(0)
+    first, rows, w, top, left, columns, count = window_of(table_ptr, place, OH, OW)
+    offs_c = tl.arange(0, BLOCK_C)
+    acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in range(0, count, ROWS):
+        k = start + tl.arange(0, ROWS)
+        at = (top + k // columns) * w + left + k % columns
+        inside = ((k < count) & (at < rows))[:, None] & (offs_c < C)[None, :]
+        acc += tl.load(x_ptr + (first + at).to(tl.int64)[:, None] * C + offs_c[None, :], inside, other=0.0)
+    y = tl.sum(acc, 0) / tl.maximum(count, 1)
+    tl.store(y_ptr + place.to(tl.int64) * C + offs_c, y.to(y_ptr.dtype.element_ty), offs_c < C)
+
+
+@triton.jit
+def _pool_backward_kernel(
+    dy_ptr, owner_ptr, table_ptr, dx_ptr, P, C, OH: tl.constexpr, OW: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_c = tl.arange(0, BLOCK_C)
+    in_c = (offs_c < C)[None, :]
+    image, first, h, w, there = image_of(owner_ptr, table_ptr, rows, P)
+    dx = gathered(dy_ptr, image, rows - first, h, w, there, offs_c, C, OH, OW)
+    places = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
+    tl.store(dx_ptr + places, dx.to(dx_ptr.dtype.element_ty), (rows < P)[:, None] & in_c)
+
+
+def forward(x: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tensor:
+    C, y = x.shape[1], x.new_empty(len(table) * oh * ow, x.shape[1])
+    config = config_of(POOL, x)
+    if C:
+        launch(_pool_kernel, len(y), x, table, y, C, oh, ow, config.rows, power_of_2(C), num_warps=config.warps)
+    return y
+
+
+def backward(dy: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tensor:
+    P, C = len(owner), dy.shape[1]
+    if not dy.numel():
+        return dy.new_zeros(P, C)
+    dx = dy.new_empty(P, C)
+    config = config_of(POOL, dx)
+    launch(
+        _pool_backward_kernel, cdiv(P, config.rows), dy.contiguous(), owner, table, dx, P, C, oh, ow, config.rows,
+        power_of_2(C), num_warps=config.warps,
+    )  # fmt: skip
+    return dx
+
+
+_forward = torch.library.custom_op("mm1::adaptive_pool", forward, mutates_args=())
+_backward = torch.library.custom_op("mm1::adaptive_pool_backward", backward, mutates_args=())
+on_cpu(_forward, conv_cpu.pool)
+on_cpu(_backward, conv_cpu.pool_backward)
+
+
+@_forward.register_fake
+def _(x, table, owner, oh, ow):
+    return x.new_empty(table.shape[0] * oh * ow, x.shape[1])
+
+
+@_backward.register_fake
+def _(dy, table, owner, oh, ow):
+    return dy.new_empty(owner.shape[0], dy.shape[1])
+
+
+def _save(ctx, inputs, output):
+    _, *geometry, ctx.oh, ctx.ow = inputs
+    ctx.save_for_backward(*geometry)
+
+
+def _gradients(ctx, dy: Tensor):
+    return _backward(dy, *ctx.saved_tensors, ctx.oh, ctx.ow), None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+refuse_second_order(_backward, "adaptive_pool")
+
+
+def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tuple[int, int] = (12, 12)) -> Tensor:
+    """Pool x [P, C] to `out` places an image -> [N·oh·ow, C]; an absent image gives zeros."""
+    expect_alike("adaptive_pool", x=x)
+    grids = as_grids(grids, x.device)
+    expect(x.ndim == 2 and x.shape[0] == grids.patches, "adaptive_pool", "x", tuple(x.shape), [grids.patches, "C"])
+    expect_float("adaptive_pool", "x", x)
+    expect(min(out) > 0, "adaptive_pool", "out", out, "positive sides")
+    expect(grids.merge == 1, "adaptive_pool", "merge of grids", grids.merge, 1)
+    return _forward(x.contiguous(), grids.table, grids.owner, *out)
+
+
+def cost(patches: int, images: int, channels: int, out: tuple[int, int] = (12, 12), *, itemsize: int = 2) -> Cost:
+    """Forward; backward costs the same."""
+    places = images * out[0] * out[1]
+    return Cost(max(patches, places) * channels, (patches + places) * channels * itemsize)

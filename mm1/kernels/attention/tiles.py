@@ -1,0 +1,99 @@
+"""Tiles of attention's kernels: which fit a GPU, which are taken where nothing better is known, how fast they may
+be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+from mm1.kernels.cost_model import product_seconds
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import cdiv
+from mm1.kernels.tuning import Tunable
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_m: rows a program keeps (queries; of dk and dv, keys), block_n: rows of the other side it takes at once."""
+
+    block_m: int = 128
+    block_n: int = 64
+    warps: int = 8
+    stages: int = 3
+
+
+class FlashShape(NamedTuple):
+    rows: int
+    heads: int
+    kv_heads: int
+    width: int
+    causal: bool
+
+
+def shared_bytes(kernel: str, config: Config, width: int, itemsize: int, device: Device) -> int:
+    """Tiles of both sides; before Hopper asynchronous copies keep one stage less."""
+    kept, weights = {"flash": (1, 0), "flash_dq": (2, 1), "flash_dkv": (2, 2)}[kernel]
+    if device.vendor == "amd":  # what a program keeps is in registers
+        kept = 0
+    stages = config.stages if device.asynchronous else max(1, config.stages - 1)
+    shared = (kept * config.block_m + 2 * stages * config.block_n) * width * itemsize + 4096
+    if device.arch == "sm_100" or not kept:  # weights go through it too
+        shared += max(weights, not kept) * config.block_m * config.block_n * itemsize
+    return shared
+
+
+def legal(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> bool:
+    """Whether both sides' tiles fit in shared memory and sums, with two tiles of scores, in the registers."""
+    sums = 2 if kernel == "flash_dkv" else 1
+    registers = config.block_m * (sums * shape.width + 2 * config.block_n) / (config.warps * device.warp)
+    return shared_bytes(kernel, config, shape.width, dtype.itemsize, device) <= device.shared and registers <= 192
+
+
+def space(shape: FlashShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    """What is worth measuring where it is legal."""
+    return (Config(*axis) for axis in product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)))
+
+
+def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) -> Config:
+    """The largest tiles that spill no register at any width, and fewer stages until they fit."""
+    width, asynchronous = shape.width, device.asynchronous
+    wide, three = width > (96 if asynchronous else 80), width == 112  # the only width of three pieces
+    if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
+        config = Config(32, 16 if width > 64 else 32, 8, 2)
+    elif device.vendor == "amd":  # with a second stage each of backward's kernels spills
+        config = Config() if kernel == "flash" else Config(64, 32, 4, 1) if wide else Config(128, 32, 8, 1)
+    elif asynchronous:
+        config = Config(128, 32 if wide else 64, 8, 2) if kernel == "flash_dkv" else Config()
+        if kernel == "flash_dq" and three and device.arch == "sm_100":  # with 64 no code comes out
+            config = Config(128, 32, 8, 2)
+    elif wide and kernel != "flash":
+        config = Config(64, 16, 4, 2) if kernel == "flash_dkv" and three else Config(64, 32, 8, 2)
+    else:
+        config = Config(128, 32, 8, 2) if kernel == "flash_dkv" else Config()
+    while not legal(kernel, config, shape, dtype, device) and config.stages > 1:
+        config = replace(config, stages=config.stages - 1)
+    return config
+
+
+def seconds(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> float:
+    """Predicted for one segment of all rows, whose scores and results are as many products side by side."""
+    products = {"flash": 2, "flash_dq": 3, "flash_dkv": 4}[kernel]
+    heads = shape.kv_heads if kernel == "flash_dkv" else shape.heads
+    depth = products * shape.width * cdiv(shape.rows * shape.heads // heads, config.block_n) // (1 + shape.causal)
+    moved = 4 * shape.rows * shape.heads * shape.width * dtype.itemsize
+    return product_seconds(
+        heads * cdiv(shape.rows, config.block_m), depth, config.block_m, config.block_n, shape.width, config.warps,
+        config.stages, shared_bytes(kernel, config, shape.width, dtype.itemsize, device), moved, dtype.itemsize, device,
+    )  # fmt: skip
+
+
+FLASH, DQ, DKV = (
+    Tunable(
+        name, FlashShape, Config, space, partial(legal, name), partial(default, name),
+        partial(seconds, name), ("width",),
+    )
+    for name in ("flash", "flash_dq", "flash_dkv")
+)  # fmt: skip

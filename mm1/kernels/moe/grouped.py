@@ -1,0 +1,425 @@
+"""One matrix product an expert, over rows sorted by expert.
+
+    y[r]  = a[r] · b[e] (+ bias[e])   for rows r of expert e: offsets[e-1] ≤ r < offsets[e];  0 past the last offset
+    dw[e] = a[rows of e]ᵀ · dy[rows of e],   exact zeros for an expert without rows
+
+a [M, K], b [E, K, N] of any strides (so that both layouts of a weight are views) -> y [M, N]. 2·M·K·N operations; at
+least M·(K + N) + E·K·N elements moved.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm1.kernels.cost_model import product_seconds
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, expect_alike, expect_float, launch, on_cpu
+from mm1.kernels.language import tl, triton
+from mm1.kernels.tiles import (
+    Config,
+    Shape,
+    by_pointers,
+    default,
+    descriptor,
+    dot,
+    legal,
+    load_rows,
+    load_weight,
+    narrowed,
+    programs,
+    seconds,
+    shared_bytes,
+    space,
+    store_tile,
+    tile_map,
+    tile_of,
+    weight_operands,
+)
+from mm1.kernels.tuning import Tunable, config_for
+
+
+@triton.jit
+def _gemm_kernel(
+    a, b, b2, bias_ptr, y_ptr, y_desc, tiles_ptr, stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_b2e,
+    stride_b2k, stride_b2n, stride_ym, E, K, N, num_m, A_TMA: tl.constexpr, B_TMA: tl.constexpr, Y_TMA: tl.constexpr,
+    PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    num_n = tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
+        expert = tl.load(tiles_ptr + pid_m)
+        if expert >= 0:
+            row = tl.load(tiles_ptr + num_m + pid_m)
+            end = tl.load(tiles_ptr + 2 * num_m + pid_m)
+            n = pid_n * BLOCK_N
+            rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
+            depth = tl.where(expert < E, K, 0)  # rows of no expert: zeros
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, depth, BLOCK_K):
+                tile_a = load_rows(a, rows, row, k, stride_am, stride_ak, K, BLOCK_K, A_TMA)
+                tile_b = load_weight(b, expert, k, n, stride_be, stride_bk, stride_bn, K, N, BLOCK_K, BLOCK_N, B_TMA)
+                acc = dot(tile_a, tile_b, acc)
+            if PAIR:
+                # The second half of a's columns. A first half that is no multiple of BLOCK_K was read into the second,
+                # where b's rows past K are zeros.
+                for k in range(0, depth, BLOCK_K):
+                    tile_a = load_rows(a, rows, row, K + k, stride_am, stride_ak, 2 * K, BLOCK_K, A_TMA)
+                    tile_b = load_weight(
+                        b2, expert, k, n, stride_b2e, stride_b2k, stride_b2n, K, N, BLOCK_K, BLOCK_N, B_TMA
+                    )
+                    acc = dot(tile_a, tile_b, acc)
+            if HAS_BIAS:
+                offs_n = n + tl.arange(0, BLOCK_N)
+                inside = offs_n < tl.where(expert < E, N, 0)
+                acc += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, inside, other=0.0).to(tl.float32)[None, :]
+            store_tile(y_ptr, y_desc, acc, row, end, n, stride_ym, N, BLOCK_M, BLOCK_N, Y_TMA)
+
+
+@triton.jit
+def _load_columns(
+    x_ptr, x_desc, slots_ptr, row, end, column, stride_m, stride_n, N, FAN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK_N] of x from a row on; FAN: those of the rows' tokens, FAN slots a token; MASKED: up to `end`."""
+    if TMA and not MASKED:
+        return x_desc.load([row, column])
+    else:
+        rows = row + tl.arange(0, BLOCK_K)
+        offs_n = column + tl.arange(0, BLOCK_N)
+        inside = (offs_n < N)[None, :]
+        if MASKED:
+            inside = inside & (rows < end)[:, None]
+        if FAN > 0:
+            rows = tl.load(slots_ptr + tl.minimum(rows, end - 1)) // FAN
+        places = rows.to(tl.int64)[:, None] * stride_m + offs_n.to(tl.int64)[None, :] * stride_n
+        return tl.load(x_ptr + places, inside, other=0.0)
+
+
+@triton.jit
+def _dw_kernel(
+    a_ptr, a_desc, b_ptr, b_desc, slots_ptr, scale_ptr, w_ptr, bias_ptr, offsets_ptr, by_size_ptr, stride_am, stride_ak,
+    stride_bm, stride_bn, stride_we, stride_wk, stride_wn, stride_se, stride_sk, E, K, N, A_FAN: tl.constexpr,
+    B_FAN: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """w[e] [K, N] (+)= Σ over the expert's rows of aᵀ b, and bias[e] [K] = Σ of (scaled) a."""
+    num_m = tl.cdiv(K, BLOCK_M)
+    num_n = tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), E * num_m * num_n, tl.num_programs(0)):
+        expert = tl.load(by_size_ptr + tile // (num_m * num_n))
+        pid_m, pid_n = tile_of(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        m = pid_m * BLOCK_M
+        n = pid_n * BLOCK_N
+        begin = tl.load(offsets_ptr + expert - 1, expert > 0, other=0)
+        end = tl.load(offsets_ptr + expert)
+        whole = begin + (end - begin) // BLOCK_K * BLOCK_K
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        bias = tl.zeros((BLOCK_M,), tl.float32)
+        for row in range(begin, whole, BLOCK_K):
+            a = _load_columns(
+                a_ptr, a_desc, slots_ptr, row, end, m, stride_am, stride_ak, K, A_FAN, A_TMA, False, BLOCK_K, BLOCK_M
+            )
+            b = _load_columns(
+                b_ptr, b_desc, slots_ptr, row, end, n, stride_bm, stride_bn, N, B_FAN, B_TMA, False, BLOCK_K, BLOCK_N
+            )
+            acc = dot(a.T, b, acc)
+            if HAS_BIAS:
+                bias += _column_sums(a, slots_ptr, scale_ptr, row, end, HAS_SCALE, BLOCK_K)
+        if whole < end:
+            a = _load_columns(
+                a_ptr, a_desc, slots_ptr, whole, end, m, stride_am, stride_ak, K, A_FAN, A_TMA, True, BLOCK_K, BLOCK_M
+            )
+            b = _load_columns(
+                b_ptr, b_desc, slots_ptr, whole, end, n, stride_bm, stride_bn, N, B_FAN, B_TMA, True, BLOCK_K, BLOCK_N
+            )
+            acc = dot(a.T, b, acc)
+            if HAS_BIAS:
+                bias += _column_sums(a, slots_ptr, scale_ptr, whole, end, HAS_SCALE, BLOCK_K)
+        offs_m = m + tl.arange(0, BLOCK_M)
+        offs_n = n + tl.arange(0, BLOCK_N)
+        w_ptrs = (
+            w_ptr
+            + expert.to(tl.int64) * stride_we
+            + (offs_m.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn)
+        )
+        inside = (offs_m < K)[:, None] & (offs_n < N)[None, :]
+        if ACCUMULATE:
+            acc += tl.load(w_ptrs, inside, other=0.0)
+        tl.store(w_ptrs, acc.to(w_ptr.dtype.element_ty), inside)
+        if HAS_BIAS:
+            bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_se + offs_m * stride_sk
+            tl.store(bias_ptrs, bias.to(bias_ptr.dtype.element_ty), offs_m < tl.where(pid_n == 0, K, 0))
+
+
+@triton.jit
+def _column_sums(a, slots_ptr, scale_ptr, row, end, HAS_SCALE: tl.constexpr, BLOCK_K: tl.constexpr):
+    a = a.to(tl.float32)
+    if HAS_SCALE:
+        rows = row + tl.arange(0, BLOCK_K)
+        slots = tl.load(slots_ptr + rows, rows < end, other=0)
+        a = a * tl.load(scale_ptr + slots, rows < end, other=0.0)[:, None]
+    return tl.sum(a, 0)
+
+
+class DwShape(NamedTuple):
+    """The result of an expert is [k, n], the reduction over its rows."""
+
+    rows: int
+    experts: int
+    k: int
+    n: int
+    gathered: bool = False  # rows of one operand are looked up
+    bias: bool = False
+
+
+def legal_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> bool:
+    # Sums of a tile in registers beside a product of 128 × 256 spilled on an H200.
+    return legal(config, _tiled(shape), dtype, device) and not (shape.bias and config.block_n > 128)
+
+
+def default_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Config:
+    config = default(_tiled(shape), dtype, device)
+    return replace(config, block_n=min(config.block_n, 128)) if shape.bias else config
+
+
+def seconds_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> float:
+    tiles = shape.experts * cdiv(shape.k, config.block_m) * cdiv(shape.n, config.block_n)
+    moved = shape.rows * (shape.k + shape.n) + shape.experts * shape.k * shape.n
+    size = dtype.itemsize
+    return by_pointers(config, device) * product_seconds(
+        tiles, cdiv(shape.rows, shape.experts), config.block_m, config.block_n, config.block_k, config.warps,
+        config.stages, shared_bytes(config, _tiled(shape), size, device), moved * size, size, device,
+    )  # fmt: skip
+
+
+def _tiled(shape: DwShape) -> Shape:
+    """The tiles are those of one product with plenty of rows."""
+    return Shape(shape.k, 1, 128, shape.n)
+
+
+GEMM = Tunable("grouped_gemm", Shape, Config, space, legal, default, seconds)
+DW = Tunable("grouped_gemm_dw", DwShape, Config, space, legal_dw, default_dw, seconds_dw)
+
+
+def gemm(
+    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None, b2: Tensor | None = None, *, tail: bool = False
+) -> Tensor:
+    """The forward kernel. b2 [E, K, N] meets the second half of a's columns, [M, 2K]. Rows past the last offset are
+    zeros with `tail`, else undefined."""
+    M, (E, K, N) = a.shape[0], b.shape
+    device, y = device_of(a), a.new_empty(M, N)
+    if y.numel() == 0:
+        return y
+    if K == 0:  # descriptors have no empty sides
+        return gemm(a.new_zeros(M, 1), b.new_zeros(E, 1, N), offsets, bias, tail=tail)
+    config = config_for(GEMM, Shape(M, E, K, N), a.dtype, device)
+    tiles, _, num_m = tile_map(offsets, M, config.block_m, tail=tail)
+    a_desc = descriptor(a, [config.block_m, config.block_k], config)
+    pair = b2 is not None
+    b2 = b if b2 is None else b2
+    b_any, b2_any, order = weight_operands(config, b, b2)
+    config = narrowed(config, order)
+    y_desc = descriptor(y, [config.block_m, config.block_n], config)
+    grid = programs(num_m * cdiv(N, config.block_n), config, device)
+    launch(
+        _gemm_kernel, grid, a if a_desc is None else a_desc, b_any, b2_any, bias, y, y_desc, tiles, *a.stride(),
+        *b.stride(), *b2.stride(), y.stride(0), E, K, N, num_m, a_desc is not None, order, y_desc is not None,
+        pair, bias is not None, config.block_m, config.block_n, config.block_k, config.group_m,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y
+
+
+def dw(
+    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, slots: Tensor | None = None, a_fan: int = 0, b_fan: int = 0,
+    bias: Tensor | None = None, scale: Tensor | None = None, accumulate: bool = False,
+) -> None:  # fmt: skip
+    """The weight-gradient kernel: out [E, K, N] (+)= aᵀ b by expert, over its rows of a [., K] and b [., N].
+
+    a_fan, b_fan: that operand's row is slots[row] // fan instead. bias [E, K] gets the sums of a, each row times
+    scale[slots[row]] if given.
+    """
+    E, K, N = out.shape
+    if K == 0 or (N == 0 and bias is None):
+        return
+    if N == 0:  # the sums of a alone
+        b, out = b.new_zeros(len(b), 1), out.new_empty(E, K, 1)
+        return dw(a, b, offsets, out, slots=slots, a_fan=a_fan, b_fan=b_fan, bias=bias, scale=scale)
+    device = device_of(a)
+    shape = DwShape(len(a) if b_fan else len(b), E, K, N, bool(a_fan or b_fan), bias is not None)
+    config = config_for(DW, shape, a.dtype, device)
+    _, by_size, _ = tile_map(offsets, 0, config.block_m)
+    a_desc = None if a_fan else descriptor(a, [config.block_k, config.block_m], config)
+    b_desc = None if b_fan else descriptor(b, [config.block_k, config.block_n], config)
+    tiles = E * cdiv(K, config.block_m) * cdiv(N, config.block_n)
+    # Where rows are looked up before they are loaded, Triton for CUDA gives each of the two loads half of the stages.
+    stages = 2 * config.stages - 1 if shape.gathered and device.vendor == "nvidia" else config.stages
+    strides = *a.stride(), *b.stride(), *out.stride(), *((0, 0) if bias is None else bias.stride())
+    launch(
+        _dw_kernel, programs(tiles, config, device), a, a_desc, b, b_desc, slots, scale, out, bias, offsets, by_size,
+        *strides, E, K, N, a_fan, b_fan, a_desc is not None, b_desc is not None, accumulate, bias is not None,
+        scale is not None, config.block_m, config.block_n, config.block_k, config.group_m, num_warps=config.warps,
+        num_stages=stages,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("mm1::grouped_gemm", mutates_args=())
+def _forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    return gemm(a, b, offsets, bias, tail=True)
+
+
+@torch.library.custom_op("mm1::grouped_gemm_dw", mutates_args=())
+def _dw(a: Tensor, dy: Tensor, offsets: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """dw [E, K, N] and, with `bias`, its gradient [E, N]."""
+    out = a.new_empty(len(offsets), a.shape[1], dy.shape[1])
+    sums = a.new_empty(len(offsets), dy.shape[1] if bias else 0)
+    # The kernel sums its first operand: with a bias it computes the transpose.
+    if bias:
+        dw(dy, a, offsets, out.transpose(1, 2), bias=sums)
+    else:
+        dw(a, dy, offsets, out)
+    return out, sums
+
+
+@torch.library.custom_op("mm1::grouped_gemm_dw_", mutates_args=("into",))
+def _dw_into(a: Tensor, dy: Tensor, offsets: Tensor, into: Tensor) -> None:
+    dw(a, dy, offsets, into, accumulate=True)
+
+
+def _forward_cpu(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """A product for each expert that has rows."""
+    out = a.new_empty(a.shape[0], b.shape[2])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(a[start:end], b[expert], out=out[start:end])
+            if bias is not None:
+                out[start:end] += bias[expert]
+        start = end
+    out[start:].zero_()
+    return out
+
+
+def _dw_cpu(a: Tensor, dy: Tensor, offsets: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    out = a.new_empty(len(offsets), a.shape[1], dy.shape[1])
+    sums = a.new_empty(len(offsets), dy.shape[1] if bias else 0)
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        torch.mm(a[start:end].t(), dy[start:end], out=out[expert])  # of no rows: zeros
+        if bias:
+            torch.sum(dy[start:end], 0, out=sums[expert])
+        start = end
+    return out, sums
+
+
+def _dw_into_cpu(a: Tensor, dy: Tensor, offsets: Tensor, into: Tensor) -> None:
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            into[expert] += a[start:end].t().float() @ dy[start:end].float()
+        start = end
+
+
+on_cpu(_forward, _forward_cpu)
+on_cpu(_dw, _dw_cpu)
+on_cpu(_dw_into, _dw_into_cpu)
+
+
+@_forward.register_fake
+def _(a, b, offsets, bias):
+    return a.new_empty(a.shape[0], b.shape[2])
+
+
+@_dw.register_fake
+def _(a, dy, offsets, bias):
+    sums = a.new_empty(offsets.shape[0], dy.shape[1] if bias else 0)
+    return a.new_empty(offsets.shape[0], a.shape[1], dy.shape[1]), sums
+
+
+@_dw_into.register_fake
+def _(a, dy, offsets, into):
+    return None
+
+
+def _save(ctx, inputs, output):
+    a, b, offsets, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(a, b, offsets)
+
+
+def _backward(ctx, dy: Tensor):
+    a, b, offsets = ctx.saved_tensors
+    da = _forward(dy, b.transpose(1, 2), offsets, None) if ctx.needs_input_grad[0] else None
+    db = dbias = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+        db, dbias = _dw(a, dy, offsets, ctx.has_bias)
+    return da, db, None, dbias if ctx.has_bias else None
+
+
+def _save_dw(ctx, inputs, output):
+    a, dy, offsets, ctx.bias = inputs
+    ctx.save_for_backward(a, dy, offsets)
+
+
+def _backward_dw(ctx, ddw: Tensor, dsums: Tensor):
+    a, dy, offsets = ctx.saved_tensors
+    da = _forward(dy, ddw.transpose(1, 2), offsets, None) if ctx.needs_input_grad[0] else None
+    ddy = _forward(a, ddw, offsets, dsums if ctx.bias else None) if ctx.needs_input_grad[1] else None
+    return da, ddy, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+_dw.register_autograd(_backward_dw, setup_context=_save_dw)
+
+
+def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [M, K], b [E, K, N], offsets int32 [E] (end of each expert's rows, on the device), bias [E, N] -> [M, N].
+
+    Rows past the last offset come back as zeros, whatever a holds there.
+    """
+    expect_alike("grouped_gemm", a=a, b=b, offsets=offsets, bias=bias)
+    expect_float("grouped_gemm", "a", a)
+    expect(
+        a.ndim == 2 and b.ndim == 3, "grouped_gemm", "a and b", (tuple(a.shape), tuple(b.shape)), "[M, K], [E, K, N]"
+    )
+    E, N = b.shape[0], b.shape[2]
+    expect(a.shape[1] == b.shape[1], "grouped_gemm", "b", tuple(b.shape), f"[E, {a.shape[1]}, N]")
+    expect(a.dtype == b.dtype, "grouped_gemm", "dtype of b", b.dtype, a.dtype)
+    expect_offsets("grouped_gemm", offsets, E)
+    expect(bias is None or (bias.shape == (E, N) and bias.dtype == a.dtype), "grouped_gemm", "bias",
+           None if bias is None else f"{bias.dtype} {tuple(bias.shape)}", f"{a.dtype} {(E, N)}")  # fmt: skip
+    return _forward(a, b, offsets.contiguous(), None if bias is None else bias.contiguous())
+
+
+def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """a [M, K], dy [M, N], offsets int32 [E] -> [E, K, N]; `into`: an fp32 buffer of that shape to add to instead."""
+    expect_alike("grouped_gemm_dw", a=a, dy=dy, offsets=offsets, into=into)
+    expect_float("grouped_gemm_dw", "a", a)
+    expect(a.ndim == 2 and dy.ndim == 2, "grouped_gemm_dw", "a and dy", (tuple(a.shape), tuple(dy.shape)),
+           "[M, K], [M, N]")  # fmt: skip
+    expect(a.shape[0] == dy.shape[0], "grouped_gemm_dw", "rows of dy", dy.shape[0], a.shape[0])
+    expect(a.dtype == dy.dtype, "grouped_gemm_dw", "dtype of dy", dy.dtype, a.dtype)
+    expect_offsets("grouped_gemm_dw", offsets, offsets.numel())
+    shape, offsets = (offsets.shape[0], a.shape[1], dy.shape[1]), offsets.contiguous()
+    if into is None:
+        return _dw(a, dy, offsets, False)[0]
+    expect(into.shape == shape and into.dtype == torch.float32, "grouped_gemm_dw", "into",
+           f"{into.dtype} {tuple(into.shape)}", f"{torch.float32} {shape}")  # fmt: skip
+    _dw_into(a, dy, offsets, into)
+    return into
+
+
+def expect_offsets(op: str, offsets: Tensor, experts: int) -> None:
+    expect(offsets.shape == (experts,) and offsets.dtype == torch.int32 and experts > 0, op, "offsets",
+           f"{offsets.dtype} {tuple(offsets.shape)}", f"{torch.int32} {(max(experts, 1),)}")  # fmt: skip
+
+
+def cost(rows: int, experts: int, k: int, n: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
+    """experts: those with at least one row, whose weights must be read. backward: of both gradients alone."""
+    if backward:
+        return Cost(4 * rows * k * n, (rows * (2 * k + n) + 2 * experts * k * n) * itemsize)
+    return Cost(2 * rows * k * n, (rows * (k + n) + experts * k * n) * itemsize)

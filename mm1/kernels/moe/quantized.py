@@ -1,0 +1,121 @@
+"""Products with frozen weights of 8 bits and one scale a row, for decoding: bound by reading weights, not by products.
+
+    y = (x · wᵀ) · scale,   w int8 or float8 (e4m3) [N, K], scale fp32 [N];  no gradient
+
+Few rows read the narrow weights alone: on a GPU by the kernel of few_tokens.py, a linear being a mixture of one expert.
+Many rows, as of prompts, are bound by products: there a GPU first makes the weights of one layer x's dtype. A CPU
+multiplies in bf16 whatever x is: that changes a result by 0.23 %, rounding normal weights to int8 by 0.8 %; and torch's
+product of fp32 and int8 is scalar (14 ms of 2048 × 8192 for one row, 1.3 in bf16). Many rows are multiplied in fp32 on
+CPUs without units of bf16.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm1.kernels.dispatch import INTERPRETED, expect, expect_alike, on_cpu
+from mm1.kernels.moe import experts, few_tokens
+
+FEW_ROWS = 64  # 16 at a time; beyond, reading a weight again for each 16 costs more than widening it once
+FEW_ROWS_CPU = 8  # torch multiplies row by row
+WIDENED = 1 << 20  # numbers of a weight that a CPU widens at once, to multiply them while they are in cache
+
+
+def _linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    if len(x) > FEW_ROWS:
+        return F.linear(x, _widened(weight, scale, x.dtype))
+    return few_tokens.by_slot(x, None, 1, weight[None], None, None, None, None, None, 0.0, scale[None])
+
+
+def _moe(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    if not few_tokens.few(index.numel(), len(down)):
+        wide = (_widened(w, scale, x.dtype) for w, scale in ((gate_up, gate_up_scale), (down, down_scale)))
+        return experts.moe_mlp(x, index, weight, *wide)
+    (gate, up), (gate_scale, up_scale) = gate_up.chunk(2, 1), gate_up_scale.chunk(2, 1)
+    return few_tokens.few_tokens(
+        x, index, weight, gate, up, down, None, None, None, "silu", None, 0.0, gate_scale, up_scale, down_scale
+    )
+
+
+def _widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).mul_(scale[..., None])
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    N, K = weight.shape
+    # torch's product reads past the end of a row that is no multiple of 16.
+    if 0 < len(x) <= FEW_ROWS_CPU and K % 16 == 0:
+        ones = x.new_ones(N, dtype=torch.bfloat16)
+        y = torch._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), weight, ones)
+        return (y * scale).to(x.dtype)
+    units = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    rows = x.to(units)
+    y, height = rows.new_empty(len(x), N), max(1, WIDENED // K)
+    scratch = rows.new_empty(min(height, N), K)
+    for narrow, out in zip(weight.split(height), y.split(height, 1)):
+        torch.mm(rows, scratch[: len(narrow)].copy_(narrow).t(), out=out)
+    return (y * scale).to(x.dtype)
+
+
+def _moe_cpu(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    y = x.new_zeros(x.shape, dtype=torch.float32)
+    for e in index.unique().tolist():
+        if 0 <= e < len(down):
+            token, k = (index == e).nonzero(as_tuple=True)
+            gate, up = _linear_cpu(x[token], gate_up[e], gate_up_scale[e]).chunk(2, 1)
+            rows = _linear_cpu(F.silu(gate) * up, down[e], down_scale[e])
+            y.index_add_(0, token, rows * weight[token, k, None])
+    return y.to(x.dtype)
+
+
+_linear_op = torch.library.custom_op("mm1::linear_8", _linear, mutates_args=())
+_moe_op = torch.library.custom_op("mm1::moe_mlp_8", _moe, mutates_args=())
+on_cpu(_linear_op, _linear_cpu)
+on_cpu(_moe_op, _moe_cpu)
+
+
+@_linear_op.register_fake
+def _(x, weight, scale):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_moe_op.register_fake
+def _(x, index, weight, gate_up, gate_up_scale, down, down_scale):
+    return x.new_empty(x.shape)
+
+
+def linear_8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [T, K], weight int8 or on a GPU float8_e4m3fn [N, K], scale fp32 [N] -> [T, N] of x's dtype."""
+    expect_alike("linear_8", x=x, weight=weight, scale=scale)
+    expect(x.ndim == 2, "linear_8", "x", tuple(x.shape), "[T, K]")
+    _check("linear_8", "weight", weight, scale, (weight.shape[0], x.shape[1]))
+    return _linear_op(x, weight, scale)
+
+
+def moe_mlp_8(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """moe_mlp with gate_up [E, 2F, D], scale [E, 2F], down [E, D, F], scale [E, D]: int8, or on a GPU float8_e4m3fn."""
+    expect_alike("moe_mlp_8", x=x, index=index, weight=weight, gate_up=gate_up, gate_up_scale=gate_up_scale,
+                 down=down, down_scale=down_scale)  # fmt: skip
+    E, D, width = down.shape
+    expect(x.ndim == 2 and x.shape[1] == D, "moe_mlp_8", "x", tuple(x.shape), f"[T, {D}]")
+    expect(index.ndim == 2, "moe_mlp_8", "index", tuple(index.shape), "[T, K]")
+    T, K = x.shape[0], index.shape[1]
+    expect(index.shape[0] == T, "moe_mlp_8", "index", tuple(index.shape), (T, K))
+    expect(weight.shape == index.shape, "moe_mlp_8", "weight", tuple(weight.shape), tuple(index.shape))
+    _check("moe_mlp_8", "gate_up", gate_up, gate_up_scale, (E, 2 * width, D))
+    _check("moe_mlp_8", "down", down, down_scale, (E, D, width))
+    return _moe_op(x, index, weight.float().contiguous(), gate_up, gate_up_scale, down, down_scale)
+
+
+def _check(op: str, name: str, weight: Tensor, scale: Tensor, shape: tuple[int, ...]) -> None:
+    dtypes = (torch.int8,) if weight.device.type == "cpu" and not INTERPRETED else (torch.int8, torch.float8_e4m3fn)
+    expect(weight.shape == shape and weight.is_contiguous(), op, name, tuple(weight.shape), f"{shape}, contiguous")
+    expect(weight.dtype in dtypes, op, f"dtype of {name}", weight.dtype, dtypes)
+    expect(scale.shape == shape[:-1] and scale.dtype == torch.float32, op, f"scale of {name}",
+           f"{scale.dtype} {tuple(scale.shape)}", f"{torch.float32} {shape[:-1]}")  # fmt: skip

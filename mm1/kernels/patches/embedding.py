@@ -1,0 +1,463 @@
+"""Patch embedding of images of different sizes in one packed batch.
+
+    tokens[p] = W · (pixels of patch p / 255 - mean) / std + b + resample(table, grid of p's image)[place of p]
+
+uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values a patch in (row, column, channel) order. Reads ΣHW·3
+pixels, the weight and the table once, writes P·Dv; 2·P·K·Dv operations. No patch is ever cut out or normalised in
+memory: the product itself gathers pixels, centred to -128 … 127, which every dtype holds exactly, and mean and std go
+into the weight and the bias (pixels.py). Bias and positions are added to a finished tile.
+
+The reduction runs over steps of block_k and one last step no wider than what is left (588 = 9 · 64 + 12). Backward
+gathers the pixels again: nothing but the arguments is kept.
+Source: Dosovitskiy et al. 2021 (ViT), section 3.1 and 3.2 (resampled positions).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mm1.kernels.dispatch import (
+    READ,
+    Cost,
+    cdiv,
+    device_of,
+    expect,
+    expect_alike,
+    expect_float,
+    expect_read,
+    launch,
+    on_cpu,
+    power_of_2,
+    refuse_second_order,
+)
+from mm1.kernels.language import tl, triton
+from mm1.kernels.patches import position_tables as positions_module
+from mm1.kernels.patches.cpu import backward_cpu, embed_cpu, forward_cpu
+from mm1.kernels.patches.grids import Grids, as_grids, image_of
+from mm1.kernels.patches.pixels import as_words, fold, gather, places_of, scatter, unfold, values, word_bytes
+from mm1.kernels.patches.position_tables import INTERPOLATIONS, expect_interpolation, place_of, resample
+from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape, splits_of
+from mm1.kernels.tiles import descriptor, dot, tile_of
+from mm1.kernels.tuning import config_for
+
+CENTRE = 128
+PART = tl.constexpr(32)  # columns of a tile that are finished at once
+
+
+@triton.jit
+def _load_w(w, w_tail, n, k, stride, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+            TAIL: tl.constexpr):  # fmt: skip
+    """[BLOCK_K, BLOCK_N] of Wᵀ; w_tail: the descriptor whose blocks are as wide as the last step."""
+    if TMA:
+        return w_tail.load([n, k]).T if TAIL else w.load([n, k]).T
+    else:
+        offs_k = k + tl.arange(0, BLOCK_K)
+        offs_n = n + tl.arange(0, BLOCK_N)
+        inside = (offs_k < K)[:, None] & (offs_n < N)[None, :]
+        return tl.load(w + offs_k[:, None] + offs_n.to(tl.int64)[None, :] * stride, inside, other=0.0)
+
+
+@triton.jit
+def _part(x, p: tl.constexpr, PARTS: tl.constexpr):
+    """Columns of part p of 2 or 4."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    first, second = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+    half = second if 2 * p >= PARTS else first
+    if PARTS == 2:
+        return half
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(half, (M, 2, N // 4)), (0, 2, 1)))
+        return second if p % 2 == 1 else first
+
+
+@triton.jit
+def _finish(
+    acc, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows, n, P, N, Gh, Gw, WORD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Adds bias and positions to columns n on of a tile, and stores them."""
+    offs_n = n + tl.arange(0, acc.shape[1])
+    _, first, h, w, there = image_of(owner_ptr, images_ptr, rows, P)
+    if HAS_TABLE:
+        row, column = place_of(rows - first, w, MERGE)
+        acc += resample(table_ptr, row, column, h, w, there, Gh, Gw, offs_n, N, MODE, ANTIALIAS, ALIGN)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if WORD > 0:
+        acc = tl.where(there[:, None], acc, 0.0)
+    places = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptr + places, acc.to(y_ptr.dtype.element_ty), (rows < P)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _embed_kernel(
+    x_ptr, word_ptr, stride_ptr, w, w_tail, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, P, N, Gh, Gw, stride_w,
+    stride_x, K: tl.constexpr, ROW: tl.constexpr, WORD: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """WORD 0: x holds cut patches [P, K], every row of which is multiplied, also that of no image."""
+    m, n = tile_of(tl.program_id(0), tl.cdiv(P, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    MAIN: tl.constexpr = K // BLOCK_K * BLOCK_K
+    if WORD == 0:
+        pointers = x_ptr + tl.minimum(rows, P - 1).to(tl.int64)[:, None] * stride_x
+        for k in range(0, MAIN, BLOCK_K):
+            a = tl.load(pointers + k + tl.arange(0, BLOCK_K)[None, :]).to(DTYPE)
+            acc = dot(a, _load_w(w, w_tail, n * BLOCK_N, k, stride_w, K, N, BLOCK_K, BLOCK_N, TMA, False), acc)
+        if TAIL > 0:
+            offs_k = MAIN + tl.arange(0, TAIL)
+            a = tl.load(pointers + offs_k[None, :], (offs_k < K)[None, :], other=0.0).to(DTYPE)
+            acc = dot(a, _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True), acc)
+    else:
+        word = tl.load(word_ptr + rows, rows < P, other=-1)
+        stride = tl.load(stride_ptr + rows, rows < P, other=0)
+        GROUP: tl.constexpr = 4 if WORD > 1 else 1
+        q = tl.arange(0, BLOCK_K // GROUP)
+        groups = gather(x_ptr, word, stride, q, MAIN // WORD, ROW, WORD)
+        for k in range(0, MAIN, BLOCK_K):
+            # The pixels of the next step are on their way while this one is multiplied.
+            after = gather(x_ptr, word, stride, q + (k + BLOCK_K) // GROUP, MAIN // WORD, ROW, WORD)
+            b = _load_w(w, w_tail, n * BLOCK_N, k, stride_w, K, N, BLOCK_K, BLOCK_N, TMA, False)
+            acc = dot(values(groups, WORD, DTYPE), b, acc)
+            groups = after
+        if TAIL > 0:
+            tail = MAIN // GROUP + tl.arange(0, TAIL // GROUP)
+            groups = gather(x_ptr, word, stride, tail, K // WORD, ROW, WORD)
+            b = _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True)
+            acc = dot(values(groups, WORD, DTYPE), b, acc)
+    # Part by part, for want of registers: a tile of table entries beside a wide accumulator spilled.
+    if BLOCK_N > PART:
+        for p in tl.static_range(BLOCK_N // PART):
+            _finish(
+                _part(acc, p, BLOCK_N // PART), bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows,
+                n * BLOCK_N + p * PART, P, N, Gh, Gw, WORD, HAS_BIAS, HAS_TABLE, MERGE, MODE, ANTIALIAS, ALIGN,
+            )  # fmt: skip
+    else:
+        _finish(
+            acc, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows, n * BLOCK_N, P, N, Gh, Gw, WORD, HAS_BIAS,
+            HAS_TABLE, MERGE, MODE, ANTIALIAS, ALIGN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _embed_dw_kernel(
+    x_ptr, word_ptr, stride_ptr, dy_ptr, part_ptr, bias_ptr, P, N, stride_dm, stride_dn, share, K: tl.constexpr,
+    ROW: tl.constexpr, WORD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """part[s] [Dv, K] = dyᵀ · pixels over `share` patches from s · share on, bias[s] = Σ dy. BLOCK_M along Dv."""
+    num_m = tl.cdiv(N, BLOCK_M)
+    num_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    split = tl.program_id(0) // (num_m * num_n)
+    pid_m = tl.program_id(0) % (num_m * num_n) // num_n
+    pid_n = tl.program_id(0) % num_n
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    GROUP: tl.constexpr = 4 if WORD > 1 else 1
+    q = pid_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+    begin = split * share
+    end = tl.minimum(begin + share, P)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias = tl.zeros((BLOCK_M,), tl.float32)
+    rows = begin + tl.arange(0, BLOCK_K)
+    word = tl.load(word_ptr + rows, rows < end, other=-1)
+    stride = tl.load(stride_ptr + rows, rows < end, other=0)
+    groups = gather(x_ptr, word, stride, q, K // WORD, ROW, WORD)
+    for start in range(begin, end, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        inside = (word >= 0)[:, None] & (offs_m < N)[None, :]
+        places = rows.to(tl.int64)[:, None] * stride_dm + offs_m.to(tl.int64)[None, :] * stride_dn
+        dy = tl.load(dy_ptr + places, inside, other=0.0)
+        rows += BLOCK_K
+        word = tl.load(word_ptr + rows, rows < end, other=-1)
+        stride = tl.load(stride_ptr + rows, rows < end, other=0)
+        after = gather(x_ptr, word, stride, q, K // WORD, ROW, WORD)
+        acc = dot(dy.T, values(groups, WORD, dy.dtype), acc)
+        bias += tl.sum(dy.to(tl.float32), 0)
+        groups = after
+    offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    places = (split * N + offs_m).to(tl.int64)[:, None] * K + offs_k[None, :]
+    tl.store(part_ptr + places, acc, (offs_m < N)[:, None] & (offs_k < K)[None, :])
+    if pid_n == 0:
+        tl.store(bias_ptr + split * N + offs_m, bias, offs_m < N)
+
+
+def _embed(
+    x: Tensor, word: int, row: int, places: tuple[Tensor | None, Tensor | None], weight: Tensor, k: int,
+    bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor, dtype: torch.dtype, merge: int,
+    mode: str, antialias: bool, align: bool,
+) -> Tensor:  # fmt: skip
+    """The forward kernel on W' [Dv, ≥ k]; word 0: x are cut patches."""
+    P, N = len(owner), len(weight)
+    config = config_for(EMBED, PatchShape(P, k, N, word), dtype, device_of(x))
+    y = x.new_empty(P, N, dtype=dtype)
+    # A last step of at least a dot's 16, and of what words and registers hold as a power of two.
+    tail = k % config.block_k and max(16, power_of_2(k % config.block_k))
+    w = descriptor(weight, [config.block_n, config.block_k], config)
+    w_tail = descriptor(weight, [config.block_n, tail], config) if tail else w
+    Gh, Gw = table.shape[:2] if table is not None else (1, 1)
+    launch(
+        _embed_kernel, cdiv(P, config.block_m) * cdiv(N, config.block_n), x, *places, weight if w is None else w,
+        w_tail, bias, table if table is None else table.contiguous(), owner, images, y, P, N, Gh, Gw, weight.stride(0),
+        x.stride(0), k, row, word, _TYPES[dtype], bias is not None, table is not None, merge, mode, antialias, align,
+        w is not None, config.block_m, config.block_n, config.block_k, tail, config.group_m, num_warps=config.warps,
+        num_stages=config.stages,
+    )  # fmt: skip
+    return y
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor, patch: int,
+    scale: Sequence[float], shift: Sequence[float], merge: int, mode: str, antialias: bool, align: bool,
+) -> Tensor:  # fmt: skip
+    """x [ΣHW, 3] -> [P, Dv]; the value of a pixel of channel c is scale[c] · (x or x - 128) + shift[c]."""
+    word = word_bytes(x, patch)
+    places = places_of(images, owner, patch, word, merge)
+    folded, folded_bias = fold(weight, bias, scale, shift)
+    return _embed(
+        as_words(x, word), word, patch * 3 // word, places, folded, weight.shape[1], folded_bias, table, images,
+        owner, weight.dtype, merge, mode, antialias, align,
+    )  # fmt: skip
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, images: Tensor, owner: Tensor, patch: int, scale: Sequence[float],
+    shift: Sequence[float], merge: int, need_x: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dW, db; empty where not needed."""
+    (P, N), K = dy.shape, weight.shape[1]
+    device = device_of(x)
+    dx, dw, db = x.new_empty(0), torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(N)
+    if need_weight:
+        word = word_bytes(x, patch)
+        config = config_for(EMBED_DW, PatchShape(P, K, N, word), dy.dtype, device)
+        words, strides = places_of(images, owner, patch, word, merge)
+        part = cdiv(N, config.block_m) * cdiv(K, config.block_n)
+        splits = splits_of(P, part, config, device)
+        share = cdiv(cdiv(P, splits), config.block_k) * config.block_k
+        splits = cdiv(P, share) if P else 0
+        parts = dy.new_empty(splits, N, K, dtype=torch.float32)
+        sums = dy.new_empty(splits, N, dtype=torch.float32)
+        launch(
+            _embed_dw_kernel, splits * part, as_words(x, word), words, strides, dy, parts, sums, P, N, *dy.stride(),
+            share, K, patch * 3 // word, word, config.block_m, config.block_n, config.block_k, num_warps=config.warps,
+            num_stages=config.stages,
+        )  # fmt: skip
+        unfold(parts, sums, dw, db, scale, shift)
+    if need_x:
+        words, strides = places_of(images, owner, patch, 1, merge)
+        dpatches = dy @ fold(weight, None, scale, shift)[0]
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format)  # pixels of no image have no gradient
+        scatter(dpatches, K, words, strides, patch, dx)
+    return dx, dw, db
+
+
+def embed(
+    patches: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, images: Tensor, owner: Tensor, merge: int,
+    mode: str, antialias: bool, align: bool,
+) -> Tensor:  # fmt: skip
+    """patches [P, K] -> [P, Dv]."""
+    K = weight.shape[1]
+    if weight.stride(1) != 1 or weight.stride(0) * weight.element_size() % 16:
+        weight = fold(weight, None, (1.0,) * 3, (0.0,) * 3)[0]
+    patches = patches if patches.stride(1) == 1 else patches.contiguous()
+    return _embed(
+        patches, 0, 1, (None, None), weight, K, bias, table, images, owner, weight.dtype, merge, mode, antialias, align
+    )
+
+
+_forward = torch.library.custom_op("mm1::patch_embed", forward, mutates_args=())
+_backward = torch.library.custom_op("mm1::patch_embed_backward", backward, mutates_args=())
+_embed_op = torch.library.custom_op("mm1::embed_patches", embed, mutates_args=())
+on_cpu(_forward, forward_cpu)
+on_cpu(_backward, backward_cpu)
+on_cpu(_embed_op, embed_cpu)
+
+
+@_forward.register_fake
+def _(x, weight, bias, table, images, owner, *settings):
+    return weight.new_empty(owner.shape[0], weight.shape[0])
+
+
+@_backward.register_fake
+def _(dy, x, weight, images, owner, patch, scale, shift, merge, need_x, need_weight):
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+@_embed_op.register_fake
+def _(patches, weight, bias, table, images, owner, *settings):
+    return weight.new_empty(owner.shape[0], weight.shape[0])
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, table, images, owner, *ctx.settings = inputs
+    ctx.table = None if table is None else (table.shape, table.dtype)
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, images, owner)
+
+
+def _grad(ctx, dy: Tensor):
+    x, weight, images, owner = ctx.saved_tensors
+    patch, scale, shift, merge, *interpolation = ctx.settings
+    need_x, need_weight, need_bias, need_table = ctx.needs_input_grad[:4]
+    dx = dw = db = dtable = None
+    if need_x or need_weight or need_bias:
+        dx, dw, db = _backward(dy, x, weight, images, owner, patch, scale, shift, merge, need_x,
+                               need_weight or need_bias)  # fmt: skip
+    if need_table:
+        dtable = _table_gradient(dy, images, ctx.table, merge, interpolation)
+    return dx if need_x else None, dw, db if ctx.has_bias else None, dtable, *(None,) * 9
+
+
+def _save_embed(ctx, inputs, output):
+    patches, weight, bias, table, images, _, *ctx.settings = inputs
+    ctx.table, ctx.has_bias = (table.shape, table.dtype), bias is not None
+    ctx.save_for_backward(patches, weight, images)
+
+
+def _grad_embed(ctx, dy: Tensor):
+    patches, weight, images = ctx.saved_tensors
+    merge, *interpolation = ctx.settings
+    need_patches, need_weight, need_bias, need_table = ctx.needs_input_grad[:4]
+    return (
+        dy @ weight if need_patches else None,
+        dy.t() @ patches if need_weight else None,
+        dy.sum(0) if need_bias and ctx.has_bias else None,
+        _table_gradient(dy, images, ctx.table, merge, interpolation) if need_table else None,
+        *(None,) * 6,
+    )
+
+
+def _table_gradient(dy: Tensor, images: Tensor, table, merge: int, interpolation) -> Tensor:
+    shape, dtype = table
+    return positions_module._backward(dy, images, shape, merge, *interpolation).to(dtype)
+
+
+_forward.register_autograd(_grad, setup_context=_save)
+refuse_second_order(_backward, "patch_embed")
+_embed_op.register_autograd(_grad_embed, setup_context=_save_embed)
+
+
+def patch_embed(
+    pixels: Tensor | Sequence[Tensor],
+    sizes: "Grids | Sequence[tuple[int, int]]",
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    *,
+    patch_size: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = "bilinear",
+    antialias: bool = True,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Embed the patches of N images.
+
+    pixels: list of uint8 or float [H, W, 3], or one packed [ΣHW, 3]. sizes: host list of (H, W) in pixels, or the Grids
+    of the batch (then packed pixels may be padded to its P · patch_size²). weight [Dv, p·p·3], the values of a patch in
+    (row, column, channel) order, or a convolution's [Dv, 3, p, p] as it is; bias [Dv], pos_embed [Gh, Gw, Dv]. uint8
+    pixels are divided by 255; mean and std, one value a channel, are those of the result.
+    Returns tokens [P, Dv] in the weight's dtype, zeros in rows of no image, and cu_seqlens int32 [N+1].
+    """
+    op, p = "patch_embed", patch_size
+    images = {"pixels": pixels} if isinstance(pixels, Tensor) else {f"pixels[{i}]": x for i, x in enumerate(pixels)}
+    expect_alike(op, **images, weight=weight, bias=bias, pos_embed=pos_embed)
+    fits = weight.shape[1:] in ((p * p * 3,), (3, p, p))
+    expect(fits, op, "weight", tuple(weight.shape),
+           f"[Dv, {p * p * 3}] in (row, column, channel) order, or a convolution's [Dv, 3, {p}, {p}]")  # fmt: skip
+    weight = weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
+    if isinstance(sizes, Grids):
+        grids = sizes.to(weight.device)
+    else:
+        for height, width in sizes:
+            expect(height > 0 and width > 0, op, "sizes", (height, width), "positive sides")
+            expect(height % p == 0 and width % p == 0, op, "sizes", (height, width), f"multiples of {p}")
+        grids = Grids([(height // p, width // p) for height, width in sizes], device=weight.device)
+    if not isinstance(pixels, Tensor):
+        shapes = [tuple(image.shape) for image in pixels]
+        wanted = [(h * p, w * p, 3) for h, w in grids.sizes or ()]
+        expect(shapes == wanted, op, "pixels", shapes, wanted)
+        rows = [image.reshape(-1, 3) for image in pixels]
+        pixels = torch.cat(rows) if rows else weight.new_zeros(0, 3)
+    found, area = tuple(pixels.shape), p * p
+    # A padded buffer is asked first, because how much of it is used must not become part of a compiled program.
+    fits = found == (grids.patches * area, 3) or grids.used is None or found == (grids.used * area, 3)
+    expect(fits, op, "pixels", found, (grids.patches * area, 3))
+    expect(pixels.dtype in (torch.uint8, *READ), op, "dtype of pixels", pixels.dtype, (torch.uint8, *READ))
+    mean, std = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
+    expect(len(mean) == 3 and all(math.isfinite(m) for m in mean), op, "mean", mean, "3 finite values")
+    expect(len(std) == 3 and all(math.isfinite(s) and s > 0 for s in std), op, "std", std, "3 positive values")
+    if pixels.dtype == torch.uint8:
+        scale = [1 / (255 * s) for s in std]
+        shift = [(CENTRE / 255 - m) / s for m, s in zip(mean, std)]
+    else:
+        scale = [1 / s for s in std]
+        shift = [-m / s for m, s in zip(mean, std)]
+    table, *settings = _table(op, pos_embed, weight, bias, interpolation, antialias, align_corners)
+    tokens = _forward(
+        pixels.contiguous(), weight, bias, table, grids.table, grids.owner, p, scale, shift, grids.merge, *settings
+    )
+    return tokens, grids.cu_seqlens
+
+
+def embed_patches(
+    patches: Tensor,
+    grids: "Grids | Sequence[tuple[int, int]]",
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    *,
+    interpolation: str | None = "bilinear",
+    antialias: bool = True,
+    align_corners: bool = False,
+) -> Tensor:
+    """The same for patches [P, K] that are already cut, weight [Dv, K] -> tokens [P, Dv].
+
+    Rows of no image are projected like any other, and get no position.
+    """
+    op = "embed_patches"
+    expect_alike(op, patches=patches, weight=weight, bias=bias, pos_embed=pos_embed)
+    grids = as_grids(grids, weight.device)
+    expect(patches.ndim == 2, op, "patches", tuple(patches.shape), "[P, K]")
+    expect(patches.shape[0] == grids.patches, op, "rows of patches", patches.shape[0], grids.patches)
+    expect(weight.ndim == 2 and weight.shape[1] == patches.shape[1], op, "weight",
+           tuple(weight.shape), f"[Dv, {patches.shape[1]}]")  # fmt: skip
+    table, *settings = _table(op, pos_embed, weight, bias, interpolation, antialias, align_corners)
+    expect_read(op, "patches", patches)
+    patches = patches.to(weight.dtype)
+    if table is None:
+        return torch.nn.functional.linear(patches, weight, bias)
+    return _embed_op(patches, weight, bias, table, grids.table, grids.owner, grids.merge, *settings)
+
+
+def _table(op, table, weight, bias, interpolation, antialias, align_corners):
+    """The table, or None if there is none to add, and the settings of its interpolation."""
+    width = weight.shape[0]
+    expect_float(op, "weight", weight)
+    expect_read(op, "bias", bias)
+    expect_read(op, "pos_embed", table)
+    expect(bias is None or bias.shape == (width,), op, "bias", bias is not None and tuple(bias.shape), f"[{width}]")
+    expect_interpolation(op, interpolation, INTERPOLATIONS)
+    if table is None or interpolation is None:
+        return None, "nearest", False, False
+    expect(table.ndim == 3 and table.shape[2] == width and min(table.shape) > 0, op, "pos_embed", tuple(table.shape),
+           f"[Gh, Gw, {width}]")  # fmt: skip
+    return table, interpolation, *((False, False) if interpolation == "nearest" else (antialias, align_corners))
+
+
+def cost(patches: int, width: int, k: int, *, table: int = 0, itemsize: int = 2, bytes_in: int = 1) -> Cost:
+    """k: values of a patch, of bytes_in each (1: uint8 pixels); table: entries Gh·Gw of the position table.
+
+    Backward alone, of weight, bias and table, pixels having no gradient, costs as much.
+    """
+    weights = (k * width + table * width) * itemsize
+    return Cost(2 * patches * k * width, patches * k * bytes_in + patches * width * itemsize + weights)

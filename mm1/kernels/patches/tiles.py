@@ -1,0 +1,84 @@
+"""Tiles of patch embedding's kernels: which fit a GPU, which are taken where nothing better is known, how fast they may
+be."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from mm1.kernels import tiles
+from mm1.kernels.cost_model import product_seconds
+from mm1.kernels.device import Device
+from mm1.kernels.dispatch import cdiv
+from mm1.kernels.tiles import Config, Shape, fitted, space
+from mm1.kernels.tuning import Tunable
+
+WAVES = 2  # of programs a split of the weight gradient aims at
+
+
+class PatchShape(NamedTuple):
+    patches: int
+    k: int
+    width: int
+    word: int  # bytes of one load of pixels; 0: patches that are cut already
+
+    @property
+    def product(self) -> Shape:
+        return Shape(self.patches, 1, self.k, self.width)
+
+
+def legal(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
+    plain = not config.persistent and config.block_n in (32, 64, 128) and config.block_k <= _step(device)
+    # Of 64 rows of fp32 Triton 3.7 would make a TF32 product on a B200, whatever precision it is asked for.
+    small = dtype != torch.float32 or (config.block_m <= 32 and not config.tma)
+    return plain and small and tiles.legal(config, shape.product, dtype, device)
+
+
+def default(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
+    """Two programs a multiprocessor, so that one multiplies while the other gathers or finishes its tile."""
+    config = Config(64, 128, _step(device), warps=4 if device.wgmma else 8, tma=device.tma)
+    return _fitted(config, shape, dtype, device)
+
+
+def legal_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
+    return not config.tma and config.group_m == 8 and legal(config, shape, dtype, device)
+
+
+def default_dw(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
+    return _fitted(Config(128, 128, _step(device), warps=8, tma=False), shape, dtype, device)
+
+
+def _step(device: Device) -> int:
+    """Products whose operands are in registers beside the accumulator, as before Hopper, spilled with steps of 64."""
+    return 64 if device.asynchronous else 32
+
+
+def _fitted(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
+    if dtype == torch.float32:  # products of single multiplications: small tiles in registers
+        config = replace(config, block_m=32, block_n=64, block_k=32, warps=4, stages=2, tma=False)
+    return fitted(config, shape.product, dtype, device)
+
+
+def seconds(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
+    """Predicted; a result is finished with four entries of the table and the bias."""
+    return tiles.seconds(config, shape.product, dtype, device, finish=6)
+
+
+def seconds_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
+    part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
+    splits = splits_of(shape.patches, part, config, device)
+    size, shared = dtype.itemsize, tiles.shared_bytes(config, shape.product, dtype.itemsize, device)
+    moved = shape.patches * (shape.k // 2 + shape.width) * size + 8 * splits * shape.width * shape.k
+    return product_seconds(
+        splits * part, cdiv(shape.patches, splits), config.block_m, config.block_n, config.block_k, config.warps,
+        config.stages, shared, moved, size, device,
+    )  # fmt: skip
+
+
+def splits_of(patches: int, part: int, config: Config, device: Device) -> int:
+    """Programs among which the patches are divided, for each of `part` tiles."""
+    return max(1, min(cdiv(patches, 8 * config.block_k), WAVES * device.units // max(part, 1)))
+
+
+EMBED = Tunable("patch_embed", PatchShape, Config, space, legal, default, seconds, ("k", "word"))
+EMBED_DW = Tunable("patch_embed_dw", PatchShape, Config, space, legal_dw, default_dw, seconds_dw, ("k", "word"))

@@ -1,8 +1,8 @@
-"""The errors that are about the user's input, and the check that raises them."""
+"""The errors that are about the user's input, and the checks that raise them."""
 
 
 class UserError(ValueError):
-    """The user's settings or paths are wrong. One clear line: the CLI prints it and exits with 2."""
+    """The user's settings, arguments or paths are wrong: one clear line. The command prints it and exits with 2."""
 
 
 class Unreadable(ValueError):
@@ -17,8 +17,13 @@ class Unreadable(ValueError):
         return ": ".join(part for part in (self.shard, self.key, self.reason) if part)
 
 
-def at_least(least: int, **settings: int | None) -> None:
-    """Raise UserError for a setting below it."""
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raise UserError unless `condition` holds: "NAME is VALUE, expected EXPECTED"."""
+    if not condition:
+        raise UserError(f"{name} is {value!r}, expected {expected}")
+
+
+def at_least(minimum: int, **settings: int | None) -> None:
+    """Raise UserError for a setting that is below `minimum`; None passes."""
     for name, value in settings.items():
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}, expected ≥ {least}")
+        require(value is None or value >= minimum, name, value, f"≥ {minimum}")

@@ -19,6 +19,7 @@ from mm1.engine.data.config import Source
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.streams import make_streams
 from mm1.engine.run_config import to_dict
+from mm1.engine.settings import to_toml
 from mm1.engine.train import checkpoint, safety
 from mm1.engine.train.display import Display
 from mm1.engine.train.parallel import World
@@ -438,25 +439,15 @@ def test_without_a_tokenizer_that_of_the_checkpoint_is_taken(texts, trained_on_a
 
 
 class Command:
-    """`mm1 train` of a small run in a process of its own; standard error goes to a file."""
+    """A process of `mm1 train` with a small run, whose standard error goes to a file."""
 
-    def __init__(self, folder: Path, steps: int = 4000, launcher: tuple[str, ...] = (), **train):
+    def __init__(self, folder: Path, steps: int = 4000, **train):
         folder.mkdir(parents=True)
         self.run, self.errors = folder / "run", folder / "stderr.txt"
         table = to_dict(small_run(steps=steps, save_every=1000, **train))
         table["data"]["streams"] = 0
-        (folder / "run.json").write_text(json.dumps(table))
-        start = "import json, sys, pathlib\nimport torch\nfrom mm1 import cli\nfrom mm1.engine import run_config\n" \
-                "torch.set_num_threads(1)\ntable = json.loads(pathlib.Path(sys.argv.pop(1)).read_text())\n" \
-                "run_config.load_run = lambda *_: run_config.from_dict(table)\ncli.main()\n"  # fmt: skip
-        (folder / "start.py").write_text(start)
-        command = [
-            *(launcher or (sys.executable,)),
-            str(folder / "start.py"),
-            str(folder / "run.json"),
-            "train",
-            "digits",
-        ]
+        (folder / "run.toml").write_text(to_toml(table))
+        command = [sys.executable, "-m", "mm1", "train", str(folder / "run.toml")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.popen = subprocess.Popen(
             [*command, "--out", str(self.run)], env=environment, stderr=self.errors.open("w"), start_new_session=True

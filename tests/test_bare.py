@@ -8,7 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = [ROOT / "mm1" / name for name in ("kernels", "autotune", "bench")]
-FILES = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py")) if path.parent.name != "suite"]
+COMMAND_LINE = "command.py"  # which needs tyro; python -m mm1.autotune.tune and mm1.bench.run do without
+FILES = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))
+         if path.parent.name != "suite" and path.name != COMMAND_LINE]  # fmt: skip
 ENGINE = ("run_config", "models.mm1", "infer.generate", "train.ledger", "train.optim", "data.batch", "data.document",
           "data.packing")  # fmt: skip
 

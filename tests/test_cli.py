@@ -1,7 +1,9 @@
-"""The command as a user meets it: what works, and one line with status 2 for what cannot."""
+"""The command as users meet it: what works, its help, and one line with status 2 for wrong arguments and input."""
 
+import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +15,10 @@ import pytest
 from PIL import Image
 from small import FOLDER
 
-from mm1.cli import main
+from mm1 import __version__
+from mm1.cli import COMMANDS, main
+from mm1.engine.run_config import Run, load_run
+from mm1.engine.settings import hints
 
 TRAIN = f"""
 [model]
@@ -60,13 +65,13 @@ def write_tar(path, members):
 
 
 def mm1(*arguments, cwd):
-    command = [sys.executable, "-m", "mm1.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mm1", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The three formats of the README, and a run over them."""
+    """Return a folder with data in the three formats of the README, and a run of them."""
     folder = tmp_path_factory.mktemp("data")
     for shard in range(2):
         members = []
@@ -114,6 +119,21 @@ def test_generate_takes_images_and_marks(folder):
 
 
 BAD = [
+    ([], "Expected one of {demo, train, "),
+    (["trian"], "unknown command 'trian', did you mean train?"),
+    (["xyzzy"], "unknown command 'xyzzy', expected one of demo, train, "),
+    (["train"], "Missing from mm1 train: NAME|FILE"),
+    (["--versoin"], "Unrecognized options: --versoin"),
+    (["train", "digits", "--train.peaklr", "3"], "--train.peaklr, 3, did you mean --train.peak-lr?"),
+    (["train", "digits", "--resumee"], "Unrecognized options: --resumee, "),
+    (["train", "digits", "--train.steps"], "Missing value for argument '--train.steps'"),
+    (["train", "digits", "--train.steps", "many"], "setting train.steps is 'many', expected an integer ≥ 1"),
+    (["eval", "out"], "Missing from mm1 eval: BENCHMARK --data [PATH [PATH ...]] --out PATH"),
+    (["generate", "out", "--top-k", "some"], "Error parsing --top-k: invalid literal for int() with base 10: 'some'"),
+    (["generate", "out", "--weights", "int2"], "invalid choice 'int2' for argument '--weights'"),
+    (["serve", "out", "--port", "70000"], "port is 70000, expected 0 to 65535"),
+    (["bench"], "Expected one of {kernels, train, generate, all, report, readme}"),
+    (["bench", "kernel"], "Unrecognized options: kernel"),
     (["train", "mm1-4b"], "unknown size 'mm1-4b', and no such file or folder; known: digits"),
     (["train", "nothing.toml"], "no such file: nothing.toml"),
     (["train", "mm1-3b"], "setting data.sources is empty: train a .toml file with [[data.sources]]"),
@@ -122,7 +142,7 @@ BAD = [
         "/none.json', expected a file: make one by `mm1 tokenizer",
     ),
     (["train", "digits", "--set", "model=3"], "setting model is 3"),
-    (["train", "run.toml", "--set", "train.stepz=3"], "unknown setting train.stepz; known: steps"),
+    (["train", "run.toml", "--set", "train.stepz=3"], "unknown setting train.stepz, did you mean train.steps"),
     (["train", "run.toml", "--set", "train.steps=many"], "setting train.steps is 'many', expected an integer ≥ 1"),
     (["train", "run.toml", "--set", "train.steps"], "is not key=value"),
     (["train", "run.toml", "--set", "train.dtype=fp8"], "setting train.dtype is 'fp8'"),
@@ -150,8 +170,8 @@ BAD = [
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_one_line_and_status_2(folder, arguments, message, monkeypatch, capsys):
-    """In this process: each of its own would take seconds to import torch."""
-    if arguments[0] == "train" and "--out" not in arguments:
+    """The command runs in this process: a process of its own would take seconds to import torch."""
+    if arguments[:1] == ["train"] and len(arguments) > 1 and "--out" not in arguments:
         arguments = [*arguments, "--out", "bad"]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["mm1", *arguments])
@@ -163,13 +183,111 @@ def test_bad_input_is_one_line_and_status_2(folder, arguments, message, monkeypa
     assert len(said.splitlines()) == 1, said
 
 
+def said(monkeypatch, capsys, *arguments):
+    """Return what the command prints on standard output, in this process; it has to end with status 0."""
+    monkeypatch.setattr(sys, "argv", ["mm1", *map(str, arguments)])
+    status = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code or 0
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    return out
+
+
+def boxed(text):
+    """Return the lines of tyro's help without borders, which depend on the terminal."""
+    return [line[2:].rstrip(" │") for line in text.splitlines()]
+
+
+BENCHMARKS = ("kernels", "train", "generate", "all", "report", "readme")
+
+
+@pytest.mark.parametrize(
+    "command", [[name] for name in COMMANDS if name != "bench"] + [["bench", name] for name in BENCHMARKS], ids=" ".join
+)
+def test_help_explains_every_option_and_says_once_what_its_default_is(command, monkeypatch, capsys):
+    options: list[str] = []
+    for line in boxed(said(monkeypatch, capsys, *command, "--help")):
+        if re.match(r"--\w|\[?[A-Z|]{2,}\]?( |$)", line):
+            options.append("")
+        if options:
+            options[-1] += f" {line.strip()}"
+    assert options
+    for option in options:
+        option = re.split("---+|───+", option)[0]  # where the next group begins
+        assert len(re.findall(r"default:|\(required\)|\(repeatable\)", option)) == 1, option
+        assert len(option) > 25, option
+        assert "None" not in option, option
+
+
+def test_help_of_train_lists_every_setting_with_its_range_and_default(monkeypatch, capsys):
+    text = " ".join(" ".join(boxed(said(monkeypatch, capsys, "train", "--help"))).split())
+
+    def names(cls, prefix):
+        for field, hint in hints(cls).items():
+            yield from names(hint, f"{prefix}{field}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{field}"]
+
+    for name in names(Run, ""):
+        assert f"--{name.replace('_', '-')} " in text
+    assert "(an integer ≥ 0 and ≤ 512; default: 0)" in text  # model.decoder.experts
+    assert '(one of none, blocks, selective; default: "none")' in text
+    assert "Peak learning rate; none: MM1's law" in text
+    assert "kind: one of captions, interleaved, text, conversations; paths: a list, each a string; weight" in text
+
+
+def test_help_and_show_import_no_torch():
+    calls = [["--help"], ["--version"], ["train", "--help"], ["train", "mm1-3b", "--show"], ["eval", "--help"], ["x"]]
+    code = "import sys, contextlib\nfrom mm1.cli import main\nassert 'tyro' not in sys.modules\n" \
+           f"for call in {calls!r}:\n    sys.argv = ['mm1', *call]\n" \
+           "    with contextlib.suppress(SystemExit): main()\n" \
+           "assert not {'torch', 'PIL', 'tokenizers', 'grain'} & set(sys.modules), sys.modules.keys()"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_completion_for_a_shell_knows_the_options_of_all_commands(tmp_path, monkeypatch, capsys):
+    said(monkeypatch, capsys, "--tyro-write-completion", "bash", tmp_path / "mm1")
+    assert {"--train.peak-lr", "--shots-from", "--max-pixels"} <= set(
+        re.findall(r"--[\w.-]+", (tmp_path / "mm1").read_text())
+    )
+
+
+def test_version(monkeypatch, capsys):
+    assert said(monkeypatch, capsys, "--version") == f"mm1 {__version__}\n"
+
+
+def test_show_prints_the_run_that_training_would_have_as_a_file(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    text = said(
+        monkeypatch, capsys, "train", "run.toml", "--show", "--train.peak-lr", "1e-3", "--set", "data.images=3",
+        "--train.betas", "[0.5, 0.9]", "--model.connector.position_grid", "none", "--train.init", "1",
+    )  # fmt: skip
+    (folder / "shown.toml").write_text(text)
+    settings = ["train.peak_lr=0.001", "data.images=3", "train.betas=[0.5, 0.9]", "model.connector.position_grid=none"]
+    assert load_run("shown.toml") == load_run("run.toml", [*settings, 'train.init="1"'])
+    assert load_run("shown.toml").train.peak_lr == 1e-3
+    assert said(monkeypatch, capsys, "train", "shown.toml", "--show") == text
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # what is buffered is written when the command has returned
+def test_an_error_that_is_not_about_the_input_is_one_line_and_status_1(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mm1", "--version"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (1, "mm1: [Errno 28] No space left on device\n")
+
+
 def test_the_command_itself_ends_with_status_2_and_one_line(folder):
     result = mm1("generate", "nothing/here", cwd=folder)
     assert (result.returncode, result.stderr) == (2, "mm1: no checkpoint at nothing/here\n")
 
 
 def test_damage_in_data_is_warned_of_listed_and_survived(folder):
-    """A truncated shard, a PNG that is text, a caption without its image."""
+    """The data have a truncated shard, a PNG that is text, and a caption without an image."""
     data = (folder / "shard-00.tar").read_bytes()
     (folder / "cut.tar").write_bytes(data[:4650])
     members = [("a.png", b"I am text"), ("a.txt", b"x"), ("b.txt", b"no image"), ("c.png", b"x"), ("c.txt", b"")]

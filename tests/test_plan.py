@@ -15,7 +15,6 @@ import torch
 from small import document, packed, small_model, small_run
 from torch import nn
 
-from mm1 import cli
 from mm1.engine.data.config import Data
 from mm1.engine.data.document import DECODED_AHEAD, Document
 from mm1.engine.data.mixture import Mixture
@@ -24,7 +23,7 @@ from mm1.engine.layers.decoder import Attention
 from mm1.engine.layers.experts import Experts
 from mm1.engine.models.mm1 import MM1, parameter_counts
 from mm1.engine.run_config import Run, load_run
-from mm1.engine.train import checkpoint, host
+from mm1.engine.train import checkpoint, command, host
 from mm1.engine.train.config import Parallel, Train
 from mm1.engine.train.display import Silent
 from mm1.engine.train.ledger import Load, ledger
@@ -498,7 +497,7 @@ def test_as_many_documents_are_decoded_ahead_as_planned():
 
 
 def test_the_command_takes_every_rate(capsys):
-    cli.plan(
+    command.plan(
         "mm1-7b-moe", gpus=16, set=("parallel.expert=16",), document=2048, imbalance=1.4, storage=20.0,
         host_memory=2000.0,
     )  # fmt: skip

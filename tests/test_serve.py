@@ -41,10 +41,9 @@ from service import (
 from small import small_mm1, small_run
 from test_generate import PROMPTS, picture
 
-from mm1 import cli
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.prompts import encode_prompts
-from mm1.engine.serve import app, arrivals, connections
+from mm1.engine.serve import app, arrivals, command, connections
 from mm1.engine.serve.privacy import read_key
 from mm1.errors import UserError
 
@@ -676,7 +675,7 @@ def test_the_command_takes_the_key_from_its_file(tmp_path, monkeypatch):
     settings = {}
     monkeypatch.setattr(app, "serve", lambda _checkpoint, **given: settings.update(given))
     (tmp_path / "key").write_text("sesame\n")
-    cli.serve(tmp_path, api_key_file=tmp_path / "key")
+    command.serve(tmp_path, api_key_file=tmp_path / "key")
     assert settings["api_key"] == "sesame"
 
 

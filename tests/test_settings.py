@@ -1,9 +1,10 @@
-"""Settings: what each may be, whoever sets it, and where a run's come from."""
+"""Settings are checked alike whoever sets them, explain themselves, and come from files, names and the command line."""
 
 import dataclasses
 import json
 import math
 import shutil
+import tomllib
 import types
 import typing
 from pathlib import Path
@@ -19,9 +20,10 @@ from mm1.engine.data.streams import make_streams
 from mm1.engine.layers import config as layers_config
 from mm1.engine.models import mm1_config
 from mm1.engine.models.mm1 import MM1
-from mm1.engine.models.mm1_config import DIGITS
-from mm1.engine.run_config import DIGITS_RUN, Run, from_dict, load_run, to_dict
-from mm1.engine.train import checkpoint
+from mm1.engine.models.mm1_config import DIGITS, MODELS
+from mm1.engine.run_config import DIGITS_RUN, Run, changes, from_dict, load_run, to_dict
+from mm1.engine.settings import help_texts, hints, nested, to_toml, toml_value
+from mm1.engine.train import checkpoint, settings_page
 from mm1.engine.train import config as train_config
 from mm1.engine.train.config import Parallel, Train
 from mm1.engine.train.display import Silent
@@ -40,7 +42,7 @@ def number_of(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# (dataclass, field, index in a tuple or None) of every number among the settings, by what the values are
+# (dataclass, field, index in a tuple or None) of every number among the settings, as the values have it
 NUMBERS = [
     (where, field.name, None if number_of(value) else i)
     for where, legal in LEGAL.items() for field in dataclasses.fields(legal)
@@ -56,8 +58,8 @@ ZERO = {  # that mean something
 }  # fmt: skip
 
 
-def put(where, field, index, value):
-    """What the dataclass becomes with a field, or one item of it, changed."""
+def with_value(where, field, index, value):
+    """Return the legal dataclass with a field, or one item of it, changed."""
     legal = LEGAL[where]
     if index is not None:
         items = list(getattr(legal, field))
@@ -94,7 +96,7 @@ def test_nonsense_is_refused_with_the_settings_name(where, field, index):
         nonsense.append(0)
     for value in nonsense:
         with pytest.raises(UserError) as error:
-            put(where, field, index, value)
+            with_value(where, field, index, value)
         said = str(error.value)
         assert said.startswith(f"setting {name} is "), (value, said)
         assert ", expected " in said
@@ -105,7 +107,7 @@ def test_nonsense_is_refused_with_the_settings_name(where, field, index):
 def test_zero_is_taken_where_it_means_something(name):
     where, _, field = name.rpartition(".")
     index = 0 if isinstance(getattr(LEGAL[where], field), tuple) else None
-    put(where, field, index, 0)
+    with_value(where, field, index, 0)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -152,11 +154,11 @@ def test_python_callers_are_checked_as_files_are():
         Data(sources=("a.txt",))
     with pytest.raises(UserError, match=r"setting model is None, expected a table of settings"):
         Run(None)
-    assert Connector_of([6, 6]) == Connector_of((6, 6))  # and may be hashed
+    assert connector_of([6, 6]) == connector_of((6, 6))  # and may be hashed
     assert isinstance(Source("text", ("a.txt",), 45).weight, float)
 
 
-def Connector_of(grid):
+def connector_of(grid):
     connector = dataclasses.replace(DIGITS.connector, position_grid=grid)
     return hash(connector), connector
 
@@ -164,6 +166,94 @@ def Connector_of(grid):
 def test_a_run_is_the_same_after_json():
     for run in (DIGITS_RUN, small_run(), Run(DIGITS, parallel=Parallel(capacity=1.5)), load_run("mm1-7b-moe")):
         assert from_dict(json.loads(json.dumps(to_dict(run)))) == run
+
+
+def test_a_run_is_the_same_after_toml(tmp_path):
+    odd = Source("text", ('a "quoted" \\ name\n', "\x7f\x01é🙂", "{0..3}*?[ab]"), 0.1)
+    runs = [DIGITS_RUN, small_run(), Run(DIGITS, Data((odd, SOURCE)), Train(betas=(0.0, 0.5), eps=1e-300, warmup=0))]
+    for run in [*runs, *map(load_run, MODELS)]:
+        run = load_run(toml(tmp_path, to_toml(to_dict(run))))  # in which all paths are absolute
+        assert load_run(toml(tmp_path, to_toml(to_dict(run)))) == run
+    assert from_dict(tomllib.loads(to_toml(to_dict(DIGITS_RUN)))) == DIGITS_RUN
+
+
+def test_none_is_no_value_and_outweighs_a_recipe():
+    assert load_run("mm1-3b", ["recipe=finetune", "train.peak_lr=none"]).train.peak_lr is None
+    assert load_run("mm1-3b", ["model.connector.position_grid=none"]).model.connector.position_grid is None
+    with pytest.raises(UserError, match=r"setting train.steps is 'none', expected an integer ≥ 1"):
+        load_run("mm1-3b", ["train.steps=none"])
+
+
+@pytest.mark.parametrize("key, meant", [
+    ("train.peak_rl", "train.peak_lr"), ("train.Steps", "train.steps"), ("data.token", "data.tokens"),
+    ("model.vision.head", "model.vision.heads"), ("parallel.tensors", "parallel.tensor"), ("trian.steps", "train"),
+    ("recpie", "recipe"), ("modle", "model"),
+])  # fmt: skip
+def test_a_misspelt_setting_is_met_with_the_nearest(key, meant):
+    with pytest.raises(UserError, match=rf"^unknown setting {key.split('.')[0]}.*, did you mean .*\b{meant}\b.*\?$"):
+        load_run("digits", [f"{key}=1"])
+
+
+def test_an_unknown_setting_unlike_any_is_met_with_all_beside_it():
+    with pytest.raises(UserError, match=r"^unknown setting parallel.xyz, expected one of replicate, tensor, "):
+        load_run("digits", ["parallel.xyz=1"])
+
+
+# Help texts.
+
+
+def classes_of_settings(cls=Run):
+    return [
+        cls,
+        *(inner for hint in hints(cls).values() if nested(hint) for inner in classes_of_settings(nested(hint))),
+    ]
+
+
+@pytest.mark.parametrize("cls", classes_of_settings(), ids=lambda cls: cls.__name__)
+def test_every_setting_has_a_help_text_that_names_each_special_value(cls):
+    texts = help_texts(cls)
+    for field, hint in hints(cls).items():
+        if not dataclasses.is_dataclass(hint):
+            text = texts[field]
+            assert 10 < len(text) < 250, field
+            assert text.endswith("."), field
+            default = next(f.default for f in dataclasses.fields(cls) if f.name == field)
+            special = {None: "none:", "": "empty:"}
+            if default in special and not isinstance(default, tuple):
+                assert special[default] in text, field
+
+
+def test_a_help_text_is_the_string_below_its_field():
+    assert help_texts(Train)["save_every"] == "Steps between two checkpoints."
+    assert "images" not in help_texts(Run)
+
+
+def test_the_page_of_settings_is_current():
+    path = Path(__file__).parent.parent / "docs" / "settings.md"
+    assert path.read_text() == settings_page.page(), f"run python -m mm1.engine.train.settings_page {path}"
+
+
+def test_the_page_of_settings_has_a_row_for_each_with_its_range_and_default():
+    rows = [line.split(" | ") for line in settings_page.page().splitlines() if line.startswith("| `")]
+    names = [row[0].strip("|*` ") for row in rows]
+    plain = sum(not dataclasses.is_dataclass(hint) for cls in classes_of_settings() for hint in hints(cls).values())
+    assert len(set(names)) == len(names) == plain
+    for part, config in (("data", Data()), ("train", Train()), ("parallel", Parallel())):
+        for field, value in to_dict(config).items():
+            assert rows[names.index(f"{part}.{field}")][2] == f"`{toml_value(value)}`"
+    assert rows[names.index("train.seed")][1:3] == ["an integer ≥ 0 and ≤ 4294967295", "`0`"]
+
+
+# What may change when a run continues.
+
+
+def test_changes_are_those_of_settings_that_have_to_stay():
+    other = dataclasses.replace(
+        DIGITS, image_patches=30, context=99, decoder=dataclasses.replace(DIGITS.decoder, z_loss=0.5, layers=5)
+    )
+    assert changes(DIGITS, other, "model") == {"model.decoder.layers": (4, 5)}
+    assert changes(DIGITS, dataclasses.replace(DIGITS, image_mode="squash"), "model") == {}
+    assert changes(DIGITS, DIGITS, "model") == {}
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
@@ -231,7 +321,7 @@ def test_patches_below_those_of_one_image_are_an_error_at_the_start(parts):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A folder of a run with its data, whose name holds characters of patterns, and another working directory."""
+    """Return the folder of a run and its data, with characters of patterns in its name; work in another folder."""
     folder, other = tmp_path / "my [old] run*", tmp_path / "other"
     (folder / "text").mkdir(parents=True)
     other.mkdir()
@@ -275,7 +365,7 @@ def test_paths_of_a_file_are_relative_to_the_file(elsewhere, tmp_path, monkeypat
     assert run.model == small_model()
     Trainer(run, Path("out"), Silent(), False).fit()
     stored = from_dict(json.loads(Path("out/checkpoint/config.json").read_text()))
-    monkeypatch.chdir("/")  # what the checkpoint holds is found from anywhere
+    monkeypatch.chdir("/")  # the paths in the checkpoint hold anywhere
     make_streams(stored, TextTokenizer(stored.data.tokenizer), None)
     Trainer(stored, tmp_path / "again", Silent(), False)
 
@@ -313,7 +403,7 @@ def test_a_run_that_begins_with_a_checkpoint_takes_its_model_and_its_tokenizer(e
 
 
 def test_a_checkpoint_of_an_older_version_still_loads(tmp_path):
-    """Whatever its settings were: runs of 100 steps were once written down with a warm-up of 2000."""
+    """Settings other than the model's are not read: runs of 100 steps were once stored with a warm-up of 2000."""
     old = {"model": to_dict(small_model()), "train": {"steps": 100, "warmup": 2000, "gone": 1}}
     texts = {"config.json": json.dumps(old), "tokenizer.json": (FOLDER / "tokenizer.json").read_text()}
     checkpoint.write(tmp_path / "old", {"model.safetensors": dict(MM1(small_model()).initialize().state_dict())}, texts)

@@ -85,8 +85,8 @@ def test_an_existing_tokenizer_gets_the_special_tokens_and_keeps_its_ids(folder,
 
 
 BAD = {
-    "neither": ([], "give either FILES to train on or --from an existing tokenizer.json"),
-    "both": (["a.txt", "--from", "a.txt"], "give either FILES to train on or --from"),
+    "neither": ([], "expected either FILES to train on or --from an existing tokenizer.json"),
+    "both": (["a.txt", "--from", "a.txt"], "expected either FILES to train on or --from"),
     "no file": (["none.txt"], "no such file: none.txt"),
     "of no kind": (["x.pdf"], "x.pdf: expected a file ending in .tar"),
     "no text": (["images.jsonl"], "images.jsonl has no text that can be read; as interleaved: expected lists"),
@@ -109,7 +109,7 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(arguments, message, 
 
 def test_a_file_that_is_there_is_not_written_over(folder, monkeypatch, capsys):
     status, said = mm1(monkeypatch, capsys, "tokenizer", "a.txt", "b.jsonl")
-    assert (status, said) == (2, "mm1: a.txt exists already: give another file\n")
+    assert (status, said) == (2, "mm1: a.txt exists already: choose another file\n")
 
 
 def test_a_run_says_which_vocabulary_its_tokenizer_needs_and_how_to_get_one(folder, monkeypatch, capsys):

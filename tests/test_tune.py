@@ -715,7 +715,7 @@ BAD = {
     "tune toy --shape width=1,rows=two": "whole numbers",
     "tune toy --static": "--device",
     "tune toy --device h200": "--static or --check",
-    "tune toy --static --device h200 --processes 0": "0 processes",
+    "tune toy --static --device h200 --processes 0": "--processes is 0, expected at least 1",
     "tune toy --static --device h2000": "unknown device 'h2000'",
     "tune --check --device h2000": "unknown device 'h2000'",
     "explain nosuch rows=1 --device h200": "unknown kernel 'nosuch'",

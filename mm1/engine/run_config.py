@@ -11,20 +11,14 @@ from typing import Any
 
 from mm1.engine.data.config import Data, Source
 from mm1.engine.models.mm1_config import DIGITS, Model, named
-from mm1.engine.settings import (
-    build,
-    check,
-    expect,
-    parsed,
-    put,
-)
+from mm1.engine.settings import assign, build, check, dotted, hints, may_change, parse_value, require_names
 from mm1.engine.train.config import Parallel, Train
-from mm1.errors import UserError
+from mm1.errors import UserError, require
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything `mm1 train` needs."""
+    """The settings of a training run."""
 
     model: Model
     data: Data = field(default_factory=Data)
@@ -53,7 +47,7 @@ DIGITS_RUN = Run(
 )  # fmt: skip
 
 
-# What a recipe changes of the defaults, which are MM1's pre-training: 4096 tokens and up to 16 images a sequence, 512
+# A recipe's changes to the defaults, which are MM1's pre-training: 4096 tokens and up to 16 images a sequence, 512
 # sequences a step, the law's learning rate, nothing frozen (section 3.3). Fine-tuning (section 4.1): 10k steps of 256
 # sequences of 2048 tokens, positions interpolated to 672 pixels, an image of 1344 as five of 144 tokens each. Its
 # warm-up was not published: the default's 3 % are 300 steps.
@@ -69,12 +63,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> Run:
-    """Return the run of a named size or a TOML file, and of `key=value` settings on top ("train.steps=100").
+    """Return the run of a named size or a TOML file, changed by `key=value` settings ("train.steps=100").
 
     A file has `model = "mm1-3b"` or a [model] table, `recipe`, [data], [[data.sources]], [train], [parallel]. Paths in
     it are relative to its folder, those of `settings` to the working directory; in the run all are absolute. The name
     "digits" alone is the demo with its data and settings: recipe "digits".
-    Raises UserError with one line for whatever is wrong.
+    Raises UserError with one line for a file that cannot be read and a setting that is unknown, missing or illegal.
     """
     table: dict[str, Any] = {"model": name_or_file}
     if name_or_file.endswith(".toml"):
@@ -90,21 +84,23 @@ def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> R
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise UserError(f"setting {setting!r} is not key=value")
-        put(table, key.strip(), parsed(value.strip()))
+            raise UserError(f"setting {setting!r} is not key=value, such as train.steps=100")
+        assign(table, key.strip(), parse_value(value.strip()))
     _resolve_paths(table, Path())
     return from_dict(table)
 
 
 def from_dict(table: dict[str, Any]) -> Run:
-    """Return the run of nested plain values, as `to_dict` and TOML give them.
+    """Return the run of nested plain values, as `to_dict` and TOML files have them.
 
-    "model" is a size's name or a table, which may change what its "size" names. Without either, model and tokenizer are
-    those of the checkpoint train.init.
+    "model" is a size's name, or a table, which may name a "size" and change it. Without either, model and tokenizer are
+    those of the checkpoint train.init. Raises UserError for a setting that is unknown, missing or illegal.
     """
     table = dict(table)
+    require_names(table, [*hints(Run), "recipe"])
     model, recipe = table.pop("model", None), table.pop("recipe", "pretrain")
-    expect(isinstance(recipe, str) and recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
+    is_recipe = isinstance(recipe, str) and recipe in RECIPES
+    require(is_recipe, "setting recipe", recipe, f"one of {', '.join(RECIPES)}")
     changes = dict(model) if isinstance(model, dict) else {}
     size = changes.pop("size", None) if isinstance(model, dict) else model
     train = table.get("train")
@@ -119,21 +115,22 @@ def from_dict(table: dict[str, Any]) -> Run:
         if not (folder / "config.json").is_file() and (folder / "checkpoint").is_dir():  # the folder of a run
             folder = folder / "checkpoint"
         base = Run(_model_of(folder), Data(tokenizer=str(folder / "tokenizer.json")))
-    return build(Run, _over(RECIPES[recipe], {**table, "model": changes}), base=base)
+    return build(Run, _merged(RECIPES[recipe], {**table, "model": changes}), base=base)
 
 
-def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Return two levels of settings in which those of `high` outweigh those of `low`."""
-    both = {part: {**low[part], **high[part]} for part in low if isinstance(high.get(part), dict)}
-    return {**low, **high, **both}
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return two levels of settings: those of `base`, replaced by those of `changes` where both have one."""
+    both = {part: {**base[part], **changes[part]} for part in base if isinstance(changes.get(part), dict)}
+    return {**base, **changes, **both}
 
 
 def stored_model(config: Any) -> Model:
     """Return the model of a checkpoint's config.json, whose other settings may be of an older version."""
-    expect(isinstance(config, dict) and "model" in config, "model", None, "a table of a checkpoint's config.json")
+    has_model = isinstance(config, dict) and "model" in config
+    require(has_model, "setting model", None, "a table of a checkpoint's config.json")
     model, data = from_dict({"model": config["model"]}).model, config.get("data")
-    trained = data.get("tokens") if isinstance(data, dict) else None  # of a run, also of an older version
-    return dataclasses.replace(model, context=trained) if trained and not model.context else model
+    tokens = data.get("tokens") if isinstance(data, dict) else None  # older versions wrote the context nowhere else
+    return dataclasses.replace(model, context=tokens) if tokens and not model.context else model
 
 
 def saw_conversations(config: Any) -> bool:
@@ -144,6 +141,7 @@ def saw_conversations(config: Any) -> bool:
 
 
 def _model_of(folder: Path) -> Model:
+    """Return the model of a checkpoint folder. Raises UserError if it holds none."""
     try:
         return stored_model(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError) as error:
@@ -165,12 +163,21 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass of settings as nested plain values, which `from_dict` reads."""
     return dataclasses.asdict(config)
 
 
-def changes(before: Any, now: Any, where: str) -> dict[str, tuple[Any, Any]]:
-    """Return the fields in which two dataclasses of one kind differ, by their dotted names: (before, now)."""
-    if not dataclasses.is_dataclass(now):
-        return {} if before == now else {where: (before, now)}
-    pairs = ((f"{where}.{f.name}", getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now))
-    return {name: values for part, a, b in pairs for name, values in changes(a, b, part).items()}
+def changes(before: Any, now: Any, name: str) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ and may not change when a run continues: full name -> (before, now).
+
+    before, now: two dataclasses of one class. name: their place among the settings, such as "model". Fields that are
+    marked MayChange are not compared.
+    """
+    differing: dict[str, tuple[Any, Any]] = {}
+    for part, hint in hints(type(now)).items():
+        full, old, new = dotted(name, part), getattr(before, part), getattr(now, part)
+        if dataclasses.is_dataclass(new):
+            differing |= changes(old, new, full)
+        elif old != new and not may_change(hint):
+            differing[full] = (old, new)
+    return differing

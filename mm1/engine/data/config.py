@@ -4,39 +4,54 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mm1.engine.data.sources import KINDS
-from mm1.engine.settings import Count, CountOrZero, OneOf, Positive, check, expect
+from mm1.engine.settings import Count, CountOrZero, OneOf, Positive, check
+from mm1.errors import require
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a mixture. weight: its share of the tokens drawn, relative to the others."""
+    """One data set of the mixture; in a TOML file each has its own [[data.sources]]."""
 
-    # "captions" (WebDataset tars), "interleaved" (OBELICS-type json/jsonl/parquet), "text", or "conversations"
-    # (LLaVA-type json/jsonl, of which answers alone are trained on)
     kind: Annotated[str, OneOf(*KINDS)]
+    """Format of the files: "captions" (WebDataset tars), "interleaved" (documents as in OBELICS: json, jsonl or
+    parquet), "text", or "conversations" (as LLaVA's json or jsonl; only the answers are trained on)."""
     paths: tuple[str, ...]
+    """Files, as names or patterns such as "shard-{000..127}.tar" and "text/*.txt", relative to the TOML file."""
     weight: Positive = 1.0
+    """Share of the trained tokens, relative to the other sources' weights."""
 
     def __post_init__(self):
         check(self, "data.sources")
-        expect(len(self.paths) > 0, "data.sources.paths", self.paths, "at least one file")
+        require(len(self.paths) > 0, "setting data.sources.paths", self.paths, "at least one file")
 
 
 @dataclass(frozen=True)
 class Data:
-    """sources, and the static budgets of one packed sequence."""
+    """The data sets, the tokenizer, and the fixed sizes of a packed sequence."""
 
     sources: tuple[Source, ...] = ()
-    tokenizer: str = ""  # a tokenizer.json
+    """Data sets that are mixed; training needs at least one."""
+    tokenizer: str = ""
+    """A tokenizer.json, as `mm1 tokenizer` makes it; empty: that of the checkpoint train.init."""
     tokens: Count = 4096
+    """Tokens of a packed sequence, image slots included; MM1's pre-training has 4096."""
     images: Count = 16
-    patches: CountOrZero = 0  # 0: images · patches of a full image
-    documents: CountOrZero = 0  # 0: tokens / 16, or as many as the source of the shortest ones needs
-    buffer: CountOrZero = 0  # tokens of the documents that the packer chooses from, a sequence at least; 0: 4 · tokens
-    workers: CountOrZero = 0  # loader processes; 0 decodes in threads of this one
-    # Packers that the records are dealt to; a run goes on with any number of data-parallel processes that divides it.
-    streams: CountOrZero = 0  # 0: one, or four for each process that there is at the start
-    max_bad: Count = 100  # unreadable records in a row that stop the run
+    """Images that a packed sequence has room for; MM1's pre-training has up to 16."""
+    patches: CountOrZero = 0
+    """Image patches that a packed sequence has room for; 0: data.images times the patches of a full image."""
+    documents: CountOrZero = 0
+    """Documents that a packed sequence has room for; 0: a sixteenth of data.tokens, or what the source with the
+    shortest documents needs if that is more."""
+    buffer: CountOrZero = 0
+    """Tokens of the documents that the packer chooses from, at least data.tokens; more fill sequences better and use
+    more host memory; 0: four sequences."""
+    workers: CountOrZero = 0
+    """Processes that load and decode data, for each training process; 0: threads of the training process."""
+    streams: CountOrZero = 0
+    """Packers that the records are dealt to. A run can continue on any number of data-parallel processes that divides
+    it; 0: one for a single process, else four for each process at the start."""
+    max_bad: Count = 100
+    """Unreadable records of one source in a row that stop the run; single ones are skipped and listed."""
 
     def __post_init__(self):
         check(self, "data")

@@ -6,9 +6,8 @@ Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (GPT-2) for bytes as its
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mm1.engine.data.record import Choice
@@ -18,39 +17,7 @@ from mm1.errors import Unreadable, UserError
 
 ROWS = 64  # the vocabulary is a multiple of it: whole tiles of tensor cores in products with the head
 LEAST = 256 + len(SPECIAL)  # tokens: each byte is one, so that any text can be written
-VOCABULARY = 32_000
 TRIED = 16  # records of a file that have to be unreadable before it counts as of another kind
-
-
-def tokenizer(
-    out: tyro.conf.Positional[Path],
-    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[FILES …]")] = (),
-    vocabulary: int | None = None,
-    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
-) -> None:
-    """Make the tokenizer.json that a run needs: train one on text, or add the special tokens to an existing one.
-
-    Args:
-        out: file to write.
-        files: data to train on, in any form that a run reads: text, captions, interleaved documents, conversations.
-        vocabulary: tokens of a trained one (default: 32000); a small text may give fewer.
-        source: instead of files, a tokenizer.json to which <pad>, <bos>, <eos> and <image> are added.
-    """
-    if out.exists():
-        raise UserError(f"{out} exists already: give another file")
-    if bool(files) == (source is not None):
-        raise UserError("give either FILES to train on or --from an existing tokenizer.json")
-    if source is None:
-        text = byte_level_bpe(texts_of(files), VOCABULARY if vocabulary is None else vocabulary).to_str(pretty=True)
-    elif vocabulary is None:
-        text, _, _ = with_special_tokens(source)
-    else:
-        raise UserError(f"--vocabulary is {vocabulary}, expected none beside --from, whose tokens stay as they are")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + "\n", encoding="utf-8")
-    tokens = _ids(Tokenizer.from_str(text))
-    size = vocabulary_size(tokens)
-    print(f'{out} has {tokens} tokens: set data.tokenizer = "{out}" and model.decoder.vocabulary = {size}')
 
 
 def vocabulary_size(tokens: int) -> int:
@@ -141,7 +108,7 @@ def with_special_tokens(path: Path) -> tuple[str, int, int]:
         raise UserError(f"{path} is not a tokenizer.json: {error}") from None
     names = _our_names(old, json_object(settings) if settings.is_file() else {})
     spec = renamed(json.loads(old.to_str()), names)
-    known, vocabulary = _ids(old), spec["model"]["vocab"]
+    known, vocabulary = id_count(old), spec["model"]["vocab"]
     if isinstance(vocabulary, dict) and len(vocabulary) <= max(vocabulary.values(), default=-1):
         # The library counts tokens to find the next id, which in a vocabulary with gaps belongs to another token.
         ids = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary
@@ -151,10 +118,10 @@ def with_special_tokens(path: Path) -> tuple[str, int, int]:
     spec["truncation"] = spec["padding"] = spec["post_processor"] = None
     new = Tokenizer.from_str(json.dumps(spec))
     new.add_special_tokens(list(SPECIAL))
-    return new.to_str(), known, _ids(new)
+    return new.to_str(), known, id_count(new)
 
 
-def _ids(tokenizer: Tokenizer) -> int:
+def id_count(tokenizer: Tokenizer) -> int:
     """Return the number of rows that an embedding needs: ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 

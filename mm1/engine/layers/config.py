@@ -4,7 +4,17 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from mm1.engine.settings import Count, CountOrZero, OneOf, Positive, PositiveOrZero, Range, check, expect
+from mm1.engine.settings import (
+    Count,
+    CountOrZero,
+    MayChange,
+    OneOf,
+    Positive,
+    PositiveOrZero,
+    Range,
+    check,
+)
+from mm1.errors import require
 
 POOL_HEADS = 8  # of the attention connector
 
@@ -14,82 +24,128 @@ class Vision:
     """A ViT encoder on packed patches of images of any grid."""
 
     width: Count
+    """Width of the residual stream, a multiple of vision.heads."""
     layers: Count
+    """Transformer blocks."""
     heads: Count
+    """Attention heads of a block."""
     ffn: Count
+    """Hidden width of a block's MLP."""
     patch: Count = 14
-    table: tuple[Count, Count] = (24, 24)  # grid of the learned positions, resampled to every other grid
+    """Side of a square patch in pixels; 14 is that of ViT-L/14 and ViT-H/14."""
+    table: tuple[Count, Count] = (24, 24)
+    """Rows and columns of the learned position table, which is resampled to every other grid; 24 × 24 is CLIP's at 336
+    pixels."""
     activation: Annotated[str, OneOf("quick_gelu", "gelu")] = "quick_gelu"
-    class_token: bool = True  # CLIP's: attends and is attended to, but is not passed on
-    pre_norm: bool = True  # CLIP's LayerNorm between embedding and blocks
-    patch_norm: bool = False  # AIM's bias and LayerNorm of patches, before the positions
-    # "sincos": AIM's, a formula of row and column at any grid, of which nothing is learned and `table` says nothing.
+    """Activation of the MLP; "quick_gelu" (x · sigmoid(1.702 x)) is OpenAI CLIP's."""
+    class_token: bool = True
+    """Prepend a learned class token, as CLIP does; it attends and is attended to, but is not passed on."""
+    pre_norm: bool = True
+    """Apply a LayerNorm between the patch embedding and the first block, as CLIP does."""
+    patch_norm: bool = False
+    """Add a bias and apply a LayerNorm to the patches before the positions, as AIM does."""
     positions: Annotated[str, OneOf("table", "sincos")] = "table"
-    bias: bool = True  # of the blocks' linears
+    """Position embedding: "table" is learned; "sincos" is AIM's fixed formula of row and column, which needs no table
+    and a vision.width that is a multiple of 4."""
+    bias: bool = True
+    """Give the linear layers of the blocks biases; CLIP has them, AIM does not."""
     interpolation: Annotated[str, OneOf("bilinear", "bicubic", "nearest")] = "bicubic"
+    """Interpolation by which the position table is resampled to another grid."""
     eps: Positive = 1e-5
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as DFN5B's
+    """Number added to the variance in LayerNorm; 1e-5 is CLIP's."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of the red, green and blue pixel values, between 0 and 1, subtracted from the input; OpenAI CLIP's."""
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of the red, green and blue pixel values, by which the input is divided; OpenAI CLIP's."""
 
     def __post_init__(self):
         check(self, "model.vision")
-        expect(self.width % self.heads == 0, "model.vision.heads", self.heads, f"a divisor of the width {self.width}")
-        whole = self.positions == "table" or self.width % 4 == 0
-        expect(whole, "model.vision.width", self.width, "a multiple of 4 where positions is sincos")
+        require(self.width % self.heads == 0, "setting model.vision.heads", self.heads,
+                f"a divisor of the width {self.width}")  # fmt: skip
+        require(self.positions == "table" or self.width % 4 == 0, "setting model.vision.width", self.width,
+                "a multiple of 4 where positions is sincos")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Connector:
-    """Makes `tokens` tokens of an image, whatever its grid."""
+    """Turns the patches of an image into a fixed number of decoder tokens, whatever the image's grid."""
 
     kind: Annotated[str, OneOf("c-abstractor", "attention", "average")] = "c-abstractor"
+    """Layer type: Honeybee's C-Abstractor (convolutions around an average pool), attention pooling, or average
+    pooling; MM1's choice is the C-Abstractor."""
     tokens: Count = 144
+    """Tokens of an image, or of a part of it; a square number unless kind is "attention". MM1's choice is 144."""
     hidden: Count = 1024
-    depth: CountOrZero = 3  # blocks before the pool, and again after it
+    """Width of the C-Abstractor's convolutions; Honeybee's is 1024."""
+    depth: CountOrZero = 3
+    """Convolution blocks before the C-Abstractor's pool, and again after it; Honeybee has 3."""
     readout_depth: Count = 2
+    """Linear layers of the MLP that maps the pooled tokens to the decoder's width; Honeybee has 2."""
     position_grid: tuple[Count, Count] | None = (24, 24)
-    output_norm: bool = True  # not Honeybee's; without it the loss of a fresh model stays on a plateau for long
+    """Rows and columns of the C-Abstractor's learned position table, which is resampled to other grids; none: no
+    positions."""
+    output_norm: bool = True
+    """Apply an RMSNorm to the connector's output. Honeybee has none, but without it the loss of a new model stays on a
+    plateau for long."""
 
     def __post_init__(self):
         check(self, "model.connector")
         square = math.isqrt(self.tokens) ** 2 == self.tokens
-        expect(square or self.kind == "attention", "model.connector.tokens", self.tokens, "a square number")
+        require(square or self.kind == "attention", "setting model.connector.tokens", self.tokens, "a square number")
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Llama-type decoder, every `moe_every`-th layer of which may be a mixture of experts."""
+    """A Llama-type decoder; every `moe_every`-th layer may be a mixture of experts (MoE)."""
 
     vocabulary: Count
+    """Rows of the token embedding, at least the tokenizer's tokens; `mm1 tokenizer` says which number to take."""
     width: Count
+    """Width of the residual stream."""
     layers: Count
+    """Transformer blocks."""
     heads: Count
+    """Query heads of a block."""
     kv_heads: Count
+    """Key and value heads of a block, a divisor of decoder.heads; fewer than heads is grouped-query attention."""
     ffn: Count
+    """Hidden width of a block's gated MLP, or of each expert."""
     head_width: Count = 128
+    """Width of a head, an even number; 128 is what GPU attention kernels are fastest at."""
     rope_theta: Positive = 500_000.0
+    """Base of the rotary position embedding; 500,000 is that of Apple's AFM on-device model."""
     eps: Positive = 1e-5
+    """Number added to the mean square in RMSNorm."""
     tied: bool = True
+    """Use the token embedding as the output layer's weight too."""
     qk_norm: bool = True
-    experts: Annotated[int, Range(least=0, most=512)] = 0  # as many as the routing kernels take
-    experts_per_token: Annotated[int, Range(least=0, most=16)] = 2
-    moe_every: Count = 2  # layers moe_every - 1, 2·moe_every - 1, … are mixtures
-    # "torch" (its grouped_mm) and "megablocks" (CUDA, bf16) are there for comparison.
-    moe_backend: Annotated[str, OneOf("mm1", "torch", "megablocks")] = "mm1"
-    load_balance: PositiveOrZero = 0.01
-    z_loss: PositiveOrZero = 0.001
+    """Normalise queries and keys per head with an RMSNorm before the rotation, which keeps attention logits small."""
+    experts: Annotated[int, Range(minimum=0, maximum=512)] = 0
+    """Experts of a MoE layer; 0: all layers are dense. 512 is the routing kernels' limit."""
+    experts_per_token: Annotated[int, Range(minimum=0, maximum=16)] = 2
+    """Experts that each token is routed to, at least 1 where there are experts; MM1 routes to 2."""
+    moe_every: Count = 2
+    """Make every so-many-th layer a MoE layer: layers n, 2n, 3n, … counted from 1."""
+    moe_backend: Annotated[str, OneOf("mm1", "torch", "megablocks"), MayChange()] = "mm1"
+    """Implementation of the experts: this project's kernels; "torch" (its grouped_mm) and "megablocks" (CUDA, bf16)
+    are there for comparison."""
+    load_balance: Annotated[PositiveOrZero, MayChange()] = 0.01
+    """Weight of the load-balancing loss of MoE layers; MM1's is 0.01."""
+    z_loss: Annotated[PositiveOrZero, MayChange()] = 0.001
+    """Weight of the router's z-loss, which keeps its logits small; MM1's is 0.001."""
 
     def __post_init__(self):
         check(self, "model.decoder")
-        heads = f"a divisor of the {self.heads} heads"
-        expect(self.heads % self.kv_heads == 0, "model.decoder.kv_heads", self.kv_heads, heads)
-        expect(self.head_width % 2 == 0, "model.decoder.head_width", self.head_width, "an even number")
+        require(self.heads % self.kv_heads == 0, "setting model.decoder.kv_heads", self.kv_heads,
+                f"a divisor of the {self.heads} heads")  # fmt: skip
+        require(self.head_width % 2 == 0, "setting model.decoder.head_width", self.head_width, "an even number")
         if self.experts:
-            experts, layers = f"at most the {self.experts} experts, at least 1", f"at most the {self.layers} layers"
-            enough = 1 <= self.experts_per_token <= self.experts
-            expect(enough, "model.decoder.experts_per_token", self.experts_per_token, experts)
-            expect(self.moe_every <= self.layers, "model.decoder.moe_every", self.moe_every, layers)
+            require(1 <= self.experts_per_token <= self.experts, "setting model.decoder.experts_per_token",
+                    self.experts_per_token, f"at most the {self.experts} experts, at least 1")  # fmt: skip
+            require(self.moe_every <= self.layers, "setting model.decoder.moe_every", self.moe_every,
+                    f"at most the {self.layers} layers")  # fmt: skip
 
 
 def is_moe(decoder: Decoder, layer: int) -> bool:
+    """Say whether a layer, counted from 0, is a mixture of experts."""
     return decoder.experts > 0 and (layer + 1) % decoder.moe_every == 0

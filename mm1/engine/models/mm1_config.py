@@ -1,7 +1,7 @@
-"""Sizes of MM1, and the named ones.
+"""The settings of MM1 and its named sizes.
 
 The MM1 paper (arXiv 2403.09611) publishes the encoder's kind, the connector's kind and token count, the number and
-placement of experts and the totals; widths and depths it does not. What is inferred says from what, on its line.
+placement of experts and the parameter totals, but not widths and depths. A size that is inferred says from what.
 """
 
 import dataclasses
@@ -10,37 +10,47 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mm1.engine.layers.config import POOL_HEADS, Connector, Decoder, Vision
-from mm1.engine.settings import Count, OneOf, check, expect
-from mm1.errors import UserError
+from mm1.engine.settings import Count, MayChange, OneOf, check
+from mm1.errors import UserError, require
 
 
 @dataclass(frozen=True)
 class Model:
+    """Vision encoder, connector and decoder, and how images are resized."""
+
     vision: Vision
     connector: Connector
     decoder: Decoder
-    # To image_size², or "native": own aspect ratio, at most image_patches.
-    image_mode: Annotated[str, OneOf("squash", "native")] = "squash"
-    image_size: Count = 378
-    image_patches: Count = 729
-    image_parts: Count = 1  # k: besides the whole image k × k parts of it, each of image_size²; squash only
-    # Tokens of the longest document that it was trained on, prompt and answer together; None: not known. A run writes
-    # its data.tokens here, or what train.init was trained on if that is more.
-    context: Count | None = None
+    image_mode: Annotated[str, OneOf("squash", "native"), MayChange()] = "squash"
+    """Resizing of images: "squash" to image_size², as MM1 does, or "native": own aspect ratio within image_patches."""
+    image_size: Annotated[Count, MayChange()] = 378
+    """Side in pixels that images are squashed to, a multiple of vision.patch; MM1's pre-training has 378."""
+    image_patches: Annotated[Count, MayChange()] = 729
+    """Most patches of an image where image_mode is "native"; 729 is 27 × 27, an image of 378 pixels."""
+    image_parts: Annotated[Count, MayChange()] = 1
+    """k: an image is seen whole and as k × k parts, each squashed to image_size²; 1: whole only. MM1's fine-tuning has
+    2. Only where image_mode is "squash"."""
+    context: Annotated[Count | None, MayChange()] = None
+    """Tokens of the longest document that the model was trained on, prompt and answer together, beyond which it does
+    not generate. A run writes its data.tokens here, or those of train.init if they are more; none: unknown."""
 
     def __post_init__(self):
         check(self, "model")
         squash, patch = self.image_mode == "squash", self.vision.patch
-        expect(self.image_parts == 1 or squash, "model.image_parts", self.image_parts, "1 where image_mode is native")
-        whole = not squash or self.image_size % patch == 0
-        expect(whole, "model.image_size", self.image_size, f"a multiple of the patch size {patch}")
+        require(self.image_parts == 1 or squash, "setting model.image_parts", self.image_parts,
+                "1 where image_mode is native")  # fmt: skip
+        require(not squash or self.image_size % patch == 0, "setting model.image_size", self.image_size,
+                f"a multiple of the patch size {patch}")  # fmt: skip
         pooled, width = self.connector.kind == "attention", self.decoder.width
-        expect(not pooled or width % POOL_HEADS == 0, "model.decoder.width", width,
-               f"a multiple of the attention connector's {POOL_HEADS} heads")  # fmt: skip
+        require(not pooled or width % POOL_HEADS == 0, "setting model.decoder.width", width,
+                f"a multiple of the attention connector's {POOL_HEADS} heads")  # fmt: skip
 
 
 def peak_lr(parameters: int) -> float:
-    """MM1's law, exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder (paper, section 3.3)."""
+    """Return MM1's peak learning rate: exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder.
+
+    Source: the MM1 paper, section 3.3.
+    """
     return math.exp(-0.4214 * math.log(parameters) - 0.5535)
 
 
@@ -95,6 +105,7 @@ MODELS: dict[str, Model] = {
 
 
 def named(name: str) -> Model:
+    """Return the model of a named size. Raises UserError for a name that is not in MODELS."""
     if name not in MODELS:
         raise UserError(f"unknown size {name!r}, and no such file or folder; known: {', '.join(MODELS)}")
     return MODELS[name]

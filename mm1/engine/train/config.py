@@ -3,50 +3,77 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from mm1.engine.settings import Count, CountOrZero, OneOf, Positive, PositiveOrZero, Range, check, expect
+from mm1.engine.settings import Count, CountOrZero, OneOf, Positive, PositiveOrZero, Range, check
+from mm1.errors import require
 
-Beta = Annotated[float, Range(least=0, below=1)]
-Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # what the loader's shuffle takes
+Beta = Annotated[float, Range(minimum=0, below=1)]
+Seed = Annotated[int, Range(minimum=0, maximum=2**32 - 1)]  # the range of numpy's seeds, which the loader needs
 
 
 @dataclass(frozen=True)
 class Train:
+    """Optimizer, schedule, precision, checkpoints and logging."""
+
     steps: Count = 200_000
-    accumulate: Count = 512  # sequences a step
-    peak_lr: Positive | None = None  # None: MM1's law from the parameter count
-    final_lr: Annotated[float, Range(least=0, most=1)] = 0.1  # of the peak
-    warmup: CountOrZero | None = None  # steps; None: 3 % of all, at most 2000 (`warmup_steps`)
-    weight_decay: PositiveOrZero = 0.1  # times the step's learning rate
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # not published; usual for decoders
+    """Optimizer steps of the run; MM1's pre-training has 200,000."""
+    accumulate: Count = 512
+    """Packed sequences of a step, over all processes; MM1's pre-training has 512."""
+    peak_lr: Positive | None = None
+    """Peak learning rate; none: MM1's law, exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder."""
+    final_lr: Annotated[float, Range(minimum=0, maximum=1)] = 0.1
+    """Learning rate after the cosine schedule, as a fraction of the peak; MM1's is 0.1."""
+    warmup: CountOrZero | None = None
+    """Steps of linear warm-up, fewer than train.steps; none: 3 % of train.steps, at most MM1's 2000."""
+    weight_decay: PositiveOrZero = 0.1
+    """Weight decay of AdamW: each step shrinks matrices by this times the step's learning rate; MM1's is 0.1."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of AdamW's averages of gradient and squared gradient; MM1's are not published, these are usual for
+    decoders."""
     eps: Positive = 1e-8
+    """Number added to AdamW's denominator; torch's default."""
     clip: Positive = 1.0
+    """Largest norm of the gradient, to which longer ones are scaled."""
     compile: bool = True
-    recompile: Annotated[str, OneOf("error", "warn")] = "error"  # what compiling again after the first steps is
-    recompute: Annotated[str, OneOf("none", "blocks", "selective")] = "none"  # in backward instead of keeping it
-    # Products of the decoder's wide linears, by torchao.
+    """Compile the model's blocks with torch.compile; a run of minutes is faster without."""
+    recompile: Annotated[str, OneOf("error", "warn")] = "error"
+    """Reaction to a compilation after the first steps, which would recur and slow the run: stop, or warn."""
+    recompute: Annotated[str, OneOf("none", "blocks", "selective")] = "none"
+    """Activations to compute again in backward to save memory: none, those of whole blocks, or all but the results of
+    matrix products, attention and experts ("selective")."""
     float8: Annotated[str, OneOf("none", "tensorwise", "rowwise")] = "none"
-    dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    """Scaling of float8 matrix products in the decoder's linear layers, by torchao; "none": no float8."""
+    dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
+    """Precision of matrix products; "auto": bf16 on a GPU, fp32 on a CPU. Weights are kept in fp32."""
     seed: Seed = 0
-    init: str = ""  # checkpoint folder whose weights the run begins with, such as `mm1 convert` makes
+    """Seed of the initial weights and of the order of the data."""
+    init: str = ""
+    """Checkpoint folder whose weights the run starts from, such as `mm1 convert` writes; empty: random weights."""
     save_every: Count = 1_000
-    keep: Count = 2  # checkpoints
-    # Failed saves in a row, each of which is tried again after save_every steps, before the run stops.
+    """Steps between two checkpoints."""
+    keep: Count = 2
+    """Checkpoints to keep on disk; older ones are deleted."""
     save_retries: CountOrZero = 3
-    skips: CountOrZero = 10  # steps in a row whose loss is not finite, which are left out; one more, and it rewinds
-    rewinds: CountOrZero = 2  # to the last checkpoint, before the run stops
-    # Seconds without a step, after which all stacks are printed; 0: never.
-    hang: Annotated[float, Range(least=0, most=1e7)] = 1800.0
+    """Failed saves in a row before the run stops; each is tried again after train.save_every steps."""
+    skips: CountOrZero = 10
+    """Steps in a row with a loss or gradient that is not finite, which change nothing; one more rewinds the run."""
+    rewinds: CountOrZero = 2
+    """Returns to the last checkpoint after such steps before the run stops."""
+    hang: Annotated[float, Range(minimum=0, maximum=10_000_000)] = 1800.0
+    """Seconds without a finished step after which the stacks of all threads are printed; 0: never."""
     log_every: Count = 1
+    """Steps between two lines of the log; metrics.jsonl holds every step."""
     tensorboard: bool = False
+    """Write TensorBoard events too, into the run's folder; needs the package tensorboard."""
 
     def __post_init__(self):
         check(self, "train")
         if self.warmup:
-            expect(self.warmup < self.steps, "train.warmup", self.warmup, f"less than train.steps = {self.steps}")
+            require(self.warmup < self.steps, "setting train.warmup", self.warmup,
+                    f"less than train.steps = {self.steps}")  # fmt: skip
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of the warm-up: 3 % of all unless `warmup` says otherwise, at most MM1's 2000, at least 1 of several.
+        """Return the steps of the warm-up: `warmup`, or 3 % of all, at most MM1's 2000, at least 1 of several.
 
         The paper gives the 2000 for its 200k steps; 3 % is what LLaVA takes for shorter runs.
         """
@@ -57,12 +84,17 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the processes that torchrun starts share the work. Those left over by replicate × tensor shard the model."""
+    """The layout of the processes that torchrun starts: replicate × shard × tensor, where shard is what remains."""
 
-    replicate: Count = 1  # copies of the sharded model
-    tensor: Count = 1  # processes that share heads, MLP width and experts of each layer, and see the same tokens
-    expert: Count = 1  # of those that shard the model, processes that share the experts, to which tokens travel
-    capacity: Positive | None = None  # of an even share of a sequence's slots, what an expert takes; None drops nothing
+    replicate: Count = 1
+    """Copies of the sharded model, between which only gradients travel (HSDP)."""
+    tensor: Count = 1
+    """Processes that share heads, MLP width and experts of each layer and see the same tokens; best within a node."""
+    expert: Count = 1
+    """Processes, of those that shard the model, that divide the experts; tokens travel to them (all-to-all)."""
+    capacity: Positive | None = None
+    """Largest number of tokens that an expert takes, as a multiple of an even share of a sequence; what exceeds it is
+    dropped, second choices first; none: nothing is dropped."""
 
     def __post_init__(self):
         check(self, "parallel")

@@ -41,11 +41,6 @@ SUMS = (
     "loss", "load_balance", "z_loss", "tokens", "targets", "images", "stop", "interrupted", "saved", "data", "norm",
 )  # fmt: skip
 PARTS = ("vision", "connector", "decoder")
-# Settings of the model that may change when a run continues. Those of images are compared as part of the data.
-MAY_CHANGE = {
-    "model.decoder.load_balance", "model.decoder.z_loss", "model.decoder.moe_backend", "model.image_mode",
-    "model.image_size", "model.image_patches", "model.image_parts", "model.context",
-}  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -503,9 +498,7 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         """Restore weights, optimizer, random state and step of a checkpoint that was checked."""
         before = stored_model(checkpoint.read_json(folder, "config.json"))
-        different = {name: values for name, values in changes(before, self.run.model, "model").items()
-                     if name not in MAY_CHANGE}  # fmt: skip
-        if different:
+        if different := changes(before, self.run.model, "model"):
             named = "; ".join(f"{name} is {now!r}, was {was!r}" for name, (was, now) in different.items())
             raise UserError(f"{folder} holds another model than this run's: {named}")
         checkpoint.read_into(folder, self._tensors())

@@ -5,11 +5,18 @@ class UserError(ValueError):
     """The user's settings, arguments or paths are wrong: one clear line. The command prints it and exits with 2."""
 
 
+class Busy(RuntimeError):
+    """A limit on requests is reached, and the client should try again later."""
+
+
 class Unreadable(ValueError):
-    """One record or image cannot be used: `reason` in one line, its shard and key there. A run skips and counts it."""
+    """One record or image cannot be used; a run skips it and counts it.
+
+    reason: why, in one line of at most 300 characters; shard, key: the file and the record's name in it.
+    """
 
     def __init__(self, reason: str, shard: str = "", key: str = ""):
-        super().__init__(reason, shard, key)  # all, or the exception would not survive the way back from a worker
+        super().__init__(reason, shard, key)  # with all arguments, or unpickling in the parent process would fail
         self.reason = " ".join(reason.split())[:300]
         self.shard, self.key = shard, key
 

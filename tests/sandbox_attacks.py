@@ -1,6 +1,6 @@
 """Attacks from inside of a process that decodes images. Run: python sandbox_attacks.py FOLDER UID.
 
-Each attack runs in a fork of its own, once as it is and once behind _confine. The last line of standard output is one
+Each attack runs in a fork of its own, once as it is and once behind confine. The last line of standard output is one
 JSON object: attack -> [outcome without, outcome with]: "killed" by the filter, "refused" with EPERM, or "succeeded".
 """
 
@@ -150,7 +150,7 @@ def outcome(folder, attack: str, confined: bool) -> str:
             said = b"succeeded"
             try:
                 if confined:
-                    images._confine(1 << 20)
+                    images.confine(1 << 20)
                 attacks(folder, file.fileno(), tcp, listener)[attack]()
             except (Refused, PermissionError) as error:
                 said = b"refused" if getattr(error, "errno", errno.EPERM) == errno.EPERM else b"succeeded"

@@ -1,4 +1,4 @@
-"""A server of a small model on loopback, and what its clients send and see."""
+"""Run a server of a small model on loopback, with helpers that send requests to it and read its answers."""
 
 import base64
 import http.client
@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from small import small_mm1
 
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.sampling import Sampling
@@ -22,12 +23,38 @@ openai = pytest.importorskip("openai")
 
 ROOT = Path(__file__).parent.parent
 CHAT = "/v1/chat/completions"
-LONG = 6000  # tokens that take the small model a second or more
+LONG = 6000  # tokens; the small model needs a second or more to generate them
+
+
+@pytest.fixture(name="model", scope="module")
+def model_fixture():
+    """Return the small model that the server's tests serve."""
+    return small_mm1(seed=5).eval()
+
+
+@pytest.fixture(name="served", scope="module")
+def served_fixture(model):
+    """Yield the port and the service of a server that the tests of a module share."""
+    with serving(model) as (port, service):
+        yield port, service
+
+
+@pytest.fixture(name="port")
+def port_fixture(served):
+    """Return the port of the shared server."""
+    return served[0]
+
+
+@pytest.fixture(name="client")
+def client_fixture(port):
+    """Yield an OpenAI client of the shared server."""
+    with openai_client(port) as client:
+        yield client
 
 
 @contextmanager
 def serving(model, *, batch=8, queue=64, tokens=8192, small=False, **options):
-    """Port and service, on a thread and an event loop of its own. small: what its sockets hold."""
+    """Yield port and service of a server on its own thread and event loop. small: whether send buffers are small."""
     service = Service(Engine(model, tokens=tokens, batch=batch, queue=queue), "small", **options)
     listener = socket.create_server(("127.0.0.1", 0))
     if small:
@@ -36,7 +63,7 @@ def serving(model, *, batch=8, queue=64, tokens=8192, small=False, **options):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        until(lambda: server.started or not thread.is_alive())
+        wait_until(lambda: server.started or not thread.is_alive())
         yield listener.getsockname()[1], service
     finally:
         server.should_exit = True
@@ -44,31 +71,34 @@ def serving(model, *, batch=8, queue=64, tokens=8192, small=False, **options):
     assert not thread.is_alive()
 
 
-def client_of(port, key="none"):
+def openai_client(port, key="none"):
+    """Return OpenAI's client of the server at this port."""
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
 
 
-def until(condition, seconds=60):
+def wait_until(condition, seconds=60):
+    """Wait until a condition is true; fail after so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to be"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.005)
 
 
-def asked(port, method, path, body=None, headers=None):
-    """Status, headers, body."""
+def http_request(port, method, path, body=None, headers=None):
+    """Send a request; return the response's status, headers and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = json.dumps(body) if isinstance(body, dict | list) else body
     connection.request(method, path, body, headers or {}, encode_chunked=not isinstance(body, str | bytes | None))
     answer = connection.getresponse()
-    found = answer.status, answer.headers, answer.read()
+    result = answer.status, answer.headers, answer.read()
     connection.close()
-    return found
+    return result
 
 
-def refused(port, body, status=400):
-    found, _, answer = asked(port, "POST", CHAT, body)
-    assert found == status, answer
+def refusal_of(port, body, status=400):
+    """Return the error message of a chat request that is refused with this status."""
+    actual, _, answer = http_request(port, "POST", CHAT, body)
+    assert actual == status, answer
     error = json.loads(answer)["error"]
     assert {"message", "type", "code"} <= error.keys()
     assert "\n" not in error["message"]
@@ -76,16 +106,18 @@ def refused(port, body, status=400):
 
 
 def health(port):
-    return json.loads(asked(port, "GET", "/health")[2])
+    return json.loads(http_request(port, "GET", "/health")[2])
 
 
-def idle(port):
+def is_idle(port):
+    """Say whether no request runs or waits and all pages of the cache are free."""
     now = health(port)
     return now["running"] == now["waiting"] == 0 and now["pages"]["free"] == now["pages"]["total"]
 
 
 def metric(port, name):
-    lines = asked(port, "GET", "/metrics")[2].decode().splitlines()
+    """Return the sum of a metric over its labels."""
+    lines = http_request(port, "GET", "/metrics")[2].decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
@@ -99,33 +131,35 @@ def data_url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def text(words):
+def text_part(words):
     return {"type": "text", "text": words}
 
 
-def image_url(url):
+def image_part(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def parts(prompt):
-    return [text(part) if isinstance(part, str) else image_url(data_url(png(part))) for part in prompt]
+def content_parts(prompt):
+    return [text_part(part) if isinstance(part, str) else image_part(data_url(png(part))) for part in prompt]
 
 
-def raw(prompt, **more):
-    """A request for the prompt as it is."""
-    return {"messages": [{"role": "user", "content": parts(prompt)}], "template": "none", **more}
+def plain_chat(prompt, **more):
+    """Return the body of a chat request that gives the prompt to the model without a template."""
+    return {"messages": [{"role": "user", "content": content_parts(prompt)}], "template": "none", **more}
 
 
-def create(client, prompt, **more):
+def create_chat(client, prompt, **more):
+    """Send the same request as plain_chat with OpenAI's client."""
     return client.chat.completions.create(
         model="small",
-        messages=raw(prompt)["messages"],
+        messages=plain_chat(prompt)["messages"],
         extra_body={"template": "none", **more.pop("extra", {})},
         **more,
     )
 
 
-def alone(model, prompt, *args, **kwargs):
+def run_alone(model, prompt, *args, **kwargs):
+    """Return the finished request of an Engine that has no other one. Settings are those of Sampling."""
     engine = Engine(model)
     request = engine.submit(prompt, Sampling(*args, **kwargs))
     engine.run()
@@ -133,7 +167,7 @@ def alone(model, prompt, *args, **kwargs):
 
 
 def slow_steps(engine, seconds):
-    """Make every step of the engine take longer, so that an answer is still coming when a client acts on it."""
+    """Make every step of the engine take so many seconds longer, so that a client can act while an answer is coming."""
     step = engine.step
 
     def slow():
@@ -143,7 +177,8 @@ def slow_steps(engine, seconds):
     engine.step = slow
 
 
-def fails_behind(tokens, engine):
+def fail_after(tokens, engine):
+    """Make the engine's steps fail once a request has more than so many tokens."""
     step = engine.step
 
     def failing():

@@ -372,7 +372,7 @@ REFUSED = {
     "foreign connector": (
         None, BOTH | {"connector": "clip/model.safetensors"}, "connector: tensors net.0.b…, readout.… are missing",
     ),
-    "half a file": (cut(WEIGHTS), BOTH, "decoder/model.safetensors is not a whole safetensors file"),
+    "half a file": (cut(WEIGHTS), BOTH, "decoder/model.safetensors is not a complete safetensors file"),
     "missing shard": (
         lambda f: (removed(WEIGHTS)(f), replaced(INDEX, '{"weight_map": {"a": "model-1.safetensors"}}')(f)), BOTH,
         "no such file of weights: .*decoder/model-1.safetensors",

@@ -15,10 +15,10 @@ from test_generate import PROMPTS
 
 from mm1.engine.data.document import Document
 from mm1.engine.infer.asynchronous import AsyncEngine, Dead
-from mm1.engine.infer.engine import Busy, Engine
+from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.infer.sampling import Sampling
-from mm1.errors import UserError
+from mm1.errors import Busy, UserError
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_who_leaves_without_pages_or_with_half_a_prompt_leaves_nothing(model, wh
         """Stop before a step, once, where it is to leave."""
         for request in engine.running[:] if not reached else ():
             if where == "preempted" and len(request.tokens) == 3:
-                engine.schedule._preempt(request)
+                engine.schedule.preempt(request)
                 engine.schedule.admit = lambda: None  # it stays where it waits
             elif where == "preempted" or request.computed < 60:
                 continue
@@ -267,14 +267,14 @@ def test_a_failing_step_fails_those_that_ran_and_no_others(model):
 
 def test_a_prompt_that_fails_fails_alone(model, monkeypatch):
     engine = Engine(model, tokens=4096)
-    prefilled = engine._prefilled
+    prefill = engine.prefill
 
     def bad_beginnings(fresh):
         if any(request.sampling.seed == 13 for request in fresh):
             raise torch.OutOfMemoryError("no more")
-        return prefilled(fresh)
+        return prefill(fresh)
 
-    monkeypatch.setattr(engine, "_prefilled", bad_beginnings)
+    monkeypatch.setattr(engine, "prefill", bad_beginnings)
 
     async def two():
         async with AsyncEngine(engine) as running:

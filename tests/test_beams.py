@@ -281,7 +281,7 @@ def test_beams_share_what_they_can_and_stay_within_their_pages(prompt):
     ({"length_penalty": -10.5}, "length_penalty is -10.5, expected -10 to 10"),
     ({"early_stopping": "soon"}, "early_stopping is soon, expected False, True or"),
     ({"num_beams": 2, "temperature": 0.5}, "2 beams with temperature"),
-    ({"num_beams": 2, "repetition_penalty": 1.5}, "2 beams with temperature or repetition_penalty"),
+    ({"num_beams": 2, "repetition_penalty": 1.5}, "2 beams with temperature, penalties"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):
     with pytest.raises(UserError, match=message):

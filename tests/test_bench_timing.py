@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mm1.bench.timing import CONTROL, FEWEST, MOST, interleaved, noise, ratio, spread, summary
+from mm1.bench.timing import CONTROL, MAX_ROUNDS, MIN_ROUNDS, interleaved, noise, ratio, spread, summary
 
 
 class Fake:
@@ -68,7 +68,7 @@ def test_a_way_that_fails_at_once_or_later_is_left_out_with_its_reason():
     assert len(samples.seconds["mm1"]) == 10
 
 
-@pytest.mark.parametrize("seconds, rounds", [(1.0, FEWEST), (0.1, 50), (1e-6, MOST)])
+@pytest.mark.parametrize("seconds, rounds", [(1.0, MIN_ROUNDS), (0.1, 50), (1e-6, MAX_ROUNDS)])
 def test_a_budget_is_spent_in_whole_rounds(seconds, rounds):
     fake = Fake()
     samples = interleaved({"mm1": fake.way("mm1", seconds)}, budget=10.0, by=fake)

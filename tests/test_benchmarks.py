@@ -122,9 +122,9 @@ def annotated(*keys):
 BAD = {
     "unknown": ("coca", {"a.json": COCO}, "unknown benchmark 'coca'; known: coco, nocaps"),
     "not json": ("coco", {"a.json": "{"}, r"a\.json is not JSON: Expecting"),
-    "other form": ("coco", {"a.json": QUESTIONS}, r"a\.json: no known form of captions"),
-    "other kind": ("vqav2", {"a.json": COCO}, r"a\.json: no known form of questions and answers"),
-    "empty": ("vqav2", {"a.json": {"questions": []}}, "no known form"),
+    "other form": ("coco", {"a.json": QUESTIONS}, r"a\.json: no known format of captions"),
+    "other kind": ("vqav2", {"a.json": COCO}, r"a\.json: no known format of questions and answers"),
+    "empty": ("vqav2", {"a.json": {"questions": []}}, "no known format"),
     "no split": ("coco", {"a.json": KARPATHY}, r"a\.json: no samples of split 'val'"),
     "field": ("vqav2", {"a.json": {"questions": [{"question_id": 3, "image_id": 42, "question": None}]}},
               r"a\.json: 3: question is null, expected str"),
@@ -142,7 +142,7 @@ BAD = {
                                  r'a\.json: 0 of 1 captioned images match the 2 images: ids such as "42" against 42'),
     "no image": ("vqav2", {"a.json": {"questions": [{"question_id": 1, "image_id": 5, "question": "what?"}]}},
                  r"a\.json: 0 of 1 images are in .*images: no COCO_val2014_0{11}5\.jpg; it holds 5 files, such as"),
-    "twice": ("coco", {"a.json": COCO | {"images": COCO["images"] * 2}}, r"a\.json: 2 keys are there twice"),
+    "twice": ("coco", {"a.json": COCO | {"images": COCO["images"] * 2}}, r"a\.json: 2 keys occur twice"),
     "row": ("coco", {"a.json": COCO | {"annotations": [None]}}, r"a\.json: image_id is null"),
 }  # fmt: skip
 

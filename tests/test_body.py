@@ -16,7 +16,7 @@ from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.sources import BASE64_PIECE, decode_base64, decode_percent, read_image
 from mm1.engine.run_config import DIGITS_FOLDER
 from mm1.engine.serve import body
-from mm1.engine.serve.body import DEPTH, DIGITS, LONG, SLICE, TEXT, VALUES, TooLarge, _end_of_string, dumps, loads
+from mm1.engine.serve.body import DEPTH, DIGITS, LONG, SLICE, TEXT, VALUES, TooLarge, dumps, end_of_string, loads
 from mm1.errors import Unreadable, UserError
 
 STRINGS = (
@@ -135,8 +135,8 @@ def test_a_string_ends_at_its_quote_wherever_pieces_end(monkeypatch):
         monkeypatch.setattr(body, "STRING_PIECE", piece)
         for _ in range(200):
             text = json.dumps("".join(r.choice('a"\\\n') for _ in range(r.randrange(12))))
-            assert _end_of_string(f"[{text}, {text}]".encode(), 1) == 1 + len(text)
-            assert _end_of_string(text[:-1].encode(), 0) == len(text) - 1
+            assert end_of_string(f"[{text}, {text}]".encode(), 1) == 1 + len(text)
+            assert end_of_string(text[:-1].encode(), 0) == len(text) - 1
 
 
 @pytest.mark.parametrize("piece", [3, 4, 7, 1 << 16])

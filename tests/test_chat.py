@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from service import (
     data_url,
-    image_url,
+    image_part,
+    plain_chat,
     png,
-    raw,
-    text,
+    text_part,
 )
 from small import SLOTS, small_mm1
 from test_generate import picture
@@ -40,11 +40,11 @@ def encoder(model):
     return DocumentEncoder(model.tokenizer, policy, SLOTS, exact_budget([], c.vision.patch))
 
 
-def encoded(model, asked: chat.Asked):
+def encoded(model, request: chat.ChatRequest):
     """As the server encodes it, decoding in this process."""
     views = encoder(model).policy.views
     found = [views(decode(base64.b64decode(p.url.split(",")[1]))) if isinstance(p, chat.Picture) else p
-             for p in asked.parts]  # fmt: skip
+             for p in request.parts]  # fmt: skip
     return chat.encode(model.tokenizer, SLOTS, found)
 
 
@@ -63,7 +63,7 @@ def test_messages_are_laid_out_as_conversations_were_in_training(model, tmp_path
 
     def content(turn):
         first, *rest = turn.split("<image>")
-        return [text(first), *(p for words in rest for p in (image_url(next(left)), text(words)))]
+        return [text_part(first), *(p for words in rest for p in (image_part(next(left)), text_part(words)))]
 
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn if i % 2 else content(turn)}
                 for i, turn in enumerate(turns[:-1])]  # fmt: skip
@@ -88,14 +88,14 @@ def test_shots_can_be_asked_exactly_as_the_demo_was_trained(model):
         "question: sevens? answer:",
     ]
     [truth] = encode_prompts(model, [prompt])
-    a, b = (image_url(data_url(png(prompt[i]))) for i in (1, 3))
+    a, b = (image_part(data_url(png(prompt[i]))) for i in (1, 3))
     messages = [
         {"role": "system", "content": "quiz\n"},
-        {"role": "user", "content": [a, text("question: how many "), text("twos? answer:")]},
+        {"role": "user", "content": [a, text_part("question: how many "), text_part("twos? answer:")]},
         {"role": "assistant", "content": " one\n"},
-        {"role": "user", "content": [b, text("question: sevens? answer:")]},
+        {"role": "user", "content": [b, text_part("question: sevens? answer:")]},
     ]
-    for body in (raw(prompt), {"messages": messages, "template": "none"}):
+    for body in (plain_chat(prompt), {"messages": messages, "template": "none"}):
         found = encoded(model, chat.parse(json.dumps(body).encode()))
         assert found.tokens.tolist() == truth.tokens.tolist()
         assert all(np.array_equal(x, y) for x, y in zip(found.images, truth.images, strict=True))
@@ -117,7 +117,7 @@ def test_a_developers_words_are_a_systems():
     ({"content": None}, ""), ({}, ""), ({"content": "two", "refusal": None, "audio": None, "tool_calls": None}, "two"),
     ({"content": "two", "tool_calls": [], "annotations": [], "function_call": None, "name": "x"}, "two"),
     ({"content": None, "refusal": "no"}, "no"), ({"content": [{"type": "refusal", "refusal": "no"}]}, "no"),
-    ({"content": [text("two"), text(" or three")]}, "two or three"), ({"content": []}, ""),
+    ({"content": [text_part("two"), text_part(" or three")]}, "two or three"), ({"content": []}, ""),
 ])  # fmt: skip
 def test_an_answer_of_before_may_have_every_form_that_openai_gives(answer, said):
     found = parsed(USER, {"role": "assistant", **answer}, USER)
@@ -188,11 +188,11 @@ def test_max_tokens_left_out_is_what_the_context_has_room_for(model):
     (3, ""), ({"role": "x"}, ".role"), ({"content": "x"}, ".role"), ({"role": "user", "content": 3}, ".content"),
     ({"role": "user", "content": "\ud800"}, ".content"), ({"role": "user", "content": [3]}, ".content[0]"),
     ({"role": "user", "content": "x", "name": 5}, ".name"), ({"role": "user", "content": [{}]}, ".content[0].type"),
-    ({"role": "user", "content": [text("a"), {"type": "text", "text": 3}]}, ".content[1].text"),
-    ({"role": "user", "content": [image_url(3)]}, ".content[0].image_url.url"),
-    ({"role": "user", "content": [image_url("data:image/png,\ud800")]}, ".content[0].image_url.url"),
+    ({"role": "user", "content": [text_part("a"), {"type": "text", "text": 3}]}, ".content[1].text"),
+    ({"role": "user", "content": [image_part(3)]}, ".content[0].image_url.url"),
+    ({"role": "user", "content": [image_part("data:image/png,\ud800")]}, ".content[0].image_url.url"),
     ({"role": "user", "content": [{"type": "file", "file": {"file_id": 3}}]}, ".content[0].file.file_id"),
-    ({"role": "assistant", "content": [image_url("data:,")]}, ".content"),
+    ({"role": "assistant", "content": [image_part("data:,")]}, ".content"),
     ({"role": "assistant", "refusal": 3}, ".refusal"),
 ], ids=repr)  # fmt: skip
 def test_an_error_names_the_field_that_it_is_about(message, param):

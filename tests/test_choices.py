@@ -158,7 +158,7 @@ BAD = {
     "torn": ({"options": "['a', 'b"}, f"validation_Math_1: options is .*{LIST}"),
     "nested": ({"options": "[" * 5000}, LIST),
     "answer": ({"answer": "C"}, "validation_Math_1: answer is 'C', expected one of 2 options"),
-    "no image": ({"image_2": None}, "validation_Math_1: no image_2, which its texts mark"),
+    "no image": ({"image_2": None}, "validation_Math_1: no image_2, which its texts refer to"),
     "no options": ({"options": "[]"}, "0 options of a question that is multiple-choice"),
     "open": ({"question_type": "open"}, "2 options of a question that is open"),
 }

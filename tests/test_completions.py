@@ -6,8 +6,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from service import alone, asked, client_of, openai, serving
-from small import small_mm1
+from service import (  # noqa: F401, fixtures
+    client_fixture,
+    http_request,
+    model_fixture,
+    openai,
+    openai_client,
+    port_fixture,
+    run_alone,
+    served_fixture,
+    serving,
+)
 
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.engine import Engine
@@ -18,23 +27,6 @@ from mm1.errors import UserError
 
 PATH = "/v1/completions"
 TEXT = "three and four make seven"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_mm1(seed=5).eval()
-
-
-@pytest.fixture(scope="module")
-def port(model):
-    with serving(model) as (port, _):
-        yield port
-
-
-@pytest.fixture
-def client(port):
-    with client_of(port) as client:
-        yield client
 
 
 def truth_of(model, ids):
@@ -49,7 +41,7 @@ def truth_of(model, ids):
 
 
 def test_a_text_goes_on_as_the_engine_alone_continues_it(model, client):
-    truth = alone(model, [TEXT], 12)
+    truth = run_alone(model, [TEXT], 12)
     found = client.completions.create(model="small", prompt=TEXT, max_tokens=12)
     assert (found.object, found.choices[0].text, found.choices[0].finish_reason) == (
         "text_completion", truth.text, truth.finish)  # fmt: skip
@@ -63,7 +55,7 @@ def test_a_text_goes_on_as_the_engine_alone_continues_it(model, client):
 def test_several_prompts_have_n_choices_each_in_order(model, client):
     texts = ["one", TEXT, "two and"]
     found = client.completions.create(model="small", prompt=texts, n=2, temperature=0.9, seed=4, max_tokens=6)
-    truth = [alone(model, [text], 6, temperature=0.9, seed=4 + i).text for text in texts for i in range(2)]
+    truth = [run_alone(model, [text], 6, temperature=0.9, seed=4 + i).text for text in texts for i in range(2)]
     assert [(choice.index, choice.text) for choice in found.choices] == list(enumerate(truth))
     ids = [[1, *model.tokenizer.encode(text)] for text in texts]
     assert found.usage.prompt_tokens == sum(map(len, ids))
@@ -72,7 +64,7 @@ def test_several_prompts_have_n_choices_each_in_order(model, client):
 
 
 def test_the_best_of_several_have_the_best_mean_log_probability(model, client):
-    tries = [alone(model, [TEXT], 8, temperature=1.2, seed=i) for i in range(5)]
+    tries = [run_alone(model, [TEXT], 8, temperature=1.2, seed=i) for i in range(5)]
     best = sorted(tries, key=lambda request: -np.mean(request.logprobs))[:2]
     found = client.completions.create(model="small", prompt=TEXT, n=2, best_of=5, temperature=1.2, seed=0, max_tokens=8)
     assert [choice.text for choice in found.choices] == [request.text for request in best]
@@ -161,15 +153,15 @@ def test_one_choice_scores_a_prompt_for_all(model, stream):
     """Also where the others begin sooner, as their prompt is known: its first page is all that is computed of it."""
     ids = np.random.default_rng(9).integers(4, 384, 100).tolist()
     wish = {"model": "small", "prompt": [ids, ids[:50]], "max_tokens": 4, "n": 3, "echo": True, "logprobs": 2}
-    with serving(model) as (port, service), client_of(port) as client:
+    with serving(model) as (port, service), openai_client(port) as client:
         service.engine.engine.schedule.prefill = 16
         client.completions.create(**{**wish, "echo": False, "n": 1})
         engine, seen = service.engine.engine, []
         computed = engine.computed
-        columns = completions.Reply._columns
+        columns = completions.Reply.logprob_columns
         with pytest.MonkeyPatch.context() as patch:
             thread = lambda: threading.current_thread().name  # noqa: E731
-            patch.setattr(completions.Reply, "_columns", lambda *a: seen.append(thread()) or columns(*a))
+            patch.setattr(completions.Reply, "logprob_columns", lambda *a: seen.append(thread()) or columns(*a))
             found = client.completions.create(**wish, stream=stream)
             found = list(found) if stream else [found]
         scored = engine.computed - computed
@@ -227,7 +219,7 @@ WRONG = [
 
 @pytest.mark.parametrize("body", WRONG, ids=lambda body: repr(body)[:60])
 def test_what_is_wrong_is_refused_with_its_name(port, body):
-    status, _, answer = asked(port, "POST", PATH, {"prompt": "one", "max_tokens": 2} | body)
+    status, _, answer = http_request(port, "POST", PATH, {"prompt": "one", "max_tokens": 2} | body)
     error = json.loads(answer)["error"]
     assert (status, error["type"]) == (404 if "model" in body else 400, "invalid_request_error"), answer
     assert error["param"] in (*body, None), error
@@ -244,15 +236,15 @@ def test_no_prompt_is_the_beginning_of_a_document(model, client):
 
 def test_more_texts_than_the_server_takes_are_refused(model):
     with serving(model, batch=2, queue=2) as (port, _):
-        status, _, answer = asked(port, "POST", PATH, {"prompt": ["one"] * 5, "max_tokens": 1})
+        status, _, answer = http_request(port, "POST", PATH, {"prompt": ["one"] * 5, "max_tokens": 1})
         assert (status, "5 texts in one request, expected at most 4" in answer.decode()) == (400, True)
-        assert asked(port, "POST", PATH, {"prompt": ["one"] * 4, "max_tokens": 1})[0] == 200
+        assert http_request(port, "POST", PATH, {"prompt": ["one"] * 4, "max_tokens": 1})[0] == 200
 
 
 def test_a_reader_beside_a_growing_text_never_sees_half_a_token(model):
     """Tokens, log-probabilities and alternatives grow one after the other in the engine's thread."""
     asked = completions.parse(b'{"prompt": "one", "logprobs": 1, "stream": true}')
-    request = alone(model, ["one"], 6, top_logprobs=1)
+    request = run_alone(model, ["one"], 6, top_logprobs=1)
     reply, whole = asked.reply("small", model.tokenizer), list(request.tokens)
     top, request.top = request.top, request.top[:3]
     first = reply.piece(0, request, "")["choices"][0]["logprobs"]
@@ -267,5 +259,5 @@ def test_a_models_card_says_how_long_a_prompt_may_be(client, port):
     with pytest.raises(openai.NotFoundError, match="there is no model 'other' here"):
         client.models.retrieve("other")
     for method, path, status in (("GET", "/v1/none", 404), ("GET", PATH, 405), ("DELETE", "/v1/models/small", 405)):
-        found, _, answer = asked(port, method, path)
+        found, _, answer = http_request(port, method, path)
         assert (found, json.loads(answer)["error"]["type"]) == (status, "invalid_request_error")

@@ -346,7 +346,7 @@ REFUSED_FIELDS = {
     ),
     "dynamic rope beside another": ("llama", {"rope_scaling": {"type": "dynamic"}}, "type is 'dynamic', expected"),
     "rope by layer": (
-        "qwen3", {"rope_parameters": {"full_attention": ROPE}}, "rope_parameters are .*, expected those of all layers",
+        "qwen3", {"rope_parameters": {"full_attention": ROPE}}, "rope_parameters are .*, expected one set for all",
     ),
     "rope that is none": ("llama", {"rope_scaling": "linear"}, "rope_parameters are 'linear', expected"),
     "partial rope of older files": ("llama", {"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
@@ -437,7 +437,7 @@ POSITION, BIAS = "embeddings.position_embedding.weight", "encoder.layers.1.mlp.f
     ("llama", lambda s: {K: s[K][1:]}, rf"{K} is of shape \(23, 48\), expected of shape \(24, 48\)"),
     ("llama", lambda s: {FOURTH: s[K]}, f"{FOURTH} is unknown"),
     ("llama", lambda s: {HEAD: None}, f"{HEAD} is missing"),
-    ("qwen3", lambda s: {HEAD: s[HEAD] + 1}, f"{HEAD} is another than the embedding"),
+    ("qwen3", lambda s: {HEAD: s[HEAD] + 1}, f"{HEAD} differs from the embedding"),
     ("mixtral", lambda s: {FIRST: s[K]}, f"{FIRST} is unknown"),
     ("clip", lambda s: {BIAS: None}, rf"{BIAS} is missing, expected of shape \(128,\)"),
     ("clip", lambda s: {POSITION: s[POSITION][1:]}, rf"{POSITION} is of shape \(4, 128\)"),

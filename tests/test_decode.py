@@ -215,9 +215,9 @@ def test_a_prompt_is_for_one_call_while_its_products_are_few():
         a, mlp = decoder.blocks[0].attention, 3 * 40 * 32 * chosen
         row = 2 * (a.qkv.weight.numel() + a.out.weight.numel() + mlp)
         step = step_of(decoder, Head(decoder), Cache(decoder.config, 1, torch.device("cpu"), torch.float32))
-        assert step.takes(PRODUCTS // row, 0)
-        assert not step.takes(PRODUCTS // row + 1, 0)
-        assert not step.takes(1, PRODUCTS)  # a row behind so many keys
+        assert step.is_faster(PRODUCTS // row, 0)
+        assert not step.is_faster(PRODUCTS // row + 1, 0)
+        assert not step.is_faster(1, PRODUCTS)  # a row behind so many keys
 
 
 def test_another_processor_compiles_anew(monkeypatch, tmp_path):

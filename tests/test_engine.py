@@ -16,7 +16,7 @@ from mm1.engine.data.document import Document, image_digest
 from mm1.engine.infer import engine as engine_module
 from mm1.engine.infer import generate as generating
 from mm1.engine.infer.cache import PAGE, Cache, names
-from mm1.engine.infer.engine import Busy, Engine
+from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import generate, n_best, score
 from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.infer.sampling import Draw, Sampling, penalized
@@ -24,7 +24,7 @@ from mm1.engine.layers import blocked as packing
 from mm1.engine.layers import quantize
 from mm1.engine.layers.blocked import PackedLinear
 from mm1.engine.layers.blocked import packed as packed_weights
-from mm1.errors import UserError
+from mm1.errors import Busy, UserError
 
 LONG = "seven and two and one and nine make nineteen and not eighteen, "
 
@@ -316,7 +316,7 @@ def test_a_prefill_that_fails_costs_those_that_run_nothing(model, monkeypatch):
     first = engine.submit([LONG], Sampling(max_tokens=6))
     engine.step()
     second = engine.submit(["one"], Sampling(max_tokens=6))
-    monkeypatch.setattr(engine, "_prefilled", lambda fresh: 1 / 0)
+    monkeypatch.setattr(engine, "prefill", lambda fresh: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.step()
     monkeypatch.undo()

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from service import CHAT, alone, asked, client_of, raw, refused, serving
+from service import CHAT, http_request, openai_client, plain_chat, refusal_of, run_alone, serving
 from small import small_mm1
 from test_generate import PROMPTS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -85,7 +85,7 @@ def test_every_tokenizer_writes_what_the_schema_says(model, make, tmp_path):
         served = small_mm1(seed=5).eval()
         served.tokenizer = TextTokenizer(tmp_path / "tokenizer.json")
         assert len(served.tokenizer) <= 384
-    grammar = Grammars(served.tokenizer).of_schema(json.dumps(PERSON))
+    grammar = Grammars(served.tokenizer).compile(json.dumps(PERSON))
     engine = Engine(served, tokens=16_384)
     requests = [engine.submit(["one"], Sampling(max_tokens=300, temperature=t, seed=i, grammar=grammar))
                 for i, t in enumerate((0.0, 0.7, 1.5, 1.5))]  # fmt: skip
@@ -99,21 +99,21 @@ def test_every_tokenizer_writes_what_the_schema_says(model, make, tmp_path):
 def test_others_in_the_batch_write_as_if_alone(model, grammars):
     engine = Engine(model, tokens=8192)
     options = [{"temperature": 0.8, "seed": 1}, {}, {"temperature": 1.0, "seed": 2, "frequency_penalty": 1.0}]
-    object_of = grammars.of_schema('{"type": "object"}')
-    person = grammars.of_schema(json.dumps(PERSON))
+    object_of = grammars.compile('{"type": "object"}')
+    person = grammars.compile(json.dumps(PERSON))
     mixed = [engine.submit(prompt, Sampling(max_tokens=40, grammar=grammar, **how)) for prompt in PROMPTS[:2]
              for how, grammar in zip(options * 2, [None, person, object_of, None, None, person])]  # fmt: skip
     engine.run()
     at = iter(mixed)
     for prompt in PROMPTS[:2]:
         for how, grammar in zip(options * 2, [None, person, object_of, None, None, person]):
-            one = alone(model, prompt, 40, grammar=grammar, **how)
+            one = run_alone(model, prompt, 40, grammar=grammar, **how)
             assert next(at).tokens == one.tokens
 
 
 def test_end_of_text_is_allowed_where_the_text_may_end_and_nowhere_else(model, grammars):
     eos, encode = model.tokenizer.eos, model.tokenizer.encode
-    progress = grammars.of_schema('{"enum": ["on", "once"]}').begin()
+    progress = grammars.compile('{"enum": ["on", "once"]}').begin()
     for i, token in enumerate(encode('"on"')):
         allowed = progress.allowed(384)
         assert not allowed[eos]
@@ -123,13 +123,13 @@ def test_end_of_text_is_allowed_where_the_text_may_end_and_nowhere_else(model, g
         progress.take(token)
     assert progress.allowed(384)[eos]
     assert np.flatnonzero(progress.allowed(400)).max() < 384
-    cut = alone(model, ["one"], 3, grammar=grammars.of_schema(json.dumps(PERSON)))
+    cut = run_alone(model, ["one"], 3, grammar=grammars.compile(json.dumps(PERSON)))
     assert (cut.finish, len(cut.tokens)) == ("length", 3)
 
 
 def test_a_grammar_that_fails_ends_its_own_request_alone(model, grammars):
     engine = Engine(model, tokens=2048)
-    grammar = grammars.of_schema(json.dumps(PERSON))
+    grammar = grammars.compile(json.dumps(PERSON))
     bad, good = engine.submit(["one"], Sampling(grammar=grammar)), engine.submit(["one"], Sampling(max_tokens=20))
     engine.step()
     bad.grammar._matcher.consume_token(model.tokenizer.image)  # which no grammar allows: the library gives up
@@ -137,7 +137,7 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(model, grammars):
         engine.run()
     engine.run()
     assert bad.finish == "failed"
-    assert (good.finish, good.tokens) == ((truth := alone(model, ["one"], 20)).finish, truth.tokens)
+    assert (good.finish, good.tokens) == ((truth := run_alone(model, ["one"], 20)).finish, truth.tokens)
 
 
 ALL_OF_ANY = {"allOf": [{"anyOf": [{"type": "object", "properties": {f"p{i}{j}": {"type": "integer"}}}
@@ -168,7 +168,7 @@ def test_a_schema_that_would_cost_much_is_refused_before_anything_is_computed(sc
 ], ids=["url", "file", "not", "endless", "empty", "type", "product"])  # fmt: skip
 def test_a_schema_that_cannot_be_followed_is_told_in_one_line(grammars, schema, message):
     with pytest.raises(SchemaError, match=message) as told:
-        grammars.of_schema(json.dumps(schema))
+        grammars.compile(json.dumps(schema))
     assert 0 < len(str(told.value)) < 250
     assert "\n" not in str(told.value)
 
@@ -176,43 +176,43 @@ def test_a_schema_that_cannot_be_followed_is_told_in_one_line(grammars, schema, 
 def test_a_schema_that_takes_too_long_is_given_up(monkeypatch, grammars):
     monkeypatch.setattr("mm1.engine.infer.grammar.SECONDS", 0.01)
     with pytest.raises(SchemaError, match="too costly"):
-        grammars.of_schema('{"type": "boolean"}')
+        grammars.compile('{"type": "boolean"}')
 
 
 def test_a_refused_schema_is_refused_again_without_a_try(monkeypatch, model):
     grammars = Grammars(model.tokenizer)
     with pytest.raises(SchemaError) as first:
-        grammars.of_schema('{"not": {"type": "object"}}')
-    monkeypatch.setattr("mm1.engine.infer.grammar._try", lambda _: pytest.fail("it was tried again"))
+        grammars.compile('{"not": {"type": "object"}}')
+    monkeypatch.setattr("mm1.engine.infer.grammar.try_apart", lambda _: pytest.fail("it was tried again"))
     with pytest.raises(SchemaError) as second:
-        grammars.of_schema('{"not": {"type": "object"}}')
+        grammars.compile('{"not": {"type": "object"}}')
     assert str(first.value) == str(second.value)
 
 
 def test_the_last_used_grammars_are_kept(monkeypatch, model):
-    monkeypatch.setattr("mm1.engine.infer.grammar.KNOWN", 2)
-    monkeypatch.setattr("mm1.engine.infer.grammar._try", lambda _: None)
+    monkeypatch.setattr("mm1.engine.infer.grammar.CACHED", 2)
+    monkeypatch.setattr("mm1.engine.infer.grammar.try_apart", lambda _: None)
     grammars = Grammars(model.tokenizer)
     a, b, c = (json.dumps({"enum": [i]}) for i in range(3))
-    first, second = grammars.of_schema(a), grammars.of_schema(b)
-    assert grammars.known(a) is first
-    grammars.of_schema(c)
-    assert grammars.known(a) is grammars.of_schema(a) is first
-    assert grammars.known(b) is None
-    assert grammars.of_schema(b) is not second
+    first, second = grammars.compile(a), grammars.compile(b)
+    assert grammars.cached(a) is first
+    grammars.compile(c)
+    assert grammars.cached(a) is grammars.compile(a) is first
+    assert grammars.cached(b) is None
+    assert grammars.compile(b) is not second
 
 
 def test_without_the_library_a_schema_is_refused_with_the_way_to_get_it(monkeypatch, grammars):
     monkeypatch.setattr("mm1.engine.infer.grammar.find_spec", lambda name: None)
     with pytest.raises(SchemaError, match="pip install 'mm1-engine"):
-        grammars.of_schema('{"type": "null"}')
+        grammars.compile('{"type": "null"}')
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_response_format_gives_json(port, stream):
     formats = [{"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}},
                {"type": "json_schema", "json_schema": {"name": "b", "schema": {"type": "boolean"}}}]  # fmt: skip
-    with client_of(port) as client:
+    with openai_client(port) as client:
         for form, check in zip(formats, (fits, lambda text: type(json.loads(text)) is bool or pytest.fail(text))):
             found = client.chat.completions.create(
                 model="small", messages=[{"role": "user", "content": "one"}], response_format=form, stream=stream,
@@ -227,9 +227,13 @@ def test_response_format_gives_json(port, stream):
 
 def test_a_refused_schema_is_a_400_with_its_name(port):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://example.com"}}}
-    status, _, answer = asked(port, "POST", CHAT, raw(["one"], response_format=form))
+    status, _, answer = http_request(port, "POST", CHAT, plain_chat(["one"], response_format=form))
     error = json.loads(answer)["error"]
     assert (status, error["param"], error["code"]) == (400, "response_format", "invalid_json_schema")
-    assert "response_format: the schema cannot be followed" in refused(port, raw(["one"], response_format=form))
-    found = asked(port, "POST", CHAT, raw(["one"], response_format={"type": "json_object"}, max_tokens=40))
+    assert "response_format: the schema cannot be followed" in refusal_of(
+        port, plain_chat(["one"], response_format=form)
+    )
+    found = http_request(
+        port, "POST", CHAT, plain_chat(["one"], response_format={"type": "json_object"}, max_tokens=40)
+    )
     assert json.loads(found[2])["choices"][0]["message"]["content"].lstrip().startswith("{")

@@ -35,7 +35,7 @@ def test_a_step_of_any_number_of_documents_compiles_few_times_and_is_right(exper
                     cache.k.normal_(generator=torch.Generator().manual_seed(position))
                     cache.v.normal_(generator=torch.Generator().manual_seed(position + 1))
                 tokens, positions = random.integers(4, 300, count).tolist(), [position + i % 3 for i in range(count)]
-                whole = torch.from_numpy(ours._rows(size, tokens, positions, tables[:count]))
+                whole = torch.from_numpy(ours.inputs(size, tokens, positions, tables[:count]))
                 with torch.inference_mode():
                     logits, chosen = ours.step(whole, None)
                 expected, best, logprobs = truth(tokens, positions, tables[:count])
@@ -52,7 +52,7 @@ def test_rows_that_are_not_needed_touch_their_own_page_alone(monkeypatch):
     cache.k.zero_()
     ours = Graphs(decoder, Head(decoder), cache, 4)
     with torch.inference_mode():
-        ours.step(torch.from_numpy(ours._rows(4, [9], [0], [np.array([3], np.int32)])), None)
+        ours.step(torch.from_numpy(ours.inputs(4, [9], [0], [np.array([3], np.int32)])), None)
     touched = {page for page in range(6) if bool(cache.k[:, page].any())}
     assert touched == {ours.spare, 3}
     assert ours.whole.shape == (4, 2 + PAGES)
@@ -62,7 +62,7 @@ def test_settings_of_each_row_are_obeyed_inside(monkeypatch):
     monkeypatch.setattr(graphs.torch, "compile", lambda f, **_: f)
     decoder = small_mm1().eval().decoder
     ours = Graphs(decoder, Head(decoder), Cache(decoder.config, 8, torch.device("cpu"), torch.float32), 4)
-    whole = torch.from_numpy(ours._rows(4, [9] * 4, [0] * 4, [np.array([p], np.int32) for p in (2, 3, 4, 5)]))
+    whole = torch.from_numpy(ours.inputs(4, [9] * 4, [0] * 4, [np.array([p], np.int32) for p in (2, 3, 4, 5)]))
     draws = torch.tensor([[0.0, 1, 0, 0.5], [5.0, 1, 1, 0.9], [5.0, 1, 2, 0.999], [5.0, 1, 0, 0.999]])
     with torch.inference_mode():
         logits, chosen = ours.step(whole, draws)
@@ -79,7 +79,7 @@ def test_compiled_code_writes_into_the_cache_and_copies_none_of_it():
     decoder = small_mm1(experts=0).eval().decoder
     cache = Cache(decoder.config, 40, torch.device("cpu"), torch.float32)
     ours = Graphs(decoder, Head(decoder), cache, 8)
-    whole = torch.from_numpy(ours._rows(8, [5] * 5, [3] * 5, [np.array([p], np.int32) for p in range(1, 6)]))
+    whole = torch.from_numpy(ours.inputs(8, [5] * 5, [3] * 5, [np.array([p], np.int32) for p in range(1, 6)]))
     with torch.inference_mode():
         _, [code] = run_and_get_code(ours.step, whole, None)
     assert "mm1.paged_attention" in code
@@ -92,7 +92,7 @@ class Replayed(Graphs):
     """_capture without CUDA: a replay runs the step and copies into what it returned."""
 
     def _capture(self, size, sampled):
-        whole, draws = torch.from_numpy(self._rows(size, [], [], []).copy()), torch.zeros(size, len(Draw._fields))
+        whole, draws = torch.from_numpy(self.inputs(size, [], [], []).copy()), torch.zeros(size, len(Draw._fields))
         logits, chosen = self.step(whole, draws if sampled else None)
 
         def replay():

@@ -175,7 +175,7 @@ def test_a_copy_of_an_engine_goes_on_with_what_it_knows_and_a_cache_of_its_own(w
     assert torch.equal(engine.cache.k, before)
     if engine.one_step:
         assert isinstance(other.one_step, Step)
-        assert other.one_step._kept[0] is other.cache.k
+        assert other.one_step._alive[0] is other.cache.k
 
 
 @way

@@ -82,7 +82,7 @@ REFUSED = {
     "a factor of zero": ({"rescale_factor": 0}, "rescale_factor is 0, expected a positive number"),
     "bilinear": ({"resample": 2}, r"resample is 2, expected 3"),
     "no resize": ({"do_resize": False}, "do_resize is False, expected True"),
-    "a cropped border": ({"size": 32, "crop_size": 28}, "crop_size is 28, expected size's 32: mm1 crops no border"),
+    "a cropped border": ({"size": 32, "crop_size": 28}, "crop_size is 28, expected size's 32: mm1 cannot crop"),
     "a border cropped by default": ({"size": "missing"}, "crop_size is 28, expected size's 224"),
     "a border added by default": ({"crop_size": "missing"}, "crop_size is 224, expected size's 28"),
     "null for resize": ({"do_resize": None}, "do_resize is None, expected True"),
@@ -97,7 +97,7 @@ REFUSED = {
     "a word for a flag": ({"do_normalize": "false"}, "do_normalize is 'false', expected True or False"),
     "a number for a flag": ({"do_rescale": 0}, "do_rescale is 0, expected True or False"),
     "a word for no crop": ({"do_center_crop": "no"}, "do_center_crop is 'no', expected True or False"),
-    "unknown": ({"do_sharpen": True}, "do_sharpen is True, expected False: mm1 does not know it"),
+    "unknown": ({"do_sharpen": True}, "do_sharpen is True, expected False: mm1 does not support it"),
     "another's defaults": (
         {"image_processor_type": "ViTImageProcessor", "resample": 3}, "image_mean of ViTImageProcessor is missing"),
     "another's interpolation": (

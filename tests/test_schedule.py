@@ -263,7 +263,7 @@ def test_a_prompt_that_is_preempted_while_it_is_scored_has_each_score_once(model
     for _ in range(4):
         engine.step()
     assert 0 < len(request.scores) < 50
-    engine.schedule._preempt(request)
+    engine.schedule.preempt(request)
     engine.run()
     assert request.scores == pytest.approx(whole.scores, abs=1e-5)
     assert request.tokens == whole.tokens
@@ -291,7 +291,7 @@ def test_a_scored_prompt_is_known_afterwards_and_goes_on_from_its_pages(model):
     for _ in range(28):
         engine.step()
     before = engine.computed
-    engine.schedule._preempt(request)
+    engine.schedule.preempt(request)
     engine.run()
     assert engine.computed - before <= PAGE
     assert request.tokens == alone(model, prompt, Sampling(max_tokens=30)).tokens
@@ -383,7 +383,7 @@ def test_a_preempted_requests_pages_are_found_again(model):
     for _ in range(40):
         engine.step()
     computed = engine.computed
-    engine.schedule._preempt(second)
+    engine.schedule.preempt(second)
     check_pages(engine)
     assert (list(engine.waiting), second.finish) == ([second], None)
     engine.step()
@@ -414,7 +414,7 @@ def test_an_image_token_that_was_generated_is_no_image(model):
         engine.step()
     request.tokens[4] = model.tokenizer.image
     engine.forget()
-    engine.schedule._preempt(request)
+    engine.schedule.preempt(request)
     engine.run()
     ids = np.array([*prompt.tokens, *request.tokens[:10]], np.int32)
     assert (engine.encoded, request.finish is not None) == (2, True)
@@ -428,7 +428,7 @@ def test_a_preempted_request_is_cancelled_where_it_waits(model):
     request = engine.submit(text(20), Sampling(max_tokens=60), heard.append)
     for _ in range(12):
         engine.step()
-    engine.schedule._preempt(request)
+    engine.schedule.preempt(request)
     engine.cancel(request)
     assert request.finish == "cancelled"
     assert len(request.tokens) == 12
@@ -459,7 +459,7 @@ def test_a_step_that_fails_ends_only_those_in_it(model, monkeypatch):
     second = engine.submit(text(100), Sampling(max_tokens=3))
     engine.step()
     assert second.prefilling
-    monkeypatch.setattr(engine, "_decoded", lambda going: 1 / 0)
+    monkeypatch.setattr(engine, "decode", lambda going: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.step()
     monkeypatch.undo()
@@ -506,7 +506,7 @@ def test_a_step_that_fails_ends_all_in_it_whatever_their_listeners_do(model, mon
     requests = [engine.submit(p, Sampling(max_tokens=30, stop=held(model, p)), listener) for p in prompts]
     for _ in range(4):
         engine.step()
-    monkeypatch.setattr(engine, "_decoded", Mock(side_effect=RuntimeError("device")))
+    monkeypatch.setattr(engine, "decode", Mock(side_effect=RuntimeError("device")))
     with pytest.raises(RuntimeError, match="device"):
         engine.step()
     assert [request.finish for request in requests] == ["failed"] * 2
@@ -536,7 +536,7 @@ def test_an_error_of_a_listener_costs_the_others_no_token(model, error):
 def test_requests_of_every_kind_get_in_a_crowd_what_they_get_alone(model):
     """Images of which no features are kept, few patches a step, grammars, scores, cancels, a small cache."""
     pytest.importorskip("llguidance")
-    draw, whole = random.Random(1), Grammars(model.tokenizer).of_schema('{"type": "integer"}')
+    draw, whole = random.Random(1), Grammars(model.tokenizer).compile('{"type": "integer"}')
     torch.manual_seed(1)
     pictures = [(2, 2), (3, 3), (1, 2)]
     prompts = [document(draw.randint(1, 20), draw.choice(pictures), draw.randint(1, 9), draw.choice(pictures), 3)
@@ -594,12 +594,12 @@ class Simulated:
     def step(self):
         """Return how many rows of prompts and how many tokens it computed."""
         schedule, made, rows = self.schedule, 0, 0
-        for request in schedule.going():
+        for request in schedule.plan_decode():
             assert request.computed < len(request.pages) * PAGE
             schedule.advance(request, 1)
             made += self.token(request)
         schedule.admit()
-        for request in schedule.share():
+        for request in schedule.plan_prefill():
             rows += request.due
             schedule.advance(request, request.due)
             if not request.pending:

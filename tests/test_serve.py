@@ -18,62 +18,45 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from service import (
+from service import (  # noqa: F401, fixtures
     CHAT,
     LONG,
     ROOT,
-    alone,
-    asked,
-    client_of,
-    create,
-    fails_behind,
+    client_fixture,
+    create_chat,
+    fail_after,
     health,
-    idle,
-    image_url,
+    http_request,
+    image_part,
+    is_idle,
     metric,
+    model_fixture,
     openai,
+    openai_client,
+    plain_chat,
     png,
-    raw,
-    refused,
+    port_fixture,
+    refusal_of,
+    run_alone,
+    served_fixture,
     serving,
-    until,
+    wait_until,
 )
-from small import small_mm1, small_run
+from small import small_run
 from test_generate import PROMPTS, picture
 
+from mm1.engine.infer.asynchronous import Dead
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.prompts import encode_prompts
-from mm1.engine.serve import app, arrivals, command, connections
+from mm1.engine.serve import answers, app, arrivals, command, connections
 from mm1.engine.serve.privacy import read_key
 from mm1.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_mm1(seed=5).eval()
-
-
-@pytest.fixture(scope="module")
-def served(model):
-    with serving(model) as (port, service):
-        yield port, service
-
-
-@pytest.fixture
-def port(served):
-    return served[0]
-
-
-@pytest.fixture
-def client(port):
-    with client_of(port) as client:
-        yield client
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_an_answer_is_the_engines(model, client, prompt):
-    truth = alone(model, prompt, 12)
-    found = create(client, prompt, max_tokens=12, logprobs=True)
+    truth = run_alone(model, prompt, 12)
+    found = create_chat(client, prompt, max_tokens=12, logprobs=True)
     [choice] = found.choices
     assert (choice.message.content, choice.message.role) == (truth.text, "assistant")
     assert choice.finish_reason == truth.finish
@@ -85,8 +68,8 @@ def test_an_answer_is_the_engines(model, client, prompt):
 
 
 def test_a_streamed_answer_adds_up_to_it(model, client):
-    truth = alone(model, PROMPTS[0], 40)
-    chunks = list(create(client, PROMPTS[0], max_tokens=40, logprobs=True, stream=True,
+    truth = run_alone(model, PROMPTS[0], 40)
+    chunks = list(create_chat(client, PROMPTS[0], max_tokens=40, logprobs=True, stream=True,
                          stream_options={"include_usage": True}))  # fmt: skip
     *body, last = chunks
     assert len({chunk.id for chunk in chunks}) == 1
@@ -100,7 +83,7 @@ def test_a_streamed_answer_adds_up_to_it(model, client):
 
 
 def test_a_stream_is_events_that_end_with_done(port):
-    status, headers, body = asked(port, "POST", CHAT, raw(["one"], stream=True, max_tokens=3))
+    status, headers, body = http_request(port, "POST", CHAT, plain_chat(["one"], stream=True, max_tokens=3))
     assert status == 200
     assert headers["content-type"].startswith("text/event-stream")
     events = body.decode().split("\n\n")
@@ -111,8 +94,10 @@ def test_a_stream_is_events_that_end_with_done(port):
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_are_submissions_with_seeds_one_apart(model, client, stream):
     settings = {"temperature": 0.9, "top_p": 0.95}
-    truth = [alone(model, PROMPTS[0], 16, **settings, top_k=20, repetition_penalty=1.1, seed=7 + i) for i in range(3)]
-    found = create(client, PROMPTS[0], max_completion_tokens=16, **settings, seed=7, n=3, stream=stream,
+    truth = [
+        run_alone(model, PROMPTS[0], 16, **settings, top_k=20, repetition_penalty=1.1, seed=7 + i) for i in range(3)
+    ]
+    found = create_chat(client, PROMPTS[0], max_completion_tokens=16, **settings, seed=7, n=3, stream=stream,
                    extra={"top_k": 20, "repetition_penalty": 1.1})  # fmt: skip
     texts = ["", "", ""]
     for choice in [c for chunk in found for c in chunk.choices] if stream else found.choices:
@@ -122,17 +107,17 @@ def test_choices_are_submissions_with_seeds_one_apart(model, client, stream):
 
 
 def test_it_stops_before_any_stop_string(model, client):
-    plain = alone(model, PROMPTS[0], 30).text
+    plain = run_alone(model, PROMPTS[0], 30).text
     for stop in (plain[5:8], [plain[9:12], plain[6:8]]):
-        truth = alone(model, PROMPTS[0], 30, stop=(stop,) if isinstance(stop, str) else tuple(stop))
-        found = create(client, PROMPTS[0], max_tokens=30, stop=stop).choices[0]
+        truth = run_alone(model, PROMPTS[0], 30, stop=(stop,) if isinstance(stop, str) else tuple(stop))
+        found = create_chat(client, PROMPTS[0], max_tokens=30, stop=stop).choices[0]
         assert (found.message.content, found.finish_reason) == (truth.text, "stop")
 
 
 def test_a_shared_prompt_is_computed_once_and_said_so(model, client, port):
     prompt = ["that was a long beginning, and it is longer yet, " * 3, *PROMPTS[0]]
-    truth = alone(model, prompt, 4)
-    first, second = (create(client, prompt, max_tokens=4) for _ in range(2))
+    truth = run_alone(model, prompt, 4)
+    first, second = (create_chat(client, prompt, max_tokens=4) for _ in range(2))
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert first.choices == second.choices
     assert first.usage.prompt_tokens_details.cached_tokens == 0
@@ -144,25 +129,25 @@ def test_an_uploaded_image_is_the_same_image(model, client, port):
     upload = client.files.create(file=("two.png", png(PROMPTS[1][0])), purpose="vision")
     assert (upload.filename, upload.bytes) == ("two.png", len(png(PROMPTS[1][0])))
     assert client.files.create(file=("again.png", png(PROMPTS[1][0])), purpose="vision").id == upload.id
-    truth = alone(model, PROMPTS[1], 8).text
-    for part in (image_url(upload.id), {"type": "file", "file": {"file_id": upload.id}}):
+    truth = run_alone(model, PROMPTS[1], 8).text
+    for part in (image_part(upload.id), {"type": "file", "file": {"file_id": upload.id}}):
         message = {"role": "user", "content": [part]}
         found = client.chat.completions.create(model="small", messages=[message], max_tokens=8,
                                                extra_body={"template": "none"})  # fmt: skip
         assert found.choices[0].message.content == truth
-    assert "upload it again" in refused(port, raw([]) | {"messages": [
-        {"role": "user", "content": [image_url("file-0123")]}]})  # fmt: skip
+    assert "upload it again" in refusal_of(port, plain_chat([]) | {"messages": [
+        {"role": "user", "content": [image_part("file-0123")]}]})  # fmt: skip
     with pytest.raises(openai.BadRequestError, match="not an image"):
         client.files.create(file=("no.png", b"no image"), purpose="vision")
-    assert asked(port, "POST", "/v1/files", {"file": "x"})[0] == 400
+    assert http_request(port, "POST", "/v1/files", {"file": "x"})[0] == 400
 
 
 def test_uploads_are_bounded_and_the_last_used_stay(model):
-    with serving(model, max_bytes=2000) as (port, service), client_of(port) as client:
+    with serving(model, max_bytes=2000) as (port, service), openai_client(port) as client:
         first = client.files.create(file=("a", png(picture(20, 24, 0))), purpose="vision").id
         for seed in range(1, 13):
             client.files.create(file=("a", png(picture(20, 24, seed))), purpose="vision")
-            message = {"role": "user", "content": [image_url(first)]}
+            message = {"role": "user", "content": [image_part(first)]}
             client.chat.completions.create(model="small", messages=[message], max_tokens=1)
         assert first in service.intake.files
         assert 10 * 1400 < service.intake.files.size <= 16_000
@@ -175,28 +160,28 @@ def test_the_async_client_streams_many_side_by_side(model, port):
             async def one(prompt):
                 chunks = await client.chat.completions.create(
                     model="small", max_tokens=20, stream=True, extra_body={"template": "none"},
-                    messages=raw(prompt)["messages"],
+                    messages=plain_chat(prompt)["messages"],
                 )  # fmt: skip
                 return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
 
             return await asyncio.gather(*(one(prompt) for prompt in PROMPTS * 3))
 
-    assert asyncio.run(all_of_them()) == [alone(model, prompt, 20).text for prompt in PROMPTS] * 3
+    assert asyncio.run(all_of_them()) == [run_alone(model, prompt, 20).text for prompt in PROMPTS] * 3
 
 
 def test_models_lists_the_one_there_is(client, port):
     assert [model.id for model in client.models.list()] == ["small"]
     with pytest.raises(openai.NotFoundError, match="'small'"):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "one"}])
-    assert asked(port, "GET", "/v1/nothing")[0] == 404
-    assert asked(port, "POST", CHAT + "/", "{}")[0] == 404  # no redirect, whose answer would have no body
-    assert asked(port, "GET", CHAT)[0] == 405
-    assert json.loads(asked(port, "GET", "/v1/nothing")[2])["error"]["type"] == "invalid_request_error"
+    assert http_request(port, "GET", "/v1/nothing")[0] == 404
+    assert http_request(port, "POST", CHAT + "/", "{}")[0] == 404  # no redirect, whose answer would have no body
+    assert http_request(port, "GET", CHAT)[0] == 405
+    assert json.loads(http_request(port, "GET", "/v1/nothing")[2])["error"]["type"] == "invalid_request_error"
 
 
 def test_a_mark_in_a_text_is_text(model, client):
     """No client can make slots of images without images."""
-    found = create(client, ["<image><eos><bos>"], max_tokens=1)
+    found = create_chat(client, ["<image><eos><bos>"], max_tokens=1)
     assert found.usage.prompt_tokens == len(encode_prompts(model, [["<image><eos><bos>"]])[0].tokens)
     assert model.tokenizer.image not in encode_prompts(model, [["<image><eos><bos>"]])[0].tokens
 
@@ -226,9 +211,9 @@ WRONG = [
         {"type": "image_url", "image_url": {"url": "data:", "detail": "huge"}}]}]},
     {"messages": [*ONE, {"role": "assistant", "content": "two"}]}, {"messages": [{**ONE[0], "name": 5}]},
     {"messages": ONE, "max_tokens": 3, "max_completion_tokens": 4},
-    {"messages": [{"role": "user", "content": [image_url("data:image/png,\ud800")]}]},
-    {"messages": [{"role": "user", "content": [image_url("data:image/png,é")]}]},
-    {"messages": [{"role": "assistant", "content": [image_url("data:image/png;base64,")]}, *ONE]},
+    {"messages": [{"role": "user", "content": [image_part("data:image/png,\ud800")]}]},
+    {"messages": [{"role": "user", "content": [image_part("data:image/png,é")]}]},
+    {"messages": [{"role": "assistant", "content": [image_part("data:image/png;base64,")]}, *ONE]},
     *({"messages": ONE, name: value} for name, values in {
         "max_tokens": (0, -1, 1.5, "3", True, [], 1 << 30), "temperature": (-1, "hot", [], True, 1e300),
         "top_p": (0, 1.1, "x", {}), "n": (0, 17, 1.0, "2"), "top_k": (-1, 0.5), "seed": (0.5, "s", 1 << 63),
@@ -252,7 +237,7 @@ WRONG = [
 
 @pytest.mark.parametrize("body", WRONG, ids=lambda body: repr(body)[:70])
 def test_what_is_wrong_is_refused_in_one_line(port, body):
-    message = refused(port, body)
+    message = refusal_of(port, body)
     assert 0 < len(message) < 400
 
 
@@ -261,42 +246,44 @@ def test_what_asks_for_nothing_is_let_through(port):
             "temperature": 1e-9,
             "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "me", "logit_bias": None,
             "frequency_penalty": 0, "presence_penalty": 0.0, "store": False, "metadata": {"a": "b"}}  # fmt: skip
-    assert asked(port, "POST", CHAT, body)[0] == 200
+    assert http_request(port, "POST", CHAT, body)[0] == 200
 
 
 def test_next_to_no_temperature_is_none(model, client):
     settings = {"temperature": 1e-40, "max_tokens": 20, "seed": 1}
-    assert create(client, PROMPTS[0], **settings).choices[0].message.content == alone(model, PROMPTS[0], 20).text
+    assert (
+        create_chat(client, PROMPTS[0], **settings).choices[0].message.content == run_alone(model, PROMPTS[0], 20).text
+    )
 
 
 def test_a_prompt_longer_than_the_cache_is_refused(port):
-    assert "the cache holds at most 8192" in refused(port, raw(["one " * 9000], max_tokens=1))
-    assert "exceeds 8192" in refused(port, raw(["one " * 200_000]))
+    assert "the cache holds at most 8192" in refusal_of(port, plain_chat(["one " * 9000], max_tokens=1))
+    assert "at most 8192" in refusal_of(port, plain_chat(["one " * 200_000]))
 
 
 def test_with_a_key_nothing_is_answered_without_it(model):
     with serving(model, key="sesame") as (port, _):
-        with client_of(port, "sesame") as client:
-            assert create(client, ["one"], max_tokens=1).choices
-        with client_of(port, "sesamf") as client, pytest.raises(openai.AuthenticationError, match="API key"):
-            create(client, ["one"], max_tokens=1)
+        with openai_client(port, "sesame") as client:
+            assert create_chat(client, ["one"], max_tokens=1).choices
+        with openai_client(port, "sesamf") as client, pytest.raises(openai.AuthenticationError, match="API key"):
+            create_chat(client, ["one"], max_tokens=1)
         for path, status in {"/v1/models": 401, "/metrics": 401, "/v1/files": 401, "/health": 200, "/": 200}.items():
-            assert asked(port, "GET", path)[0] == status
-            assert asked(port, "GET", path, headers={"Authorization": "Bearer sesam\xe9"})[0] == status
+            assert http_request(port, "GET", path)[0] == status
+            assert http_request(port, "GET", path, headers={"Authorization": "Bearer sesam\xe9"})[0] == status
         for scheme, status in {"Bearer ": 200, "bearer ": 200, "BEARER  ": 200, "Basic ": 401, "": 401}.items():
             for key, of_key in {"sesame": status, "Sesame": 401, "": 401}.items():
                 headers = {"Authorization": scheme + key, "Host": "a.example"}
-                assert asked(port, "GET", "/v1/models", headers=headers)[0] == of_key, headers
+                assert http_request(port, "GET", "/v1/models", headers=headers)[0] == of_key, headers
 
 
 def test_without_a_key_no_other_page_and_no_other_name_reaches_it(port):
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
                     {"Host": "127.0.0.1.evil.example"}):  # fmt: skip
-        assert asked(port, "GET", "/v1/models", headers=headers)[0] == 403
+        assert http_request(port, "GET", "/v1/models", headers=headers)[0] == 403
     for name in ("LOCALHOST", f"LocalHost:{port}"):  # names have no case
-        assert asked(port, "GET", "/v1/models", headers={"Host": name})[0] == 200
+        assert http_request(port, "GET", "/v1/models", headers={"Host": name})[0] == 200
     own = f"127.0.0.1:{port}"
-    assert asked(port, "GET", "/v1/models", headers={"Host": own, "Origin": f"http://{own}"})[0] == 200
+    assert http_request(port, "GET", "/v1/models", headers={"Host": own, "Origin": f"http://{own}"})[0] == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -306,25 +293,27 @@ def test_a_body_too_large_is_refused_while_it_arrives(model, chunked):
         for path, body in ((CHAT, b"{"), ("/v1/files", head)):
             body += b" " * 8_000_000  # more than a socket holds
             pieces = iter([body[i : i + 50_000] for i in range(0, len(body), 50_000)]) if chunked else body
-            status, _, answer = asked(port, "POST", path, pieces, {"Content-Type": "multipart/form-data; boundary=x"})
+            status, _, answer = http_request(
+                port, "POST", path, pieces, {"Content-Type": "multipart/form-data; boundary=x"}
+            )
             assert status == 413, answer
             assert "100000 bytes" in json.loads(answer)["error"]["message"]
-        assert service.held == service.active == 0
+        assert service.arrivals.buffered == service.active.active == 0
 
 
 def test_a_refusal_reaches_who_is_still_sending(model):
     with serving(model, key="sesame") as (port, _):
-        status, headers, _ = asked(port, "POST", CHAT, b" " * 8_000_000)
+        status, headers, _ = http_request(port, "POST", CHAT, b" " * 8_000_000)
         assert (status, headers["connection"]) == (401, "close")  # what it still sends is not read
-        assert asked(port, "POST", "/v1/nothing", b" " * 8_000_000, {"Authorization": "Bearer sesame"})[0] == 404
+        assert http_request(port, "POST", "/v1/nothing", b" " * 8_000_000, {"Authorization": "Bearer sesame"})[0] == 404
 
 
 def test_a_body_that_never_comes_is_not_waited_for(model, monkeypatch):
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(arrivals, "BODY_SECONDS", 0.2)
     with serving(model) as (port, service), socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{{".encode())
         assert b" 408 " in connection.recv(1000)
-        until(lambda: not service.active)
+        wait_until(lambda: not service.active.active)
 
 
 def begun(port, size, source="127.0.0.1"):
@@ -339,25 +328,25 @@ def begun(port, size, source="127.0.0.1"):
 def test_requests_that_are_still_arriving_take_no_place_in_the_queue(model):
     with serving(model, batch=1, queue=1) as (port, service):
         arriving = [begun(port, 10) for _ in range(8)]
-        until(lambda: service.held == 80)
-        assert service.active == 0
-        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
+        wait_until(lambda: service.arrivals.buffered == 80)
+        assert service.active.active == 0
+        assert http_request(port, "POST", CHAT, plain_chat(["one"], max_tokens=1))[0] == 200
         for connection in arriving:
             connection.close()
-        until(lambda: not service.held and not service.arrivals.arriving)
+        wait_until(lambda: not service.arrivals.buffered and not service.arrivals.arriving)
 
 
 def test_of_too_many_bodies_that_arrive_the_slowest_of_the_busiest_client_goes(model, monkeypatch):
-    monkeypatch.setattr(arrivals, "MOST", 4)
-    monkeypatch.setattr(arrivals, "GRACE", 50)
+    monkeypatch.setattr(arrivals, "BODIES", 4)
+    monkeypatch.setattr(arrivals, "GRACE_BYTES", 50)
     monkeypatch.setattr(arrivals, "SPEED_SECONDS", 0.5)
     with serving(model) as (port, service):
         other = begun(port, 1, "127.0.0.2")  # slower, but of a client with few
         arriving = []
         for i, size in enumerate((900, 10, 800)):
             arriving.append(begun(port, size))
-            until(lambda i=i: len(service.arrivals.arriving) == 2 + i)
-            until(lambda i=i: service.held == 1 + sum((900, 10, 800)[: i + 1]))
+            wait_until(lambda i=i: len(service.arrivals.arriving) == 2 + i)
+            wait_until(lambda i=i: service.arrivals.buffered == 1 + sum((900, 10, 800)[: i + 1]))
         time.sleep(1)
         last = begun(port, 20)
         assert b" 429 " in arriving[1].recv(1000)
@@ -365,11 +354,11 @@ def test_of_too_many_bodies_that_arrive_the_slowest_of_the_busiest_client_goes(m
             connection.settimeout(0.05)
             with pytest.raises(TimeoutError):
                 connection.recv(1)
-        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
+        assert http_request(port, "POST", CHAT, plain_chat(["one"], max_tokens=1))[0] == 200
         for connection in (other, *arriving, last):
             connection.close()
-        until(lambda: not service.held and not service.arrivals.arriving)
-        assert not service.arrivals.leaving
+        wait_until(lambda: not service.arrivals.buffered and not service.arrivals.arriving)
+        assert not service.arrivals.dropping
 
 
 def test_bodies_that_stall_make_place_for_one_that_comes(model, monkeypatch):
@@ -377,17 +366,17 @@ def test_bodies_that_stall_make_place_for_one_that_comes(model, monkeypatch):
     monkeypatch.setattr(arrivals, "SPEED_SECONDS", 0.1)
     with serving(model, max_bytes=1000) as (port, service):
         stalled = []
-        while service.held <= 31_000:
+        while service.arrivals.buffered <= 31_000:
             stalled.append(begun(port, 900))
-            until(lambda: service.held >= 900 * len(stalled))
+            wait_until(lambda: service.arrivals.buffered >= 900 * len(stalled))
         time.sleep(0.3)
-        body = json.dumps(raw(["one"], max_tokens=1))
+        body = json.dumps(plain_chat(["one"], max_tokens=1))
         for _ in range(8):
-            assert asked(port, "POST", CHAT, body + " " * (990 - len(body)))[0] == 200
+            assert http_request(port, "POST", CHAT, body + " " * (990 - len(body)))[0] == 200
         for connection in stalled:
             connection.close()
-        until(lambda: not service.held and not service.arrivals.arriving)
-        assert not service.arrivals.leaving
+        wait_until(lambda: not service.arrivals.buffered and not service.arrivals.arriving)
+        assert not service.arrivals.dropping
 
 
 def test_who_leaves_while_its_upload_is_decoded_is_waited_for_no_more(model, monkeypatch):
@@ -407,24 +396,24 @@ def test_who_leaves_while_its_upload_is_decoded_is_waited_for_no_more(model, mon
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; "
                                b"boundary=x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
-            until(lambda: seen == [3])
-        until(lambda: seen == [3, "left"])
-        until(lambda: not service.active)
+            wait_until(lambda: seen == [3])
+        wait_until(lambda: seen == [3, "left"])
+        wait_until(lambda: not service.active.active)
 
 
 def test_an_upload_takes_no_file_of_the_disk(model, monkeypatch):
     """Nor a descriptor: connections have those that there are."""
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_, **__: pytest.fail("a file was made"))
-    with serving(model) as (port, _), client_of(port) as client:
+    with serving(model) as (port, _), openai_client(port) as client:
         noise = png(picture(1, 1, 1)) + random.Random(0).randbytes(3 << 20)  # which follows the image
         assert client.files.create(file=("a.png", noise), purpose="vision").bytes == len(noise) > 3 << 20
 
 
 def test_an_error_of_the_server_is_logged_once(model, monkeypatch, caplog):
     with serving(model) as (port, service):
-        monkeypatch.setattr(service, "_card", lambda: 1 / 0)
+        monkeypatch.setattr(service, "card", lambda: 1 / 0)
         monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
-        status, headers, answer = asked(port, "GET", "/v1/models")
+        status, headers, answer = http_request(port, "GET", "/v1/models")
     assert (status, headers["content-type"]) == (500, "application/json")
     [record] = caplog.records
     assert record.exc_info[0] is ZeroDivisionError
@@ -432,33 +421,33 @@ def test_an_error_of_the_server_is_logged_once(model, monkeypatch, caplog):
 
 
 def test_all_requests_together_are_bounded(model, monkeypatch):
-    monkeypatch.setattr(app, "BODY_SECONDS", 4)
+    monkeypatch.setattr(arrivals, "BODY_SECONDS", 4)
     with serving(model, max_bytes=1000) as (port, service):
         arriving = []
-        while service.held <= 31_000:
+        while service.arrivals.buffered <= 31_000:
             arriving.append(begun(port, 900))
-            until(lambda: service.held >= 900 * len(arriving))
+            wait_until(lambda: service.arrivals.buffered >= 900 * len(arriving))
         last = begun(port, 900)
         answered, _, _ = select.select([*arriving, last], [], [], 60)
         assert b" 429 " in answered[0].recv(1000)
-        assert service.held <= 33_000
+        assert service.arrivals.buffered <= 33_000
         for connection in [*arriving, last]:
             connection.close()
-        until(lambda: not service.held)
+        wait_until(lambda: not service.arrivals.buffered)
 
 
 def test_small_requests_go_on_beside_large_ones_that_fill_the_room_for_bodies(model):
     with serving(model, max_bytes=200_000) as (port, service):
-        service.held = 32 * 200_000  # of others
-        assert asked(port, "POST", CHAT, raw(["one"], max_tokens=1))[0] == 200
-        assert asked(port, "POST", CHAT, raw(["one " * 1000], max_tokens=1))[0] == 429
-        assert service.held == 32 * 200_000
+        service.arrivals.buffered = 32 * 200_000  # of others
+        assert http_request(port, "POST", CHAT, plain_chat(["one"], max_tokens=1))[0] == 200
+        assert http_request(port, "POST", CHAT, plain_chat(["one " * 1000], max_tokens=1))[0] == 429
+        assert service.arrivals.buffered == 32 * 200_000
 
 
 def streaming(port, prompt, **more):
     """A connection that has read the head of a stream."""
     connection = socket.create_connection(("127.0.0.1", port))
-    send(connection, raw(prompt, stream=True, **more))
+    send(connection, plain_chat(prompt, stream=True, **more))
     found = b""
     while b"data: " not in found:
         found += connection.recv(1000)
@@ -475,15 +464,15 @@ def send(connection, body):
 def test_a_full_queue_is_said_and_when_to_come_again(model):
     with serving(model, batch=1, queue=1) as (port, _):
         first, second = streaming(port, PROMPTS[0], max_tokens=LONG), streaming(port, PROMPTS[1], max_tokens=LONG)
-        status, headers, answer = asked(port, "POST", CHAT, raw(["one"]))
+        status, headers, answer = http_request(port, "POST", CHAT, plain_chat(["one"]))
         assert (status, headers["retry-after"]) == (429, "1")
         assert json.loads(answer)["error"]["code"] == "rate_limit_exceeded"
-        with client_of(port) as client, pytest.raises(openai.RateLimitError):
-            create(client, ["one"])
+        with openai_client(port) as client, pytest.raises(openai.RateLimitError):
+            create_chat(client, ["one"])
         assert health(port)["running"] == 1
         first.close()
         second.close()
-        until(lambda: idle(port))
+        wait_until(lambda: is_idle(port))
         assert metric(port, "mm1_requests_total") == 4
 
 
@@ -495,26 +484,26 @@ def test_who_disconnects_frees_the_engine(model, stream, monkeypatch):
             connection = streaming(port, PROMPTS[0], max_tokens=7000, n=1)
         else:
             connection = socket.create_connection(("127.0.0.1", port))
-            send(connection, raw(PROMPTS[0], max_tokens=7000))
-        until(lambda: health(port)["running"] == 1)
-        until(lambda: health(port)["pages"]["free"] < health(port)["pages"]["total"])
+            send(connection, plain_chat(PROMPTS[0], max_tokens=7000))
+        wait_until(lambda: health(port)["running"] == 1)
+        wait_until(lambda: health(port)["pages"]["free"] < health(port)["pages"]["total"])
         connection.close()
-        until(lambda: idle(port))
-        until(lambda: not service.active)
+        wait_until(lambda: is_idle(port))
+        wait_until(lambda: not service.active.active)
         assert metric(port, "mm1_tokens_total") < 7000
         assert metric(port, "mm1_pages_used") == 0
 
 
 def test_a_slow_reader_holds_nobody_up_and_gets_all(model):
-    with serving(model, small=True) as (port, _), client_of(port) as client:
+    with serving(model, small=True) as (port, _), openai_client(port) as client:
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         slow.connect(("127.0.0.1", port))
-        send(slow, raw(PROMPTS[0], max_tokens=2000, stream=True, logprobs=True))
-        truth = alone(model, PROMPTS[1], 30).text
-        assert create(client, PROMPTS[1], max_tokens=30).choices[0].message.content == truth
-        until(lambda: idle(port))  # the engine is done with it, read or not
-        assert create(client, PROMPTS[1], max_tokens=30).choices[0].message.content == truth
+        send(slow, plain_chat(PROMPTS[0], max_tokens=2000, stream=True, logprobs=True))
+        truth = run_alone(model, PROMPTS[1], 30).text
+        assert create_chat(client, PROMPTS[1], max_tokens=30).choices[0].message.content == truth
+        wait_until(lambda: is_idle(port))  # the engine is done with it, read or not
+        assert create_chat(client, PROMPTS[1], max_tokens=30).choices[0].message.content == truth
         received = b""
         while more := slow.recv(1 << 16):
             received += more
@@ -525,26 +514,26 @@ def test_a_slow_reader_holds_nobody_up_and_gets_all(model):
             if not event.startswith("[DONE]")
             for choice in json.loads(event)["choices"]
         )
-        assert found == alone(model, PROMPTS[0], 2000).text
+        assert found == run_alone(model, PROMPTS[0], 2000).text
 
 
 def test_a_reader_that_takes_nothing_is_left_in_the_end(model, monkeypatch):
-    monkeypatch.setattr(app, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(answers, "SEND_SECONDS", 0.2)
     with serving(model, small=True) as (port, service):
         stuck = socket.socket()
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         stuck.connect(("127.0.0.1", port))
-        send(stuck, raw(PROMPTS[0], max_tokens=500, n=16, stream=True, logprobs=True, temperature=1))
-        until(lambda: metric(port, "mm1_requests_total"))
-        until(lambda: not service.active and idle(port))
+        send(stuck, plain_chat(PROMPTS[0], max_tokens=500, n=16, stream=True, logprobs=True, temperature=1))
+        wait_until(lambda: metric(port, "mm1_requests_total"))
+        wait_until(lambda: not service.active.active and is_idle(port))
         stuck.close()
 
 
 def test_two_hundred_clients_at_once_get_their_answers_and_health_answers_meanwhile(model):
-    truth = {i: alone(model, prompt, 6 + i).text for i, prompt in enumerate(PROMPTS)}
+    truth = {i: run_alone(model, prompt, 6 + i).text for i, prompt in enumerate(PROMPTS)}
 
     async def ask(i):
-        body = json.dumps(raw(PROMPTS[i % 4], max_tokens=6 + i % 4)).encode()
+        body = json.dumps(plain_chat(PROMPTS[i % 4], max_tokens=6 + i % 4)).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n".encode())
         writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -562,10 +551,10 @@ def test_two_hundred_clients_at_once_get_their_answers_and_health_answers_meanwh
 
     with serving(model, batch=32, queue=256) as (port, service):
         found, answered = asyncio.run(all_of_them())
-        until(lambda: idle(port))
+        wait_until(lambda: is_idle(port))
         assert metric(port, "mm1_requests_total") == 200
         assert metric(port, "mm1_first_token_seconds_count") == 200
-        assert service.held == service.active == 0
+        assert service.arrivals.buffered == service.active.active == 0
     assert answered
     assert {status for _, status, _ in found} == {200}
     for i, _, answer in found:
@@ -573,34 +562,37 @@ def test_two_hundred_clients_at_once_get_their_answers_and_health_answers_meanwh
 
 
 def test_a_failing_step_is_logged_and_told_by_a_number_and_the_next_request_is_answered(model, caplog):
-    with serving(model) as (port, service), client_of(port) as client:
-        fails_behind(20, service.engine.engine)
+    with serving(model) as (port, service), openai_client(port) as client:
+        fail_after(20, service.engine.engine)
         for stream, kind in ((False, openai.InternalServerError), (True, openai.APIError)):
             with pytest.raises(kind, match="internal error: the server's log has more under request") as told:
-                list(create(client, PROMPTS[0], max_tokens=50, stream=stream))
+                list(create_chat(client, PROMPTS[0], max_tokens=50, stream=stream))
             number = re.findall("under request ([0-9a-f]{12})", str(told.value))[0]
             [record] = [r for r in caplog.records if number in r.getMessage()]
             assert "no more" in str(record.exc_info[1])
             assert "no more" not in str(told.value)
-        assert create(client, PROMPTS[0], max_tokens=5).choices[0].message.content == alone(model, PROMPTS[0], 5).text
-        assert idle(port)
+        assert (
+            create_chat(client, PROMPTS[0], max_tokens=5).choices[0].message.content
+            == run_alone(model, PROMPTS[0], 5).text
+        )
+        assert is_idle(port)
 
 
 def test_a_dead_engine_is_told_by_health_and_to_every_client(model):
     with serving(model) as (port, service):
-        service.engine.dead = app.Dead("gone")
-        status, _, answer = asked(port, "GET", "/health")
+        service.engine.dead = Dead("gone")
+        status, _, answer = http_request(port, "GET", "/health")
         assert (status, json.loads(answer)["status"]) == (503, "dead")
-        assert "the engine has stopped" in (message := refused(port, raw(["one"]), 503))
+        assert "the engine has stopped" in (message := refusal_of(port, plain_chat(["one"]), 503))
         assert "gone" not in message
 
 
 def test_metrics_are_those_of_what_was_done(model):
-    with serving(model) as (port, _), client_of(port) as client:
-        truth = alone(model, PROMPTS[0], 10)
-        create(client, PROMPTS[0], max_tokens=10)
-        list(create(client, PROMPTS[0], max_tokens=10, stream=True))
-        refused(port, "{")
+    with serving(model) as (port, _), openai_client(port) as client:
+        truth = run_alone(model, PROMPTS[0], 10)
+        create_chat(client, PROMPTS[0], max_tokens=10)
+        list(create_chat(client, PROMPTS[0], max_tokens=10, stream=True))
+        refusal_of(port, "{")
         assert metric(port, 'mm1_requests_total{status="200"}') == 2
         assert metric(port, 'mm1_requests_total{status="400"}') == 1
         assert metric(port, "mm1_tokens_total") == 2 * len(truth.tokens)
@@ -697,6 +689,7 @@ from pathlib import Path
 from small import small_mm1
 from mm1.engine.infer import asynchronous
 from mm1.engine.train import checkpoint
+from mm1.engine.infer.asynchronous import Dead
 from mm1.engine.infer.engine import Engine
 from mm1.engine.serve import app
 
@@ -715,7 +708,7 @@ app.serve(Path("x"), host="127.0.0.1", port=0, api_key=None, engine={"tokens": 4
         line = process.stdout.readline()
         assert line.startswith("x: http://127.0.0.1:"), process.communicate()
         connection = socket.create_connection(("127.0.0.1", int(line.rpartition(":")[2])))
-        send(connection, raw(["one"]))
+        send(connection, plain_chat(["one"]))
         _, errors = process.communicate(timeout=60)
         connection.close()
         assert process.returncode == 1
@@ -737,7 +730,7 @@ def test_a_signal_lets_answers_end(tmp_path_factory, number):
     try:
         line = process.stdout.readline()
         assert line.startswith("served: http://127.0.0.1:"), process.communicate()
-        with client_of(int(line.rpartition(":")[2]), "sesame") as client:
+        with openai_client(int(line.rpartition(":")[2]), "sesame") as client:
             assert [model.id for model in client.models.list()] == ["served"]
             chunks = client.chat.completions.create(model="served", stream=True, max_tokens=600, messages=ONE)
             next(chunks)

@@ -19,7 +19,7 @@ from unittest.mock import Mock
 
 import h11
 import pytest
-from service import CHAT, ROOT, asked, client_of, data_url, image_url, png, until
+from service import CHAT, ROOT, data_url, http_request, image_part, openai_client, png, wait_until
 from small import small_run
 from test_generate import picture
 
@@ -79,7 +79,7 @@ def served(buffer=None):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        until(lambda: server.started)
+        wait_until(lambda: server.started)
         yield listener.getsockname()[1], application, server
     finally:
         application.release.set()
@@ -165,8 +165,8 @@ def test_a_head_that_does_not_come_is_not_waited_for(short, sent, kept):
             assert "took more than" in json.loads(body)["error"]["message"]
         else:
             assert answer == b""
-        until(lambda: not server.server_state.connections)
-        assert asked(port, "GET", "/")[0] == 200
+        wait_until(lambda: not server.server_state.connections)
+        assert http_request(port, "GET", "/")[0] == 200
 
 
 def test_a_head_that_comes_byte_by_byte_has_the_same_time(short):
@@ -187,7 +187,7 @@ def test_a_head_too_large_is_refused_as_it_comes(monkeypatch):
     with served() as (port, _, server), connected(port, b"GET / HTTP/1.1\r\nX-a: ") as connection:
         received = dribbled(connection, b"x" * 4096)
         assert received.startswith(b"HTTP/1.1 400 ") or not received  # a reset may overtake it
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: not server.server_state.connections)
 
 
 def test_an_idle_connection_is_closed_in_the_end(monkeypatch):
@@ -211,8 +211,8 @@ def test_who_takes_nothing_of_a_complete_answer_is_left(short):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", port))
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-        until(lambda: server.server_state.total_requests == 1)
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: server.server_state.total_requests == 1)
+        wait_until(lambda: not server.server_state.connections)
 
 
 def test_who_takes_it_slowly_gets_all_of_it(short):
@@ -240,7 +240,7 @@ def test_a_client_that_sends_no_more_gets_its_answer(short):
     """A 100 Continue says now and then that the server is there, which any client reads over."""
     with served() as (port, application, _), connected(port, request("/slow", body=b"x" * 300_000)) as connection:
         connection.shutdown(socket.SHUT_WR)
-        until(lambda: application.begun)
+        wait_until(lambda: application.begun)
         time.sleep(0.4)
         application.release.set()
         response = http.client.HTTPResponse(connection)
@@ -254,7 +254,7 @@ def test_one_that_is_answered_soon_gets_nothing_else_and_the_end(monkeypatch):
     monkeypatch.setattr(connections, "IDLE_SECONDS", 3600)
     with served() as (port, application, _), connected(port, request("/slow")) as connection:
         connection.shutdown(socket.SHUT_WR)
-        until(lambda: application.begun)
+        wait_until(lambda: application.begun)
         application.release.set()
         assert everything(connection).startswith(b"HTTP/1.1 200 OK\r\n")
 
@@ -268,7 +268,7 @@ def test_of_requests_one_behind_the_other_each_is_answered_though_no_more_are_se
     assert answer.count(b"HTTP/1.1 200 OK") == 3
     with served() as (port, application, server), connected(port, 2 * request("/slow")) as connection:
         connection.shutdown(socket.SHUT_WR)
-        until(lambda: all(c.half_closed for c in server.server_state.connections) and application.begun)
+        wait_until(lambda: all(c.half_closed for c in server.server_state.connections) and application.begun)
         application.release.set()
         first, second = everything(connection).split(b"HTTP/1.1 200 OK")[1:]
     assert b"connection: close" not in first.lower()
@@ -279,43 +279,43 @@ def test_of_requests_one_behind_the_other_each_is_answered_though_no_more_are_se
 def test_a_client_of_http_1_0_has_left_when_it_sends_no_more(path):
     """Nothing but an answer could be sent to it to see if it is still there."""
     with served() as (port, application, server), connected(port, request(path, "1.0")) as connection:
-        until(lambda: application.begun)
+        wait_until(lambda: application.begun)
         connection.shutdown(socket.SHUT_WR)
-        until(lambda: application.left)
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: application.left)
+        wait_until(lambda: not server.server_state.connections)
 
 
 @pytest.mark.parametrize("path", ["/slow", "/stream"])
 @pytest.mark.parametrize("half_closed_before", [False, True])
 def test_a_client_that_leaves_is_noticed(short, path, half_closed_before):
     with served() as (port, application, server), connected(port, request(path)) as connection:
-        until(lambda: application.begun)
+        wait_until(lambda: application.begun)
         if half_closed_before:
             connection.shutdown(socket.SHUT_WR)
             time.sleep(0.2)
         connection.close()
-        until(lambda: application.left)
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: application.left)
+        wait_until(lambda: not server.server_state.connections)
 
 
 def test_half_a_request_and_no_more_is_no_request(short):
     with served() as (port, application, _), connected(port, request("/slow", body=b"x" * 100)[:-1]) as connection:
         connection.shutdown(socket.SHUT_WR)
         assert everything(connection) == b""
-        until(lambda: application.left)
+        wait_until(lambda: application.left)
 
 
 def test_beyond_the_most_connections_the_oldest_that_waits_goes(monkeypatch):
-    monkeypatch.setattr(connections, "MOST", 8)
+    monkeypatch.setattr(connections, "CONNECTIONS", 8)
     with served() as (port, application, server), ExitStack() as opened:
         working = [opened.enter_context(connected(port, request("/slow"))) for _ in range(3)]
-        until(lambda: application.begun == 3)
+        wait_until(lambda: application.begun == 3)
         for _ in range(30):
             opened.enter_context(connected(port, b"GET"))
-            assert asked(port, "GET", "/")[0] == 200
+            assert http_request(port, "GET", "/")[0] == 200
             assert len(server.server_state.connections) <= 8
         working += [opened.enter_context(connected(port, request("/slow"))) for _ in range(5)]
-        until(lambda: application.begun == 8)
+        wait_until(lambda: application.begun == 8)
         assert everything(connected(port, GET)) == b""  # all of them work: the new one goes
         application.release.set()
         for connection in working:
@@ -325,22 +325,22 @@ def test_beyond_the_most_connections_the_oldest_that_waits_goes(monkeypatch):
 
 def test_beyond_the_most_connections_uploads_and_answers_stay(monkeypatch):
     """Silent ones make place for each other; where all others upload, the new one goes; an answer goes last."""
-    monkeypatch.setattr(connections, "MOST", 8)
+    monkeypatch.setattr(connections, "CONNECTIONS", 8)
     with served(buffer=65536) as (port, application, server), ExitStack() as opened:
         upload = request("/slow", body=b"x" * 100)[:-1]
         uploads = [opened.enter_context(connected(port, upload)) for _ in range(6)]
         reader = opened.enter_context(connected(port, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n"))
-        until(lambda: [c.stage[0] for c in server.server_state.connections].count("flush") == 1)
+        wait_until(lambda: [c.stage[0] for c in server.server_state.connections].count("flush") == 1)
         for _ in range(20):
             opened.enter_context(connected(port))
-        assert asked(port, "GET", "/")[0] == 200
+        assert http_request(port, "GET", "/")[0] == 200
         received = b""
         while len(received) < 8 << 20:
             more = reader.recv(1 << 20)
             assert more, len(received)
             received += more
         uploads += [opened.enter_context(connected(port, upload)) for _ in range(2)]
-        until(lambda: sum(c.stage[0] == "work" for c in server.server_state.connections) == 8)
+        wait_until(lambda: sum(c.stage[0] == "work" for c in server.server_state.connections) == 8)
         assert everything(connected(port)) == b""
         application.release.set()
         for connection in uploads:
@@ -361,7 +361,7 @@ def test_a_body_of_tiny_chunks_is_refused(length):
                 f"{CHUNKS + 1} chunks have {CHUNKS + 1} bytes"
                 in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
             )
-            until(lambda: application.left)
+            wait_until(lambda: application.left)
         else:
             connection.sendall(b"0\r\n\r\n")
             application.release.set()
@@ -378,13 +378,13 @@ def test_what_comes_behind_an_early_answer_is_thrown_away_unread(short, monkeypa
     head = b"POST /closes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     with served() as (port, _, server), connected(port, head) as connection:
         assert everything(connection).endswith(b"xx")
-        until(lambda: not sent(connection, (b"1000\r\n" + bytes(0x1000) + b"\r\n") * 100))
+        wait_until(lambda: not sent(connection, (b"1000\r\n" + bytes(0x1000) + b"\r\n") * 100))
         assert sum(read) == len(head)
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: not server.server_state.connections)
         connection.close()
         with connected(port, head) as quiet:
             assert everything(quiet).endswith(b"xx")
-            until(lambda: not server.server_state.connections)
+            wait_until(lambda: not server.server_state.connections)
 
 
 def test_a_client_that_resets_its_connection_behind_an_early_answer_is_no_error(monkeypatch):
@@ -394,7 +394,7 @@ def test_a_client_that_resets_its_connection_behind_an_early_answer_is_no_error(
     head = b"POST /closes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     with served() as (port, _, server), connected(port, head) as connection:
         assert everything(connection).endswith(b"xx")
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: not server.server_state.connections)
     assert gone.called
     assert not errors.called
 
@@ -447,11 +447,11 @@ def test_who_takes_an_answer_too_slowly_as_a_whole_is_left(short, monkeypatch):
                 time.sleep(0.02)
                 received += len(more)
         assert received < 8 << 20
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: not server.server_state.connections)
     with served(buffer=4096) as (port, _, server), connected(port) as connection:
         connection.settimeout(0.2)
-        until(lambda: not sent(connection, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 100))
-        until(lambda: not server.server_state.connections)
+        wait_until(lambda: not sent(connection, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 100))
+        wait_until(lambda: not server.server_state.connections)
 
 
 def test_answers_that_nobody_takes_are_bounded_together(monkeypatch):
@@ -461,9 +461,9 @@ def test_answers_that_nobody_takes_are_bounded_together(monkeypatch):
         readers = []
         for i in range(4):
             readers.append(opened.enter_context(connected(port, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")))
-            until(lambda i=i: server.server_state.total_requests == i + 1)
+            wait_until(lambda i=i: server.server_state.total_requests == i + 1)
             time.sleep(0.15)
-        until(lambda: len(server.server_state.connections) == 2)
+        wait_until(lambda: len(server.server_state.connections) == 2)
         for i, reader in enumerate(readers):
             received = 0
             with suppress(ConnectionResetError):
@@ -475,7 +475,7 @@ def test_answers_that_nobody_takes_are_bounded_together(monkeypatch):
 def test_the_address_is_that_of_the_connection():
     """A header chooses nobody's turn."""
     with served() as (port, application, _):
-        asked(port, "GET", "/", headers={"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"})
+        http_request(port, "GET", "/", headers={"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"})
         assert application.scope["client"][0] == "127.0.0.1"
         assert application.scope["scheme"] == "http"
 
@@ -483,7 +483,7 @@ def test_the_address_is_that_of_the_connection():
 @linux
 def test_a_burst_of_connections_is_accepted_piece_by_piece(monkeypatch, caplog):
     """While the loop is busy three hundred connect. It never has many more open than it may, so accept never fails."""
-    monkeypatch.setattr(connections, "MOST", 20)
+    monkeypatch.setattr(connections, "CONNECTIONS", 20)
     with served() as (port, _, server), ExitStack() as opened:
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = len(os.listdir("/proc/self/fd")) + 300 + 20 + connections.SPARE
@@ -492,7 +492,7 @@ def test_a_burst_of_connections_is_accepted_piece_by_piece(monkeypatch, caplog):
         opened.enter_context(connected(port, b"GET /busy HTTP/1.1\r\nHost: x\r\n\r\n"))
         for _ in range(299):
             opened.enter_context(connected(port))
-        assert asked(port, "GET", "/")[0] == 200
+        assert http_request(port, "GET", "/")[0] == 200
         assert len(server.server_state.connections) <= 20
     assert caplog.records == []
 
@@ -513,19 +513,19 @@ def test_the_command_withstands_half_open_connections_and_keeps_its_key(tmp_path
         line = process.stdout.readline()
         assert line.startswith("served: http://127.0.0.1:"), process.communicate()
         port = int(line.rpartition(":")[2])
-        until(lambda: answers(port))
+        wait_until(lambda: answers(port))
         environment = readable(f"/proc/{process.pid}/environ")
         assert b"sesame" not in environment + Path(f"/proc/{process.pid}/cmdline").read_bytes()
         if not os.getuid():
             assert b"MM1_API_KEY=\0" in environment
-        with ExitStack() as opened, client_of(port, "sesame") as client:
+        with ExitStack() as opened, openai_client(port, "sesame") as client:
             for i in range(260):
                 opened.enter_context(connected(port, (b"", b"POST /v1/chat", b"GET /health HTTP/1.1\r\nX-a: ")[i % 3]))
-            assert asked(port, "GET", "/health")[0] == 200
-            message = {"role": "user", "content": [image_url(data_url(png(picture())))]}
+            assert http_request(port, "GET", "/health")[0] == 200
+            message = {"role": "user", "content": [image_part(data_url(png(picture())))]}
             found = client.chat.completions.create(model="served", messages=[message], max_tokens=2)
             assert found.usage.completion_tokens
-        status, _, answer = asked(port, "POST", CHAT, {}, {"Authorization": "Bearer sesamf"})
+        status, _, answer = http_request(port, "POST", CHAT, {}, {"Authorization": "Bearer sesamf"})
         assert (status, b"sesame" in answer) == (401, False)
         process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=60)
@@ -537,7 +537,7 @@ def test_the_command_withstands_half_open_connections_and_keeps_its_key(tmp_path
 
 def answers(port) -> bool:
     try:
-        return asked(port, "GET", "/health")[0] == 200
+        return http_request(port, "GET", "/health")[0] == 200
     except OSError:
         return False
 

@@ -16,44 +16,29 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
-from service import (
+from service import (  # noqa: F401, fixtures
     CHAT,
     ROOT,
-    alone,
-    asked,
-    client_of,
     data_url,
-    image_url,
+    http_request,
+    image_part,
     metric,
+    model_fixture,
+    openai_client,
+    plain_chat,
     png,
-    raw,
-    refused,
+    port_fixture,
+    refusal_of,
+    run_alone,
+    served_fixture,
     serving,
 )
-from small import small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.infer.engine import Busy
 from mm1.engine.serve import images, urls
 from mm1.engine.serve.images import Decoder
-from mm1.errors import Unreadable, UserError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_mm1(seed=5).eval()
-
-
-@pytest.fixture(scope="module")
-def served(model):
-    with serving(model) as (port, service):
-        yield port, service
-
-
-@pytest.fixture
-def port(served):
-    return served[0]
+from mm1.errors import Busy, Unreadable, UserError
 
 
 def header_of(width, height) -> bytes:
@@ -100,7 +85,9 @@ NO_IMAGES = {
 def test_what_is_no_good_image_is_refused(port, name):
     data, why = NO_IMAGES[name]
     before = metric(port, "mm1_images_total")
-    assert why in refused(port, raw([]) | {"messages": [{"role": "user", "content": [image_url(data_url(data))]}]})
+    assert why in refusal_of(
+        port, plain_chat([]) | {"messages": [{"role": "user", "content": [image_part(data_url(data))]}]}
+    )
     assert metric(port, "mm1_images_total") == before + 1
 
 
@@ -110,15 +97,15 @@ NO_URLS = ["data:text/html;base64,AAAA", "data:image/png;base64,@@", "file:///et
 
 @pytest.mark.parametrize("url", NO_URLS)
 def test_an_image_is_data_or_an_upload_and_nothing_else(port, url):
-    refused(port, {"messages": [{"role": "user", "content": [image_url(url)]}]})
+    refusal_of(port, {"messages": [{"role": "user", "content": [image_part(url)]}]})
 
 
 def test_images_are_counted_before_any_is_decoded(model):
     with serving(model, max_images=2) as (port, service):
-        body = {"messages": [{"role": "user", "content": [image_url("data:image/png;base64,AAAA")] * 3}]}
-        assert "3 images, expected at most 2" in refused(port, body)
+        body = {"messages": [{"role": "user", "content": [image_part("data:image/png;base64,AAAA")] * 3}]}
+        assert "3 images, expected at most 2" in refusal_of(port, body)
         assert not service.decoder.views
-        assert asked(port, "POST", CHAT, raw([picture()] * 2, max_tokens=1))[0] == 200
+        assert http_request(port, "POST", CHAT, plain_chat([picture()] * 2, max_tokens=1))[0] == 200
 
 
 def test_an_image_of_parts_comes_with_them():
@@ -258,12 +245,12 @@ OWN = [
 
 @pytest.mark.parametrize("address", OWN)
 def test_no_address_of_ones_own_is_public(address):
-    assert not urls.public(address)
+    assert not urls.is_public(address)
 
 
 def test_public_addresses_are():
-    assert urls.public("93.184.216.34")
-    assert urls.public("2606:2800:220:1:248:1893:25c8:1946")
+    assert urls.is_public("93.184.216.34")
+    assert urls.is_public("2606:2800:220:1:248:1893:25c8:1946")
 
 
 @pytest.fixture
@@ -298,7 +285,7 @@ def host():
 
 def test_a_url_is_fetched_once_from_a_public_address_and_within_bounds(monkeypatch, host):
     def fetched(path):
-        return asyncio.run(urls.fetch(host + path, 1 << 16))
+        return asyncio.run(urls.Fetcher().fetch(host + path, 1 << 16))
 
     port = int(host.rpartition(":")[2])
     with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is none of 80, 443"):
@@ -306,12 +293,12 @@ def test_a_url_is_fetched_once_from_a_public_address_and_within_bounds(monkeypat
     monkeypatch.setattr(urls, "PORTS", (port,))
     for name in ("localhost", "127.0.0.1", "127.1", "0x7f000001", "[::1]"):
         with pytest.raises(UserError, match="address"):
-            asyncio.run(urls.fetch(f"http://{name}:{port}/a.png", 1 << 16))
+            asyncio.run(urls.Fetcher().fetch(f"http://{name}:{port}/a.png", 1 << 16))
     for wrong in ("ftp://x/a", "http:///a", "http://x:99999/", "http://x/a b", "http://x/\r\nHost: y", "http://ü/",
                   f"http://{'a' * 64}.example/", f"http://{'a.' * 200}/", "http://a\0b/", "http://a..b/"):  # fmt: skip
         with pytest.raises(UserError):
-            asyncio.run(urls.fetch(wrong, 1 << 16))
-    monkeypatch.setattr(urls, "public", lambda address: True)
+            asyncio.run(urls.Fetcher().fetch(wrong, 1 << 16))
+    monkeypatch.setattr(urls, "is_public", lambda address: True)
     assert fetched("/a.png") == png(PROMPTS[1][0])
     with pytest.raises(UserError, match="more than 65536 bytes"):
         fetched("/large")
@@ -334,7 +321,8 @@ def test_slow_look_ups_take_no_thread_of_the_loop_and_are_bounded(monkeypatch):
         raise socket.gaierror(-2, "no such name")
 
     async def fetched():
-        tasks = [asyncio.create_task(urls.fetch(f"http://host{i}.example/", 100)) for i in range(50)]
+        fetcher = urls.Fetcher()
+        tasks = [asyncio.create_task(fetcher.fetch(f"http://host{i}.example/", 100)) for i in range(50)]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         waiting = [task for task in tasks if task not in done]
         assert await asyncio.to_thread(lambda: "free") == "free"
@@ -352,11 +340,11 @@ def test_slow_look_ups_take_no_thread_of_the_loop_and_are_bounded(monkeypatch):
 
 
 def test_urls_are_fetched_where_that_is_allowed(model, monkeypatch, host):
-    with serving(model, allow_urls=True) as (port, _), client_of(port) as client:
+    with serving(model, allow_urls=True) as (port, _), openai_client(port) as client:
         monkeypatch.setattr(urls, "PORTS", (int(host.rpartition(":")[2]),))
-        message = {"role": "user", "content": [image_url(f"{host}/a.png")]}
-        assert "public address" in refused(port, {"messages": [message]})
-        monkeypatch.setattr(urls, "public", lambda address: True)
+        message = {"role": "user", "content": [image_part(f"{host}/a.png")]}
+        assert "public address" in refusal_of(port, {"messages": [message]})
+        monkeypatch.setattr(urls, "is_public", lambda address: True)
         found = client.chat.completions.create(model="small", messages=[message], max_tokens=8,
                                                extra_body={"template": "none"})  # fmt: skip
-        assert found.choices[0].message.content == alone(model, PROMPTS[1], 8).text
+        assert found.choices[0].message.content == run_alone(model, PROMPTS[1], 8).text

@@ -14,7 +14,19 @@ from queue import Empty, Queue
 import numpy as np
 import pytest
 from PIL import Image
-from service import alone, asked, data_url, fails_behind, health, idle, metric, png, serving, slow_steps, until
+from service import (
+    data_url,
+    fail_after,
+    health,
+    http_request,
+    is_idle,
+    metric,
+    png,
+    run_alone,
+    serving,
+    slow_steps,
+    wait_until,
+)
 from small import small_mm1
 from test_generate import picture
 
@@ -147,7 +159,7 @@ def page(browser, model):
 def opened(browser, port):
     browser.complaints.clear()
     browser("Page.navigate", url=f"http://127.0.0.1:{port}/")
-    until(lambda: browser["document.readyState"] == "complete" and browser["$('model').textContent"] == "small")
+    wait_until(lambda: browser["document.readyState"] == "complete" and browser["$('model').textContent"] == "small")
 
 
 def answered(browser):
@@ -165,20 +177,20 @@ def test_shots_and_a_question_are_asked_as_the_demo_was_trained(page, model, fil
     browser, _ = page
     browser.type("#opening", "quiz\n")
     browser.choose("[data-choose=shots]", *files[:2])
-    until(lambda: len(browser[SHOTS]) == 2)
+    wait_until(lambda: len(browser[SHOTS]) == 2)
     browser.type(shot(browser, 1, 2), "one")
     browser.type(shot(browser, 2, 1), "question: how many twos? answer:")
     browser.type(shot(browser, 2, 2), "none")
     browser.choose("[data-choose=images]", files[2])
-    until(lambda: browser["images.length"] == 1)
+    wait_until(lambda: browser["images.length"] == 1)
     browser.type("#question", "question: how many sevens? answer:")
     browser.click("#line")
     browser.click("#ask")
-    until(lambda: answered(browser))
+    wait_until(lambda: answered(browser))
     a, b, c = (picture(24, 24, seed) for seed in range(3))
     prompt = ["quiz\n", a, "question: how many sevens? answer: one\n", b, "question: how many twos? answer: none\n",
               c, "question: how many sevens? answer:"]  # fmt: skip
-    truth = alone(model, prompt, 64)
+    truth = run_alone(model, prompt, 64)
     assert truth.text
     assert browser["$('answer').textContent"] == truth.text
     assert f"{len(truth.document.tokens)} + {len(truth.tokens)} tokens" in browser["$('status').textContent"]
@@ -191,7 +203,7 @@ def test_shots_and_a_question_are_asked_as_the_demo_was_trained(page, model, fil
 def test_shots_are_moved_and_deleted(page, files):
     browser, _ = page
     browser.choose("[data-choose=shots]", *files)
-    until(lambda: len(browser[SHOTS]) == 3)
+    wait_until(lambda: len(browser[SHOTS]) == 3)
     a, b, c = browser[SHOTS]
     browser.click('[aria-label="move shot 1 down"]')
     assert browser[SHOTS] == [b, a, c]
@@ -227,15 +239,15 @@ def test_images_can_be_dropped_and_what_is_broken_is_refused_then(page, files):
     good = files[0].read_bytes()
     drop(browser, good, "image/png", "a.png", "[data-drop=shots]")
     drop(browser, good, "image/png", "b.png", "[data-drop=images] p")
-    until(lambda: browser["[shots.length, images.length]"] == [1, 1])
+    wait_until(lambda: browser["[shots.length, images.length]"] == [1, 1])
     assert browser["shots[0].url"] == browser["images[0].url"] == data_url(good)
     drop(browser, b"text", "text/plain", "c.txt", "[data-drop=images]")
-    until(lambda: browser["$('error').textContent"] == "c.txt is no image")
+    wait_until(lambda: browser["$('error').textContent"] == "c.txt is no image")
     assert near(browser, "#images", "#error")
     for broken in (b"x", good[:40]):
-        browser["complain('')"]
+        browser["showError('')"]
         drop(browser, broken, "image/png", "d.png", "[data-drop=shots]")
-        until(lambda: browser["$('error').textContent"].startswith("d.png is broken"))
+        wait_until(lambda: browser["$('error').textContent"].startswith("d.png is broken"))
         assert near(browser, "#shots", "#error")
     assert browser["[shots.length, images.length]"] == [1, 1]
 
@@ -247,7 +259,7 @@ def test_a_large_photograph_is_sent_small_and_upright(page):
     exif[0x0112] = 6
     photo.save(file, "JPEG", exif=exif)
     drop(browser, file.getvalue(), "image/jpeg", "photo.jpg", "[data-drop=images]")
-    until(lambda: browser["images.length"] == 1)
+    wait_until(lambda: browser["images.length"] == 1)
     sent = decode(read_image(browser["images[0].url"], None))
     assert sent.size == (448, 1344)
     top, bottom = (sent.getpixel((224, y)) for y in (200, 1144))
@@ -266,7 +278,7 @@ def test_a_large_file_is_sent_as_jpeg_unless_that_would_spoil_it(page, form, mod
     image, file = Image.fromarray(pixels).convert(mode) if mode != "L" else Image.new("L", (1400, 1000), 128), BytesIO()
     image.save(file, form)
     drop(browser, file.getvalue(), f"image/{form.lower()}", "photo", "[data-drop=images]")
-    until(lambda: browser["images.length"] == 1)
+    wait_until(lambda: browser["images.length"] == 1)
     assert browser["images[0].url.split(';')[0]"] == f"data:{kind}"
     assert max(decode(read_image(browser["images[0].url"], None)).size) == 1344
 
@@ -284,7 +296,7 @@ def test_a_bitmap_is_given_back_whether_or_not_the_file_is_written_anew(page, fi
     large.save(file, "PNG")
     for data in (files[0].read_bytes(), file.getvalue()):
         drop(browser, data, "image/png", "a.png", "[data-drop=images]")
-    until(lambda: browser["images.length"] == 2)
+    wait_until(lambda: browser["images.length"] == 2)
     assert browser["made.map(bitmap => bitmap.width)"] == [0, 0]  # closed
 
 
@@ -292,14 +304,14 @@ def test_too_many_or_too_large_images_are_told_before_they_are_sent(browser, mod
     with serving(model, max_images=2, max_bytes=100_000) as (port, _):
         opened(browser, port)
         browser.choose("[data-choose=images]", *files)
-        until(lambda: browser["images.length"] == 3)
+        wait_until(lambda: browser["images.length"] == 3)
         browser.click("#ask")
-        until(lambda: answered(browser))
+        wait_until(lambda: answered(browser))
         assert browser["$('error').textContent"] == "There are 3 images, the server takes 2: delete some."
         browser.click('[aria-label="delete image 3 of the question"]')
         browser["images[0].url += ' '.repeat(100000), 0"]
         browser.click("#ask")
-        until(lambda: answered(browser))
+        wait_until(lambda: answered(browser))
         assert browser["$('error').textContent"] == (
             "The images have 0.1 MB together, the server takes 0.1 MB: delete some."
         )
@@ -316,14 +328,14 @@ def test_what_a_proxy_answers_is_told_in_plain_words(page):
         ]
         browser["$('question').value = 'one', 0"]
         browser.click("#ask")
-        until(lambda: answered(browser))
+        wait_until(lambda: answered(browser))
         assert browser["$('error').textContent"] == f"The answer was {status} Gone, and not the server's."
 
 
 def test_a_letter_writes_no_image_and_draws_none_anew(page, files):
     browser, _ = page
     browser.choose("[data-choose=shots]", *files[:2])
-    until(lambda: len(browser[SHOTS]) == 2)
+    wait_until(lambda: len(browser[SHOTS]) == 2)
     browser["saveNow()"]
     browser[
         """window.written = [], window.put = IDBObjectStore.prototype.put,
@@ -351,12 +363,12 @@ def test_an_example_is_asked_with_two_clicks(page, model):
     browser.click("#example")
     assert browser["document.activeElement.id"] == "ask"
     browser.click("#ask")
-    until(lambda: answered(browser))
+    wait_until(lambda: answered(browser))
     assert browser["$('error').textContent"] == ""
     first, second, asked = (decode(read_image(url, None)) for url in browser["[...shots, ...images].map(i => i.url)"])
     prompt = ["quiz\n", first, "question: how many eights? answer: three\n", second,
               "question: how many twos? answer: two\n", asked, "question: how many fives? answer:"]  # fmt: skip
-    assert browser["$('answer').textContent"] == alone(model, prompt, 64, stop="\n").text
+    assert browser["$('answer').textContent"] == run_alone(model, prompt, 64, stop="\n").text
 
 
 def test_a_shot_without_an_answer_is_marked_and_not_sent(page, files):
@@ -364,7 +376,7 @@ def test_a_shot_without_an_answer_is_marked_and_not_sent(page, files):
     browser.click("#ask")
     assert "question" in browser["$('error').textContent"]
     browser.choose("[data-choose=shots]", *files[:2])
-    until(lambda: len(browser[SHOTS]) == 2)
+    wait_until(lambda: len(browser[SHOTS]) == 2)
     browser.type(shot(browser, 1, 2), "one")
     browser.type("#question", "how many?")
     browser.click("#ask")
@@ -377,7 +389,7 @@ def test_a_shot_without_an_answer_is_marked_and_not_sent(page, files):
     browser("Input.insertText", text="two")
     assert browser["document.querySelector('#shots .wrong')"] is None
     browser.click("#ask")
-    until(lambda: answered(browser))
+    wait_until(lambda: answered(browser))
     assert browser["$('answer').textContent"]
 
 
@@ -386,7 +398,7 @@ def test_an_error_about_an_image_stands_at_it(page, files):
     browser.click("#example")
     browser["images.unshift({url: 'data:image/png;base64,AAAA'}), draw()"]
     browser.click("#ask")
-    until(lambda: answered(browser))
+    wait_until(lambda: answered(browser))
     errors = browser["[...document.querySelectorAll('#images .bad, #shots .bad')].map(e => e.textContent)"]
     assert "not an image" in errors[0]
     assert errors[1:] == ["", "", ""]
@@ -397,14 +409,14 @@ def test_an_error_about_an_image_stands_at_it(page, files):
 def test_what_is_filled_in_is_kept_over_a_reload_and_can_be_cleared(page, files):
     browser, port = page
     browser.choose("[data-choose=shots]", *files[:2])
-    until(lambda: len(browser[SHOTS]) == 2)
+    wait_until(lambda: len(browser[SHOTS]) == 2)
     kept = browser[SHOTS]
     browser.type(shot(browser, 2, 2), "two")
     browser.type("#question", "how many?")
     browser.type("#key", "secret")
     browser["saveNow()"]
     opened(browser, port)
-    until(lambda: browser[SHOTS] == kept)
+    wait_until(lambda: browser[SHOTS] == kept)
     assert browser["[$('question').value, shots[1].answer, $('key').value]"] == ["how many?", "two", ""]
     browser.click("#clear")
     assert browser["[shots.length, images.length, $('question').value]"] == [0, 0, ""]
@@ -422,13 +434,13 @@ def test_on_a_phone_ask_stands_below_the_question_and_the_answer_is_seen(page, f
     browser("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
     browser.choose("[data-choose=shots]", *files)
     browser.choose("[data-choose=shots]", *files)
-    until(lambda: len(browser[SHOTS]) == 6)
+    wait_until(lambda: len(browser[SHOTS]) == 6)
     box = "$('{}').getBoundingClientRect()"
     browser["scrollTo(0, 0), shots.forEach(shot => { shot.answer = 'one'; }), draw()"]
     question, ask = (browser[f"[{box.format(id)}.top, {box.format(id)}.bottom]"] for id in ("question", "ask"))
     assert 0 < question[0] < question[1] < ask[0] < ask[1] < 844
     browser["$('question').value = 'one', $('ask').click()"]
-    until(lambda: answered(browser))
+    wait_until(lambda: answered(browser))
     assert 0 <= browser[f"{box.format('answer')}.top"] < 844
     assert browser["document.documentElement.scrollWidth"] == 390
     browser("Emulation.clearDeviceMetricsOverride")
@@ -459,13 +471,13 @@ def test_stop_ends_the_answer_on_the_server_too(browser, model):
             browser["$('question').value = '', 0"]
             browser.type("#question", "one")
             browser.key("Enter", 13, modifiers=2)
-            until(lambda: browser["$('answer').textContent.length"] > 10)
+            wait_until(lambda: browser["$('answer').textContent.length"] > 10)
             assert health(port)["running"] == 1
             stop()
-            until(lambda: answered(browser))
+            wait_until(lambda: answered(browser))
             assert browser["$('status').textContent"] == "stopped"
-            until(lambda: idle(port))
-        assert asked(port, "GET", "/metrics")[0] == 200
+            wait_until(lambda: is_idle(port))
+        assert http_request(port, "GET", "/metrics")[0] == 200
     assert not browser.complaints
 
 
@@ -475,9 +487,9 @@ def test_a_long_answer_is_shown_as_fast_as_it_comes(page):
     browser.type("#question", "one")
     begun = time.monotonic()
     browser.click("#ask")
-    until(lambda: idle(port) and metric(port, "mm1_requests_total") == 1)
+    wait_until(lambda: is_idle(port) and metric(port, "mm1_requests_total") == 1)
     served = time.monotonic() - begun
-    until(lambda: answered(browser), 10 + 3 * served)  # it took thirty times as long with a layout for each token
+    wait_until(lambda: answered(browser), 10 + 3 * served)  # it took thirty times as long with a layout for each token
     assert browser["$('status').textContent"].startswith("2 + 7000 tokens")
     assert browser["$('answer').textContent.length"] > 7000
     assert browser["$('answer').childNodes.length"] == 1
@@ -490,9 +502,9 @@ def test_stop_works_on_an_answer_that_has_arrived_but_is_not_shown_yet(page):
     browser[f"(parse => {{ JSON.parse = {slow}; }})(JSON.parse), 0"]  # a page that takes 40 seconds for 2,000 events
     browser.type("#question", "one")
     browser.click("#ask")
-    until(lambda: metric(port, "mm1_requests_total") == 1 and idle(port))
+    wait_until(lambda: metric(port, "mm1_requests_total") == 1 and is_idle(port))
     browser.click("#stop")
-    until(lambda: answered(browser), 20)
+    wait_until(lambda: answered(browser), 20)
     assert browser["$('status').textContent"] == "stopped"
 
 
@@ -501,28 +513,28 @@ def test_errors_are_one_line_and_the_key_is_sent(browser, model):
         opened(browser, port)
         browser.type("#question", "one")
         browser.click("#ask")
-        until(lambda: answered(browser))
+        wait_until(lambda: answered(browser))
         assert browser["$('error').textContent"] == "wrong or missing API key"
         assert browser["document.activeElement.id"] == "key"
         assert browser["$('error').getBoundingClientRect().height"] < 40
         browser.type("#key", "sesame")
         browser.click("#ask")
-        until(lambda: answered(browser))
+        wait_until(lambda: answered(browser))
         assert browser["$('error').textContent"] == ""
         assert browser["$('answer').textContent"]
     browser.complaints.clear()  # of the 401
     browser.click("#ask")
-    until(lambda: answered(browser))
+    wait_until(lambda: answered(browser))
     assert browser["$('error').textContent"] == "The server does not answer."
 
 
 def test_an_error_in_the_middle_of_an_answer_is_shown_below_it(browser, model):
     with serving(model) as (port, service):
         opened(browser, port)
-        fails_behind(20, service.engine.engine)
+        fail_after(20, service.engine.engine)
         browser.type("#question", "which")
         browser.click("#ask")
-        until(lambda: answered(browser))
+        wait_until(lambda: answered(browser))
         assert browser["$('error').textContent"].startswith("internal error")
         assert browser["$('answer').textContent"]
     assert not browser.complaints
@@ -530,7 +542,7 @@ def test_an_error_in_the_middle_of_an_answer_is_shown_below_it(browser, model):
 
 def test_nothing_but_itself_runs_in_it(model):
     with serving(model) as (port, _):
-        _, headers, body = asked(port, "GET", "/")
+        _, headers, body = http_request(port, "GET", "/")
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy

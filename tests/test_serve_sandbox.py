@@ -122,7 +122,7 @@ def test_the_process_of_an_image_has_nothing(monkeypatch):
                 files = sorted(os.listdir(folder / "fd")) if not os.getuid() else ["0", "1", "2"]
                 errors = os.readlink(folder / "fd" / "2") if not os.getuid() else os.devnull
             decoder.idle.put_nowait(worker)
-            return *found, maps, files, errors, decoder.missing
+            return *found, maps, files, errors, decoder.unfiltered
 
     limits, environment, status, maps, files, errors, missing = asyncio.run(looked_at())
     found = {line[:25].strip(): line[26:].split()[0] for line in limits.splitlines()}
@@ -213,7 +213,7 @@ def test_each_right_of_root_is_dropped_though_another_cannot_be(monkeypatch):
     monkeypatch.setattr(os, "setgroups", forbidden)
     monkeypatch.setattr(os, "setgid", dropped.append)
     monkeypatch.setattr(os, "setuid", dropped.append)
-    images._drop_root()
+    images.drop_root()
     assert dropped == [images.NOBODY] * 2
 
 
@@ -241,7 +241,7 @@ class Hostile:
     def __init__(self, answer):
         self.answer = answer
 
-    async def asked(self, _data, most):
+    async def send(self, _data, most):
         assert len(self.answer) <= most or len(self.answer) > 9000  # which the real one does not read
         return self.answer
 
@@ -342,7 +342,7 @@ def test_where_there_is_no_seccomp_the_decoder_says_so_and_the_other_limits_stay
 
     async def decoded():
         async with Decoder(POLICY, 1 << 20, processes=1) as decoder:
-            return await decoder.decode(png(picture(12, 24))), decoder.missing
+            return await decoder.decode(png(picture(12, 24))), decoder.unfiltered
 
     [view], missing = asyncio.run(decoded())
     assert np.array_equal(view, POLICY.views(picture(12, 24))[0])
@@ -356,7 +356,7 @@ def test_a_worker_ends_with_its_server():
         "import asyncio, os; from mm1.engine.data.images import ImagePolicy\n"
         "from mm1.engine.serve.images import Decoder\n"
         "async def main():\n"
-        "    worker = await Decoder(ImagePolicy(4, 'native', 24, 64), 1 << 20)._started()\n"
+        "    worker = await Decoder(ImagePolicy(4, 'native', 24, 64), 1 << 20).start_worker()\n"
         "    print(worker.pid, flush=True); os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())"
     )

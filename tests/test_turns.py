@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+from contextlib import ExitStack
 
 import pytest
 
-from mm1.engine.serve.turns import PASSES, Kept, Room, Turns
+from mm1.engine.serve.turns import PASSES, Limit, LRUCache, Room, Turns
+from mm1.errors import Busy
 
 
 async def settled():
@@ -33,7 +35,7 @@ class Work:
 
 def test_one_client_has_its_share_and_another_goes_before_its_rest():
     async def run():
-        work = Work(Turns(most=3, each=2))
+        work = Work(Turns(total=3, each=2))
         for i in range(5):
             work.begin("a", f"a{i}")
         await settled()
@@ -51,7 +53,7 @@ def test_one_client_has_its_share_and_another_goes_before_its_rest():
             event.set()
         await asyncio.gather(*work.tasks)
         assert len(work.going) == 8
-        assert not work.turns.going
+        assert not work.turns.running
         assert not work.turns.waiting
 
     asyncio.run(run())
@@ -59,7 +61,7 @@ def test_one_client_has_its_share_and_another_goes_before_its_rest():
 
 def test_who_leaves_while_it_waits_or_works_gives_its_turn_on():
     async def run():
-        work = Work(Turns(most=1, each=1))
+        work = Work(Turns(total=1, each=1))
         first, second, third = (work.begin("a", name) for name in ("first", "second", "third"))
         await settled()
         second.cancel()
@@ -69,7 +71,7 @@ def test_who_leaves_while_it_waits_or_works_gives_its_turn_on():
         assert work.going == ["first", "third"]
         work.events["third"].set()
         await third
-        assert not work.turns.going
+        assert not work.turns.running
         assert not work.turns.waiting
 
     asyncio.run(run())
@@ -78,7 +80,7 @@ def test_who_leaves_while_it_waits_or_works_gives_its_turn_on():
 @pytest.mark.parametrize("seed", range(20))
 def test_random_comings_and_goings_never_exceed_the_limits_and_all_end(seed):
     async def run():
-        r, turns, now, most_seen = random.Random(seed), Turns(most=4, each=2), {}, 0
+        r, turns, now, most_seen = random.Random(seed), Turns(total=4, each=2), {}, 0
 
         async def work(client):
             nonlocal most_seen
@@ -102,7 +104,7 @@ def test_random_comings_and_goings_never_exceed_the_limits_and_all_end(seed):
         assert all(task.done() for task in tasks)
         assert all(task.cancelled() or not task.exception() for task in tasks)
         assert most_seen == 4
-        assert not turns.going
+        assert not turns.running
         assert not turns.waiting
 
     asyncio.run(run())
@@ -116,7 +118,7 @@ class Lending:
 
     def take(self, name, count):
         async def work():
-            await self.room.take(count, name[0])
+            await self.room.acquire(count, name[0])
             self.order.append(name)
 
         return asyncio.create_task(work())
@@ -126,7 +128,7 @@ def test_room_is_lent_in_order_and_comes_back_from_who_leaves():
     async def run():
         room = Room(10)
         lending = Lending(room)
-        await room.take(6, "x")
+        await room.acquire(6, "x")
         large, small = lending.take("a", 8), lending.take("b", 5)
         last = lending.take("c", 5)
         await settled()
@@ -134,17 +136,17 @@ def test_room_is_lent_in_order_and_comes_back_from_who_leaves():
         large.cancel()
         last.cancel()
         await settled()
-        room.give(6, "x")
+        room.release(6, "x")
         await settled()
         assert lending.order == ["b"]
         await small
-        assert room.left == 5
-        await room.take(5, "y")  # all that is left
-        room.give(5, "y")
-        room.give(5, "b")
-        assert room.left == room.size == 10
+        assert room.free == 5
+        await room.acquire(5, "y")  # all that is left
+        room.release(5, "y")
+        room.release(5, "b")
+        assert room.free == room.size == 10
         assert not room.waiting
-        assert not room.held
+        assert not room.by_client
 
     asyncio.run(run())
 
@@ -162,9 +164,9 @@ def test_one_client_leaves_room_for_another():
         tasks.append(lending.take("c0", 10))
         await settled()
         assert lending.order[-1] == "c0"
-        room.give(50, "a")
+        room.release(50, "a")
         await settled()
-        assert room.held == {"a": 30, "b": 30, "c": 10}
+        assert room.by_client == {"a": 30, "b": 30, "c": 10}
         for task in tasks:
             task.cancel()
 
@@ -174,9 +176,9 @@ def test_one_client_leaves_room_for_another():
 def test_the_whole_room_can_be_lent_to_one_request():
     async def run():
         room = Room(10)
-        await room.take(10, "a")
-        room.give(10, "a")
-        assert room.left == 10
+        await room.acquire(10, "a")
+        room.release(10, "a")
+        assert room.free == 10
 
     asyncio.run(run())
 
@@ -185,12 +187,12 @@ def test_small_ones_pass_a_large_one_but_not_for_ever():
     async def run():
         room = Room(1000)
         lending = Lending(room)
-        await room.take(900, "x")
+        await room.acquire(900, "x")
         tasks = [lending.take("a", 200), *(lending.take(chr(0x100 + i), 1) for i in range(PASSES + 5))]
         await settled()
         assert len(lending.order) == PASSES
         assert "a" not in lending.order
-        room.give(900, "x")
+        room.release(900, "x")
         await settled()
         assert lending.order[PASSES] == "a"
         assert len(lending.order) == len(tasks)
@@ -220,14 +222,14 @@ def test_of_random_takers_all_have_their_room_in_the_end(seed):
 
         async def work(client):
             count = r.randrange(1, 21)
-            await room.take(count, client)
+            await room.acquire(count, client)
             try:
-                assert sum(room.held.values()) + room.left == room.size
-                assert room.left >= 0
+                assert sum(room.by_client.values()) + room.free == room.size
+                assert room.free >= 0
                 for _ in range(r.randrange(5)):
                     await asyncio.sleep(0)
             finally:
-                room.give(count, client)
+                room.release(count, client)
 
         tasks = [asyncio.create_task(work(r.choice("abcd"))) for _ in range(60)]
         for task in r.sample(tasks, 20):
@@ -237,7 +239,7 @@ def test_of_random_takers_all_have_their_room_in_the_end(seed):
         await asyncio.wait(tasks, timeout=30)
         assert all(task.done() for task in tasks)
         assert all(task.cancelled() or not task.exception() for task in tasks)
-        assert (room.left, dict(room.held), room.waiting) == (20, {}, [])
+        assert (room.free, dict(room.by_client), room.waiting) == (20, {}, [])
 
     asyncio.run(run())
 
@@ -245,26 +247,43 @@ def test_of_random_takers_all_have_their_room_in_the_end(seed):
 def test_who_leaves_in_the_moment_in_which_it_gets_room_gives_it_back():
     async def run():
         room = Room(1)
-        await room.take(1, "a")
-        waiting = asyncio.create_task(room.take(1, "b"))
+        await room.acquire(1, "a")
+        waiting = asyncio.create_task(room.acquire(1, "b"))
         await settled()
-        room.give(1, "a")
+        room.release(1, "a")
         waiting.cancel()
         await asyncio.wait([waiting])
-        assert room.left == 1
+        assert room.free == 1
 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_a_limit_refuses_one_more_until_another_has_left(size):
+    limit = Limit(size, "things run already")
+    with ExitStack() as entered:
+        for _ in range(size):
+            entered.enter_context(limit)
+        for _ in range(2):  # a refusal changes nothing
+            with pytest.raises(Busy, match=f"^{size} things run already$"):
+                entered.enter_context(limit)
+            assert limit.active == size
+    assert limit.active == 0
+    if size:
+        with pytest.raises(ZeroDivisionError), limit:
+            raise ZeroDivisionError
+        assert limit.active == 0
+
+
 def test_the_last_used_are_kept():
-    kept = Kept(10)
+    cache = LRUCache(10)
     for name in "abc":
-        kept.keep(name, name.upper(), 3)
-    assert kept.get("a") == "A"
-    kept.keep("d", "D", 4)
-    assert [name in kept for name in "abcd"] == [True, False, True, True]
-    assert (kept.size, len(kept)) == (10, 3)
-    kept.keep("a", "AA", 1)
-    assert (kept.size, kept.get("a"), kept.get("b")) == (8, "AA", None)
-    kept.keep("e", "E", 11)
-    assert (len(kept), kept.size) == (0, 0)
+        cache.add(name, name.upper(), 3)
+    assert cache.get("a") == "A"
+    cache.add("d", "D", 4)
+    assert [name in cache for name in "abcd"] == [True, False, True, True]
+    assert (cache.size, len(cache)) == (10, 3)
+    cache.add("a", "AA", 1)
+    assert (cache.size, cache.get("a"), cache.get("b")) == (8, "AA", None)
+    cache.add("e", "E", 11)
+    assert (len(cache), cache.size) == (0, 0)

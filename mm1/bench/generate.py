@@ -1,15 +1,15 @@
-"""Generation by its parts, beside transformers.
+"""Benchmark generation by its parts, and compare it with transformers.
 
-    prefill       the prompt's tokens through the decoder, logits of the last; text fills the images' places
-    first token   by the engine, images encoded, nothing known; with the features of the shots' images known from other
-                  queries; with their pages known as well; transformers has no such model
-    decode        one token more for every prompt, over a cache that holds the prompts; once with weights in int8
-    generate      NEW tokens for every prompt, greedily, by the engine and by transformers' generate
-    queries       ANSWER tokens to each of many queries behind the same shots, from nothing known on; and the same
-                  without sharing pages
+    prefill       the prompt's tokens through the decoder, logits of the last one; text in place of images
+    first token   by the engine, with empty caches; with cached features of the shots' images; and with their pages in
+                  the prefix cache too; transformers has no such model
+    decode        one more token for every prompt, over a cache that holds the prompts; also with weights in int8
+    generate      NEW tokens for every prompt, greedy, by the engine and by transformers' generate
+    queries       ANSWER tokens for each of many queries after the same shots, beginning with empty caches; and the same
+                  without the prefix cache
 
-Prompts are random: `shots` examples, each an image and TEXT tokens, and a query like them. Those of a batch are of one
-length, which spares transformers its padding. Its parameters are views of ours: both read the same random weights.
+Prompts are random: `shots` examples, each an image and TEXT tokens, and a query of the same form. The prompts of a
+batch have one length, so that transformers needs no padding. Its parameters are views of mm1's.
 """
 
 import itertools
@@ -46,24 +46,26 @@ from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost, cdiv
 
 SHOTS = (0, 4, 8)
-TEXT = 30  # tokens that follow each image
-IMAGE = 3  # stands in for the number of a tokenizer's image token
-NEW = ROOM = 64  # tokens that a cache holds beyond the prompt
-ANSWER = 4  # tokens
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the logits' rms; roundings of bf16 add up to 2e-2 in 26 layers
-NARROW = 0.2  # of int8's logits, on random weights
+TEXT = 30  # tokens after each image
+IMAGE = 3  # id of the image token
+NEW = ROOM = 64  # tokens that are generated, and that a cache has room for after the prompt
+ANSWER = 4  # tokens of an answer to a query
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the logits' rms; rounding to bf16 adds up to 2e-2 in 26 layers
+INT8_TOLERANCE = 0.2  # the same for weights in int8, which are random
 CACHES = {"transformers": "DynamicCache", "transformers static": "StaticCache"}
 _30M = replace(
     DIGITS.decoder, vocabulary=8192, width=512, layers=8, heads=8, kv_heads=8, head_width=64, ffn=1408, experts=0
 )
 MODELS = {**MODELS, "digits-30m": replace(DIGITS, decoder=_30M)}
 
-Way = Callable[[], Call]  # makes a call, whose result is logits or tokens
+Way = Callable[[], Call]  # prepares an implementation; the call that it returns gives logits or tokens
 
 
 class Scale(NamedTuple):
-    """What suits a machine: models, batches, the most prompt tokens of a batch, to decode after and to prefill, and
-    queries."""
+    """Holds the sizes that suit a machine.
+
+    decoded, prefilled: limits of a batch's prompt tokens for decode and prefill.
+    """
 
     models: tuple[str, ...]
     batches: tuple[int, ...]
@@ -78,7 +80,7 @@ PREFILLED = (1, 8)  # batches
 
 
 class Tokens:
-    """In the place of a tokenizer: nothing ends a text, and there is none."""
+    """Stands in for a tokenizer; its texts are empty and never end."""
 
     image, eos = IMAGE, -1
 
@@ -90,15 +92,20 @@ class Tokens:
 
 
 class Case(NamedTuple):
+    """Identifies one measurement: a part of generation, the number of shots, and the batch size."""
+
     what: str
     shots: int
     batch: int
 
     def key(self) -> Row:
+        """Return the fields of a row that identify this case."""
         return {"case": f"{self.shots}-shot batch={self.batch}", "what": self.what}
 
 
 class Checked(NamedTuple):
+    """Holds the implementations whose results are right, all results' errors, and why the others failed."""
+
     calls: dict[str, Call]
     errors: dict[str, float]
     failed: dict[str, str]
@@ -106,10 +113,10 @@ class Checked(NamedTuple):
 
 @torch.inference_mode()
 def measure(record: Record, models: Sequence[str] = (), rounds: int | None = None, budget: float = 1.0) -> None:
-    """Adds a row for each case that the record lacks, as they come, and prints it.
+    """Measure each case that the record lacks, add its row at once, and print it.
 
-    models: named sizes, none for some that suit the machine. Of each row `rounds` rounds, or as many as `budget`
-    seconds allow. Raises UserError for an unknown size.
+    models: names of sizes, by default some that suit the machine; rounds: of each row, by default as many as fit into
+    `budget` seconds. Raises UserError for an unknown size.
     """
     if rounds is not None and rounds < 1:
         raise UserError(f"rounds is {rounds}, expected at least 1")
@@ -118,32 +125,34 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
     limits = record.header["ceilings"] = record.header.get("ceilings") or ceilings(device)
     for name, size in sizes.items():
         base = {"bench": "generate", "model": name, "dtype": dtype, "mode": "stream" if device == "cuda" else "host"}
-        lacking = [case for case in cases(size, scale) if not record.has(**base, **case.key())]
+        missing = [case for case in cases(size, scale) if not record.has(**base, **case.key())]
         bench = Bench(size, device, dtype, limits)
-        for case in lacking:
+        for case in missing:
             with record.at(**base, **case.key()):
                 for row in bench.rows(case, base | case.key(), rounds, budget):
                     record.add(row)
                     _print(row)
-        del bench  # before the next one's weights are made
+        del bench  # frees its weights before the next ones are made
 
 
 def cases(c: Model, scale: Scale) -> list[Case]:
+    """Return the measurements of a model."""
     every = [(shots, batch) for shots in SHOTS for batch in scale.batches]
-    fit = {most: [(s, b) for s, b in every if b * prompt_length(c, s) <= most] for most in scale[2:4]}
+    fit = {limit: [(s, b) for s, b in every if b * prompt_length(c, s) <= limit] for limit in scale[2:4]}
     few = [(s, b) for s, b in fit[scale.prefilled] if b in PREFILLED]
     whole = [(s, b) for s, b in fit[scale.decoded] if b in PREFILLED and s != 4]
-    found = [Case(what, s, b) for what in ("prefill", "first token") for s, b in few]
-    found += [Case("decode", s, b) for s, b in fit[scale.decoded]] + [Case("generate", s, b) for s, b in whole]
-    return [*found, Case("queries", SHOTS[-1], scale.queries)]
+    chosen = [Case(what, s, b) for what in ("prefill", "first token") for s, b in few]
+    chosen += [Case("decode", s, b) for s, b in fit[scale.decoded]] + [Case("generate", s, b) for s, b in whole]
+    return [*chosen, Case("queries", SHOTS[-1], scale.queries)]
 
 
 def prompt_length(c: Model, shots: int) -> int:
+    """Return the tokens of a prompt."""
     return 1 + (shots + 1) * (c.connector.tokens + TEXT)
 
 
 def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]:
-    """Random documents of one length; without images, text in their places."""
+    """Return random documents of one length; without images there is text in their places."""
     random, patch, squash = np.random.default_rng(0), c.vision.patch, c.image_mode == "squash"
     rows = c.image_size // patch if squash else math.isqrt(c.image_patches)
     columns = rows if squash else c.image_patches // rows
@@ -160,28 +169,30 @@ def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]
 
 
 class Bench:
-    """A model with random weights, made when first needed, and the ways to run it."""
+    """Holds a model with random weights, created at first use, and makes the implementations to compare."""
 
     def __init__(self, size: Model, device: str, dtype: str, limits: dict[str, Any]):
         self.config, self.device, self.dtype, self.limits = size, device, dtype, limits
 
     @cached_property
     def model(self) -> MM1:
+        """Return the model."""
         with torch.device(self.device):
             model = MM1(self.config)
         return model.initialize().to(DTYPES[self.dtype]).eval()
 
     @cached_property
     def packed(self) -> tuple[nn.Module, nn.Module]:
-        """Decoder and head as the engine runs them."""
+        """Return decoder and head in the layout in which the engine runs them."""
         return packed(self.model.decoder)
 
     @cached_property
-    def narrow(self) -> tuple[nn.Module, nn.Module]:
+    def int8(self) -> tuple[nn.Module, nn.Module]:
+        """Return decoder and head with weights in int8."""
         return quantized(self.model.decoder, "int8")
 
     def rows(self, case: Case, key: Row, rounds: int | None, budget: float) -> Iterator[Row]:
-        """The row of these key fields; of a decoding step on a GPU also that beside transformers' CUDA graph."""
+        """Yield the row of a case; for decode on a GPU also the row in which transformers runs in a CUDA graph."""
         documents = prompts(self.config, case.shots, case.batch, images=case.what in ("first token", "queries"))
         prompt = prompt_length(self.config, case.shots)
         row = key | {"shape": {"batch": case.batch, "prompt": prompt, "images": len(documents[0].images)}}
@@ -193,25 +204,29 @@ class Bench:
             steps = [cost, *(self.cost(documents, prompt + i, 1) for i in range(NEW - 1))]
             cost = Cost(sum(step.flops for step in steps), sum(step.bytes for step in steps))
             tokens = case.batch * NEW
-        found = checked(ways, TOLERANCE[self.dtype])
-        yield self.timed(row, cost, tokens, found, rounds, budget)
-        if self.device == "cuda" and "transformers static" in found.calls:
-            graphs = {"mm1": lambda: found.calls["mm1"]}  # is one already
-            graphs["transformers static"] = partial(captured, found.calls["transformers static"])
-            found = checked(graphs, TOLERANCE[self.dtype])
-            yield self.timed(row | {"mode": "graph"}, cost, tokens, found, rounds, budget)
+        results = checked(ways, TOLERANCE[self.dtype])
+        yield self.timed(row, cost, tokens, results, rounds, budget)
+        if self.device == "cuda" and "transformers static" in results.calls:
+            graphs = {"mm1": lambda: results.calls["mm1"]}  # is a graph already
+            graphs["transformers static"] = partial(captured, results.calls["transformers static"])
+            results = checked(graphs, TOLERANCE[self.dtype])
+            yield self.timed(row | {"mode": "graph"}, cost, tokens, results, rounds, budget)
 
     def prefills(self, documents: Sequence[Document]) -> dict[str, Way]:
-        def theirs() -> Call:
+        """Return the implementations of prefill."""
+
+        def peer_call() -> Call:
             ids = self.ids(documents)
             return lambda: self.peer(ids, past_key_values=self.past("DynamicCache"), logits_to_keep=1).logits[:, 0]
 
-        return {"mm1": lambda: self.prefill(documents)[0], "transformers": theirs}
+        return {"mm1": lambda: self.prefill(documents)[0], "transformers": peer_call}
 
     def first_tokens(self, documents: Sequence[Document]) -> dict[str, Way]:
-        def way(before: Callable[[Engine], object], known: Sequence[Document] = ()) -> Call:
+        """Return the engine's ways to the first token: with empty caches, cached features, and cached pages."""
+
+        def way(before: Callable[[Engine], object], cached: Sequence[Document] = ()) -> Call:
             engine, queries = self.engine(documents), self.queries(documents)
-            for document in known:
+            for document in cached:
                 engine.submit(document, Sampling(max_tokens=1))
             engine.run()
 
@@ -230,38 +245,41 @@ class Bench:
         return ways
 
     def queries(self, documents: Sequence[Document]) -> Iterator[list[Document]]:
-        """The same shots for all; the last image is another each time."""
+        """Yield batches of queries with the same shots; the last image is always new."""
         for count in itertools.count(1):
-            found = []
+            batch = []
             for b, document in enumerate(documents):
                 image = document.images[-1].copy()
                 image.reshape(-1)[:8] = np.frombuffer((count * len(documents) + b).to_bytes(8, "little"), np.uint8)
                 tokens, slots = documents[0].tokens, self.config.connector.tokens
                 tokens = np.concatenate([tokens[: -slots - TEXT], document.tokens[-slots - TEXT :]])
-                found.append(Document(tokens, (*documents[0].images[:-1], image), ""))
-            yield found
+                batch.append(Document(tokens, (*documents[0].images[:-1], image), ""))
+            yield batch
 
     def generates(self, documents: Sequence[Document]) -> dict[str, Way]:
+        """Return the implementations of generating NEW tokens."""
         ids, engine = self.ids(documents), self.engine(documents)
 
         def result(tokens: Sequence[Sequence[int]]) -> Tensor:
-            """Roundings of bf16 make other texts."""
-            return torch.tensor(tokens) if self.dtype == "fp32" else torch.tensor([len(of) for of in tokens])
+            """Return the tokens, but in bf16 only their numbers, because rounding changes texts."""
+            return torch.tensor(tokens) if self.dtype == "fp32" else torch.tensor([len(text) for text in tokens])
 
-        def ours() -> Tensor:
+        def own_call() -> Tensor:
             engine.forget()
             requests = [engine.submit(document, Sampling(max_tokens=NEW)) for document in documents]
             engine.run()
             return result([request.tokens for request in requests])
 
-        def theirs() -> Call:
+        def peer_call() -> Call:
             options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
             mask, prompt = torch.ones_like(ids), ids.shape[1]
             return lambda: result(self.peer.generate(ids, attention_mask=mask, **options)[:, prompt:].tolist())
 
-        return {"mm1": lambda: ours, "transformers": theirs}
+        return {"mm1": lambda: own_call, "transformers": peer_call}
 
     def answers(self, documents: Sequence[Document]) -> dict[str, Way]:
+        """Return the engine's ways to answer queries: with and without the prefix cache."""
+
         def way(share: bool) -> Call:
             engine, queries = self.engine(documents), next(self.queries(documents))
 
@@ -269,7 +287,7 @@ class Bench:
                 engine.forget()
                 requests = [engine.submit(document, Sampling(max_tokens=ANSWER)) for document in queries]
                 for request in requests if not share else ():
-                    request.cached = []  # no page has a name
+                    request.cached = []  # keeps its pages out of the prefix cache
                 engine.run()
                 return torch.tensor([request.logprobs[0] for request in requests])
 
@@ -278,19 +296,19 @@ class Bench:
         return {"mm1": partial(way, True), "mm1 without shared pages": partial(way, False)}
 
     def engine(self, documents: Sequence[Document]) -> Engine:
-        """With room for 64 of these, the shots once more, and NEW tokens of each."""
+        """Return an engine whose cache holds 64 of these documents with NEW tokens each, and the shots once more."""
         self.model.tokenizer = cast(TextTokenizer, Tokens())
         batch = min(len(documents), 64)
         pages = sum(cdiv(len(document.tokens) + NEW, PAGE) for document in [*documents[:batch], documents[0]])
         return Engine(self.model, tokens=pages * PAGE, batch=batch)
 
     def steps(self, documents: Sequence[Document]) -> dict[str, Way]:
-        """Each step leaves the cache as it was."""
+        """Return the implementations of decode; each call leaves the cache as it was."""
         prefill, cache, tables = self.prefill(documents)
         tokens, ends = prefill().argmax(-1), [len(d.tokens) for d in documents]
         pages = [np.array(table, np.int32) for table in tables]
 
-        def ours(decoder: nn.Module, head: nn.Module) -> Call:
+        def own_call(decoder: nn.Module, head: nn.Module) -> Call:
             ids = tokens.tolist()
             if self.device == "cuda":
                 graphs, greedy = Graphs(decoder, head, cache, len(ids)), [Draw(0.0, 1.0, 0, 0.0)] * len(ids)
@@ -300,7 +318,7 @@ class Bench:
                 raise RuntimeError("no C++ compiler")
             return lambda: step(ids, ends, pages)[0]
 
-        def theirs(kind: str) -> Call:
+        def peer_call(kind: str) -> Call:
             past = self.past(kind, ends[0] + ROOM)
             self.peer(self.ids(documents), past_key_values=past, logits_to_keep=1)
 
@@ -315,14 +333,17 @@ class Bench:
             return step
 
         decoder = self.model.decoder
-        peers = {name: partial(theirs, kind) for name, kind in CACHES.items()}
-        return {"mm1": lambda: ours(decoder, Head(decoder)), **peers, "mm1 int8": lambda: ours(*self.narrow)}
+        peers = {name: partial(peer_call, kind) for name, kind in CACHES.items()}
+        return {"mm1": lambda: own_call(decoder, Head(decoder)), **peers, "mm1 int8": lambda: own_call(*self.int8)}
 
     def prefill(self, documents: Sequence[Document]) -> tuple[Call, Cache, list[list[int]]]:
-        """Logits [B, V] of the packed prompts' last tokens, the cache, which each call fills anew, and its pages."""
+        """Return a call that fills a cache with the packed prompts, the cache, and each prompt's pages.
+
+        The call returns the logits [B, V] of the prompts' last tokens.
+        """
         c, lengths = self.config, [len(document.tokens) for document in documents]
         weight, need = self.model.decoder.embedding.weight, [cdiv(n + ROOM, PAGE) for n in lengths]
-        cache = Cache(c.decoder, sum(need) + 2, weight.device, weight.dtype)  # two of them for graphs to spare
+        cache = Cache(c.decoder, sum(need) + 2, weight.device, weight.dtype)  # two more for the graphs' unused rows
         tables = [cache.take(count) or [] for count in need]
         attends = cache.attends(cache.rows(tables, [0] * len(lengths), lengths))
         budget = exact_budget(documents, c.vision.patch)
@@ -331,9 +352,9 @@ class Bench:
         step = step_of(self.model.decoder, Head(self.model.decoder), cache)
         pages = [table for table, n in zip(tables, lengths) for table in [np.array(table, np.int32)] * n]
 
-        def call() -> Tensor:  # the engine's two ways
+        def call() -> Tensor:  # chooses between two ways as the engine does
             x = self.model.embed(batch)
-            if step and step.takes(len(x), sum(n * (n + 1) // 2 for n in lengths)):
+            if step and step.is_faster(len(x), sum(n * (n + 1) // 2 for n in lengths)):
                 return step(x.float(), batch.positions.numpy(), pages, last.numpy())[0]
             return head(decoder(x, batch.positions, batch.cu_seqlens, attends=attends)[0][last])
 
@@ -341,22 +362,25 @@ class Bench:
 
     @cached_property
     def peer(self) -> Any:
+        """Return transformers' model with the same parameters."""
         return transformers_decoder(self.model.decoder)
 
     def past(self, kind: str, capacity: int = 0) -> Any:
+        """Return an empty cache of transformers. kind: its class."""
         import transformers
 
         sizes = {"max_cache_len": capacity} if kind == "StaticCache" else {}
         return getattr(transformers, kind)(config=self.peer.config, **sizes)
 
     def ids(self, documents: Sequence[Document]) -> Tensor:
+        """Return the documents' tokens, int64 [B, L]."""
         return torch.from_numpy(np.stack([document.tokens for document in documents])).long().to(self.device)
 
     def cost(self, documents: Sequence[Document], context: int, new: int) -> Cost:
-        """Of `new` tokens of each document behind `context` tokens that a cache holds.
+        """Return the cost of `new` tokens of each document after `context` tokens in a cache.
 
-        Bytes: the weights (of a mixture as many experts as there are choices, or all), a row of the embedding a token,
-        keys and values read or written; encoder, connector and pixels where there are images.
+        Bytes: weights (in a mixture those of as many experts as are chosen at most), a row of the embedding for each
+        token, keys and values read or written; encoder, connector and pixels if there are images.
         """
         m, d, patch = self.model, self.model.decoder, self.config.vision.patch
         c, count, images = d.config, len(documents), [image for document in documents for image in document.images]
@@ -371,29 +395,29 @@ class Bench:
             numbers += sum(p.numel() for part in (m.vision, m.connector, m.image_norm) for p in part.parameters())
         return Cost(flops, numbers * d.head_weight.element_size() + sum(image.nbytes for image in images))
 
-    def timed(self, row: Row, cost: Cost, tokens: int, found: Checked, rounds: int | None, budget: float) -> Row:
+    def timed(self, row: Row, cost: Cost, tokens: int, results: Checked, rounds: int | None, budget: float) -> Row:
+        """Return a row with the times of all implementations and their ratios to mm1's."""
         with gpu_state.watch() as gpu:
-            samples = interleaved(found.calls, rounds=rounds, budget=budget, control="mm1" in found.calls)
-        failed, least, variants = found.failed | samples.failed, floor(cost, self.dtype, self.limits), {}
+            samples = interleaved(results.calls, rounds=rounds, budget=budget, control="mm1" in results.calls)
+        failed, minimum, variants = results.failed | samples.failed, floor(cost, self.dtype, self.limits), {}
         for name, seconds in samples.seconds.items():
             v = summary(seconds)
-            counted = name == CONTROL or not name.startswith(
-                OWN
-            )  # others know more, or read less, than what is counted
+            # Variants of mm1 with filled caches or narrow weights have less work than the cost counts.
+            counted = name == CONTROL or not name.startswith(OWN)
             if self.device == "cuda" and counted and impossible(v["median"], cost, self.dtype, self.limits, 0):
-                failed[name] = f"{least / v['median']:.0%} of what this GPU can do: counted or timed wrongly"
+                failed[name] = f"{minimum / v['median']:.0%} of what this GPU can do: counted or timed wrongly"
                 continue
-            v |= {"samples": seconds, "error": found.errors.get(name), "tokens_per_s": tokens / v["median"]}
-            v |= {"share": least / v["median"], "bandwidth_share": cost.bytes / self.limits["copy"] / v["median"]}
+            v |= {"samples": seconds, "error": results.errors.get(name), "tokens_per_s": tokens / v["median"]}
+            v |= {"share": minimum / v["median"], "bandwidth_share": cost.bytes / self.limits["copy"] / v["median"]}
             if name not in ("mm1", CONTROL) and "mm1" in samples.seconds:
                 v["ratio"] = ratio(seconds, samples.seconds["mm1"])
             variants[name] = v
-        row = row | {"flops": cost.flops, "bytes": cost.bytes, "floor": least, "noise": noise(samples)}
+        row = row | {"flops": cost.flops, "bytes": cost.bytes, "floor": minimum, "noise": noise(samples)}
         return row | {"variants": variants, "failed": failed} | ({"gpu": gpu} if self.device == "cuda" else {})
 
 
 def checked(ways: dict[str, Way], tolerance: float) -> Checked:
-    """The calls whose result is that of "mm1", which comes first."""
+    """Return the calls whose result equals that of "mm1", which comes first, within the tolerance."""
     calls, errors, failed, truth = {}, {}, {}, torch.tensor(math.nan)
     for name, way in ways.items():
         try:
@@ -401,7 +425,7 @@ def checked(ways: dict[str, Way], tolerance: float) -> Checked:
             result = call().float()
             truth = result if name == "mm1" else truth
             errors[name] = float((result - truth).square().mean().sqrt() / truth.square().mean().sqrt())
-            if errors[name] <= (NARROW if name == "mm1 int8" else tolerance):
+            if errors[name] <= (INT8_TOLERANCE if name == "mm1 int8" else tolerance):
                 calls[name] = call
             else:
                 failed[name] = f"differs from mm1 by {errors[name]:.1g} of rms"
@@ -411,7 +435,7 @@ def checked(ways: dict[str, Way], tolerance: float) -> Checked:
 
 
 def captured(call: Call) -> Call:
-    """The same as a CUDA graph."""
+    """Return a call that replays this call as a CUDA graph."""
     results: list[Tensor] = []
     graph = capture(lambda: results.append(call()))
 
@@ -423,7 +447,10 @@ def captured(call: Call) -> Call:
 
 
 def operations(c: Model, lengths: list[int], grids: Sequence[tuple[int, int]] = (), heads: int = 0) -> int:
-    """Of documents and images forward, and of that many rows of logits."""
+    """Return the operations of a forward pass over documents and images, with so many rows of logits.
+
+    lengths: tokens of each document; grids: (h, w) of each image; heads: rows of logits.
+    """
     load = Load(lengths, grids, heads, sum(lengths), len(grids), sum(h * w for h, w in grids))
     return sum(ledger(c, load).forward.values())
 

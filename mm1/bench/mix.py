@@ -1,6 +1,6 @@
-"""Random documents in the proportions that MM1 was trained on (section 3.2), packed end to end, or padded.
+"""Draw random documents in the proportions of MM1's training (section 3.2), and pack or pad them.
 
-45 % of tokens are captions, 45 % images and texts in turns, 10 % text alone.
+45 % of tokens are captions, 45 % interleaved images and texts, 10 % text alone.
 """
 
 import math
@@ -17,28 +17,28 @@ from mm1.engine.models.mm1_config import Model
 from mm1.engine.train.ledger import Load
 from mm1.kernels.linear_cross_entropy import IGNORED
 
-PAD, BOS, EOS, IMAGE = range(4)  # token ids that no text has
-SHARES = {"captions": 0.45, "interleaved": 0.45, "text": 0.1}  # of tokens
-TEXT = (20, 61)  # tokens that go with an image
-IMAGES = (2, 6)  # of an interleaved document
+PAD, BOS, EOS, IMAGE = range(4)  # token ids that do not occur in texts
+SHARES = {"captions": 0.45, "interleaved": 0.45, "text": 0.1}  # shares of tokens
+TEXT = (20, 61)  # range of the tokens of text for each image
+IMAGES = (2, 6)  # range of the images of an interleaved document
 
 Documents = Sequence[Document]
 Layout = Callable[[Documents], list[Batch]]
 
 
 def documents(c: Model, tokens: int, seed: int) -> list[Document]:
-    """In the order drawn, until not even a caption fits."""
+    """Return random documents of at most `tokens` tokens together, until not even a caption fits."""
     draw, kinds = np.random.default_rng(seed), list(SHARES)
-    whole = dict.fromkeys(kinds, 0)
-    found: list[Document] = []
+    counts = dict.fromkeys(kinds, 0)  # tokens by kind
+    drawn: list[Document] = []
     while True:
-        kind = min(kinds, key=lambda kind: whole[kind] / SHARES[kind])
+        kind = min(kinds, key=lambda kind: counts[kind] / SHARES[kind])
         document = _document(c, tokens, kind, draw)
-        if sum(whole.values()) + len(document.tokens) <= tokens:
-            whole[kind] += len(document.tokens)
-            found.append(document)
+        if sum(counts.values()) + len(document.tokens) <= tokens:
+            counts[kind] += len(document.tokens)
+            drawn.append(document)
         elif kind == "captions":
-            return found
+            return drawn
         else:
             kinds = ["captions"]
 
@@ -65,14 +65,14 @@ def _image(c: Model, draw: np.random.Generator) -> np.ndarray:
 
 
 def packed(c: Model, sets: Sequence[Documents], tokens: int) -> Layout:
-    """One sequence, whose budgets hold each of the sets."""
+    """Return a layout that packs a set of documents into one batch. sets: all sets that its budget must hold."""
     budget = _budget(c, sets, tokens)
-    # As the loader does: equal lengths run as one batch.
+    # Sorted as the loader does, so that equal lengths run as one batch.
     return lambda docs: [_pack(c, sorted(docs, key=lambda d: len(d.tokens)), budget)]
 
 
 def padded(c: Model, tokens: int) -> Layout:
-    """Documents as long as the longest of a set, in as many batches as `tokens` rows at once take."""
+    """Return a layout that pads documents to the longest of a set, in batches of at most `tokens` rows."""
 
     def layout(docs: Documents) -> list[Batch]:
         longest = max(len(d.tokens) for d in docs)
@@ -93,7 +93,7 @@ def _padded(c: Model, docs: Documents, longest: int) -> Batch:
 
 
 def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Load:
-    """What the documents are, and what their padded batches compute."""
+    """Return the load of documents, and of the padded batches that are computed for them."""
     tokens, longest = sum(len(batch.tokens) for batch in batches), int(batches[0].cu_seqlens[1])
     return Load(
         documents=[len(d.tokens) for d in docs],
@@ -108,7 +108,7 @@ def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Load:
 
 
 def _budget(c: Model, parts: Sequence[Documents], tokens: int) -> Budget:
-    """The least that holds every part."""
+    """Return the smallest budget that holds each part."""
     return Budget(
         tokens=tokens,
         images=max(sum(len(d.images) for d in docs) for docs in parts),

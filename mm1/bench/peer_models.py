@@ -1,4 +1,4 @@
-"""Whole models of transformers, with the parameters of ours."""
+"""Build whole models of transformers that share their parameters with mm1's."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from mm1.integrations.torchvision import declare_operators
 
 
 def transformers_decoder(decoder: DecoderLM) -> Any:
-    """transformers' model of the same sizes, with our parameters for its own."""
+    """Return transformers' model of the same sizes, whose parameters are views of this decoder's."""
     declare_operators()
     import transformers
 
@@ -38,31 +38,31 @@ def transformers_decoder(decoder: DecoderLM) -> Any:
     )  # fmt: skip
     with torch.device(decoder.head_weight.device):
         model = getattr(transformers, f"{kind}ForCausalLM")(sizes).eval()
-    # Beside mixtures, which have parameters of these names without ".weight", there are dense layers.
+    # Dense layers of a mixture model; its experts have parameters of these names without ".weight".
     dense = {"mlp.down.weight": "mlp.down_proj.weight"}
     views = views_of(decoder, LLAMA | MIXTURES[0] | dense, (c.kv_heads, c.head_width))
     views = {name: view.flatten(0, 2) if view.ndim == 4 else view for name, view in views.items()}
     model.load_state_dict(views | {"lm_head.weight": decoder.head_weight}, assign=True)
-    model.tie_weights()  # one parameter again, if they are tied
+    model.tie_weights()  # makes tied weights one parameter again
     return model
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch in the form that transformers takes: B rows of L tokens, their images, and the targets."""
+    """Holds a batch in transformers' form: B rows of L tokens, their images, and the targets."""
 
     tokens: Tensor  # int64 [B, L]
-    image_slots: Tensor  # int64 [N·n], where each image token stands among the B·L tokens
+    image_slots: Tensor  # int64 [N·n], index of each image token among the B·L tokens
     images: tuple[Any, ...]  # arguments of the vision model
     decoder: dict[str, Any]  # further arguments of the decoder
     target_count: int
 
 
 class ClipVision(nn.Module):
-    """CLIP's encoder, for images of one size.
+    """Encodes images of one size with CLIP's encoder.
 
-    The position of the class token is our class token, and CLIP's own class embedding a constant zero: their sum has
-    then one gradient, as ours has.
+    mm1's class token is the position of CLIP's class token, and CLIP's own class embedding is a constant zero, so that
+    there is one gradient, as in mm1.
     """
 
     def __init__(self, c: Vision, encoder: VisionEncoder):
@@ -91,7 +91,7 @@ class ClipVision(nn.Module):
 
 
 class Siglip2Vision(nn.Module):
-    """Siglip 2's NaFlex encoder on images of any size: their patches in one row, a mask between images.
+    """Encodes images of any size with SigLIP 2's NaFlex encoder: all patches in one row, a mask between images.
 
     Of 10 images of digits on two cores, forward and backward took 8 ms this way, 10 ms padded to the largest image (the
     form its own processor makes, whose positions are resampled image by image) and 42 ms size by size.
@@ -133,7 +133,7 @@ class Siglip2Vision(nn.Module):
 
 
 def vision_of(c: Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
-    """Return the encoder of transformers that computes what ours does, with our parameters.
+    """Return the encoder of transformers that computes the same as mm1's, with its parameters.
 
     Raises ValueError if transformers has none.
     """
@@ -148,10 +148,10 @@ def vision_of(c: Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
 
 
 class Abstractor(nn.Module):
-    """Our connector as Honeybee's code assembles it of timm's stages, with its parameters; without blocks the mean.
+    """Computes mm1's connector with timm's stages, as Honeybee's code does, from mm1's parameters.
 
-    timm's stages take images of one size, so the first runs once for each size; after the pool all are equal.
-    Raises ValueError for a connector that this is not.
+    Without blocks it computes the mean. timm's stages take images of one size, so the first stage runs once for each
+    size; the pool makes them equal. Raises ValueError for another kind of connector.
     """
 
     def __init__(self, c: Model, connector: nn.Module):
@@ -177,7 +177,7 @@ class Abstractor(nn.Module):
         self.load_state_dict(dict(connector.named_parameters()), assign=True)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """[count, Dv, h, w] of each size -> [N, n, D]"""
+        """Return image tokens [N, n, D] of features [count, Dv, h, w], a tensor for each size."""
         if hasattr(self, "pos_emb"):
             features = [x + self.pos_emb.transpose(1, 2).unflatten(2, x.shape[2:]) for x in features]
         stages = self.net if hasattr(self, "net") else {"0": nn.Identity(), "2": nn.Identity()}
@@ -186,10 +186,9 @@ class Abstractor(nn.Module):
 
 
 class TransformersModel(nn.Module):
-    """MM1 of modules of transformers and timm, with the parameters of ours: it must give the same loss.
+    """Computes an MM1 with modules of transformers and timm and mm1's parameters; its loss must be the same.
 
-    Its decoder has no loss that balances experts, which transformers makes only if asked to: that is work which it is
-    spared.
+    Its decoder computes no loss that balances experts, which transformers does only on request, so it has less work.
     """
 
     def __init__(self, model: MM1):
@@ -202,10 +201,10 @@ class TransformersModel(nn.Module):
         self.image_norm = model.image_norm
 
     def inputs(self, batch: Batch, packed: bool) -> Inputs:
-        """Return a packed batch as one row without padding, or a padded one as one row a document.
+        """Return a packed batch as one row without padding, or a padded batch as one row for each document.
 
-        Padding stands on the right, where causal attention needs no mask for it. The head of a packed row sees the rows
-        with a target alone; transformers cannot choose other rows for each document.
+        Padding is on the right, where causal attention needs no mask. In a packed row the head computes only the rows
+        with a target; transformers cannot choose different rows for each document.
         """
         tokens, documents = batch.tokens[: batch.used_tokens].long(), len(batch.keys)
         targets = batch.targets[: batch.used_tokens].long()
@@ -229,6 +228,7 @@ class TransformersModel(nn.Module):
         )
 
     def forward(self, inputs: Inputs) -> Losses:
+        """Return the summed loss of a batch, in the form of MM1's."""
         x = self.decoder.get_input_embeddings()(inputs.tokens)
         if inputs.images:
             tokens = self.image_norm(self.connector(self.vision(*inputs.images)).float()).flatten(0, 1)
@@ -237,24 +237,24 @@ class TransformersModel(nn.Module):
         return Losses(nll, nll.new_zeros(()), nll.new_zeros(()), nll.new_zeros((0, 1)))
 
     def attend_by(self, implementation: str) -> None:
-        """Let the decoder attend by one of transformers' implementations. Raises ImportError where it is missing."""
+        """Choose one of transformers' attention implementations. Raises ImportError if its package is missing."""
         if self.decoder.config._attn_implementation != implementation:
             self.decoder.set_attn_implementation(implementation)
 
     def blocks(self) -> list[nn.Module]:
-        """Return the modules to compile: both models whole, which is faster than each of their layers.
+        """Return the modules to compile: both models as a whole, which is faster than layer by layer.
 
         On one core a packed step of digits-dense took 113 ms of CPU time so, 124 ms layer by layer, 130 ms eager.
         """
         return [self.vision.model.encoder, self.decoder.model]
 
     def objective(self, losses: Losses, targets: int) -> Tensor:
-        """Return what is minimised, summed over targets, as MM1.objective does."""
+        """Return the loss to minimise, summed over targets, as MM1.objective does."""
         return losses.nll
 
 
 def _sizes(c: Vision) -> dict[str, Any]:
-    """Return the sizes that all vision models of transformers name alike."""
+    """Return the sizes whose names all vision models of transformers share."""
     return {
         "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads, "patch_size": c.patch, "hidden_act": c.activation, "layer_norm_eps": c.eps,
@@ -262,18 +262,18 @@ def _sizes(c: Vision) -> dict[str, Any]:
 
 
 def _share(model: Any, encoder: VisionEncoder, others: dict[str, Tensor]) -> None:
-    """Give `model` the encoder's parameters; others: by our name, those that it keeps in another shape."""
-    model.post_layernorm = nn.Identity()  # of the pooled output, which is not used
+    """Make a model use the encoder's parameters. others: by mm1's name, those that it has in another shape."""
+    model.post_layernorm = nn.Identity()  # the pooled output is not used
     views = views_of(encoder, CLIP) | {CLIP[name]: value for name, value in others.items()}
     model.load_state_dict(views, assign=True)
 
 
 def _runs(batch: Batch) -> tuple[tuple[int, int, int], ...]:
-    """Return (count, h, w) of the images of one size that stand side by side."""
+    """Return (count, h, w) of each run of consecutive images of one size."""
     return tuple((len(list(run)), h, w) for (h, w), run in groupby(batch.grids.sizes or ()))
 
 
 def _normalised(pixels: Tensor, c: Vision) -> Tensor:
-    """Return uint8 pixels [..., 3] as a processor hands them over: fp32, less the mean, over the deviation."""
+    """Return uint8 pixels [..., 3] normalised as by a processor: fp32, minus the mean, divided by the deviation."""
     mean, std = (torch.tensor(values, device=pixels.device) for values in (c.mean, c.std))
     return (pixels / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured now: large products, and reading and writing memory."""
+"""Measure this machine's ceilings: operations of large products, and bytes read from and written to memory."""
 
 from functools import cache
 from typing import Any
@@ -9,7 +9,7 @@ from mm1.autotune.clock import clock
 from mm1.kernels.dispatch import Cost
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Sides of square products, and bytes of what is copied: several times the last cache.
+# Sides of square products, and bytes of the copied tensor: several times the last-level cache.
 PRODUCTS = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
 COPIED = {"cuda": 2 << 30, "cpu": 256 << 20}
 SAMPLES = 7
@@ -17,9 +17,9 @@ SAMPLES = 7
 
 @cache
 def ceilings(device: str) -> dict[str, Any]:
-    """{"copy": bytes/s read and written, "gemm": {dtype: flop/s}}, each the best of several.
+    """Return {"copy": bytes/s read and written, "gemm": {dtype: flop/s}}, each the best of several samples.
 
-    "copy" is the faster of a copy and of a reduction, which only reads. fp32 is IEEE, not TF32.
+    "copy" is the faster one of a copy and a reduction, which only reads. fp32 is IEEE, not TF32.
     """
     by, rates = clock(), {}
     for name, dtype in DTYPES.items():
@@ -33,18 +33,19 @@ def ceilings(device: str) -> dict[str, Any]:
 
 
 def _product(side: int, dtype: torch.dtype, device: str, by: Any) -> float:
+    """Return the flop/s of a square product."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / min(by.seconds(lambda: a @ b) for _ in range(SAMPLES))
 
 
 def floor(cost: Cost, dtype: str, limits: dict[str, Any]) -> float:
-    """Seconds that the operations alone, or the bytes alone, take at these ceilings: the longer of both."""
+    """Return the least seconds at these ceilings: the longer of the time for all operations and for all bytes."""
     return max(cost.flops / limits["gemm"][dtype], cost.bytes / limits["copy"])
 
 
 def impossible(seconds: float, cost: Cost, dtype: str, limits: dict[str, Any], l2: int) -> bool:
-    """Whether nothing can be as fast: then something was not computed, or was not counted right.
+    """Say whether a time is below the ceilings' limit, so that the computation or the cost must be wrong.
 
-    What was written last, up to l2 bytes, may still lie in the cache when the clock stops.
+    l2: bytes of the cache, where the last writes may still be when the clock stops.
     """
     return seconds < floor(Cost(cost.flops, max(cost.bytes - l2, 0)), dtype, limits)

@@ -1,7 +1,7 @@
-"""Everything worth knowing of a machine in one command, most important first, within a limit of seconds.
+"""Run all benchmarks of a machine in one command, the most important first, within a limit of seconds.
 
-Each step is a process of its own, since a wrong kernel may take its process down with it; what it measured is in the
-record by then, and the same command goes on from there.
+Each step is a separate process, because a wrong kernel can crash it. The record has its measurements by then, and the
+same command continues from there.
 """
 
 import json
@@ -23,28 +23,32 @@ from mm1.bench.roofline import DTYPES
 from mm1.kernels.attention.varlen import gpu_name
 
 ROOT = Path(__file__).parents[2]
-STEPS = {"tests": 0.25, "kernels": 0.45, "train": 0.15, "generate": 0.15}  # shares of the time
+STEPS = {"tests": 0.25, "kernels": 0.45, "train": 0.15, "generate": 0.15}  # shares of the time limit
 TESTS = ("clock", "grouped_gemm", "experts", "route", "patch_embed", "conv_block", "adaptive_pool", "flash")
 BACKENDS = {"flash-attn": "flash", **{name: name for name in ("varlen", "xformers", "flex", "sdpa", "triton")}}
-LIMIT = 530  # seconds: ten rented minutes, less what it takes to begin
+LIMIT = 530  # seconds: ten minutes of a rented machine, less the time to start
 
 
 def run(path: Path | None = None, seconds: float = LIMIT) -> Path:
-    """Takes every step that the time allows, adds to the record at `path`, and returns where that is."""
+    """Run every step that the time allows, add rows to the record at `path`, and return that path.
+
+    seconds: the limit of time for all steps.
+    """
     path, end, shares = path or file(), time.monotonic() + seconds, dict(STEPS)
     while shares:
         step, total = next(iter(shares)), sum(shares.values())
-        left = (end - time.monotonic()) * shares.pop(step) / total
-        for _ in range(3):  # a process that died over a row left word of it; the next one goes on behind that
+        remaining = (end - time.monotonic()) * shares.pop(step) / total
+        for _ in range(3):  # a process that crashed in a row has recorded that; the next one continues after it
             begin = time.monotonic()
-            if left <= 5 or _process([sys.executable, "-m", "mm1.bench.run", step, str(path), str(left)], left) == 0:
+            command = [sys.executable, "-m", "mm1.bench.run", step, str(path), str(remaining)]
+            if remaining <= 5 or _process(command, remaining) == 0:
                 break
-            left -= time.monotonic() - begin
+            remaining -= time.monotonic() - begin
     return path
 
 
 def _process(command: list[str], limit: float) -> int:
-    """Its status; asked to end at the limit, which is not a failure, and killed if it does not."""
+    """Run a command and return its status; at the limit it is terminated, which counts as success."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
@@ -62,6 +66,7 @@ def _process(command: list[str], limit: float) -> int:
 
 
 def _step(step: str, record: Record, seconds: float) -> None:
+    """Run one step in this process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if step == "tests":
         if not record.has(bench="tests"):
@@ -77,7 +82,7 @@ def _step(step: str, record: Record, seconds: float) -> None:
 
 
 def _tests(seconds: float) -> Row:
-    """The kernels' tests, on this machine's GPU if it has one."""
+    """Run the kernels' tests, on this machine's GPU if it has one, and return their row."""
     if find_spec("pytest") is None:
         return {"bench": "tests", "failed": {"mm1": "pytest is not installed"}}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
@@ -93,33 +98,36 @@ def _tests(seconds: float) -> Row:
 
 
 def _write_backends(record: Record) -> None:
-    """What attention's "auto" looks up."""
+    """Write the table that attention's "auto" reads."""
     path = ROOT / "mm1" / "autotune" / "tables" / "attention" / f"{gpu_name(None)}.json"
-    if found := backends(record.rows, record.header["ceilings"]["gemm"]):
+    if table := backends(record.rows, record.header["ceilings"]["gemm"]):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def backends(rows: Iterable[Row], peak: dict[str, float]) -> list[dict[str, Any]]:
-    """Shares of the peak that attention's back-ends reach: the first case of each head width, causality and dtype."""
+    """Return the shares of the peak that attention's backends reach, for each head width, causality and dtype.
+
+    rows: of a record, of which the first case counts; peak: flop/s by dtype.
+    """
     timed: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if row.get("op") == "attention" and row["mode"] == "stream":
             key = row["shape"]["width"], bool(row["shape"]["causal"]), row["dtype"]
             timed.setdefault(key, {}).setdefault(row["what"], row)
-    found = []
+    table = []
     for (width, causal, dtype), pair in timed.items():
         forward, both = (pair.get(what, {"variants": {}}) for what in ("forward", "forward+backward"))
         for peer, name in BACKENDS.items():
             if peer in forward["variants"] and peer in both["variants"]:
                 first = forward["variants"][peer]["median"]
                 then, flops = both["variants"][peer]["median"] - first, forward["flops"]
-                found.append({
+                table.append({
                     "head_width": width, "causal": causal, "dtype": str(DTYPES[dtype]).removeprefix("torch."),
                     "backend": name, "forward": flops / first / peak[dtype],
                     "backward": (both["flops"] - flops) / then / peak[dtype],
                 })  # fmt: skip
-    return found
+    return table
 
 
 if __name__ == "__main__":

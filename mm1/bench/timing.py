@@ -1,24 +1,26 @@
-"""Samples of several ways to do one thing, taken in turns, and what may be said of them.
+"""Time several implementations of the same computation in alternating rounds, and compare them round by round.
 
-Whatever drifts (clocks, heat, neighbours) drifts for all ways alike, so what is compared are samples of one round.
+Drift (of clocks, temperature, other processes) affects all implementations alike, so samples of one round are compared.
 """
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from mm1.autotune.clock import Call, Clock, clock
 
-CONTROL = "mm1 again"  # the first way a second time: what differs between the two is noise
-FEWEST, MOST = 7, 101  # rounds
+CONTROL = "mm1 again"  # the first implementation a second time: the difference between the two is noise
+MIN_ROUNDS, MAX_ROUNDS = 7, 101
 
 
 class Samples(NamedTuple):
-    seconds: dict[str, list[float]]  # by way, as many of each: one a round
-    failed: dict[str, str]  # why a way has none
+    """Holds times by implementation."""
+
+    seconds: dict[str, list[float]]  # one for each round, equally many for each implementation
+    failed: dict[str, str]  # reasons of those that failed
 
 
 def interleaved(
@@ -29,10 +31,11 @@ def interleaved(
     control: bool = True,
     by: Clock | None = None,
 ) -> Samples:
-    """Times each call once a round, in an order that turns round every round (A B B A), after two calls unmeasured.
+    """Time each call once in each round, in an order that is reversed every round (A B B A), after two warm-up calls.
 
-    Either `rounds`, or as many (FEWEST … MOST) as `budget` seconds allow. control: the first way is timed twice a
-    round, the second time as CONTROL. A call that raises is left out from then on, with its reason.
+    rounds: their number; by default as many, MIN_ROUNDS … MAX_ROUNDS, as fit into `budget` seconds. control: whether
+    the first call is timed a second time in each round, as CONTROL. by: the clock. A call that raises is left out of
+    all rounds, and its reason recorded.
     """
     by = by or clock()
     failed: dict[str, str] = {}
@@ -51,7 +54,7 @@ def interleaved(
         seconds[CONTROL], calls[CONTROL] = [], calls[first]
         warm.append(warm[0])
     if rounds is None:
-        rounds = min(MOST, max(FEWEST, int((budget or 1.0) / max(sum(warm), 1e-6))))
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int((budget or 1.0) / max(sum(warm), 1e-6))))
     names = list(seconds)
     random.Random(0).shuffle(names)
     for r in range(rounds):
@@ -61,11 +64,11 @@ def interleaved(
                     seconds[name].append(by.seconds(calls[name]))
                 except Exception as error:
                     failed[name] = f"in round {r + 1}: {reason(error)}"
-    return Samples({name: taken for name, taken in seconds.items() if name not in failed}, failed)
+    return Samples({name: samples for name, samples in seconds.items() if name not in failed}, failed)
 
 
 def reason(error: Exception) -> str:
-    """One line; and what an exhausted memory held is let go."""
+    """Return an error as one line. After an out-of-memory error the GPU's cached memory is freed."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return "out of memory"
@@ -74,18 +77,18 @@ def reason(error: Exception) -> str:
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, and the range that four fifths of them lie in."""
+    """Return the median, the 10th and 90th percentile, and the number of samples."""
     low, high = spread(samples)
     return {"median": statistics.median(samples), "low": low, "high": high, "n": len(samples)}
 
 
-def ratio(samples: Sequence[float], of: Sequence[float]) -> dict[str, Any]:
-    """samples / of, round by round."""
-    return summary([a / b for a, b in zip(samples, of, strict=True)])
+def ratio(samples: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """Return the summary of samples / base, round by round."""
+    return summary([a / b for a, b in zip(samples, base, strict=True)])
 
 
 def noise(samples: Samples) -> float | None:
-    """By how much two runs of the same thing differ, as a share; None without a control."""
+    """Return by which share two runs of the first implementation differ; None without a control."""
     if CONTROL not in samples.seconds:
         return None
     first = next(name for name in samples.seconds if name != CONTROL)
@@ -93,16 +96,11 @@ def noise(samples: Samples) -> float | None:
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float]:
-    """The 10th and the 90th percentile: by the 20th and the 80th, two runs on a CPU agreed in 29 of 34 rows only."""
+    """Return the 10th and the 90th percentile.
+
+    By the 20th and the 80th, two runs on a CPU agreed only in 29 of 34 rows.
+    """
     if len(samples) < 2:
         return samples[0], samples[0]
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     return tenths[0], tenths[-1]
-
-
-def hold(check: Callable[[], str | None]) -> str | None:
-    """What a check finds wrong, or how it failed."""
-    try:
-        return check()
-    except Exception as error:
-        return reason(error)

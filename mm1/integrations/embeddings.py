@@ -1,4 +1,4 @@
-"""Vision embeddings of transformers on MM1's kernels: the methods that transformers.accelerate swaps in.
+"""Compute vision embeddings of transformers with MM1's kernels: the classes that transformers.accelerate swaps in.
 
 Interface: transformers 5.23, models/siglip2, models/qwen2_vl, models/qwen3_vl and vision_utils.py.
 """
@@ -16,13 +16,13 @@ from mm1.kernels.patches.position_tables import positions
 
 
 class Siglip2Embeddings(Swapped):
-    """Projection and bilinear, antialiased positions in one kernel, of all images, without waiting for their sizes."""
+    """Computes projection and bilinear, antialiased positions of all images in one kernel; never waits for sizes."""
 
     def forward(self: Any, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
-        """pixel_values [B, N, K], spatial_shapes [B, 2] on any device -> [B, N, D].
+        """Return embeddings [B, N, D] of pixel_values [B, N, K] and spatial_shapes [B, 2], on any device.
 
-        Rows past the h·w of an image get the position of its first patch. Sides that are not positive and images of
-        more than N patches raise: a ValueError where the shapes are on a CPU, else an assertion on their device.
+        Padded rows, beyond an image's h·w, get the position of its first patch. Raises ValueError for sides that are
+        not positive and images of more than N patches if the shapes are on a CPU; on a GPU an assertion fails.
         """
         linear, embedding = self.patch_embedding, self.position_embedding
         if not plain(embedding, nn.Embedding) or embedding.weight.dtype not in FLOATS:
@@ -33,7 +33,7 @@ class Siglip2Embeddings(Swapped):
         h, w = spatial_shapes.to(pixel_values.device, non_blocking=True).unbind(1)
         image = torch.arange(B, device=h.device)
         grids = Grids.of_tensors(image * N, h * w, h, w, B * N)
-        # Sums of two dtypes have the wider one, which a single kernel would round to the narrower.
+        # A sum of two dtypes has the wider one; the fused kernel would round it to the narrower.
         if plain(linear, nn.Linear) and compute_dtype(linear.weight) == table.dtype:
             y = embed_patches(pixel_values.flatten(0, 1), grids, *weights(linear, table.dtype), table)
         else:
@@ -44,17 +44,17 @@ class Siglip2Embeddings(Swapped):
 
 
 def _expect_shapes(shapes: Tensor, rows: int) -> None:
-    """Refuse what the original refuses, without waiting for a GPU."""
-    fit = (shapes > 0).all(1) & (shapes.prod(1) <= rows)
+    """Raise for shapes that the original refuses too, without waiting for a GPU."""
+    valid = (shapes > 0).all(1) & (shapes.prod(1) <= rows)
     if shapes.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(fit.all(), "SigLIP 2: spatial_shapes has no patches, or more than pixel_values has rows")
-    elif not fit.all():
-        first = tuple(shapes[~fit][0].tolist())
+        torch._assert_async(valid.all(), "SigLIP 2: spatial_shapes has no patches, or more than pixel_values has rows")
+    elif not valid.all():
+        first = tuple(shapes[~valid][0].tolist())
         raise ValueError(f"SigLIP 2: spatial_shapes has {first}, expected positive sides and at most {rows} patches")
 
 
 class Placed(NamedTuple):
-    """What a tower gives its patch embedding instead of patches: these, and the positions they are to get."""
+    """Holds patches with the positions to add, which a tower passes to its patch embedding instead of patches."""
 
     patches: Tensor
     grids: Grids
@@ -64,10 +64,10 @@ class Placed(NamedTuple):
 
 
 class PatchEmbed(Swapped):
-    """The convolution, whose kernel is a whole patch, as the one product it is."""
+    """Computes the convolution, whose kernel is one patch, as a single product."""
 
     def forward(self: Any, hidden_states: Tensor | Placed) -> Tensor:
-        """[P, K] in values, of any shape -> [P, D]."""
+        """Return embeddings [P, D] of P·K values in any shape."""
         if isinstance(hidden_states, Placed):
             patches, grids, table, interpolation, align_corners = hidden_states
             dtype = compute_dtype(self.proj.weight)
@@ -83,53 +83,54 @@ class PatchEmbed(Swapped):
         return F.linear(patches.to(self.proj.weight.dtype), weight, self.proj.bias)
 
     def operands(self: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches [P, K] and weight [D, K]."""
+        """Return patches [P, K] and weight [D, K]."""
         weight = self.proj.weight.flatten(1)
         return patches.view(-1, weight.shape[1]), weight
 
 
 class StillPatchEmbed(PatchEmbed):
-    """With half the product or less: where all frames of a patch are equal, the weights of the frames add up."""
+    """Computes at most half of the product: if all frames of a patch are equal, the frames' weights can be added."""
 
     def operands(self: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
-        if patches.requires_grad:  # to each frame its own
+        if patches.requires_grad:  # each frame has its own gradient
             return super().operands(patches)
         frames = patches.view(-1, self.in_channels, self.temporal_patch_size, self.patch_size**2)
         return frames[:, :, 0].flatten(1), self.proj.weight.sum(2).flatten(1)
 
 
 class Tower(Swapped):
-    """Patch embedding and positions in one kernel; the rest is the original's."""
+    """Computes patch embedding and positions in one kernel; the original does the rest."""
 
     def forward(self: Any, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        """hidden_states [P, K] in values, grid_thw [n, 3]."""
-        given = kwargs.get("interp_indices") is not None and kwargs.get("interp_weights") is not None
-        if given or not self.fuses():
+        """Return the original's result for hidden_states, P·K values in any shape, and grid_thw [n, 3]."""
+        precomputed = kwargs.get("interp_indices") is not None and kwargs.get("interp_weights") is not None
+        if precomputed or not self.fuses():
             return super().forward(hidden_states, grid_thw, **kwargs)
         from transformers.vision_utils import get_vision_cu_seqlens
 
-        # An image of its own for each frame. How many there are the original asks the device too, and now need not.
+        # Each frame is an image. The original also waits for the device to count them, unless it gets cu_seqlens.
         cu_seqlens = get_vision_cu_seqlens(grid_thw)
         if kwargs.get("cu_seqlens") is None:
             kwargs["cu_seqlens"] = cu_seqlens
         t, h, w = grid_thw.unbind(1)
-        of = {"output_size": cu_seqlens.shape[0] - 1}
+        size = {"output_size": cu_seqlens.shape[0] - 1}
         table = self.pos_embed.weight
         side, merge = self.num_grid_per_side, self.config.spatial_merge_size
         grids = Grids.of_tensors(
-            cu_seqlens[:-1], cu_seqlens.diff(), h.repeat_interleave(t, **of), w.repeat_interleave(t, **of),
+            cu_seqlens[:-1], cu_seqlens.diff(), h.repeat_interleave(t, **size), w.repeat_interleave(t, **size),
             hidden_states.numel() // self.patch_embed.proj.weight[0].numel(), merge=merge,
         )  # fmt: skip
         placed = Placed(
             hidden_states, grids, table[: side * side].view(side, side, -1), self.interpolation_mode,
             self.interpolation_align_corners,
         )  # fmt: skip
-        # The original adds Σ table[indices] · weights: of no indices a sum of zeros, [1, D].
+        # The original adds Σ table[indices] · weights, which is zeros [1, D] without indices.
         kwargs["interp_indices"] = torch.zeros(1, 0, dtype=torch.int64, device=table.device)
         kwargs["interp_weights"] = torch.zeros(1, 0, device=table.device)
         return super().forward(placed, grid_thw, **kwargs)
 
     def fuses(self: Any) -> bool:
+        """Say whether the kernel can compute patch embedding and positions."""
         embed, table = self.patch_embed, self.pos_embed
         simple = isinstance(embed, PatchEmbed) and untouched(embed) and plain(table, nn.Embedding)
         return simple and plain(self.patch_embed.proj, nn.Conv3d) and self.patch_embed.proj.weight.dtype in FLOATS
@@ -164,10 +165,11 @@ SWAPS: dict[str, type[Swapped]] = {
 
 
 def choose(original: type, module: nn.Module, still_images: bool) -> type[Swapped] | None:
+    """Return the class that replaces a class of transformers, None if there is none."""
     package, _, path = original.__module__.partition(".models.")
-    ours = SWAPS.get(f"{path.partition('.')[0]}.{original.__name__}") if package == "transformers" else None
-    if ours is PatchEmbed and still_images:
+    replacement = SWAPS.get(f"{path.partition('.')[0]}.{original.__name__}") if package == "transformers" else None
+    if replacement is PatchEmbed and still_images:
         return StillPatchEmbed
-    if ours is Tower and not hasattr(module, "interpolation_align_corners"):  # of an older transformers
+    if replacement is Tower and not hasattr(module, "interpolation_align_corners"):  # in an older transformers
         return None
-    return ours
+    return replacement

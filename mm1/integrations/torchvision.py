@@ -1,7 +1,7 @@
-"""torchvision beside a torch it was not built for.
+"""Make torchvision importable with a CPU build of torch.
 
-transformers and timm import torchvision, whose wheels are built against CUDA. Beside a CPU build of torch its import
-fails for want of two operators; declaring them is all it takes, as neither library calls them.
+transformers and timm import torchvision, whose wheels are built against CUDA. With a CPU build of torch the import
+fails because two operators are missing. Declaring them is enough, because neither library calls them.
 """
 
 import torch
@@ -10,11 +10,11 @@ OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[torch.library.Library] = []  # a library's operators live as long as it does
+_declared: list[torch.library.Library] = []  # keeps the library alive, and so its operators
 
 
 def declare_operators() -> None:
-    """Where torch is a CPU build; before transformers or timm are imported."""
+    """Declare torchvision's operators if torch is a CPU build. Call it before importing transformers or timm."""
     if torch.version.cuda is None and torch.version.hip is None and not _declared:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in OPERATORS:

@@ -1,4 +1,4 @@
-"""MM1's kernels in transformers: its mixture-of-experts MLP, and its patch embedding.
+"""Use MM1's kernels in transformers: its mixture-of-experts MLP, and its patch embedding.
 
     register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="mm1")
@@ -7,7 +7,7 @@
     accelerate(model)    # vision embeddings of SigLIP 2 and Qwen-VL, in place
     restore(model)       # undoes it
 
-Weights are used as they lie, transposed or interleaved, without copies. What moe_mlp cannot express goes back to
+Weights are used in place, transposed or interleaved, without copies. Experts that moe_mlp cannot express run on
 transformers' grouped_mm, with one warning. Interface: transformers 5, integrations/moe.py.
 """
 
@@ -25,7 +25,7 @@ from mm1.kernels.moe.experts import moe_mlp
 
 __all__ = ["accelerate", "experts_forward", "register", "restore"]
 
-ACTIVATIONS = {  # class or function
+ACTIVATIONS = {  # name of a class or function -> mm1's name
     "SiLU": "silu", "SiLUActivation": "silu", "silu": "silu", "QuickGELUActivation": "quick_gelu",
     "GELUActivation": "gelu", "GELU": "gelu", "gelu": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh", "AccurateGELUActivation": "gelu_tanh",
@@ -34,16 +34,16 @@ ACTIVATIONS = {  # class or function
 
 
 class Gate(NamedTuple):
-    """What an _apply_gate is in the terms of activation.py."""
+    """Describes a method _apply_gate of transformers as settings of moe_mlp."""
 
-    limit: str | None = None  # attribute it is in
-    activation: str | None = None  # None: that of act_fn
+    limit: str | None = None  # name of the module's attribute with the limit
+    activation: str | None = None  # None: the activation of act_fn
     shift: float = 0.0
-    alpha: str | None = None  # attribute that has to be QUICK
+    alpha: str | None = None  # name of the module's attribute that must equal QUICK
 
 
-GATES = {  # the default's is Gate()
-    "BeamExperts": Gate(),  # the default in fp32, as here always
+GATES = {  # by class; the default method is Gate()
+    "BeamExperts": Gate(),  # the default method in fp32, in which mm1 always computes it
     "DeepseekV4Experts": Gate("limit"),
     "Glm5NextTextExperts": Gate("swiglu_limit", "silu"),
     "HYV4Experts": Gate("swiglu_limit", "silu"),
@@ -54,30 +54,32 @@ GATES = {  # the default's is Gate()
 
 
 def register() -> None:
-    """Put "mm1" among transformers' experts implementations.
+    """Register "mm1" as an experts implementation of transformers. Raises ImportError without transformers 5.
 
-    From then on a mixture model whose experts do not go through that interface (Llama 4, DBRX) warns once where "mm1"
-    is asked for, as it is made, loaded or set.
+    A mixture model whose experts do not use that interface (Llama 4, DBRX) then warns once when "mm1" is requested for
+    it.
     """
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise missing("transformers 5", error) from error
-    # warnings.warn breaks a graph; of a constant result only tracing calls it. Not a decorator: that imports dynamo.
+    # warnings.warn breaks a graph; a function of constant result runs only while tracing. As a decorator this
+    # would import dynamo at once.
     torch.compiler.assume_constant_result(_warn_once)
     ALL_EXPERTS_FUNCTIONS.register("mm1", experts_forward)
     _watch_requests()
 
 
 def accelerate(model: nn.Module, *, still_images: bool = False) -> list[str]:
-    """Swap the vision embeddings of a model in place. Returns the names of the modules that are swapped.
+    """Swap the vision embeddings of a model in place; return the names of the swapped modules.
 
-    SigLIP 2's embeddings, padded rows included; the patch embedding of Qwen2-VL, 2.5-VL, 3-VL and of what shares its
-    code, with Qwen3-VL's positions where the tower computes them. Calls they cannot express go to the original: a
-    layer replaced by an adapter or a quantized one, hooks, precomputed interpolation, fp64.
-    still_images: the caller's promise that both temporal halves of every Qwen patch are equal, as its processor makes
-    them of still images; the product is then half as deep. Of a video it computes something else.
-    Before a model is sharded or compiled. Calling it again changes nothing but still_images.
+    These are SigLIP 2's embeddings, padded rows included, and the patch embedding of Qwen2-VL, 2.5-VL, 3-VL and of
+    models that share its code, with Qwen3-VL's positions where the tower computes them. The original computes calls
+    that the kernels cannot: layers replaced by adapters or quantized ones, hooks, precomputed interpolation, fp64.
+    still_images: promises that both temporal halves of every Qwen patch are equal, as its processor makes them for
+    still images; the product is then half as deep, and wrong for a video.
+    Call it before the model is sharded or compiled. Calling it again changes only still_images. Raises ImportError
+    without transformers.
     """
     try:
         import transformers  # noqa: F401
@@ -87,7 +89,10 @@ def accelerate(model: nn.Module, *, still_images: bool = False) -> list[str]:
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden_states [T, D], top_k_index and top_k_weights [T, K] -> [T, D], of an experts module of transformers."""
+    """Return the output [T, D] of an experts module of transformers.
+
+    hidden_states [T, D], top_k_index and top_k_weights [T, K].
+    """
     settings = _settings(self)
     if isinstance(settings, str):
         from transformers.integrations.moe import grouped_mm_experts_forward
@@ -99,7 +104,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.is_transposed:
         first, down = first.transpose(1, 2), down.transpose(1, 2)
     biases = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
-    # What a quantizer packed into integers is refused by name, not met by x of integers.
+    # moe_mlp refuses weights that a quantizer packed into integers by name; x must not become integers before.
     x = hidden_states.to(down.dtype) if down.is_floating_point() else hidden_states
     y = moe_mlp(
         x, top_k_index, top_k_weights, first, down, gate_up_bias=biases[0],
@@ -109,12 +114,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def _settings(experts: Any) -> dict[str, Any] | str:
-    """moe_mlp's for this module, or what of it moe_mlp cannot express. Known by name, which a trace can read."""
+    """Return moe_mlp's settings for a module, or what moe_mlp cannot express.
+
+    Methods are recognised by name, which torch.compile can trace.
+    """
     if experts.has_post_expert_norm:
         return "a post_expert_norm"
     gate = Gate()
     if experts.has_gate and experts._apply_gate.__name__ != "_default_apply_gate":
-        # A class that torch derived from it (FSDP, parametrizations) has another name.
+        # A class that torch derives from it (FSDP, parametrizations) has another name.
         gate = next((GATES[kind.__name__] for kind in type(experts).__mro__ if kind.__name__ in GATES), None)
         if gate is None or not experts._apply_gate.__module__.startswith("transformers."):
             return "an _apply_gate of its own"
@@ -132,13 +140,13 @@ def _activation(act_fn: Any) -> str | None:
     return "gelu_tanh" if getattr(act_fn, "approximate", "none") == "tanh" else ACTIVATIONS.get(name)
 
 
-# What configurations call the number of experts.
+# Names of the number of experts in configurations.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @cache
 def _watch_requests() -> None:
-    """Have every model that is asked for "mm1" warn where that has no effect; transformers itself says nothing."""
+    """Make models warn when "mm1" is requested and has no effect; transformers itself does not warn."""
     from transformers import PreTrainedModel
 
     original = PreTrainedModel.get_correct_experts_implementation
@@ -148,14 +156,14 @@ def _watch_requests() -> None:
         if requested_experts == "mm1":
             for model in self.modules():
                 if isinstance(model, PreTrainedModel):
-                    _warn_if_deaf(model)
+                    _warn_if_ignored(model)
         return original(self, requested_experts)
 
     PreTrainedModel.get_correct_experts_implementation = get_correct_experts_implementation
 
 
-def _warn_if_deaf(model: Any) -> None:
-    fields = getattr(model.config, "ffn_config", model.config)  # DBRX's
+def _warn_if_ignored(model: Any) -> None:
+    fields = getattr(model.config, "ffn_config", model.config)  # DBRX has it nested
     counts = [getattr(fields, name, None) for name in COUNTS]
     if any(isinstance(count, int) and count > 1 for count in counts) and not model._can_set_experts_implementation():
         _warn_once(

@@ -1,1 +1,1 @@
-"""Conversion of other projects' weights into checkpoints."""
+"""Convert other projects' weights into checkpoints."""

@@ -1,8 +1,8 @@
-"""A checkpoint to train from, of published weights on disk: CLIP's encoder, Honeybee's connector, a Llama-type decoder.
+"""Assemble a checkpoint from published weights: CLIP's encoder, Honeybee's connector and a Llama-type decoder.
 
-Nothing is downloaded. Files are mapped and copied tensor by tensor: memory holds about one model, in fp32.
+Nothing is downloaded. Files are memory-mapped and copied tensor by tensor, so memory holds about one model in fp32.
 Sources: Hewitt 2021 (Initializing New Word Embeddings for Pretrained Language Models) for the rows of new tokens;
-Komatsuzaki et al. 2023 (Sparse Upcycling, arXiv 2212.05055), by which MM1's section 3.4 starts its experts.
+Komatsuzaki et al. 2023 (Sparse Upcycling, arXiv 2212.05055), which MM1's section 3.4 uses to initialize experts.
 """
 
 import json
@@ -25,7 +25,7 @@ from mm1.engine.train import checkpoint
 from mm1.errors import UserError
 
 State = dict[str, Tensor]
-Parts = tuple[Model, State, str]  # and the text of tokenizer.json
+Parts = tuple[Model, State, str]  # config, weights, and the text of tokenizer.json
 
 
 def assemble(
@@ -34,14 +34,16 @@ def assemble(
     image_size: int | None = None, context: int | None = None, experts: int = 0, moe_every: int = 2,
     experts_per_token: int = 2, seed: int = 0,
 ) -> Path:  # fmt: skip
-    """Write a checkpoint of a vision and a decoder, or of a checkpoint of ours (`source`), to `out`; returns that.
+    """Write a checkpoint to the folder `out`, and return `out`.
 
-    vision, decoder: transformers' folder (config.json, and safetensors whole or in shards), a .safetensors file with
-    config.json beside it, or a named size of ours: random weights. connector: Honeybee's .safetensors; None: random.
-    tokenizer: a tokenizer.json; None: the decoder's. image_tokens: of the connector; None: 144. image_size: pixels a
-    side; None: as the encoder was trained. context: longest document, which a sliding window has to hold. experts:
-    copies of the dense MLP in every moe_every-th layer; 0: none. seed: of whatever is random.
-    Raises UserError for whatever is missing, damaged or not supported, and if `out` is there already.
+    Its weights come from `vision` and `decoder`, or from a checkpoint of mm1, `source`.
+    vision, decoder: a folder of transformers (config.json, and safetensors in one file or in shards), a .safetensors
+    file beside its config.json, or the name of a size of mm1, which means random weights. connector: Honeybee's
+    .safetensors; None: random weights. tokenizer: a tokenizer.json; None: the decoder's. image_tokens: of the
+    connector; None: 144. image_size: side of an image in pixels; None: as the encoder was trained. context: limit of a
+    document's tokens, which a sliding window must cover. experts: copies of the dense MLP in every moe_every-th layer;
+    0: none. experts_per_token: experts that each token uses. seed: of random weights.
+    Raises UserError for input that is missing, damaged or not supported, and if `out` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists already: give another folder")
@@ -66,6 +68,7 @@ def assemble(
 
 
 def _checkpoint(source: Path) -> Parts:
+    """Read a checkpoint of mm1. Raises UserError."""
     if not source.is_dir():
         raise UserError(f"no checkpoint at {source}")
     model = checkpoint.load(source, device="cpu", dtype=torch.float32)
@@ -77,16 +80,17 @@ def _published(
     vision: Path | str, decoder: Path | str, connector: Path | None, tokenizer: Path | None, image_tokens: int | None,
     context: int | None, seed: int,
 ) -> Parts:  # fmt: skip
+    """Read published weights. Raises UserError."""
     v, v_folder = _part("vision", vision)
     d, d_folder = _part("decoder", decoder)
     tokenizer = tokenizer or (d_folder and d_folder / "tokenizer.json")
     if tokenizer is None:
         raise UserError(f"the size {decoder} has no tokenizer: give one")
-    text, known, tokens = with_special_tokens(tokenizer)
+    text, old_tokens, tokens = with_special_tokens(tokenizer)
     if d_folder is None:
         d = replace(d, vocabulary=vocabulary_size(max(d.vocabulary, tokens)))
     honeybee = None if connector is None else _tensors(connector)
-    if honeybee and any(name.startswith("abstractor.") for name in honeybee):  # may be a file of all of Honeybee
+    if honeybee and any(name.startswith("abstractor.") for name in honeybee):  # a file with all of Honeybee's weights
         honeybee = {name: tensor for name, tensor in honeybee.items() if name.startswith("abstractor.")}
     image_tokens = 144 if image_tokens is None else image_tokens
     model = from_hf(vision=v, decoder=d, connector=honeybee, image_tokens=image_tokens, context=context, seed=seed)
@@ -97,26 +101,28 @@ def _published(
     if d_folder:
         c = replace(c, decoder=replace(c.decoder, vocabulary=vocabulary_size(max(c.decoder.vocabulary, tokens))))
         for name in {"decoder.embedding.weight", "decoder.head.weight"} & set(state):
-            state[name] = _grown(state[name], known, tokens, c.decoder.vocabulary)
+            state[name] = _extended(state[name], old_tokens, tokens, c.decoder.vocabulary)
     return c, state, text
 
 
-def _grown(old: Tensor, known: int, tokens: int, rows: int) -> Tensor:
-    """old [V, D] -> [rows, D]: the mean of the `known` first ones for all up to `tokens`, and for all that are new.
+def _extended(old: Tensor, old_tokens: int, tokens: int, rows: int) -> Tensor:
+    """Return an embedding [V, D] extended to [rows, D]. New tokens get the mean of the old tokens' rows.
 
-    Rows past `tokens` that `old` has, of no token, stay. The mean bounds what new tokens take from the old ones'
-    probabilities (Hewitt 2021); random rows may take nearly all.
+    old_tokens, tokens: tokens of the tokenizer before and after; rows of `old` beyond `tokens`, which no token uses,
+    stay. The mean bounds the probability that new tokens take from old ones (Hewitt 2021); random rows can take nearly
+    all of it.
     """
-    mean = old[:known].mean(0)
+    mean = old[:old_tokens].mean(0)
     new = torch.cat([old, mean.expand(rows - len(old), -1)])
-    new[known:tokens] = mean
+    new[old_tokens:tokens] = mean
     return new
 
 
 def _upcycle(state: State, dense: Decoder, sparse: Decoder, seed: int) -> None:
-    """Put copies of the dense MLP for experts into `state`, and routers, random as MM1.initialize makes them.
+    """Replace dense MLPs in `state` by experts that are copies of them, with random routers as in MM1.initialize.
 
-    The weights of a token's choices sum to one: the mixture computes what the MLP did, whatever its router says.
+    The weights of a token's experts sum to one, so the mixture computes the same as the MLP, whatever the router does.
+    Raises UserError for a decoder that has experts already.
     """
     layers = [layer for layer in range(dense.layers) if is_moe(sparse, layer)]
     if dense.experts:
@@ -127,23 +133,25 @@ def _upcycle(state: State, dense: Decoder, sparse: Decoder, seed: int) -> None:
         gate, up, down = (state.pop(f"{mlp}{name}.weight") for name in ("gate", "up", "down"))
         router = torch.empty(sparse.experts, sparse.width)
         state[f"{mlp}router.weight"] = router.normal_(0.0, sparse.width**-0.5, generator=generator)
-        state[f"{mlp}gate_up"] = torch.cat([gate, up]).expand(sparse.experts, -1, -1)  # one, until it is written
+        state[f"{mlp}gate_up"] = torch.cat([gate, up]).expand(
+            sparse.experts, -1, -1
+        )  # memory of one, until it is written
         state[f"{mlp}down"] = down.expand(sparse.experts, -1, -1)
 
 
-def _part(part: str, given: Path | str) -> tuple[Any, Path | None]:
-    """What from_hf takes for it, and its folder: None for a named size."""
-    path = Path(given)
+def _part(part: str, source: Path | str) -> tuple[Any, Path | None]:
+    """Return from_hf's argument for a part, and its folder, None for a named size. Raises UserError."""
+    path = Path(source)
     if path.exists():
         folder = path if path.is_dir() else path.parent
         return (json_object(folder / "config.json"), _tensors(path)), folder
-    if str(given) not in MODELS:
-        raise UserError(f"{part}: {given} is no folder, no file and no named size ({', '.join(MODELS)})")
-    return getattr(named(str(given)), part), None
+    if str(source) not in MODELS:
+        raise UserError(f"{part}: {source} is no folder, no file and no named size ({', '.join(MODELS)})")
+    return getattr(named(str(source)), part), None
 
 
 def _tensors(path: Path) -> State:
-    """Tensors of a .safetensors file or a folder's, mapped: read when they are copied."""
+    """Return the memory-mapped tensors of a .safetensors file or of a folder. Raises UserError."""
     files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
     shards: dict[str, str] = {}
     if not path.is_dir():
@@ -162,17 +170,17 @@ def _tensors(path: Path) -> State:
         if not file.is_file():
             raise UserError(f"no such file of weights: {file}")
         try:
-            found = load_file(file)
+            tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a whole safetensors file: {error}") from None
-        if lost := [name for name, shard in shards.items() if path / shard == file and name not in found]:
-            raise UserError(f"{file}: tensor {lost[0]} is missing, expected there by {index.name}")
-        state |= {name: tensor for name, tensor in found.items() if name not in shards or path / shards[name] == file}
+            raise UserError(f"{file} is not a complete safetensors file: {error}") from None
+        if missing := [name for name, shard in shards.items() if path / shard == file and name not in tensors]:
+            raise UserError(f"{file}: tensor {missing[0]} is missing, expected there by {index.name}")
+        state |= {name: tensor for name, tensor in tensors.items() if name not in shards or path / shards[name] == file}
     return state
 
 
 def _shards(index: Path) -> dict[str, str]:
-    """Tensor name -> its file in the folder of an index. Raises UserError for one that lies elsewhere."""
+    """Return the file of each tensor, by an index of shards. Raises UserError for a file outside its folder."""
     shards = json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index}: weight_map is missing")

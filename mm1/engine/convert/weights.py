@@ -1,7 +1,7 @@
-"""An MM1 of published weights: CLIP and AIM vision towers, Honeybee's C-Abstractor, Llama-type decoders.
+"""Load published weights into an MM1: CLIP and AIM vision towers, Honeybee's C-Abstractor, Llama-type decoders.
 
-Tables map our parameters to names in the source's state dict, several where we fuse what it keeps apart. Each
-name gets a view of our parameter in the source's shape, so that loading is comparing shapes and copying.
+Tables map mm1's parameters to names in the source's state dict, to several names where mm1 fuses parameters. Each name
+gets a view of mm1's parameter in the source's shape, so that loading means comparing shapes and copying.
 Names: transformers 5, models clip, llama, mistral, mixtral, qwen3, qwen3_moe; Cha et al. 2024 (Honeybee).
 """
 
@@ -22,7 +22,7 @@ from mm1.errors import UserError
 
 State = Mapping[str, Tensor]
 Source = tuple[Any, State]  # a transformers config or its dict, and the state dict
-Table = dict[str, str]  # module or parameter of ours -> what it is fused of; {e}: one for each expert
+Table = dict[str, str]  # module or parameter of mm1 -> names in the source, fused in this order; {e}: expert number
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 CLIP: Table = {
@@ -44,7 +44,7 @@ LLAMA: Table = {
     "attention.out": "self_attn.o_proj",
     "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
 }  # fmt: skip
-MIXTURES: tuple[Table, ...] = (  # of transformers 5, then of files of Qwen3-MoE and Mixtral
+MIXTURES: tuple[Table, ...] = (  # names of transformers 5, and in the files of Qwen3-MoE and of Mixtral
     {"mlp.router": "mlp.gate", "mlp.down": "mlp.experts.down_proj",
      "mlp.gate_up": "mlp.experts.gate_up_proj"},
     {"mlp.router": "mlp.gate", "mlp.down": "mlp.experts.{e}.down_proj.weight",
@@ -56,15 +56,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AIM_UNUSED = r"head\..*|trunk\.post_trunk_norm\..*"
 CLIP_UNUSED = r".*position_ids|post_layernorm\..*|text_model\..*|(text|visual)_projection\..*|logit_scale"
 
-# What fields that config.json leaves out mean, and which values of a field this engine honours.
+# Defaults of fields that config.json leaves out, and the values of a field that mm1 supports.
 CLIP_FIELDS = {
     "width": ("hidden_size", 768), "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
     "ffn": ("intermediate_size", 3072), "patch": ("patch_size", 32), "eps": ("layer_norm_eps", 1e-5),
     "activation": ("hidden_act", "quick_gelu"),
 }  # fmt: skip
-AIM_HONOURED = {"num_channels": (3,), "use_bias": (False,), "mlp_hidden_dim": (None,), "ffn_dropout_rate": (0.0,)}
+AIM_SUPPORTED = {"num_channels": (3,), "use_bias": (False,), "mlp_hidden_dim": (None,), "ffn_dropout_rate": (0.0,)}
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CLIP_HONOURED = {
+CLIP_SUPPORTED = {
     "model_type": ("clip_vision_model",), "hidden_act": tuple(ACTIVATIONS), "num_channels": (3,),
     "quantization_config": (None,),
 }  # fmt: skip
@@ -81,7 +81,7 @@ DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": False, "head_dim": 128},
     "qwen3_moe": {"use_sliding_window": False, "norm_topk_prob": False},
 }  # fmt: skip
-DECODER_HONOURED = {
+DECODER_SUPPORTED = {
     "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0, None),
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (True,),
     "decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "quantization_config": (None,),
@@ -99,23 +99,22 @@ def from_hf(
     *, vision: Source | Vision, decoder: Source | Decoder, seed: int = 0,
     connector: State | Connector | None = None, image_tokens: int = 144, context: int | None = None,
 ) -> MM1:  # fmt: skip
-    """Return a model in fp32 of transformers' (config, state dict) for vision and decoder and Honeybee's state dict.
+    """Return an MM1 in fp32 with published weights.
 
-    AIM's config is that of its files: img_size, patch_size, embed_dim, num_blocks, num_heads.
-
-    A part given as a config of ours is initialised from `seed`, as is the connector if None. image_tokens: of
-    the connector, which no tensor tells. context: longest document, which a sliding window has to hold; None:
-    max_position_embeddings. The lesser of both is the model's context. Raises UserError for a field or tensor missing,
-    unknown or not supported.
+    vision, decoder: (config, state dict) of transformers, or for AIM a config with the fields of its files: img_size,
+    patch_size, embed_dim, num_blocks, num_heads; connector: Honeybee's state dict. A config of mm1 in place of these,
+    or None for the connector, means random weights from `seed`. image_tokens: of the connector, which its tensors do
+    not show. context: limit of a document's tokens, which a sliding window must cover; None: max_position_embeddings.
+    The smaller of both is the model's context. Raises UserError for a missing, unknown or unsupported field or tensor.
     """
     v, v_state = _part("vision", vision, Vision, _vision)
     d, d_state = _part("decoder", decoder, Decoder, lambda source: _decoder(source, context))
     c, c_state = _honeybee(connector, image_tokens) if isinstance(connector, Mapping) else (connector, None)
     c = c or Connector(tokens=image_tokens, position_grid=v.table)
-    size, longest = v.table[0] * v.patch, [context] if context else []
+    size, limits = v.table[0] * v.patch, [context] if context else []
     if d_state is not None and (trained := _config_of(decoder).get("max_position_embeddings")):
-        longest.append(trained)
-    whole = Model(v, c, d, "squash", size, math.prod(v.table), context=min(longest, default=None))
+        limits.append(trained)
+    whole = Model(v, c, d, "squash", size, math.prod(v.table), context=min(limits, default=None))
     model = MM1(whole).initialize(seed)
     if v_state is not None:
         (_load_aim if v.patch_norm else _load_clip)(model.vision, v_state)
@@ -126,12 +125,12 @@ def from_hf(
     return model
 
 
-def _part(part: str, given: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
-    """Return our config, and the state dict if there is one."""
-    if isinstance(given, kind):
-        return given, None
+def _part(part: str, source: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
+    """Return a part's config of mm1, and its state dict, None for random weights. Raises UserError."""
+    if isinstance(source, kind):
+        return source, None
     try:
-        return read(_config_of(given)), given[1]
+        return read(_config_of(source)), source[1]
     except KeyError as error:
         raise UserError(f"{part} config: {error.args[0]} is missing") from None
 
@@ -140,15 +139,16 @@ def _config_of(source: Any) -> dict[str, Any]:
     return dict(source[0]) if isinstance(source[0], Mapping) else source[0].to_dict()
 
 
-def _expect(part: str, source: dict[str, Any], honoured: Mapping[str, tuple]) -> None:
-    for name, values in honoured.items():
+def _expect(part: str, source: dict[str, Any], supported: Mapping[str, tuple]) -> None:
+    """Raise UserError for a field whose value is not among the supported ones."""
+    for name, values in supported.items():
         if name in source and source[name] not in values:
             expected = " or ".join(map(repr, values))
             raise UserError(f"{part} config: {name} is {source[name]!r}, expected {expected}")
 
 
 def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], null: bool = False) -> None:
-    """Refuse what is no whole number from 1 on, of those of the fields that are there. null: which may be null."""
+    """Raise UserError for a field of these names that is no positive integer. null: whether null is valid too."""
     for name in names:
         value = source.get(name)
         if name in source and not (value is None and null) and (type(value) is not int or value < 1):
@@ -156,7 +156,7 @@ def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], n
 
 
 def _expect_flags(part: str, source: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse what is neither true nor false, as transformers does: of "false" in quotes each reader makes another."""
+    """Raise UserError for a field of these names that is neither true nor false, such as "false" in quotes."""
     for name in names:
         if name in source and type(source[name]) is not bool:
             raise UserError(f"{part} config: {name} is {source[name]!r}, expected True or False")
@@ -166,15 +166,15 @@ def _vision(source: dict[str, Any]) -> Vision:
     if "num_blocks" in source:
         return _aim(source)
     if source["model_type"] == "clip":
-        nested = source.get("vision_config_dict")  # of older files; transformers takes it for the other if it is there
+        nested = source.get("vision_config_dict")  # in older files; transformers prefers it to vision_config
         nested = (source.get("vision_config") or {}) if nested is None else nested
         if not isinstance(nested, dict):
             raise UserError(f"vision config: vision_config is {nested!r}, expected an object")
         source = {"model_type": "clip_vision_model"} | nested
-    _expect("vision", source, CLIP_HONOURED)
-    fields: dict[str, Any] = {ours: source.get(*theirs) for ours, theirs in CLIP_FIELDS.items()}
+    _expect("vision", source, CLIP_SUPPORTED)
+    fields: dict[str, Any] = {name: source.get(*clip_name) for name, clip_name in CLIP_FIELDS.items()}
     side = source.get("image_size", 224)
-    names = {theirs: fields[ours] for ours, (theirs, _) in CLIP_FIELDS.items()} | {"image_size": side}
+    names = {clip_name: fields[name] for name, (clip_name, _) in CLIP_FIELDS.items()} | {"image_size": side}
     _expect_counts("vision", names, CLIP_COUNTS)
     if side % fields["patch"]:
         raise UserError(f"vision config: image_size is {side}, expected a multiple of the patch_size {fields['patch']}")
@@ -183,7 +183,7 @@ def _vision(source: dict[str, Any]) -> Vision:
 
 def _aim(source: dict[str, Any]) -> Vision:
     _expect_flags("vision", source, ("use_bias",))
-    _expect("vision", source, AIM_HONOURED)
+    _expect("vision", source, AIM_SUPPORTED)
     width, patch, side = source["embed_dim"], source["patch_size"], source["img_size"]
     _expect_counts("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"))
     if side % patch:
@@ -198,15 +198,15 @@ def _aim(source: dict[str, Any]) -> Vision:
 def _decoder(source: dict[str, Any], context: int | None) -> Decoder:
     kind = source["model_type"]
     _expect("decoder", source, {"model_type": tuple(DECODER_DEFAULTS)})
-    # Since transformers 5 theta is among rope_parameters, for which a rope_scaling beside it, as before, is taken.
+    # Since transformers 5 theta is part of rope_parameters; the older rope_scaling has precedence there, and so here.
     rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"decoder config: rope_parameters are {rope!r}, expected those of all layers")
+        raise UserError(f"decoder config: rope_parameters are {rope!r}, expected one set for all layers")
     source = {"rope_theta": 10_000.0} | DECODER_DEFAULTS[kind] | source | rope
     _expect_flags("decoder", source, DECODER_FLAGS)
-    _expect("decoder", source, DECODER_HONOURED)
-    if strange := set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"decoder config: layer_types has {min(strange)!r}, expected full or sliding attention")
+    _expect("decoder", source, DECODER_SUPPORTED)
+    if others := set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"decoder config: layer_types has {min(others)!r}, expected full or sliding attention")
     _expect_counts("decoder", source, DECODER_COUNTS)
     _expect_counts("decoder", source, DECODER_COUNTS_OR_NULL, null=True)
     window = source.get("sliding_window") if source.get("use_sliding_window", True) else None
@@ -227,13 +227,13 @@ def _decoder(source: dict[str, Any], context: int | None) -> Decoder:
 
 
 def _honeybee(state: State, tokens: int) -> tuple[Connector, State]:
-    """Return sizes and tensors of a C-Abstractor, without our norm after it: its readout was trained without one."""
+    """Return config and tensors of a C-Abstractor. Its output norm is off, as in its training."""
     state = {name.removeprefix("abstractor."): tensor for name, tensor in state.items()}
     names, grid = " ".join(state), None
     if "pos_emb" in state:
         side = math.isqrt(state["pos_emb"].shape[1])
         grid = (side, side)
-        state["pos_emb"] = state["pos_emb"][:, -side * side :]  # older files begin with the class token's
+        state["pos_emb"] = state["pos_emb"][:, -side * side :]  # older files have the class token's first
     depth, readout = (len(re.findall(p, names)) for p in (r"net\.0\.b\d+\.conv1\.conv", r"readout\.\d+\.w"))
     if not depth or not readout:
         raise UserError("connector: tensors net.0.b…, readout.… are missing, expected Honeybee's C-Abstractor")
@@ -244,7 +244,7 @@ def _honeybee(state: State, tokens: int) -> tuple[Connector, State]:
 def _load_clip(encoder: VisionEncoder, state: State) -> None:
     c, views = encoder.config, views_of(encoder, CLIP)
     views[CLIP["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
-    views[CLIP["positions"]] = positions = torch.empty(1 + math.prod(c.table), c.width)  # the class's first
+    views[CLIP["positions"]] = positions = torch.empty(1 + math.prod(c.table), c.width)  # the class token's first
     _fill("vision", views, {name.removeprefix("vision_model."): state[name] for name in state}, CLIP_UNUSED)
     encoder.class_token.add_(positions[0])
     encoder.positions.copy_(positions[1:].view_as(encoder.positions))
@@ -264,13 +264,14 @@ def _load_llama(decoder: DecoderLM, state: State) -> None:
     views = views_of(decoder, table, (c.kv_heads, c.head_width))
     _fill("decoder", views, state, r".*rotary_emb\.inv_freq" + r"|lm_head\.weight" * c.tied, grouped=True)
     if c.tied and not torch.equal(state.get("lm_head.weight", embedding).to(embedding), embedding):
-        raise UserError("decoder: tensor lm_head.weight is another than the embedding, expected them tied")
+        raise UserError("decoder: tensor lm_head.weight differs from the embedding, expected both to be the same")
 
 
 def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Return the part of our parameter for each source name: parts are equal along the first axis.
+    """Return for each name in the source a view of mm1's parameter: equal parts along the first axis.
 
-    heads: key-value heads G of width Dh, if attention.qkv stands by them: then its parts are [G, …, Dh, D].
+    table: names by module or parameter. heads: (key-value heads G, head width Dh), if attention.qkv is grouped by
+    key-value head; its views are then [G, …, Dh, D].
     """
     views = {}
     for path, parameter in module.named_parameters():
@@ -289,16 +290,17 @@ def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = No
 
 
 def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = "", grouped: bool = False) -> None:
-    """Copy each tensor into its view. Raises UserError if one is missing, mis-shaped or left over.
+    """Copy each tensor of `state` into its view. Raises UserError for one that is missing, mis-shaped or unknown.
 
-    grouped: views of four axes are of rows by key-value head, which stand in one axis in `state`.
+    unused: regular expression of names to ignore; grouped: whether the first three axes of views with four axes are
+    one axis in `state`.
     """
     for name, view in views.items():
         shape = (view[..., 0].numel(), view.shape[-1]) if grouped and view.ndim == 4 else tuple(view.shape)
-        found = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
-        if found != (expected := f"of shape {shape}"):
-            raise UserError(f"{part}: tensor {name} is {found}, expected {expected}")
-        if state[name].dtype not in FLOATS:  # of which a scale may stand elsewhere
+        actual = f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+        if actual != (expected := f"of shape {shape}"):
+            raise UserError(f"{part}: tensor {name} is {actual}, expected {expected}")
+        if state[name].dtype not in FLOATS:  # quantized: its scale may be in another tensor
             raise UserError(
                 f"{part}: tensor {name} is of dtype {state[name].dtype}, expected floats of 16 bits or more"
             )

@@ -1,1 +1,1 @@
-"""Evaluation: benchmarks, metrics and few-shot prompts."""
+"""Evaluate models: benchmarks, metrics and few-shot prompts."""

@@ -1,7 +1,7 @@
-"""Benchmarks: which files a user has of them, what a model is asked, and how its answers are scored.
+"""Define benchmarks: their files on disk, the prompts for a model, and the scores of its answers.
 
-A benchmark gives prompts and scores; evaluate.py runs them. Nothing is downloaded. Formats are told apart by what a
-file holds, so that any of them may be given to any benchmark of its kind.
+A benchmark defines prompts and scores; evaluate.py runs it. Nothing is downloaded. File formats are recognised by
+content, so that every benchmark of a kind reads all formats of that kind.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,16 +26,17 @@ KINDS = {"cider": "captions", "vqa": "questions and answers", "choice": "multipl
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Says which files a benchmark has, what it asks and how it is scored.
+    """Defines a benchmark's files, prompts and scoring.
 
-    files: patterns of names, `{split}` in them, alternatives apart by |; of a test split only the first is needed.
+    metric: "cider", "vqa" or "choice". files: patterns of file names with `{split}`, alternatives separated by |; a
+    test split needs only the first pattern's file. split: the default split to evaluate. key, text: names of the fields
+    in a submission; without text a submission is one object of keys and answers. stop, max_tokens: settings of
+    decoding. pool: the split that shots are drawn from; None: the evaluated split. many: whether a pattern can match
+    several files.
 
-    key, text: fields of a submission; without text it is one object of keys and answers. stop, max_tokens: of
-    decoding. pool: the split that shots are drawn from; None: its own. many: each pattern may stand for several files.
-
-    Of multiple choice: lettered: the prompt shows the options and the model chooses a letter, as ScienceQA and MMMU
-    ask; else it chooses among their texts, as SEED-Bench does. normalize: options are compared by the "sum" of their
-    tokens' log-probabilities, as in the acc of lm-evaluation-harness, or by the "mean", as in SEED-Bench. Of letters,
+    For multiple choice: lettered: the prompt shows the options and the model chooses a letter, as in ScienceQA and
+    MMMU; otherwise it chooses among their texts, as in SEED-Bench. normalize: options are compared by the "sum" of
+    their tokens' log-probabilities, as in lm-evaluation-harness' acc, or by the "mean", as in SEED-Bench; for letters,
     which are one token in most vocabularies, both are the same.
     """
 
@@ -52,7 +53,7 @@ class Benchmark:
     normalize: str = "sum"
 
     def query(self, sample: Sample, images: "Sequence[Image.Image]") -> "list[str | Image.Image]":
-        """Return the question as it stands in a prompt."""
+        """Return the part of a prompt that asks a sample's question."""
         if self.metric == "cider":
             return list(caption(images[0]))
         if self.metric == "vqa":
@@ -60,18 +61,19 @@ class Benchmark:
         return multiple_choice(images, sample.question, sample.options if self.lettered else ())
 
     def shot(self, sample: Sample, images: "Sequence[Image.Image]") -> Shot:
-        """Show the first of its references, as OpenFlamingo does."""
+        """Return a sample as a shot, answered with its first reference, as in OpenFlamingo."""
         answer = sample.references[0]
         if sample.options and not self.lettered:
             answer = sample.options[LETTERS.index(answer)]
         return Shot(tuple(self.query(sample, images)), answer)
 
     def continuations(self, sample: Sample) -> list[str]:
-        """Return what the model chooses from, each as it stands behind the query; none where it is to write."""
+        """Return the texts that the model chooses from, as they follow the query; none if it writes an answer."""
         texts = LETTERS[: len(sample.options)] if self.lettered else sample.options
         return [f" {' '.join(text.split())}" for text in texts]
 
     def answer(self, text: str) -> str:
+        """Return the prediction in a generated text."""
         return text.replace('"', "").strip() if self.metric == "cider" else text.strip()
 
     def scores(self, samples: Sequence[Sample], predictions: Mapping[Key, str]) -> list[float]:
@@ -113,13 +115,14 @@ BENCHMARKS = {
 
 
 def benchmark(name: str) -> Benchmark:
+    """Return the benchmark of this name. Raises UserError."""
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
 def find(name: str, paths: Sequence[Path], split: str) -> list[Path]:
-    """Return the files of a split: those given, or those of a folder that have the benchmark's names.
+    """Return the files of a split: `paths` themselves, or if that is one folder its files with the benchmark's names.
 
     Raises UserError.
     """
@@ -128,18 +131,18 @@ def find(name: str, paths: Sequence[Path], split: str) -> list[Path]:
     files: list[Path] = []
     b = benchmark(name)
     for number, pattern in enumerate(b.files):
-        wanted = pattern.format(split=split)
-        matches = next((m for p in wanted.split("|") if (m := sorted(paths[0].rglob(p)))), [])
+        names = pattern.format(split=split)
+        matches = next((m for p in names.split("|") if (m := sorted(paths[0].rglob(p)))), [])
         if len(matches) > 1 and not b.many:
-            raise UserError(f"{paths[0]} holds {len(matches)} files {wanted}, expected one: name the files")
+            raise UserError(f"{paths[0]} holds {len(matches)} files {names}, expected one: name the files")
         if not matches and not (number and split.startswith("test")):
-            raise UserError(f"{paths[0]} holds no file {wanted}")
+            raise UserError(f"{paths[0]} holds no file {names}")
         files += [m for m in matches if m not in files]
     return files
 
 
 def read(name: str, files: Sequence[Path], images: "Images", split: str) -> list[Sample]:
-    """Return a split's samples, in the order of the files. Raises UserError for a file that is not as it should be."""
+    """Return a split's samples in the order of the files. Raises UserError for a malformed file or an empty split."""
     samples = _samples(name, files, images, split)
     if not samples:
         raise UserError(f"{files[0]}: no samples of split {split!r}")
@@ -147,13 +150,16 @@ def read(name: str, files: Sequence[Path], images: "Images", split: str) -> list
 
 
 def read_pool(
-    name: str, data: Sequence[Path], given: Sequence[Path], images: "Images", samples: list[Sample]
+    name: str, data: Sequence[Path], shots_from: Sequence[Path], images: "Images", samples: list[Sample]
 ) -> list[Sample]:
-    """Return what shots are drawn from: the training split in `given` or else in `data`, or else `samples`."""
+    """Return the samples that shots are drawn from.
+
+    They are the pool split in `shots_from`, else in `data`, else `samples`.
+    """
     b = benchmark(name)
     split = b.pool or b.split
-    if given:
-        return read(name, find(name, given, split), images, split)
+    if shots_from:
+        return read(name, find(name, shots_from, split), images, split)
     if b.pool is None:
         return samples
     try:
@@ -168,22 +174,22 @@ def _samples(name: str, files: Sequence[Path], images: "Images", split: str) -> 
     metric = benchmark(name).metric
     form = next((form for form in FORMS[metric] if form.fits(loaded)), None)
     if form is None:
-        raise UserError(f"{', '.join(map(str, files)) or 'no file'}: no known form of {KINDS[metric]}")
+        raise UserError(f"{', '.join(map(str, files)) or 'no file'}: no known format of {KINDS[metric]}")
     samples = form.read(loaded, images, split)
-    wanted = [path for sample in samples for path in sample.images if isinstance(path, Path)]
-    if wanted and not any(path.is_file() for path in wanted):
+    paths = [path for sample in samples for path in sample.images if isinstance(path, Path)]
+    if paths and not any(path.is_file() for path in paths):
         content = f"{len(images.paths)} files, such as {next(iter(images.paths))}" if images.paths else "no files"
         raise UserError(
-            f"{files[0]}: 0 of {len(wanted)} images are in {images.folder}: no {wanted[0].name}; it holds {content}"
+            f"{files[0]}: 0 of {len(paths)} images are in {images.folder}: no {paths[0].name}; it holds {content}"
         )
-    twice = len(samples) - len({sample.key for sample in samples})
-    if twice:
-        raise UserError(f"{files[0]}: {twice} keys are there twice")
+    duplicates = len(samples) - len({sample.key for sample in samples})
+    if duplicates:
+        raise UserError(f"{files[0]}: {duplicates} keys occur twice")
     return samples
 
 
 def submission(name: str, predictions: dict[Key, str]) -> list[dict[str, Key]] | dict[Key, str]:
-    """Return predictions as the benchmark's evaluation server takes them."""
+    """Return predictions in the form that the benchmark's evaluation server reads."""
     b = benchmark(name)
     if not b.text:
         return predictions

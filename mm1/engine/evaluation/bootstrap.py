@@ -1,22 +1,26 @@
-"""Bootstrap intervals of mean scores (Efron 1979; the percentile interval, Efron and Tibshirani 1993, chapter 13)."""
+"""Compute bootstrap intervals of mean scores.
+
+Sources: Efron 1979; the percentile interval of Efron and Tibshirani 1993, chapter 13.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 RESAMPLES = 10_000
-FEW = 64  # distinct scores up to which counts are drawn in place of questions
-CHUNK = 1 << 22  # numbers drawn at once
+FEW = 64  # limit of distinct scores for which counts of scores are drawn instead of questions
+CHUNK = 1 << 22  # random numbers drawn at once
 
 
 def interval(
     scores: Sequence[float] | np.ndarray, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the bounds between which the mean lies with probability `level`, over other questions of the same kind.
+    """Return the bounds of the confidence interval of the mean, over other questions of the same kind.
 
-    scores [N]: one a question, which are resampled with replacement. What each is compared with stays fixed: for
-    CIDEr-D the document frequencies of all images. Of two runs on the same questions, the interval of their scores'
-    differences is that of the paired difference. Deterministic in `seed`. Raises ValueError for no scores.
+    scores [N]: one for each question; questions are resampled with replacement, while everything a score depends on
+    besides stays fixed, such as CIDEr-D's document frequencies. For the paired difference of two runs on the same
+    questions, pass the differences of their scores. level: probability that the interval covers the mean; resamples:
+    number of resampled means. The result depends only on scores and seed. Raises ValueError for no scores.
     """
     scores = np.asarray(scores, np.float64)
     if not scores.size:
@@ -29,7 +33,7 @@ def interval(
 def _means(scores: np.ndarray, resamples: int, draw: np.random.Generator) -> np.ndarray:
     """Return the means of resampled scores, float64 [resamples]."""
     values, counts = np.unique(scores, return_counts=True)
-    if len(values) <= FEW:  # how often each value comes is multinomial
+    if len(values) <= FEW:  # the number of each value is multinomial
         return draw.multinomial(len(scores), counts / len(scores), size=resamples) @ values / len(scores)
     rows = max(CHUNK // len(scores), 1)
     parts = [

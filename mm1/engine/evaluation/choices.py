@@ -1,4 +1,4 @@
-"""Reads multiple-choice benchmarks, as they are published; and scores what MMMU asks openly."""
+"""Read multiple-choice benchmarks in their published formats, and score MMMU's open questions."""
 
 import ast
 import json
@@ -43,7 +43,7 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """Read ScienceQA: problems.json {id: {"question", "choices", "answer": number, "hint", "image", "subject",
     "grade"}} and pid_splits.json {split: [id]}; images are SPLIT/ID/image.png.
 
-    Groups are those of its table: subjects, context of text, of an image, none, and grades.
+    Groups are those of the paper's table: subject, context (text, image, none) and grade.
     """
     problems, (splits_file, splits) = _problems(loaded)
     if split not in splits:
@@ -78,7 +78,7 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _problems(loaded: Loaded) -> tuple[tuple[Path, dict[str, Any]], tuple[Path, dict[str, list[str]]]]:
-    """Return the file of problems, and that of splits or else the splits that the problems name."""
+    """Return the file of problems, and the file of splits or, without one, the splits that the problems state."""
     file, problems = next((file, data) for file, data in loaded if _is_problems(data))
     for other, data in loaded:
         if other != file:
@@ -103,7 +103,7 @@ def _seed(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """Read SEED-Bench: {"questions": [{"question_id", "question", "choice_a" … "choice_d", "answer", "data_id",
     "data_type", "question_type_id"}], "question_type": {name: id}}.
 
-    Its splits are its types of data, of which images are read.
+    The only split that is read is the data type image.
     """
     if split != "image":
         raise UserError(f"seed: no split {split!r}, expected image: videos are not read")
@@ -129,7 +129,8 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """Read MMMU: rows {"id": "validation_Subject_1", "question", "options": "['…', …]", "answer", "question_type",
     "image_1" … "image_7"}; `<image 1>` in texts marks images, which are names of files in JSON.
 
-    Groups are its subjects and disciplines. Open questions have no options; their answer is a text, or a list as text.
+    Groups are disciplines and subjects. Open questions have no options; their answer is a text, or a list written as
+    a text.
     """
     samples = []
     for file, rows in loaded:
@@ -146,8 +147,8 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
             pictures = [_picture(file, row, f"image_{n}", key, images) for n in shown]
             answer = row.get("answer")
             if open_ended:
-                several = isinstance(answer, list) or str(answer).startswith("[")
-                answers = _strings(file, row, "answer", key) if several else [field(file, row, "answer", str, key)]
+                is_list = isinstance(answer, list) or str(answer).startswith("[")
+                answers = _strings(file, row, "answer", key) if is_list else [field(file, row, "answer", str, key)]
                 right = () if answers in ([""], ["?"]) else tuple(answers)
             else:
                 right = _right(file, key, answer, options)
@@ -163,7 +164,7 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _strings(file: Path, row: Any, name: str, key: str) -> list[str]:
-    """Return the strings of a list, or of the text of one, which is read as a literal and never run."""
+    """Return a field's list of strings. A list written as a text is parsed as a literal, never evaluated."""
     value = field(file, row, name, (str, list), key)
     if isinstance(value, str):
         try:
@@ -178,12 +179,12 @@ def _strings(file: Path, row: Any, name: str, key: str) -> list[str]:
 def _picture(file: Path, row: Any, column: str, key: str, images: Images) -> Picture:
     value = optional(file, row, column, (str, Embedded), key)
     if not value:
-        raise UserError(f"{file}: {key}: no {column}, which its texts mark")
+        raise UserError(f"{file}: {key}: no {column}, which its texts refer to")
     return images.find(value) if isinstance(value, str) else value
 
 
 def _right(file: Path, key: object, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
-    """Return the letter of the right option; none where the answer is withheld."""
+    """Return the letter of the right option, or () where the answer is withheld."""
     if answer in (None, "", "?"):
         return ()
     number = LETTERS.find(answer) if isinstance(answer, str) and len(answer) == 1 else -1
@@ -199,14 +200,15 @@ def _letter(file: Path, key: object, number: int, options: Sequence[str], answer
 
 
 def open_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Say whether an answer is in a short text, by the rule of MMMU's eval_open.
+    """Say whether a short text contains one of the answers, by the rule of MMMU's eval_open.
 
-    Numbers are equal to two places; other answers are part of the text, in any case, single letters with a space.
+    Numbers are compared after rounding to two places. Other answers must be part of the text, ignoring case; a single
+    letter must have a space beside it.
     """
     parts = {*_normal(prediction), *map(_number, NUMBER.findall(prediction))}
     texts = [part for part in parts if isinstance(part, str)]
-    wanted = [part for answer in answers for part in _normal(answer)]
-    return any(part in parts or (isinstance(part, str) and any(part in text for text in texts)) for part in wanted)
+    targets = [part for answer in answers for part in _normal(answer)]
+    return any(part in parts or (isinstance(part, str) and any(part in text for text in texts)) for part in targets)
 
 
 def _normal(text: str) -> list[str | float]:

@@ -1,9 +1,9 @@
-"""CIDEr-D of captions (Vedantam et al. 2015) over the tokens of the COCO caption evaluation (Chen et al. 2015).
+"""Compute CIDEr-D of captions (Vedantam et al. 2015) over the tokens of the COCO caption evaluation (Chen et al. 2015).
 
     CIDEr-D = 10 · mean over references and n = 1..4 of  e^(-(l_c - l_r)² / 2σ²) · Σ min(c, r) · r / (|c| |r|)
 
-c, r: how often each n-gram is in caption and reference, times log(images / images whose references hold it); l: words;
-σ = 6. The images are those evaluated: a score belongs to a set, and one image alone scores 0.
+c, r: count of each n-gram in caption and reference, times log(images / images whose references contain it); l: words;
+σ = 6. The images are the evaluated ones, so a score depends on the set, and a single image scores 0.
 """
 
 import math
@@ -17,7 +17,7 @@ N, SIGMA = 4, 6.0
 
 Gram = tuple[str, ...]
 
-# That keep their period, in any case; and those that do when they are capitalised.
+# Abbreviations that keep their period in any case, and those that keep it only when capitalised.
 ABBREVIATIONS = (
     "st mr mrs ms dr co inc corp ltd jr sr ave blvd rd mt etc vs est rev gen prof jan feb mar apr jun jul aug sep "
     "sept oct nov dec mon tue tues wed thu thurs fri ft al ala ariz calif colo conn ct dak dept fla ga ind kan kans "
@@ -50,10 +50,10 @@ DROPPED = re.compile(r"['`\",:;?!…–—“”]|\.+|-+")
 
 
 def tokenize(text: str) -> list[str]:
-    """Split a text as Stanford's PTBTokenizer 3.4.1 with -lowerCase and without punctuation, which coco-caption runs.
+    """Split a text like Stanford's PTBTokenizer 3.4.1 with -lowerCase and without punctuation, as coco-caption does.
 
-    Equal on all 24,019 captions of 4,800 images of COCO's validation set; not on smileys, markup and the like. Brackets
-    stay, as -lrb- and so on: coco-caption drops only those in capitals, after all is lower case.
+    The result is the same for all 24,019 captions of 4,800 images of COCO's validation set, but not for smileys, markup
+    and the like. Brackets stay, as -lrb- and so on: coco-caption drops only the upper-case names, after lower-casing.
     """
     tokens = TOKEN.findall(text.replace("’", "'").replace("‘", "'"))
     return [WRITTEN.get(token) or token.lower() for token in tokens if not DROPPED.fullmatch(token)]
@@ -62,7 +62,7 @@ def tokenize(text: str) -> list[str]:
 def cider(
     captions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
 ) -> tuple[float, dict[Hashable, float]]:
-    """Return the mean and each caption's CIDEr-D, from 0 to 10 (papers print 100 times that). Keys are images.
+    """Return the mean and each caption's CIDEr-D, from 0 to 10 (papers report 100 times that). Keys are images.
 
     Raises UserError if a caption has no references.
     """
@@ -72,7 +72,7 @@ def cider(
         count = f"{len(captions) - len(without)} of {len(captions)} captions"
         raise UserError(f"{count} match the references of {len(references)} images{other}: none of {without[0]!r}")
     grams_of = {key: [_grams(text) for text in references[key]] for key in captions}
-    documents = Counter(gram for of in grams_of.values() for gram in set().union(*of))
+    documents = Counter(gram for counts in grams_of.values() for gram in set().union(*counts))
     log_images = math.log(max(len(grams_of), 1))
     weight = {gram: log_images - math.log(count) for gram, count in documents.items()}
     scores: dict[Hashable, float] = {}
@@ -89,7 +89,7 @@ def _grams(text: str) -> Counter[Gram]:
 
 
 class _Vector:
-    """Holds weighted n-grams, their norm for each n, and the number of words."""
+    """Holds the weighted n-grams of a text, their norm for each n, and the number of words."""
 
     def __init__(self, grams: Counter[Gram], weight: Mapping[Gram, float], unseen: float):
         self.values = {gram: count * weight.get(gram, unseen) for gram, count in grams.items()}

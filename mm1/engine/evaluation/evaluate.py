@@ -1,8 +1,8 @@
-"""Zero- and few-shot evaluation: prompts of shots and query through the Engine, predictions as they come, scores.
+"""Evaluate zero- and few-shot: run prompts of shots and query through the Engine, log predictions, and score them.
 
-A folder holds a file for each number of shots and each seed that they are drawn with, `4-shot-seed-0.jsonl`, or
-`0-shot.jsonl` where nothing is drawn: its first line says with which settings, then one line for each sample. A second
-run with the same settings does what is missing; of a line cut off by a crash nothing remains.
+The output folder has a file for each number of shots and each seed that shots are drawn with, `4-shot-seed-0.jsonl`,
+or `0-shot.jsonl` where nothing is drawn. Its first line states the settings, and each following line is a sample. A
+second run with the same settings evaluates the missing samples; a line that a crash truncated is discarded.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
 from mm1.errors import UserError, at_least
 
-TEXT = 64  # tokens to an image that the cache has room for
+TEXT = 64  # tokens of text for each image that the cache is sized for
 METRICS = {"cider": "CIDEr", "vqa": "accuracy", "choice": "accuracy"}
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Says how answers are decoded.
+    """Holds the settings of decoding.
 
-    num_beams, length_penalty, early_stopping: as in Sampling; OpenFlamingo searches with 3 beams and penalty 0 (its
-    first version: -2). normalize: options are compared by the "sum" or the "mean" of their tokens' log-probabilities;
-    None: as the benchmark does.
+    num_beams, length_penalty, early_stopping: as in Sampling; OpenFlamingo uses 3 beams and penalty 0 (its first
+    version: -2). normalize: options are compared by the "sum" or the "mean" of their tokens' log-probabilities; None:
+    as the benchmark does. Raises UserError for another value.
     """
 
     num_beams: int = 1
@@ -56,6 +56,7 @@ class Decoding:
             raise UserError(f"normalize is {self.normalize!r}, expected sum or mean")
 
     def sampling(self, benchmark: Benchmark) -> Sampling:
+        """Return the Engine's settings for a benchmark."""
         return Sampling(
             benchmark.max_tokens, stop=benchmark.stop, num_beams=self.num_beams, length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
@@ -66,22 +67,27 @@ def samples_of(
     name: str, data: Sequence[Path], images: Path | None = None, split: str | None = None,
     shots_from: Sequence[Path] = (), limit: int | None = None, seed: int = 0,
 ) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
-    """Return the samples to evaluate, and those that shots are drawn from. limit: at most so many, drawn by `seed`."""
+    """Return the samples to evaluate, and the samples that shots are drawn from.
+
+    data: the benchmark's folder or files; images: the images' folder (default: the data's); split: default the
+    benchmark's; shots_from: folder or files of the shots; limit: evaluate at most so many samples, drawn by `seed`.
+    Raises UserError.
+    """
     split = split or benchmarks.benchmark(name).split
     if not data:
         raise UserError("no data: expected the benchmark's folder, or its files")
     at_least(1, limit=limit)
     folder = images or (data[0] if data[0].is_dir() else data[0].parent)
-    where = Images(folder)
-    samples = benchmarks.read(name, benchmarks.find(name, data, split), where, split)
-    pool = benchmarks.read_pool(name, data, shots_from, where, samples)
+    index = Images(folder)
+    samples = benchmarks.read(name, benchmarks.find(name, data, split), index, split)
+    pool = benchmarks.read_pool(name, data, shots_from, index, samples)
     if limit is not None and limit < len(samples):
         samples = [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), limit))]
     return samples, pool
 
 
 class _Run(NamedTuple):
-    """Names one number of shots, one seed to draw them with, and the file of predictions."""
+    """Identifies one run: a number of shots, the seed that draws them, and the file of predictions."""
 
     shots: int
     seed: int
@@ -93,15 +99,17 @@ def evaluate(
     shots: Sequence[int] = (0, 4, 8), how: How = How(), seeds: Sequence[int] | None = None,
     decoding: Decoding = Decoding(), batch: int = 64, weights: str | None = None, display: TextIO | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return scores of 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots, drawn from `pool`.
+    """Return a report with scores from 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots.
 
-    seeds: of the drawing, one evaluation each (default: that of `how`); the score is their mean, sd their sample
-    standard deviation. Intervals are of 95 %, by resampling the questions. Those of a mean take the same questions of
-    every seed, and so do not say how much it varies with the shots: sd does.
+    name: of the benchmark; pool: samples that shots are drawn from; out: folder of the predictions; how: form of the
+    prompts; batch, weights: settings of Engine; display: where progress is shown (default: standard error).
+    seeds: one evaluation for each seed of the drawing (default: the seed of `how`); the score is their mean, and sd
+    their sample standard deviation. The 95 % intervals come from resampling the questions. The interval of a mean over
+    seeds uses the same questions for every seed, so it does not cover the variation between shots; sd does.
 
-    A sample whose image cannot be read is counted, listed, and scored as an empty prediction. Samples without
-    references are counted and left out; if there are no others, a submission takes the place of a score. batch,
-    weights: of Engine. Raises UserError if `out` holds predictions by other settings.
+    A sample whose image cannot be read is listed and scored as an empty prediction. Samples without references are
+    counted and left out; if all are without, a submission is written instead of scores. Raises UserError if `out` has
+    predictions with other settings.
     """
     benchmark = benchmarks.benchmark(name)
     at_least(1, batch=batch)
@@ -122,7 +130,7 @@ def evaluate(
               "samples": _digest(samples), "pool": _digest(pool)}  # fmt: skip
     prompts = Prompts(model, benchmark, pool, how, out / "features.npz")
     runs = []
-    for n in sorted(set(shots), reverse=True):  # the longest first: it says how large the cache has to be
+    for n in sorted(set(shots), reverse=True):  # the longest prompts first, because they determine the cache's size
         for seed in seeds if prompts.seeded(n) else seeds[:1]:
             own = {"shots": n, "seed": seed if prompts.seeded(n) else None}
             file = f"{n}-shot-seed-{seed}" if prompts.seeded(n) else f"{n}-shot"
@@ -133,24 +141,25 @@ def evaluate(
         if todo:
             prompts.check(n, todo)
             engine = engine or _engine(prompts, n, min(batch, len(samples)), weights, sampling, [*samples, *pool])
-            what = f"{name} {n}-shot" + (f" seed {seed}" if len(seeds) > 1 and prompts.seeded(n) else "")
-            with log, Counter(what, len(samples), len(log.rows), display or sys.stderr) as progress:
-                work = _Work(engine, benchmark, sampling, decoding.normalize, log, progress, min(batch, len(samples)))
-                work.run(lambda sample, n=n, seed=seed: prompts.ask(n, sample, seed), todo)
+            title = f"{name} {n}-shot" + (f" seed {seed}" if len(seeds) > 1 and prompts.seeded(n) else "")
+            with log, Counter(title, len(samples), len(log.rows), display or sys.stderr) as progress:
+                size = min(batch, len(samples))
+                worker = _Worker(engine, benchmark, sampling, decoding.normalize, log, progress, size)
+                worker.run(lambda sample, n=n, seed=seed: prompts.ask(n, sample, seed), todo)
     results = []
     for n in sorted(set(shots)):
-        of = [(run.seed if prompts.seeded(n) else None, run.log) for run in runs if run.shots == n]
-        results.append({"shots": n, **_summary(name, benchmark, samples, of, scored)})
-    shots_left_out = {str(path): why for path, why in prompts.unreadable.items()}
-    left_out = None
+        logs = [(run.seed if prompts.seeded(n) else None, run.log) for run in runs if run.shots == n]
+        results.append({"shots": n, **_summary(name, benchmark, samples, logs, scored)})
+    unreadable_shots = {str(path): why for path, why in prompts.unreadable.items()}
+    omitted = None
     if scored and unanswered:
-        left_out = {"samples": len(unanswered), "of": len(unanswered) + len(samples), "such_as": unanswered[0].key}
+        omitted = {"samples": len(unanswered), "of": len(unanswered) + len(samples), "such_as": unanswered[0].key}
     return {"benchmark": name, "metric": benchmark.metric, **shown, "seeds": list(seeds), **vars(decoding),
-            "results": results, "unanswered": left_out, "unreadable_shots": shots_left_out}  # fmt: skip
+            "results": results, "unanswered": omitted, "unreadable_shots": unreadable_shots}  # fmt: skip
 
 
 def show(report: dict[str, Any]) -> str:
-    """Return a table of the results."""
+    """Return a report's table as text."""
     metric = METRICS[report["metric"]]
     seeds = f"seed{'s' * (len(report['seeds']) > 1)} {' '.join(map(str, report['seeds']))}"
     beams = f", {report['num_beams']} beams, length penalty {report['length_penalty']:g}" * (report["num_beams"] > 1)
@@ -166,10 +175,10 @@ def show(report: dict[str, Any]) -> str:
                 lines.append(_line(f"seed {one['seed']}", one) + file)
             else:
                 lines[-1] += file
-        lines += [_line(f"  {name}", of, None, of["samples"]) for name, of in row["groups"].items()]
+        lines += [_line(f"  {name}", group, None, group["samples"]) for name, group in row["groups"].items()]
     if report["unanswered"]:
-        n, of, key = report["unanswered"].values()
-        lines.append(f"{n} of {of} samples have no references, such as {key!r}: left out")
+        count, total, key = report["unanswered"].values()
+        lines.append(f"{count} of {total} samples have no references, such as {key!r}: left out")
     bad = {why for row in report["results"] for why in row["unreadable"].values()}
     lines += [f"unreadable: {why}" for why in sorted(bad)]
     lines += [f"no shot, because unreadable: {why}" for why in sorted(report["unreadable_shots"].values())]
@@ -187,7 +196,10 @@ def _engine(
     prompts: Prompts, n: int, batch: int, weights: str | None, sampling: Sampling = Sampling(max_tokens=10),
     samples: Sequence[Sample] = (),
 ) -> Engine:  # fmt: skip
-    """Return an Engine whose cache holds `batch` prompts, at least four, of TEXT tokens an image, and the longest."""
+    """Return an Engine whose cache holds `batch` typical prompts of n shots (at least four), and the longest one.
+
+    A typical prompt has TEXT tokens of text for each image.
+    """
     slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
     high = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
     images = high * views(prompts.high) + (n + 1 - high) * views(prompts.low)
@@ -203,8 +215,8 @@ def _engine(
 
 
 @dataclass
-class _Work:
-    """Takes samples through an engine into a log: prompts are continued, or options behind them compared."""
+class _Worker:
+    """Runs samples through an engine into a log: it generates answers, or scores a sample's options."""
 
     engine: Engine
     benchmark: Benchmark
@@ -215,25 +227,29 @@ class _Work:
     batch: int
 
     def run(self, ask: Callable[[Sample], Asked | str], todo: Sequence[Sample]) -> None:
-        """Work on all; threads read and encode the next prompts while the engine runs."""
+        """Evaluate all samples. Threads read and encode the next prompts while the engine runs.
+
+        ask: returns a sample's prompt, or why there is none.
+        """
         engine = self.engine
-        coming = deque[tuple[Sample, Future]]()
+        encoding = deque[tuple[Sample, Future]]()
         running: list[tuple[list[Request], Sample, list[Key]]] = []
         remaining = iter(todo)
-        threads = ThreadPoolExecutor(4 if engine.device.type == "cuda" else 1)  # beside all cores they would hinder
+        threads = ThreadPoolExecutor(4 if engine.device.type == "cuda" else 1)  # on a CPU the engine uses all cores
         try:
             while True:
-                coming += [(s, threads.submit(ask, s)) for s in islice(remaining, max(2 * self.batch - len(coming), 0))]
-                if not (coming or running):
+                count = max(2 * self.batch - len(encoding), 0)
+                encoding += [(s, threads.submit(ask, s)) for s in islice(remaining, count)]
+                if not (encoding or running):
                     return
-                while coming and len(engine.waiting) < self.batch and (coming[0][1].done() or not running):
-                    sample, future = coming.popleft()
-                    asked = future.result()
+                while encoding and len(engine.waiting) < self.batch and (encoding[0][1].done() or not running):
+                    sample, future = encoding.popleft()
+                    prompt = future.result()
                     try:
-                        if isinstance(asked, str):
-                            raise UserError(asked)
-                        running.append((self._submit(asked), sample, asked.shots))
-                    except UserError as error:  # its image, or it is too long
+                        if isinstance(prompt, str):
+                            raise UserError(prompt)
+                        running.append((self._submit(prompt), sample, prompt.shots))
+                    except UserError as error:  # its image is unreadable, or it is too long
                         self._add(sample, [], "", {"unreadable": str(error)})
                 engine.step()
                 for requests, sample, keys in [r for r in running if all(request.finish for request in r[0])]:
@@ -245,39 +261,40 @@ class _Work:
                     engine.cancel(request)
             threads.shutdown(cancel_futures=True)
 
-    def _submit(self, asked: Asked) -> list[Request]:
-        if not asked.continuations:
-            return [self.engine.submit(asked.document, self.sampling)]
-        found: list[Request] = []
+    def _submit(self, prompt: Asked) -> list[Request]:
+        """Submit a prompt once, or once for each of its continuations: all of them, or none."""
+        if not prompt.continuations:
+            return [self.engine.submit(prompt.document, self.sampling)]
+        requests: list[Request] = []
         try:
-            for tokens in asked.continuations:
-                found.append(self.engine.submit_answer(asked.document, tokens))
+            for tokens in prompt.continuations:
+                requests.append(self.engine.submit_answer(prompt.document, tokens))
         except UserError:
-            for request in found:
+            for request in requests:
                 self.engine.cancel(request)
             raise
-        return found
+        return requests
 
     def _answer(self, sample: Sample, requests: Sequence[Request]) -> tuple[str, dict[str, Any]]:
-        """Return the prediction, and what its row keeps beside it."""
+        """Return the prediction, and further fields of its row."""
         if not sample.options:
             return self.benchmark.answer(requests[0].text), {}
         sums, counts = ([f(request.logprobs) for request in requests] for f in (sum, len))
         values = [total / count for total, count in zip(sums, counts)] if self.normalize == "mean" else sums
         return LETTERS[int(np.argmax(values))], {"logprobs": sums, "tokens": counts}
 
-    def _add(self, sample: Sample, keys: list[Key], prediction: str, kept: dict[str, Any]) -> None:
+    def _add(self, sample: Sample, keys: list[Key], prediction: str, extra: dict[str, Any]) -> None:
         row = {"key": sample.key, "shots": keys, "prediction": prediction, "references": sample.references}
         if self.benchmark.metric != "cider" and sample.references:
             row["score"] = self.benchmark.score(sample, prediction)
-        self.log.add(row | kept)
+        self.log.add(row | extra)
         self.progress.add()
 
 
 def _summary(
     name: str, benchmark: Benchmark, samples: Sequence[Sample], logs: Sequence[tuple[int | None, Log]], scored: bool
 ) -> dict[str, Any]:
-    """Return score, spread and interval over the seeds, those of each seed, and those of groups over the seeds."""
+    """Return score, deviation and interval over all seeds, for each seed, and for each group over all seeds."""
     bad: dict[str, str] = {}
     each, scores = [], []
     for seed, log in logs:
@@ -295,11 +312,11 @@ def _summary(
     mean: dict[str, Any] = {"score": None, "interval": None}
     groups: dict[str, Any] = {}
     if scored:
-        over = np.mean(scores, axis=0)
-        mean = _mean(over)
+        averages = np.mean(scores, axis=0)  # by sample, over the seeds
+        mean = _mean(averages)
         for group in dict.fromkeys(group for sample in samples for group in sample.groups):
             members = [group in sample.groups for sample in samples]
-            groups[group] = {**_mean(over[members]), "samples": sum(members)}
+            groups[group] = {**_mean(averages[members]), "samples": sum(members)}
     sd = float(np.std([one["score"] for one in each], ddof=1)) if scored and len(each) > 1 else None
     return {**mean, "sd": sd, "samples": len(samples), "groups": groups, "seeds": each, "unreadable": bad,
             "submission": each[0]["submission"]}  # fmt: skip

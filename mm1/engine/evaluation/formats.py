@@ -1,4 +1,4 @@
-"""Reads files of captions and questions, as they are published."""
+"""Read files of captions and questions in their published formats."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +8,7 @@ from mm1.engine.evaluation.samples import Form, Images, Key, Loaded, Sample, exp
 
 
 def _answers(file: Path, row: Any, key: object) -> tuple[str, ...]:
-    """Return the answers, which are strings or objects with "answer"; none where there are none."""
+    """Return a row's answers, which are strings or objects with "answer"; () if it has none."""
     answers = optional(file, row, "answers", list, key) or ()
     return tuple(a if isinstance(a, str) else field(file, a, "answer", str, key) for a in answers)
 
@@ -16,19 +16,19 @@ def _answers(file: Path, row: Any, key: object) -> tuple[str, ...]:
 def _coco(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """Read COCO and NoCaps: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     captions: dict[Key, list[str]] = defaultdict(list)
-    noted = loaded[0][0]
+    annotated = loaded[0][0]
     for file, data in loaded:
         for row in optional(file, data, "annotations", list) or []:
             key = field(file, row, "image_id", (int, str))
             captions[key].append(field(file, row, "caption", str, key))
-            noted = file
+            annotated = file
     samples = []
     for file, data in loaded:
         for row in field(file, data, "images", list):
             key = field(file, row, "id", (int, str))
             name = field(file, row, "file_name", str, key)
             samples.append(Sample(key, images.find(name), "", tuple(captions.get(key, ()))))
-    expect_match(noted, "captioned images", captions, "images", [sample.key for sample in samples])
+    expect_match(annotated, "captioned images", captions, "images", [sample.key for sample in samples])
     return samples
 
 
@@ -65,12 +65,12 @@ def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """Read VQAv2 and OK-VQA: {"questions": [{"question_id", "image_id", "question"}]} and {"annotations":
     [{"question_id", "answers": [{"answer"}]}]}."""
     answers: dict[Key, tuple[str, ...]] = {}
-    noted = loaded[0][0]
+    annotated = loaded[0][0]
     for file, data in loaded:
         for row in optional(file, data, "annotations", list) or []:
             key = field(file, row, "question_id", (int, str))
             answers[key] = _answers(file, row, key)
-            noted = file
+            annotated = file
     samples = []
     for file, data in loaded:
         for row in optional(file, data, "questions", list) or []:
@@ -78,7 +78,7 @@ def _vqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
             image = field(file, row, "image_id", (int, str), key)
             path = images.of_coco(image, optional(file, data, "data_subtype", str) or "")
             samples.append(Sample(key, path, field(file, row, "question", str, key), answers.get(key, ())))
-    expect_match(noted, "annotations", answers, "questions", [sample.key for sample in samples])
+    expect_match(annotated, "annotations", answers, "questions", [sample.key for sample in samples])
     return samples
 
 
@@ -94,7 +94,7 @@ def _textvqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
 
 
 def _vizwiz(loaded: Loaded, images: Images, split: str) -> list[Sample]:
-    """Read VizWiz-VQA: [{"image", "question", "answers": [{"answer"}]}], one question an image."""
+    """Read VizWiz-VQA: [{"image", "question", "answers": [{"answer"}]}], one question for each image."""
     samples = []
     for file, data in loaded:
         for row in data:

@@ -1,4 +1,4 @@
-"""Keeps predictions in a file as they come, and shows how far it is."""
+"""Log predictions to a file, row by row, and show progress."""
 
 import json
 import time
@@ -13,15 +13,18 @@ from mm1.errors import UserError
 
 
 class Log:
-    """Keeps rows by key, in a file that grows as they come."""
+    """Holds rows by key, and appends each to a file at once.
+
+    rows: of earlier runs and of this one. Raises UserError for a file that is no log, or one with other settings.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.rows = path, dict[Key, dict[str, Any]]()
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
+        complete = data[: data.rfind(b"\n") + 1]  # without a line that a crash truncated
         try:
-            first, *rows = [json.loads(line) for line in whole.splitlines()] or [{"settings": settings}]
+            first, *rows = [json.loads(line) for line in complete.splitlines()] or [{"settings": settings}]
             earlier = first["settings"]
             self.rows = {row["key"]: row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
@@ -30,8 +33,8 @@ class Log:
         if other:
             raise UserError(f"{path} holds predictions by other settings, {', '.join(other)}: choose another folder")
         with path.open("r+b" if data else "wb") as file:
-            file.truncate(len(whole))
-            if not whole:
+            file.truncate(len(complete))
+            if not complete:
                 file.write(_line({"settings": settings}))
 
     def __enter__(self):
@@ -42,6 +45,7 @@ class Log:
         self.file.close()
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row; its key is the field "key"."""
         self.rows[row["key"]] = row
         self.file.write(_line(row))
         self.file.flush()
@@ -52,10 +56,10 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 class Counter:
-    """Shows a live bar on a terminal, a line every five seconds elsewhere."""
+    """Shows progress: a live bar on a terminal, elsewhere a line every five seconds."""
 
-    def __init__(self, what: str, total: int, done: int, out: TextIO):
-        self.what, self.total, self.done, self.begun_with = what, total, done, done
+    def __init__(self, title: str, total: int, done: int, out: TextIO):
+        self.title, self.total, self.done, self.initial = title, total, done, done
         self.console = Console(file=out)
         self.start = self.printed = time.monotonic()
         bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -63,7 +67,7 @@ class Counter:
 
     def __enter__(self):
         if self.live:
-            self.task = self.live.add_task(self.what, total=self.total, completed=self.done)
+            self.task = self.live.add_task(self.title, total=self.total, completed=self.done)
             self.live.start()
         return self
 
@@ -72,12 +76,13 @@ class Counter:
             self.live.stop()
 
     def add(self) -> None:
+        """Count one more row as done."""
         self.done += 1
         if self.live:
             self.live.advance(self.task)
         elif time.monotonic() - self.printed > 5 or self.done == self.total:
             self.printed = time.monotonic()
-            rate = (self.done - self.begun_with) / max(self.printed - self.start, 1e-9)
+            rate = (self.done - self.initial) / max(self.printed - self.start, 1e-9)
             seconds = (self.total - self.done) / rate
-            line = f"{self.what} {self.done}/{self.total} {rate:.1f}/s left {seconds:.0f}s"
+            line = f"{self.title} {self.done}/{self.total} {rate:.1f}/s left {seconds:.0f}s"
             print(line, file=self.console.file, flush=True)

@@ -1,4 +1,4 @@
-"""What a benchmark asks, and the files that it comes from."""
+"""Define samples of a benchmark, and read them from its files."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Key = int | str
 
 @dataclass(frozen=True)
 class Embedded:
-    """Names an image that stands in a parquet file."""
+    """Names the place of an image in a parquet file."""
 
     file: Path
     row: int
@@ -36,10 +36,10 @@ Picture = Path | Embedded
 class Sample:
     """Holds one question to a model.
 
-    key: as submissions name it. image: the first one; None: there is none. question: `<image>` marks where an image
-    stands; images without a mark stand before the text. references: captions, the answers of ten people, or the letter
-    of the right option; none in test splits. options: of a multiple choice. groups: names of parts of the benchmark
-    whose scores it counts for. others: the images after the first.
+    key: its name in submissions. image: the first image; None without images. question: `<image>` marks the place of an
+    image; images without a mark come before the text. references: captions, the answers of ten people, or the letter
+    of the right option; empty in test splits. options: of a multiple choice. groups: parts of the benchmark whose
+    scores it counts for. others: the images after the first.
     """
 
     key: Key
@@ -52,11 +52,12 @@ class Sample:
 
     @property
     def images(self) -> tuple[Picture, ...]:
+        """Return all images."""
         return (self.image, *self.others) if self.image else ()
 
 
 def picture(where: Picture) -> "Image.Image":
-    """Read an image. Raises UserError."""
+    """Read the image at a path or in a parquet file. Raises UserError."""
     if isinstance(where, Path):
         return read(where)
     try:
@@ -73,7 +74,7 @@ def _column(file: Path, column: str) -> Any:
 
 
 class Images:
-    """Finds files below a folder by their names."""
+    """Indexes the files below a folder by their names. Raises UserError if there is no such folder."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -84,7 +85,10 @@ class Images:
             self.paths.update((name, Path(parent, name)) for name in names)
 
     def find(self, *names: str) -> Path:
-        """Return the first of these that is there: as a path below the folder, or anywhere in it by its last part."""
+        """Return the first of these names that exists: as a path below the folder, or anywhere in it by its last part.
+
+        If none exists, return the path that the first one would have.
+        """
         for name in names:
             if "/" in name and (path := self.folder / name).is_file():
                 return path
@@ -93,11 +97,12 @@ class Images:
         return self.folder / names[0]
 
     def at(self, name: str) -> Path:
-        """Return the path below the folder, or below `images` in it, for files that share their last part."""
+        """Return a path below `images` in the folder, or below the folder itself, for files that share a name."""
         path = self.folder / "images" / name
         return path if path.is_file() else self.folder / name
 
     def of_coco(self, image_id: Key, subset: str = "") -> Path:
+        """Return the file of a COCO image. subset: such as "val2014", part of the names until 2015."""
         if isinstance(image_id, str):
             return self.find(image_id, f"{image_id}.jpg")
         number = f"{image_id:012d}.jpg"
@@ -107,31 +112,38 @@ class Images:
 
 @dataclass(frozen=True)
 class Form:
-    """Reads one form of files. fits: whether loaded files have it."""
+    """Describes a file format. read: returns the samples of a split; fits: says whether files have this format."""
 
     read: "Callable[[Loaded, Images, str], list[Sample]]"
     fits: "Callable[[Loaded], bool]"
 
 
-def rows_at(of: str | None, first: str = "") -> "Callable[[Loaded], bool]":
-    """Return a test of loaded files: one has rows at the key `of`, or is a list of rows, and the first has `first`."""
+def rows_at(key: str | None, column: str = "") -> "Callable[[Loaded], bool]":
+    """Return a test of loaded files: one has a list of rows at this key, or is such a list if the key is None.
+
+    column: a field that the first row must have.
+    """
 
     def fits(loaded: Loaded) -> bool:
         for _, data in loaded:
-            rows = data if of is None else data.get(of) if isinstance(data, dict) else None
-            if isinstance(rows, list) and rows and isinstance(rows[0], dict) and first in {*rows[0], ""}:
+            rows = data if key is None else data.get(key) if isinstance(data, dict) else None
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict) and column in {*rows[0], ""}:
                 return all(isinstance(other, type(data)) for _, other in loaded)
         return False
 
     return fits
 
 
-def expect_match(file: Path, what: str, ids: Collection[Key], others: str, other_ids: Collection[Key]) -> None:
-    """Raise UserError if there are ids on both sides and none is on both; a match of only some is for the caller."""
+def expect_match(file: Path, name: str, ids: Collection[Key], other: str, other_ids: Collection[Key]) -> None:
+    """Raise UserError if both sides have ids but none in common; a partial match passes.
+
+    name, other: what the two sides are called in the error.
+    """
     if ids and other_ids and not set(ids) & set(other_ids):
-        first, other = (json.dumps(next(iter(of))) for of in (ids, other_ids))
+        example, other_example = (json.dumps(next(iter(keys))) for keys in (ids, other_ids))
         raise UserError(
-            f"{file}: 0 of {len(ids)} {what} match the {len(other_ids)} {others}: ids such as {first} against {other}"
+            f"{file}: 0 of {len(ids)} {name} match the {len(other_ids)} {other}: "
+            f"ids such as {example} against {other_example}"
         )
 
 
@@ -139,7 +151,7 @@ Loaded = list[tuple[Path, Any]]
 
 
 def load(file: Path) -> Any:
-    """Return what a file of JSON or parquet holds. Raises UserError."""
+    """Return the content of a JSON file, or the rows of a parquet file. Raises UserError."""
     if file.suffix == ".parquet":
         return _parquet(file)
     try:
@@ -151,7 +163,10 @@ def load(file: Path) -> Any:
 
 
 def field(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
-    """Return a row's value of this name. Raises UserError that names file and key; true and false are no numbers."""
+    """Return a row's value of this name, of one of these types; true and false do not count as numbers.
+
+    Raises UserError that names the file and the row's key.
+    """
     value = row.get(name) if isinstance(row, dict) else None
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -162,7 +177,7 @@ def field(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: o
 
 
 def optional(file: Path, row: Any, name: str, kind: type | tuple[type, ...], key: object = None) -> Any:
-    """Return a row's value as `field` does, or None where there is none."""
+    """Return a row's value as `field` does, or None if it is missing or null."""
     return None if isinstance(row, dict) and row.get(name) is None else field(file, row, name, kind, key)
 
 

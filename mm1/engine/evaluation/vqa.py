@@ -1,6 +1,6 @@
-"""Accuracy of answers (Antol et al. 2015, VQA): agreement with ten people, as the official evaluation counts it.
+"""Compute the accuracy of answers by agreement with ten people (Antol et al. 2015, VQA), as in the official evaluation.
 
-accuracy = mean over people of  min(1, those of the others who said the same / 3)
+accuracy = mean over people of  min(1, number of the other people who gave this answer / 3)
 """
 
 import re
@@ -12,7 +12,7 @@ _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _DIGIT_COMMA = re.compile(r"\d,\d")
-# Written without one of their apostrophes they get it back.
+# A contraction that lacks one of its apostrophes is repaired.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -28,23 +28,24 @@ _REPAIRED = {
 
 
 def normalize(answer: str) -> str:
-    """Return an answer in lower case, without punctuation and articles, with digits for numbers and all apostrophes.
+    """Return an answer in lower case without punctuation and articles, with digits for number words and apostrophes.
 
-    A mark that touches a space anywhere, or any mark where a comma is between digits, goes; else it becomes a space.
+    A punctuation mark is removed if it is beside a space anywhere in the text, or if the text has a comma between
+    digits; otherwise it becomes a space.
     """
     text = _cleaned(answer)
     joined = bool(_DIGIT_COMMA.search(text))
-    kept = text
+    result = text
     for mark in _PUNCTUATION:
         touches = joined or f"{mark} " in text or f" {mark}" in text
-        kept = kept.replace(mark, "" if touches else " ")
-    kept = _PERIOD.sub("", kept, count=32)  # the official call gives a flag, of value 32, where the count belongs
-    words = [_NUMBERS.get(word, word) for word in kept.lower().split()]
+        result = result.replace(mark, "" if touches else " ")
+    result = _PERIOD.sub("", result, count=32)  # the official call passes a flag, whose value is 32, as the count
+    words = [_NUMBERS.get(word, word) for word in result.lower().split()]
     return " ".join(_REPAIRED.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return 0 to 1. Where all answers are the same, neither they nor the prediction are normalised."""
+    """Return an answer's accuracy, 0 to 1. If all people gave the same answer, nothing is normalised."""
     prediction, answers = _cleaned(prediction), [_cleaned(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalize(prediction), [normalize(answer) for answer in answers]

@@ -1,1 +1,1 @@
-"""Inference: the engine that schedules requests, its cache, sampling and decoding."""
+"""Generate text: schedule requests over a paged cache, decode and sample."""

@@ -1,4 +1,4 @@
-"""An Engine behind asyncio: a thread of its own takes the steps, requests come and go as coroutines.
+"""Run an Engine behind asyncio: its steps run in a thread, and requests are coroutines.
 
 async with AsyncEngine(engine) as running:
     async for piece in running.stream(prompt, Sampling(max_tokens=32)):
@@ -18,33 +18,34 @@ from functools import partial
 import torch
 
 from mm1.engine.data.document import Document
-from mm1.engine.infer.engine import Busy, Engine
+from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.prompts import Prompt, encode_prompts
 from mm1.engine.infer.request import Request
 from mm1.engine.infer.sampling import Sampling
+from mm1.errors import Busy
 
-BETWEEN_SECONDS = 0.005  # between two steps, after which no more requests are taken that have come
-STOP_SECONDS = 10  # for the last step to end
+BETWEEN_SECONDS = 0.005  # limit of the time between two steps in which commands are taken from the inbox
+STOP_SECONDS = 10  # limit of the time that closing waits for the last step
 
 
 class Dead(RuntimeError):
-    """The engine has ended, and why."""
+    """The engine has stopped and computes nothing more. The message says why."""
 
 
 class Stream:
-    """Pieces of one request's text; what has come since the last look comes as one, so that slow readers hold no more
-    than the text. Raises what the engine failed with.
+    """Iterates asynchronously over the pieces of one request's text. Iterating raises a failed request's error.
 
-    request: what it has come to; whole when the pieces end.
+    Pieces that a slow reader has not read are joined, so that they take no more memory than the text.
+    request: the engine's request; complete when the iterator ends.
     """
 
     request: Request
 
     def __init__(self):
         self._pieces: list[str] = []
-        self._news = asyncio.Event()
-        self._taken = False  # whether the engine has the request
-        self._end: Exception | None = None  # StopAsyncIteration for a good one
+        self._outbox = asyncio.Event()
+        self._accepted = False  # whether the engine has the request
+        self._end: Exception | None = None  # StopAsyncIteration if the text is complete
 
     def __aiter__(self) -> "Stream":
         return self
@@ -53,39 +54,40 @@ class Stream:
         while not self._pieces:
             if self._end:
                 raise self._end
-            await self._heard()
+            await self._wait()
         text, self._pieces = "".join(self._pieces), []
         return text
 
-    async def _heard(self) -> None:
-        self._news.clear()
-        await self._news.wait()
+    async def _wait(self) -> None:
+        self._outbox.clear()
+        await self._outbox.wait()
 
-    def _hear(self, news: str | Exception) -> None:
-        if isinstance(news, Exception):
-            self._end = self._end or news
+    def _receive(self, message: str | Exception) -> None:
+        """Take a piece of the text, the end or an error; the empty piece says that the request was accepted."""
+        if isinstance(message, Exception):
+            self._end = self._end or message
         else:
-            self._taken = True
-            self._pieces += [news] if news else []
-        self._news.set()
+            self._accepted = True
+            self._pieces += [message] if message else []
+        self._outbox.set()
 
 
 class AsyncEngine:
-    """Use it with `async with`, in one loop. The engine is then its thread's alone.
+    """Runs an Engine in a thread. Use it with `async with`, in one event loop; nothing else may use the engine then.
 
-    A step that fails ends the requests that it computed, each with its own error, and the next goes on without them.
-    Where it is not known which these were, all that run end. dead: why nothing more is computed, once the device does
-    not answer any longer. Leaving it waits for the present step, but not for one that hangs.
+    A step that fails ends the requests that it computed, each with its own error, and the others go on; if the engine
+    does not say which these were, all running requests end. Once the device no longer responds, `dead` says why and
+    nothing more is computed. Closing waits for the current step, but at most STOP_SECONDS.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.dead: Exception | None = None
         self._closed = False
-        self._opened = 0  # the loop's
-        self._awake: float | None = None  # since when the thread does what it does; None while it waits for work
-        self._streams: dict[Stream, Request] = {}  # the thread's, as is
-        self._news: list[tuple[Stream, str | Exception]] = []  # what is to be told to the loop
+        self._opened = 0  # requests; used only by the loop
+        self._awake: float | None = None  # begin of the thread's current step or command; None while it waits for work
+        self._streams: dict[Stream, Request] = {}  # used only by the thread, as is
+        self._outbox: list[tuple[Stream, str | Exception]] = []  # messages to the loop
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="mm1-engine", daemon=True)
 
@@ -99,20 +101,21 @@ class AsyncEngine:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         if self.hangs:
-            logging.getLogger("mm1").error("the engine's step has taken %.0f s: it is left behind", self.step_seconds)
+            logging.getLogger("mm1").error("the engine's step has taken %.0f s: it is abandoned", self.step_seconds)
 
     @property
     def hangs(self) -> bool:
-        """Say if the engine was closed and its thread goes on, in a step that does not end."""
+        """Say whether the engine was closed while its thread is in a step that does not end."""
         return self._closed and self._thread.is_alive()
 
     @property
     def alive(self) -> bool:
+        """Say whether requests are still computed."""
         return not self.dead and self._thread.is_alive()
 
     @property
     def step_seconds(self) -> float:
-        """Return how long the thread has been in its present step; 0 if it waits for work."""
+        """Return the seconds since the thread's current step began; 0 while it waits for work."""
         awake = self._awake
         return time.monotonic() - awake if awake else 0.0
 
@@ -120,7 +123,10 @@ class AsyncEngine:
     async def open(
         self, prompt: Prompt | Document, sampling: Sampling = Sampling(), scored: int = 0
     ) -> AsyncIterator[Stream]:
-        """Submit a request, which is cancelled if it is left before its end. Raises Busy, UserError and Dead."""
+        """Submit a request; leaving the context before its end cancels it. Raises Busy, UserError and Dead.
+
+        scored: as in Engine.submit.
+        """
         async with self.open_many([(prompt, sampling, scored)]) as [stream]:
             yield stream
 
@@ -128,64 +134,67 @@ class AsyncEngine:
     async def open_many(self, jobs: Sequence[tuple[Prompt | Document, Sampling, int]]) -> AsyncIterator[list[Stream]]:
         """Submit requests between the same two steps: all of them, or none if one is refused.
 
-        jobs: what `open` takes. Each is cancelled if it is left before its end. Raises Busy, UserError and Dead.
+        jobs: the arguments of `open` for each request. Leaving the context before their ends cancels them. Raises Busy,
+        UserError and Dead.
         """
         if not self._thread.is_alive():
             ended = Dead("the engine's thread has ended") if self._thread.ident else None
             raise self.dead or ended or RuntimeError("an AsyncEngine is used within `async with`")
-        if self._opened + len(jobs) > self.engine.batch + self.engine.queue:
+        if self._opened + len(jobs) > self.engine.capacity:
             raise Busy(f"{self._opened} requests are being worked on already")
         self._opened += len(jobs)
         streams = [Stream() for _ in jobs]
         try:
-            prompts = await self._encoded([prompt for prompt, *_ in jobs])
-            if self.dead:  # looked at here, because its thread may not look any more
+            prompts = await self._encode([prompt for prompt, *_ in jobs])
+            if self.dead:  # checked here, because the thread may have stopped reading its inbox
                 raise Dead(f"the engine has stopped: {self.dead}")
-            asked = [(stream, prompt, *job[1:]) for stream, prompt, job in zip(streams, prompts, jobs)]
-            self._inbox.put(partial(self._submit, asked))
+            submissions = [(stream, prompt, *job[1:]) for stream, prompt, job in zip(streams, prompts, jobs)]
+            self._inbox.put(partial(self._submit, submissions))
             for stream in streams:
-                while not stream._taken:
+                while not stream._accepted:
                     if stream._end:
                         raise stream._end
-                    await stream._heard()
+                    await stream._wait()
             yield streams
         finally:
             self._opened -= len(jobs)
             for stream in streams:
                 self._inbox.put(partial(self._cancel, stream))
 
-    async def _encoded(self, prompts: Sequence[Prompt | Document]) -> list[Document]:
+    async def _encode(self, prompts: Sequence[Prompt | Document]) -> list[Document]:
+        """Return documents as they are and other prompts encoded, which happens in a thread."""
         rest = [prompt for prompt in prompts if not isinstance(prompt, Document)]
-        made = iter(
+        encoded = iter(
             await asyncio.to_thread(encode_prompts, self.engine.model, rest, self.engine.context) if rest else ()
         )
-        return [prompt if isinstance(prompt, Document) else next(made) for prompt in prompts]
+        return [prompt if isinstance(prompt, Document) else next(encoded) for prompt in prompts]
 
     async def stream(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncGenerator[str, None]:
-        """Pieces of the text. Closing it, or cancelling who reads it, cancels the request."""
+        """Yield the pieces of a text. Closing the generator or cancelling its reader cancels the request."""
         async with self.open(prompt, sampling) as stream:
             async for piece in stream:
                 yield piece
 
     async def generate(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> Request:
-        """The finished request."""
+        """Return the finished request."""
         async with self.open(prompt, sampling) as stream:
             async for _ in stream:
                 pass
             return stream.request
 
-    # From here on in the thread.
+    # All methods below run in the thread.
 
     def _work(self) -> None:
         while True:
             try:
                 return self._serve()
-            except BaseException as error:  # nobody would be told otherwise, and all would wait
+            except BaseException as error:  # otherwise no request would learn of it, and all would wait
                 logging.getLogger("mm1").exception("the engine's thread failed")
                 self._die(Dead(f"{type(error).__name__}: {error}"))
                 self._report()
 
     def _serve(self) -> None:
+        """Take commands and steps until the inbox holds None."""
         more = False
         while True:
             until = time.monotonic() + BETWEEN_SECONDS if more else math.inf
@@ -205,28 +214,29 @@ class AsyncEngine:
             self._report()
 
     def _die(self, why: Dead) -> None:
-        """From now on every request is told why none is answered."""
+        """End all requests, and every later one, with this error."""
         self.dead = why
-        self._news += [(stream, why) for stream in self._streams]
+        self._outbox += [(stream, why) for stream in self._streams]
         self._streams.clear()
 
-    def _submit(self, asked: Sequence[tuple[Stream, Document, Sampling, int]]) -> None:
+    def _submit(self, submissions: Sequence[tuple[Stream, Document, Sampling, int]]) -> None:
+        """Submit all requests to the engine, or report the error of the first one that it refuses to all of them."""
         submitted: list[Stream] = []
         try:
-            for stream, document, sampling, scored in asked:
+            for stream, document, sampling, scored in submissions:
                 if self.dead:
                     raise Dead(f"the engine has stopped: {self.dead}")
-                tell = partial(self._tell, stream)
-                stream.request = self._streams[stream] = self.engine.submit(document, sampling, tell, scored)
+                on_text = partial(self._on_text, stream)
+                stream.request = self._streams[stream] = self.engine.submit(document, sampling, on_text, scored)
                 submitted.append(stream)
-            self._news += [(stream, "") for stream in submitted]
+            self._outbox += [(stream, "") for stream in submitted]
         except Exception as error:
             for stream in submitted:
                 self._cancel(stream)
-            self._news += [(stream, error) for stream, *_ in asked]
+            self._outbox += [(stream, error) for stream, *_ in submissions]
 
-    def _tell(self, stream: Stream, piece: str) -> None:
-        self._news.append((stream, piece))
+    def _on_text(self, stream: Stream, piece: str) -> None:
+        self._outbox.append((stream, piece))
 
     def _cancel(self, stream: Stream) -> None:
         if request := self._streams.pop(stream, None):
@@ -244,27 +254,27 @@ class AsyncEngine:
             running = [s for s, request in self._streams.items() if request in self.engine.running]
             self._fail(ended or running or list(self._streams), failed)
             torch.zeros(1, device=self.engine.device).item()
-        except Exception as error:  # CUDA's errors stay
+        except Exception as error:  # after a CUDA error every later call fails too
             self._die(Dead(f"{error} after {failed}"))
         return bool(self._streams)
 
     def _fail(self, streams: list[Stream], error: Exception) -> None:
         for stream in streams:
             own = self._streams[stream].error
-            self._news.append((stream, own if isinstance(own, Exception) else error))
+            self._outbox.append((stream, own if isinstance(own, Exception) else error))
             self._cancel(stream)
 
     def _report(self) -> None:
-        """All news of a step at once."""
+        """Send all messages of a step to the loop at once."""
         for stream in [s for s, request in self._streams.items() if request.finish]:
             del self._streams[stream]
-            self._news.append((stream, StopAsyncIteration()))
-        if self._news:
-            news, self._news = self._news, []
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                self._loop.call_soon_threadsafe(_deliver, news)
+            self._outbox.append((stream, StopAsyncIteration()))
+        if self._outbox:
+            messages, self._outbox = self._outbox, []
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits for them
+                self._loop.call_soon_threadsafe(_deliver, messages)
 
 
-def _deliver(news: list[tuple[Stream, str | Exception]]) -> None:
-    for stream, what in news:
-        stream._hear(what)
+def _deliver(messages: list[tuple[Stream, str | Exception]]) -> None:
+    for stream, message in messages:
+        stream._receive(message)

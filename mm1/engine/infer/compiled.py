@@ -1,10 +1,10 @@
-"""Compiles a C++ source for this machine when it is first wanted, and keeps it in the user's cache.
+"""Compile a C++ source for this machine at its first use, and cache the library in the user's cache folder.
 
-What is loaded runs as the user, so nothing is loaded that anyone else could have written: neither folder nor file may
-belong to, or be writable by, another. A folder of the user's own that only a group may write, as a umask of 002 makes
-it, is closed to the group. A file ends in the SHA-256 of its key and of all before that, because to load one
-that is cut short may end the process (SIGBUS). Where the cache cannot be used, the code is compiled for this process
-alone, in a private folder that is removed once it is loaded.
+A library runs with the user's rights, so it is loaded only if nobody else could have written it: folder and file must
+belong to the user, and no other user may write them. If only the group may write the user's folder, as with a umask of
+002, that right is removed. A file ends in the SHA-256 of its key and its content, because loading a truncated library
+can kill the process (SIGBUS). If the cache cannot be used, the code is compiled for this process alone, in a private
+folder that is removed after loading.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-LIMIT = 120.0  # seconds a compiler may take; three are usual
+LIMIT = 120.0  # seconds that a compiler may take; three are usual
 DIGEST = hashlib.sha256().digest_size
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ class CannotCompile(Exception):
 
 
 def compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: Callable[[], Path]) -> ctypes.CDLL:
-    """Return the compiled source, from `folder()` if it was compiled before. Raises CannotCompile.
+    """Return the compiled source, from the cache folder if it was compiled before. Raises CannotCompile.
 
-    compiler: a program and its first arguments. folder: made if it is not there; may raise OSError, or RuntimeError as
-    Path.home() does.
+    compiler: a program and its first arguments; flags: its options; folder: returns the cache folder, which is created
+    if it does not exist, or raises OSError, or RuntimeError as Path.home() does.
     """
     parts = [source.read_text(), compiler, version_of(compiler), flags, processor()]
     key = hashlib.sha256(repr(parts).encode()).digest()
@@ -48,29 +48,29 @@ def compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: 
         return loaded
     try:
         with tempfile.TemporaryDirectory(prefix="mm1-") as private:
-            ours = Path(private) / "library.so"
-            _run([*compiler, *flags, "-o", str(ours), str(source)])
+            library = Path(private) / "library.so"
+            _run([*compiler, *flags, "-o", str(library), str(source)])
             if path:
                 try:
-                    _keep(ours.read_bytes(), path, key)
+                    _store(library.read_bytes(), path, key)
                     if loaded := _loaded(path, key):
                         return loaded
-                    why = f"what {path.parent} holds cannot be loaded"  # mounted without execution, perhaps
+                    why = f"libraries in {path.parent} cannot be loaded"  # perhaps it is mounted without execution
                 except OSError as error:
                     why = str(error)
             log.warning("%s is compiled for this process alone: %s", source.name, why)
-            return ctypes.CDLL(str(ours))
+            return ctypes.CDLL(str(library))
     except OSError as error:
         raise CannotCompile(str(error)) from None
 
 
 def version_of(compiler: list[str]) -> str:
-    """Return what a compiler says of its version. Raises CannotCompile."""
+    """Return the output of a compiler's --version. Raises CannotCompile."""
     return _run([*compiler, "--version"])
 
 
 def processor() -> str:
-    """Return what -march=native depends on: a home folder may be shared by several machines."""
+    """Describe the processor, on which -march=native depends: several machines may share one home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -80,18 +80,18 @@ def processor() -> str:
 
 
 def _loaded(path: Path, key: bytes) -> ctypes.CDLL | None:
-    """Return the library; None if it is not there, is not ours alone, is not whole or does not fit this machine."""
+    """Return the cached library; None if it is missing, not private, truncated or not for this machine."""
     try:
         _expect_private(path)
         data = path.read_bytes()
-        whole = data[-DIGEST:] == hashlib.sha256(key + data[:-DIGEST]).digest()
-        return ctypes.CDLL(str(path)) if whole else None
+        intact = data[-DIGEST:] == hashlib.sha256(key + data[:-DIGEST]).digest()
+        return ctypes.CDLL(str(path)) if intact else None
     except OSError:
         return None
 
 
 def _close_to_group(place: Path) -> None:
-    """Take the group's right to write from a folder of the user's own; each file in it is checked as it is loaded."""
+    """Remove the group's right to write the user's own folder; files in it are still checked when they are loaded."""
     status = place.stat()
     shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP
     if shared and status.st_uid == os.geteuid():
@@ -99,7 +99,7 @@ def _close_to_group(place: Path) -> None:
 
 
 def _expect_private(path: Path) -> None:
-    """Raise OSError if somebody else owns it or may write it; a link counts as what it leads to."""
+    """Raise OSError if another user owns a path or may write it; links are followed."""
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}")
@@ -107,9 +107,11 @@ def _expect_private(path: Path) -> None:
         raise PermissionError(f"others may write {path}: chmod go-w {path}")
 
 
-def _keep(data: bytes, path: Path, key: bytes) -> None:
-    """Write all of it or nothing, whoever else writes the same. Raises OSError."""
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".part")  # for this user alone
+def _store(data: bytes, path: Path, key: bytes) -> None:
+    """Write a library atomically; other processes may write the same file. Raises OSError."""
+    number, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f"{path.stem}.", suffix=".part"
+    )  # only this user can read it
     try:
         with open(number, "wb") as file:
             file.write(data + hashlib.sha256(key + data).digest())
@@ -135,7 +137,7 @@ def _run(command: list[str]) -> str:
         except subprocess.TimeoutExpired:
             raise CannotCompile(f"{command[0]} took longer than {LIMIT:g} s") from None
         finally:
-            if process.poll() is None:  # also at Ctrl-C
+            if process.poll() is None:  # after Ctrl-C too
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)

@@ -1,7 +1,7 @@
-// Few new rows of documents, on a CPU: the whole decoder in one call, all threads from its first layer to its last. A
-// step reads every weight once and computes little with it; torch's products of few rows, and some ten calls a layer,
-// do not get near the memory's rate. decode.py compiles this for the machine it runs on; decoder.py says what it
-// computes. Arithmetic is in fp32, whatever weights and cache are stored as. A row's bits do not depend on the others.
+// Computes the whole decoder for a few new rows on a CPU, in one call and one parallel region. A step reads every weight
+// once and computes little with it; torch, with its products of few rows and ten calls a layer, stays far below the
+// memory's bandwidth. decode.py compiles this file for the machine; layers/decoder.py defines the computation. Weights
+// and cache may be stored in other types, but arithmetic is fp32. The bits of a row do not depend on the other rows.
 
 #include <algorithm>
 #include <cmath>
@@ -10,27 +10,27 @@
 #include <vector>
 
 #ifdef __AVX512F__
-constexpr int LANES = 16, MOST_ROWS = 8;  // of x at once: 2 · 8 sums and a row of x fit 32 registers
+constexpr int LANES = 16, MAX_ROWS = 8;  // rows of x at once: 2 · 8 sums and a row of x fit into 32 registers
 #else
-constexpr int LANES = 8, MOST_ROWS = 4;
+constexpr int LANES = 8, MAX_ROWS = 4;
 #endif
 template <class T> using Lanes [[gnu::vector_size(LANES * sizeof(T))]] = T;
 using Vec = Lanes<float>;
 struct bf16 { uint16_t bits; };
 
 extern "C" {
-struct Matrix {  // [N, K], rows one after the other
+struct Matrix {  // [N, K], row-major
     const void *data;
-    const float *scale;  // of each row, if it is stored as int8
+    const float *scale;  // by row, of int8 weights
     int64_t kind;        // 0 float, 1 bf16, 2 int8
 };
 
 struct Layer {
     const float *norm1, *q_norm, *k_norm, *norm2;  // q_norm and k_norm may be null
     Matrix qkv, out, router, gate, up, down;
-    int64_t experts;  // 1 of a dense layer, which has no router
-    int64_t gate_stride;  // rows from an expert's gate to the next one's, and of up
-    void *k, *v;  // [pages, page, G, Dh], stored as `cache` says
+    int64_t experts;  // 1 in a dense layer, which has no router
+    int64_t gate_stride;  // rows between the gates of two experts, and between their ups
+    void *k, *v;  // [pages, page, G, Dh], of the type Model.cache
 };
 
 struct Model {
@@ -49,30 +49,30 @@ template <class T> static Lanes<T> raw(const T *p) {
     return v;
 }
 static Vec load(const float *p) { return raw(p); }
-static Vec load(const int8_t *p) {  // by doubles: compilers know no step from 8 to 32 bits
+static Vec load(const int8_t *p) {  // in two steps, because compilers do not vectorize a conversion from 8 to 32 bits
     auto wider = __builtin_convertvector(raw(p), Lanes<int16_t>);
     return __builtin_convertvector(__builtin_convertvector(wider, Lanes<int32_t>), Vec);
 }
 static Vec load(const bf16 *p) {
     return (Vec)(__builtin_convertvector(raw(&p->bits), Lanes<uint32_t>) << 16);
 }
-static float one(float x) { return x; }
-static float one(int8_t x) { return x; }
-static float one(bf16 x) {
+static float to_float(float x) { return x; }
+static float to_float(int8_t x) { return x; }
+static float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float y;
     std::memcpy(&y, &bits, 4);
     return y;
 }
-static void put(float *p, float x) { *p = x; }
-static void put(bf16 *p, float x) {  // to the nearest, ties to even
+static void store(float *p, float x) { *p = x; }
+static void store(bf16 *p, float x) {  // rounds to nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     p->bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-static void save(float *p, Vec x) { std::memcpy(p, &x, sizeof x); }
-static Vec all(float x) { return x - Vec{}; }
-template <int N> static float sum(const float *x) {  // by halves, which are vectors as well
+static void store(float *p, Vec x) { std::memcpy(p, &x, sizeof x); }
+static Vec broadcast(float x) { return x - Vec{}; }
+template <int N> static float sum(const float *x) {  // adds the halves, which are vectors too
     typedef float Half __attribute__((vector_size(N * 2)));
     Half a, b;
     std::memcpy(&a, x, sizeof a);
@@ -83,16 +83,16 @@ template <int N> static float sum(const float *x) {  // by halves, which are vec
 template <> float sum<1>(const float *x) { return *x; }
 static float sum(Vec x) { return sum<LANES>((const float *)&x); }
 
-// e^x to 2 ulp (Cephes' polynomial); below -87 as of -87.
+// Returns e^x to 2 ulp (Cephes' polynomial); x is clamped to -87 … 88.
 static Vec exp(Vec x) {
-    x = x > all(88) ? all(88) : x < all(-87) ? all(-87) : x;
+    x = x > broadcast(88) ? broadcast(88) : x < broadcast(-87) ? broadcast(-87) : x;
     Vec n = (x * 1.44269504f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Vec p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
              1.6666665459e-1f) * r + 5.0000001201e-1f;
     return (p * r * r + r + 1) * (Vec)((__builtin_convertvector(n, Lanes<int32_t>) + 127) << 23);
 }
 
-// out[m][n] = w[n] · x[m]; ahead: numbers to the row that is wanted soon
+// Computes out[m][n] = w[n] · x[m]. ahead: distance, in elements, to the row of w to prefetch.
 template <int N, int M, class W>
 static void tile(const W *w, int64_t stride, const float *const *x, int64_t K, float (*out)[N], int64_t ahead = 0) {
     Vec acc[N][M] = {};
@@ -106,13 +106,13 @@ static void tile(const W *w, int64_t stride, const float *const *x, int64_t K, f
     for (int n = 0; n < N; n++)
         for (int m = 0; m < M; m++) {
             float y = sum(acc[n][m]);
-            for (int64_t i = k; i < K; i++) y += one(w[n * stride + i]) * x[m][i];
+            for (int64_t i = k; i < K; i++) y += to_float(w[n * stride + i]) * x[m][i];
             out[m][n] = y;
         }
 }
 
 template <int N, int M, class W, class Emit>
-static void some(const W *w, int64_t stride, const float *const *x, int64_t K, int m, int n, int64_t ahead,
+static void emit_tile(const W *w, int64_t stride, const float *const *x, int64_t K, int m, int n, int64_t ahead,
                  Emit &&emit) {
     float out[M][N];
     tile<N, M>(w, stride, x + m, K, out, ahead);
@@ -120,22 +120,22 @@ static void some(const W *w, int64_t stride, const float *const *x, int64_t K, i
         for (int j = 0; j < N; j++) emit(m + i, n + j, out[i][j]);
 }
 
-// emit(m, n, w[n] · x[m]) for n < N: few rows of x, which stay in the first cache, meet all of w in turn.
+// Calls emit(m, n, w[n] · x[m]) for n < N. The few rows of x stay in the first-level cache while w is read once.
 template <class W, class Emit>
 static void rows(const W *w, int64_t stride, int N, const float *const *x, int M, int64_t K, Emit &&emit) {
     int m = 0, whole = N / 4 * 4;
-    int64_t ahead = std::max<int64_t>(1, 1024 / stride) * stride;  // 4 kB: without, memory waits for the products
-    for (; m + MOST_ROWS <= M; m += MOST_ROWS)
-        for (int n = 0; n < whole; n += 2) some<2, MOST_ROWS>(w + n * stride, stride, x, K, m, n, ahead, emit);
+    int64_t ahead = std::max<int64_t>(1, 1024 / stride) * stride;  // 4 kB of fp32; without it, reads wait for the products
+    for (; m + MAX_ROWS <= M; m += MAX_ROWS)
+        for (int n = 0; n < whole; n += 2) emit_tile<2, MAX_ROWS>(w + n * stride, stride, x, K, m, n, ahead, emit);
     for (; m + 2 <= M; m += 2)
-        for (int n = 0; n < whole; n += 4) some<4, 2>(w + n * stride, stride, x, K, m, n, ahead, emit);
+        for (int n = 0; n < whole; n += 4) emit_tile<4, 2>(w + n * stride, stride, x, K, m, n, ahead, emit);
     for (; m < M; m++)
-        for (int n = 0; n < whole; n += 4) some<4, 1>(w + n * stride, stride, x, K, m, n, ahead, emit);
+        for (int n = 0; n < whole; n += 4) emit_tile<4, 1>(w + n * stride, stride, x, K, m, n, ahead, emit);
     for (int n = whole; n < N; n++)
-        for (m = 0; m < M; m++) some<1, 1>(w + n * stride, stride, x, K, m, n, ahead, emit);
+        for (m = 0; m < M; m++) emit_tile<1, 1>(w + n * stride, stride, x, K, m, n, ahead, emit);
 }
 
-// Rows first … first + N - 1 of w.
+// Calls emit(m, n, w[first + n] · x[m]) for n < N.
 template <class Emit>
 static void product(const Matrix &w, int64_t first, int N, const float *const *x, int M, int64_t K, Emit &&emit) {
     if (w.kind == 0) rows((const float *)w.data + first * K, K, N, x, M, K, emit);
@@ -152,7 +152,7 @@ static void norm(const float *x, const float *weight, int64_t n, float eps, floa
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
-// Softmax in place without its division, over n; returns the sum.
+// Replaces n scores by their softmax without the division, and returns the sum to divide by.
 static float exponentials(float *s, int64_t n) {
     float top = *std::max_element(s, s + n), total = 0;
     int64_t i = 0;
@@ -160,20 +160,21 @@ static float exponentials(float *s, int64_t n) {
     for (; i + LANES <= n; i += LANES) {
         Vec e = exp(load(s + i) - top);
         sums += e;
-        save(s + i, e);
+        store(s + i, e);
     }
     for (; i < n; i++) total += s[i] = std::exp(s[i] - top);
     return total + sum(sums);
 }
 
-// Of one group the first of a page's rows, which are c.groups · c.head apart.
+// Returns the first row of a page of one group; the next rows follow at a distance of c.groups · c.head.
 template <class T> static T *page_of(const Model &c, void *cache, int32_t page, int64_t g) {
     return (T *)cache + (page * c.page * c.groups + g) * c.head;
 }
 
-// Of one row and group, fp32 [R + 2, Dh]: turns queries and key, and keeps key and value.
+// Normalizes and rotates the queries and the key of one row and group, qkv fp32 [R + 2, Dh], and stores key and value
+// in the cache.
 template <class T>
-static void keep(const Model &c, const Layer &l, float *qkv, int64_t g, int64_t position, const int32_t *pages,
+static void rotate_and_store(const Model &c, const Layer &l, float *qkv, int64_t g, int64_t position, const int32_t *pages,
                  const float *cosines, const float *sines) {
     int64_t R = c.heads / c.groups, D = c.head, half = D / 2;
     for (int64_t r = 0; r <= R; r++) {
@@ -188,10 +189,10 @@ static void keep(const Model &c, const Layer &l, float *qkv, int64_t g, int64_t 
     int64_t row = position % c.page * c.groups * D;
     T *k = page_of<T>(c, l.k, pages[position / c.page], g) + row;
     T *v = page_of<T>(c, l.v, pages[position / c.page], g) + row;
-    for (int64_t i = 0; i < D; i++) put(k + i, qkv[R * D + i]), put(v + i, qkv[(R + 1) * D + i]);
+    for (int64_t i = 0; i < D; i++) store(k + i, qkv[R * D + i]), store(v + i, qkv[(R + 1) * D + i]);
 }
 
-// y[i…] += Σ_j s[j] · v[j][i…] over N vectors of rows j, `stride` apart
+// Adds Σ_j s[j] · v[j] to N vectors of y; rows j of v are `stride` apart.
 template <int N, class T>
 static void weighted(const T *v, int64_t stride, int64_t rows, const float *s, float *y) {
     Vec acc[N];
@@ -201,10 +202,10 @@ static void weighted(const T *v, int64_t stride, int64_t rows, const float *s, f
             acc[i] += load(v + j * stride + i * LANES) * s[j];
             __builtin_prefetch(v + (j + rows) * stride + i * LANES);
         }
-    for (int i = 0; i < N; i++) save(y + i * LANES, acc[i]);
+    for (int i = 0; i < N; i++) store(y + i * LANES, acc[i]);
 }
 
-// y [H, Dh] of a row's queries, over its document up to itself, of groups `first` to `end`: page by page, as they lie.
+// Computes attention y [H, Dh] of one row over its text up to itself, for groups `first` to `end`, page by page.
 template <class T>
 static void attend(const Model &c, const Layer &l, const float *qkv, int64_t first, int64_t end, int64_t position,
                    const int32_t *pages, const float **heads, float *scores, float *y) {
@@ -228,11 +229,11 @@ static void attend(const Model &c, const Layer &l, const float *qkv, int64_t fir
             for (; i + 4 * LANES <= D; i += 4 * LANES) weighted<4>(v + i, stride, n, s, y + h * D + i);
             for (; i + LANES <= D; i += LANES) weighted<1>(v + i, stride, n, s, y + h * D + i);
             for (; i < D; i++)
-                for (int64_t m = 0; m < n; m++) y[h * D + i] += one(v[m * stride + i]) * s[m];
+                for (int64_t m = 0; m < n; m++) y[h * D + i] += to_float(v[m * stride + i]) * s[m];
         }
 }
 
-// Experts of a token by its logits: the highest, of equal ones the first; softmax over the chosen.
+// Chooses the K experts of a token with the highest logits, the first of equal ones, and their softmax weights.
 static void choose(const float *logits, int64_t E, int64_t K, int32_t *index, float *weight) {
     float total = 0;
     for (int64_t k = 0; k < K; k++) {
@@ -245,27 +246,27 @@ static void choose(const float *logits, int64_t E, int64_t K, int32_t *index, fl
     for (int64_t k = 0; k < K; k++) weight[k] /= total;
 }
 
-// B rows by their tokens, or embedded already fp32 [B, D]; positions [B]; pages: of each row's document. Of `count`
-// rows `wanted` logits fp32 [count, V], and of each the best and its log-probability.
+// Computes B rows, given by their tokens or as embeddings fp32 [B, D]. positions [B]: in their texts; pages: of each
+// row's text. For the `count` rows in `outputs` it writes logits fp32 [count, V], the best token and its log-probability.
 extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, const float *embedded,
-                       const int64_t *positions, const int32_t *const *pages, int64_t count, const int64_t *wanted,
+                       const int64_t *positions, const int32_t *const *pages, int64_t count, const int64_t *outputs,
                        float *logits, int64_t *best, float *logprobs, int threads) {
     const Model &c = *model;
     const int64_t D = c.width, H = c.heads * c.head, K = c.chosen, half = c.head / 2, R = c.heads / c.groups;
     const int64_t QKV = (R + 2) * c.head * c.groups, longest = 1 + *std::max_element(positions, positions + B);
-    const int64_t block = B > MOST_ROWS ? 32 : 4;  // rows of a weight at once; to many rows of x they come from a cache
-    const int64_t together = B < threads ? 1 : c.groups;  // of a row by one thread: their keys lie side by side
-    int64_t most = 1;
-    for (int64_t i = 0; i < c.layers; i++) most = std::max(most, c.layer[i].experts);
+    const int64_t block = B > MAX_ROWS ? 32 : 4;  // rows of a weight at once; for many rows of x they stay in a cache
+    const int64_t together = B < threads ? 1 : c.groups;  // groups of a row for one thread: their keys are adjacent
+    int64_t max_experts = 1;
+    for (int64_t i = 0; i < c.layers; i++) max_experts = std::max(max_experts, c.layer[i].experts);
     std::vector<float> x(B * D), y(B * D), qkv(B * QKV), attended(B * H), hidden(B * K * c.ffn), cosines(B * half),
-        sines(B * half), router(B * most), weight(B * K);
+        sines(B * half), router(B * max_experts), weight(B * K);
     std::vector<int32_t> index(B * K);
-    struct Slot { int64_t token, place; };  // place: of its hidden row
-    std::vector<std::vector<Slot>> slots(most);
+    struct Slot { int64_t token, place; };  // place: index of its row in `hidden`
+    std::vector<std::vector<Slot>> slots(max_experts);
     std::vector<int64_t> active;
     std::vector<const float *> normed(B), rows_attended(B), last(count);
     for (int64_t b = 0; b < B; b++) normed[b] = &y[b * D], rows_attended[b] = &attended[b * H];
-    for (int64_t i = 0; i < count; i++) last[i] = normed[wanted[i]];
+    for (int64_t i = 0; i < count; i++) last[i] = normed[outputs[i]];
 
     #pragma omp parallel num_threads(threads)
     {
@@ -279,10 +280,10 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
             }
             for (int64_t i = 0; i < D; i++)
                 x[b * D + i] = embedded           ? embedded[b * D + i]
-                               : c.embedding.kind ? one(((const bf16 *)c.embedding.data)[tokens[b] * D + i])
+                               : c.embedding.kind ? to_float(((const bf16 *)c.embedding.data)[tokens[b] * D + i])
                                                   : ((const float *)c.embedding.data)[tokens[b] * D + i];
         }
-        // emit(m, n, value) of all rows n of w, shared among the threads
+        // Calls emit(m, n, w[n] · in[m]) for all rows n of w, which are divided among the threads.
         auto linear = [&](const Matrix &w, int64_t N, const std::vector<const float *> &in, int64_t width, auto emit) {
             #pragma omp for schedule(static)
             for (int64_t n = 0; n < N; n += block)
@@ -301,8 +302,8 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
             #pragma omp for schedule(static)
             for (int64_t task = 0; task < B * c.groups; task++) {
                 int64_t b = task / c.groups, g = task % c.groups;
-                (c.cache ? keep<bf16> : keep<float>)(c, l, group(b, g), g, positions[b], pages[b], &cosines[b * half],
-                                                     &sines[b * half]);
+                (c.cache ? rotate_and_store<bf16> : rotate_and_store<float>)(
+                    c, l, group(b, g), g, positions[b], pages[b], &cosines[b * half], &sines[b * half]);
             }
             #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < B * c.groups; task += together) {
@@ -326,7 +327,7 @@ extern "C" void decode(const Model *model, int64_t B, const int64_t *tokens, con
                     if (slots[index[s]].empty()) active.push_back(index[s]);
                     slots[index[s]].push_back({s / chosen, s});
                 }
-                std::sort(active.begin(), active.end());  // sums in one order, whoever else is there
+                std::sort(active.begin(), active.end());  // the order of sums must not depend on other rows
             }
             const int64_t F = c.ffn, blocks = (F + block - 1) / block;
             #pragma omp for schedule(static)

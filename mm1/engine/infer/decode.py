@@ -1,4 +1,4 @@
-"""One decoding step on a CPU in one call: decode.cpp, compiled for this machine when it is first wanted."""
+"""Run a decoding step on a CPU in one call of decode.cpp, which is compiled for this machine at its first use."""
 
 import ctypes
 import os
@@ -21,8 +21,8 @@ from mm1.kernels.tuning import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-PRODUCTS = 300_000_000  # so many multiplications and additions take less than torch's calls (digits: 220 rows of 1.4 M)
-PAIRS = 4  # times as long as one of them takes one of attention, whose keys each row reads anew
+PRODUCTS = 300_000_000  # multiply-adds that take less time than the calls of torch (digits: 220 rows of 1.4 M)
+PAIRS = 4  # time of a multiply-add in attention, whose keys each row reads again, in multiply-adds of a weight
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -48,7 +48,7 @@ class _Model(ctypes.Structure):
 
 @cache
 def library() -> "ctypes.CDLL | None":
-    """The compiled code, from the user's cache if it was compiled before; None, with a warning, where it cannot be."""
+    """Return the compiled code, from the user's cache if it was compiled before; warn and return None if that fails."""
     try:
         if os.name != "posix":  # the flags are those of POSIX compilers, whatever CXX says
             why = f"{SOURCE.name} is compiled on POSIX systems alone"
@@ -60,31 +60,31 @@ def library() -> "ctypes.CDLL | None":
             why = "no C++ compiler found"
     except (CannotCompile, OSError, ValueError) as error:  # ValueError: CXX has an open quotation mark
         why = f"cannot compile {SOURCE.name}: {error}"
-    warnings.warn(f"{why}; each token is decoded by many calls of torch in place of one", stacklevel=2)
+    warnings.warn(f"{why}; each token is decoded by many calls of torch instead of one", stacklevel=2)
     return None
 
 
 def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
-    """None where it cannot run: on a GPU, in fp16, with weights that torchao packs, without a compiler.
+    """Return the step of a decoder, or None where it cannot run.
 
-    decoder, head: a DecoderLM and its Head, or as quantize.py makes them.
+    It runs neither on a GPU nor in fp16 nor with torchao's weights, nor if decode.cpp cannot be compiled.
+    decoder, head: a DecoderLM and its Head, or the two that quantize.py returns for them.
     """
-    named = decoder.named_parameters()
-    known = all(
+    supported = all(
         type(p) is nn.Parameter and p.dtype in KINDS and p.is_contiguous() and not name.endswith("bias")
-        for name, p in named
+        for name, p in decoder.named_parameters()
     )
-    on_cpu = known and cache.k.device.type == "cpu"
+    on_cpu = supported and cache.k.device.type == "cpu"
     return Step(decoder, head, cache, code) if on_cpu and (code := library()) else None
 
 
 class Step:
-    """Runs a decoder and its head over a cache; weights are used where they are."""
+    """Runs a decoder and its head over a cache; the weights are used in place, not copied."""
 
     def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
         c = decoder.config
-        self.vocabulary, self.code, self._kept = c.vocabulary, code, [cache.k, cache.v]
-        self._of = decoder, head, cache
+        self.vocabulary, self.code, self._alive = c.vocabulary, code, [cache.k, cache.v]
+        self._arguments = decoder, head, cache
         layers = (_Layer * c.layers)()
         for layer, block, k, v in zip(layers, decoder.blocks, cache.k, cache.v):
             a, mlp = block.attention, block.mlp
@@ -112,40 +112,41 @@ class Step:
             self._matrix(decoder.embedding.weight), self._linear(head), layers,
         )  # fmt: skip
 
-    def takes(self, rows: int, pairs: int) -> bool:
-        """Say whether torch is slower for so many rows that see so many keys, summed over the rows."""
+    def is_faster(self, rows: int, pairs: int) -> bool:
+        """Say whether this step is faster than torch. pairs: keys that a row attends to, summed over the rows."""
         return rows * self._row + pairs * self._pair <= PRODUCTS
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Addresses and code are of this process; a copy, or where it cannot be compiled None, is made anew."""
-        return step_of, self._of
+        """Pickle the arguments of step_of, because addresses and code belong to this process."""
+        return step_of, self._arguments
 
     def _vector(self, x: Any) -> int:
-        self._kept.append(x.detach().float().contiguous())
-        return self._kept[-1].data_ptr()
+        self._alive.append(x.detach().float().contiguous())
+        return self._alive[-1].data_ptr()
 
     def _linear(self, module: nn.Module) -> _Matrix:
         return self._matrix(module.weight, getattr(module, "scale", None))
 
     def _matrix(self, weight: Any, scale: Tensor | None = None) -> _Matrix:
-        """scale: of int8's rows."""
-        self._kept += [weight, scale]
+        """Return a matrix for decode.cpp. scale: of each row of int8 weights."""
+        self._alive += [weight, scale]
         return _Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), KINDS[weight.dtype])
 
     def __call__(
         self, rows: Sequence[int] | Tensor, positions: Sequence[int] | np.ndarray, tables: Sequence[np.ndarray],
-        wanted: Sequence[int] | np.ndarray | None = None,
+        outputs: Sequence[int] | np.ndarray | None = None,
     ) -> tuple[Tensor, list[int], list[float]]:  # fmt: skip
-        """Logits fp32 [B, V] of B new rows or of those `wanted`, the likeliest tokens and their log-probabilities.
+        """Return logits fp32 [B, V], the likeliest tokens and their log-probabilities after B new rows (or some).
 
-        rows: tokens, or embedded ones fp32 [B, D]; positions: in their documents, of which a row sees what the cache
-        has and what is new up to itself; tables int32: pages of each row's document.
+        rows: token ids, or embeddings fp32 [B, D]; positions: of the rows in their texts; tables int32: the pages of
+        each row's text; outputs: indices of the rows to return, by default all. A row attends to its text's cached rows
+        and to its new rows up to itself.
         """
-        B, last = len(positions), range(len(positions)) if wanted is None else wanted
+        B, last = len(positions), range(len(positions)) if outputs is None else outputs
         logits, best = torch.empty(len(last), self.vocabulary), np.empty(len(last), np.int64)
         logprobs = np.empty(len(last), np.float32)
-        given = rows.contiguous().numpy() if isinstance(rows, Tensor) else np.array(rows, np.int64)
-        places = (None, given.ctypes.data) if isinstance(rows, Tensor) else (given.ctypes.data, None)
+        inputs = rows.contiguous().numpy() if isinstance(rows, Tensor) else np.array(rows, np.int64)
+        places = (None, inputs.ctypes.data) if isinstance(rows, Tensor) else (inputs.ctypes.data, None)
         pages = np.array([table.ctypes.data for table in tables], np.uintp)
         at, which = np.array(positions, np.int64), np.array(last, np.int64)
         self.code.decode(

@@ -1,7 +1,7 @@
-"""The text that a request's tokens become, while they come.
+"""Detokenize a stream: return the text of a request's tokens, up to end-of-text or a stop string.
 
-It is that of TextTokenizer.decode for all tokens before end-of-text, up to the first stop string; the pieces that are
-streamed, joined, are the same text. A token costs the same however long the text is.
+The text is that of TextTokenizer.decode, and so is the concatenation of the streamed pieces. The time for a token does
+not depend on the length of the text.
 """
 
 import codecs
@@ -9,28 +9,32 @@ from collections.abc import Callable, Sequence
 
 from mm1.engine.data.text_tokenizer import TextTokenizer
 
-MARGIN = 3  # bytes behind a cut that may belong to a character before it
+MARGIN = 3  # bytes after a cut that can belong to a character before it
 
 
 class Text:
-    """Collects the text of one prompt. It ends at end-of-text or before a stop string; what is settled is streamed."""
+    """Collects the text of one request; it ends at end-of-text or before a stop string.
+
+    stop: stop strings; emit: called with each piece that no stop string can still remove; done: whether it has ended.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], emit: Callable[[str], None] | None):
         self.tokenizer, self.stop, self.emit = tokenizer, [s for s in stop if s], emit
         self.done = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character
-        self._begun = False  # whether a token has added something
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # buffers the bytes of an incomplete character
+        self._begun = False  # whether a token has added text
         self._settled: list[str] = []
-        self._held = ""  # the end of the text where it may be the beginning of a stop string
+        self._pending = ""  # the text's end, while it can be the beginning of a stop string
         self._unsent: list[str] = []
 
     @property
     def text(self) -> str:
-        """Return the text without half a character at its end."""
+        """Return the text so far, without an incomplete character at its end."""
         self._settled = ["".join(self._settled)]
-        return self._settled[0] + self._held
+        return self._settled[0] + self._pending
 
     def add(self, token: int) -> None:
+        """Append a token. Raises what `emit` raises."""
         if self.done:
             return
         if token == self.tokenizer.eos:
@@ -42,30 +46,31 @@ class Text:
         self._send()
 
     def finish(self) -> None:
-        """Write what was held back: half a character becomes U+FFFD."""
+        """Emit the text that is still pending; an incomplete character becomes U+FFFD."""
         self._grow(self._decoder.decode(b"", final=True))
-        self._settle(self._held, "")
+        self._settle(self._pending, "")
         self._send()
 
     def ends(self, tokens: Sequence[int]) -> bool:
-        """Say whether a text of these tokens is done, of which it was not done without the last."""
+        """Say whether the last of these tokens ends a text that has not ended before it."""
         if tokens[-1:] == (self.tokenizer.eos,):
             return True
         if not self.stop:
             return False
-        # As many bytes as the longest stop string can take, so that one that ends in the last token is seen whole.
+        # Decode the bytes of the longest stop string, so that one that ends in the last token is complete.
         first, needed = len(tokens) - 1, 4 * max(map(len, self.stop)) + MARGIN
         while first > 0 and needed > 0:
             first -= 1
             needed -= len(self.tokenizer.token_bytes(tokens[first]))
         *before, last = self.tokenizer.pieces(tokens[first:], continued=first > 0)
         start = b"".join(before)
-        known = len(_whole_characters(start))
+        length = len(_whole_characters(start))
         text = _whole_characters(start + last)
-        return any(text.find(s, max(0, known - len(s) + 1)) >= 0 for s in self.stop)
+        return any(text.find(s, max(0, length - len(s) + 1)) >= 0 for s in self.stop)
 
     def _grow(self, piece: str) -> None:
-        text = self._held + piece
+        """Append text; cut it at the first stop string, or hold back an end that can become one."""
+        text = self._pending + piece
         places = [at for s in self.stop if (at := text.find(s)) >= 0]
         if places:
             self.done = True
@@ -75,14 +80,14 @@ class Text:
         settled = next((at for at, end in ends if any(s.startswith(end) for s in self.stop)), len(text))
         self._settle(text[:settled], text[settled:])
 
-    def _settle(self, text: str, held: str) -> None:
-        self._held = held
+    def _settle(self, text: str, pending: str) -> None:
+        self._pending = pending
         if text:
             self._settled.append(text)
             self._unsent.append(text)
 
     def _send(self) -> None:
-        pieces, self._unsent = self._unsent, []  # before its on_text, which may cancel
+        pieces, self._unsent = self._unsent, []  # emptied first, because emit may cancel the request
         if self.emit and pieces:
             self.emit("".join(pieces))
 

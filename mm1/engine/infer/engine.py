@@ -1,8 +1,8 @@
-"""The Engine: many requests at once over a paged cache.
+"""Run many requests at once by continuous batching over a paged cache.
 
-A step of the Engine computes one token of each document that goes on, admits the requests that have room, and computes
-rows of their prompts, at most so many, packed, behind the pages that they share with earlier ones. Images are encoded
-together when their rows are due, and once: their features are kept by content.
+A step decodes one token of each running request, admits waiting requests, and prefills a limited number of rows of
+their prompts, packed, after the pages that they share with earlier requests. Images are encoded together, when their
+rows are prefilled, and their features are cached by the images' content.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,35 +28,32 @@ from mm1.engine.infer.schedule import Schedule
 from mm1.engine.layers.blocked import Head, packed
 from mm1.engine.layers.quantize import quantized
 from mm1.engine.models.mm1 import MM1
-from mm1.errors import UserError, at_least
+from mm1.errors import Busy, UserError, at_least
 from mm1.kernels.dispatch import cdiv
 
-TOKENS = 65_536  # of a cache by default
-ROWS = {"cpu": 512, "cuda": 8192}  # of prompts a step: so few cost a long prompt 15 % more time than all at once
-PATCHES = {"cpu": 2048, "cuda": 32_768}  # of images a step
-SCORED = 256  # rows whose logits are scored at once
+TOKENS = 65_536  # default size of the cache
+ROWS = {"cpu": 512, "cuda": 8192}  # rows of prompts in a step: a long prompt takes 15 % longer than all at once
+PATCHES = {"cpu": 2048, "cuda": 32_768}  # patches of images in a step
+SCORED = 256  # rows whose logits are in memory at once when a prompt is scored
 
-
-Found = tuple[Tensor, list[int], list[float]]  # logits [B, V], the likeliest tokens and their log-probabilities
-
-
-class Busy(RuntimeError):
-    """The queue is full; try again later."""
+Next = tuple[Tensor, list[int], list[float]]  # logits [B, V], the next tokens and their log-probabilities
 
 
 class Engine:
-    """Runs a model for many requests at once. Its weights must not change: some are copied when this begins, in other
-    layouts or narrower, and others are used where they are.
+    """Runs a model for many requests at once. It is not thread-safe.
 
-    tokens: of the cache; batch: documents at once, each beam counts as one; queue: requests that wait; prefill: rows of
-    prompts a step (default: 512 on a CPU, 8192 on a GPU), between which each running document gets a token;
-    image_patches: of images that a step encodes, but at least one image (default: 2,048 on a CPU, 32,768 on a GPU);
-    feature_bytes: of images' features that are kept; weights: as they are, or "int8", "int4", "float8" (quantize.py).
-    Not for several threads at once.
+    The model's weights must not change afterwards: the engine copies some of them, quantized or in other layouts, and
+    uses others in place.
 
-    context: tokens of the longest prompt that it takes: as many as the cache holds, but at most what the model was
-    trained on, if that is known. A text ends where prompt and text together are as long, whatever max_tokens says;
-    behind a prompt of that length there is one token. Beams share a prompt's pages only, so that theirs may end sooner.
+    tokens: size of the cache; batch: limit of running texts, each beam counts as one; queue: limit of waiting requests;
+    prefill: rows of prompts in a step (default: 512 on a CPU, 8192 on a GPU), after which each running text gets a
+    token; image_patches: limit of patches that a step encodes, but at least one image (default: 2,048 on a CPU, 32,768
+    on a GPU); feature_bytes: limit of cached image features; weights: None for the model's dtype, or "int8", "int4",
+    "float8" (quantize.py).
+
+    context: limit of a prompt's tokens: the size of the cache, or the length that the model was trained on if that is
+    less. A text ends when prompt and text together reach it, whatever max_tokens says; a prompt of that length gets one
+    token. Beams share only the prompt's pages, so their texts may end sooner.
     """
 
     def __init__(
@@ -81,19 +78,25 @@ class Engine:
         self.schedule = Schedule(self.cache, batch, prefill)
         self.waiting, self.running = self.schedule.waiting, self.schedule.running
         self.features = Features(model, image_patches, feature_bytes)
-        self.computed = 0  # rows of prompts, since the beginning
+        self.computed = 0  # rows of prompts that have been prefilled
+
+    @property
+    def capacity(self) -> int:
+        """Return how many requests may run or wait at once."""
+        return self.batch + self.queue
 
     @property
     def encoded(self) -> int:
-        """Return how many images were encoded since the beginning."""
+        """Return how many images have been encoded."""
         return self.features.encoded
 
     def submit(
         self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None,
         scored: int = 0,
     ) -> Request:  # fmt: skip
-        """Add a request to the queue. scored: so many last tokens of the prompt get log-probabilities too.
+        """Add a request to the queue, and return it.
 
+        on_text: called with each piece of the text; scored: how many tokens at the prompt's end get log-probabilities.
         Raises Busy if the queue is full, UserError for a prompt that is longer than the context or malformed.
         """
         document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt], self.context)[0]
@@ -102,7 +105,10 @@ class Engine:
         return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text), scored))
 
     def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
-        """Add an answer whose tokens are not chosen but scored. Raises UserError for none, and as submit does."""
+        """Add an answer to score after a prompt; no token is generated. Raises UserError if it is empty, and as submit.
+
+        answer: token ids.
+        """
         if not len(answer):
             raise UserError("an answer to score is empty")
         tokens = np.array([*prompt.tokens, *answer], np.int32)
@@ -121,8 +127,8 @@ class Engine:
             raise UserError(f"logit_bias has token {beyond[0]}, expected 0 to {vocabulary - 1}")
         if width > self.batch or (width > 1 and 2 * width > vocabulary):
             raise UserError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
-        # Both together, because who is submitted between two steps waits at first though it has a place in the batch.
-        if len(self.waiting) + len(self.running) >= self.batch + self.queue:
+        # Both counts together: between two steps a new request waits even if the batch has a place for it.
+        if len(self.waiting) + len(self.running) >= self.capacity:
             raise Busy(f"{len(self.waiting)} requests wait already")
         request.places = np.flatnonzero(tokens == self.tokenizer.image)
         request.cached = names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)
@@ -130,34 +136,34 @@ class Engine:
         return request
 
     def forget(self) -> None:
-        """Forget earlier prompts and images. After a change of weights make a new Engine."""
+        """Empty the prefix cache and the cache of image features. After a change of weights make a new Engine."""
         self.cache.forget()
         self.features.forget()
 
     def cancel(self, request: Request) -> None:
-        """End a request, wherever it is; what it has so far stays. Raises what its on_text raises, after that."""
+        """End a waiting or running request; it keeps its text so far. Then raises what its on_text raises."""
         if request in self.waiting or request in self.running:
             self._end(request, "cancelled")
 
     def run(self) -> None:
-        """Take steps until nothing is left."""
+        """Take steps until no request waits or runs."""
         while self.step():
             pass
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Compute a token of each that goes on, then rows of prompts. Say whether there is more to do."""
-        if going := self.schedule.going():
-            with self._ending(going):
-                widths, found, left = self._decoded(going)
-                for request in going:
+        """Decode a token of each running request, then prefill rows of prompts. Return whether there is more to do."""
+        if decoding := self.schedule.plan_decode():
+            with self._fail_on_error(decoding):
+                widths, following, draws = self.decode(decoding)
+                for request in decoding:
                     self.schedule.advance(request, 0 if request.beams else 1)
-                choices = self._choose(going, widths, *found, left)
-            self._take(going, choices)
-        self.schedule.admit()  # afterwards: a listener that fails in decoding leaves nobody half admitted
-        if due := self.schedule.share():
-            with self._ending(due):
-                found = self._prefilled(due)
+                choices = self._choose(decoding, widths, *following, draws)
+            self._append(decoding, choices)
+        self.schedule.admit()  # after decoding: an on_text that fails there leaves no request half admitted
+        if due := self.schedule.plan_prefill():
+            with self._fail_on_error(due):
+                following = self.prefill(due)
             for request in due:
                 self.schedule.advance(request, request.due)
             done = [request for request in due if not request.pending]
@@ -165,15 +171,15 @@ class Engine:
                 if not request.limit:
                     self._end(request, "scored" if request.to_score else "length")
             if begun := [request for request in done if request.limit]:
-                with self._ending(begun):
+                with self._fail_on_error(begun):
                     draws = [drawn(request) for request in begun]
-                    choices = self._choose(begun, [1] * len(begun), *found, draws)
-                self._take(begun, choices)
+                    choices = self._choose(begun, [1] * len(begun), *following, draws)
+                self._append(begun, choices)
         return bool(self.running or self.waiting)
 
     @contextmanager
-    def _ending(self, requests: Sequence[Request]) -> Iterator[None]:
-        """End these if what they are computed in fails, also by Ctrl-C: who was not in it goes on."""
+    def _fail_on_error(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Mark these requests as failed if their computation raises, Ctrl-C included; the other requests go on."""
         try:
             yield
         except BaseException as error:
@@ -182,85 +188,92 @@ class Engine:
             raise
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        """End a request for an error. Its on_text hears no more of it, as that may be what has failed."""
+        """End a request with an error. Its on_text is not called again, because it may be what failed."""
         request.error = request.error or error
         request.silence()
         if request in self.running:
             self._end(request, "failed")
         request.finish = "failed"
 
-    def _prefilled(self, due: Sequence[Request]) -> Found:
-        """Compute the rows that are due of these prompts. Return logits [B, V] behind the B prompts that end with them
-        and go on, the likeliest tokens and their log-probabilities."""
+    def prefill(self, due: Sequence[Request]) -> Next:
+        """Compute `request.due` rows of each prompt.
+
+        Return logits [B, V] after the B prompts that are then complete and generate text, the likeliest tokens and
+        their log-probabilities.
+        """
         images = self.features.rows(due)
         due = [request for request in due if request.due]
         starts = [request.computed for request in due]
         ends = [start + request.due for request, start in zip(due, starts)]
         tokens = np.concatenate([request.ids(start, end) for request, start, end in zip(due, starts, ends)])
         positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends)])
-        x = self.model.decoder.embedding(self._moved(tokens))
+        x = self.model.decoder.embedding(self._to_device(tokens))
         if images:
-            x = x.index_copy(0, self._moved(images[0]), images[1].to(x.dtype))
+            x = x.index_copy(0, self._to_device(images[0]), images[1].to(x.dtype))
         self.computed += len(tokens)
-        behind = np.cumsum([request.due for request in due])  # one past each one's last row
-        last = behind[[request.pending == request.due and request.limit > 0 for request in due]] - 1
+        stops = np.cumsum([request.due for request in due])  # by request, one past its last row
+        last = stops[[request.pending == request.due and request.limit > 0 for request in due]] - 1
         scored = [request.scoring_rows(start, end) for request, start, end in zip(due, starts, ends)]
-        seen = sum(request.due * (start + 1 + end) // 2 for request, start, end in zip(due, starts, ends))
-        if self.one_step and self.one_step.takes(len(tokens), seen) and not any(scored):
+        pairs = sum(request.due * (start + 1 + end) // 2 for request, start, end in zip(due, starts, ends))
+        if self.one_step and self.one_step.is_faster(len(tokens), pairs) and not any(scored):
             tables = [request.table for request in due for _ in range(request.due)]
             return self.one_step(x.float(), positions, tables, last)
         rows = self.cache.rows([request.table for request in due], starts, ends)
-        hidden = self._hidden(x, self._moved(positions), rows)
-        for request, of, start, first in zip(due, scored, starts, behind - [request.due for request in due]):
-            if of:
-                self._score(request, of[0], hidden[first - start + of[0] : first - start + of[1]])
-        if not len(last):  # all go on in the next step
+        hidden = self._hidden(x, self._to_device(positions), rows)
+        for request, span, start, first in zip(due, scored, starts, stops - [request.due for request in due]):
+            if span:
+                self._score(request, span[0], hidden[first - start + span[0] : first - start + span[1]])
+        if not len(last):  # no prompt is complete
             return hidden.new_empty(0, self.model.config.decoder.vocabulary), [], []
-        logits = self.head(hidden[self._moved(last)])
+        logits = self.head(hidden[self._to_device(last)])
         return logits, *greedy(logits)
 
-    def _decoded(self, going: Sequence[Request]) -> tuple[list[int], Found, Sequence[Draw | None]]:
-        """Compute one token more of each. Return how many rows each has, what was found in them, and how those tokens
-        are drawn that are not drawn yet."""
-        heads = [request.heads() for request in going]
-        tokens, starts, tables = zip(*(head for of in heads for head in of))
-        whose = [request for request, of in zip(going, heads) for _ in of]
-        draws = [drawn(request) for request in whose]
-        left: Sequence[Draw | None] = draws
+    def decode(self, requests: Sequence[Request]) -> tuple[list[int], Next, Sequence[Draw | None]]:
+        """Compute one row for each text, or for each live beam.
+
+        Return the number of rows of each request, logits and tokens after them, and for each row how its token is to be
+        drawn from the logits, None where the token already is.
+        """
+        heads = [request.heads() for request in requests]
+        tokens, starts, tables = zip(*(row for rows in heads for row in rows))
+        owners = [request for request, rows in zip(requests, heads) for _ in rows]
+        draws = [drawn(request) for request in owners]
+        remaining: Sequence[Draw | None] = draws
         if self.one_step:
-            found = self.one_step(tokens, starts, tables)
+            following = self.one_step(tokens, starts, tables)
         elif self.graphs and max(map(len, tables)) <= PAGES:
-            inside = [Draw(0, 1, 0, 0) if r.sampling.alters else draw for r, draw in zip(whose, draws)]
-            left = [None if draw is done else draw for draw, done in zip(draws, inside)]
-            found = self.graphs(tokens, starts, tables, inside)
+            inside = [Draw(0, 1, 0, 0) if r.sampling.alters else draw for r, draw in zip(owners, draws)]
+            remaining = [None if draw is done else draw for draw, done in zip(draws, inside)]
+            following = self.graphs(tokens, starts, tables, inside)
         else:
             rows = self.cache.rows(tables, starts, [start + 1 for start in starts])
-            x = self.model.decoder.embedding(self._moved(np.array(tokens)))
-            logits = self.head(self._hidden(x, self._moved(np.array(starts)), rows))
-            found = (logits, *greedy(logits))
-        return [len(of) for of in heads], found, left
+            x = self.model.decoder.embedding(self._to_device(np.array(tokens)))
+            logits = self.head(self._hidden(x, self._to_device(np.array(starts)), rows))
+            following = (logits, *greedy(logits))
+        return [len(rows) for rows in heads], following, remaining
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
         return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
 
-    def _moved(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
     def _score(self, request: Request, start: int, hidden: Tensor) -> None:
-        """Score the tokens behind rows `start` … of a prompt, whose states [rows, D] these are."""
-        ids = self._moved(request.document.tokens[start + 1 : start + 1 + len(hidden)]).long()
-        for rows, of in zip(hidden.split(SCORED), ids.split(SCORED)):
+        """Score the tokens after rows `start`, start + 1, … of a prompt. hidden: these rows' states [rows, D]."""
+        ids = self._to_device(request.document.tokens[start + 1 : start + 1 + len(hidden)]).long()
+        for rows, tokens in zip(hidden.split(SCORED), ids.split(SCORED)):
             logprobs = self.head(rows).float().log_softmax(-1)
             top = [x.cpu().numpy() for x in alternatives(logprobs)] if request.sampling.top_logprobs else None
-            request.score(logprobs.gather(1, of[:, None])[:, 0].tolist(), top)
+            request.score(logprobs.gather(1, tokens[:, None])[:, 0].tolist(), top)
 
     def _choose(
         self, requests: Sequence[Request], widths: Sequence[int], logits: Tensor, tokens: list[int],
         logprobs: list[float], draws: Sequence[Draw | None],
     ) -> list[Choice]:  # fmt: skip
-        """Choose the next token of each request, another than `tokens` where there is a draw still; beams advance.
+        """Choose the next token of each request, and advance beam searches.
 
-        widths: rows of each request in logits, tokens, logprobs and draws.
+        widths: rows of each request in logits, tokens, logprobs and draws; a row with a draw gets a token drawn from
+        its logits instead of the one in `tokens`.
         """
         firsts = [end - width for end, width in zip(accumulate(widths), widths)]
         self._search([(r.beams, range(at, at + n)) for r, at, n in zip(requests, firsts, widths) if r.beams], logits)
@@ -268,14 +281,14 @@ class Engine:
         tokens, logprobs = [tokens[at] for at in firsts], [logprobs[at] for at in firsts]
         return choose(requests, rows, tokens, logprobs, [draws[at] for at in firsts])
 
-    def _take(self, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
-        """Give each request its next token, and end those that are complete.
+    def _append(self, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
+        """Append its next token to each request, and end those that are complete.
 
-        Raises what the first on_text or grammar that fails raises, Ctrl-C too, once all have their tokens.
+        Raises the first error of an on_text or a grammar, Ctrl-C included, after all requests have their tokens.
         """
         failed: BaseException | None = None
         for request, choice in zip(requests, choices):
-            if request.finish:  # cancelled by the on_text of one before it
+            if request.finish:  # cancelled by the on_text of an earlier request
                 continue
             try:
                 if choice.error:
@@ -291,23 +304,23 @@ class Engine:
                     self._end(request, "stop")
                 elif len(request.tokens) == request.sampling.max_tokens:
                     self._end(request, "length")
-            except BaseException as error:  # the others are to have their tokens
+            except BaseException as error:  # raised below, after the other requests have their tokens
                 failed = failed or error
                 self._fail(request, error)
         if failed:
             raise failed
 
     def _search(self, searches: "Sequence[tuple[Beams, range]]", logits: Tensor) -> None:
-        """A step of each search, from its rows of the logits."""
+        """Advance each beam search by its rows of the logits."""
         if not searches:
             return
-        rows = [row for _, of in searches for row in of]
-        most = 2 * max(beams.sampling.num_beams for beams, _ in searches)
-        logprobs, tokens = (x.cpu().numpy() for x in logits[rows].float().log_softmax(-1).topk(most))
+        rows = [row for _, own in searches for row in own]
+        count = 2 * max(beams.sampling.num_beams for beams, _ in searches)
+        logprobs, tokens = (x.cpu().numpy() for x in logits[rows].float().log_softmax(-1).topk(count))
         copies, at = [], 0
-        for beams, of in searches:
-            copies += beams.advance(logprobs[at : at + len(of)], tokens[at : at + len(of)])
-            at += len(of)
+        for beams, own in searches:
+            copies += beams.advance(logprobs[at : at + len(own)], tokens[at : at + len(own)])
+            at += len(own)
         self.cache.copy(copies)
 
     def _end(self, request: Request, why: str) -> None:

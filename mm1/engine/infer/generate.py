@@ -1,4 +1,4 @@
-"""Generation: texts that continue prompts, and how likely given answers are."""
+"""Generate texts that continue prompts, and score given answers."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +12,12 @@ import torch
 from mm1.engine.data.document import Document
 from mm1.engine.infer.beams import pages_of
 from mm1.engine.infer.cache import PAGE
-from mm1.engine.infer.engine import TOKENS, Busy, Engine
+from mm1.engine.infer.engine import TOKENS, Engine
 from mm1.engine.infer.prompts import Prompt, continued, encode_prompts, last_text, one_text, tokenizer_of
 from mm1.engine.infer.request import Request, fitted
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
-from mm1.errors import UserError
+from mm1.errors import Busy, UserError
 from mm1.kernels.dispatch import cdiv
 
 
@@ -43,11 +43,11 @@ def generate(
     weights: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Continue each prompt, a sequence of texts and PIL images; returns the new texts.
+    """Continue each prompt, a sequence of texts and PIL images, and return the new texts.
 
-    Settings are those of Sampling and, weights, of Engine; prompt i draws with seed + i. on_text(prompt number, piece)
-    is called as text arrives; of a search with beams it arrives at the end. Raises UserError for a prompt longer than
-    what the model was trained on; a text ends where the two together are as long.
+    Settings are those of Sampling, and `weights` is Engine's; prompt i is sampled with seed + i. on_text(prompt number,
+    piece) is called as text arrives; a beam search gives its text at the end. A text ends where prompt and text
+    together reach the length that the model was trained on. Raises UserError for a prompt that is longer.
     """
     sampling = Sampling(
         max_tokens, temperature, top_p, top_k, repetition_penalty, stop, None, num_beams, length_penalty,
@@ -68,52 +68,56 @@ def generate(
 
 @torch.inference_mode()
 def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Log-probability of each answer behind its prompt, summed over its tokens: for multiple choice.
+    """Return the log-probability of each answer after its prompt, summed over its tokens: for multiple choice.
 
-    Prompt and answer are encoded as one text, and cut behind the prompt (`continued`). A prompt's answers share its
-    pages. Raises UserError for an empty answer, and for a prompt and answer longer than what the model was trained on.
+    Prompt and answer are encoded as one text, which is then cut after the prompt (`continued`). A prompt's answers
+    share its pages. Raises UserError for an empty answer, and if prompt and answer exceed the length that the model was
+    trained on.
     """
     encoded = encode_prompts(model, prompts)
-    if len(answers) != len(encoded) or any(isinstance(of, str) for of in answers):
+    if len(answers) != len(encoded) or any(isinstance(texts, str) for texts in answers):
         raise UserError(f"{len(encoded)} prompts, expected as many lists of answers")
     documents = []
-    for document, parts, of in zip(encoded, prompts, answers):
-        if not all(of):
+    for document, parts, texts in zip(encoded, prompts, answers):
+        if not all(texts):
             raise UserError("an answer to score is empty")
-        document, ids = continued(tokenizer_of(model), document, last_text(one_text(parts)), of)
+        document, ids = continued(tokenizer_of(model), document, last_text(one_text(parts)), texts)
         documents.append([(document, tokens) for tokens in ids])
-    flat = [pair for of in documents for pair in of]
+    flat = [pair for pairs in documents for pair in pairs]
     pages = [cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat]
     engine = Engine(model, tokens=_tokens(pages), queue=max(len(flat), 1))
-    requests = [[engine.submit_answer(prompt, ids) for prompt, ids in of] for of in documents]
+    requests = [[engine.submit_answer(prompt, ids) for prompt, ids in pairs] for pairs in documents]
     engine.run()
-    return [[sum(request.logprobs) for request in of] for of in requests]
+    return [[sum(request.logprobs) for request in answers] for answers in requests]
 
 
 def _tokens(pages: Sequence[int]) -> int:
-    """Return the size of a cache for requests of so many pages each: all at once, but at most TOKENS or the largest."""
+    """Return the cache size for requests of so many pages each: their sum, but at most TOKENS or the largest one."""
     return max(min(sum(pages), TOKENS // PAGE), *pages, 1) * PAGE
 
 
 def several(engine: Engine, prompt: Prompt | Document, n: int, sampling: Sampling) -> list[Request]:
-    """n continuations of one prompt, whose pages they share; the i-th draws with seed + i. Others go on meanwhile."""
+    """Return n continuations of one prompt, whose pages they share; text i is sampled with seed + i.
+
+    The engine's other requests go on meanwhile.
+    """
     document = prompt if isinstance(prompt, Document) else encode_prompts(engine.model, [prompt], engine.context)[0]
     seed = random.randrange(1 << 32) if sampling.seed is None else sampling.seed
-    found: list[Request] = []
-    while len(found) < n:
+    requests: list[Request] = []
+    while len(requests) < n:
         try:
-            found.append(engine.submit(document, replace(sampling, seed=seed + len(found))))
+            requests.append(engine.submit(document, replace(sampling, seed=seed + len(requests))))
         except Busy:
             engine.step()
-    while any(request.finish is None for request in found):
+    while any(request.finish is None for request in requests):
         engine.step()
-    return found
+    return requests
 
 
 def n_best(engine: Engine, prompt: Prompt | Document, n: int, sampling: Sampling) -> list[Request]:
-    """Return `several`, the likeliest first: by the mean of their tokens' log-probabilities.
+    """Return n continuations as `several` does, sorted by the mean log-probability of their tokens, highest first.
 
-    Raises UserError for texts without tokens, which have no such mean.
+    Raises UserError for max_tokens 0: texts without tokens have no mean.
     """
     if sampling.max_tokens == 0:
         raise UserError("max_tokens is 0, expected at least 1 to compare texts")

@@ -1,9 +1,9 @@
-"""A Grammar: which tokens may come next in a text that has to be JSON of a schema.
+"""Compute grammar masks: which tokens may come next in a text that must be JSON of a schema.
 
-llguidance (MIT, no dependencies) computes the masks, from the bytes that each token stands for, so that any tokenizer
-will do. What a client sends as a schema is not trusted. The library bounds neither its time nor its memory for all
-schemas (a multipleOf of eight digits takes gigabytes), so that a schema is tried in a process of its own first, which
-is killed after SECONDS: this file, run with the schema as standard input.
+llguidance (MIT, no dependencies) computes the masks from the bytes of each token, so any tokenizer works. Clients'
+schemas are not trusted: for some schemas the library's time and memory are unlimited (a multipleOf of eight digits
+takes gigabytes). A schema is therefore tried first in a separate process, which is killed after SECONDS: this file, run
+as a program with the schema as standard input.
 """
 
 import json
@@ -24,35 +24,35 @@ import numpy as np
 if TYPE_CHECKING:
     from mm1.engine.data.document import TextTokenizer
 
-SECONDS, BYTES = 5, 2 << 30  # that trying a schema may take
-KNOWN = 256  # schemas whose grammars or refusals are kept
-STEP_SECONDS = 0.1  # of the processor, that a mask may take
-TRIED = 64  # tokens of each of the texts that a schema is tried with
-LARGEST, DEEPEST = 1 << 16, 32  # characters of a schema, and how deep it is nested
-PATTERN, REPEATS = 256, 200  # characters of a regular expression, and the largest count in it
-# White space between JSON's tokens is bounded: a weak model would write nothing else up to max_tokens.
+SECONDS, BYTES = 5, 2 << 30  # limits of time and memory for trying a schema
+CACHED = 256  # schemas whose grammars or errors are cached
+STEP_SECONDS = 0.1  # limit of CPU time for one mask
+TRIAL_TOKENS = 64  # length of each text that a schema is tried with
+LARGEST, DEEPEST = 1 << 16, 32  # limits of a schema's characters and of its nesting
+PATTERN, REPEATS = 256, 200  # limits of a regular expression's characters and of the product of its counts
+# White space between JSON's tokens is limited: a weak model could otherwise write nothing else up to max_tokens.
 OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,8}"}
 LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 50_000,
           "max_grammar_size": 200_000, "initial_lexer_fuel": 500_000, "verbose_errors": False}  # fmt: skip
 
 
 class SchemaError(ValueError):
-    """A schema cannot be followed, and why, in one line."""
+    """A schema cannot be followed. The message is one line that says why."""
 
 
 class Grammar:
-    """The texts that are JSON of one schema, in the tokens of one tokenizer. It can be shared by requests."""
+    """Holds the grammar of JSON texts of one schema, in the tokens of one tokenizer. Requests can share it."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
     def begin(self) -> "Progress":
-        """Return the state of a text that is empty still."""
+        """Return the state of an empty text."""
         return Progress(self._matcher.deep_copy())
 
 
 class Progress:
-    """How far one text has come in its grammar."""
+    """Tracks the state of one text in its grammar."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
@@ -68,7 +68,7 @@ class Progress:
         return np.pad(mask, (0, vocabulary - len(mask)))
 
     def take(self, token: int) -> None:
-        """Go on by a token. Raises RuntimeError if the grammar does not allow it."""
+        """Append a token to the text. Raises RuntimeError if the grammar does not allow it."""
         self._matcher.consume_token(token)
         self._check()
 
@@ -78,43 +78,46 @@ class Progress:
 
 
 class Grammars:
-    """Makes grammars for one tokenizer. Its methods may be called from any thread, and take up to seconds."""
+    """Compiles and caches grammars for one tokenizer. Its methods can be called from any thread."""
 
     def __init__(self, tokenizer: "TextTokenizer"):
         self.tokenizer = tokenizer
-        self._known: OrderedDict[str, Grammar | SchemaError] = OrderedDict()  # the last used are at the end
+        self._cache: OrderedDict[str, Grammar | SchemaError] = OrderedDict()  # least recently used first
         self._lock = Lock()
 
-    def known(self, schema: str) -> Grammar | None:
-        """Return the grammar if it was made before, at once. Raises SchemaError if it was refused before."""
+    def cached(self, schema: str) -> Grammar | None:
+        """Return the grammar of a schema that was compiled before. Raises SchemaError if that failed."""
         with self._lock:
-            if found := self._known.get(schema):
-                self._known.move_to_end(schema)
-        if isinstance(found, SchemaError):
-            raise SchemaError(str(found))
-        return found
+            if entry := self._cache.get(schema):
+                self._cache.move_to_end(schema)
+        if isinstance(entry, SchemaError):
+            raise SchemaError(str(entry))
+        return entry
 
-    def of_schema(self, schema: str) -> Grammar:
-        """Return the grammar of a JSON schema, given as text. Raises SchemaError for one that cannot be followed."""
-        if found := self.known(schema):
-            return found
+    def compile(self, schema: str) -> Grammar:
+        """Return the grammar of a JSON schema, given as text; it can take seconds. Raises SchemaError.
+
+        Errors are cached too, because they can take as long to find.
+        """
+        if grammar := self.cached(schema):
+            return grammar
         try:
-            made = self._made(schema)
-        except SchemaError as error:  # which can take seconds to find out
-            made = SchemaError(str(error))  # without frames that would be kept with it
+            result = self._compile(schema)
+        except SchemaError as error:
+            result = SchemaError(str(error))  # a new one, because the cache would keep the traceback's frames alive
         with self._lock:
-            self._known[schema] = made
-            while len(self._known) > KNOWN:
-                self._known.popitem(last=False)
-        if isinstance(made, SchemaError):
-            raise SchemaError(str(made))
-        return made
+            self._cache[schema] = result
+            while len(self._cache) > CACHED:
+                self._cache.popitem(last=False)
+        if isinstance(result, SchemaError):
+            raise SchemaError(str(result))
+        return result
 
-    def _made(self, schema: str) -> Grammar:
+    def _compile(self, schema: str) -> Grammar:
         if not find_spec("llguidance"):
             raise SchemaError("it needs llguidance: pip install 'mm1-engine[serve]'")
         refuse_costly(schema)
-        _try(schema)
+        try_apart(schema)
         matcher = _matcher(_tokens_of(self.tokenizer), schema)
         if matcher.is_error():
             raise SchemaError(_line(matcher.get_error()))
@@ -122,21 +125,22 @@ class Grammars:
 
 
 class Tokens:
-    """What the library asks of a tokenizer: the bytes of each token, and the tokens of a text.
+    """Adapts a tokenizer to llguidance: the bytes of each token, and the tokens of a text.
 
-    tokens: bytes by id, empty for those that no text has; special: control tokens. encode: of the real tokenizer.
+    tokens: bytes by id, empty for tokens without text; special: control tokens; eos: end-of-text; encode: the real
+    tokenizer's function from a text to ids.
     """
 
     def __init__(self, tokens: Sequence[bytes], special: Sequence[int], eos: int, encode: Callable[[str], list[int]]):
         self.texts, self.encode = tokens, encode
-        # A control token is named by a byte that no UTF-8 text holds.
+        # The name of a control token begins with a byte that no UTF-8 text holds.
         self.tokens = [b"\xff[%d]" % i if i in special else token for i, token in enumerate(tokens)]
         self.special_token_ids, self.bos_token_id, self.eos_token_id = special, None, eos
         self.ids = {token: i for i, token in enumerate(tokens) if token}
         self.longest = max(map(len, self.ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return tokens of exactly this text: the tokenizer's, or, where it adds a space, the longest ones that fit."""
+        """Return tokens of exactly this text: the tokenizer's, or if it adds a space, the longest matches."""
         ids = self.encode(text.decode("utf-8", "replace"))
         if b"".join(self.texts[i] for i in ids) == text:
             return ids
@@ -144,13 +148,14 @@ class Tokens:
         while text:
             sizes = range(min(self.longest, len(text)), 0, -1)
             size = next((n for n in sizes if text[:n] in self.ids), 0)
-            if not size:  # what follows cannot be written
+            if not size:  # no token has the next byte
                 break
             ids.append(self.ids[text[:size]])
             text = text[size:]
         return ids
 
-    def opened(self) -> Any:
+    def build(self) -> Any:
+        """Return llguidance's tokenizer."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
         return LLTokenizer(TokenizerWrapper(self), eos_token=self.eos_token_id, slices=[])
@@ -159,9 +164,9 @@ class Tokens:
 @lru_cache(4)
 def _tokens_of(tokenizer: "TextTokenizer") -> Any:
     special = [tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.image]
-    known = {*tokenizer.vocabulary.values()}.difference(special)
-    texts = [tokenizer.token_bytes(i) if i in known else b"" for i in range(len(tokenizer))]
-    return Tokens(texts, special, tokenizer.eos, tokenizer.encode).opened()
+    ordinary = {*tokenizer.vocabulary.values()}.difference(special)
+    texts = [tokenizer.token_bytes(i) if i in ordinary else b"" for i in range(len(tokenizer))]
+    return Tokens(texts, special, tokenizer.eos, tokenizer.encode).build()
 
 
 def _matcher(tokens: Any, schema: str) -> Any:
@@ -175,7 +180,7 @@ def _matcher(tokens: Any, schema: str) -> Any:
 
 
 def refuse_costly(schema: str) -> None:
-    """Raise SchemaError for a schema that is large, deep, or holds numbers that make an automaton of many states."""
+    """Raise SchemaError for a schema that is large or deep, or has numbers that need an automaton of many states."""
     if len(schema) > LARGEST:
         raise SchemaError(f"it has {len(schema)} characters, expected at most {LARGEST}")
     for depth, key, value in _walk(json.loads(schema), 1):
@@ -196,7 +201,7 @@ def refuse_costly(schema: str) -> None:
 
 
 def _walk(value: Any, depth: int) -> Iterable[tuple[int, Any, Any]]:
-    """Yield all entries of nested objects and lists with their depths, as deep as DEEPEST + 1."""
+    """Yield (depth, key, value) of all entries of nested objects and lists, as deep as DEEPEST + 1."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:
         yield depth, key, inner
@@ -204,9 +209,9 @@ def _walk(value: Any, depth: int) -> Iterable[tuple[int, Any, Any]]:
             yield from _walk(inner, depth + 1)
 
 
-def _try(schema: str) -> None:
-    """Follow a schema in another process for a few texts. Raises SchemaError if it fails or takes too long."""
-    # -P: modules beside this file are not to hide the standard library's. Nothing of this process's environment.
+def try_apart(schema: str) -> None:
+    """Run `_try` in another process. Raises SchemaError if it fails or takes too long."""
+    # -P stops modules beside this file from hiding the standard library's; the process inherits no environment.
     command = [sys.executable, "-P", str(Path(__file__))]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
@@ -219,18 +224,21 @@ def _try(schema: str) -> None:
         raise SchemaError("it is too costly to follow")
 
 
-def _tried(schema: str) -> None:
-    """Follow a schema with all bytes as tokens: texts of the first, middle and last tokens that are allowed."""
+def _try(schema: str) -> None:
+    """Write three texts of a schema with single bytes as tokens: always the first, middle or last one that is allowed.
+
+    Raises SchemaError and RuntimeError.
+    """
     import resource
     import time
 
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     letters = Tokens([*(bytes([i]) for i in range(256)), b""], [256], 256, lambda text: list(text.encode()))
-    prototype = _matcher(letters.opened(), schema)
+    prototype = _matcher(letters.build(), schema)
     for share in (0.0, 0.5, 0.999):
         progress = Progress(prototype.deep_copy())
-        for _ in range(TRIED):
+        for _ in range(TRIAL_TOKENS):
             progress._check()
             begun = time.process_time()
             tokens = np.flatnonzero(progress.allowed(257))
@@ -249,7 +257,7 @@ def _line(message: str) -> str:
 
 if __name__ == "__main__":
     try:
-        _tried(sys.stdin.read())
+        _try(sys.stdin.read())
     except (SchemaError, RuntimeError) as error:
         print(error)
         sys.exit(2)

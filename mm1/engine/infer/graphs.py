@@ -1,7 +1,7 @@
-"""One decoding step on a GPU without the CPU's part in it: compiled blocks in CUDA graphs, with sampling inside.
+"""Run a decoding step on a GPU without launches by the CPU: compiled blocks and sampling in one CUDA graph.
 
-A graph is made when its number of documents, a power of two, is first met; the rows that are not needed run on a page
-of their own. Launched one by one, the few hundred kernels of a step would take longer than reading the weights does.
+A graph is captured when its batch size, a power of two, first occurs; unused rows work on a page of their own. Launched
+one by one, the few hundred kernels of a step would take longer than reading the weights does.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,21 @@ from mm1.engine.infer.sampling import Draw, sample
 from mm1.engine.layers.blocked import twin
 from mm1.kernels.dispatch import power_of_2
 
-PAGES = 512  # of one document, so that all tables are of one shape; longer documents are decoded without a graph
+PAGES = 512  # limit of a text's pages, so that all tables have one shape; longer texts are decoded without a graph
 
 
 class Captured(NamedTuple):
+    """Holds a captured graph with its static inputs and outputs."""
+
     graph: "torch.cuda.CUDAGraph"
     whole: Tensor  # int32 [B, 2 + PAGES]: token, position, pages
-    draws: Tensor  # fp32 [B, 5]: of Draw
+    draws: Tensor  # fp32 [B, 5]: the fields of Draw
     logits: Tensor  # fp32 [B, V]
     chosen: Tensor  # fp64 [B, 2]: token, its log-probability
 
 
 class Graphs:
-    """Of a decoder, its head and a cache on a GPU, for at most `batch` documents at once."""
+    """Decodes with a decoder, its head and a cache on a GPU, for at most `batch` texts at once."""
 
     def __init__(self, decoder: Any, head: nn.Module, cache: Cache, batch: int):
         self.decoder, self.head, self.cache = twin(decoder), head, cache
@@ -44,7 +46,7 @@ class Graphs:
             block.replace_forward(torch.compile(block.forward, fullgraph=True))  # pyright: ignore[reportCallIssue]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graphs, which are of this process; a copy captures its own."""
+        """Return the state without the graphs, which belong to this process; a copy captures its own."""
         return {**self.__dict__, "captured": {}, "pool": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -54,23 +56,27 @@ class Graphs:
     def __call__(
         self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray], draws: Sequence[Draw]
     ) -> tuple[Tensor, list[int], list[float]]:
-        """Logits fp32 [B, V] behind a token of each of B documents, the next tokens and their log-probabilities.
+        """Return logits fp32 [B, V] after one token of each of B texts, the next tokens and their log-probabilities.
 
-        positions: rows that the cache has of each; tables int32: their pages, at most PAGES, also for this row.
+        positions: the tokens' places, which are the numbers of rows in the cache; tables int32: the texts' pages, at
+        most PAGES each, this row's page included.
         """
         count, sampled = len(tokens), any(draw.temperature for draw in draws)
         key = (power_of_2(count), sampled)
         if key not in self.captured:
             self.captured[key] = self._capture(*key)
         c = self.captured[key]
-        c.whole.copy_(torch.from_numpy(self._rows(key[0], tokens, positions, tables)))
+        c.whole.copy_(torch.from_numpy(self.inputs(key[0], tokens, positions, tables)))
         if sampled:
             c.draws[:count].copy_(torch.tensor(draws, dtype=torch.float32))
         c.graph.replay()
         chosen = c.chosen[:count].tolist()
         return c.logits[:count], [int(token) for token, _ in chosen], [logprob for _, logprob in chosen]
 
-    def _rows(self, size: int, tokens, positions, tables) -> np.ndarray:
+    def inputs(
+        self, size: int, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Return a graph's input int32 [size, 2 + PAGES]: token, position and pages; unused rows use the spare page."""
         whole = self.whole[:size]
         whole[:, :2], whole[:, 2] = 0, self.spare
         whole[: len(tokens), 0], whole[: len(tokens), 1] = tokens, positions
@@ -79,13 +85,13 @@ class Graphs:
         return whole
 
     def step(self, whole: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits and chosen as in Captured; without draws the likeliest tokens. Nothing waits for the device."""
+        """Return `logits` and `chosen` of Captured; without draws the likeliest tokens. Never waits for the device."""
         positions, tables = whole[:, 1].long(), whole[:, 2:]
         slots = tables.gather(1, positions[:, None] // PAGE)[:, 0].long() * PAGE + positions % PAGE
         cu_seqlens = torch.arange(len(whole) + 1, dtype=torch.int32, device=whole.device)
         rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, 1, True)
         x = self.decoder.embedding(whole[:, 0])
-        # All engines of a process share Block.forward's code, each with four or five versions of it; torch allows 8.
+        # All engines of a process share Block.forward's code; each compiles four or five versions, and torch allows 8.
         with torch._dynamo.config.patch(recompile_limit=64):
             hidden = self.decoder(x, positions, cu_seqlens, attends=self.cache.attends(rows))[0]
         logits = self.head(hidden).float()
@@ -95,17 +101,17 @@ class Graphs:
 
     def _capture(self, size: int, sampled: bool) -> Captured:
         device = self.cache.k.device
-        whole = torch.from_numpy(self._rows(size, [], [], [])).to(device)
+        whole = torch.from_numpy(self.inputs(size, [], [], [])).to(device)
         draws = torch.zeros(size, len(Draw._fields), device=device)
         step = partial(self.step, whole, draws if sampled else None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and chooses kernels
+            for _ in range(2):  # warm-up: compiles, and chooses kernels
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits, chosen = step()
-        self.pool = graph.pool()  # which one at a time is replayed may share
+        self.pool = graph.pool()  # graphs that are replayed one at a time can share memory
         return Captured(graph, whole, draws, logits, chosen)

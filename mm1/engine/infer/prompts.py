@@ -44,12 +44,24 @@ def encode_prompts(model: MM1, prompts: Sequence[Prompt], context: int | None = 
     known = [tokens for tokens in (context, c.context) if tokens]
     documents = []
     for parts in map(checked, prompts):
-        size = sum(len(part) for part in parts if isinstance(part, str))
-        if known and size > max(encode.tokenizer.longest, CHARACTERS) * min(known):
-            raise UserError(f"the prompt has {size} characters, at most {min(known)} tokens fit")
+        if known:
+            refuse_long_text(encode.tokenizer, parts, min(known))
         documents.append(encode.prompt(parts))
         refuse_long(len(documents[-1].tokens), c.context, context)
     return documents
+
+
+def character_limit(tokenizer: TextTokenizer, tokens: int) -> int:
+    """Return how many characters a text of so many tokens can have at most."""
+    return max(tokenizer.longest, CHARACTERS) * tokens
+
+
+def refuse_long_text(tokenizer: TextTokenizer, parts: Iterable[object], tokens: int) -> int:
+    """Return how many characters the texts among parts have. Raises UserError if so many tokens cannot hold them."""
+    size = sum(len(part) for part in parts if isinstance(part, str))
+    if size > character_limit(tokenizer, tokens):
+        raise UserError(f"the prompt has {size} characters, at most {tokens} tokens fit")
+    return size
 
 
 def refuse_long(tokens: int, trained: int | None, cache: int | None) -> None:

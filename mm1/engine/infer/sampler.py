@@ -1,7 +1,7 @@
-"""The Sampler: the next token of each request, by its own Sampling.
+"""Choose the next token of each request by its own Sampling.
 
-Logits of a request are changed by its bias, penalties and grammar, in the order that Sampling's docstring gives, and a
-token is drawn. Every operation is of one row alone, so that nobody's token depends on who else is in the batch.
+Bias, penalties and grammar change a request's logits in the order of Sampling's docstring, and then a token is drawn.
+Every operation works on single rows, so that no request's token depends on the rest of the batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,9 +16,10 @@ from mm1.engine.infer.sampling import TOP_LOGPROBS, Draw, penalized, sample
 
 
 class Choice(NamedTuple):
-    """Is the next token of one request: its log-probability, and the likeliest tokens with theirs if it asks for them.
+    """Holds the next token of one request.
 
-    error: why there is none, for its grammar has failed.
+    top: the likeliest tokens with their log-probabilities, empty without Sampling.top_logprobs; error: of the grammar,
+    in which case the token is not valid.
     """
 
     token: int
@@ -33,27 +34,27 @@ def choose(
 ) -> list[Choice]:  # fmt: skip
     """Choose the next token of each of B requests.
 
-    logits [B, V]: of the model. tokens, logprobs: the likeliest of each, or those that were drawn already where `draws`
-    has None.
+    logits [B, V]: the model's; tokens, logprobs: each row's likeliest token, or the one already drawn where `draws` has
+    None.
     """
     tokens, logprobs, errors = list(tokens), list(logprobs), {}
     tops: dict[int, list[tuple[int, float]]] = {}
-    wanting = [i for i, request in enumerate(requests) if request.sampling.top_logprobs]
-    changed = [i for i, draw in enumerate(draws) if draw and not requests[i].sampling.plain]
-    if changed:
-        rows, errors = _altered(logits[changed].float(), [requests[i] for i in changed])
-        settings = torch.tensor([draws[i] for i in changed], dtype=torch.float32, device=logits.device)
-        for i, token in zip(changed, sample(rows, *settings.unbind(1)).tolist()):
+    with_top = [i for i, request in enumerate(requests) if request.sampling.top_logprobs]
+    sampled = [i for i, draw in enumerate(draws) if draw and not requests[i].sampling.plain]
+    if sampled:
+        rows, errors = _adjusted(logits[sampled].float(), [requests[i] for i in sampled])
+        settings = torch.tensor([draws[i] for i in sampled], dtype=torch.float32, device=logits.device)
+        for i, token in zip(sampled, sample(rows, *settings.unbind(1)).tolist()):
             tokens[i] = token
-        errors = {changed[at]: error for at, error in errors.items()}
-    if measured := sorted({*changed, *wanting}):
+        errors = {sampled[at]: error for at, error in errors.items()}
+    if measured := sorted({*sampled, *with_top}):
         logs = logits[measured].float().log_softmax(-1)
         chosen = torch.tensor([tokens[i] for i in measured], device=logits.device)
         for i, logprob in zip(measured, logs.gather(1, chosen[:, None])[:, 0].tolist()):
             logprobs[i] = logprob
-        if wanting:
-            columns = [x.tolist() for x in alternatives(logs[[measured.index(i) for i in wanting]])]
-            tops = {i: list(zip(*pair)) for i, *pair in zip(wanting, *columns)}
+        if with_top:
+            columns = [x.tolist() for x in alternatives(logs[[measured.index(i) for i in with_top]])]
+            tops = {i: list(zip(*pair)) for i, *pair in zip(with_top, *columns)}
     return [
         Choice(tokens[i], logprobs[i], tops.get(i, [])[: request.sampling.top_logprobs], errors.get(i))
         for i, request in enumerate(requests)
@@ -61,29 +62,31 @@ def choose(
 
 
 def alternatives(logs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the TOP_LOGPROBS likeliest tokens of each row of log-probabilities [B, V], likeliest first, and theirs.
+    """Return the TOP_LOGPROBS likeliest tokens of each row of log-probabilities [B, V] and their values, sorted.
 
-    The number is always the same: which of equal ones come first might depend on it.
+    Their number does not depend on the requests, because the order of equal values might depend on it.
     """
     values, tokens = logs.topk(min(TOP_LOGPROBS, logs.shape[1]))
     return tokens, values
 
 
-def _altered(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[int, Exception]]:
+def _adjusted(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[int, Exception]]:
     """Return logits [n, V] after bias, penalties and grammar, and the errors of grammars by row."""
-    how = [request.sampling for request in requests]
-    bias = _cells(rows, ((i, [t for t, _ in s.biases], [b for _, b in s.biases]) for i, s in enumerate(how)))
+    samplings = [request.sampling for request in requests]
+    bias = _cells(rows, ((i, [t for t, _ in s.biases], [b for _, b in s.biases]) for i, s in enumerate(samplings)))
     if bias:
         row, token, value = bias
         rows[row, token] += value
-    repeats = [(i, requests[i].seen, s.repetition_penalty) for i, s in enumerate(how) if s.repetition_penalty != 1]
+    repeats = [
+        (i, requests[i].seen, s.repetition_penalty) for i, s in enumerate(samplings) if s.repetition_penalty != 1
+    ]
     repeated = _cells(rows, ((i, seen, np.full(len(seen), penalty)) for i, seen, penalty in repeats))
     if repeated:
         row, token, penalty = repeated
         rows = penalized(rows, (row, token), penalty)
     written = _cells(rows, (
         (i, list(r.counts), [n * s.frequency_penalty + s.presence_penalty for n in r.counts.values()])
-        for i, (r, s) in enumerate(zip(requests, how)) if s.frequency_penalty or s.presence_penalty
+        for i, (r, s) in enumerate(zip(requests, samplings)) if s.frequency_penalty or s.presence_penalty
     ))  # fmt: skip
     if written:
         row, token, penalty = written
@@ -102,13 +105,13 @@ def _altered(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[in
 def _cells(
     rows: Tensor, parts: Iterable[tuple[int, Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return which cells of [n, V] `parts` name, each (row, tokens, values): rows, tokens int64 and values fp32 [k]."""
-    found = [
+    """Return rows and tokens int64 [k] and values fp32 [k] of all parts (row, tokens, values); None for no token."""
+    columns = [
         (np.full(len(tokens), row), np.asarray(tokens, np.int64), np.asarray(values, float))
         for row, tokens, values in parts
     ]
-    if not any(len(tokens) for _, tokens, _ in found):
+    if not any(len(tokens) for _, tokens, _ in columns):
         return None
-    row, token, value = (np.concatenate(column) for column in zip(*found))
+    row, token, value = (np.concatenate(column) for column in zip(*columns))
     move = torch.as_tensor
     return move(row, device=rows.device), move(token, device=rows.device), move(value, device=rows.device).float()

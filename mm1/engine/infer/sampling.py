@@ -1,4 +1,4 @@
-"""How a text goes on: the settings of a request, and the drawing of a token from logits."""
+"""Define the sampling settings of a request, and draw tokens from logits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from mm1.errors import UserError
 if TYPE_CHECKING:
     from mm1.engine.infer.grammar import Grammar
 
-TOP_LOGPROBS = 20  # the most alternatives to a token that a request can ask for
-STEEPEST = 10  # the largest |length_penalty|: a length to its power is a finite number, and no score is rounded to zero
-LARGEST = 1e6  # of what changes logits: they stay finite in fp32, or what is drawn of them would be undefined
+TOP_LOGPROBS = 20  # limit of alternatives to a token
+STEEPEST = 10  # limit of |length_penalty|: length^length_penalty stays finite, and no score is rounded to zero
+LARGEST = 1e6  # limit of numbers that change logits: those must stay finite in fp32 to be sampled from
 BOUNDS = {
     "temperature": (0, LARGEST), "top_p": (1 / LARGEST, 1), "top_k": (0, 1 << 24), "min_p": (0, 1),
     "repetition_penalty": (1 / LARGEST, LARGEST), "frequency_penalty": (-LARGEST, LARGEST),
@@ -24,31 +24,32 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text goes on. Raises UserError for what cannot be.
+    """Says how the tokens of a text are chosen and when it ends. Raises UserError for a value outside its range.
 
-    max_tokens: 0 generates nothing, for scoring a prompt. A text ends at end-of-text, before the first of `stop`, or
-    after max_tokens. Of stop strings that overlap the one that is complete first ends it.
+    A text ends at end-of-text, before the first stop string of `stop`, or after max_tokens; with max_tokens 0 nothing
+    is generated, which serves to score a prompt. Of overlapping stop strings the one that is complete first counts.
 
-    temperature 0: the likeliest token. Otherwise one is drawn after these steps, in vLLM's and transformers' order:
+    A token is drawn after these steps, in the order of vLLM and transformers; with temperature 0 the likeliest token
+    after steps 1 to 4 is chosen instead:
 
-    1. logit_bias: token -> what is added to its logit.
-    2. repetition_penalty: logits of tokens that are in prompt or text, positive divided and negative multiplied
+    1. logit_bias: add a number to the logits of some tokens.
+    2. repetition_penalty: for tokens in prompt or text, divide positive logits by it and multiply negative ones
        (Keskar et al. 2019, CTRL).
-    3. frequency_penalty, presence_penalty (OpenAI): a token that is n times in the text, the prompt not counted, loses
-       n · frequency_penalty + (n > 0) · presence_penalty.
-    4. grammar: tokens that it does not allow here get probability 0. End-of-text is allowed where it may end.
-    5. temperature: logits are divided by it.
-    6. top_k: only the k likeliest stay (0: all).
-    7. top_p: of these the smallest set whose probabilities sum to at least top_p; they sum to 1 before.
-    8. min_p: only tokens of at least min_p times the likeliest one's probability stay.
+    3. frequency_penalty, presence_penalty (OpenAI): from the logit of a token that occurs n times in the text, without
+       the prompt, subtract n · frequency_penalty + (n > 0) · presence_penalty.
+    4. grammar: tokens that it does not allow next get probability 0; end-of-text is allowed where the text may end.
+    5. temperature: divide logits by it.
+    6. top_k: sample only from the k most likely tokens (0: no limit).
+    7. top_p: of these only from the smallest set whose probabilities, normalized to 1 before, sum to at least top_p.
+    8. min_p: of these only from tokens with at least min_p times the probability of the likeliest one.
 
-    With temperature 0 steps 1 to 4 come first too. The log-probabilities of a request are the model's own, before all
-    of these. top_logprobs: how many of the likeliest tokens are kept beside each token, with theirs.
+    seed: of this request's random numbers; None draws a different text each time. top_logprobs: number of alternatives
+    that are recorded for each token. Log-probabilities are the model's own, before all of these steps.
 
-    num_beams > 1: the text of the best score that beam search finds (beams.py); the score is the sum of the tokens'
-    log-probabilities over length^length_penalty, so that above 0 favours long texts and below 0 short ones; it is from
-    -10 to 10.
-    early_stopping: when the search ends, as in transformers: False, True or "never".
+    num_beams > 1 returns the text that beam search scores best (beams.py). A score is the sum of the tokens'
+    log-probabilities over length^length_penalty, so that values above 0 favour long texts and values below 0 short
+    ones; length_penalty is from -10 to 10. early_stopping: when the search ends, as in transformers: False, True or
+    "never".
     """
 
     max_tokens: int = 64
@@ -70,8 +71,8 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "logit_bias", tuple(dict(self.logit_bias).items()))  # it can be hashed
-        fits = {
+        object.__setattr__(self, "logit_bias", tuple(dict(self.logit_bias).items()))  # hashable
+        valid = {
             "max_tokens": (self.max_tokens >= (1 if self.num_beams > 1 else 0), "≥ 0, and of beams ≥ 1"),
             "num_beams": (self.num_beams >= 1, "≥ 1"),
             "early_stopping": (self.early_stopping in (False, True, "never"), 'False, True or "never"'),
@@ -80,31 +81,32 @@ class Sampling:
                 f"token ids ≥ 0 and numbers from {-LARGEST} to {LARGEST}",
             ),
         } | {name: (low <= getattr(self, name) <= high, f"{low} to {high}") for name, (low, high) in BOUNDS.items()}
-        for name, (good, expected) in fits.items():
+        for name, (good, expected) in valid.items():
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
         if self.num_beams > 1 and not (self.plain and self.top_logprobs == 0):
-            what = "temperature or repetition_penalty, nor with what else changes logits, or top_logprobs"
-            raise UserError(f"{self.num_beams} beams with {what}, expected one or the other")
+            others = "temperature, penalties, logit_bias, grammar or top_logprobs"
+            raise UserError(f"{self.num_beams} beams with {others}, expected either num_beams 1 or none of these")
 
     @property
     def biases(self) -> Sequence[tuple[int, float]]:
+        """Return logit_bias as pairs of token and number."""
         return self.logit_bias  # pyright: ignore[reportReturnType]: it is a tuple of pairs from __post_init__ on
 
     @property
     def alters(self) -> bool:
-        """Say whether logits are changed before a token is drawn: steps 1 to 4."""
+        """Say whether any of steps 1 to 4 changes the logits."""
         penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
         return penalties or bool(self.logit_bias) or self.grammar is not None
 
     @property
     def plain(self) -> bool:
-        """Say whether the next token is the likeliest of the logits as they are."""
+        """Say whether the next token is the likeliest one of the unchanged logits."""
         return self.temperature == 0 and not self.alters
 
 
 def read_biases(pairs: Sequence[str]) -> dict[int, float]:
-    """Read logit_bias from a command line, such as ["5=-100"]. Raises UserError."""
+    """Parse logit_bias from a command line, such as ["5=-100"]. Raises UserError."""
     try:
         return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
     except ValueError:
@@ -112,7 +114,7 @@ def read_biases(pairs: Sequence[str]) -> dict[int, float]:
 
 
 class Draw(NamedTuple):
-    """How one token is drawn: settings of Sampling, and a number u in [0, 1) that decides."""
+    """Says how one token is drawn: settings of Sampling, and a random number u in [0, 1)."""
 
     temperature: float
     top_p: float
@@ -122,7 +124,7 @@ class Draw(NamedTuple):
 
 
 def penalized(logits: Tensor, cells: Tensor | tuple[Tensor, Tensor], penalty: float | Tensor) -> Tensor:
-    """Return logits with the repetition penalty on some cells.
+    """Return logits with the repetition penalty applied to some cells.
 
     cells: tokens int64 [n] of logits [V], or rows and tokens int64 [n] of logits [B, V]; penalty: one number, or [n].
     """
@@ -136,22 +138,22 @@ def sample(
 ) -> Tensor:
     """Return token ids int64 [B] of logits [B, V], each by its own settings [B] of Sampling and a number u in [0, 1).
 
-    u is a place among the probabilities that are left, likeliest first: what a document gets depends on nobody else's,
-    and is the same on every device. Nothing waits for the GPU.
+    The token is the one at u · total in the remaining probabilities' cumulative sum, likeliest first, so that it does
+    not depend on other rows and is the same on every device. Nothing waits for the GPU.
     """
-    hot = torch.where(temperature > 0, temperature, 1.0).clamp(min=1e-6)  # below, logits over it may be infinite
+    hot = torch.where(temperature > 0, temperature, 1.0).clamp(min=1e-6)  # logits divided by less may be infinite
     probability, token = (logits.float() / hot[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    left = ((rank < top_k[:, None]) | (top_k[:, None] == 0)) & (probability > 0)
-    first_k = probability * left
+    keep = ((rank < top_k[:, None]) | (top_k[:, None] == 0)) & (probability > 0)
+    first_k = probability * keep
     upto = first_k.cumsum(-1)
     total = torch.where(top_k == 0, 1.0, upto[:, -1])[:, None]
-    left = left & (upto - first_k < top_p[:, None] * total)
+    keep = keep & (upto - first_k < top_p[:, None] * total)
     if min_p is not None:
-        left = left & (probability >= min_p[:, None] * probability[:, :1])
-    upto = (probability * left).cumsum(-1)
-    # Rounding may leave u · total at or above the last sum, as u may be 1 in fp32; the last that is left is meant then,
-    # which has a probability above 0. Of NaN, and of a top_p that is zero in fp32, none is left: the first.
-    place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=left.sum(-1) - 1).clamp(min=0)
+        keep = keep & (probability >= min_p[:, None] * probability[:, :1])
+    upto = (probability * keep).cumsum(-1)
+    # Rounding can put u · total at or above the last sum, because u may be 1 in fp32: then the last kept token, whose
+    # probability is above 0, is drawn. If none is kept, as with NaN or a top_p that is 0 in fp32, the first token is.
+    place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=keep.sum(-1) - 1).clamp(min=0)
     place = torch.where(temperature > 0, place, 0)
     return token.gather(-1, place[:, None])[:, 0]

@@ -1,11 +1,11 @@
-"""Which requests run, on which pages of the cache, and how many rows of their prompts a step computes.
+"""Schedule requests: which run, on which pages of the cache, and how many rows of their prompts a step prefills.
 
-Requests are admitted first-in, first-out, each with pages for its prompt, and take pages one by one as they grow. Of
-long prompts only PARTS are computed at once; short ones pass those that wait for their turn. When
-none is left the youngest running request is preempted: its full pages stay known, so that they are found again unless
-others needed them, and it waits at its old place in the queue. Nobody is preempted for a younger one, so the oldest
-comes to its end. A search with beams has all its pages from the beginning and is not preempted: its beams have pages
-of their own, which are not found by their names, and nothing of it could be kept.
+Requests are admitted first-in, first-out with the pages of their prompts, and get one page at a time as they grow. At
+most PARTS long prompts are prefilled at once; short ones go ahead of long ones that wait. When no page is free, the
+youngest running request is preempted and waits again at its old place in the queue; its full pages stay in the prefix
+cache until they are evicted. No request is preempted for a younger one, so the oldest always finishes. A beam search
+gets all its pages at admission and is never preempted, because pages of beams are not in the prefix cache and all of
+its work would be lost.
 """
 
 from bisect import insort
@@ -16,15 +16,15 @@ from mm1.engine.infer.cache import PAGE, Cache
 from mm1.engine.infer.request import Request
 from mm1.kernels.dispatch import cdiv
 
-OVERTAKEN = 64  # requests that may begin before an older one for which there are too few pages
-SHORT = 8  # requests, each short of pages, behind which a step looks for one that is not
-PARTS = 4  # long prompts that are computed at once; a prompt is long if it has more rows than such a part of a step
+OVERTAKEN = 64  # limit of requests that are admitted before an older one that lacks pages
+SHORT = 8  # limit of requests that lack pages which one step skips to find one that does not
+PARTS = 4  # limit of long prompts in prefill; a prompt is long if it has more than 1 / PARTS of a step's rows
 
 
 class Schedule:
-    """Holds the requests that wait and those that run, both in the order of their arrival.
+    """Holds the waiting and the running requests, both in the order of arrival.
 
-    batch: documents that run at once, each beam counts as one; prefill: rows of prompts that a step computes.
+    batch: limit of running texts, each beam counts as one; prefill: rows of prompts in a step.
     """
 
     def __init__(self, cache: Cache, batch: int, prefill: int):
@@ -34,6 +34,7 @@ class Schedule:
         self.arrived = 0
 
     def add(self, request: Request) -> None:
+        """Add a request to the end of the queue."""
         self.arrived += 1
         request.number = self.arrived
         self.waiting.append(request)
@@ -41,8 +42,8 @@ class Schedule:
     def admit(self) -> None:
         """Admit waiting requests while the batch has places and the cache has pages for their prompts.
 
-        A request waits, and those behind it go first, while another computes a prefix of its prompt, while PARTS long
-        prompts are computed and its own is long, or while the cache lacks pages for it; OVERTAKEN bounds the last.
+        A request is skipped while another one prefills a prefix of its prompt, which it then reuses; while PARTS long
+        prompts are in prefill and its own is long; or, up to OVERTAKEN times, while the cache lacks pages for it.
         """
         if not self.waiting:
             return
@@ -54,7 +55,7 @@ class Schedule:
         computing = {name for request in prompts for name in request.cached[request.computed // PAGE :]}
         part = cdiv(self.prefill, PARTS)
         long = sum(request.pending > part for request in prompts)
-        short: list[Request] = []  # of pages
+        short: list[Request] = []  # requests that lack pages
         for request in list(self.waiting):
             if width + request.sampling.num_beams > self.batch:
                 return
@@ -65,11 +66,11 @@ class Schedule:
             if known < len(names) and names[known] in computing:
                 continue
             is_long = request.pending - known * PAGE > part
-            if is_long and long >= PARTS and not request.preempted:  # who was put back goes on as soon as it can
+            if is_long and long >= PARTS and not request.preempted:  # a preempted request resumes as soon as it can
                 continue
             state = (self.cache.dropped, known)
             if request.short and request.short[:2] == state and growing >= request.short[2]:
-                short.append(request)  # as when this was last found: no page has become free since
+                short.append(request)  # no page has become free since pages were last lacking
                 continue
             shared = self.cache.shared(names[:known])
             whole = request.sampling.num_beams > 1
@@ -90,28 +91,31 @@ class Schedule:
             growing += len(request.pages) < request.room
             long += is_long
 
-    def share(self) -> list[Request]:
-        """Return the prompts that this step computes rows of, and note how many: `prefill` in all.
+    def plan_prefill(self) -> list[Request]:
+        """Divide a step's rows among the prompts in prefill: set `request.due`, and return those that get any.
 
-        The shortest go first; the oldest has at least half the rows, so that nobody is put off for ever.
+        The shortest prompts go first; the oldest gets at least half of the rows, so that none waits forever.
         """
         prompts = [request for request in self.running if request.prefilling]
         if not prompts:
             return []
-        oldest, left = prompts[0], self.prefill
-        kept = min(oldest.pending, cdiv(self.prefill, 2))
+        oldest, free = prompts[0], self.prefill
+        reserved = min(oldest.pending, cdiv(self.prefill, 2))
         for request in sorted(prompts, key=attrgetter("pending")):
-            kept = 0 if request is oldest else kept
-            request.due = min(request.pending, left - kept)
-            left -= request.due
+            reserved = 0 if request is oldest else reserved
+            request.due = min(request.pending, free - reserved)
+            free -= request.due
         return [request for request in prompts if request.due]
 
-    def going(self) -> list[Request]:
-        """Return the requests that a step decodes, each with a page for its next row."""
-        return [r for r in list(self.running) if not r.prefilling and self._fits(r)]  # the oldest first
+    def plan_decode(self) -> list[Request]:
+        """Return the requests whose next token a step decodes, after allocating a page for each that needs one."""
+        return [r for r in list(self.running) if not r.prefilling and self._allocate(r)]  # the oldest first
 
-    def _fits(self, request: Request) -> bool:
-        """Give a request a page if its next row needs one; preempt the youngest for it, be it itself."""
+    def _allocate(self, request: Request) -> bool:
+        """Allocate a page if a request's next row needs one; preempt the youngest request if none is free.
+
+        Return False if the request itself was preempted.
+        """
         if request.beams or request.computed < len(request.pages) * PAGE:
             return True
         while request.pages:
@@ -119,10 +123,11 @@ class Schedule:
             if page is not None:
                 request.grow(page)
                 return True
-            self._preempt(next(r for r in reversed(self.running) if r.sampling.num_beams == 1))
+            self.preempt(next(r for r in reversed(self.running) if r.sampling.num_beams == 1))
         return False
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
+        """Take a running request's pages, and put it back to its place in the queue."""
         self.running.remove(request)
         self.cache.drop(request.pages)
         request.preempt()
@@ -130,14 +135,14 @@ class Schedule:
         self.waiting.insert(at, request)
 
     def advance(self, request: Request, rows: int) -> None:
-        """Take note that the cache holds so many rows more of it; pages that are full by now become known."""
+        """Count rows of a request as computed, and add pages that are now full to the prefix cache."""
         full = request.advance(rows)
         if full:
             places = slice(full.start, full.stop)
             self.cache.remember(request.pages[places], request.cached[places])
 
     def end(self, request: Request, why: str) -> None:
-        """Take it out, wherever it is."""
+        """Remove a request from the queue or from the running ones, and set why it has ended."""
         if request in self.running:
             self.running.remove(request)
             self.cache.drop(request.pages)

@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API, sandboxed image decoding and a page for the browser."""
+"""Serve models over HTTP: OpenAI's API, sandboxed image decoding and a page for the browser."""

@@ -1,7 +1,7 @@
-"""JSON bodies: one that arrives is bounded before it is parsed, and a long one is written in pieces.
+"""Parse JSON requests after checking their limits, and write long replies in pieces.
 
-`json` holds the interpreter's lock for a whole call. Here no call sees more than a few megabytes or a few thousand
-values, so that in a thread of its own the work leaves the event loop and the engine their turns.
+`json` holds the interpreter's lock during a call. No call here gets more than a few megabytes or a few thousand values,
+so that the event loop and the engine go on while a thread does this work.
 """
 
 import json
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 from mm1.errors import UserError
 
-TEXT = 4 << 20  # bytes of a body without what long data: URLs hold
-DEPTH = 64  # of brackets in brackets
-VALUES = 1 << 18  # brackets and commas: parsed values take a hundred bytes each
-DIGITS = 100  # of a number; 64 bits have 20
-LONG = 4096  # bytes of an image's data: URL that is taken out before the rest is parsed
-PIECE = 1 << 20  # bytes that one call works on
-STRING_PIECE = 1 << 16  # of a string whose end is looked for: the matcher takes 0.1 µs for an escape
+TEXT = 4 << 20  # limit of a body's bytes without its long data: URLs
+DEPTH = 64  # limit of nesting
+VALUES = 1 << 18  # limit of brackets and commas: each parsed value takes a hundred bytes
+DIGITS = 100  # limit of a number's digits; 64 bits have 20
+LONG = 4096  # an image's data: URL of more bytes is cut out before the rest is parsed
+PIECE = 1 << 20  # bytes of a data: URL that one call decodes
+STRING_PIECE = 1 << 16  # bytes of a string that one call searches for its end: 0.1 µs for each escape
 SLICE = 64  # elements of a list that one call writes
 
 BACKSLASH = ord("\\")
@@ -27,29 +27,32 @@ BRACKETS = b"[]{},"
 OTHERS = bytes(set(range(256)) - set(BRACKETS))
 # The head of an image's data: URL behind its quote; PHP escapes slashes.
 IMAGE = re.compile(rb"data: *image(?:/|\\/|\\u002f)[\w.+-]+[^\"\\,]{0,200},", re.IGNORECASE)
-INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # of a string
+INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # the inside of a string
 STEPS = [1 if code in b"[{" else -1 if code in b"]}" else 0 for code in range(256)]
 
 
 class TooLarge(UserError):
-    """A body of more bytes than are accepted."""
+    """A body has more bytes than are accepted."""
 
 
 def loads(body: bytes) -> Any:
-    """Parse UTF-8 JSON. Raises UserError for what is malformed or nested deeper than DEPTH, for keys that stand twice,
-    numbers of more than DIGITS digits, NaN and Infinity; TooLarge for more than TEXT bytes or VALUES values."""
+    """Parse UTF-8 JSON.
+
+    Raises UserError for malformed JSON, nesting beyond DEPTH, duplicate keys, numbers of more than DIGITS digits, NaN
+    and Infinity; TooLarge for more than TEXT bytes or VALUES values.
+    """
     mark = secrets.token_hex(16)
-    text, taken = _without_long_urls(body.removeprefix(b"\xef\xbb\xbf"), mark)
+    text, urls = _without_long_urls(body.removeprefix(b"\xef\xbb\xbf"), mark)
 
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        members: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in members:
                 raise UserError(f"malformed JSON: the key {key[:60]!r} stands twice in an object")
-            if taken and isinstance(value, str) and value.startswith(mark):
-                value = _unescaped(taken[int(value[len(mark) :])])
-            found[key] = value
-        return found
+            if urls and isinstance(value, str) and value.startswith(mark):
+                value = _unescaped(urls[int(value[len(mark) :])])
+            members[key] = value
+        return members
 
     try:
         return json.loads(
@@ -65,44 +68,44 @@ def loads(body: bytes) -> Any:
 
 
 def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]:
-    """Return the body with `mark` and a number instead of each long data: URL of an object, and these URLs."""
-    kept: list[bytes] = []
-    taken: list[memoryview] = []
+    """Return the body with `mark` and a number in place of each long data: URL of an object, and these URLs."""
+    pieces: list[bytes] = []
+    urls: list[memoryview] = []
     brackets: list[bytes] = []
-    view, at, size, values = memoryview(body), 0, 0, 0  # size: bytes up to here without the URLs
+    view, at, size, values = memoryview(body), 0, 0, 0  # size: bytes so far, without the URLs
     while at < len(body):
         start = body.find(b'"', at)
         start = len(body) if start < 0 else start
-        out = start > 0 and body[at:start].rstrip().endswith(b":") and IMAGE.match(body, start + 1) is not None
-        end = body.find(b'"', start + 1) + 1 if out else 0
-        # A quote that is escaped, or letters, stand in texts: they may only begin like a URL.
-        out = end - start > LONG and body[end - 2] != BACKSLASH and body[start:end].isascii()
-        end = end if out else _end_of_string(body, start)
-        size += start - at if out else end - at
+        is_url = start > 0 and body[at:start].rstrip().endswith(b":") and IMAGE.match(body, start + 1) is not None
+        end = body.find(b'"', start + 1) + 1 if is_url else 0
+        # An escaped quote or letters beyond ASCII belong to a text that only begins like a URL.
+        is_url = end - start > LONG and body[end - 2] != BACKSLASH and body[start:end].isascii()
+        end = end if is_url else end_of_string(body, start)
+        size += start - at if is_url else end - at
         if size > TEXT:
-            raise TooLarge(f"the request has more than {TEXT} bytes beside what data: URLs hold")
+            raise TooLarge(f"the request has more than {TEXT} bytes besides its data: URLs")
         between = body[at:start].translate(None, OTHERS)
         brackets.append(between)
         values += len(between)
         if values > VALUES:
             raise TooLarge(f"the request holds more than {VALUES} values")
-        if out:
-            kept.append(body[at:start] + f'"{mark}{len(taken)}"'.encode())
-            taken.append(view[start + 1 : end - 1])
+        if is_url:
+            pieces.append(body[at:start] + f'"{mark}{len(urls)}"'.encode())
+            urls.append(view[start + 1 : end - 1])
         else:
-            kept.append(body[at:end])
+            pieces.append(body[at:end])
         at = end
     depth = max(accumulate(map(STEPS.__getitem__, b"".join(brackets)), initial=0))
     if depth > DEPTH:
         raise UserError(f"the request is nested {depth} deep, expected at most {DEPTH}")
-    return b"".join(kept), taken
+    return b"".join(pieces), urls
 
 
-def _end_of_string(body: bytes, start: int) -> int:
-    """Return the place behind the string that begins with the quote at `start`, at most the body's end."""
+def end_of_string(body: bytes, start: int) -> int:
+    """Return the index after the string that begins with the quote at `start`, at most the body's length."""
     at = start + 1
     while at < len(body):
-        end = INSIDE.match(body, at, at + STRING_PIECE).end()  # type: ignore[union-attr]  it matches nothing too
+        end = INSIDE.match(body, at, at + STRING_PIECE).end()  # type: ignore[union-attr]  it also matches the empty string
         if body[end : end + 1] == b'"':
             return end + 1
         if end == at:  # the body ends with a backslash
@@ -112,7 +115,7 @@ def _end_of_string(body: bytes, start: int) -> int:
 
 
 def _unescaped(url: memoryview) -> str:
-    """Return the text of a JSON string's inside, piece by piece; no piece ends inside an escape."""
+    """Return the text that a JSON string's inside stands for, decoded in pieces that do not cut an escape."""
     pieces, at = [], 0
     while at < len(url):
         piece = bytes(url[at : at + PIECE])
@@ -145,7 +148,7 @@ def _short(digits: str) -> str:
 
 
 def dumps(value: Any) -> bytes:
-    """Write JSON as json.dumps does, but long lists in slices."""
+    """Return the JSON that json.dumps would write; long lists are written in slices."""
     return "".join(_pieces(value)).encode()
 
 

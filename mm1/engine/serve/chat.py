@@ -1,13 +1,13 @@
-"""OpenAI's chat form: what is asked, as parts of a prompt and how to continue it; and what is answered.
+"""Translate OpenAI's /v1/chat/completions: requests into prompts and settings, and texts into replies.
 
-Checkpoints continue interleaved documents, so messages become one. As trained on conversations (LLaVA's form):
-a user's turn is "USER: … ASSISTANT:" with its images in their places, an assistant's is " …" and end-of-text, a
-system's or developer's is its text and a newline. With "template": "none", an extension, texts and images stand as they
-are, in order, adjacent texts joined and nothing added: few-shot prompts, such as "quiz\\n", image, "question: …
-answer:". What a model was trained on decides which template it is by default.
+Checkpoints continue interleaved documents, so a chat's messages are joined into one document. The template
+"conversation" is the form of training on conversations (LLaVA's): a user's turn is "USER: … ASSISTANT:" with its images
+in their places, an assistant's turn is " …" and end-of-text, a system's or developer's message is its text and a
+newline. The template "none", an extension, joins texts and images in order and adds nothing; it serves few-shot prompts
+such as "quiz\\n", image, "question: … answer:". The default depends on whether the model was trained on conversations.
 
-Settings left out are Sampling's (greedy), but max_tokens, which is what the context has room for. top_k, min_p and
-repetition_penalty are extensions. A parameter that is not known is refused unless it changes nothing.
+The defaults of settings are Sampling's (greedy), except max_tokens: as many as the context holds. top_k, min_p and
+repetition_penalty are extensions. An unsupported parameter is refused unless its value changes nothing.
 """
 
 import secrets
@@ -28,25 +28,25 @@ from mm1.engine.infer.request import Request
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.serve.fields import Settings, WrongField, json_object, members, settings, text_of, top_logprobs, typed
 
-ENTRY_BYTES = 64  # of JSON for a token's log-probability
+ENTRY_BYTES = 64  # typical size of a token's log-probability in JSON
 TEMPLATES = ("conversation", "none")
 OWN = ("messages", "logprobs", "top_logprobs", "template")
 ROLES = ("system", "developer", "user", "assistant")
-# What a message of an earlier answer may carry without saying anything.
-SILENT = {"tool_calls": [], "annotations": []}
+# Fields with these values in a message of an earlier answer are ignored.
+IGNORED = {"tool_calls": [], "annotations": []}
 PARTS = {"text": ("text",), "refusal": ("refusal",), "image_url": ("url", "detail"),
          "file": ("file_id", "file_data", "filename")}  # fmt: skip
 DETAILS = ("auto", "low", "high", "original")
 
 
 class Picture(NamedTuple):
-    """A data: or http URL, or the id of an uploaded file."""
+    """Names an image of a request by a data: or http URL or the id of an uploaded file."""
 
     url: str
 
 
 class Job(NamedTuple):
-    """What the Engine is asked for one choice. scored: how many tokens at the prompt's end are scored."""
+    """Holds the Engine's input for one choice. scored: how many tokens at the prompt's end get log-probabilities."""
 
     document: Document
     sampling: Sampling
@@ -54,8 +54,8 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A chat request. logprobs: whether they are told."""
+class ChatRequest:
+    """Holds a parsed request. logprobs: whether the reply has the tokens' log-probabilities."""
 
     parts: tuple[str | Picture, ...]
     settings: Settings
@@ -63,38 +63,42 @@ class Asked:
 
     @property
     def prompts(self) -> list[tuple[str | Picture, ...] | Document]:
+        """Return the one prompt."""
         return [self.parts]
 
     @property
     def texts(self) -> int:
-        """Return how many texts the Engine has to make."""
+        """Return how many texts the Engine has to generate."""
         return self.settings.count
 
     def jobs(self, documents: Sequence[Document], context: int, grammar: Grammar | None) -> list[Job]:
+        """Return a job for each choice. documents: the encoded prompt; context: limit of prompt and text in tokens."""
         [document] = documents
         room = context - len(document.tokens)
         return [Job(document, sampling) for sampling in self.settings.samplings(self.settings.count, room, grammar)]
 
     def reply(self, model: str, tokenizer: TextTokenizer) -> "Reply":
+        """Return the reply to fill, under the model's name."""
         top = self.settings.sampling.top_logprobs
         return Reply(model, tokenizer, logprobs=self.logprobs, top=top, usage=self.settings.usage)
 
 
-def parse(body: bytes, template: str = "conversation") -> Asked:
-    """Read a request. template: the default. Raises UserError."""
-    asked = json_object(body)
-    logprobs = typed("logprobs", asked.get("logprobs", False), bool)
-    top = top_logprobs("top_logprobs", asked.get("top_logprobs", 0))
+def parse(body: bytes, template: str = "conversation") -> ChatRequest:
+    """Parse a request. template: the one of requests that name none. Raises UserError."""
+    fields = json_object(body)
+    logprobs = typed("logprobs", fields.get("logprobs", False), bool)
+    top = top_logprobs("top_logprobs", fields.get("top_logprobs", 0))
     if top and not logprobs:
         raise WrongField("top_logprobs", "top_logprobs is given without logprobs")
-    read = settings(asked, OWN, {"top_logprobs": top})
-    if read.bounded and read.sampling.max_tokens == 0:
+    common = settings(fields, OWN, {"top_logprobs": top})
+    if common.has_max_tokens and common.sampling.max_tokens == 0:
         raise WrongField("max_tokens", "max_tokens is 0, expected at least 1")
-    parts = tuple(_laid_out(asked.get("messages"), asked.get("template", template)))
-    return Asked(parts, read, logprobs)
+    parts = tuple(_prompt(fields.get("messages"), fields.get("template", template)))
+    return ChatRequest(parts, common, logprobs)
 
 
-def _laid_out(messages: Any, template: Any) -> list[str | Picture]:
+def _prompt(messages: Any, template: Any) -> list[str | Picture]:
+    """Return the parts of the document that the messages are joined into. Raises WrongField."""
     if template not in TEMPLATES:
         raise WrongField("template", f"template is {str(template)[:60]!r}, expected 'conversation' or 'none'")
     turns = [_turn(f"messages[{i}]", message) for i, message in enumerate(typed("messages", messages, list))]
@@ -105,29 +109,29 @@ def _laid_out(messages: Any, template: Any) -> list[str | Picture]:
     if turns[-1][0] != "user":
         message = f"the last message is of role {turns[-1][0]}, expected user (or template 'none')"
         raise WrongField(f"messages[{len(turns) - 1}].role", message)
-    found: list[str | Picture] = []
+    prompt: list[str | Picture] = []
     for i, (role, parts) in enumerate(turns):
         parts = _stripped(_joined(parts))
         if role == "user":
-            found += ["USER: ", *parts, " ASSISTANT:"]
+            prompt += ["USER: ", *parts, " ASSISTANT:"]
         elif role in ("system", "developer"):
-            found += [*parts, "\n"]
+            prompt += [*parts, "\n"]
         elif any(isinstance(part, Picture) for part in parts):
             message = "an assistant's message holds an image (which takes template 'none')"
             raise WrongField(f"messages[{i}].content", message)
         else:
-            found.append(Answer(f" {''.join(map(str, parts))}"))
-    return _joined(found)
+            prompt.append(Answer(f" {''.join(map(str, parts))}"))
+    return _joined(prompt)
 
 
 def _turn(where: str, message: Any) -> tuple[str, list[str | Picture]]:
-    """Return the role and the parts of a message. An assistant's may have no content. where: its path."""
+    """Return the role and the parts of a message; an assistant's may have no content. where: its path, for errors."""
     message = typed(where, message, dict)
-    message = {key: value for key, value in message.items() if value is not None and value != SILENT.get(key)}
-    role, known = message.get("role"), {"role", "content", "name"}
+    message = {key: value for key, value in message.items() if value is not None and value != IGNORED.get(key)}
+    role, supported = message.get("role"), {"role", "content", "name"}
     if role not in ROLES:
         raise WrongField(f"{where}.role", f"{where}.role is {str(role)[:60]!r}, expected {', '.join(ROLES)}")
-    message = members(where, message, known | {"refusal"} if role == "assistant" else known)
+    message = members(where, message, supported | {"refusal"} if role == "assistant" else supported)
     text_of(f"{where}.name", message.get("name", ""))
     content = message.get("content", [] if role == "assistant" else None)
     if isinstance(content, str):
@@ -159,12 +163,12 @@ def _part(where: str, part: Any) -> str | Picture:
 
 
 def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
-    """Without empty texts; adjacent ones are one, as a document's are, but answers stay."""
-    found: list[str | Picture] = []
+    """Drop empty texts and join adjacent ones, as in a document; each Answer stays separate."""
+    joined: list[str | Picture] = []
     for plain, run in groupby((part for part in parts if part), lambda part: type(part) is str):
         run = list(run)
-        found += ["".join(map(str, run))] if plain else run
-    return found
+        joined += ["".join(map(str, run))] if plain else run
+    return joined
 
 
 def _stripped(parts: list[str | Picture]) -> list[str | Picture]:
@@ -176,7 +180,10 @@ def _stripped(parts: list[str | Picture]) -> list[str | Picture]:
 
 
 def encode(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[np.ndarray]]) -> Document:
-    """Of texts and images' views, as DocumentEncoder does in training: bos, and eos behind each answer."""
+    """Encode texts and images' views as DocumentEncoder does in training: bos first, and eos after each answer.
+
+    slots: tokens of a view.
+    """
     tokens, images = [tokenizer.bos], []
     for part in parts:
         if isinstance(part, str):
@@ -189,16 +196,21 @@ def encode(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[np.n
 
 
 class Reply:
-    """The parts of one completion, whole or in chunks, all with its id. top: alternatives beside each token."""
+    """Builds the response to one request, whole or in chunks with the same id.
+
+    logprobs: whether it has the tokens' log-probabilities, with `top` alternatives each; usage: whether a stream ends
+    with token counts.
+    """
 
     def __init__(
         self, model: str, tokenizer: TextTokenizer, *, logprobs: bool = False, top: int = 0, usage: bool = False
     ):
         self.tokenizer, self.with_logprobs, self.top, self.with_usage = tokenizer, logprobs, top, usage
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self.told: dict[int, int] = {}  # tokens of each choice whose log-probabilities are out
+        self.sent: dict[int, int] = {}  # by choice, the number of tokens whose log-probabilities were sent
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the response without streaming, from a finished request for each choice."""
         choices = [
             {"index": i, "message": {"role": "assistant", "content": request.text, "refusal": None},
              "finish_reason": finish_of(request), "logprobs": self.logprobs(request, 0) if self.with_logprobs else None}
@@ -207,7 +219,7 @@ class Reply:
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(requests)}
 
     def size(self, requests: Sequence[Request]) -> int:
-        """Return about how many bytes of JSON the whole is."""
+        """Return about how many bytes of JSON the whole response has."""
         entries = sum(len(request.tokens) for request in requests) * (self.top + 1) if self.with_logprobs else 0
         return sum(len(request.text) for request in requests) + ENTRY_BYTES * entries
 
@@ -216,12 +228,15 @@ class Reply:
         return [self._chunk(index, {"role": "assistant", "content": ""})]
 
     def piece(self, index: int, request: Request, text: str) -> dict[str, Any]:
-        return self._chunk(index, {"content": text}, None, self._news(index, request))
+        """Return the chunk of a piece of a choice's text."""
+        return self._chunk(index, {"content": text}, None, self._new_logprobs(index, request))
 
     def end(self, index: int, request: Request) -> dict[str, Any]:
-        return self._chunk(index, {}, finish_of(request), self._news(index, request))
+        """Return the chunk that ends a choice."""
+        return self._chunk(index, {}, finish_of(request), self._new_logprobs(index, request))
 
     def last(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the chunk with the usage of all choices."""
         return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage(requests)}
 
     def _chunk(self, index: int, delta: dict[str, str], finish: str | None = None, logprobs: Any = None) -> dict:
@@ -229,16 +244,17 @@ class Reply:
         more = {"usage": None} if self.with_usage else {}
         return {**self.head, "object": "chat.completion.chunk", "choices": [choice], **more}
 
-    def _news(self, index: int, request: Request) -> dict[str, Any] | None:
+    def _new_logprobs(self, index: int, request: Request) -> dict[str, Any] | None:
+        """Return the log-probabilities of the tokens that are new since the last chunk of this choice."""
         if not self.with_logprobs:
             return None
-        found = self.logprobs(request, self.told.get(index, 0))
-        self.told[index] = self.told.get(index, 0) + len(found["content"])
-        return found
+        entries = self.logprobs(request, self.sent.get(index, 0))
+        self.sent[index] = self.sent.get(index, 0) + len(entries["content"])
+        return entries
 
     def logprobs(self, request: Request, start: int) -> dict[str, Any]:
-        """Return those of the tokens from start on. Each has the bytes that it adds: joined they are the text's."""
-        tokens, logprobs, tops = taken(request, start, self.top)
+        """Return OpenAI's logprobs object for the tokens from `start` on; the entries' bytes, joined, are the text."""
+        tokens, logprobs, tops = tokens_from(request, start, self.top)
         content = [
             self._entry(token, logprob, piece) | {"top_logprobs": [self._entry(*pair) for pair in top]}
             for token, logprob, top, piece in zip(tokens, logprobs, tops, pieces_of(self.tokenizer, request, start))
@@ -246,15 +262,17 @@ class Reply:
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float, piece: bytes | None = None) -> dict[str, Any]:
-        """piece: the token's bytes if they are not those that it adds to a text that it continues."""
+        """Return the entry of a token. piece: its bytes, by default those that it adds inside a text."""
         piece = self.tokenizer.token_bytes(token) if piece is None else piece
         name = piece.decode("utf-8", "replace") or name_of(self.tokenizer, token)
         return {"token": name, "logprob": max(logprob, -9999.0), "bytes": list(piece)}
 
 
-def taken(request: Request, start: int, top: int) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
-    """Return tokens from start on, their log-probabilities and the likeliest ones; what all three have counts, because
-    the engine's thread may be adding to one after the other."""
+def tokens_from(request: Request, start: int, top: int) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
+    """Return the tokens from `start` on, their log-probabilities, and the likeliest alternatives of each.
+
+    The lists may differ in length, because the engine's thread may be adding to them; their common length is valid.
+    """
     tokens = request.tokens[start:]
     return tokens, request.logprobs[start:], request.top[start:] if top else [[] for _ in tokens]
 
@@ -266,7 +284,7 @@ def pieces_of(tokenizer: TextTokenizer, request: Request, start: int) -> Iterato
 
 
 def finish_of(request: Request) -> str:
-    """Return why a text has ended, in OpenAI's words. Raises RuntimeError for one that did not come to its end."""
+    """Return OpenAI's finish_reason of a request. Raises RuntimeError for one that was cancelled or failed."""
     if request.finish in ("stop", "length"):
         return request.finish
     if request.finish == "scored":  # with max_tokens 0
@@ -275,7 +293,7 @@ def finish_of(request: Request) -> str:
 
 
 def name_of(tokenizer: TextTokenizer, token: int) -> str:
-    """Return the name of a token that adds nothing to a text, such as <eos>."""
+    """Return the name of a token that adds no text, such as <eos>; "" if it has none."""
     return _names_of(tokenizer).get(token, "")
 
 
@@ -285,10 +303,10 @@ def _names_of(tokenizer: TextTokenizer) -> dict[int, str]:
 
 
 def usage(requests: Sequence[Request]) -> dict[str, Any]:
-    """Count tokens, of each prompt once. cached_tokens: of the prompts, those that were computed before."""
+    """Return OpenAI's usage object; each prompt counts once. cached_tokens: prompt tokens found in the prefix cache."""
     firsts = {id(request.document): request for request in reversed(requests)}.values()
     prompt = sum(len(request.document.tokens) for request in firsts)
-    made = sum(len(request.tokens) for request in requests)
+    generated = sum(len(request.tokens) for request in requests)
     cached = sum(request.shared * PAGE for request in firsts)
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip

@@ -1,6 +1,6 @@
-"""Connections of strangers: time limits below HTTP, and a bound on how many there are.
+"""Limit a server's connections: their number, and the time of each stage below HTTP.
 
-uvicorn alone waits for a request's head, and for a reader of an answer that is complete, as long as the client likes.
+uvicorn alone would wait without limit for a request's head and for a client to read a complete answer.
 """
 
 import asyncio
@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     import uvicorn
 
-HEAD_SECONDS = 10  # from a connection, or the first byte of its next request, to a complete head
-IDLE_SECONDS = 30  # between requests: longer than clients keep a connection, or both could use and close it at once
-SEND_SECONDS = 60  # for a reader to take anything of an answer
-SEND_BYTES = 1 << 16  # that it takes in each further second
-UNSENT_BYTES = 1 << 28  # of all answers that are complete; beyond, the oldest of them are given up
-LINGER_SECONDS = 20  # for the rest of a body that was answered before it had come
-QUIET_SECONDS = 2  # in which nothing of it comes
-PROBE_SECONDS = 2  # between signs to a client that has closed its sending side and waits for an answer
-READ_BYTES = 1 << 14  # of a connection, before the others have their turn
-ACCEPT = 16  # connections accepted at a time
-BACKLOG = 512  # connections that the kernel holds
-MOST = 2048  # connections
-SPARE = 96  # descriptors for image workers, URLs and files
+HEAD_SECONDS = 10  # limit from a connection, or the first byte of its next request, to a complete head
+IDLE_SECONDS = 30  # limit between requests: longer than clients reuse a connection, so that they close it first
+SEND_SECONDS = 60  # limit of the time in which a client reads nothing of an answer
+SEND_BYTES = 1 << 16  # minimum that a client reads of a complete answer in each second after that
+UNSENT_BYTES = 1 << 28  # limit of all complete answers in memory; beyond it the oldest are aborted
+LINGER_SECONDS = 20  # limit for the rest of a body that was answered before it had arrived
+QUIET_SECONDS = 2  # limit of a pause in that rest
+PROBE_SECONDS = 2  # between probes of a client that has closed its sending side and waits for an answer
+READ_BYTES = 1 << 14  # that one connection reads before the others have their turn
+ACCEPT = 16  # connections accepted in one turn of the event loop
+BACKLOG = 512  # connections that wait in the kernel to be accepted
+CONNECTIONS = 2048  # limit of open connections
+SPARE = 96  # descriptors reserved for image workers, URLs and files
 CLOSE = (b"connection", b"close")
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the soft limit of descriptors to the hard one, where the system has such limits."""
+    """Raise the process's soft limit of file descriptors to the hard one, where the system has such limits."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -41,32 +41,35 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def most_connections() -> int:
-    """Return how many connections leave enough descriptors for everything else."""
+def connection_limit() -> int:
+    """Return how many connections may be open so that enough descriptors remain for everything else."""
     try:
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
     except (ImportError, OSError):
-        return MOST
-    return MOST if limit == resource.RLIM_INFINITY else max(8, min(MOST, limit - used - SPARE))
+        return CONNECTIONS
+    return CONNECTIONS if limit == resource.RLIM_INFINITY else max(8, min(CONNECTIONS, limit - used - SPARE))
 
 
 def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
-    """Return a server of an ASGI application with these limits. uvicorn is imported here because it is optional."""
+    """Return a server of an ASGI application with these limits; uvicorn is imported here because it is optional.
+
+    stop_seconds: time for running answers when it stops.
+    """
     import h11
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from mm1.engine.serve.reader import Reader
 
-    most = most_connections()
+    max_connections = connection_limit()
 
     class Transport:
-        """asyncio's transport, but one that is closed while a body arrives first lets the client read the answer.
+        """Wraps asyncio's transport. Closed while a body arrives, it stays open until the client has read the answer.
 
-        The system would send a reset at once, which can overtake the answer (RFC 9112, 9.6).
+        The system would otherwise send a reset at once, which can overtake the answer (RFC 9112, 9.6).
         """
 
         def __init__(self, transport: Any, connection: "Connection"):
@@ -80,7 +83,7 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             return self.connection.lingers or self.transport.is_closing()
 
         def close(self) -> None:
-            if self.is_closing() or not self.connection.sends:
+            if self.is_closing() or not self.connection.sending:
                 self.transport.close()
             else:
                 self.connection.lingers = True
@@ -92,36 +95,39 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                     self.transport.resume_reading()
 
     class Connection(H11Protocol):
-        """A connection that knows what it waits for, and since when.
+        """Records which stage a connection is in, and since when.
 
-        lingers: whether it is answered, and what still comes is thrown away unread. thrown: bytes of that.
+        lingers: whether it has been answered and discards what still arrives. discarded: bytes of that.
         """
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.conn = Reader()
             self.half_closed = self.lingers = False
-            self.thrown = 0
+            self.discarded = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(cast("Any", Transport(transport, self)))
-            self.since = self.begun = self.loop.time()  # of the stage, and of all stages of its name
+            self.since = self.begun = self.loop.time()  # begin of the stage, and of the run of stages with its name
             self.patience = math.inf
             self.stage = self._stage()
-            if len(self.connections) > most:
+            if len(self.connections) > max_connections:
                 last = self._least_needed()
                 last.transport.abort()
-                last.forget()  # now: others may come before the loop tells that it is lost
+                last.forget()  # at once: others may connect before the loop reports it as lost
             if self in self.connections:
                 waiting[self] = None
 
         def _least_needed(self) -> "Connection":
-            """Return the connection that has waited longest; one with an answer to take only if no other waits, one
-            whose request arrives or is answered never: then the new one goes."""
+            """Return the connection to drop: the one that has waited longest without a request.
+
+            A connection with an answer to send is returned only if no other waits; if all have a request that arrives
+            or is being answered, it is the new one.
+            """
             others = [c for c in chain(waiting, cast("set[Connection]", self.connections)) if c is not self]
             for stages in (("head", "idle", "linger"), ("flush",)):
-                if found := next((c for c in others if c._stage()[0] in stages), None):
-                    return found
+                if waiter := next((c for c in others if c._stage()[0] in stages), None):
+                    return waiter
             return self
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -134,55 +140,57 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
 
         def data_received(self, data: bytes) -> None:
             if self.lingers:
-                self.thrown += len(data)
+                self.discarded += len(data)
             else:
                 super().data_received(data)
 
         @property
         def arrived(self) -> bool:
-            """Say if a whole request is here that has no whole answer yet."""
+            """Say whether a complete request has arrived whose answer is not complete."""
             return bool(self.cycle) and not self.cycle.more_body and not self.cycle.response_complete
 
         @property
-        def sends(self) -> bool:
-            """Say if more of a request has yet to come, or of what is none."""
+        def sending(self) -> bool:
+            """Say whether the client has yet to send the rest of a request, or of bytes that are no request."""
             return not self.half_closed and self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
         def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-            """Keep the way back open for a client that has sent all of its requests. One that speaks HTTP/1.0 has
-            left: nothing but a response can be sent to it that would show it (see _probe)."""
+            """Keep the connection open for the answer to a client that has closed its sending side.
+
+            A client of HTTP/1.0 counts as disconnected, because it cannot be probed before its response (see _probe).
+            """
             if self.arrived and not self.lingers and self.scope["http_version"] == "1.1":
                 self.half_closed, self.probed = True, self.loop.time()
-                self._close_behind_last()
+                self._close_after_last()
             return self.half_closed
 
         def on_response_complete(self) -> None:
             super().on_response_complete()  # which begins with the next request if that is here
             if self.half_closed and not self.transport.is_closing():
                 if self.arrived:
-                    self._close_behind_last()
+                    self._close_after_last()
                 else:
                     self.transport.close()
 
-        def _close_behind_last(self) -> None:
-            """Let the present answer be the last if no other request is here."""
+        def _close_after_last(self) -> None:
+            """Close the connection after the current answer unless another request has arrived."""
             if not self.conn.trailing_data[0]:
                 self.cycle.keep_alive = False
-                self.headers.append(CLOSE)  # of the request: uvicorn repeats it in the response
+                self.headers.append(CLOSE)  # in the request's headers, from which uvicorn copies it to the response
 
         def _stage(self) -> tuple[str, Any]:
-            """Return the stage; one that differs in either item is a new one.
+            """Return the stage: a name and a value; a change of either begins a new stage.
 
-            linger: an answer was given before its request had come, and the client is still sending.
-            flush: an answer is complete, was given up or cannot go on, and the client has yet to take its bytes.
-            work: a request is arriving or is being answered.
-            head: a head is arriving.
-            idle: nothing has come since the last answer.
+            linger: an answer was sent before its request had arrived, and the client is still sending.
+            flush: an answer is complete, was aborted or cannot go on, and the client has yet to read its bytes.
+            work: a request's body is arriving or the request is being answered.
+            head: a request's head is arriving.
+            idle: nothing has arrived since the last answer.
             """
             answered = self.cycle is None or self.cycle.response_complete
             unsent = self.transport.get_write_buffer_size()
             if self.lingers:
-                return "linger", self.thrown
+                return "linger", self.discarded
             if self.transport.is_closing() or (unsent and (answered or self.flow.write_paused)):
                 return "flush", unsent
             if not answered:
@@ -190,38 +198,39 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             arriving = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
             return "head" if arriving or not self.cycle else "idle", self.cycle
 
-        def look(self, now: float) -> None:
-            """End what has lasted too long."""
+        def check(self, now: float) -> None:
+            """Update the stage, and end the connection if it has lasted too long."""
             if (stage := self._stage()) != self.stage:
                 if stage[0] != self.stage[0]:
                     self.begun = now
-                    taking = SEND_SECONDS + self.transport.get_write_buffer_size() / SEND_BYTES
-                    self.patience = {"linger": LINGER_SECONDS, "flush": taking}.get(stage[0], math.inf)
+                    sending = SEND_SECONDS + self.transport.get_write_buffer_size() / SEND_BYTES
+                    self.patience = {"linger": LINGER_SECONDS, "flush": sending}.get(stage[0], math.inf)
                 self.stage, self.since = stage, now
                 waiting.pop(self, None)
                 if stage[0] != "work":
                     waiting[self] = None
-            lasted = now - self.since
-            most = {"head": HEAD_SECONDS, "linger": QUIET_SECONDS, "flush": SEND_SECONDS}.get(stage[0], math.inf)
-            if stage[0] == "head" and lasted > most:
-                self._give_up_head()
-            elif lasted > most or now - self.begun > self.patience:
+            age = now - self.since
+            limit = {"head": HEAD_SECONDS, "linger": QUIET_SECONDS, "flush": SEND_SECONDS}.get(stage[0], math.inf)
+            if stage[0] == "head" and age > limit:
+                self._time_out_head()
+            elif age > limit or now - self.begun > self.patience:
                 self.transport.abort()
             elif stage[0] == "work" and self.half_closed:
                 self._probe(now)
 
-        def _give_up_head(self) -> None:
+        def _time_out_head(self) -> None:
+            """Answer a head that is incomplete with 408; close a connection on which none has begun."""
             if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
                 self._refuse(408, "Request Timeout", f"the head of the request took more than {HEAD_SECONDS} s")
             else:
                 self.transport.close()
 
         def send_400_response(self, msg: str) -> None:
-            """Refuse bytes that are no request: h11 calls them so, or they are made to be slow to read."""
+            """Refuse bytes that are no valid request, or that are built to be slow to read; uvicorn calls this."""
             self._refuse(400, "Bad Request", f"this is not a valid request of HTTP/1.1: {self.conn.problem}")
 
         def _refuse(self, status: int, reason: str, message: str) -> None:
-            """Answer in OpenAI's form if no answer has begun, and close."""
+            """Send an error in OpenAI's form if no answer has begun, and close the connection."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
                 body = json.dumps({"error": error}).encode()
@@ -229,15 +238,15 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                 for event in (h11.Response(status_code=status, headers=headers, reason=reason),
                               h11.Data(data=body), h11.EndOfMessage()):  # fmt: skip
                     self.transport.write(self.conn.send(event) or b"")
-            if self.cycle:  # whoever reads its body
+            if self.cycle:  # wakes the task that reads the request's body
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
             self.transport.close()
 
         def _probe(self, now: float) -> None:
-            """Notice that a client which had closed its sending side has left.
+            """Find out whether a client that closed its sending side has disconnected.
 
-            A client that has left looks like one that only sends no more, until something is sent to it: then its
+            A disconnected client looks like one that only stopped sending, until something is sent to it: then its
             system answers with a reset. Before a response, any number of 100 Continue may be sent (RFC 9110, 15.2).
             """
             if self.transport.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_ERROR):
@@ -248,19 +257,21 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                     event = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
                     self.transport.write(self.conn.send(event) or b"")
 
-    waiting: dict[Connection, None] = {}  # those without a request, the longest first
+    waiting: dict[Connection, None] = {}  # connections without a request, the longest-waiting first
 
     class Server(uvicorn.Server):
+        """Checks all connections at every tick, ten times a second."""
+
         async def startup(self, sockets: list[socket] | None = None) -> None:
             await super().startup(sockets)
             for listener in sockets or ():
-                listener.listen(BACKLOG)  # uvicorn's backlog is also how many asyncio accepts before it does anything
+                listener.listen(BACKLOG)  # uvicorn's backlog is also how many connections asyncio accepts in one turn
 
         async def on_tick(self, counter: int) -> bool:
             now = asyncio.get_running_loop().time()
             opened = cast("list[Connection]", list(self.server_state.connections))
             for connection in opened:
-                connection.look(now)
+                connection.check(now)
             flushing = [c for c in opened if c.stage[0] == "flush"]
             unsent = sum(c.stage[1] for c in flushing)
             for connection in sorted(flushing, key=lambda c: c.begun):
@@ -270,7 +281,7 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                 connection.transport.abort()
             return await super().on_tick(counter)
 
-    # The address is that of the connection: whoever could name another one would take the turns of others.
+    # No proxy headers: a client that could state another address would take that client's turns.
     return Server(uvicorn.Config(
         app, http=Connection, loop="asyncio", ws="none", lifespan="on", log_level="error", access_log=False,
         server_header=False, proxy_headers=False, backlog=ACCEPT, timeout_keep_alive=IDLE_SECONDS,

@@ -1,9 +1,9 @@
-"""Images of strangers are decoded in processes of their own, which can open nothing, know nothing and are killed.
+"""Decode images from clients in sandboxed processes, which can open nothing, hold no secrets and can be killed.
 
-A worker process imports the decoders and is then asked to fork, once an image. The child drops root, bounds its memory
-and time, and installs a seccomp filter before it reads a byte of the image; it answers and ends. So no image meets what
-another one left behind, and the worker itself never sees an image.
-Run as a module this file is a worker; it knows no torch.
+A worker process imports the decoders and forks once for each image. The child drops root, limits its memory and time,
+and installs a seccomp filter before it reads a byte of the image; it answers and exits. So no image can reach what
+another one left in memory, and the worker itself never reads an image.
+Run as a module this file is a worker; it does not import torch.
 """
 
 import asyncio
@@ -24,24 +24,24 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, MpoImagePlugin  # noqa: F401  the JPEG plugin imports it when it meets a file of several pictures
+from PIL import Image, MpoImagePlugin  # noqa: F401  the JPEG plugin imports it for a file of several pictures
 
 from mm1.engine.data.images import ImagePolicy, decode
 from mm1.engine.serve import seccomp
-from mm1.engine.serve.turns import Kept
+from mm1.engine.serve.turns import Limit, LRUCache
 from mm1.errors import Unreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-SECONDS = 10  # for an image, by the clock and of CPU time
-START_SECONDS = 60  # for a worker to begin, on a machine that is busy
-HEAD_BYTES = 1 << 16  # of an answer, before its pixels
-NOBODY = 65534  # user and group that a child of root becomes
+SECONDS = 10  # limit for one image, of wall-clock time and of CPU time
+START_SECONDS = 60  # limit for the start of a worker, on a busy machine
+HEAD_BYTES = 1 << 16  # limit of an answer's line of JSON, before its pixels
+NOBODY = 65534  # user and group id of a child whose parent is root
 V = TypeVar("V")
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process that forks to decode an image. control: a Unix socket that carries descriptors to it."""
+    """Controls a process that forks to decode an image. control: a Unix socket that passes file descriptors to it."""
 
     process: Process
     control: socket.socket
@@ -60,19 +60,22 @@ class Worker:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
-    async def asked(self, data: bytes, most: int) -> bytes:
-        """Return what the child of an image wrote, when it has ended. Raises ValueError beyond so many bytes."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self.control, [b"\0"], [theirs.fileno()])
-        reader, writer = await asyncio.open_connection(sock=ours)
+    async def send(self, data: bytes, max_bytes: int) -> bytes:
+        """Let a new child decode an image, and return its output once it has exited.
+
+        Raises ValueError for an output of more than max_bytes, OSError if the worker has ended.
+        """
+        near, far = socket.socketpair()
+        with far:
+            socket.send_fds(self.control, [b"\0"], [far.fileno()])
+        reader, writer = await asyncio.open_connection(sock=near)
         try:
             writer.write(data)
             writer.write_eof()
             answer = bytearray()
-            while more := await reader.read(1 << 20):
-                answer += more
-                if len(answer) > most:
+            while piece := await reader.read(1 << 20):
+                answer += piece
+                if len(answer) > max_bytes:
                     raise ValueError("the answer is too long")
         finally:
             writer.transport.abort()
@@ -82,26 +85,28 @@ class Worker:
 
 
 class Decoder:
-    """Encoded bytes -> views, uint8 [H, W, 3] each, as the policy has them. Use it with `async with`.
+    """Decodes encoded images into views, uint8 [H, W, 3] each, as the policy cuts them. Use it with `async with`.
 
-    waiting: images that may wait for one of the processes; kept: bytes of views that are kept by content.
+    max_pixels: limit of one image; processes: workers; waiting: images that may wait for a worker; cache_bytes: of
+    views that are cached by the image's content.
     """
 
     def __init__(
-        self, policy: ImagePolicy, max_pixels: int, *, processes: int = 2, waiting: int = 256, kept: int = 1 << 28
-    ):
+        self, policy: ImagePolicy, max_pixels: int, *, processes: int = 2, waiting: int = 256,
+        cache_bytes: int = 1 << 28,
+    ):  # fmt: skip
         self.policy, self.max_pixels, self.processes = policy, max_pixels, processes
-        self.room = waiting
-        self.missing = ""  # why the workers' children have no seccomp filter, if they have none
-        self.idle: asyncio.Queue[Worker | None] = asyncio.Queue()  # None: one that is yet to be started
-        self.views: Kept[list[np.ndarray]] = Kept(kept)
-        self.tasks: set[asyncio.Task[Any]] = set()  # of images whose client may have gone, and of workers that start
+        self.waiting = Limit(waiting, "images wait to be decoded already")
+        self.unfiltered = ""  # why the workers' children run without a seccomp filter, "" if they have one
+        self.idle: asyncio.Queue[Worker | None] = asyncio.Queue()  # None stands for a worker that has to be started
+        self.views: LRUCache[list[np.ndarray]] = LRUCache(cache_bytes)
+        self.tasks: set[asyncio.Task[Any]] = set()  # images whose client may have left, and workers that start
 
     async def __aenter__(self) -> "Decoder":
-        for worker in await asyncio.gather(*(self._started() for _ in range(self.processes))):
+        for worker in await asyncio.gather(*(self.start_worker() for _ in range(self.processes))):
             self.idle.put_nowait(worker)
-        if self.missing:
-            logging.getLogger(__name__).warning("images are decoded without a seccomp filter: %s", self.missing)
+        if self.unfiltered:
+            logging.getLogger(__name__).warning("images are decoded without a seccomp filter: %s", self.unfiltered)
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -113,90 +118,81 @@ class Decoder:
                 await worker.wait()
 
     async def decode(self, data: bytes) -> list[np.ndarray]:
-        """Raises Unreadable for what is no good image, Busy if too many wait.
+        """Return an image's views. Raises Unreadable for a bad image, Busy if too many images wait.
 
-        An image whose client leaves is decoded to its end: to kill its process would make another client wait for the
-        start of the next.
+        An image whose client leaves is decoded to its end: killing its process would make another client wait for the
+        start of a new one.
         """
         digest = (await asyncio.to_thread(hashlib.sha256, data)).digest()
-        if known := self.views.get(digest):
-            return known
-        worker = await self._turn()
-        task = self._begun(self._decoded(worker, data))
+        if cached := self.views.get(digest):
+            return cached
+        with self.waiting:
+            worker = await self.idle.get()
+        task = self._create_task(self._decode(worker, data))
         try:
-            found = await asyncio.shield(task)
-        finally:  # who has gone keeps its turn until the process is free
+            views = await asyncio.shield(task)
+        finally:  # a cancelled caller keeps its turn until the process is free
             await asyncio.wait([task])
-        if isinstance(found, str):
-            raise Unreadable(found)
-        self.views.keep(digest, found, sum(view.nbytes for view in found))
-        return found
+        if isinstance(views, str):
+            raise Unreadable(views)
+        self.views.add(digest, views, sum(view.nbytes for view in views))
+        return views
 
-    def _begun(self, work: Coroutine[Any, Any, V]) -> "asyncio.Task[V]":
+    def _create_task(self, work: Coroutine[Any, Any, V]) -> "asyncio.Task[V]":
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def _decoded(self, worker: Worker | None, data: bytes) -> list[np.ndarray] | str:
-        """Return views, or why there are none, and give the worker back or start another."""
-        good = False
+    async def _decode(self, worker: Worker | None, data: bytes) -> list[np.ndarray] | str:
+        """Return views, or why there are none. Then return the worker to the queue, or replace one that failed."""
+        healthy = False
         try:
-            worker = worker or await self._started()
+            worker = worker or await self.start_worker()
             async with asyncio.timeout(SECONDS):
-                answer = await worker.asked(data, HEAD_BYTES + self.policy.most_bytes)
-            good = True
+                answer = await worker.send(data, HEAD_BYTES + self.policy.most_bytes)
+            healthy = True
             return self._read(answer)
         except TimeoutError:
             return f"the image took more than {SECONDS} s to decode"
         except (OSError, ValueError, TypeError, RecursionError):
             return "the image broke its decoder"
         finally:
-            if good:
+            if healthy:
                 self.idle.put_nowait(worker)
             else:
                 if worker:
                     worker.kill()
-                self._begun(self._replace())
+                self._create_task(self._replace())
 
     async def _replace(self) -> None:
-        """Start a worker; if that fails, whoever needs it tries once more and is told."""
+        """Start a worker; if that fails, the next image tries again and reports the failure."""
         worker = None
         try:
-            worker = await self._started()
+            worker = await self.start_worker()
         except (OSError, RuntimeError) as error:
             logging.getLogger(__name__).error("%s", error)
         finally:
             self.idle.put_nowait(worker)
 
-    async def _turn(self) -> Worker | None:
-        from mm1.engine.infer.engine import Busy  # not above: it knows torch
-
-        if not self.room:
-            raise Busy("too many images wait to be decoded")
-        self.room -= 1
-        try:
-            return await self.idle.get()
-        finally:
-            self.room += 1
-
-    async def _started(self) -> Worker:
+    async def start_worker(self) -> Worker:
+        """Return a worker that is ready. Raises RuntimeError if it does not start in START_SECONDS."""
         environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        with theirs:
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        with far:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "mm1.engine.serve.images",
                 json.dumps([self.max_pixels, *astuple(self.policy)]),
-                stdin=theirs.fileno(), stdout=DEVNULL, env=environment, start_new_session=True,
+                stdin=far.fileno(), stdout=DEVNULL, env=environment, start_new_session=True,
             )  # fmt: skip
-        worker = Worker(process, ours)
+        worker = Worker(process, near)
         try:
             async with asyncio.timeout(START_SECONDS):
-                ready = await asyncio.get_running_loop().sock_recv(ours, 1000)
-            self.missing = json.loads(ready)
+                ready = await asyncio.get_running_loop().sock_recv(near, 1000)
+            self.unfiltered = json.loads(ready)
         except (TimeoutError, OSError, ValueError):
             worker.kill()
             raise RuntimeError("a process that decodes images did not start") from None
@@ -206,7 +202,7 @@ class Decoder:
         return worker
 
     def _read(self, answer: bytes) -> list[np.ndarray] | str:
-        """Return views, or why there are none. Nothing in an answer is trusted: a bad one raises ValueError."""
+        """Return an answer's views, or why there are none. Raises ValueError for a malformed answer."""
         head, _, pixels = answer.partition(b"\n")
         shapes = json.loads(head[:HEAD_BYTES])
         if isinstance(shapes, str):
@@ -214,46 +210,46 @@ class Decoder:
         patch, count = self.policy.patch, self.policy.count
         if not isinstance(shapes, list) or len(shapes) != count:
             raise ValueError(f"expected {count} views")
-        found, at = [], 0
+        views, at = [], 0
         for height, width in shapes:
             if not (type(height) is type(width) is int and height > 0 and width > 0):
                 raise ValueError("a side is no positive number")
             if height % patch or width % patch or height * width > self.policy.longest * patch**2:
                 raise ValueError("a view does not consist of patches, or has too many")
             size = math.prod((height, width, 3))
-            found.append(np.frombuffer(bytearray(pixels[at : at + size]), np.uint8).reshape(height, width, 3))
+            views.append(np.frombuffer(bytearray(pixels[at : at + size]), np.uint8).reshape(height, width, 3))
             at += size
         if at != len(pixels):
             raise ValueError("more or fewer bytes than pixels")
-        return found
+        return views
 
 
 def views(data: bytes, policy: ImagePolicy, max_pixels: int) -> list[np.ndarray]:
-    """Decode an image and resize it; the header is looked at before anything else. Raises Unreadable."""
+    """Decode an image and cut it as the policy says; the size in its header is checked first. Raises Unreadable."""
     return policy.views(decode(data, FORMATS, max_pixels))
 
 
-def _confine(max_pixels: int) -> None:
-    """Give up for good what decoding does not need. Raises OSError if there is no seccomp; all else is done then.
+def confine(max_pixels: int) -> None:
+    """Drop for good every right that decoding does not need. Raises OSError if seccomp alone cannot be installed.
 
-    Memory: 512 MiB to begin with; 16-bit pixels take 32 bytes on their way to RGB.
+    The memory limit is 512 MiB plus 32 bytes a pixel, which is the peak of converting 16-bit pixels to RGB.
     """
     import resource
 
     limits = {"AS": (512 << 20) + 32 * max_pixels, "CPU": SECONDS + 1, "NOFILE": 0, "NPROC": 0, "FSIZE": 0, "CORE": 0}
-    for name, most in limits.items():
+    for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(number)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        with suppress(ValueError):  # macOS does not bound addresses
-            resource.setrlimit(number, (most, most))
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        with suppress(ValueError):  # macOS has no limit of the address space
+            resource.setrlimit(number, (limit, limit))
     signal.alarm(SECONDS + 1)
-    _drop_root()
+    drop_root()
     seccomp.install()
 
 
-def _drop_root() -> None:
-    """Become nobody, as far as a container has this user and the right to become it."""
+def drop_root() -> None:
+    """Change to the user nobody; a container may lack this user or the right to change, which is ignored."""
     if os.geteuid() == 0:
         for drop in (partial(os.setgroups, []), partial(os.setgid, NOBODY), partial(os.setuid, NOBODY)):
             with suppress(OSError):
@@ -261,7 +257,7 @@ def _drop_root() -> None:
 
 
 def _warm_up(policy: ImagePolicy) -> None:
-    """Imports what decoding any of the formats imports: later it could not."""
+    """Decode an image of each format, so that everything is imported: a confined child cannot open files."""
     for form in FORMATS:
         exif, file = Image.Exif(), BytesIO()
         exif[0x0112] = 6  # orientation
@@ -270,12 +266,12 @@ def _warm_up(policy: ImagePolicy) -> None:
         views(file.getvalue(), policy, 1 << 20)
 
 
-def _missing(max_pixels: int, policy: ImagePolicy) -> str:
-    """Return why a child cannot decode under a seccomp filter, "" if it can, by trying."""
+def _why_unfiltered(max_pixels: int, policy: ImagePolicy) -> str:
+    """Try to decode in a confined child; return why that fails, "" if it works."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         try:
-            _confine(max_pixels)
+            confine(max_pixels)
             _warm_up(policy)
         except BaseException as error:
             os.write(writer, f"{error}"[:500].encode())
@@ -285,41 +281,42 @@ def _missing(max_pixels: int, policy: ImagePolicy) -> str:
     reason = os.read(reader, 1000).decode()
     os.close(reader)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return reason or (f"a decoder under it ended with status {status}" if status else "")
+    return reason or (f"a decoder under the filter ended with status {status}" if status else "")
 
 
 def _answer(max_pixels: int, policy: ImagePolicy, confined: bool) -> None:
-    """Read an image from descriptor 0 and write the answer to 1.
+    """Read an image from descriptor 0 and write the answer to descriptor 1.
 
-    The answer is a line of JSON, [[height, width], …] or why there are no views, and their bytes.
+    The answer is a line of JSON, [[height, width], …] or why there are no views, followed by the views' bytes.
+    confined: whether to fail without a seccomp filter.
     """
     try:
-        _confine(max_pixels)
+        confine(max_pixels)
     except OSError:
         if confined:
             raise
     try:
         with open(0, "rb", closefd=False) as file:
-            found = views(file.read(), policy, max_pixels)
+            decoded = views(file.read(), policy, max_pixels)
     except (Unreadable, MemoryError) as error:
-        found = []
+        decoded = []
         answer = str(error) or "the image takes too much memory"
     else:
-        answer = [view.shape[:2] for view in found]
+        answer = [view.shape[:2] for view in decoded]
     with open(1, "wb", closefd=False) as file:
         file.write(json.dumps(answer).encode() + b"\n")
-        for view in found:
+        for view in decoded:
             file.write(view.tobytes())
 
 
 def _work(control: socket.socket, max_pixels: int, policy: ImagePolicy) -> None:
-    """Fork for each descriptor that comes: it is the child's input and output. A byte goes back when it has ended."""
+    """Fork a child for each descriptor that arrives, its input and output. Reply with a byte once the child exits."""
     _warm_up(policy)
     Image.MAX_IMAGE_PIXELS = max_pixels
-    missing = _missing(max_pixels, policy)
+    unfiltered = _why_unfiltered(max_pixels, policy)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 2)
-    control.sendall(json.dumps(missing).encode())
+    control.sendall(json.dumps(unfiltered).encode())
     while descriptors := socket.recv_fds(control, 1, 1)[1]:
         [descriptor] = descriptors
         if not (child := os.fork()):
@@ -327,7 +324,7 @@ def _work(control: socket.socket, max_pixels: int, policy: ImagePolicy) -> None:
             os.dup2(descriptor, 1)
             os.closerange(3, descriptor + 1)
             try:
-                _answer(max_pixels, policy, not missing)
+                _answer(max_pixels, policy, not unfiltered)
             finally:
                 os._exit(0)
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""From the bytes of a request to a document that the engine can take, so that no request holds up the others.
+"""Turn a request's texts and images into a document for the engine, so that no request blocks the others.
 
-What takes long, of parsing, base64, hashes and tokens, happens in threads, in calls that give up the interpreter's lock
-or are short. Clients take turns at it. The views of images are lent from a fixed number of bytes until their request
-has ended: a request that is preempted is computed anew, also its images.
+Slow work on text, base64, hashes and tokens runs in threads, in calls that release the interpreter's lock or are short,
+and clients take turns at it. The memory of decoded images is reserved from a fixed budget until their request has
+ended: a preempted request is computed again, its images included.
 """
 
 import asyncio
@@ -16,27 +16,28 @@ import numpy as np
 
 from mm1.engine.data.document import Document
 from mm1.engine.data.sources import read_image
-from mm1.engine.infer.engine import Busy, Engine
-from mm1.engine.infer.prompts import CHARACTERS, policy_of
+from mm1.engine.infer.engine import Engine
+from mm1.engine.infer.prompts import policy_of, refuse_long_text
 from mm1.engine.serve import chat, urls
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.metrics import Metrics
-from mm1.engine.serve.turns import Kept, Room, Turns, finished
-from mm1.errors import Unreadable, UserError
+from mm1.engine.serve.turns import LRUCache, Room, Turns, finished
+from mm1.errors import Busy, Unreadable, UserError
 
 T = TypeVar("T")
 
-LONG = 1 << 16  # bytes or characters from which work waits for a turn; below, it takes a few milliseconds
-THREADS = 4  # of which long work has two
-IMAGES_SECONDS = 120  # for all images of a request, once it is its turn
-VIEW_BYTES = 1 << 30  # of all requests' views
-VIEW_SECONDS = 30  # that a request waits for them
+LONG = 1 << 16  # bytes or characters of input from which work waits for a turn; less takes a few milliseconds
+THREADS = 4  # long work uses two of them
+IMAGES_SECONDS = 120  # limit of the time for all images of a request, once it has its turn
+VIEW_BYTES = 1 << 30  # memory for the decoded images of all requests
+VIEW_SECONDS = 30  # limit of the time that a request waits for that memory
 
 
 class Intake:
-    """What requests go through before the engine. max_images, max_bytes: of one request.
+    """Prepares the documents of requests.
 
-    files: uploaded images by their id. room: bytes that views may take.
+    max_images: images of one prompt; max_bytes: of one fetched image; allow_urls: whether http(s) URLs are fetched.
+    files: uploaded images by their id. room: the memory for decoded images.
     """
 
     def __init__(
@@ -45,90 +46,94 @@ class Intake:
         self.tokenizer, self.slots = engine.tokenizer, engine.model.config.connector.tokens
         self.decoder, self.metrics = decoder, metrics
         self.max_images, self.max_bytes, self.allow_urls = max_images, max_bytes, allow_urls
-        self.tokens = engine.context
-        self.characters = self.tokens * max(CHARACTERS, self.tokenizer.longest)
+        self.context = engine.context
         self.image_bytes = policy_of(engine.model).most_bytes
-        self.files: Kept[bytes] = Kept(8 * max_bytes)
-        self.long, self.pictures = Turns(most=2, each=1), Turns(most=8, each=4)
+        self.files: LRUCache[bytes] = LRUCache(8 * max_bytes)
+        self.long, self.pictures = Turns(total=2, each=1), Turns(total=8, each=4)
         self.room = Room(max(VIEW_BYTES, max_images * self.image_bytes))
         self.threads = ThreadPoolExecutor(THREADS, "mm1-intake")
+        self.fetcher = urls.Fetcher()
 
     async def run(self, work: Callable[[], T], size: int = 0, client: str = "") -> T:
-        """Do it in a thread; in the client's turn if its input is as large as LONG."""
+        """Run work in a thread and return its result.
+
+        size: bytes or characters of its input; from LONG on the work waits for a turn of the client.
+        """
         turn: AbstractAsyncContextManager[None] = self.long.turn(client) if size >= LONG else nullcontext()
         async with turn:
             return await finished(asyncio.get_running_loop().run_in_executor(self.threads, work))
 
     @asynccontextmanager
     async def document(self, parts: Sequence[str | chat.Picture], client: str) -> AsyncIterator[Document]:
-        """Encode texts and images. The document's views count until the end of the context.
+        """Encode texts and images. The memory of its decoded images is reserved until the context ends.
 
-        Raises UserError, Unreadable and Busy; for a text that cannot fit before any of it is encoded.
+        Raises UserError, Unreadable and Busy; a text that cannot fit is refused before any of it is encoded.
         """
         pictures = sum(isinstance(part, chat.Picture) for part in parts)
         if pictures > self.max_images:
             raise UserError(f"{pictures} images, expected at most {self.max_images}")
-        size = sum(len(part) for part in parts if isinstance(part, str))
-        if size > self.characters:
-            raise UserError(f"a text of {size} characters exceeds {self.tokens} tokens")
-        async with self._lent(pictures * self.image_bytes, client) as lent:
-            found: list[Any] = list(parts)
+        size = refuse_long_text(self.tokenizer, parts, self.context)
+        async with self._reserve(pictures * self.image_bytes, client) as shrink:
+            decoded: list[Any] = list(parts)
             if pictures:
                 async with self.pictures.turn(client):
-                    await self._see(found, client)
-            del parts  # with the text of data: URLs
-            pixels = sum(view.nbytes for part in found if not isinstance(part, str) for view in part)
-            lent(pixels)
-            # A hash of 512 bytes takes as long as the tokens of one character.
-            yield await self.run(lambda: self._encoded(found), size + pixels // 512, client)
+                    await self._decode_all(decoded, client)
+            del parts  # it holds the text of data: URLs
+            pixels = sum(view.nbytes for part in decoded if not isinstance(part, str) for view in part)
+            shrink(pixels)
+            # Hashing 512 bytes takes as long as tokenizing one character.
+            yield await self.run(lambda: self._encode(decoded), size + pixels // 512, client)
 
     async def views(self, data: bytes, client: str) -> list[np.ndarray]:
-        """Decode an image."""
+        """Decode an image in the client's turn. Raises Unreadable and Busy."""
         async with self.pictures.turn(client):
-            return await self._decoded(data)
+            return await self._decode(data)
 
     def close(self) -> None:
+        """Drop work that has not begun."""
         self.threads.shutdown(wait=False, cancel_futures=True)
+        self.fetcher.close()
 
     @asynccontextmanager
-    async def _lent(self, most: int, client: str) -> AsyncIterator[Callable[[int], None]]:
-        """Lend room for `most` bytes; call what it gives with the number that is needed once it is known."""
-        held = min(most, self.room.size)
+    async def _reserve(self, count: int, client: str) -> AsyncIterator[Callable[[int], None]]:
+        """Reserve up to `count` bytes; yield a function that releases all but the number that is really needed."""
+        reserved = min(count, self.room.size)
         try:
             async with asyncio.timeout(VIEW_SECONDS):
-                if held:  # who needs none does not wait in line
-                    await self.room.take(held, client)
+                if reserved:  # a request without images does not queue
+                    await self.room.acquire(reserved, client)
         except TimeoutError:
             raise Busy("the images of other requests fill the memory for images") from None
 
-        def needed(count: int) -> None:
-            nonlocal held
-            if count < held:
-                self.room.give(held - count, client)
-                held = count
+        def shrink(needed: int) -> None:
+            nonlocal reserved
+            if needed < reserved:
+                self.room.release(reserved - needed, client)
+                reserved = needed
 
         try:
-            yield needed
+            yield shrink
         finally:
-            if held:
-                self.room.give(held, client)
+            if reserved:
+                self.room.release(reserved, client)
 
-    async def _see(self, parts: list[Any], client: str) -> None:
-        """Put views in the places of pictures. Raises UserError that says which of them is wrong."""
+    async def _decode_all(self, parts: list[Any], client: str) -> None:
+        """Replace each picture by its views. Raises UserError that says which picture is wrong."""
         number = 0
         try:
             async with asyncio.timeout(IMAGES_SECONDS):
                 for i, part in enumerate(parts):
                     if isinstance(part, chat.Picture):
                         number += 1
-                        parts[i] = await self._decoded(await self._bytes_of(part, client))
+                        parts[i] = await self._decode(await self._read(part, client))
         except TimeoutError:
-            # Not the client's fault: each image has bounds of its own, so that most of the time went by in waiting.
+            # Busy, not the client's error: each image has limits of its own, so most of the time was spent in waiting.
             raise Busy(f"the images took more than {IMAGES_SECONDS} s, at image {number}") from None
         except (UserError, Unreadable) as error:
             raise UserError(f"image {number}: {error}") from None
 
-    async def _bytes_of(self, picture: chat.Picture, client: str) -> bytes:
+    async def _read(self, picture: chat.Picture, client: str) -> bytes:
+        """Return an image's encoded bytes, from its data: URL, the uploaded files or the web. Raises UserError."""
         url = picture.url
         if url[:5].lower() == "data:":
             return await self.run(lambda: read_image(url, Path()), len(url), client)
@@ -140,9 +145,9 @@ class Intake:
             raise UserError("an image is a data: URL or the id of an uploaded file")
         if not self.allow_urls:
             raise UserError("URLs are not fetched here (mm1 serve --allow-urls would)")
-        return await urls.fetch(url, self.max_bytes)
+        return await self.fetcher.fetch(url, self.max_bytes)
 
-    async def _decoded(self, data: bytes) -> list[np.ndarray]:
+    async def _decode(self, data: bytes) -> list[np.ndarray]:
         try:
             views = await self.decoder.decode(data)
         except Unreadable:
@@ -151,7 +156,7 @@ class Intake:
         self.metrics.images.labels("decoded").inc()
         return views
 
-    def _encoded(self, parts: list[Any]) -> Document:
+    def _encode(self, parts: list[Any]) -> Document:
         document = chat.encode(self.tokenizer, self.slots, parts)
         document.digests  # noqa: B018, computed here, not on the engine's thread
         return document

@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server."""
+"""Count what a server does, for Prometheus."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """Counters, and the engine's gauges as they are when somebody looks."""
+    """Counts a server's requests, images and tokens; gauges read the engine's state at each scrape."""
 
     def __init__(self, engine: Engine):
         from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -20,40 +20,45 @@ class Metrics:
         self.requests = Counter(
             "mm1_requests", "HTTP requests to /v1 by status; 499: the client left", ["status"], registry=r
         )
-        self.images = Counter("mm1_images", "Images by what became of them", ["result"], registry=r)
-        self.prompt = Counter("mm1_prompt_tokens", "Tokens of prompts, computed or shared", ["source"], registry=r)
-        self.made = Counter("mm1_tokens", "Tokens made", registry=r)
+        self.images = Counter("mm1_images", "Images by result, decoded or refused", ["result"], registry=r)
+        self.prompt = Counter(
+            "mm1_prompt_tokens",
+            "Tokens of prompts by source, computed or shared with an earlier prompt",
+            ["source"],
+            registry=r,
+        )
+        self.generated = Counter("mm1_tokens", "Generated tokens", registry=r)
         self.first = Histogram(
-            "mm1_first_token_seconds", "From the request to its first text", buckets=FIRST, registry=r
+            "mm1_first_token_seconds", "Seconds from a request to its first text", buckets=FIRST, registry=r
         )
         self.next = Histogram(
-            "mm1_token_seconds", "A token behind the first, mean of a request", buckets=NEXT, registry=r
+            "mm1_token_seconds", "Seconds of a token after the first, mean of a request", buckets=NEXT, registry=r
         )
         gauges = {
             "mm1_running": ("Documents in the batch", lambda: len(engine.running)),
-            "mm1_waiting": ("Documents that wait for room", lambda: len(engine.waiting)),
+            "mm1_waiting": ("Documents that wait to be admitted", lambda: len(engine.waiting)),
             "mm1_pages": ("Pages of the cache", lambda: engine.cache.pages),
-            "mm1_pages_used": ("Pages of running documents", lambda: engine.cache.pages - engine.cache.room),
+            "mm1_pages_used": ("Pages that running documents use", lambda: engine.cache.pages - engine.cache.room),
         }
-        for name, (what, read) in gauges.items():
-            self.gauge(name, what, read)
+        for name, (help_text, read) in gauges.items():
+            self.gauge(name, help_text, read)
 
-    def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
-        """Add what is looked at whenever somebody asks."""
+    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Add a gauge whose value is that of `read` at each scrape."""
         from prometheus_client import Gauge
 
-        Gauge(name, what, registry=self.registry).set_function(read)
+        Gauge(name, help_text, registry=self.registry).set_function(read)
 
     def text(self) -> tuple[bytes, str]:
-        """And its media type."""
+        """Return all metrics in Prometheus' text format, and its media type."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def count(self, request: Request) -> None:
-        """One that has ended or was left."""
+        """Count the tokens of a request that has ended or was cancelled."""
         shared = request.shared * PAGE
         if request.pages:
             self.prompt.labels("shared").inc(shared)
             self.prompt.labels("computed").inc(len(request.document.tokens) - shared)
-        self.made.inc(len(request.tokens))
+        self.generated.inc(len(request.tokens))

@@ -1,4 +1,4 @@
-"""What keeps the API key from other processes, also from those of the same user."""
+"""Read the API key, and keep it from other processes, those of the same user included."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from mm1.errors import UserError
 
 
 def take_from_environment(name: str) -> str | None:
-    """Return a variable and remove it, also from the memory that /proc/PID/environ shows."""
+    """Return a variable and remove it, from the memory behind /proc/PID/environ too. Returns None if it is not set."""
     value = os.environ.get(name)
     if value is not None and os.name == "posix":
         getenv = ctypes.CDLL(None).getenv
@@ -22,7 +22,7 @@ def take_from_environment(name: str) -> str | None:
 
 
 def read_key(path: Path) -> str:
-    """Return the one line of a file. Raises UserError."""
+    """Return the key in a file, its only line. Raises UserError."""
     try:
         return checked_key(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -30,7 +30,10 @@ def read_key(path: Path) -> str:
 
 
 def checked_key(text: str, where: str) -> str:
-    """Return a key without the space around it. Raises UserError for one that no header can hold."""
+    """Return a key without surrounding white space. Raises UserError for one that no HTTP header can hold.
+
+    where: the name of its source, for the error.
+    """
     key = text.strip()
     if not key or not key.isprintable():
         raise UserError(f"{where} has {len(key.splitlines())} lines, expected one line with a key")
@@ -40,9 +43,9 @@ def checked_key(text: str, where: str) -> str:
 
 
 def forbid_inspection() -> None:
-    """Keep other processes of this user from this one's memory, environment and descriptors; root is not kept out.
+    """Stop other processes of this user, but not root, from reading this one's memory, environment and descriptors.
 
-    No core dump is written either. Only Linux has this.
+    No core dump is written either. It does nothing outside Linux.
     """
     if sys.platform == "linux":
         seccomp.prctl(seccomp.PR_SET_DUMPABLE, 0)

@@ -1,7 +1,7 @@
-"""A seccomp filter for a process that decodes images: it may compute, use memory, write what it has, and end.
+"""Install a seccomp filter: a process that decodes images may compute, allocate memory, write to open files, and exit.
 
-The filter is an allow-list in classic BPF, installed with ctypes. A call that libraries try and can do without is
-answered with EPERM. Any other call kills the process, those of x32 and of 32 bits included.
+The filter is an allow-list in classic BPF, installed with ctypes. System calls that libraries try but do not need fail
+with EPERM. Any other call kills the process, x32 and 32-bit calls included.
 Sources: Linux, Documentation/userspace-api/seccomp_filter.rst, include/uapi/linux/{seccomp,filter,audit,prctl}.h;
 numbers from arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 """
@@ -19,10 +19,10 @@ NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 MAP_ANONYMOUS, PROT_EXEC = 0x20, 4
 
-# machine: AUDIT_ARCH, number of seccomp, column in the tables below
+# machine: AUDIT_ARCH, number of the system call seccomp, column in the tables below
 MACHINES = {"x86_64": (0xC000_003E, 317, 0), "aarch64": (0xC000_00B7, 277, 1)}
 
-# Numbers on x86-64 and on aarch64; None where there is no such call.
+# System call numbers on x86-64 and on aarch64; None where there is no such call.
 ALLOWED = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "munmap": (11, 215), "mremap": (25, 216), "brk": (12, 214),
     "madvise": (28, 233), "futex": (202, 98), "clock_gettime": (228, 113), "clock_getres": (229, 114),
@@ -42,37 +42,39 @@ REFUSED = {
 
 
 def install() -> None:
-    """Put all threads of this process under the filter, for good. Raises OSError where that is not possible."""
+    """Put all threads of this process under the filter, irrevocably. Raises OSError where that is not possible."""
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in MACHINES or struct.calcsize("P") != 8:
         raise OSError(f"seccomp needs 64-bit Linux on x86-64 or aarch64, found {platform.system()} on {machine}")
     lines = program(machine)
     instructions = ctypes.create_string_buffer(b"".join(lines))
-    described = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(instructions)))
+    header = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(instructions)))
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = (MACHINES[machine][1], SET_MODE_FILTER, FLAG_TSYNC)
-    if failed := libc.syscall(*map(ctypes.c_long, arguments), described):
-        number = ctypes.get_errno() if failed < 0 else errno.EBUSY  # above 0: the thread that did not take it
+    if failed := libc.syscall(*map(ctypes.c_long, arguments), header):
+        number = (
+            ctypes.get_errno() if failed < 0 else errno.EBUSY
+        )  # above 0: the id of a thread that could not be put under the filter
         raise OSError(number, f"the seccomp filter was not installed: {os.strerror(number)}")
 
 
 def prctl(option: int, value: int) -> None:
-    """Call prctl with the other arguments zero. Raises OSError."""
+    """Call prctl(option, value, 0, 0, 0). Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))):
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}): {os.strerror(ctypes.get_errno())}")
 
 
 def program(machine: str) -> list[bytes]:
-    """Return the filter for a machine, a struct sock_filter an item."""
+    """Return the filter for a machine; each item is a struct sock_filter."""
     architecture, _, column = MACHINES[machine]
     refuse, allow = [_line(RETURN, ERRNO | errno.EPERM)], [_line(RETURN, ALLOW)]
 
     def each(table: dict[str, tuple[int | None, ...]], body: list[bytes]) -> list[bytes]:
-        found = [row[column] for row in table.values()]
-        return [line for number in found if number is not None for line in _if(EQUAL, number, body)]
+        numbers = [row[column] for row in table.values()]
+        return [line for number in numbers if number is not None for line in _if(EQUAL, number, body)]
 
     not_executable = [_load(2), *_if(ANY_BIT, PROT_EXEC, refuse), *allow]
     return [
@@ -93,7 +95,7 @@ def _line(code: int, value: int, skip_if_true: int = 0, skip_if_false: int = 0) 
 
 
 def _load(argument: int) -> bytes:
-    """Load the lower half of an argument; both architectures are little-endian."""
+    """Return the line that loads the lower half of an argument; both architectures are little-endian."""
     return _line(LOAD, ARGUMENTS + 8 * argument)
 
 

@@ -1,4 +1,4 @@
-"""What requests share before the engine has them: turns at work that takes long, and bytes of memory."""
+"""Share resources fairly between requests before the engine has them: slow work, memory, and a cache."""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
@@ -7,32 +7,56 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from mm1.errors import Busy
+
 V = TypeVar("V")
 
-PASSES = 16  # who may have room before one that came earlier and needs more than there is
+PASSES = 16  # requests that may take memory before an earlier one that needs more than is free
 
 
 async def finished(future: asyncio.Future[V]) -> V:
-    """Return what a thread makes. Who asked may have gone: its turn lasts until the thread is free."""
+    """Return the result of a thread's work. If the caller is cancelled, wait for the thread before letting it end."""
     try:
         return await asyncio.shield(future)
     finally:
         await asyncio.wait([future])
 
 
-class Turns:
-    """Lets `most` go at once, of one client at most `each`. Who asks for many waits for itself, not another for it."""
+class Limit:
+    """Admits at most `size` tasks to a context at once; entering it raises Busy for one more.
 
-    def __init__(self, most: int, each: int):
-        self.most, self.each = most, each
-        self.going: Counter[str] = Counter()
+    reason: ends the error's text, after the number of tasks. active: tasks that are in it now.
+    """
+
+    def __init__(self, size: int, reason: str):
+        self.size, self.reason, self.active = size, reason, 0
+
+    def __enter__(self) -> None:
+        if self.active >= self.size:
+            raise Busy(f"{self.active} {self.reason}")
+        self.active += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.active -= 1
+
+
+class Turns:
+    """Is a semaphore that is fair between clients: `total` tasks run at once, at most `each` of one client.
+
+    A client with many tasks waits for its own, and others do not wait for them. running: tasks by client.
+    """
+
+    def __init__(self, total: int, each: int):
+        self.total, self.each = total, each
+        self.running: Counter[str] = Counter()
         self.waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
+        """Wait for a turn of this client; it lasts until the context ends."""
         place = asyncio.get_running_loop().create_future()
         self.waiting.setdefault(client, deque()).append(place)
-        self._call()
+        self._start_next()
         try:
             await place
             yield
@@ -42,25 +66,25 @@ class Turns:
                 if not self.waiting[client]:
                     del self.waiting[client]
             else:
-                self.going[client] -= 1
-                self.going += Counter()  # drops those at zero
-            self._call()
+                self.running[client] -= 1
+                self.running += Counter()  # drops clients at zero
+            self._start_next()
 
-    def _call(self) -> None:
-        """Let in whose clients have the fewest going, of these who waits longest."""
-        while self.going.total() < self.most:
-            ready = [(self.going[client], place, client) for client, place in self._firsts()]
-            going, place, client = min(ready, key=lambda of: of[0], default=(self.each, None, ""))
-            if going >= self.each or place is None:
+    def _start_next(self) -> None:
+        """Start tasks while there is room: of the clients with the fewest running, the one that waits longest."""
+        while self.running.total() < self.total:
+            ready = [(self.running[client], place, client) for client, place in self._first_places()]
+            running, place, client = min(ready, key=lambda entry: entry[0], default=(self.each, None, ""))
+            if running >= self.each or place is None:
                 return
             self.waiting[client].remove(place)
             self.waiting.move_to_end(client)
             if not self.waiting[client]:
                 del self.waiting[client]
             place.set_result(None)
-            self.going[client] += 1
+            self.running[client] += 1
 
-    def _firsts(self) -> Iterator[tuple[str, "asyncio.Future[None]"]]:
+    def _first_places(self) -> Iterator[tuple[str, "asyncio.Future[None]"]]:
         for client, places in self.waiting.items():
             if place := next((place for place in places if not place.cancelled()), None):
                 yield client, place
@@ -68,7 +92,7 @@ class Turns:
 
 @dataclass(eq=False)
 class Place:
-    """One who waits for room. passed: how many went before it who came after it."""
+    """Represents a request that waits for memory. passed: later requests that were served before it."""
 
     client: str
     count: int
@@ -77,81 +101,83 @@ class Place:
 
 
 class Room:
-    """`size` bytes, lent in the order of arrival, but so that no client keeps the others out.
+    """Reserves bytes from a budget of `size`, first-in, first-out, but so that no client locks out the others.
 
-    Who holds some gets more only as long as it then holds no more than is still free before it, so that one client
-    alone has half of all. Where there is too little for one, PASSES who need less go before it.
+    A client that holds some bytes gets more only while its total stays at most what is then free, so that one client
+    alone can hold half. If too little is free for one request, up to PASSES smaller ones go before it.
     """
 
     def __init__(self, size: int):
-        self.size = self.left = size
-        self.held: Counter[str] = Counter()
+        self.size = self.free = size
+        self.by_client: Counter[str] = Counter()
         self.waiting: list[Place] = []
 
-    async def take(self, count: int, client: str) -> None:
-        """Wait for `count` bytes, of which there are at most `size`."""
+    async def acquire(self, count: int, client: str) -> None:
+        """Wait until `count` bytes are reserved, of which there are at most `size`."""
         place = Place(client, count, asyncio.get_running_loop().create_future())
         self.waiting.append(place)
-        self._lend()
+        self._serve_waiting()
         try:
             await place.future
         except asyncio.CancelledError:
             if place.future.cancelled():
                 self.waiting = [other for other in self.waiting if other is not place]
-                self._lend()
+                self._serve_waiting()
             else:
-                self.give(count, client)
+                self.release(count, client)
             raise
 
-    def give(self, count: int, client: str) -> None:
-        """Give bytes back."""
-        self.left += count
-        self.held[client] -= count
-        if not self.held[client]:
-            del self.held[client]
-        self._lend()
+    def release(self, count: int, client: str) -> None:
+        """Return bytes to the budget."""
+        self.free += count
+        self.by_client[client] -= count
+        if not self.by_client[client]:
+            del self.by_client[client]
+        self._serve_waiting()
 
-    def _lend(self) -> None:
+    def _serve_waiting(self) -> None:
         passed: list[Place] = []
         for place in list(self.waiting):
             if place.future.cancelled():
                 continue
-            held = self.held[place.client]
-            if place.count <= self.left and not (held and held + place.count > self.left):
-                self.left -= place.count
-                self.held[place.client] += place.count
+            own = self.by_client[place.client]
+            if place.count <= self.free and not (own and own + place.count > self.free):
+                self.free -= place.count
+                self.by_client[place.client] += place.count
                 self.waiting.remove(place)
                 place.future.set_result(None)
                 for other in passed:
                     other.passed += 1
-            elif not held:  # who waits for what it holds itself keeps nobody
+            elif not own:  # a client that waits for its own bytes makes nobody else wait
                 passed.append(place)
             if any(other.passed >= PASSES for other in passed):
                 return
 
 
-class Kept(Generic[V]):
-    """Values by name, up to `limit` bytes: the last used stay."""
+class LRUCache(Generic[V]):
+    """Caches values by name, of at most `limit` bytes together; the least recently used are evicted."""
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
-        self._held: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
 
     def __contains__(self, name: Hashable) -> bool:
-        return name in self._held
+        return name in self._entries
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
     def get(self, name: Hashable) -> V | None:
-        if name not in self._held:
+        """Return a value and count it as used; None if there is none of this name."""
+        if name not in self._entries:
             return None
-        self._held.move_to_end(name)
-        return self._held[name][0]
+        self._entries.move_to_end(name)
+        return self._entries[name][0]
 
-    def keep(self, name: Hashable, value: V, size: int) -> None:
-        self.size += size - self._held.get(name, (None, 0))[1]
-        self._held[name] = value, size
-        self._held.move_to_end(name)
+    def add(self, name: Hashable, value: V, size: int) -> None:
+        """Add a value of `size` bytes, or replace the one of this name."""
+        self.size += size - self._entries.get(name, (None, 0))[1]
+        self._entries[name] = value, size
+        self._entries.move_to_end(name)
         while self.size > self.limit:
-            self.size -= self._held.popitem(last=False)[1][1]
+            self.size -= self._entries.popitem(last=False)[1][1]

@@ -1,4 +1,4 @@
-"""Bytes behind a URL of strangers: from public addresses alone, once, in bounded time and size."""
+"""Fetch images from URLs that clients send: from public addresses alone, within limits of time and size."""
 
 import asyncio
 import ipaddress
@@ -6,87 +6,97 @@ import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from threading import BoundedSemaphore
 from urllib.parse import urlsplit
 
-from mm1.engine.infer.engine import Busy
+from mm1.engine.serve.turns import Limit
 from mm1.errors import UserError
 
-SECONDS = 10
+SECONDS = 10  # limit of one fetch, its name's look-up included
 PORTS = (80, 443)
-LOOK_UPS = ThreadPoolExecutor(2, "mm1-names")  # of their own: a name server that is silent holds up nothing else
-TURNS = BoundedSemaphore(32)  # URLs at a time, those included whose names wait to be looked up
+FETCHES = 32  # limit of fetches at the same time
+LOOK_UPS = 2  # threads for names' look-ups: a name server that does not answer blocks no thread of others
+HEAD_BYTES = 1 << 16  # of a response, before its body
 
 
-async def fetch(url: str, most: int) -> bytes:
-    """Return at most so many bytes. Raises UserError, or Busy.
+class Fetcher:
+    """Fetches URLs, at most FETCHES at the same time."""
 
-    Redirects are not followed: each would have to be looked at like the first.
-    """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        head = f"GET {path} HTTP/1.0\r\nHost: {parts.netloc.rpartition('@')[2]}\r\nUser-Agent: mm1\r\n\r\n".encode(
-            "ascii"
-        )
-        if not host or len(host) > 253 or head.split(b"\r\n", 1)[0].count(b" ") != 2:
-            raise ValueError
-    except (ValueError, KeyError):
-        raise UserError(f"{url[:60]!r} is no http or https URL in ASCII") from None
-    if port not in PORTS:
-        raise UserError(f"port {port} of {host} is none of {', '.join(map(str, PORTS))}")
-    if not TURNS.acquire(blocking=False):
-        raise Busy("too many URLs are being fetched")
-    try:
-        async with asyncio.timeout(SECONDS):
-            return await _got(host, port, parts.scheme == "https", head, most)
-    except TimeoutError:
-        raise UserError(f"{host} took more than {SECONDS} s") from None
-    except OSError as error:
-        raise UserError(f"{host}: {error}") from None
-    finally:
-        TURNS.release()
+    def __init__(self):
+        self.active = Limit(FETCHES, "URLs are being fetched already")
+        self.look_ups = ThreadPoolExecutor(LOOK_UPS, "mm1-names")
+
+    def close(self) -> None:
+        """Drop look-ups that have not begun."""
+        self.look_ups.shutdown(wait=False, cancel_futures=True)
+
+    async def fetch(self, url: str, max_bytes: int) -> bytes:
+        """Return what an http or https URL holds, of at most max_bytes. Raises UserError, and Busy beyond FETCHES.
+
+        Redirects are not followed: each target would have to be checked like the first.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            name = parts.netloc.rpartition("@")[2]
+            head = f"GET {path} HTTP/1.0\r\nHost: {name}\r\nUser-Agent: mm1\r\n\r\n".encode("ascii")
+            if not host or len(host) > 253 or head.split(b"\r\n", 1)[0].count(b" ") != 2:
+                raise ValueError
+        except (ValueError, KeyError):
+            raise UserError(f"{url[:60]!r} is no http or https URL in ASCII") from None
+        if port not in PORTS:
+            raise UserError(f"port {port} of {host} is none of {', '.join(map(str, PORTS))}")
+        with self.active:
+            try:
+                async with asyncio.timeout(SECONDS):
+                    address = await self._public_address(host, port)
+                    return await _get(host, address, port, parts.scheme == "https", head, max_bytes)
+            except TimeoutError:
+                raise UserError(f"{host} took more than {SECONDS} s") from None
+            except OSError as error:
+                raise UserError(f"{host}: {error}") from None
+
+    async def _public_address(self, host: str, port: int) -> str:
+        """Look a name up. Raises UserError unless all of its addresses are public."""
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        try:
+            entries = await asyncio.get_running_loop().run_in_executor(self.look_ups, look_up)
+        except ValueError:  # a label of more than 63 characters, a NUL
+            raise UserError(f"{host[:60]!r} is no name of a host") from None
+        addresses = [str(address[0]) for *_, address in entries]
+        if not addresses or not all(map(is_public, addresses)):
+            raise UserError(f"{host} is not at a public address")
+        return addresses[0]
 
 
-async def _got(host: str, port: int, encrypted: bool, head: bytes, most: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    try:
-        found = await loop.run_in_executor(LOOK_UPS, look_up)
-    except ValueError:  # a label of more than 63 characters, a zero
-        raise UserError(f"{host[:60]!r} is no name of a host") from None
-    addresses = [str(where[0]) for *_, where in found]
-    if not addresses or not all(map(public, addresses)):
-        raise UserError(f"{host} is not at a public address")
-    # That very address, for a second look-up of the name could give another.
-    context = {"ssl": _tls(), "server_hostname": host} if encrypted else {}
-    reader, writer = await asyncio.open_connection(addresses[0], port, **context)
+async def _get(host: str, address: str, port: int, encrypted: bool, head: bytes, max_bytes: int) -> bytes:
+    """Send a request to this address and return the body. A second look-up of the name could give another address."""
+    options = {"ssl": _tls(), "server_hostname": host} if encrypted else {}
+    reader, writer = await asyncio.open_connection(address, port, **options)
     try:
         writer.write(head)
         answer = bytearray()
-        while len(answer) <= most + 65536 and (more := await reader.read(65536)):
-            answer += more
+        while len(answer) <= max_bytes + HEAD_BYTES and (piece := await reader.read(1 << 16)):
+            answer += piece
     finally:
         writer.transport.abort()
     lines, _, body = answer.partition(b"\r\n\r\n")
     status = lines.split(b"\r\n")[0].split(b" ")[1:2]
     if status != [b"200"] or b"\ntransfer-encoding:" in lines.lower():
-        raise UserError(
-            f"{host} answered {b''.join(status).decode('latin-1')[:9] or 'nothing'}, expected 200 and plain bytes"
-        )
-    if len(body) > most:
-        raise UserError(f"what {host} sends has more than {most} bytes")
+        got = b"".join(status).decode("latin-1")[:9] or "nothing"
+        raise UserError(f"{host} answered {got}, expected 200 and plain bytes")
+    if len(body) > max_bytes:
+        raise UserError(f"what {host} sends has more than {max_bytes} bytes")
     return bytes(body)
 
 
 @cache
 def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()  # which reads some hundred certificates
+    return ssl.create_default_context()  # cached, because it reads some hundred certificates
 
 
-def public(address: str) -> bool:
-    """Neither private, loopback, link-local nor multicast, nor an IPv4 address in the clothes of an IPv6 one."""
+def is_public(address: str) -> bool:
+    """Say whether an address is public: not private, loopback, link-local or multicast, nor IPv4 embedded in IPv6."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         return ip.is_global and ip in ipaddress.ip_network("2000::/3") and not (ip.sixtofour or ip.teredo)

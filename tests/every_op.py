@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mm1.kernels.abstractor.bottleneck import NAMES, conv_block
 from mm1.kernels.abstractor.pooling import adaptive_pool
-from mm1.kernels.attention.paged import paged_attention
-from mm1.kernels.attention.varlen import attention
+from mm1.kernels.attention import Prefix, attention, paged_attention
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 from mm1.kernels.moe.experts import moe_mlp
 from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw
@@ -38,6 +37,10 @@ def offsets(*ends: int) -> Tensor:
 
 def _block(x: Tensor, grids: Any, **weights: Tensor) -> Tensor:
     return conv_block(x, grids, {name.replace("_", "."): w for name, w in weights.items()})
+
+
+def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **mask: Tensor) -> Tensor:
+    return attention(q, k, v, cu_seqlens, mask=Prefix(mask["mask.lengths"]))
 
 
 def every_op(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
@@ -86,9 +89,10 @@ def every_op(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "conv_block": Call(_block, {"x": r(PATCHES, C), **block}, {"grids": SIZES}, ("x", *block)),
         "adaptive_pool": Call(adaptive_pool, {"x": r(PATCHES, C)}, {"grids": SIZES, "out": (2, 2)}, ("x",)),
         "attention": Call(
-            attention,
-            {"q": r(9, 4, 16), "k": r(9, 2, 16), "v": r(9, 2, 16), "cu_seqlens": offsets(0, 5, 9)},
-            {"causal": True}, ("q", "k", "v"),
+            _prefix_attention,
+            {"q": r(9, 4, 16), "k": r(9, 2, 16), "v": r(9, 2, 16), "cu_seqlens": offsets(0, 5, 9),
+             "mask.lengths": offsets(0, 3)},
+            {}, ("q", "k", "v"),
         ),
         "paged_attention": Call(
             paged_attention,

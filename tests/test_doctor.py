@@ -13,7 +13,7 @@ import torch
 from mm1.autotune import doctor as d
 from mm1.autotune import gpu_state
 from mm1.kernels import dispatch
-from mm1.kernels.attention import varlen as attention
+from mm1.kernels.attention.backends import BACKENDS
 from mm1.kernels.device import DEVICES, identify
 from mm1.kernels.tuning import SCHEMA
 
@@ -64,7 +64,7 @@ def test_a_machine_without_a_gpu_is_well(visit):
 def test_in_a_process_of_its_own_it_is_quick_and_imports_nothing_optional():
     code = ("import sys\nfrom mm1.autotune.doctor import doctor\ndoctor()\n"
             "print(sorted({'transformers', 'timm', 'torchvision', 'triton', 'pyarrow', 'matplotlib', 'torchtitan', "
-            "'tensorboard', 'mm1.kernels.attention.varlen'} & set(sys.modules)))")  # fmt: skip
+            "'tensorboard', 'mm1.kernels.attention.backends'} & set(sys.modules)))")  # fmt: skip
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "\nWhat to do\n  " in result.stdout
@@ -72,8 +72,10 @@ def test_in_a_process_of_its_own_it_is_quick_and_imports_nothing_optional():
 
 
 def test_back_ends_are_those_of_attention(monkeypatch):
-    assert list(d.BACKENDS) == list(attention.BACKENDS)
-    assert d.BACKENDS["flash"][1] == attention.NEEDS["flash"]
+    assert list(d.BACKENDS) == list(BACKENDS)
+    for name, backend in BACKENDS.items():
+        assert backend.package is None or backend.package in d.BACKENDS[name]
+        assert not backend.gpu or "a GPU" in d.BACKENDS[name]
     monkeypatch.setattr(d, "find_spec", lambda name: name == "flash_attn")
     assert d._usable(("a GPU", "xformers"), 0) == "needs a GPU and xformers"
     assert d._usable(("a GPU", "flash_attn"), 0) == "needs a GPU"

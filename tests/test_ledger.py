@@ -21,6 +21,7 @@ from mm1.engine.models import mm1 as model_module
 from mm1.engine.models.mm1 import MM1, parameter_counts
 from mm1.engine.models.mm1_config import D_1B, MODELS, Model
 from mm1.engine.train.ledger import Load, ledger
+from mm1.kernels.attention import Causal
 
 ROOMY = Budget(tokens=120, images=9, patches=80, documents=8)
 DENSE, MIXTURE = small_model(experts=0), small_model(experts=4, moe_every=2)
@@ -39,7 +40,7 @@ VARIANTS = {
 }
 
 
-def plain_attention(q, k, v, cu_seqlens, *, causal, cu_seqlens_k=None, max_length=None):
+def plain_attention(q, k, v, cu_seqlens, *, mask, cu_seqlens_k=None, max_length=None):
     """Every pair of a segment is multiplied, also those that causal masks."""
     rows = zip(pairwise(cu_seqlens.tolist()), pairwise((cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).tolist()))
     parts = []
@@ -47,7 +48,7 @@ def plain_attention(q, k, v, cu_seqlens, *, causal, cu_seqlens_k=None, max_lengt
         a, b, c = (x.transpose(0, 1) for x in (q[begin:end], k[first:last], v[first:last]))
         b, c = (x.repeat_interleave(len(a) // len(x), 0) for x in (b, c))
         scores = torch.bmm(a, b.transpose(1, 2)) * q.shape[2] ** -0.5
-        if causal:
+        if mask == Causal():
             scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
         parts.append(torch.bmm(scores.softmax(-1), c).transpose(0, 1))
     return F.pad(torch.cat(parts), (0, 0, 0, 0, 0, len(q) - int(cu_seqlens[-1])))

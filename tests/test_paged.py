@@ -5,9 +5,8 @@ import torch
 from conftest import DEVICE, compiles, mostly_slow, needs_triton, relative_error
 
 from mm1.autotune.static import compile_launch
-from mm1.kernels.attention import paged
-from mm1.kernels.attention.paged import PAGED, Config, PagedShape, paged_attention
-from mm1.kernels.attention.varlen import attention
+from mm1.kernels.attention import Causal, paged, paged_attention, reference
+from mm1.kernels.attention.paged import PAGED, Config, PagedShape
 from mm1.kernels.dispatch import DEVICES, INTERPRETED, power_of_2, recording
 from mm1.kernels.tuning import listening, pinned
 
@@ -47,20 +46,20 @@ def problem(segments, heads=(4, 2), width=16, dtype=torch.float32, side_by_side=
 
 
 def in_order(q, cu_q, lengths, rows):
-    """Of the same rows end to end, by the packed attention's reference in fp64."""
+    """Packed attention's reference in fp64 over the same rows end to end."""
     k, v = torch.cat(rows, 1).double()
     cu_k = torch.nn.functional.pad(lengths.cpu().cumsum(0), (1, 0)).int()
-    return attention(q.double().cpu(), k, v, cu_q.cpu(), causal=True, cu_seqlens_k=cu_k, backend="reference")
+    return reference.attention(q.double().cpu(), k, v, cu_q.cpu(), mask=Causal(), cu_seqlens_k=cu_k)
 
 
 @pytest.mark.parametrize("side_by_side", [False, True], ids=["scattered", "in order"])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 def test_it_is_attention_over_the_rows_in_order(segments, heads, side_by_side):
-    *given, rows, own = problem(segments, heads, side_by_side=side_by_side)
-    found = paged_attention(*given, rows=rows)
-    assert relative_error(found.cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
-    assert relative_error(paged.reference(*given).cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
+    *tensors, rows, own = problem(segments, heads, side_by_side=side_by_side)
+    truth = in_order(tensors[0], tensors[3], tensors[5], own)
+    for y in (paged_attention(*tensors, rows=rows), reference.paged_attention(*tensors)):
+        assert relative_error(y.cpu(), truth) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,30 +73,29 @@ def test_segments_that_begin_with_the_same_pages(dtype):
             tables[b, :count] = tables[pattern, :count]
             own[b][:, : count * PAGE] = own[pattern][:, : count * PAGE]
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    found = paged_attention(q, k, v, cu_q, tables, lengths, rows=rows)
+    y = paged_attention(q, k, v, cu_q, tables, lengths, rows=rows)
     truth = in_order(q, cu_q, lengths, [x.to(dtype) for x in own])
-    assert relative_error(found.cpu(), truth) < (2e-6 if dtype == torch.float32 else 8e-3)
+    assert relative_error(y.cpu(), truth) < (2e-6 if dtype == torch.float32 else 8e-3)
 
 
 @pytest.mark.parametrize("width", [16, 32, 80])
 def test_widths_and_16_bits(width):
-    *given, rows, own = problem(SEGMENTS["behind prefixes"], width=width, dtype=torch.bfloat16)
-    found = paged_attention(*given, rows=rows)
-    assert found.dtype == torch.bfloat16
+    *tensors, rows, own = problem(SEGMENTS["behind prefixes"], width=width, dtype=torch.bfloat16)
+    y = paged_attention(*tensors, rows=rows)
+    assert y.dtype == torch.bfloat16
     own = [x.bfloat16() for x in own]
-    assert relative_error(found.cpu(), in_order(given[0], given[3], given[5], own)) < 8e-3
+    assert relative_error(y.cpu(), in_order(tensors[0], tensors[3], tensors[5], own)) < 8e-3
 
 
-@pytest.mark.parametrize("most", [1, 2, 64])
-def test_keys_split_over_programs_give_one_softmax(most, monkeypatch):
+@pytest.mark.parametrize("groups, parts", [(88, 1), (44, 2), (2, 8)])
+def test_keys_split_over_programs_give_one_softmax(groups, parts):
     """Many blocks of keys in one program, whose maximum rises, to one block a program."""
-    monkeypatch.setattr(paged, "MOST_SPLITS", most)
-    *given, rows, own = problem([(1, 70), (2, 33), (1, 3)])
+    *tensors, rows, own = problem([(1, 70), (2, 33), (1, 3)], heads=(groups, groups))
     config = Config(block_n=16)
-    assert paged.splits(config, PagedShape(128, 6, 4, 16), DEVICES["h200"]) == min(most, 8)
+    assert paged.splits(config, PagedShape(128, 3 * groups, 2, 16), DEVICES["h200"]) == parts
     with pinned(paged_attention=config):
-        found = paged_attention(*given, rows=rows)
-    assert relative_error(found.cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
+        y = paged_attention(*tensors, rows=rows)
+    assert relative_error(y.cpu(), in_order(tensors[0], tensors[3], tensors[5], own)) < 2e-6
 
 
 @needs_triton
@@ -109,10 +107,10 @@ def test_keys_split_over_programs_give_one_softmax(most, monkeypatch):
 )
 def test_every_configuration_gives_the_same(config, width):
     """Of 17 new rows by 4 heads, which are several tiles or part of one."""
-    *given, rows, own = problem([(17, 40), (1, 70), (0, 9), (5, 5)], heads=(8, 2), width=width)
+    *tensors, rows, own = problem([(17, 40), (1, 70), (0, 9), (5, 5)], heads=(8, 2), width=width)
     with pinned(paged_attention=config):
-        found = paged_attention(*given, rows=rows)
-    assert relative_error(found.cpu(), in_order(given[0], given[3], given[5], own)) < 2e-6
+        y = paged_attention(*tensors, rows=rows)
+    assert relative_error(y.cpu(), in_order(tensors[0], tensors[3], tensors[5], own)) < 2e-6
 
 
 def on_meta(B, rows, heads, groups, pages=256, width=128, dtype=torch.bfloat16, device="h200"):
@@ -121,9 +119,9 @@ def on_meta(B, rows, heads, groups, pages=256, width=128, dtype=torch.bfloat16, 
     k = torch.empty(4096, 16, groups, width, device="meta", dtype=dtype)
     cu_q, lengths = (torch.empty(n, device="meta", dtype=torch.int32) for n in (B + 1, B))
     tables = torch.empty(B, pages, device="meta", dtype=torch.int32)
-    with recording(DEVICES[device]) as found:
+    with recording(DEVICES[device]) as recorded:
         paged.forward(q, k, k, cu_q, tables, lengths, rows)
-    return found
+    return recorded
 
 
 def test_a_configuration_is_looked_up_by_what_the_host_knows():
@@ -143,10 +141,10 @@ def test_one_compiled_kernel_serves_any_number_of_keys_rows_and_splits():
 
     sizes = [(1, 17, 30), (1, 40, 300), (3, 90, 17), (64, 33, 300), (5, 1000, 1)]
     with pinned(paged_attention=Config(64)):
-        found = [on_meta(B, rows, 32, 8, pages) for B, rows, pages in sizes]
-    assert len({constants(launches[0]) for launches in found}) == 1
-    assert len(found[3]) == 1, "where there are programs enough keys are not split, and nothing is merged"
-    assert len(found[0]) == 2
+        recorded = [on_meta(B, rows, 32, 8, pages) for B, rows, pages in sizes]
+    assert len({constants(launches[0]) for launches in recorded}) == 1
+    assert len(recorded[3]) == 1, "where there are programs enough keys are not split, and nothing is merged"
+    assert len(recorded[0]) == 2
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -181,14 +179,14 @@ def test_predictions_know_the_bandwidth_and_that_a_program_alone_is_slow():
 
 
 def test_queries_of_any_strides_and_layers_of_one_tensor():
-    *given, rows, own = problem(SEGMENTS["behind prefixes"] + [(1, 13)], side_by_side=True)
-    q, k, v, *rest = given
+    *tensors, rows, own = problem(SEGMENTS["behind prefixes"] + [(1, 13)], side_by_side=True)
+    q, k, v, *rest = tensors
     both = torch.stack([k, v], 2)  # [pages, page, 2, G, Dh]
     wide = torch.cat([q, q], 2)[:, :, : q.shape[2]]
     apart = torch.stack([k, v], 1)  # [pages, 2, page, G, Dh]: rows of neighbouring pages are not evenly spaced
     for k, v in ((both[:, :, 0], both[:, :, 1]), (apart[:, 0], apart[:, 1])):
-        found = paged_attention(wide, k, v, *rest, rows=rows)
-        assert relative_error(found.cpu(), in_order(q, given[3], given[5], own)) < 2e-6
+        y = paged_attention(wide, k, v, *rest, rows=rows)
+        assert relative_error(y.cpu(), in_order(q, tensors[3], tensors[5], own)) < 2e-6
 
 
 def test_no_segment_at_all():
@@ -200,9 +198,9 @@ def test_no_segment_at_all():
 
 @pytest.mark.skipif(INTERPRETED, reason="a graph is compiled")
 def test_it_is_one_node_of_a_graph():
-    *given, rows, _ = problem(SEGMENTS["a token of each"])
+    *tensors, rows, _ = problem(SEGMENTS["a token of each"])
     call = torch.compile(lambda *x: paged_attention(*x, rows=1) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(call(*given), paged_attention(*given, rows=rows) + 1)
+    assert torch.equal(call(*tensors), paged_attention(*tensors, rows=rows) + 1)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +212,11 @@ def test_it_is_one_node_of_a_graph():
     ],
 )
 def test_arguments_that_do_not_fit_are_told(change, message):
-    *given, _, _ = problem(SEGMENTS["prompts"])
+    *tensors, _, _ = problem(SEGMENTS["prompts"])
     for at, how in change.items():
-        given[at] = how(given[at])
+        tensors[at] = how(tensors[at])
     with pytest.raises(ValueError, match=message):
-        paged_attention(*given)
+        paged_attention(*tensors)
 
 
 def test_it_counts_what_is_seen():
@@ -270,11 +268,11 @@ def test_the_default_has_code_that_fits_at_other_widths_and_in_fp32(device, dtyp
 @pytest.mark.parametrize("config", [Config(16, 16, programs=1), Config(16, 16, programs=8)], ids=["whole", "split"])
 @pytest.mark.parametrize("segments", ["a token of each", "some without"])
 def test_rows_of_no_segment_are_zeros(segments, config, poisoned):
-    q, *given, rows, _ = problem(SEGMENTS[segments])
+    q, *tensors, rows, _ = problem(SEGMENTS[segments])
     padded = torch.cat([q, torch.full((7, *q.shape[1:]), float("nan"), device=q.device)])
     with pinned(paged_attention=config):
-        y = paged_attention(padded, *given, rows=rows)
-        assert torch.equal(y[: len(q)], paged_attention(q, *given, rows=rows))
+        y = paged_attention(padded, *tensors, rows=rows)
+        assert torch.equal(y[: len(q)], paged_attention(q, *tensors, rows=rows))
     assert not y[len(q) :].any()
 
 
@@ -292,9 +290,11 @@ def test_integers_of_64_bits_and_meta_tensors_are_taken():
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="a GPU is not waited for")
 def test_more_rows_than_were_announced_are_refused():
-    *given, rows, _ = problem(SEGMENTS["prompts"])
-    with pytest.raises(ValueError, match=r"rows is 6, expected at least the most of a segment, of \[5, 1, 7\]"):
-        paged_attention(*given, rows=rows - 1)
+    *tensors, rows, _ = problem(SEGMENTS["prompts"])
+    with pytest.raises(
+        ValueError, match=r"rows is 6, expected at least the largest of the segments' new rows, \[5, 1, 7\]"
+    ):
+        paged_attention(*tensors, rows=rows - 1)
 
 
 @pytest.mark.parametrize(
@@ -311,10 +311,10 @@ def test_more_rows_than_were_announced_are_refused():
     ],
 )
 def test_refuses_bad_arguments(place, change, told):
-    *given, rows, _ = problem(SEGMENTS["prompts"])
-    given[place] = change(given[place])
+    *tensors, rows, _ = problem(SEGMENTS["prompts"])
+    tensors[place] = change(tensors[place])
     with pytest.raises(ValueError, match=f"paged_attention: ({told})"):
-        paged_attention(*given, rows=rows)
+        paged_attention(*tensors, rows=rows)
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="a GPU is not waited for")
@@ -341,8 +341,9 @@ def test_rows_before_the_first_key_see_nothing():
     q, k, v, cu_q, tables, lengths, rows, own = problem([(5, 5), (3, 8)])
     y = paged_attention(q, k, v, cu_q, tables, lengths - torch.tensor([3, 0], device=DEVICE).int(), rows=rows)
     few = torch.cat([own[0][:, :2], own[1]], 1).double()
-    truth = attention(q.double().cpu(), *few, cu_q.cpu(), causal=True, cu_seqlens_k=torch.tensor([0, 2, 10]),
-                      backend="reference")  # fmt: skip
+    truth = reference.attention(
+        q.double().cpu(), *few, cu_q.cpu(), mask=Causal(), cu_seqlens_k=torch.tensor([0, 2, 10])
+    )
     assert relative_error(y.cpu(), truth) < 1e-6
     assert not y[:3].any()
 
@@ -360,20 +361,19 @@ def test_segments_that_share_pages_may_have_fewer_keys_than_rows():
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the CPU's path")
 @pytest.mark.parametrize("piece", [PAGE, 3 * PAGE, 8192])
 @pytest.mark.parametrize("side_by_side", [False, True])
-def test_what_was_known_is_seen_in_pieces(piece, side_by_side, monkeypatch):
+def test_cached_keys_are_seen_in_pieces(piece, side_by_side):
     """Several segments of equal and unequal lengths, which begin alike or alone, and end anywhere in a page."""
-    monkeypatch.setattr(paged, "PIECE", piece)
     segments = [(5, 45), (5, 45), (1, 37), (9, 30), (30, 31), (6, 6)]
     q, k, v, cu_q, tables, lengths, rows, own = problem(segments, side_by_side=side_by_side)
     for b in (1, 2):  # of the first as many pages as both have before their own rows
         tables[b, :8] = tables[0, :8]
         own[b][:, : 8 * PAGE] = own[0][:, : 8 * PAGE]
-    found = paged_attention(q, k, v, cu_q, tables, lengths, rows=rows)
-    assert relative_error(found, in_order(q, cu_q, lengths, own)) < 5e-7
+    y = paged.on_host(q, k, v, cu_q, tables, lengths, rows, piece)
+    assert relative_error(y, in_order(q, cu_q, lengths, own)) < 5e-7
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the CPU's path")
-def test_rows_behind_known_ones_make_no_tensor_of_all_pairs():
+def test_rows_behind_cached_keys_make_no_tensor_of_all_pairs():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -385,7 +385,7 @@ def test_rows_behind_known_ones_make_no_tensor_of_all_pairs():
             self.numel = max([self.numel, *(x.numel() for x in tensors if isinstance(x, torch.Tensor))])
             return result
 
-    *given, rows, _ = problem([(600, 1500)], heads=(2, 1), width=8)
+    *tensors, rows, _ = problem([(600, 1500)], heads=(2, 1), width=8)
     with Largest() as largest:
-        paged.on_host(*given, rows)
-    assert largest.numel <= max(x.numel() for x in given) < 600 * 600
+        paged.on_host(*tensors, rows)
+    assert largest.numel <= max(x.numel() for x in tensors) < 600 * 600

@@ -34,7 +34,8 @@ INSTALL = {"flash-attn": "flash-attn --no-build-isolation", "megablocks": "megab
 # What those of mm1.kernels.attention.varlen need, whose import takes longer than all the rest.
 BACKENDS = {
     "reference": (), "segments": (), "varlen": ("a GPU",), "flash": ("a GPU", "flash_attn"),
-    "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (), "triton": ("a GPU", "triton"),
+    "flash3": ("a GPU", "flash_attn_interface"), "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (),
+    "triton": ("a GPU", "triton"),
 }  # fmt: skip
 BF16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "svebf16")  # in /proc/cpuinfo, of x86 and of ARM
 BUILDS = "https://pytorch.org/get-started/locally"

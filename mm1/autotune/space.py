@@ -325,14 +325,14 @@ def _segments(s: FlashShape, new: Inputs) -> Tensor:
 def _flash(s: FlashShape, new: Inputs) -> Callable[[], Any]:
     q, k, v = (new.floats(s.rows, heads, s.width) for heads in (s.heads, s.kv_heads, s.kv_heads))
     cu = _segments(s, new)
-    return lambda: flash.forward(q, k, v, cu, cu, None, s.causal)
+    return lambda: flash.forward(q, k, v, cu, cu, None, None, s.causal)
 
 
 def _flash_backward(s: FlashShape, new: Inputs) -> Callable[[], Any]:
     q, k, v, dy = (new.floats(s.rows, heads, s.width) for heads in (s.heads, s.kv_heads, s.kv_heads, s.heads))
     cu = _segments(s, new)
-    y, lse = flash.forward(q, k, v, cu, cu, None, s.causal)
-    return lambda: flash.backward(dy, q, k, v, y, lse, cu, cu, None, s.causal)
+    y, lse = flash.forward(q, k, v, cu, cu, None, None, s.causal)
+    return lambda: flash.backward(dy, q, k, v, y, lse, cu, cu, None, None, s.causal)
 
 
 def _paged(s: paged.PagedShape, new: Inputs) -> Callable[[], Any]:

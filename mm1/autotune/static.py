@@ -161,7 +161,8 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
     values |= {name: value for name, value in launch.constants.items() if name in kernel.arg_names}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and type(value) is int and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -173,7 +174,7 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (specialized and isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

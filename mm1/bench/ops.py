@@ -18,8 +18,7 @@ from mm1.engine.layers.connector import CAbstractor, ConvBlock
 from mm1.kernels import linear_cross_entropy
 from mm1.kernels.abstractor import bottleneck as conv
 from mm1.kernels.abstractor import pooling as pool
-from mm1.kernels.attention import paged
-from mm1.kernels.attention import varlen as attend
+from mm1.kernels.attention import Causal, Full, paged, varlen
 from mm1.kernels.dispatch import Cost, cdiv
 from mm1.kernels.moe import experts, routing
 from mm1.kernels.moe import grouped as grouped_gemm
@@ -364,6 +363,7 @@ class Attention:
 
     def __init__(self, new: Maker, count: int, length: int, heads: int, kv_heads: int, width: int, causal: bool):
         self.count, self.length, self.causal = count, length, causal
+        self.mask = Causal() if causal else Full()
         rows = count * length
         self.cu_seqlens = torch.arange(count + 1, device=new.device, dtype=torch.int32) * length
         self.shape = {"batch": count, "tokens": length, "heads": heads, "kv_heads": kv_heads, "width": width,
@@ -376,7 +376,7 @@ class Attention:
 
     def ours(self, leaves: Leaves, backend: str = "auto") -> Tensor:
         q, k, v = leaves.values()
-        return attend.attention(q, k, v, self.cu_seqlens, causal=self.causal, max_length=self.length, backend=backend)
+        return varlen.attention(q, k, v, self.cu_seqlens, mask=self.mask, max_length=self.length, backend=backend)
 
     def plain(self, leaves: Leaves) -> Tensor:
         q, k, v = (x.view(self.count, self.length, *x.shape[1:]).transpose(1, 2) for x in leaves.values())
@@ -386,8 +386,8 @@ class Attention:
     def cost(self, backward: bool) -> Cost:
         q, k, _ = self.leaves.values()
         lengths = [self.length] * self.count
-        return attend.cost(
-            lengths, q.shape[1], k.shape[1], q.shape[2], causal=self.causal, itemsize=q.itemsize, backward=backward
+        return varlen.cost(
+            lengths, q.shape[1], k.shape[1], q.shape[2], mask=self.mask, itemsize=q.itemsize, backward=backward
         )
 
 
@@ -395,7 +395,8 @@ PAGE = 16  # tokens, the engine's
 
 
 class PagedAttention:
-    """A token of each document behind keys in scattered pages: of the first document the most, of others by chance."""
+    """One new token of each document behind keys in scattered pages; the first document has `most`, others a random
+    number from `least` on."""
 
     tolerance = 1.0
 
@@ -420,11 +421,11 @@ class PagedAttention:
         return paged.paged_attention(q, k, v, self.cu_seqlens, self.tables, self.used)
 
     def gathered(self, pages: Tensor) -> Tensor:
-        """[B, longest, G, Dh] in order."""
+        """Return the rows of pages in order, [B, longest, G, Dh]."""
         return pages[self.tables].flatten(1, 2)[:, : self.lengths[0]]
 
     def attend(self, leaves: Leaves) -> Tensor:
-        """Of gathered keys and values."""
+        """Return torch's attention [B, H, Dh] over keys and values that `gathered` put in order."""
         q, k, v = leaves["q"][:, :, None], leaves["k"].transpose(1, 2), leaves["v"].transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)[:, :, 0]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PagedAttention, PatchEmbed, QwenEmbed, Sizes, by_size
 from mm1.integrations.torchvision import declare_operators
-from mm1.kernels.attention.varlen import BACKENDS
+from mm1.kernels.attention.backends import BACKENDS
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.moe.routing import Routing, sort_by_expert
 
@@ -248,13 +248,13 @@ def backend(name: str, problem: Attention) -> Way:
 
 
 def gathered(problem: PagedAttention) -> Way:
-    """Keys and values already in order: what a cache without pages leaves to do."""
+    """Attend to keys and values that are in order already, as in a cache without pages."""
     leaves = {name: leaf if name == "q" else problem.gathered(leaf) for name, leaf in problem.leaves.items()}
     return Way(problem.attend, leaves)
 
 
 def varlen_gathered(problem: PagedAttention) -> Way:
-    """Likewise, without rows for shorter documents than the longest."""
+    """Attend to keys and values in order, without padding to the longest document, by torch's varlen attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     leaves = dict(problem.leaves)
@@ -270,7 +270,7 @@ def varlen_gathered(problem: PagedAttention) -> Way:
 
 
 def flash_pages(problem: PagedAttention) -> Way:
-    """In scattered pages of 256: flash-attn takes no smaller ones."""
+    """Attend to scattered pages of 256 tokens by flash-attn, which takes no smaller ones."""
     from flash_attn import flash_attn_with_kvcache
 
     batch, most = len(problem.lengths), cdiv(problem.lengths[0], 256)
@@ -309,9 +309,10 @@ PEERS = [
     Peer("liger", {"moe_mlp": liger_experts, "linear_cross_entropy": liger_cross_entropy}, "liger_kernel", gpu=True),
     Peer("megablocks", {"moe_mlp": partial(layer_of, "megablocks")}, "megablocks", gpu=True),
     *(Peer(name, {"attention": partial(backend, name)}, gpu=name != "segments")
-      for name in BACKENDS if name not in ("reference", "flash", "xformers")),
+      for name in BACKENDS if name not in ("reference", "flash", "flash3", "xformers")),
     Peer("flash-attn", {"attention": partial(backend, "flash"), "paged_attention": flash_pages}, "flash_attn",
          gpu=True),
+    Peer("flash-attn 3", {"attention": partial(backend, "flash3")}, "flash_attn_interface", gpu=True),
     Peer("xformers", {"attention": partial(backend, "xformers")}, "xformers", gpu=True),
 ]  # fmt: skip
 COMPILED = ("compiled", "max-autotune")  # a minute each on a CPU: there only when asked for

@@ -6,36 +6,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.attention.varlen import BACKENDS
+from mm1.kernels.attention import Mask, attention
+from mm1.kernels.attention.reference import places
 from mm1.kernels.patches.grids import Grids
 
 
 def batched_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool, max_length: int = 0
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, max_length: int = 0
 ) -> Tensor:
-    """Segments of one length, which fill all rows."""
+    """Return torch's dense attention on segments of one length, which fill all rows."""
     length = max_length or len(q) // (len(cu_seqlens) - 1)
-    return BACKENDS["sdpa"](q, k, v, cu_seqlens, cu_seqlens, None, causal, length)
+    return attention(q, k, v, cu_seqlens, mask=mask, max_length=length, backend="sdpa")
 
 
 class MaskedAttention:
-    """Causal, over all pairs, of which a mask, made once for all layers of a step, leaves those inside a segment."""
+    """Torch's causal attention over all pairs of rows, with a mask that is made once for all layers of a step."""
 
-    mask: Tensor | None = None
+    seen: Tensor | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool) -> Tensor:
-        if self.mask is None:
-            segment = _places(cu_seqlens, len(q))[0]
-            self.mask = (segment[:, None] == segment[None]).tril()
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask) -> Tensor:
+        if self.seen is None:
+            segment = places(cu_seqlens, len(q))[0]
+            self.seen = (segment[:, None] == segment[None]).tril()
         grouped = q.shape[1] != k.shape[1]
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=grouped)[0].transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, self.seen, enable_gqa=grouped)[0].transpose(0, 1)
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool, max_length: int) -> Tensor:
-    """Not causal; each segment padded to max_length, and a mask."""
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, max_length: int) -> Tensor:
+    """Return torch's full attention with each segment padded to max_length, and a mask of the padding."""
     segments = len(cu_seqlens) - 1
-    segment, place = _places(cu_seqlens, len(q))
+    segment, place = places(cu_seqlens, len(q))
     inside = torch.arange(len(q), device=q.device) < cu_seqlens[-1]
     at = torch.where(inside, segment * max_length + place, segments * max_length)
     # A segment without rows sees one of zeros: softmax of nothing is NaN.
@@ -47,13 +48,6 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cau
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, seen[:, None, None])
     return F.pad(y.transpose(1, 2).flatten(0, 1), (0, 0, 0, 0, 0, 1)).index_select(0, at)
-
-
-def _places(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Segment of each row, and its place there."""
-    row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    segment = torch.searchsorted(cu_seqlens, row, right=True) - 1
-    return segment, row - cu_seqlens[segment]
 
 
 def patch_embed(

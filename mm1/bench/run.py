@@ -20,12 +20,13 @@ import torch
 from mm1.bench import generate, kernels, train
 from mm1.bench.record import Record, Row, file
 from mm1.bench.roofline import DTYPES
-from mm1.kernels.attention.varlen import gpu_name
+from mm1.kernels.attention.backends import gpu_name
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"tests": 0.25, "kernels": 0.45, "train": 0.15, "generate": 0.15}  # shares of the time limit
 TESTS = ("clock", "grouped_gemm", "experts", "route", "patch_embed", "conv_block", "adaptive_pool", "flash")
 BACKENDS = {"flash-attn": "flash", **{name: name for name in ("varlen", "xformers", "flex", "sdpa", "triton")}}
+BACKENDS["flash-attn 3"] = "flash3"
 LIMIT = 530  # seconds: ten minutes of a rented machine, less the time to start
 
 

@@ -154,11 +154,13 @@ def device_of_index(index: int | None) -> Device:
 
 
 def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
-    """Run `grid` programs of a Triton kernel on the device of its tensors."""
+    """Run `grid` programs of a Triton kernel on the device of its tensors; its arguments may all be keywords."""
     # Said aloud because Triton's default is about to change, and all versions are to round alike.
     constants["enable_fp_fusion"] = True
     if grid == 0:
         return
+    if INSTALLED and not arguments:  # all by keyword
+        arguments = tuple(constants.pop(name) for name in kernel.arg_names)
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, arguments, constants))
         return

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mm1.kernels import tuning
 from mm1.kernels.abstractor.pooling import adaptive_pool
-from mm1.kernels.attention.varlen import attention
+from mm1.kernels.attention import Causal, attention
 from mm1.kernels.device import DEVICES
 from mm1.kernels.moe.experts import moe_mlp
 from mm1.kernels.moe.grouped import GEMM
@@ -57,7 +57,7 @@ def calls():
         "moe_mlp": lambda: moe_mlp(rows, routing.index, routing.weight, gate_up, down),
         "patch_embed": lambda: patch_embed(pixels, grids, weight, bias, table, patch_size=2, mean=half, std=half),
         "adaptive_pool": lambda: adaptive_pool(rows, grids, (2, 2)),
-        "attention": lambda: attention(heads, heads, heads, ends, causal=True),
+        "attention": lambda: attention(heads, heads, heads, ends, mask=Causal()),
     }
 
 

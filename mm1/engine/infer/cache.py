@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mm1.engine.layers.config import Decoder
 from mm1.errors import UserError
-from mm1.kernels.attention.paged import paged_attention
-from mm1.kernels.attention.varlen import attention
+from mm1.kernels.attention import Causal, attention, paged_attention
 from mm1.kernels.dispatch import cdiv
 
 PAGE = 16
@@ -183,7 +182,7 @@ def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: T
     keys.flatten(0, 1).index_copy_(0, rows.slots, k)
     values.flatten(0, 1).index_copy_(0, rows.slots, v)
     if not rows.behind:
-        return attention(q, k, v, rows.cu_seqlens, causal=True)
+        return attention(q, k, v, rows.cu_seqlens, mask=Causal())
     return paged_attention(q, keys, values, rows.cu_seqlens, rows.tables, rows.lengths, rows=rows.most)
 
 

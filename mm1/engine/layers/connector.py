@@ -16,7 +16,7 @@ from mm1.engine.layers.config import POOL_HEADS, Connector
 from mm1.engine.layers.replaceable import Replaceable
 from mm1.kernels.abstractor.bottleneck import conv_block
 from mm1.kernels.abstractor.pooling import adaptive_pool
-from mm1.kernels.attention.varlen import attention
+from mm1.kernels.attention import Full, attention
 from mm1.kernels.patches.grids import Grids, as_grids
 from mm1.kernels.patches.position_tables import positions
 
@@ -70,7 +70,7 @@ class AttentionPool(nn.Module):
         k, v = self.kv(self.norm_features(tokens)).unflatten(1, (2, self.heads, -1)).unbind(1)
         cu_q = torch.arange(grids.images + 1, dtype=torch.int32, device=tokens.device) * n
         pooled = attention(
-            q, k, v, cu_q, causal=False, cu_seqlens_k=grids.cu_seqlens, max_length=max(n, grids.longest)
+            q, k, v, cu_q, mask=Full(), cu_seqlens_k=grids.cu_seqlens, max_length=max(n, grids.longest)
         ).flatten(1)
         x = self.queries.repeat(grids.images, 1) + self.out(pooled)
         return x + self.mlp(self.norm_mlp(x))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mm1.engine.layers.config import Decoder, is_moe
 from mm1.engine.layers.experts import Experts
 from mm1.engine.layers.replaceable import Replaceable
-from mm1.kernels.attention.varlen import attention
+from mm1.kernels.attention import Causal, attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(1, (-1, self.shared + 2, self.head_width))
         q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]  # (T, H | G, Dh)
         q, k = (rotate(norm(x.float()), angles).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        y = attention(q, k, v, cu_seqlens, causal=True) if attend is None else attend(q, k, v)
+        y = attention(q, k, v, cu_seqlens, mask=Causal()) if attend is None else attend(q, k, v)
         return self.out(y.flatten(1))
 
 

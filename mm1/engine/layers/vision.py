@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm1.engine.layers.config import Vision
 from mm1.engine.layers.replaceable import Replaceable
-from mm1.kernels.attention.varlen import attention
+from mm1.kernels.attention import Full, attention
 from mm1.kernels.patches.embedding import patch_embed
 from mm1.kernels.patches.grids import Grids
 from mm1.kernels.patches.position_tables import positions
@@ -57,7 +57,7 @@ class VisionBlock(Replaceable):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # (P, H, Dh) each
-        x = x + self.out(attention(q, k, v, cu_seqlens, causal=False, max_length=longest).flatten(1))
+        x = x + self.out(attention(q, k, v, cu_seqlens, mask=Full(), max_length=longest).flatten(1))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 

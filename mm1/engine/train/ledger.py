@@ -25,7 +25,7 @@ from mm1.engine.layers.config import is_moe
 from mm1.engine.models.mm1_config import Model
 from mm1.kernels import linear_cross_entropy
 from mm1.kernels.abstractor import bottleneck as conv_block
-from mm1.kernels.attention import varlen as attention
+from mm1.kernels.attention import Full, varlen
 from mm1.kernels.moe import experts
 from mm1.kernels.patches import embedding as patch_embed
 
@@ -171,7 +171,7 @@ def _forward(c: Model, n: _Rows) -> dict[str, int]:
 
 def _pair(heads: int, width: int) -> int:
     """Return the operations of one query with one key."""
-    return attention.cost([1], heads, heads, width, causal=False).flops
+    return varlen.cost([1], heads, heads, width, mask=Full()).flops
 
 
 def _connector(c: Model, n: _Rows) -> int:

@@ -1,6 +1,7 @@
-"""Attention over packed sequences, and of a few new rows over a paged cache of keys and values."""
+"""Attention over packed sequences under a mask, and of new rows over a paged cache of keys and values."""
 
+from mm1.kernels.attention.masks import Causal, Full, Mask, Prefix
 from mm1.kernels.attention.paged import paged_attention
 from mm1.kernels.attention.varlen import attention
 
-__all__ = ["attention", "paged_attention"]
+__all__ = ["Causal", "Full", "Mask", "Prefix", "attention", "paged_attention"]

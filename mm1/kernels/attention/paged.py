@@ -1,4 +1,4 @@
-"""Attention over a paged cache: what one new token of many sequences, or new rows behind a shared prefix, see.
+"""Attention over a paged cache, for one new token of many sequences or for several new rows behind cached ones.
 
     y[i, h] = Σ_j softmax_j(q[i, h] · k[j, g] / √Dh) v[j, g],   j ≤ lengths[b] - n[b] + i
 
@@ -38,14 +38,16 @@ from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import dot
 from mm1.kernels.tuning import Tunable, config_for
 
-MOST_SPLITS = 64  # what one program merges
+MOST_SPLITS = 64  # parts that one program merges
 PIECE = 8192  # keys that a CPU attends to at once: copies of scattered pages stay small
 
 
 @dataclass(frozen=True)
 class Config(flash_tiles.Config):
-    """block_m: rows of a group (its heads, and new rows if there are several), block_n: keys at once; programs: a
-    multiprocessor, which keys are split for."""
+    """Sizes of a program: block_m rows of a group (its heads, times new rows), block_n keys at once.
+
+    programs: how many a multiprocessor should have; keys are split until there are so many.
+    """
 
     block_m: int = 16
     block_n: int = 64
@@ -54,7 +56,7 @@ class Config(flash_tiles.Config):
 
 
 class PagedShape(NamedTuple):
-    """What the host knows without waiting for the device."""
+    """The sizes that a configuration depends on and the host knows without waiting for the device."""
 
     keys: int  # of a segment at most, to the next power of two
     groups: int  # of all segments
@@ -62,32 +64,37 @@ class PagedShape(NamedTuple):
     width: int
 
     def tiles(self, config: Config) -> int:
+        """Return how many tiles the rows of a group are."""
         return cdiv(self.rows, config.block_m)
 
 
 def splits(config: Config, shape: PagedShape, device: Device) -> int:
-    """As many as keep every unit busy, but none without keys of its own; a power of two, so few are compiled."""
+    """Return how many programs share a tile's keys: enough to keep every unit busy, none without keys of its own.
+
+    A power of two, so that few are compiled.
+    """
     wanted = cdiv(config.programs * device.units, max(shape.groups * shape.tiles(config), 1))
     return min(power_of_2(wanted), power_of_2(cdiv(shape.keys, config.block_n)), MOST_SPLITS)
 
 
 def _padded(shape: PagedShape) -> flash_tiles.FlashShape:
+    """Return the shape of attention whose tiles take as much memory."""
     return flash_tiles.FlashShape(shape.keys, shape.groups, shape.groups, power_of_2(shape.width), False)
 
 
 def legal(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) -> bool:
-    """As attention's tiles are."""
+    """Return whether the tiles fit the GPU, as attention's do."""
     return flash_tiles.legal("flash", config, _padded(shape), dtype, device)
 
 
 def space(shape: PagedShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """What is worth measuring where it is legal."""
+    """Yield the configurations that are worth measuring where they are legal."""
     axes = product((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4), (1, 2, 4, 8))
     return (Config(*axis) for axis in axes if axis[0] <= max(16, power_of_2(shape.rows)))
 
 
 def default(shape: PagedShape, dtype: torch.dtype, device: Device) -> Config:
-    """All rows of a group in one tile, as far as it spills no register; fewer stages, then less until it fits."""
+    """Return a tile of all rows of a group, as far as that spills no register, and as many stages as fit."""
     most, warps = (64, 4) if shape.width <= 128 else (32, 8)
     config = Config(min(max(power_of_2(shape.rows), 16), most), warps=warps)
     if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
@@ -102,7 +109,7 @@ def default(shape: PagedShape, dtype: torch.dtype, device: Device) -> Config:
 
 
 def seconds(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) -> float:
-    """Predicted where all segments have `keys`: scores and results as products side by side, then parts are merged."""
+    """Predict the time where all segments have `keys`: two products side by side, then the parts are merged."""
     count, width, size = splits(config, shape, device), power_of_2(shape.width), dtype.itemsize
     depth = 2 * width * cdiv(cdiv(shape.keys, config.block_n), count)
     shared = flash_tiles.shared_bytes("flash", config, width, size, device)
@@ -124,7 +131,7 @@ def _paged_kernel(
     stride_kg, stride_table, T, splits, tiles, scale, H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y [splits, T, H, WIDTH], of a split's keys alone, and lse fp32 [splits, T, H], base 2, unless it is None."""
+    """Write y [splits, T, H, WIDTH] of a split's keys alone, and lse fp32 [splits, T, H], base 2, unless it is None."""
     R: tl.constexpr = H // G
     pid = tl.program_id(0)
     split = pid % splits
@@ -179,7 +186,7 @@ def _merge_kernel(
     y_ptr, lse_ptr, cu_ptr, out_ptr, rows, B, H: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = Σ_s y[s, row] 2^(lse[s, row]) / Σ_s 2^(lse[s, row]), zeros behind the last of B segments."""
+    """Write out[row] = Σ_s y[s, row] 2^lse[s, row] / Σ_s 2^lse[s, row], zeros behind the last of B segments."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
@@ -196,6 +203,7 @@ def _merge_kernel(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int
 ) -> Tensor:  # fmt: skip
+    """Return attention [T, H, Dh] by the Triton kernels; arguments as `paged_attention` checks them."""
     (T, H, width), (_, page, G, _) = q.shape, k.shape
     B, device, block_d = len(lengths), device_of(q), power_of_2(width)
     if B == 0:
@@ -206,14 +214,19 @@ def forward(
     out = (q.new_zeros if count == 1 else q.new_empty)(T, H, width)
     part = out if count == 1 else q.new_empty(count, T, H, width, dtype=torch.float32)
     lse = None if count == 1 else q.new_empty(count, T, H, dtype=torch.float32)
+    (stride_qt, stride_qh, _), (stride_kp, stride_kr, stride_kg, _) = q.stride(), k.stride()
     launch(
-        _paged_kernel, B * G * tiles * count, q, k, v, cu_q, tables, lengths, part, lse, *q.stride()[:2],
-        *k.stride()[:3], tables.stride(0), T, count, tiles, width**-0.5 / math.log(2), H, G, width, page,
-        config.block_m, config.block_n, block_d, num_warps=config.warps, num_stages=config.stages,
+        _paged_kernel, B * G * tiles * count, q_ptr=q, k_ptr=k, v_ptr=v, cu_ptr=cu_q, table_ptr=tables,
+        lengths_ptr=lengths, y_ptr=part, lse_ptr=lse, stride_qt=stride_qt, stride_qh=stride_qh, stride_kp=stride_kp,
+        stride_kr=stride_kr, stride_kg=stride_kg, stride_table=tables.stride(0), T=T, splits=count, tiles=tiles,
+        scale=width**-0.5 / math.log(2), H=H, G=G, WIDTH=width, PAGE=page, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BLOCK_D=block_d, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if count > 1:
-        launch(_merge_kernel, T * H, part, lse, cu_q, out, T * H, B, H, width, count, block_d,
-               num_warps=cdiv(count * block_d, 2048))  # fmt: skip
+        launch(
+            _merge_kernel, T * H, y_ptr=part, lse_ptr=lse, cu_ptr=cu_q, out_ptr=out, rows=T * H, B=B, H=H, WIDTH=width,
+            SPLITS=count, BLOCK_D=block_d, num_warps=cdiv(count * block_d, 2048),
+        )  # fmt: skip
     return out
 
 
@@ -228,11 +241,14 @@ def _(q, k, v, cu_q, tables, lengths, rows):
 _on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int) -> Tensor:
-    """Rows see what stood before them without a mask, PIECE keys at a time, and each other causally: no mask of all
-    pairs is made. Pages that several segments begin with are attended to by all their rows at once, what follows by
-    each on its own, equal sizes side by side. Softmaxes become one as in `_merge_kernel` (Juravsky et al. 2024,
-    Hydragen).
+def on_host(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int, piece: int = PIECE
+) -> Tensor:
+    """Return attention [T, H, Dh] by torch's flash attention for CPUs; arguments as `paged_attention` checks them.
+
+    Rows see cached keys without a mask, `piece` keys at a time, and each other causally: no mask of all pairs is made.
+    Pages that several segments begin with are attended to by all their rows at once, later keys by each segment on its
+    own, equal sizes side by side. Softmaxes become one as in `_merge_kernel` (Juravsky et al. 2024, Hydragen).
     """
     page, groups = k.shape[1:3]
     starts, seen, pages = cu_q.tolist(), lengths.tolist(), tables.tolist()
@@ -248,12 +264,12 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
         used = [table[first // page : cdiv(last, page)] for table in chosen]
         low, high = used[0][0], used[0][-1]
         side_by_side = len(used) == 1 and used[0] == [*range(low, high + 1)]  # which need no copy
-        found = (x[low : high + 1] if side_by_side else x[torch.tensor(used, device=x.device)] for x in (k, v))
+        whole = (x[low : high + 1] if side_by_side else x[torch.tensor(used, device=x.device)] for x in (k, v))
         inside = slice(first % page, first % page + last - first)
-        return [x.reshape(len(used), -1, groups, x.shape[-1])[:, inside] for x in found]
+        return [x.reshape(len(used), -1, groups, x.shape[-1])[:, inside] for x in whole]
 
     def merge(at: Tensor, first: int, result: Tensor, sums: Tensor) -> None:
-        """Add what rows `at` [B, n] saw from key `first` on: results [B, n, H, Dh], logarithms of sums [B, n, H, 1]."""
+        """Add the results [B, n, H, Dh] of rows `at` [B, n] from key `first` on, by logarithms of sums [B, n, H, 1]."""
         if first:
             before, result = lse[at], result.to(y.dtype)
             result, sums = torch.lerp(y[at], result, (sums - before).sigmoid()), torch.logaddexp(before, sums)
@@ -263,8 +279,8 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
         """Attend with rows `at` [B, n] to all keys `first` to `last` of B segments."""
         # The heads of a group are rows: torch's flash attention on CPU takes no groups.
         queries = q[at].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R·n, Dh]
-        for start in range(first, last, PIECE):
-            keys, values = (x.transpose(1, 2) for x in gathered(chosen, start, min(start + PIECE, last)))
+        for start in range(first, last, piece):
+            keys, values = (x.transpose(1, 2) for x in gathered(chosen, start, min(start + piece, last)))
             result, sums = _on_cpu(queries, keys, values, 0.0, False)
             parts = (x.unflatten(2, (-1, at.shape[1])) for x in (result, sums[..., None]))
             merge(at, start, *(x.permute(0, 3, 1, 2, 4).flatten(2, 3) for x in parts))
@@ -297,13 +313,13 @@ def on_host(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengt
 
 
 def _expect_places(
-    starts: list[int], seen: list[int], pages: list[list[int]], rows: int, most: int, count: int, page: int
+    starts: list[int], seen: list[int], pages: list[list[int]], total: int, rows: int, count: int, page: int
 ) -> list[int]:
-    """How many new rows each segment has. ValueError for places that are not there."""
+    """Return how many new rows each segment has. Raise ValueError for places outside the tensors."""
     op, new = "paged_attention", [end - start for start, end in pairwise(starts)]
-    expect(starts[0] == 0 and starts[-1] <= rows and min(new, default=0) >= 0, op, "cu_q", starts,
-           f"offsets that rise from 0 to at most the {rows} rows")  # fmt: skip
-    expect(max(new, default=0) <= most, op, "rows", most, f"at least the most of a segment, of {new}")
+    expect(starts[0] == 0 and starts[-1] <= total and min(new, default=0) >= 0, op, "cu_q", starts,
+           f"offsets that rise from 0 to at most the {total} rows")  # fmt: skip
+    expect(max(new, default=0) <= rows, op, "rows", rows, f"at least the largest of the segments' new rows, {new}")
     for b, (length, table) in enumerate(zip(seen, pages)):
         expect(0 <= length <= len(table) * page, op, f"lengths[{b}]", length,
                f"at most {len(table)} pages of {page} keys")  # fmt: skip
@@ -313,7 +329,7 @@ def _expect_places(
 
 
 def _in_common(tables: list[list[int]]) -> int:
-    """Pages that all of several begin with."""
+    """Return how many pages several segments all begin with; 0 for one segment."""
     return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*tables))) if len(tables) > 1 else 0
 
 
@@ -323,12 +339,13 @@ on_cpu(_forward, on_host)
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, *, rows: int = 1
 ) -> Tensor:
-    """q [T, H, Dh] of B packed segments -> [T, H, Dh]; no gradient.
+    """Return attention of the new rows q [T, H, Dh] of B packed segments to their cached keys: [T, H, Dh]; no gradient.
 
-    k, v [pages, page, G, Dh] of one layout, H a multiple of G, rows contiguous. cu_q int32 [B + 1], tables int32
-    [B, M]: pages of a segment in order; lengths int32 [B]: keys it has, its own new rows, which are in the pages
-    already, included. rows: at most so many new ones of a segment. Rows of no segment, and rows before the first key of
-    theirs, come back as zeros. Places that are not there raise ValueError on a CPU; a GPU's are not looked at.
+    k, v [pages, page, G, Dh] of one layout, H a multiple of G, rows contiguous. cu_q int [B + 1], tables int [B, M]:
+    the pages of each segment in order; lengths int [B]: the keys of each segment, its own new rows, which are in the
+    pages already, included. rows: an upper bound of a segment's new rows. Rows of no segment, and rows before the first
+    key of theirs, come back as zeros. q, k and v have one dtype. Raise ValueError for shapes, dtypes and devices that
+    do not fit, and on a CPU for offsets, lengths and pages outside the tensors; a GPU's are not looked at.
     """
     op = "paged_attention"
     expect_alike(op, q=q, k=k, v=v, cu_q=cu_q, tables=tables, lengths=lengths)
@@ -349,21 +366,10 @@ def paged_attention(
     return _forward(q if q.stride(2) == 1 else q.contiguous(), k, v, *integers, rows)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-    """Segment by segment, in the dtype of q."""
-    y = torch.zeros_like(q)
-    for b, length in enumerate(lengths.tolist()):
-        start, end = cu_q[b : b + 2].tolist()
-        keys, values = (x[tables[b].long()].flatten(0, 1)[:length].repeat_interleave(q.shape[1] // x.shape[2], 1)
-                        for x in (k, v))  # fmt: skip
-        s = torch.einsum("qhd,khd->hqk", q[start:end], keys) * q.shape[2] ** -0.5
-        i, j = torch.arange(end - start, device=q.device), torch.arange(length, device=q.device)
-        s = s.masked_fill(j > length - (end - start) + i[:, None], float("-inf"))
-        y[start:end] = torch.einsum("hqk,khd->qhd", s.softmax(-1).nan_to_num(), values)
-    return y
-
-
 def cost(new: list[int], lengths: list[int], heads: int, groups: int, width: int, itemsize: int = 2) -> Cost:
-    """4·Dh operations a visible pair and head; keys and values of all segments, queries and results once."""
+    """Return the operations and bytes for segments with `new` rows each, the last of `lengths` keys.
+
+    4·Dh operations a visible pair and head; keys and values of all segments, queries and results once.
+    """
     pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(new, lengths))
     return Cost(4 * pairs * heads * width, itemsize * width * (2 * groups * sum(lengths) + 2 * heads * sum(new)))

@@ -1,5 +1,4 @@
-"""Tiles of attention's kernels: which fit a GPU, which are taken where nothing better is known, how fast they may
-be."""
+"""Tiles of attention's kernels: which fit a GPU, which are the default, how fast they are predicted to be."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,8 @@ from mm1.kernels.tuning import Tunable
 
 @dataclass(frozen=True)
 class Config:
-    """block_m: rows a program keeps (queries; of dk and dv, keys), block_n: rows of the other side it takes at once."""
+    """Sizes of a program: it keeps block_m rows (queries; for dk and dv keys) and takes block_n of the other side at
+    once."""
 
     block_m: int = 128
     block_n: int = 64
@@ -26,6 +26,8 @@ class Config:
 
 
 class FlashShape(NamedTuple):
+    """The sizes that a configuration depends on. causal: a causal or a prefix mask."""
+
     rows: int
     heads: int
     kv_heads: int
@@ -34,7 +36,7 @@ class FlashShape(NamedTuple):
 
 
 def shared_bytes(kernel: str, config: Config, width: int, itemsize: int, device: Device) -> int:
-    """Tiles of both sides; before Hopper asynchronous copies keep one stage less."""
+    """Return the bytes that the tiles of both sides take; before Hopper asynchronous copies keep one stage less."""
     kept, weights = {"flash": (1, 0), "flash_dq": (2, 1), "flash_dkv": (2, 2)}[kernel]
     if device.vendor == "amd":  # what a program keeps is in registers
         kept = 0
@@ -46,19 +48,19 @@ def shared_bytes(kernel: str, config: Config, width: int, itemsize: int, device:
 
 
 def legal(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> bool:
-    """Whether both sides' tiles fit in shared memory and sums, with two tiles of scores, in the registers."""
+    """Return whether both sides' tiles fit shared memory, and sums with two tiles of scores the registers."""
     sums = 2 if kernel == "flash_dkv" else 1
     registers = config.block_m * (sums * shape.width + 2 * config.block_n) / (config.warps * device.warp)
     return shared_bytes(kernel, config, shape.width, dtype.itemsize, device) <= device.shared and registers <= 192
 
 
 def space(shape: FlashShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """What is worth measuring where it is legal."""
+    """Yield the configurations that are worth measuring where they are legal."""
     return (Config(*axis) for axis in product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)))
 
 
 def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) -> Config:
-    """The largest tiles that spill no register at any width, and fewer stages until they fit."""
+    """Return the largest tiles that spill no register at any width, with as many stages as fit."""
     width, asynchronous = shape.width, device.asynchronous
     wide, three = width > (96 if asynchronous else 80), width == 112  # the only width of three pieces
     if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
@@ -79,7 +81,7 @@ def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) 
 
 
 def seconds(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> float:
-    """Predicted for one segment of all rows, whose scores and results are as many products side by side."""
+    """Predict the time for one segment of all rows, whose scores and results are products side by side."""
     products = {"flash": 2, "flash_dq": 3, "flash_dkv": 4}[kernel]
     heads = shape.kv_heads if kernel == "flash_dkv" else shape.heads
     depth = products * shape.width * cdiv(shape.rows * shape.heads // heads, config.block_n) // (1 + shape.causal)

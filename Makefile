@@ -31,10 +31,10 @@ test-gpu:
 
 # At most nine minutes; started again on the same day, it goes on where it was.
 bench-gpu:
-	$(GPU_PYTHON) -m mm1.bench.run
+	$(GPU_PYTHON) -m mm1.bench.run --out mm1/bench/results --tables mm1/autotune/tables
 
 tune-gpu:
-	$(GPU_PYTHON) -m mm1.autotune.tune $(TUNE_SECONDS)
+	$(GPU_PYTHON) -m mm1.autotune.tune $(TUNE_SECONDS) --out mm1/autotune/tables --sweeps mm1/bench/results
 
 # Predicted rows of all kernels for all GPUs, without one; and the check of every row. Half an hour each on two cores.
 tables: .venv/ready

@@ -26,7 +26,7 @@ def plan():
 
 
 def one(launches, kernel):
-    return next(launch for launch in launches if ahead.name_of(launch) == kernel)
+    return next(launch for launch in launches if launch.name == kernel)
 
 
 def test_every_kernel_of_every_target_and_dtype_is_planned(plan):
@@ -130,9 +130,9 @@ def test_only_what_holds_for_every_size_is_compiled_in():
     assert signature["Gh"] == signature["Gw"] == "i32", "1 where there is no table"
 
 
-def test_two_images_that_keys_do_not_tell_apart_are_refused(monkeypatch):
+def test_two_images_of_one_key_are_refused(monkeypatch):
     monkeypatch.setitem(ahead.KEYS, "_gemm_kernel", lambda v: (0, 0, 0))
-    with pytest.raises(ValueError, match="tell two images apart"):
+    with pytest.raises(ValueError, match="gives two different images one key"):
         ahead.plan(["90"], 4)
 
 

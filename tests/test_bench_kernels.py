@@ -1,5 +1,7 @@
 """Each op is right before it is timed, a peer that is not is left out with its reason, no time beats the machine."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,9 @@ from mm1.bench import kernels, ops
 from mm1.bench.kernels import Bench
 from mm1.bench.ops import OPS, Maker
 from mm1.bench.peers import PEERS, Peer, Way, missing
-from mm1.bench.record import Record, read, without_samples
+from mm1.bench.record import Record, file, read, without_samples
 from mm1.bench.roofline import floor, impossible
-from mm1.bench.run import backends
+from mm1.bench.run import backends, run
 from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost
 
@@ -112,12 +114,21 @@ def test_a_record_goes_on_where_it_was_and_knows_what_a_process_died_over(op, tm
     assert again.rows == record.rows
     kernels.measure(again, [op], shapes=["tiny"], budget=0.0)
     assert again.rows == record.rows
-    died = Record(path)
-    died._write({"bench": "kernels", "op": "route"})
+    path.write_text(json.dumps({**read(path), "now": {"bench": "kernels", "op": "route"}}))  # as a killed one leaves
     assert Record(path).rows[-1]["failed"] == {"mm1": "the process died"}
     assert "now" not in read(path)
     assert "samples" in record.rows[0]["variants"]["mm1"]
     assert "samples" not in without_samples(record.rows[0])["variants"]["mm1"]
+
+
+def test_records_go_to_the_working_directory_and_tables_only_where_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert file().parts[0] == "bench-results"
+    path = run(seconds=0.0)
+    assert path.is_relative_to(tmp_path / "bench-results")
+    assert path.suffix == ".json"
+    assert run(tmp_path / "x.json", seconds=0.0, tables=tmp_path / "tables") == tmp_path / "x.json"
+    assert not list(tmp_path.iterdir()), "nothing was measured, so nothing is written"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [1]}', '{"header": {}, "rows": [{}]}'])

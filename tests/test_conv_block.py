@@ -4,16 +4,16 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import DEVICE, INTERPRETED, TRITON, compiles, needs_gpu, needs_triton, not_interpreted, relative_error
 from test_adaptive_pool import images, patches, rows
 from torch import nn
 
-from mm1.autotune.static import compile_launch, specialize
+from mm1.autotune.static import compile_launch, distinct
 from mm1.kernels import dispatch
 from mm1.kernels.abstractor import bottleneck as module
 from mm1.kernels.abstractor import gate as conv_gate
 from mm1.kernels.abstractor import pooling as adaptive_pool
+from mm1.kernels.abstractor import reference
 from mm1.kernels.abstractor import rows as conv_rows
 from mm1.kernels.abstractor.bottleneck import NAMES, REQUIRED, conv_block
 from mm1.kernels.dispatch import DEVICES, Device, recording
@@ -53,34 +53,17 @@ def weights_of(width_in=8, width=8, dtype=torch.float32):
     }
 
 
-def by_hand(x, grids, weights, pool=None):
-    """Image by image in fp64, as timm's Bottleneck says."""
-    w = {name: value.double() for name, value in weights.items()}
-
-    def conv(x, name, **options):
-        return F.conv2d(x, w[f"{name}.conv.weight"], **options)
-
-    def norm(x, name):
-        x = x.permute(0, 2, 3, 1)
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.bn.weight"], w[f"{name}.bn.bias"]).permute(0, 3, 1, 2)
-
-    results = []
-    for image in images(x.double(), grids):
-        a = F.silu(norm(conv(image, "conv1"), "conv1"))
-        b = F.silu(norm(conv(a, "conv2", padding=1, groups=a.shape[1]), "conv2"))
-        gate = F.silu(F.conv2d(b.mean((2, 3), keepdim=True), w["se.fc1.weight"], w["se.fc1.bias"]))
-        gate = F.conv2d(gate, w["se.fc2.weight"], w["se.fc2.bias"]).sigmoid()
-        shortcut = norm(conv(image, "downsample"), "downsample") if "downsample.conv.weight" in w else image
-        y = F.silu(norm(conv(b * gate, "conv3"), "conv3") + shortcut)
-        results.append(rows(y if pool is None else F.adaptive_avg_pool2d(y, pool)))
-    return torch.cat(results)
+def in_fp64(x, grids, weights, pool=None):
+    """Return the reference's result."""
+    double = {name: value.double() for name, value in weights.items()}
+    return reference.conv_block(x.double()[: patches(grids)], grids, double, pool=pool)
 
 
 def compare(x, grids, weights, *, tolerance, pool=None, dy=None, packed=None):
     """y and every gradient against fp64."""
     x = x.detach().requires_grad_()
     y = conv_block(x, packed or grids, weights, pool=pool)
-    truth = by_hand(x, grids, weights, pool)
+    truth = in_fp64(x, grids, weights, pool)
     used = y[: len(truth)]
     assert relative_error(used, truth) < tolerance
     assert not y[len(truth) :].any()
@@ -147,7 +130,7 @@ def test_padding_and_absent_images_change_nothing(widths, pool, poisoned):
     x.requires_grad_()
     y = conv_block(x, grids, weights, pool=pool)
     places = len(GRIDS) * 4 if pool else used
-    assert relative_error(y[:places], by_hand(x, GRIDS, weights, pool)) < 2e-6
+    assert relative_error(y[:places], in_fp64(x, GRIDS, weights, pool)) < 2e-6
     assert not y[places:].any()
     dy = torch.randn_like(y)
     dy[places:] = torch.nan
@@ -164,7 +147,7 @@ def test_images_between_which_rows_belong_to_none(poisoned):
     x, weights = torch.randn(33, 8, device=DEVICE), weights_of()
     inside = torch.cat([torch.arange(s, s + h * w) for s, (h, w) in zip(starts, sizes)]).to(DEVICE)
     y = conv_block(x.requires_grad_(), grids, weights)
-    truth = by_hand(x[inside], sizes, weights)
+    truth = in_fp64(x[inside], sizes, weights)
     assert relative_error(y[inside], truth) < 2e-6
     outside = torch.ones(33, dtype=torch.bool, device=DEVICE).index_fill(0, inside, False)
     assert not y[outside].any()
@@ -250,7 +233,7 @@ def test_autocast_takes_weights_to_its_dtype():
     with torch.autocast(DEVICE, torch.bfloat16):
         y = conv_block(x, GRIDS, weights)
     assert y.dtype == torch.bfloat16
-    assert relative_error(y, by_hand(x, GRIDS, weights)) < TOLERANCE[torch.bfloat16]
+    assert relative_error(y, in_fp64(x, GRIDS, weights)) < TOLERANCE[torch.bfloat16]
     grads = torch.autograd.grad(y.float().square().sum(), list(weights.values()))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
@@ -283,16 +266,14 @@ def test_every_way_to_walk_gives_the_same(columns):
 def test_ops_keep_their_declarations(widths):
     grids = Grids(GRIDS, images=len(GRIDS) + 1, patches=patches(GRIDS) + 4, device=DEVICE)
     x = torch.randn(grids.patches, widths[0], device=DEVICE, requires_grad=True)
-    given = [w.detach().flatten(1).requires_grad_() if w.ndim == 4 else w for w in weights_of(*widths).values()]
-    given += [None] * (len(NAMES) - len(given))
-    geometry = grids.table, grids.owner, grids.strips
-    for pool in ((0, 0), (2, 3)):
-        torch.library.opcheck(module._forward, (x, *geometry, *given, *pool, True))
-        y, *kept = (t.detach() for t in module._forward(x, *geometry, *given, *pool, True))
-        given_ = [w if w is None else w.detach() for w in given]
+    weights = [w.detach().flatten(1).requires_grad_() if w.ndim == 4 else w for w in weights_of(*widths).values()]
+    geometry = [grids.table, grids.owner, grids.strips]
+    for pool in ([0, 0], [2, 3]):
+        torch.library.opcheck(module._forward, (x, geometry, weights, pool, True))
+        y, *saved = (t.detach() for t in module._forward(x, geometry, weights, pool, True))
+        detached = [w.detach() for w in weights]
         torch.library.opcheck(
-            module._backward,
-            (torch.randn_like(y), x.detach(), *kept, *geometry, *given_, *pool, True, True),
+            module._backward, (torch.randn_like(y), x.detach(), saved, geometry, detached, pool, True, True)
         )
 
 
@@ -349,14 +330,15 @@ def launches(device, width_in, width, dtype=torch.bfloat16):
     table, owner, strips = (empty(*shape, dtype=torch.int32) for shape in ((N, 4), (P,), (N + 1,)))
     given = [empty(*shape) for shape in ((C, width_in), (C,), (C,), (C, 9), (C,), (C,), (S, C), (S,), (C, S), (C,),
                                          (C, C), (C,), (C,))]  # fmt: skip
-    given += [empty(C, width_in), empty(C), empty(C)] if width_in != width else [None] * 3
+    given += [empty(C, width_in), empty(C), empty(C)] if width_in != width else []
+    geometry = table, owner, strips
     x = empty(P, width_in)
     with recording(DEVICES[device]) as found:
         for pool in ((0, 0), (12, 12)):
-            y, *kept = module.forward(x, table, owner, strips, *given, *pool, True)
-            module.backward(y, x, *kept, table, owner, strips, *given, *pool, True, True)
+            y, *saved = module.forward(x, geometry, given, pool, True)
+            module.backward(y, x, saved, geometry, given, pool, True, True)
         adaptive_pool.backward(adaptive_pool.forward(x, table, owner, 12, 12), table, owner, 12, 12)
-    return {f"{launch.kernel.fn.__name__} {specialize(launch)} {launch.constants}": launch for launch in found}.values()
+    return distinct(found)
 
 
 def check(device, width_in, width, dtype=torch.bfloat16):

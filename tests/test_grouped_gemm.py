@@ -1,11 +1,10 @@
 """grouped_gemm: on CPU, or interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
 
-import itertools
-
 import pytest
 import torch
 from conftest import DEVICE, INTERPRETED, needs_gpu, needs_triton, not_interpreted, relative_error, tiles
 
+from mm1.kernels.moe import reference
 from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -24,27 +23,19 @@ def ends(sizes):
     return torch.tensor(sizes, device=DEVICE).cumsum(0).int()
 
 
-def by_hand(a, b, offsets, bias=None):
-    """Expert by expert in fp64; zeros behind the last."""
-    a, b = a.double(), b.double()
-    parts, start = [], 0
-    for expert, end in enumerate(offsets.tolist()):
-        parts.append(a[start:end] @ b[expert] + (0 if bias is None else bias[expert].double()))
-        start = end
-    return torch.cat([*parts, a.new_zeros(len(a) - start, b.shape[2])])
+def in_fp64(a, b, offsets, bias=None):
+    return reference.grouped_gemm(a.double(), b.double(), offsets, None if bias is None else bias.double())
 
 
-def by_hand_dw(a, dy, offsets):
-    a, dy = a.double(), dy.double()
-    starts = [0, *offsets.tolist()]
-    return torch.stack([a[start:end].T @ dy[start:end] for start, end in itertools.pairwise(starts)])
+def dw_in_fp64(a, dy, offsets):
+    return reference.grouped_gemm_dw(a.double(), dy.double(), offsets)
 
 
 def compare(a, b, offsets, bias=None, *, tolerance, dy=None):
     """y and every gradient against fp64."""
     given = [t.detach().requires_grad_() for t in (a, b, bias) if t is not None]
     exact = [t.detach().double().requires_grad_() for t in given]
-    y, truth = grouped_gemm(*given[:2], offsets, *given[2:]), by_hand(*exact[:2], offsets, *exact[2:])
+    y, truth = grouped_gemm(*given[:2], offsets, *given[2:]), in_fp64(*exact[:2], offsets, *exact[2:])
     assert relative_error(y, truth) < tolerance
     dy = torch.randn_like(y) if dy is None else dy
     found, expected = torch.autograd.grad(y, given, dy), torch.autograd.grad(truth, exact, dy.double())
@@ -89,11 +80,11 @@ def test_rows_behind_the_last_expert_are_zeros_and_leak_nowhere(behind, poisoned
     b, bias = randn(3, 24, 20).requires_grad_(), randn(3, 20).requires_grad_()
     a.requires_grad_()
     y = grouped_gemm(a, b, ends([3, 0, 17]), bias)
-    assert relative_error(y[:20], by_hand(a[:20], b, ends([3, 0, 17]), bias)) < 1e-6
+    assert relative_error(y[:20], in_fp64(a[:20], b, ends([3, 0, 17]), bias)) < 1e-6
     assert not y[20:].any()
     da, db, dbias = torch.autograd.grad(y, [a, b, bias], dy)
     assert not da[20:].any()
-    assert relative_error(db, by_hand_dw(a[:20], dy[:20], ends([3, 0, 17]))) < 1e-6
+    assert relative_error(db, dw_in_fp64(a[:20], dy[:20], ends([3, 0, 17]))) < 1e-6
     assert dbias.isfinite().all()
     into = torch.zeros(3, 24, 20, device=DEVICE)
     assert torch.equal(grouped_gemm_dw(a, dy, ends([3, 0, 17]), into=into)[1], into[1])
@@ -120,10 +111,10 @@ def test_weight_bias_and_offsets_may_have_any_strides():
     a, offsets = randn(30, 24), ends([4, 0, 23])
     for b in (randn(1, 24, 20).expand(3, -1, -1), randn(3, 24, 1).expand(-1, -1, 20), randn(24, 3, 20).transpose(0, 1),
               randn(3, 48, 60)[:, ::2, ::3]):  # fmt: skip
-        assert relative_error(grouped_gemm(a, b, offsets), by_hand(a, b, offsets)) < 1e-6
+        assert relative_error(grouped_gemm(a, b, offsets), in_fp64(a, b, offsets)) < 1e-6
     b = randn(3, 24, 20)
     for bias in (randn(20, 3).T, randn(1, 20).expand(3, -1), randn(3, 1).expand(-1, 20), randn(3, 40)[:, ::2]):
-        assert relative_error(grouped_gemm(a, b, offsets, bias), by_hand(a, b, offsets, bias)) < 1e-6
+        assert relative_error(grouped_gemm(a, b, offsets, bias), in_fp64(a, b, offsets, bias)) < 1e-6
     apart = torch.stack([offsets, offsets - offsets], 1)[:, 0]
     assert torch.equal(grouped_gemm(a, b, apart), grouped_gemm(a, b, offsets))
     assert torch.equal(grouped_gemm_dw(a, a, apart), grouped_gemm_dw(a, a, offsets))
@@ -155,7 +146,7 @@ def test_weight_gradients_accumulate_in_fp32(dtype):
     for into in (begin.clone(), LAYOUTS["nk"](begin)):
         for a, dy in steps:
             assert grouped_gemm_dw(a, dy, offsets, into=into) is into
-        truth = begin.double() + sum(by_hand_dw(a, dy, offsets) for a, dy in steps)
+        truth = begin.double() + sum(dw_in_fp64(a, dy, offsets) for a, dy in steps)
         assert relative_error(into, truth) < 1e-6
         assert torch.equal(into[1], begin[1])
 
@@ -165,7 +156,7 @@ def test_gradients_of_gradients():
     given = [randn(23, 24).requires_grad_(), randn(3, 24, 20).requires_grad_(), randn(23, 20).requires_grad_()]
     exact = [t.detach().double().requires_grad_() for t in given]
     found = []
-    for (a, b, dy), product in ((given, grouped_gemm), (exact, by_hand)):
+    for (a, b, dy), product in ((given, grouped_gemm), (exact, in_fp64)):
         da, db = torch.autograd.grad(product(a, b, offsets), [a, b], dy, create_graph=True)
         found.append(torch.autograd.grad(da.sin().sum() + db.cos().sum(), [a, b, dy]))
     for g, t in zip(*found):
@@ -194,9 +185,9 @@ def test_compiles_whole():
         return y.square()
 
     compiled = torch.compile(step, fullgraph=True)
-    y, truth = compiled(a, b, bias, into), by_hand(a, b, offsets, bias).square()
+    y, truth = compiled(a, b, bias, into), in_fp64(a, b, offsets, bias).square()
     assert relative_error(y, truth) < 1e-6
-    assert relative_error(into, by_hand_dw(a, by_hand(a, b, offsets, bias), offsets)) < 1e-6
+    assert relative_error(into, dw_in_fp64(a, in_fp64(a, b, offsets, bias), offsets)) < 1e-6
     inputs = [a, b, bias]
     for g, t in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(truth.sum(), inputs)):
         assert relative_error(g, t) < 1e-6
@@ -214,7 +205,7 @@ def test_the_walk_over_tiles_changes_no_bit(dtype, tma):
                 grouped_gemm_dw(a, dy, offsets), grouped_gemm_dw(dy, a, offsets, into=torch.ones(3, 24, 40).to(DEVICE)),
             ])  # fmt: skip
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(other, results[0]))
-    for y, truth in zip(results[0], (by_hand(a, b, offsets), by_hand(a, b, offsets, bias), by_hand_dw(a, dy, offsets))):
+    for y, truth in zip(results[0], (in_fp64(a, b, offsets), in_fp64(a, b, offsets, bias), dw_in_fp64(a, dy, offsets))):
         assert relative_error(y, truth) < TOLERANCE[dtype]
 
 
@@ -235,9 +226,9 @@ def test_forty_runs_give_the_same_bits():
 def test_the_error_measure_sees_a_wrong_expert():
     a, b, offsets = randn(40, 24), randn(4, 24, 20), ends([17, 0, 3, 20])
     b_wrong = b * torch.tensor([1, 1, 1.02, 1], device=DEVICE)[:, None, None]  # 3 of 40 rows, by 2 %
-    assert relative_error(grouped_gemm(a, b_wrong, offsets), by_hand(a, b, offsets)) > TOLERANCE[torch.bfloat16]
+    assert relative_error(grouped_gemm(a, b_wrong, offsets), in_fp64(a, b, offsets)) > TOLERANCE[torch.bfloat16]
     shifted = offsets + torch.tensor([1, 1, 0, 0], dtype=torch.int32, device=DEVICE)
-    assert relative_error(grouped_gemm(a, b, shifted), by_hand(a, b, offsets)) > 0.1
+    assert relative_error(grouped_gemm(a, b, shifted), in_fp64(a, b, offsets)) > 0.1
 
 
 def sparse(*shape, dtype=torch.bfloat16):
@@ -255,9 +246,9 @@ def test_weights_past_two_to_the_31_elements():
     a, dy = randn(12, K, dtype=torch.bfloat16), randn(12, N, dtype=torch.bfloat16)
     two = (b[[3, E - 1]], ends([5, 7]))
     with tiles(block_m=16, block_n=256, block_k=128) if INTERPRETED else tiles(block_n=128, block_k=64):
-        assert relative_error(grouped_gemm(a, b, offsets), by_hand(a, *two)) < TOLERANCE[torch.bfloat16]
+        assert relative_error(grouped_gemm(a, b, offsets), in_fp64(a, *two)) < TOLERANCE[torch.bfloat16]
         da = grouped_gemm(dy, b.transpose(1, 2), offsets)
-    assert relative_error(da, by_hand(dy, two[0].transpose(1, 2), two[1])) < TOLERANCE[torch.bfloat16]
+    assert relative_error(da, in_fp64(dy, two[0].transpose(1, 2), two[1])) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.slow
@@ -269,9 +260,9 @@ def test_rows_and_gradients_past_two_to_the_31_elements():
     offsets = ends([17, 0, 23])
     into = sparse(3 << 30, dtype=torch.float32).view(3, 1 << 10, 1 << 20)[:, -K:, -N:]
     into[:] = 1
-    assert relative_error(grouped_gemm_dw(a, dy, offsets, into=into), 1 + by_hand_dw(a, dy, offsets)) < 1e-6
+    assert relative_error(grouped_gemm_dw(a, dy, offsets, into=into), 1 + dw_in_fp64(a, dy, offsets)) < 1e-6
     b = randn(3, K, N).bfloat16()
-    assert relative_error(grouped_gemm(a, b, offsets), by_hand(a, b, offsets)) < TOLERANCE[torch.bfloat16]
+    assert relative_error(grouped_gemm(a, b, offsets), in_fp64(a, b, offsets)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from conftest import (
 )
 
 from mm1.kernels.patches import embedding as module
+from mm1.kernels.patches import reference
 from mm1.kernels.patches.embedding import embed_patches, patch_embed
 from mm1.kernels.patches.grids import Grids
 from mm1.kernels.tiles import Config
@@ -63,29 +64,11 @@ def packed(made):
     return torch.cat([image.reshape(-1, 3) for image in made])
 
 
-def interpolate(table, size, mode, antialias, align):
-    """torch's, of [Gh, Gw, D] -> [h, w, D].
-
-    On a CPU its antialiased result of one column is wrong where rows grow ([5, 1] → [7, 1] is not [1, 5] → [1, 7]
-    turned), so a column is computed as a row.
-    """
-    if size[1] == 1 < size[0]:
-        return interpolate(table.transpose(0, 1), size[::-1], mode, antialias, align).transpose(0, 1)
-    options = {} if mode == "nearest" else {"antialias": antialias, "align_corners": align}
-    return F.interpolate(table.permute(2, 0, 1)[None], size, mode=mode, **options)[0].permute(1, 2, 0)
-
-
-def by_hand(pixels, p, weight, bias, table, mode="bilinear", antialias=True, align=False, sizes=SIZES):
-    """Image by image: torch's convolution and torch's interpolation, in fp64."""
-    kernel = weight.double().view(-1, p, p, 3).permute(0, 3, 1, 2)
-    scale = 255 if pixels.dtype == torch.uint8 else 1
-    mean, std = (torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (MEAN, STD))
-    x = (pixels.double() / scale - mean) / std
-    rows = []
-    for part, (h, w) in zip(x.split([h * w * p * p for h, w in sizes]), sizes):
-        y = F.conv2d(part.view(h * p, w * p, 3).permute(2, 0, 1)[None], kernel, bias.double(), stride=p)[0]
-        rows.append((y.permute(1, 2, 0) + interpolate(table.double(), (h, w), mode, antialias, align)).flatten(0, 1))
-    return torch.cat(rows)
+def in_fp64(pixels, p, weight, bias, table, sizes=SIZES):
+    """Return the reference's tokens."""
+    pixels = pixels.double() if pixels.is_floating_point() else pixels
+    weights = weight.double(), bias.double(), table.double()
+    return reference.patch_embed(pixels, Grids(sizes), *weights, patch_size=p, **NORMAL)[0]
 
 
 @pytest.mark.parametrize("p, dtype", [
@@ -99,7 +82,7 @@ def test_bytes_are_convolved_and_positions_interpolated(p, dtype):
     y, cu_seqlens = patch_embed(made, sizes_in_pixels(p), *inputs, patch_size=p, **NORMAL)
     assert y.dtype == dtype
     assert cu_seqlens.tolist() == [0, *itertools.accumulate(h * w for h, w in SIZES)]
-    truth = by_hand(packed(made), p, *inputs)
+    truth = in_fp64(packed(made), p, *inputs)
     assert relative_error(y, truth) < TOLERANCE[dtype]
     for found, expected in zip(gradients(y, inputs), gradients(truth, inputs)):
         assert relative_error(found, expected) < TOLERANCE[dtype]
@@ -113,7 +96,7 @@ def test_64_images_from_one_patch_to_96_by_96():
     with tiles_of(1024, 16, 1024):
         y, _ = patch_embed(pixels, Grids(sizes), *inputs, patch_size=4, **NORMAL)
         found = gradients(y, inputs)
-    truth = by_hand(pixels, 4, *inputs, sizes=sizes)
+    truth = in_fp64(pixels, 4, *inputs, sizes=sizes)
     assert relative_error(y, truth) < 1e-5
     for a, b in zip(found, gradients(truth, inputs)):
         assert relative_error(a, b) < 1e-5
@@ -125,7 +108,7 @@ def test_float_pixels_have_a_gradient(p, dtype):
     inputs = parameters(p, dtype=dtype)
     pixels = packed(images(p, dtype=dtype)).requires_grad_()
     y, _ = patch_embed(pixels, Grids(SIZES, images=7, patches=USED + 4), *inputs, patch_size=p, **NORMAL)
-    truth = by_hand(pixels, p, *inputs)
+    truth = in_fp64(pixels, p, *inputs)
     assert relative_error(y[:USED], truth) < TOLERANCE[dtype]
     for found, expected in zip(gradients(y[:USED], [pixels, *inputs]), gradients(truth, [pixels, *inputs])):
         assert relative_error(found, expected) < TOLERANCE[dtype]
@@ -136,7 +119,7 @@ def test_cut_patches_of_any_width_and_of_no_image():
     patches = torch.randn(USED + 3, 48, device=DEVICE, requires_grad=True)
     grids = Grids(SIZES, patches=USED + 3)
     y = embed_patches(patches, grids, weight, bias, table, interpolation="bicubic")
-    positions = torch.cat([interpolate(table.double(), s, "bicubic", True, False).flatten(0, 1) for s in SIZES])
+    positions = reference.positions(table.double(), SIZES, "bicubic")
     truth = F.linear(patches.double(), weight.double(), bias.double()) + F.pad(positions, (0, 0, 0, 3))
     assert relative_error(y, truth) < 1e-5
     inputs = [patches, weight, bias, table]
@@ -193,7 +176,7 @@ def test_wide_tiles_are_finished_in_parts(block_n):
     inputs, pixels = parameters(4, width=130), packed(images(4))
     with pinned(patch_embed=Config(block_m=16, block_n=block_n, block_k=32, warps=4, stages=2, tma=False)):
         y, _ = patch_embed(pixels, Grids(SIZES), *inputs, patch_size=4, **NORMAL)
-    assert relative_error(y, by_hand(pixels, 4, *inputs)) < 1e-5
+    assert relative_error(y, in_fp64(pixels, 4, *inputs)) < 1e-5
 
 
 def test_padding_changes_nothing_and_is_zero():

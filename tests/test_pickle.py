@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from mm1.engine.infer.sampling import Sampling
 from mm1.engine.layers import blocked as packing
 from mm1.engine.layers import quantize
 from mm1.engine.layers.blocked import Head, PackedLinear
-from mm1.engine.layers.experts import BACKENDS
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.train import checkpoint
 from mm1.engine.train.recompute import recompute_blocks
@@ -141,14 +139,6 @@ def test_another_process_reads_a_saved_model(tmp_path):
     run = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "model.pt")]
     subprocess.run(run, cwd=ROOT, check=True)
     torch.testing.assert_close(torch.load(tmp_path / "model.pt"), model.logits(batch).detach(), rtol=1e-5, atol=1e-5)
-
-
-@way
-def test_megablocks_is_looked_up_anew(way, monkeypatch):
-    """Modules cannot be pickled."""
-    grouped = SimpleNamespace(grouped_gemm_is_available=lambda: True)
-    monkeypatch.setitem(sys.modules, "megablocks", SimpleNamespace(grouped_gemm_util=grouped, ops=sys))
-    assert way(BACKENDS["megablocks"]()).ops is sys
 
 
 @way

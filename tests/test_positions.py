@@ -1,9 +1,9 @@
 import pytest
 import torch
 from conftest import DEVICE, gradients, not_interpreted, relative_error
-from test_patch_embed import interpolate
 
 from mm1.kernels.patches import position_tables as module
+from mm1.kernels.patches import reference
 from mm1.kernels.patches.grids import Grids
 from mm1.kernels.patches.position_tables import positions
 
@@ -16,17 +16,13 @@ KINDS = [
 ]  # fmt: skip
 
 
-def by_hand(table, sizes, kind):
-    return torch.cat([interpolate(table.double(), size, *kind).flatten(0, 1) for size in sizes])
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     "shape", [(3, 4), *(pytest.param(s, marks=not_interpreted) for s in [(5, 6), (1, 1), (8, 2)])], ids=str
 )
 def test_is_torchs_interpolation(shape, kind):
     table = torch.randn(*shape, 5, device=DEVICE, requires_grad=True)
-    truth = by_hand(table, SIZES, kind)
+    truth = reference.positions(table.double(), SIZES, *kind)
     y = positions(table, Grids(SIZES, images=10, patches=len(truth) + 9), *kind)
     assert not y[len(truth) :].any()
     assert relative_error(y[: len(truth)], truth) < 1e-5
@@ -37,7 +33,7 @@ def test_is_torchs_interpolation(shape, kind):
 @pytest.mark.parametrize("sizes", [pytest.param([(96, 96)], marks=not_interpreted), [(1, 64), (64, 1)]], ids=str)
 def test_large_grids(sizes, kind):
     table = torch.randn(4, 3, 2, device=DEVICE, requires_grad=True)
-    y, truth = positions(table, sizes, *kind), by_hand(table, sizes, kind)
+    y, truth = positions(table, sizes, *kind), reference.positions(table.double(), sizes, *kind)
     assert relative_error(y, truth) < 1e-5
     assert relative_error(gradients(y, [table])[0], gradients(truth, [table])[0]) < 1e-5
 
@@ -45,7 +41,7 @@ def test_large_grids(sizes, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     table = torch.randn(5, 6, 33, device=DEVICE).to(dtype).requires_grad_()
-    y, truth = positions(table, SIZES), by_hand(table, SIZES, KINDS[0])
+    y, truth = positions(table, SIZES), reference.positions(table.double(), SIZES)
     assert relative_error(y, truth) < 1e-2
     assert relative_error(gradients(y, [table])[0], gradients(truth, [table])[0]) < 1e-2
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import DEVICE, INTERPRETED, TRITON, compiles, mostly_slow, needs_triton, not_interpreted, relative_error
 from small import small_mm1
-from test_experts import by_hand
 from torch import nn
 
 from mm1.autotune import static
@@ -15,7 +14,7 @@ from mm1.engine.layers import quantize
 from mm1.engine.layers.quantize import Experts8, Linear4, Linear8, quantized, rounded
 from mm1.errors import UserError
 from mm1.kernels.dispatch import DEVICES, recording
-from mm1.kernels.moe import few_tokens
+from mm1.kernels.moe import few_tokens, reference
 from mm1.kernels.moe import quantized as products
 from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
 
@@ -43,7 +42,7 @@ def wide(weight, scale):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", NARROW, ids=str)
 def test_a_product_is_that_of_the_wide_weight(rows, shape, dtype, kind, monkeypatch):
-    monkeypatch.setattr(products, "WIDENED", 300)  # rows at once: some, and not all
+    monkeypatch.setattr(products, "CONVERTED", 300)  # rows at once: some, and not all
     weight, scale = narrow(*shape, dtype=kind)
     x = torch.randn(2 * shape[1], rows).to(DEVICE, dtype).T[:, ::2]
     y = linear_8(x, weight, scale)
@@ -73,7 +72,7 @@ def test_a_mixture_is_that_of_the_wide_weights(sizes, dtype, kind):
     index[0, 0] = -1
     index[-1, -1] = sizes[1]  # of no expert
     y = moe_mlp_8(x, index, weight, gate_up, gate_up_scale, down, down_scale)
-    truth = by_hand(x.double(), index, weight, wide(gate_up, gate_up_scale), wide(down, down_scale))
+    truth = reference.moe_mlp(x.double(), index, weight, wide(gate_up, gate_up_scale), wide(down, down_scale))
     assert y.dtype == dtype
     assert relative_error(y, truth) < 3 * TOLERANCE[dtype]
 
@@ -83,7 +82,7 @@ def test_few_tokens_read_narrow_weights_alone(monkeypatch):
     def refuse(*_):
         raise AssertionError("a weight was made wide")
 
-    monkeypatch.setattr(products, "_widened", refuse)
+    monkeypatch.setattr(products, "_dequantized", refuse)
     x = torch.randn(65, 16).to(DEVICE)
     linear_8(x[1:], *narrow(16, 16))
     moe_mlp_8(*mixture(16, 2, 2))

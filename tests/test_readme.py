@@ -81,7 +81,7 @@ def test_only_tables_change_and_once(tmp_path):
 
 def test_number_that_no_record_holds_is_noticed(tmp_path, monkeypatch):
     write(tmp_path / "results" / "x.json", [kernels()])
-    monkeypatch.setattr(readme, "gather", lambda: gather([tmp_path / "results"]))
+    monkeypatch.setattr(readme, "gather", lambda _: gather([tmp_path / "results"]))
     file = tmp_path / "README.md"
     file.write_text("<!-- table: kernels box moe_mlp -->\n<!-- end -->\n")
     readme.rewrite(file)

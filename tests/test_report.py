@@ -234,7 +234,7 @@ def test_folders_without_records_are_an_error_and_older_files_are_left_out_aloud
 def test_this_packages_records_make_a_page(tmp_path):
     if not any('"header"' in path.read_text() for path in RESULTS.rglob("*.json")):
         pytest.skip("there are none")
-    report.report([], tmp_path / "report.html")
+    report.report([RESULTS], tmp_path / "report.html")
     assert Page((tmp_path / "report.html").read_text()).tables
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import mostly_slow
 
-from mm1.autotune.static import Compiled, compile_launch, specialize
+from mm1.autotune.static import Compiled, compile_launch, distinct
 from mm1.kernels.dispatch import DEVICES, Launch, recording
 from mm1.kernels.moe import experts
 from mm1.kernels.moe import routing as route
@@ -34,9 +34,9 @@ def layer(T, sizes, dtype=BF16, apart=False, bias=False, transposed=False):
         gate_up, up = empty(E, F, D, dtype=dtype), empty(E, F, D, dtype=dtype)
     biases = (empty(E, 2 * F, dtype=dtype), empty(E, D, dtype=dtype)) if bias else (None, None)
     gate = ("quick_gelu", 7.0, 1.0, True) if bias else ("silu", None, 0.0, False)
-    experts.forward(x, *order, weight, gate_up, up, down, *biases, *gate, True)
+    experts.forward(x, order, weight, gate_up, up, down, *biases, *gate, True)
     h = empty(T * K, 2 * F, dtype=dtype)
-    experts.backward(x, x, h, *order, weight, gate_up, up, down, *biases, *gate, True)
+    experts.backward(x, x, h, order, weight, gate_up, up, down, *biases, *gate, True)
 
 
 def few(T, sizes, dtype=BF16):
@@ -93,8 +93,7 @@ def compiled(call: str, device: str) -> list[tuple[Launch, Compiled]]:
     """Each different launch of the call, compiled."""
     with recording(DEVICES[device]) as launches:
         CALLS[call]()
-    different = {f"{launch.kernel.fn.__name__} {specialize(launch)} {launch.constants}": launch for launch in launches}
-    return [(launch, compile_launch(launch, DEVICES[device])) for launch in different.values()]
+    return [(launch, compile_launch(launch, DEVICES[device])) for launch in distinct(launches)]
 
 
 def check(call: str, device: str) -> None:
@@ -109,7 +108,7 @@ def check(call: str, device: str) -> None:
         assert bool(code.matrix) == multiplies, code
         if not multiplies or device != "h200":
             continue
-        rows = dict(zip(launch.kernel.arg_names, launch.arguments)).get("BLOCK_M", 0)
+        rows = launch.arguments.get("BLOCK_M", 0)
         if rows >= 64:
             assert code.matrix == code.instructions["HGMMA"], "mma.sync where wgmma is meant"
         contiguous = call != "gpt-oss" or code.name != "_up_kernel"  # alternate rows of a transposed weight are not

@@ -33,7 +33,7 @@ PARTS = 80
 def cache(tmp_path, monkeypatch):
     """Nothing of the user's; facts of code are found anew."""
     monkeypatch.setenv("MM1_CACHE", str(tmp_path))
-    tuning.forget()
+    tuning.clear_caches()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -116,7 +116,7 @@ def test_a_row_edited_to_spill_is_refused(tmp_path, monkeypatch):
 
 def test_a_row_edited_to_lose_its_matrix_instruction_is_refused(tmp_path, monkeypatch):
     (found,) = faults(tmp_path, monkeypatch, block_m=128, block_n=64, warps=2)
-    assert "mma.sync where wgmma is meant" in found
+    assert "multiplies by mma.sync, expected wgmma" in found
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def folders(tmp_path, monkeypatch):
     """Tables and cache of our own; returns what writes either."""
     monkeypatch.setattr(tuning, "tables", lambda: tmp_path / "tables")
     monkeypatch.setenv("MM1_CACHE", str(tmp_path / "cache"))
-    tuning.forget()
+    tuning.clear_caches()
 
     def write(where, device, *rows):
         if where == "tables":
@@ -62,10 +62,10 @@ def folders(tmp_path, monkeypatch):
             folder.mkdir(parents=True, exist_ok=True)
             for i, row in enumerate(rows):
                 (folder / f"{i}.json").write_text(row if isinstance(row, str) else json.dumps({"schema": 1, **row}))
-        tuning.forget()
+        tuning.clear_caches()
 
     yield write
-    tuning.forget()
+    tuning.clear_caches()
 
 
 def answer(shape=Shape(100, 64), dtype=BF16, device="h200"):
@@ -171,7 +171,7 @@ def test_a_corrupt_row_of_the_cache_is_as_if_it_were_not_there(folders, text):
 def test_a_cache_that_cannot_be_read_is_as_if_it_were_empty(folders, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("MM1_CACHE", str(tmp_path / "file"))
-    tuning.forget()
+    tuning.clear_caches()
     assert answer() == ("default", 8)
 
 
@@ -179,7 +179,7 @@ def test_a_table_of_another_schema_is_ignored(folders, tmp_path):
     folders("tables", "h200", source([65, 128], 16))
     path = tmp_path / "tables" / "toy" / "h200.json"
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 0'))
-    tuning.forget()
+    tuning.clear_caches()
     assert answer() == ("default", 8)
 
 
@@ -191,8 +191,8 @@ def test_a_warm_look_up_asks_nobody(folders, monkeypatch):
     assert config_for(*args) is first
 
 
-def test_answers_kept_are_bounded(monkeypatch):
-    monkeypatch.setattr(tuning, "KEPT", 10)
+def test_the_number_of_cached_answers_is_bounded(monkeypatch):
+    monkeypatch.setattr(tuning, "CACHED_ANSWERS", 10)
     for rows in range(50):
         config_for(TOY, Shape(rows, 64), BF16, DEVICES["h200"])
     assert len(tuning._answers) <= 10

@@ -1,10 +1,10 @@
-"""Machine code of the forward kernels for GPUs that are not here, and the C tables that native/mm1.c finds it by.
+"""Compile the forward kernels for GPUs that are not here, and write the C tables by which native/mm1.c finds them.
 
     python -m mm1.autotune.ahead --out build/code --archs "80;90;100;120;gfx942"
 
-Each op is recorded on "meta" tensors and its launches compiled, once for every configuration that the GPU's table or
-the op's default gives. What differs between images of one kernel is their key (KEYS); everything else of a shape is an
-argument, passed by its name, so that native/mm1.c follows a kernel whose arguments change, or does not compile.
+Each op is recorded on "meta" tensors and its launches are compiled, once for every configuration from the GPU's table
+or the op's default. Images of one kernel differ by their key (KEYS); everything else of a shape is an argument, passed
+by name, so that native/mm1.c follows changes of a kernel's arguments, or does not compile.
 """
 
 import argparse
@@ -41,12 +41,12 @@ from mm1.kernels.patches import embedding as patch_embed
 from mm1.kernels.tuning import listening, pinned
 
 GPUS = {"80": "a100", "90": "h200", "100": "b200", "120": "rtx5090", "gfx942": "mi300x"}
-SMALL = replace(DEVICES["a100"], name="small", shared=99 << 10)  # what every GPU since sm_80 has at least
+SMALL = replace(DEVICES["a100"], name="small", shared=99 << 10)  # the least of all GPUs since sm_80
 PTX = 0  # the number of "any newer GPU"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in mm1.h
 TOP_K = (2, 8)
-EXPERTS = (8, 64, 256)  # at most; a number between runs as the next
-CHANNELS = (1024, 2048, 4096)  # likewise
+EXPERTS = (8, 64, 256)  # upper bounds; a number between them runs as the next larger
+CHANNELS = (1024, 2048, 4096)  # upper bounds too
 PATCHES = (14, 16)
 PLACES = ((8, 8), (12, 12))
 ANY = (0, 2**31 - 1)
@@ -55,11 +55,12 @@ When = dict[str, tuple[int, int]]
 
 
 def least(channels: int) -> int:
-    """Of the widths that run as this one."""
+    """Return the smallest width that runs as this upper bound."""
     return channels // 2 + 1 if channels > CHANNELS[0] else 0
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """Return a tensor without values."""
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
@@ -74,7 +75,7 @@ def _moe(dtype: torch.dtype, dims: tuple[int, ...], k: int) -> None:
     x, weight = empty(slots // k, D, dtype=dtype), empty(slots // k, k, dtype=torch.float32)
     gate_up, down = empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype)
     order = empty(slots), empty(slots // k, k), empty(E)
-    experts.forward(x, *order, weight, gate_up, None, down, None, None, "silu", None, 0.0, False, False)
+    experts.forward(x, order, weight, gate_up, None, down, None, None, "silu", None, 0.0, False, False)
 
 
 def _embed(dtype: torch.dtype, dims: tuple[int, ...], option: tuple[int, bool, bool]) -> None:
@@ -95,15 +96,15 @@ def _pool(dtype: torch.dtype, dims: tuple[int, ...], out: tuple[int, int]) -> No
 
 @dataclass(frozen=True)
 class Op:
-    """A kernel that has configurations; `each` in a condition is rows an expert."""
+    """Describes a kernel that has configurations; `each` in a condition means rows an expert."""
 
     kernel: str
     dims: tuple[str, ...]
-    others: dict[str, tuple[Any, ...]]  # what else a table's row may ask for that calls of the library meet
+    others: dict[str, tuple[Any, ...]]  # other fields of a row, and the values that the library's calls have
     config: type
     call: Callable[..., None]
     options: tuple[Any, ...]
-    ladder: tuple[tuple[When, tuple[int, ...]], ...]  # where the default changes, and sizes to ask it at
+    ladder: tuple[tuple[When, tuple[int, ...]], ...]  # conditions where the default changes, and example sizes
 
 
 # Odd sizes wherever a size is an argument that need not be a multiple of 16, none of them 1.
@@ -123,7 +124,7 @@ OPS = {
     ),
 }  # fmt: skip
 
-# What tells the images of a kernel apart beside dtype and configuration; of the last the least that suffices is taken.
+# The key of an image beside dtype and configuration; of images that fit, the one with the smallest last part is used.
 KEYS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     "_gemm_kernel": lambda v: (v["stride_bk"] == 1, 0, 0),
     "_up_kernel": lambda v: (v["FAN"], 0, 0),
@@ -144,12 +145,16 @@ ANY_NUMBER = {"_fold_kernel": ("K", "stride_n")}  # 588
 
 
 class Target(NamedTuple):
+    """Holds a GPU to compile for."""
+
     number: int  # compute capability, 942 or PTX
     device: Device
     gpu: str | None  # whose table it has
 
 
 class Job(NamedTuple):
+    """Names one image to compile."""
+
     target: int
     kernel: str
     dtype: int
@@ -158,32 +163,26 @@ class Job(NamedTuple):
 
 
 def targets(archs: list[str]) -> list[Target]:
-    found = [Target(int(arch.removeprefix("gfx")), DEVICES[GPUS[arch]], GPUS[arch]) for arch in archs]
-    return [*([Target(PTX, SMALL, None)] if "80" in archs else []), *found]
-
-
-def name_of(launch: Launch) -> str:
-    return launch.kernel.fn.__name__
-
-
-def values_of(launch: Launch) -> dict[str, Any]:
-    return dict(zip(launch.kernel.arg_names, launch.arguments)) | launch.constants
+    """Return the targets of these architectures, with PTX for newer GPUs."""
+    result = [Target(int(arch.removeprefix("gfx")), DEVICES[GPUS[arch]], GPUS[arch]) for arch in archs]
+    return [*([Target(PTX, SMALL, None)] if "80" in archs else []), *result]
 
 
 def recorded(device: Device, call: Callable[[], object], **configs: Any) -> list[Launch]:
+    """Return the launches of a call with these configurations."""
     with recording(device) as launches, pinned(**configs):
         call()
     return launches
 
 
 def by_pointers(op: Op, values: dict[str, Any]) -> Any:
-    """A configuration without descriptors, which the host would have to make, and with a program a tile."""
+    """Return the configuration without descriptors, which the host would have to make, and not persistent."""
     values = {**values, "tma": False, "persistent": False}
     return op.config(**{field.name: values[field.name] for field in fields(op.config) if field.name in values})
 
 
 def default_of(name: str, dtype: torch.dtype, device: Device, dims: tuple[int, ...]) -> Any:
-    """At the shape that the op looks up."""
+    """Return the default at the shape that the op looks up."""
     op = OPS[name]
     with listening() as asked:
         recorded(device, partial(op.call, dtype, dims, op.options[0]))
@@ -193,19 +192,19 @@ def default_of(name: str, dtype: torch.dtype, device: Device, dims: tuple[int, .
 
 
 def table_rows(op: Op, table: dict[str, Any], bits: int, most: int) -> list[tuple[When, Any]]:
-    """Conditions and configurations of a table, of the `most` configurations that most of its rows have."""
+    """Return conditions and configurations of a table's rows, for its `most` most frequent configurations."""
     rows = []
     for row in table["rows"]:
         when = {name: (v, v) if isinstance(v, int) else v for name, v in row["when"].items() if name in op.dims}
         others = {name: v for name, v in row["when"].items() if name not in op.dims and name != "bits"}
         if row["when"].get("bits", bits) == bits and all(v in op.others.get(name, ()) for name, v in others.items()):
             rows.append(({name: (int(v[0]), int(v[1])) for name, v in when.items()}, by_pointers(op, row["config"])))
-    kept = [config for config, _ in Counter(config for _, config in rows).most_common(most)]
-    return [row for row in rows if row[1] in kept]
+    frequent = [config for config, _ in Counter(config for _, config in rows).most_common(most)]
+    return [row for row in rows if row[1] in frequent]
 
 
 def rows_of(name: str, target: Target, dtype: torch.dtype, most: int) -> list[tuple[When, Any]]:
-    """The first whose condition holds is taken: the table's, the default's, what fits in the least shared memory."""
+    """Return rows, of which the first whose condition holds is used: table, default, the smallest shared memory."""
     op, rows = OPS[name], []
     path = TABLES / name / f"{target.gpu}.json"
     if target.gpu and path.exists():
@@ -219,7 +218,7 @@ def rows_of(name: str, target: Target, dtype: torch.dtype, most: int) -> list[tu
 
 
 def calls_of(op: Op, when: When) -> Iterator[tuple[Any, tuple[int, ...]]]:
-    """Options and sizes to record a configuration at: those of constants that its condition allows."""
+    """Yield options and sizes to record a configuration at, for all constants that its condition allows."""
     for option in op.options:
         dims = op.ladder[-1][1]
         if op.kernel == "_pool_kernel":
@@ -230,11 +229,12 @@ def calls_of(op: Op, when: When) -> Iterator[tuple[Any, tuple[int, ...]]]:
 
 
 def within(n: int, interval: tuple[int, int]) -> bool:
+    """Tell whether low ≤ n ≤ high."""
     return interval[0] <= n <= interval[1]
 
 
 def helpers(dtype: torch.dtype, block_m: set[int]) -> Iterator[Callable[[], object]]:
-    """Calls that launch what the ops need beside their own kernels."""
+    """Yield calls that launch the kernels that ops need beside their own."""
     for most, m, tail in product(EXPERTS, sorted(block_m), (False, True)):
         yield partial(tiles.tile_map, empty(most), 1001, m, tail=tail)
     for most in EXPERTS:
@@ -252,7 +252,7 @@ def helpers(dtype: torch.dtype, block_m: set[int]) -> Iterator[Callable[[], obje
 
 
 def plan(archs: list[str], most: int) -> tuple[dict[Job, Launch], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Everything to compile; the variants, each an op's configuration for a target and dtype; rows that choose them."""
+    """Return the jobs, the variants (an op's configuration for a target and dtype), and the rows that choose them."""
     jobs: dict[Job, Launch] = {}
     variants: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -270,37 +270,33 @@ def plan(archs: list[str], most: int) -> tuple[dict[Job, Launch], list[dict[str,
                     block_m.add(getattr(config, "block_m", 0))
                     for option, dims in calls_of(op, when):
                         launches = recorded(target.device, partial(op.call, dtype, dims, option), **{name: config})
-                        add(jobs, (x for x in launches if name_of(x) == op.kernel), target, number, numbers[config])
+                        add(jobs, (x for x in launches if x.name == op.kernel), target, number, numbers[config])
             for call in helpers(dtype, block_m - {0}):
-                add(jobs, (x for x in recorded(target.device, call) if name_of(x) in HELPERS), target, number, -1)
+                add(jobs, (x for x in recorded(target.device, call) if x.name in HELPERS), target, number, -1)
     return jobs, variants, rows
 
 
 def add(jobs: dict[Job, Launch], launches: Iterable[Launch], target: Target, dtype: int, variant: int) -> None:
+    """Add the launches to the jobs; raises ValueError if one key would stand for different machine code."""
     for launch in launches:
-        typed = any(isinstance(a, torch.Tensor) and a.dtype == DTYPES[dtype] for a in launch.arguments)
-        key = tuple(int(k) for k in KEYS[name_of(launch)](values_of(launch)))
-        job = Job(target.number, name_of(launch), dtype if typed else 0, variant, key)
-        known = jobs.setdefault(job, launch)
-        if (general(known), options_of(known)) != (general(launch), options_of(launch)):
-            raise ValueError(f"KEYS does not tell two images apart: {job}")
-
-
-def options_of(launch: Launch) -> dict[str, Any]:
-    return {k: v for k, v in launch.constants.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+        typed = any(isinstance(a, torch.Tensor) and a.dtype == DTYPES[dtype] for a in launch.arguments.values())
+        key = tuple(int(k) for k in KEYS[launch.name](launch.arguments))
+        job = Job(target.number, launch.name, dtype if typed else 0, variant, key)
+        first = jobs.setdefault(job, launch)
+        if (general(first), first.options) != (general(launch), launch.options):
+            raise ValueError(f"KEYS gives two different images one key: {job}")
 
 
 def general(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and divisibility that hold for every call, not for the recorded sizes alone."""
+    """Return types, constants and divisibility that hold for every call, not for the recorded sizes alone."""
     signature, constants, attributes = specialize(launch)
-    kernel, values = name_of(launch), values_of(launch)
     for i, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, values[parameter.name]
+        name, value = parameter.name, launch.arguments[parameter.name]
         if parameter.is_constexpr or isinstance(value, torch.Tensor) or value is None:
             continue
         if isinstance(value, float):
             signature[name] = "fp32"
-        if not MULTIPLES.fullmatch(name) or name in ANY_NUMBER.get(kernel, ()):
+        if not MULTIPLES.fullmatch(name) or name in ANY_NUMBER.get(launch.name, ()):
             attributes.pop((i,), None)
         if (i,) in constants and not name.startswith("stride"):  # a size that happened to be 1
             signature[name] = "i32"
@@ -309,16 +305,14 @@ def general(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any],
 
 
 def compile_image(job: Job, launch: Launch, device: Device, path: Path) -> dict[str, Any]:
-    """Writes the image to `path`; what the library must know of it."""
+    """Compile an image, write it to `path`, and return what the library must know about it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constants, attributes = general(launch)
     amd = device.arch.startswith("gfx")
     target = GPUTarget("hip", device.arch, 64) if amd else GPUTarget("cuda", int(device.arch[3:]), 32)
-    compiled: Any = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes), target, options_of(launch)
-    )
+    compiled: Any = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, launch.options)
     facts = compiled.metadata
     scratch = getattr(facts, "global_scratch_size", 0) + getattr(facts, "profile_scratch_size", 0)
     if scratch or facts.num_ctas != 1 or facts.launch_cooperative_grid or getattr(facts, "launch_pdl", False):
@@ -332,7 +326,7 @@ def compile_image(job: Job, launch: Launch, device: Device, path: Path) -> dict[
             "types": [signature[name] for name in args], "constants": fixed}  # fmt: skip
 
 
-_jobs: list[tuple[Job, Launch, Device, Path]] = []  # a worker is forked with them: a launch cannot be pickled
+_jobs: list[tuple[Job, Launch, Device, Path]] = []  # inherited by forked workers, as a launch cannot be pickled
 
 
 def _compile(i: int) -> dict[str, Any]:
@@ -341,7 +335,7 @@ def _compile(i: int) -> dict[str, Any]:
 
 
 def build(out: Path, archs: list[str], most: int, workers: int) -> None:
-    """Images, tables and a manifest in `out`."""
+    """Write images, tables and a manifest to `out`."""
     jobs, variants, rows = plan(archs, most)
     device = {target.number: target.device for target in targets(archs)}
     order = sorted(jobs, key=lambda j: (list(device).index(j.target), KERNELS.index(j.kernel), *j[2:]))
@@ -359,7 +353,7 @@ def build(out: Path, archs: list[str], most: int, workers: int) -> None:
 
 
 def fitting(images: list[dict], variants: list[dict], rows: list[dict], limit: dict[int, int]) -> None:
-    """Notes each variant's shared memory, and leaves out the rows of those that a GPU has too little for."""
+    """Store each variant's shared memory, and remove the rows of variants that exceed the GPU's."""
     for i, variant in enumerate(variants):
         variant["shared"] = max(image["shared"] for image in images if image["variant"] == i)
     rows[:] = [r for r in rows if (v := variants[r["variant"]])["shared"] <= limit[v["arch"]]]
@@ -371,6 +365,7 @@ def fitting(images: list[dict], variants: list[dict], rows: list[dict], limit: d
 
 
 def assembly(count: int, folder: Path) -> str:
+    """Return assembler source that includes the images as symbols."""
     lines = ['.section .note.GNU-stack,"",%progbits', ".section .rodata"]
     for i in range(count):
         name = f"mm1_image_{i}"
@@ -380,16 +375,17 @@ def assembly(count: int, folder: Path) -> str:
 
 
 def braces(values: Iterable[Any]) -> str:
+    """Return a C initialiser."""
     return "{" + ", ".join(str(value) for value in values) + "}"
 
 
 def begins(places: list[int], count: int) -> str:
-    """Where each of `count` groups begins in a list sorted by group, and the end."""
+    """Return where each of `count` groups begins in a list sorted by group, and the end."""
     return braces(sum(place < group for place in places) for group in range(count + 1))
 
 
 def tables(images: list[dict], variants: list[dict], rows: list[dict], archs: list[int]) -> str:
-    """Images by (arch, kernel) and rows by (arch, op, dtype), each with where such a group begins."""
+    """Return C tables: images by (arch, kernel) and rows by (arch, op, dtype), and where each group begins."""
     args = list(dict.fromkeys(name for image in images for name in image["args"]))
     lists = list(dict.fromkeys(tuple(image["args"]) for image in images))
     ops, dims = list(OPS), max(len(op.dims) for op in OPS.values())

@@ -1,4 +1,4 @@
-"""How long one call takes: between two events on a GPU, by the host's clock elsewhere."""
+"""Time one call: between two events on a GPU, by the host's clock elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -14,11 +14,13 @@ Call = Callable[[], Any]
 
 
 class Clock(Protocol):
+    """Times calls."""
+
     def seconds(self, call: Call) -> float: ...
 
 
 class HostClock:
-    """Wall time, of work that is done when the call returns; caches are as the calls before left them."""
+    """Measures wall time, of work that is done when the call returns; caches are warm from earlier calls."""
 
     def seconds(self, call: Call) -> float:
         begin = time.perf_counter()
@@ -27,7 +29,7 @@ class HostClock:
 
 
 class GpuClock:
-    """Time between two events around the call, behind a write over the L2 cache that lets the host get ahead."""
+    """Measures between two events around the call, after a write that clears the L2 cache and lets the host queue."""
 
     def seconds(self, call: Call) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -45,7 +47,7 @@ def _flush() -> Tensor:
 
 
 def capture(call: Call, pool: Any = None) -> torch.cuda.CUDAGraph:
-    """The call as a CUDA graph, whose replay launches it without the host. `pool`: memory of another graph to share."""
+    """Capture the call as a CUDA graph, whose replay needs no work of the host. pool: another graph's memory to use."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         call()
@@ -53,4 +55,5 @@ def capture(call: Call, pool: Any = None) -> torch.cuda.CUDAGraph:
 
 
 def clock() -> Clock:
+    """Return the clock for the device at hand."""
     return GpuClock() if torch.cuda.is_available() else HostClock()

@@ -1,7 +1,7 @@
-"""What this installation has, what it lacks, and what to do about it.
+"""Report what this installation has, what it lacks, and what to do about it.
 
-A doctor is called when things are broken: every question is asked on its own, one that fails is a line of the answer,
-torch is imported late and optional packages not at all.
+It must work when things are broken: each question is asked independently, one that fails gives a line of the report,
+torch is imported late, and optional packages are not imported.
 """
 
 import ctypes
@@ -31,31 +31,31 @@ PACKAGES = {
     "matplotlib": "pictures of the demo's results", "tensorboard": "train.tensorboard", "wandb": "nothing yet",
 }  # fmt: skip
 INSTALL = {"flash-attn": "flash-attn --no-build-isolation", "megablocks": "megablocks grouped_gemm"}
-# What those of mm1.kernels.attention.varlen need, whose import takes longer than all the rest.
+# Needs of the attention backends, repeated here because importing them takes longer than everything else.
 BACKENDS = {
     "reference": (), "segments": (), "varlen": ("a GPU",), "flash": ("a GPU", "flash_attn"),
     "flash3": ("a GPU", "flash_attn_interface"), "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (),
     "triton": ("a GPU", "triton"),
 }  # fmt: skip
-BF16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "svebf16")  # in /proc/cpuinfo, of x86 and of ARM
+BF16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "svebf16")  # names in /proc/cpuinfo, on x86 and ARM
 BUILDS = "https://pytorch.org/get-started/locally"
 Say = Callable[[str], None]  # takes a line of what to do
 
 
 def doctor(as_json: bool = False) -> None:
-    """Print a line a finding, then what to do; as_json: and all of it in one last line, a JSON object."""
+    """Print a line for each answer, then what to do; as_json: then everything in one last line, a JSON object."""
     report: dict[str, dict[str, Any]] = {}
     todo: list[str] = []
 
     def ask(section: str, questions: dict[str, Callable[[Say], Any]]) -> None:
-        found = report[section] = {}
+        answers = report[section] = {}
         for name, question in questions.items():
             try:
-                found[name] = question(todo.append)
+                answers[name] = question(todo.append)
             except Exception as error:
-                found[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
-                todo.append(f"{section} {name} {found[name]}")
-            parts = found[name] if isinstance(found[name], dict) and found[name] else {"": found[name]}
+                answers[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+                todo.append(f"{section} {name} {answers[name]}")
+            parts = answers[name] if isinstance(answers[name], dict) and answers[name] else {"": answers[name]}
             for part, value in parts.items():
                 print(f"{section:10} {f'{name} {part}':24} {_text(value)}")
 
@@ -91,7 +91,7 @@ def _build() -> str:
 
 
 def _torchvision(say: Say) -> str | None:
-    """Its usual wheels are built for CUDA: beside a CPU build of torch their import fails."""
+    """Return its version. Its usual wheels are built for CUDA, and fail to import beside a CPU build of torch."""
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None
@@ -104,7 +104,7 @@ def _torchvision(say: Say) -> str | None:
 
 
 def _driver() -> str | None:
-    """The newest CUDA that the NVIDIA driver runs."""
+    """Return the newest CUDA version that the NVIDIA driver runs, None without one."""
     version = ctypes.c_int()
     with suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -144,18 +144,18 @@ def _device(index: int, _: Say) -> dict[str, Any]:
 
 
 def _tables(index: int, say: Say) -> dict[str, str]:
-    """By kernel: whose table is looked into, this GPU's own or that of the nearest that has one."""
+    """Return for each kernel whose table is used: this GPU's own, or that of the nearest GPU that has one."""
     from mm1.kernels.dispatch import device_of_index
 
-    device, found = device_of_index(index), {}
+    device, used = device_of_index(index), {}
     for folder in sorted(tables().iterdir(), key=str) if tables().is_dir() else []:
-        lent = folder.name != "attention"  # its choice among back-ends is not
-        near = nearest(device.arch, device.units, device.bandwidth) if lent else []
-        held = [d.name for d in (device, *near) if (folder / f"{d.name}.json").is_file()]
-        found |= {folder.name: held[0]} if held else {}
-    if device.name not in found.values():
+        borrows = folder.name != "attention"  # its choice of a backend holds for this GPU alone
+        near = nearest(device.arch, device.units, device.bandwidth) if borrows else []
+        names = [d.name for d in (device, *near) if (folder / f"{d.name}.json").is_file()]
+        used |= {folder.name: names[0]} if names else {}
+    if device.name not in used.values():
         say(f"no table is for gpu {index} ({device.name}): mm1 tune")
-    return found
+    return used
 
 
 def _state(index: int, say: Say) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _usable(needs: tuple[str, ...], gpus: int) -> str:
 
 
 def _cache(say: Say) -> dict[str, int]:
-    """Files of the user's own rows, by kernel and GPU."""
+    """Count the files of the user's own rows by kernel and GPU."""
     paths = sorted(cache_folder().glob("*/*/*.json"))
     for path in paths:
         with suppress(OSError, ValueError, TypeError, KeyError):
@@ -192,16 +192,16 @@ def _cache(say: Say) -> dict[str, int]:
 
 
 def _version(package: str) -> str | None:
-    return next((found.version for found in metadata.distributions(name=package)), None)
+    return next((distribution.version for distribution in metadata.distributions(name=package)), None)
 
 
 def _processor(field: str) -> str:
-    found = re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else ""
+    match = re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match[1] if match else ""
 
 
 def _own_cores() -> int:
-    """Those this process may run on; all where the system does not tell (macOS, Windows)."""
+    """Return how many cores this process may use; all where the system does not tell (macOS, Windows)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

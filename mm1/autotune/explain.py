@@ -1,4 +1,4 @@
-"""`mm1 explain`: which configuration a kernel gets, and why."""
+"""Explain which configuration a kernel gets, and why, for `mm1 explain`."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from mm1.kernels.tuning import Answer, chain
 
 
 def explain(kernel: str, shape: str, device: str | None, bits: int = 16) -> dict[str, Any]:
-    """Say which step of the look-up answers, and why the ones before it did not."""
+    """Print which step of the look-up answers, and why earlier ones do not; return the answer."""
     tunable = chosen([kernel])[0]
-    where_to, at = device_named(device), shape_named(tunable, shape)
-    print(f"{kernel}  {short(at)}  {bits} bits  {where_to.name} ({where_to.arch}, {where_to.units} units)")
+    target, at = device_named(device), shape_named(tunable, shape)
+    print(f"{kernel}  {short(at)}  {bits} bits  {target.name} ({target.arch}, {target.units} units)")
     answers: list[Answer] = []
-    for answer in chain(tunable, at, DTYPES[bits], where_to):
+    for answer in chain(tunable, at, DTYPES[bits], target):
         first = answer.config is not None and not any(a.config is not None for a in answers)
         answers.append(answer)
         print(f"{'→' if first else ' '} {answer.step:10} {answer.why}")
     answer = next(a for a in answers if a.config is not None)
     print(short(answer.config))
-    seconds = tunable.seconds(answer.config, at, DTYPES[bits], where_to)
+    seconds = tunable.seconds(answer.config, at, DTYPES[bits], target)
     origin = answer.row.source["origin"] if answer.row else None
-    return {"kernel": kernel, "device": where_to.name, "step": answer.step, "config": vars(answer.config),
+    return {"kernel": kernel, "device": target.name, "step": answer.step, "config": vars(answer.config),
             "origin": origin, "predicted_us": round(1e6 * seconds, 1)}  # fmt: skip

@@ -1,7 +1,7 @@
-"""What a GPU was doing when something was measured: clocks, power, temperature, what held it back, energy.
+"""Read a GPU's state while something is measured: clocks, power, temperature, throttling, energy.
 
-NVML tells it, by way of the optional nvidia-ml-py. What cannot be read is None, and why is in the note: no measurement
-is lost for want of it.
+The source is NVML, through the optional package nvidia-ml-py. A value that cannot be read is None, and the note says
+why; measurements go on without it.
 """
 
 import os
@@ -18,16 +18,16 @@ REASONS = {
     0x200: "board_limit", 0x400: "reliability",
 }  # fmt: skip
 SLOWDOWNS = {"power_cap", "hardware_slowdown", "thermal", "hardware_thermal", "hardware_power_brake"}
-GRAZED = 0.01  # of the time: less is a limit only touched, as every GPU that boosts does (NVIDIA/DCGM#285)
+THROTTLED_SHARE = 0.01  # of the time; every GPU that boosts reaches its limits for less (NVIDIA/DCGM#285)
 
 
 def read(index: int | None = None) -> dict[str, Any]:
-    """The state now of a GPU, by torch's index (None: the current one); {"note": why} where it cannot be asked.
+    """Return the state of a GPU now, by torch's index (None: the current one), or {"note": why} without NVML.
 
-    sm_mhz, memory_mhz, power_w, power_cap_w, celsius; reasons: what holds the clocks down at this moment; energy_mj,
-    power_limited_ns, heat_limited_ns: counters, of millijoules and of the time under a limit; gpu_percent: of the
-    last fraction of a second, with a kernel running; memory_used: bytes; ecc, mig, persistence: on or off; others:
-    how many other processes compute there; driver: its version.
+    sm_mhz, memory_mhz, power_w, power_cap_w, celsius; reasons: names of what limits the clocks now; energy_mj,
+    power_limited_ns, heat_limited_ns: counters of millijoules and of the time under a limit; gpu_percent: share of the
+    last fraction of a second with a kernel running; memory_used: bytes; ecc, mig, persistence: on or off; others: the
+    number of other processes that compute on this GPU; driver: its version.
     """
     nvml = _start()
     if isinstance(nvml, str):
@@ -43,23 +43,23 @@ def read(index: int | None = None) -> dict[str, Any]:
 
 
 def throttled(state: dict[str, Any]) -> bool | None:
-    """Whether power, heat or the hardware held the clocks down at that moment; None if unknown."""
+    """Tell whether power, heat or the hardware limited the clocks at that moment; None if unknown."""
     reasons = state.get("reasons")
     return None if reasons is None else not SLOWDOWNS.isdisjoint(reasons)
 
 
 @contextmanager
 def watch(index: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yields a dict that is filled when the block ends without an exception; device work counts to the block.
+    """Yield a dict that is filled when the block, with its work on the device, ends without an exception.
 
-    before, after: as `read` gives them; seconds; joules: by a counter that moves in steps and says nothing of a block
-    of milliseconds; throttled: at either end or, by the counters, for over a hundredth of the block; note: what could
-    not be read. Each is None if unknown, the note if there is none.
+    before, after: results of `read`; seconds; joules: by a counter that moves in steps, too coarse for a block of
+    milliseconds; throttled: at either end or, by the counters, for over a hundredth of the block; note: what could not
+    be read. Each is None if unknown, the note if there is none.
     """
-    found: dict[str, Any] = {}
+    watched: dict[str, Any] = {}
     _wait(index)
     before, begin = read(index), time.perf_counter()
-    yield found
+    yield watched
     _wait(index)
     seconds, after = time.perf_counter() - begin, read(index)
 
@@ -68,30 +68,30 @@ def watch(index: int | None = None) -> Iterator[dict[str, Any]]:
         return None if first is None or last is None or last < first else last - first
 
     limited = [n for name in ("power_limited_ns", "heat_limited_ns") if (n := rise(name)) is not None]
-    signs = {throttled(before), throttled(after), *(n > GRAZED * seconds * 1e9 for n in limited)} - {None}
+    signs = {throttled(before), throttled(after), *(n > THROTTLED_SHARE * seconds * 1e9 for n in limited)} - {None}
     notes = dict.fromkeys(state["note"] for state in (before, after) if "note" in state)
     energy = rise("energy_mj")
-    found.update(
+    watched.update(
         before=before, after=after, seconds=seconds, joules=energy and energy / 1e3,
         throttled=any(signs) if signs else None, note="; ".join(notes) or None,
     )  # fmt: skip
 
 
 def watched(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The record that `measure` returns, and under "gpu" what `watch` found; as it is on a machine without a GPU."""
+    """Return the record of `measure`, with the result of `watch` under "gpu" where there is a GPU."""
     with watch() as gpu:
         record = measure()
     return record | ({"gpu": gpu} if torch.cuda.is_available() else {})
 
 
 def pci_slot(index: int) -> str:
-    """Where a GPU is plugged in, as NVML and /sys write it; their order is not torch's, nor do they hide any."""
+    """Return a GPU's PCI slot as NVML and /sys write it; their order and number of GPUs may differ from torch's."""
     p = torch.cuda.get_device_properties(index)
     return f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
 
 
 def _start() -> Any:
-    """The module pynvml, to be shut down, or why it cannot be had."""
+    """Return the module pynvml, initialised, or the reason why it cannot be used."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.version.hip:

@@ -1,4 +1,4 @@
-"""Rows without a GPU: predicted from the model and from what the compiler makes, and checked again later."""
+"""Predict rows without a GPU, from the model and the compiled code, and check them again later."""
 
 import json
 import os
@@ -19,25 +19,26 @@ from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.language import triton
 from mm1.kernels.tuning import Tunable, read
 
-TRIED = 8  # candidates whose code is looked at before the default is taken
-ADVANTAGE = 0.9  # of the default's predicted time, at most, for another configuration to come first
+TRIED = 8  # candidates to compile before the default is taken
+ADVANTAGE = 0.9  # a configuration comes before the default if it is predicted to take at most this share of its time
 
 
-class Shown:
-    """How far it is: a bar on a terminal, now and then a line elsewhere."""
+class Progress:
+    """Shows progress: a bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done, self.said = what, total, 0, time.monotonic()
         self.bar: Any = None
         if sys.stderr.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich import progress as rich_progress
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-            self.bar = Progress(
+            self.bar = rich_progress.Progress(
                 TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             )
         self.task = self.bar.add_task(what, total=total) if self.bar else None
 
-    def __enter__(self) -> "Shown":
+    def __enter__(self) -> "Progress":
         if self.bar:
             self.bar.start()
         return self
@@ -47,6 +48,7 @@ class Shown:
             self.bar.stop()
 
     def step(self, what: str) -> None:
+        """Count one more as done."""
         self.done += 1
         if self.bar:
             self.bar.update(self.task, advance=1, description=what)
@@ -56,7 +58,7 @@ class Shown:
 
 
 class _Open(NamedTuple):
-    """A shape without a configuration yet, and those to try next."""
+    """Holds a shape without a configuration yet, and the configurations to try next."""
 
     tunable: Tunable
     shape: Any
@@ -66,19 +68,21 @@ class _Open(NamedTuple):
 def predict(
     names: Iterable[str], device: Device, folder: Path, processes: int = os.cpu_count() or 1, bits: int = 16
 ) -> dict[str, Any]:
-    """Write predicted rows for every shipped shape of the kernels: the first configuration by the model whose code is
-    sound. Measured rows of the table stay as they are. Returns what was done, by kernel."""
+    """Write predicted rows for every shipped shape of the kernels; return counts by kernel.
+
+    A row gets the first configuration in the model's order whose code is sound. Measured rows stay as they are.
+    """
     tunables, dtype = chosen(names), DTYPES[bits]
     shapes = [(t, s) for t in tunables for s in KERNELS[t.kernel].shapes()]
     rows: dict[str, list[Any]] = {t.kernel: [] for t in tunables}
     bad: dict[tuple[Any, ...], str] = {}
     begin = time.monotonic()
-    with Shown(f"ranking for {device.name}", len(shapes)) as shown:
+    with Progress(f"ranking for {device.name}", len(shapes)) as progress:
         pending = []
         for tunable, shape in shapes:
             pending.append(_Open(tunable, shape, iter(_worth_trying(tunable, shape, dtype, device))))
-            shown.step(tunable.kernel)
-    with Shown(f"compiling for {device.name}", len(shapes)) as shown, compilers(processes) as workers:
+            progress.step(tunable.kernel)
+    with Progress(f"compiling for {device.name}", len(shapes)) as progress, compilers(processes) as workers:
         while pending:
             tasks, missing = {}, []
             for work in pending:
@@ -89,7 +93,7 @@ def predict(
                 else:
                     tasks[Task(kernel, tuple(work.shape), config, bits, device.name)] = work
             for work in missing:
-                shown.step(f"{work.tunable.kernel}: no sound configuration for {work.shape}")
+                progress.step(f"{work.tunable.kernel}: no sound configuration for {work.shape}")
             pending = []
             for task, found in workers.each(tasks):
                 if (why := fault(task, found)) or isinstance(found, Failed):
@@ -98,23 +102,26 @@ def predict(
                     continue
                 facts = static_facts(found, device)
                 rows[task.kernel].append(row(tasks[task].shape, bits, task.config, "predicted", static=facts))
-                shown.step(task.kernel)
+                progress.step(task.kernel)
     done = {}
     for tunable in tunables:
         measured = [r for r in read_table(folder, tunable.kernel, device) if r["origin"] == "measured"]
-        held = [r["when"] for r in measured]
-        new = [r for r in rows[tunable.kernel] if r["when"] not in held]
+        present = [r["when"] for r in measured]
+        new = [r for r in rows[tunable.kernel] if r["when"] not in present]
         path = write_table(folder, tunable.kernel, device, measured + new, versions())
         mine = [why for key, why in bad.items() if key[0] == tunable.kernel]
-        kept = len(read_table(folder, tunable.kernel, device))
-        done[tunable.kernel] = {"shapes": len(rows[tunable.kernel]), "rows": kept, "refused": len(mine)}
-        print(f"{tunable.kernel:20} {len(new):4} shapes  {kept:3} rows  {len(mine):3} refused  {path}")
+        total = len(read_table(folder, tunable.kernel, device))
+        done[tunable.kernel] = {"shapes": len(rows[tunable.kernel]), "rows": total, "refused": len(mine)}
+        print(f"{tunable.kernel:20} {len(new):4} shapes  {total:3} rows  {len(mine):3} refused  {path}")
     return {"device": device.name, "seconds": round(time.monotonic() - begin, 1), "kernels": done}
 
 
 def _worth_trying(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Device) -> list[Any]:
-    """In order: what the model clearly prefers to the default, the default, what it likes less. What bounds a kernel
-    without tiled products, or with exponentials between them, it does not know well enough."""
+    """Return the configurations that the model clearly prefers to the default, then the default, then the rest.
+
+    For kernels that the model does not describe well, without tiled products or with exponentials between them, the
+    default comes first.
+    """
     default = tunable.default(shape, dtype, device)
     limit = ADVANTAGE * tunable.seconds(default, shape, dtype, device)
     best = ranked(tunable, shape, dtype, device, TRIED)
@@ -124,11 +131,11 @@ def _worth_trying(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Devi
     return [*better, default, *best[len(better) :]]
 
 
-GROWN = {"registers": 1.1, "shared": 1.0, "code": 1.25}  # times what a row says; rows of one configuration share it
+GROWN = {"registers": 1.1, "shared": 1.0, "code": 1.25}  # limits, times the row's value
 
 
 def worse(row: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What the same compiler makes worse of a kernel than when the row was written: its source changed."""
+    """Return how the machine code is worse than when the row was written with the same compiler, or None."""
     then = row.get("static")
     if not then or row["versions"]["triton"] != triton.__version__:
         return None
@@ -143,8 +150,10 @@ def check(
     names: Iterable[str], devices: list[Device], folder: Path = TABLES, processes: int = os.cpu_count() or 1,
     part: tuple[int, int] = (0, 1),
 ) -> list[str]:  # fmt: skip
-    """Faults of shipped rows, each with where it stands: it must be readable, legal, and compile to sound code. part
-    (i, n): every n-th row from the i-th on."""
+    """Return the faults of shipped rows, each with its place: rows must be readable, legal, and compile to sound code.
+
+    part (i, n): check every n-th row from the i-th on.
+    """
     faults, tasks = [], {}
     for tunable in chosen(names):
         for device in devices:
@@ -168,10 +177,10 @@ def check(
                 task = Task(tunable.kernel, tuple(shape), parsed.config, parsed.bits, device.name)
                 tasks.setdefault(key, (task, (place, source)))
     mine = dict(sorted(tasks.values(), key=str)[part[0] :: part[1]])
-    with Shown("checking", len(mine)) as shown, compilers(processes) as workers:
+    with Progress("checking", len(mine)) as progress, compilers(processes) as workers:
         for task, found in workers.each(mine):
             place, source = mine[task]
             why = fault(task, found) or worse(source, static_facts(found, DEVICES[task.device]))
             faults += [f"{place}: {why}"] if why else []
-            shown.step(task.kernel)
+            progress.step(task.kernel)
     return faults

@@ -1,7 +1,7 @@
-"""Many processes, one choice: rank 0 tunes, all get its rows, and all prove that they will choose alike.
+"""Tune in many processes: rank 0 measures, all ranks get its rows and check that they will choose alike.
 
-Ranks that chose apart would give other bits, and wait for one another where one is slower. The group is of gloo, with a
-time limit of its own: training's is shorter than a search.
+Ranks with different configurations would compute different bits, and wait for the slowest. The process group uses gloo
+with its own time limit, as training's is shorter than a search.
 """
 
 import os
@@ -13,12 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 from mm1.kernels.device import Device
-from mm1.kernels.tuning import Tunable, TuneError, digest, forget
+from mm1.kernels.tuning import Tunable, TuneError, clear_caches, digest
 
 
 @contextmanager
 def group(limit: float):
-    """The processes that torchrun started, or None where there is but one. limit: seconds one waits for another."""
+    """Yield a group of the processes that torchrun started, None for a single process. limit: seconds to wait."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_initialized():
         yield None
         return
@@ -34,23 +34,23 @@ def group(limit: float):
 
 
 def on_rank_0(work: Callable[[], Any], group: Any) -> Any:
-    """What `work` gives on rank 0; TuneError on every rank if it fails there."""
+    """Run `work` on rank 0 and return its result on every rank; raises TuneError on every rank if it fails."""
     if group is None:
         return work()
-    found: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result, error
     if dist.get_rank(group) == 0:
         try:
-            found[0] = work()
+            outcome[0] = work()
         except Exception as error:
-            found[1] = f"rank 0: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(found, 0, group)
-    if found[1] is not None:
-        raise TuneError(found[1])
-    return found[0]
+            outcome[1] = f"rank 0: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, 0, group)
+    if outcome[1] is not None:
+        raise TuneError(outcome[1])
+    return outcome[0]
 
 
 def on_all_ranks(work: Callable[[], None], group: Any) -> None:
-    """Do it on each; TuneError on every rank if it fails on one, so that none waits for another."""
+    """Run `work` on every rank; raises TuneError on every rank if it fails on one, so that none waits for another."""
     mine, errors = None, [None] * dist.get_world_size(group)
     try:
         work()
@@ -62,13 +62,13 @@ def on_all_ranks(work: Callable[[], None], group: Any) -> None:
 
 
 def expect_consistent(tunables: list[Tunable], device: Device, group: Any) -> str:
-    """The digest of the rows in use, if all ranks have the same; TuneError names those that differ."""
-    forget()
+    """Return the digest of the rows in use; raises TuneError that names the ranks whose digests differ."""
+    clear_caches()
     mine = digest(tunables, device)
     if group is None:
         return mine
-    all_of_them: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(all_of_them, mine, group)
-    if differ := [rank for rank, theirs in enumerate(all_of_them) if theirs != all_of_them[0]]:
+    digests: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(digests, mine, group)
+    if differ := [rank for rank, other in enumerate(digests) if other != digests[0]]:
         raise TuneError(f"ranks {differ} have other configurations than rank 0: tune again, or empty their caches")
     return mine

@@ -1,9 +1,9 @@
-"""The search for the fastest configuration of one kernel at one shape: what is tried, how long, and what counts.
+"""Search for the fastest configuration of one kernel at one shape.
 
-Legal configurations are ranked by the model; the first few, the default and the incumbent are compiled, checked and
-timed in rounds, all alive in each round and in turns, half of them dropped between rounds (successive halving,
-Jamieson and Talwalkar 2016). The last are timed against the default pair by pair. A winner must beat the default by
-more than two identical runs differ; else the default stays, and so it does on a tie with an earlier configuration.
+The model ranks legal configurations; the first few, the default and the incumbent are compiled, checked and timed in
+rounds, in turns within a round, and half of them are dropped after each round (successive halving, Jamieson and
+Talwalkar 2016). The finalists are timed against the default pair by pair. A winner must be faster than the default by
+more than two identical runs differ; else the default stays.
 """
 
 import json
@@ -22,20 +22,22 @@ from mm1.autotune.workers import Failed
 from mm1.kernels.device import Device
 from mm1.kernels.tuning import Tunable
 
-CANDIDATES = 16  # by the model
-STRAYS = 8  # by chance, so that the model is seen to be wrong where it is
-MARGIN = 0.015  # the least by which a winner must be faster
+CANDIDATES = 16  # chosen by the model
+STRAYS = 8  # chosen at random, which shows where the model is wrong
+MARGIN = 0.015  # a winner must be faster by at least this share
 FIRST = 3  # samples in the first round
 FINALISTS = 2
-LAST = 24  # pairs of the duel
+LAST = 24  # pairs of samples in the final
 
 Samples = list[float]  # seconds
 Measure = Callable[[list[Any], int], "list[Samples | Failed]"]  # (configurations, samples each): in turns
 
 
 def ranked(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Device, count: int) -> list[Any]:
-    """The legal configurations that the model predicts to be the fastest, without the default. Of those within 3 %,
-    which a prediction does not tell apart, the more alike to the default come first."""
+    """Return the `count` legal configurations that the model predicts to be fastest, without the default.
+
+    Predictions within 3 % count as equal; then those that differ in fewer fields from the default come first.
+    """
     default = tunable.default(shape, dtype, device)
 
     def key(config: Any) -> tuple[Any, ...]:
@@ -47,13 +49,13 @@ def ranked(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Device, cou
 
 
 def strays(tunable: Tunable, shape: Any, dtype: torch.dtype, device: Device, count: int) -> list[Any]:
-    """Legal configurations by chance, the same for the same shape."""
+    """Return `count` random legal configurations, the same ones for the same shape."""
     space = list(tunable.choices(shape, dtype, device))
     return random.Random(repr((tunable.kernel, tuple(shape)))).sample(space, min(count, len(space)))
 
 
 class Log:
-    """Lines of JSON, appended as things happen; what an earlier run wrote is read first."""
+    """Appends events as lines of JSON to a file, after reading those of earlier runs."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -66,26 +68,30 @@ class Log:
                     continue
 
     def add(self, what: str, **fields: Any) -> None:
+        """Append an event to the file at once."""
         event = {"event": what, **fields}
         self.events.append(event)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
                 file.seek(max(file.tell() - 1, 0))
-                torn = file.read(1) not in (b"", b"\n")  # of a run that was killed
+                torn = file.read(1) not in (b"", b"\n")  # by a run that was killed
                 file.write(b"\n" * torn + json.dumps(event).encode() + b"\n")
 
     def of(self, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """Return the events of this name that have these fields."""
         return [e for e in self.events if e["event"] == event and fields.items() <= e.items()]
 
 
 class Result(NamedTuple):
+    """Holds the outcome of a search."""
+
     config: Any  # the winner, or the default where nothing beats it
     won: bool
     seconds: tuple[float, float]  # median and half the interquartile range, of the winner
     default_seconds: tuple[float, float]
     gain: float  # default / winner, of pairs in the same round
-    noise: float  # that identical runs differ by
+    noise: float  # relative difference of identical runs
     tried: int
     timed: frozenset[Any]
     failed: dict[str, int]  # reasons
@@ -93,7 +99,7 @@ class Result(NamedTuple):
 
 
 class _Race:
-    """Who failed, and the samples of the last round that each was in."""
+    """Keeps failures, and each configuration's samples of the last round that it was in."""
 
     def __init__(self, measure: Measure):
         self.measure = measure
@@ -101,13 +107,13 @@ class _Race:
         self.failures: dict[Any, str] = {}
 
     def run(self, configs: list[Any], count: int) -> list[Any]:
-        """So many samples of each, in turns; who survived."""
+        """Take `count` samples of each, in turns; return the configurations that did not fail."""
         alive = []
-        for config, found in zip(configs, self.measure(configs, count)):
-            if isinstance(found, Failed):
-                self.failures[config] = found.why
+        for config, result in zip(configs, self.measure(configs, count)):
+            if isinstance(result, Failed):
+                self.failures[config] = result.why
             else:
-                self.samples[config] = found
+                self.samples[config] = result
                 alive.append(config)
         return alive
 
@@ -119,9 +125,9 @@ def search(
     candidates: Iterable[Any], default: Any, measure: Measure, *, budget: float,
     clock: Callable[[], float] = time.monotonic, stopped: Callable[[], bool] = bool,
 ) -> Result | Failed:  # fmt: skip
-    """budget: seconds; stopped: true once the search should end at once.
+    """Return the fastest of the candidates and the default, or Failed if the default fails.
 
-    Failed, with its reason, if the default itself fails: then there is nothing to compare with.
+    budget: seconds; stopped: returns True once the search should end at once.
     """
     end = clock() + budget
     race = _Race(measure)
@@ -135,16 +141,16 @@ def search(
             ended = "stopped" if stopped() else "budget"
             break
         duel = len(alive) <= FINALISTS
-        found = race.run([default, *random.Random(len(alive)).sample(alive, len(alive))], LAST if duel else count)
-        if default not in found:
+        timed = race.run([default, *random.Random(len(alive)).sample(alive, len(alive))], LAST if duel else count)
+        if default not in timed:
             return Failed(race.failures[default])
-        alive = sorted((c for c in found if c != default), key=race.order)
+        alive = sorted((c for c in timed if c != default), key=race.order)
         best = alive[0] if alive else default
         gain = statistics.median(a / b for a, b in zip(race.samples[default], race.samples[best]))
         if duel:
             break
         alive, count = alive[: max(FINALISTS, len(alive) // 2)], 2 * count
-    # The best of many by few samples looks faster than it is.
+    # The best of many with few samples each looks faster than it is.
     won = best != default and gain > 1 + max(MARGIN, noise) * (1 if ended == "searched" else 2)
     winner = best if won else default
     times = _spread(race.samples[winner]), _spread(race.samples[default])
@@ -163,9 +169,9 @@ def search(
 
 
 def _noise(measure: Measure, default: Any) -> float:
-    """By what the medians of identical runs differ: three sets of the default, in turns."""
-    found = [statistics.median(s) for s in measure([default] * 3, 2 * FIRST) if not isinstance(s, Failed)]
-    return (max(found) - min(found)) / statistics.median(found) if len(found) > 1 else 0.0
+    """Return the relative difference between medians of identical runs: three sets of the default, in turns."""
+    medians = [statistics.median(s) for s in measure([default] * 3, 2 * FIRST) if not isinstance(s, Failed)]
+    return (max(medians) - min(medians)) / statistics.median(medians) if len(medians) > 1 else 0.0
 
 
 def _spread(samples: Samples) -> tuple[float, float]:
@@ -176,6 +182,6 @@ def _spread(samples: Samples) -> tuple[float, float]:
 
 
 def regret(predicted: dict[Any, float], measured: dict[Any, float], count: int) -> float:
-    """How much slower the best of the first `count` by prediction is than the best measured."""
+    """Return how much slower the best of the `count` best predicted configurations is than the best measured one."""
     first = sorted(measured, key=lambda config: predicted[config])[:count]
     return min(measured[c] for c in first) / min(measured.values()) - 1

@@ -1,7 +1,7 @@
-"""The kernels that have configurations, the shapes whose rows are shipped, and inputs to try a configuration with.
+"""List the kernels that have configurations, the shapes of shipped rows, and example calls to try configurations with.
 
-Shapes are MM1's and those of models in wide use, their first size in octaves: a row for 513 … 1024 rows is tried with
-1024.
+The shapes are those of MM1 and of widely used models, with the first size in octaves: a row for 513 … 1024 rows is
+tried with 1024.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -40,20 +40,21 @@ NORMALISE = [0.0167, 0.0175, 0.0175], [0.1, 0.2, 0.3]  # about 1 / (255 · std)
 
 
 class Inputs(NamedTuple):
-    """Makes inputs: random, or without values on "meta". widen: the same values in fp32."""
+    """Makes inputs: random ones, or on "meta" ones without values. widen: the same values in fp32."""
 
     device: str
     dtype: torch.dtype
     widen: bool = False
 
     def floats(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Return normal values of this standard deviation."""
         x = torch.empty(*shape, device=self.device, dtype=dtype or self.dtype)
         if self.device != "meta":
             x.normal_(std=scale)
         return x.float() if self.widen else x
 
     def choices(self, rows: int, fan: int, count: int) -> Tensor:
-        """int32 [rows, fan]: choices among `count`, uneven as a router's are."""
+        """Return int32 [rows, fan], choices among `count` experts, uneven as a router's are."""
         if self.device == "meta":
             return torch.empty(rows, fan, device="meta", dtype=torch.int32)
         noise = -torch.empty(rows, count, device=self.device).exponential_().log()
@@ -61,7 +62,7 @@ class Inputs(NamedTuple):
         return noise.topk(fan).indices.int()
 
     def order(self, slots: int, experts: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """slots and position and offsets of so many slots sorted by expert, and how many a token has."""
+        """Return slots, position and offsets of so many slots sorted by expert, and the number of slots a token."""
         fan = FAN if slots % FAN == 0 and experts >= FAN else 1
         index = self.choices(slots // fan, fan, experts)
         if self.device == "meta":
@@ -70,25 +71,29 @@ class Inputs(NamedTuple):
         return order[0], order[1], order[2], fan
 
     def grids(self, patches: int) -> Grids:
-        whole, left = divmod(patches, SIDE * SIDE)
-        return Grids([(SIDE, SIDE)] * whole + [(1, left)] * (left > 0), device=self.device)
+        """Return square images, and one row of patches for the remainder."""
+        whole, rest = divmod(patches, SIDE * SIDE)
+        return Grids([(SIDE, SIDE)] * whole + [(1, rest)] * (rest > 0), device=self.device)
 
 
 class Kernel(NamedTuple):
+    """Describes a kernel for the tuner."""
+
     tunable: Tunable
-    launched: tuple[str, ...]  # the Triton functions that a configuration is of
-    multiplies: bool  # whether those have matrix instructions
-    modelled: bool  # whether the model may prefer another configuration to the default unmeasured
-    shapes: Callable[[], Iterator[Any]]  # whose rows are shipped
+    launched: tuple[str, ...]  # the Triton functions that a configuration applies to
+    multiplies: bool  # whether they have matrix instructions
+    modelled: bool  # whether a prediction alone may replace the default
+    shapes: Callable[[], Iterator[Any]]  # shapes of shipped rows
     example: Callable[[Any, Inputs], Callable[[], Any]]  # a call at a shape
 
 
 def octaves(low: int, high: int) -> list[int]:
+    """Return the powers of 2 from low to high."""
     return [1 << i for i in range(low.bit_length() - 1, high.bit_length())]
 
 
 def interval(size: int) -> list[int]:
-    """The octave that holds `size`: 513 … 1024."""
+    """Return the octave that contains `size`, as 513 … 1024 for 700."""
     high = power_of_2(size)
     return [high // 2 + 1, high]
 
@@ -181,7 +186,7 @@ def _dw(s: DwShape, new: Inputs) -> Callable[[], Any]:
     def run():
         out, bias = a.new_empty(s.experts, s.k, s.n), a.new_empty(s.experts, s.k) if s.bias else None
         grouped_gemm.dw(a, b, offsets, out, slots=slots, b_fan=fan, bias=bias)
-        if new.device == "meta" and fan:  # the other weight's, where a is looked up and bias sums are weighed
+        if new.device == "meta" and fan:  # the gradient of down, where a has rows of tokens and sums are weighted
             dy, rows, scale = a[: s.rows // fan], b.new_empty(s.rows, s.n), new.floats(s.rows, dtype=torch.float32)
             grouped_gemm.dw(dy, rows, offsets, out, slots=slots, a_fan=fan, bias=bias, scale=scale)
         return out if bias is None else (out, bias)
@@ -204,7 +209,7 @@ def _dh(s: Shape, new: Inputs) -> Callable[[], Any]:
 
     def run():
         dh, ws, dots = experts.gradient_of_h(dy, h, slots, offsets, fan, weight, down, None, "silu", None, 0.0, True)
-        return dh, ws, dots.sum(0)  # parts, as many as tiles
+        return dh, ws, dots.sum(0)  # one part for each tile
 
     return run
 
@@ -220,7 +225,7 @@ def _few(s: Shape, new: Inputs) -> Callable[[], Any]:
 def _embed(s: PatchShape, new: Inputs) -> Callable[[], Any]:
     grids = new.grids(s.patches)
     weight, bias, table = new.floats(s.width, s.k), new.floats(s.width), new.floats(SIDE, SIDE, s.width)
-    # What is compiled is judged where it needs the most registers.
+    # Compiled code is judged where it needs the most registers.
     mode = "bicubic" if new.device == "meta" else "bilinear"
     geometry, modes = (grids.table, grids.owner), (1, mode, True, False)
     if not s.word:
@@ -336,7 +341,7 @@ def _flash_backward(s: FlashShape, new: Inputs) -> Callable[[], Any]:
 
 
 def _paged(s: paged.PagedShape, new: Inputs) -> Callable[[], Any]:
-    """Segments of 8 groups of 4 heads where it can be, their pages scattered."""
+    """Return a call with segments of 8 groups of 4 heads where possible, and scattered pages."""
     groups, heads, pages = gcd(s.groups, 8), gcd(s.rows, 4), cdiv(s.keys, PAGE)
     segments, rows = s.groups // groups, s.rows // heads
     k, v = (new.floats(segments * pages, PAGE, groups, s.width) for _ in range(2))
@@ -381,7 +386,7 @@ KERNELS = {
 
 
 def chosen(names: Iterable[str]) -> list[Tunable]:
-    """The kernels of these names; all for none."""
+    """Return the kernels of these names, all if there are none. Raises TuneError for an unknown name."""
     names = list(names)
     if unknown := [name for name in names if name not in KERNELS]:
         raise TuneError(f"unknown kernel {unknown[0]!r}; known: {', '.join(KERNELS)}")
@@ -389,17 +394,17 @@ def chosen(names: Iterable[str]) -> list[Tunable]:
 
 
 def shape_named(tunable: Tunable, text: str) -> Any:
-    """A shape of "rows=4096 experts=64 …"."""
+    """Parse a shape such as "rows=4096 experts=64". Raises TuneError for what is no shape of this kernel."""
     pairs = [part.partition("=") for part in text.replace(",", " ").split()]
-    given = {name: value for name, _, value in pairs}
+    texts = {name: value for name, _, value in pairs}
     fields, types = tunable.shape._fields, tunable.shape.__annotations__
     defaults = tunable.shape._field_defaults
-    unknown, absent = [n for n in given if n not in fields], [n for n in fields if n not in given and n not in defaults]
+    unknown, absent = [n for n in texts if n not in fields], [n for n in fields if n not in texts and n not in defaults]
     if unknown or absent:
         raise TuneError(f"{tunable.kernel}: {'unknown' if unknown else 'missing'} {(unknown or absent)[0]!r} in the "
                         f"shape; it takes {', '.join(fields)}")  # fmt: skip
     try:
-        values = {n: BOOLS[given[n].lower()] if types[n] is bool else int(given[n]) for n in given}
+        values = {n: BOOLS[text.lower()] if types[n] is bool else int(text) for n, text in texts.items()}
     except (ValueError, KeyError):
         values = {}
     if len(values) < len(pairs) or any(v < 0 for v in values.values()):
@@ -408,6 +413,6 @@ def shape_named(tunable: Tunable, text: str) -> Any:
 
 
 def short(values: Any) -> str:
-    """name=value of a shape or a configuration."""
+    """Return a shape or configuration as name=value pairs."""
     pairs = values._asdict() if isinstance(values, tuple) else vars(values)  # pyright: ignore[reportAttributeAccessIssue]
     return " ".join(f"{name}={value}" for name, value in pairs.items())

@@ -1,8 +1,7 @@
-"""What a kernel compiles to, on a machine without a GPU: machine code, registers, spills, shared memory; and whether a
-configuration of it is sound.
+"""Compile kernels on a machine without a GPU, and judge configurations by their registers, spills and shared memory.
 
-A launch is recorded with tensors on "meta", so that shapes may be as large as they are in use, and compiled as the
-launcher would have: same specialisation of arguments, same options. Facts are kept on disk, by all that they depend on.
+A launch is recorded with tensors on "meta", so that shapes may be as large as in use, and compiled as the launcher
+would: same specialisation of arguments, same options. Facts are cached on disk, by everything that they depend on.
 """
 
 import contextlib
@@ -14,6 +13,7 @@ import secrets
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,17 +34,18 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-LIMIT = 60.0  # seconds one configuration may compile; most take one to four, those that spill thousands minutes
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LIMIT = 60.0  # seconds to compile a configuration; most take one to four, those with thousands of spills minutes
 MATRIX = re.compile(r"HGMMA|UTC.*MMA|HMMA|v_mfma")  # wgmma, tcgen05, mma.sync, MFMA
 
 
 @dataclass(frozen=True)
 class Compiled:
+    """Holds facts of the machine code of one launch."""
+
     name: str
     warps: int
     registers: int  # a thread
-    spills: int  # instructions that go to memory for want of registers
+    spills: int  # instructions that store registers to memory and load them again
     stack: int  # bytes a thread
     shared: int  # bytes
     code: int  # bytes
@@ -59,11 +60,11 @@ class Compiled:
         return self.instructions["UTMALDG"]
 
     def programs(self, device: Device) -> int:
-        """That a multiprocessor holds at once."""
+        """Return how many programs run on a multiprocessor at once."""
         return resident(self.shared, max(self.registers, 16), self.warps, device)
 
     def facts(self, device: Device) -> dict[str, Any]:
-        """What tables keep."""
+        """Return what tables keep."""
         kinds = {op: n for op, n in sorted(self.instructions.items()) if MATRIX.match(op)}
         return {
             "registers": self.registers, "stack": self.stack, "shared": self.shared, "code": self.code,
@@ -72,7 +73,7 @@ class Compiled:
 
 
 class Task(NamedTuple):
-    """A configuration at a shape on a GPU; all of it can be sent to another process."""
+    """Names a configuration at a shape on a GPU; it can be sent to another process."""
 
     kernel: str
     shape: tuple[Any, ...]
@@ -82,33 +83,36 @@ class Task(NamedTuple):
 
 
 def launches(task: Task) -> list[Launch]:
-    """The different launches that the configuration is of."""
+    """Return the distinct launches of a configuration."""
     kernel = KERNELS[task.kernel]
-    with recording(DEVICES[task.device]) as found, pinned(**{task.kernel: task.config}):
+    with recording(DEVICES[task.device]) as recorded, pinned(**{task.kernel: task.config}):
         kernel.example(kernel.tunable.shape(*task.shape), Inputs("meta", DTYPES[task.bits]))()
-    mine = [launch for launch in found if launch.kernel.fn.__name__ in kernel.launched]
-    return list(
-        {f"{launch.kernel.fn.__name__} {specialize(launch)} {launch.constants}": launch for launch in mine}.values()
-    )
+    return distinct(launch for launch in recorded if launch.name in kernel.launched)
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """Return one launch of each machine code that these need."""
+    return list({f"{launch.name} {specialize(launch)} {launch.options}": launch for launch in launches}.values())
 
 
 def compile_task(task: Task) -> list[Compiled]:
+    """Compile the launches of a configuration."""
     device = DEVICES[task.device]
     return [compile_launch(launch, device) for launch in launches(task)]
 
 
 def compilers(processes: int) -> Workers:
-    """Processes that make `compile_task` of tasks."""
+    """Return processes that run `compile_task`."""
     return Workers(compile_task, processes, LIMIT)
 
 
-def fault(task: Task, found: list[Compiled] | Failed) -> str | None:
-    """Why a configuration must not be used, if it must not."""
-    if isinstance(found, Failed):
-        return found.why
+def fault(task: Task, codes: list[Compiled] | Failed) -> str | None:
+    """Return why a configuration must not be used, or None."""
+    if isinstance(codes, Failed):
+        return codes.why
     kernel, device = KERNELS[task.kernel], DEVICES[task.device]
     tall = getattr(task.config, "block_m", 0) >= 64
-    for code in found:
+    for code in codes:
         if code.shared > device.shared:
             return f"{code.name} takes {code.shared} bytes of shared memory, {device.arch} has {device.shared}"
         if code.spills:
@@ -117,34 +121,34 @@ def fault(task: Task, found: list[Compiled] | Failed) -> str | None:
             if not code.matrix:
                 return f"{code.name} has no matrix instruction"
             if device.wgmma and tall and code.instructions["HMMA"]:
-                return f"{code.name} multiplies by mma.sync where wgmma is meant"
+                return f"{code.name} multiplies by mma.sync, expected wgmma"
     return None
 
 
 def compile_launch(launch: Launch, device: Device) -> Compiled:
-    """The machine code of one recorded launch for `device`."""
+    """Compile one recorded launch for `device`, or read its facts from the cache."""
     signature, constants, attributes = specialize(launch)
-    options = {k: v for k, v in launch.constants.items() if k in OPTIONS}
+    options = launch.options
     what = launch.kernel.cache_key, signature, constants, attributes, options, device.arch, triton.__version__
     path = cache_folder().parent / "static" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        known = json.loads(path.read_text())
-        return Compiled(**{**known, "instructions": Counter(known["instructions"])})
+        facts = json.loads(path.read_text())
+        return Compiled(**{**facts, "instructions": Counter(facts["instructions"])})
     from triton.compiler import ASTSource
 
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled: Any = triton.compile(source, target=_target(device), options=options)
     read = _read_amd if device.vendor == "amd" else _read_nvidia
-    found = read(launch.kernel.fn.__name__, compiled)
+    result = read(launch.name, compiled)
     with contextlib.suppress(OSError):
-        write(path, json.dumps(vars(found)))
-    return found
+        write(path, json.dumps(vars(result)))
+    return result
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing, whoever else writes the same file."""
+    """Write a file atomically, also if other processes write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two hosts that share a folder may have the same process number, and so have two threads.
+    # A random name: hosts that share a folder may use the same process number, and threads do.
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         part.write_text(text)
@@ -154,13 +158,11 @@ def write(path: Path, text: str) -> None:
 
 
 def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and divisibility of the arguments, as Triton's launcher sees them; pointers are aligned."""
+    """Return types, constants and divisibility of the arguments, as Triton's launcher does; pointers are aligned."""
     signature, constants, attributes = {}, {}, {}
     kernel = launch.kernel
-    values = dict(zip(kernel.arg_names, launch.arguments))
-    values |= {name: value for name, value in launch.constants.items() if name in kernel.arg_names}
     for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
+        value = launch.arguments[parameter.name]
         specialized = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (specialized and type(value) is int and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value

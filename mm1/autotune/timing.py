@@ -1,8 +1,8 @@
-"""Configurations of one kernel, checked and timed in turns, in the process that a worker runs.
+"""Check and time configurations of one kernel in turns, in a worker process.
 
-On a GPU a CUDA graph of the call is timed; on a CPU, where kernels are interpreted, the machinery runs, no more. Before
-a configuration is timed its results are compared with those of fp32, which are of another configuration and without
-matrix instructions, and with a second run bit by bit, in memory that was filled with NaN.
+On a GPU a CUDA graph of the call is timed; on a CPU, where kernels are interpreted, times mean nothing. Before a
+configuration is timed, its results are compared with those in fp32, which take another configuration and no matrix
+instructions, and bit by bit with a second run, in memory that was filled with NaN.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import device_of_index
 from mm1.kernels.tuning import TuneError, pinned
 
-PART = 1 << 26  # elements compared at once: in fp64 they take 8 times the memory of bf16
-# Of rms. Interpreted, which cuts bf16 off and so errs twice as much, the kernels are within 7e-3.
+PART = 1 << 26  # elements compared at once, in fp64
+# Relative to rms. Interpreted kernels, which truncate bf16 and so err twice as much, are within 7e-3.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
 class Trial(NamedTuple):
-    """Configurations at a shape, and samples of each; none: they are only checked."""
+    """Holds configurations at a shape, and the number of samples of each; 0: only check them."""
 
     kernel: str
     shape: tuple[Any, ...]
@@ -35,10 +35,10 @@ class Trial(NamedTuple):
 
 
 def run_trial(trial: Trial, on: str | None = None) -> list[Any]:
-    """By configuration: seconds of each sample, or Failed.
+    """Return for each configuration the seconds of its samples, or Failed.
 
-    on: what where() must be, so that nothing is timed on a CPU because the GPU is lost. The device is done with each
-    configuration before the next one begins, so that an error is of the one at hand.
+    on: the expected result of where(), so that nothing is timed on a CPU after the GPU was lost. The device finishes
+    each configuration before the next one starts, so that an error belongs to the current one.
     """
     if where() != (on or where()):
         raise RuntimeError(f"CUDA error: the trial is for {on}, and this process has {where()} alone")
@@ -50,22 +50,23 @@ def run_trial(trial: Trial, on: str | None = None) -> list[Any]:
             for i in good if number % 2 == 0 else reversed(good):  # A B B A
                 results[i].append(bench.seconds(trial.configs[i]))
         return results
-    finally:  # also behind an exception, which may be the first sign of an error of the device
+    finally:  # also after an exception, which may be the first sign of an error of the device
         synchronize()
 
 
 def synchronize() -> None:
-    """Wait for the device; raises what any kernel before did wrong."""
+    """Wait for the device; raises the errors of earlier kernels."""
     if where() == "cuda":
         torch.cuda.synchronize()
 
 
 def where() -> str:
+    """Return the kind of device that kernels are timed on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_named(name: str | None) -> Device:
-    """A known GPU, or the one at hand."""
+    """Return the GPU of this name, or the one at hand for None. Raises TuneError without one."""
     if name is None:
         if where() == "cpu":
             raise TuneError(f"no GPU here: say which with --device; known: {', '.join(DEVICES)}")
@@ -79,7 +80,7 @@ _now: list["Bench"] = []
 
 
 def _bench(*key: Any) -> "Bench":
-    """One at a time: its inputs may take much of the memory."""
+    """Return the bench for this key; only one is kept, as its inputs may take much of the memory."""
     if not _now or _now[0].key != key:
         _now.clear()
         _now.append(Bench(*key))
@@ -87,7 +88,7 @@ def _bench(*key: Any) -> "Bench":
 
 
 class Bench:
-    """A kernel's example at one shape."""
+    """Runs a kernel's example at one shape."""
 
     def __init__(self, kernel: str, shape: tuple[Any, ...], bits: int):
         self.key = kernel, shape, bits
@@ -130,14 +131,14 @@ class Bench:
         if where() == "cpu":
             return lambda: self.call(config)
         if config not in self.graphs:
-            # All write over one pool of memory: only the last replayed has its results, which nobody reads.
+            # All graphs share one pool of memory: only the last one replayed has its results, which are not read.
             pool = next((graph.pool() for graph in self.graphs.values()), None)
             self.graphs[config] = capture(lambda: self.call(config), pool)
         return self.graphs[config].replay
 
 
 def results_of(call: Callable[[], Any]) -> list[Tensor]:
-    """What the call returns, where memory that it did not write is NaN."""
+    """Return the tensors that the call returns; memory that it did not write is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
     try:
         return [t.clone().contiguous() for t in _pytree.tree_leaves(call()) if isinstance(t, Tensor)]
@@ -145,20 +146,23 @@ def results_of(call: Callable[[], Any]) -> list[Tensor]:
         torch.use_deterministic_algorithms(False)
 
 
-def wrong(found: Tensor, truth: Tensor, limit: float) -> str | None:
-    """What is wrong, if rms(found - truth) is over limit · rms(truth), which one bad column of a hundred thousand
-    elements would pass, or one element is off by over five times that share of the largest."""
-    if found.shape != truth.shape:
-        return f"{tuple(found.shape)} where {tuple(truth.shape)} is meant"
+def wrong(result: Tensor, truth: Tensor, limit: float) -> str | None:
+    """Return what is wrong, or None.
+
+    rms(result - truth) must be at most limit · rms(truth), and, as that would miss one bad column among many elements,
+    no element may be off by more than 5 · limit · the largest.
+    """
+    if result.shape != truth.shape:
+        return f"shape is {tuple(result.shape)}, expected {tuple(truth.shape)}"
     if not truth.numel():
         return None
     error = scale = 0.0
     worst, largest = [], []
-    for f, t in zip(found.flatten().split(PART), truth.flatten().split(PART)):
+    for f, t in zip(result.flatten().split(PART), truth.flatten().split(PART)):
         off = (f.double() - t.double()).abs()
         error, scale = error + float(off.square().sum()), scale + float(t.double().square().sum())
         worst, largest = [*worst, float(off.max())], [*largest, float(t.abs().max())]
-    rms, most = (error / max(scale, 1e-30)) ** 0.5, max(worst) / max(*largest, 1e-30)
+    rms, worst_share = (error / max(scale, 1e-30)) ** 0.5, max(worst) / max(*largest, 1e-30)
     if not rms <= limit:  # nor NaN
         return f"wrong by {rms:.1g} of rms"
-    return None if most <= 5 * limit else f"an element is wrong by {most:.1g} of the largest"
+    return None if worst_share <= 5 * limit else f"an element is wrong by {worst_share:.1g} of the largest"

@@ -1,14 +1,14 @@
-"""Measures rows of the tables on a GPU, `mm1 tune`, for as many seconds as it is given.
+"""Measure rows of the tables on a GPU, within a limit of seconds, for `mm1 tune`.
 
-Shape by shape: candidates by the model and by chance are compiled side by side, those of sound code are tried one by
-one in a process that may crash, and what is right goes into the search. Trials are logged as they come; what a run that
-was cut off had finished is not done again.
+For each shape, candidates chosen by the model and at random are compiled in parallel, those with sound code are tried
+one by one in a process that may crash, and those with correct results are searched. Trials are logged as they come, so
+that a run after one that was cut off skips what was finished.
 """
 
+import argparse
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -25,15 +25,15 @@ from mm1.autotune.ranks import expect_consistent, group, on_all_ranks, on_rank_0
 from mm1.autotune.search import CANDIDATES, STRAYS, Log, Result, ranked, search, strays
 from mm1.autotune.space import DTYPES, KERNELS, chosen, shape_named, short
 from mm1.autotune.static import LIMIT, Task, compilers, fault
-from mm1.autotune.tables import TABLES, read_table, row, static_facts, versions, without, write_table, write_user_row
+from mm1.autotune.tables import read_table, row, static_facts, versions, without, write_table, write_user_row
 from mm1.autotune.timing import Trial, device_named, run_trial, where
 from mm1.autotune.workers import Failed, Workers
 from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import INTERPRETED, device_of, device_of_index
 from mm1.kernels.tuning import Tunable, TuneError, cache_folder, chain
 
-LEAST = 12.0  # seconds that one shape is given: a candidate takes about half a second to be compiled and checked
-ENOUGH = 8  # candidates judged for a shape to count as done
+LEAST = 12.0  # seconds for one shape at least: a candidate takes about half a second to be compiled and checked
+ENOUGH = 8  # candidates to judge before a shape counts as done
 USUAL = 16384  # rows of a training step, whose octave is measured first
 
 
@@ -41,9 +41,11 @@ def tune(
     names: Iterable[str], budget: float, *, shape: str | None = None, folder: Path | None = None,
     log: Path | None = None, processes: int = os.cpu_count() or 1, bits: int = 16,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure on the GPU at hand, for so many seconds, and write a row wherever something beats the default, or the
-    default beats the row in use: into the user's own, or into the tables of `folder`. Under torchrun rank 0 measures,
-    and all ranks get its rows."""
+    """Measure on the GPU at hand for `budget` seconds, and return a report.
+
+    A row is written wherever a configuration beats the default, or the default beats the row in use: among the user's
+    own rows, or into the tables of `folder`. Under torchrun rank 0 measures, and all ranks get its rows.
+    """
     tunables, device = chosen(names), _here()
     wanted = [(t, shape_named(t, shape)) for t in tunables] if shape else list(_by_importance(tunables))
 
@@ -78,7 +80,7 @@ def _here() -> Device:
         return device_of_index(None)
     if not INTERPRETED:
         raise TuneError("no GPU here: `--static --device NAME` predicts rows without one")
-    return replace(device_of(torch.empty(0)), name="interpreted")  # whose rows no look-up reads
+    return replace(device_of(torch.empty(0)), name="interpreted")  # rows under this name are never looked up
 
 
 def _by_importance(tunables: list[Tunable]) -> Iterator[tuple[Tunable, Any]]:
@@ -296,6 +298,16 @@ def _print_result(kernel: str, shape: Any, result: Result) -> None:
           f"  ({result.tried} tried, {result.ended}){failed}", flush=True)  # fmt: skip
 
 
-if __name__ == "__main__":  # needs torch and triton alone, for machines without the rest; argument: seconds
-    sweeps = Path(__file__).parents[1] / "bench" / "results" / device_named(None).name / "sweeps"
-    print(json.dumps(tune([], float(sys.argv[1]), folder=TABLES, log=sweeps / "tune.jsonl")))
+def main() -> None:
+    """Run like `mm1 tune`, but with torch and triton alone installed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("seconds", type=float, help="in all")
+    parser.add_argument("--out", type=Path, help="folder of tables to write to (default: the user's own rows)")
+    parser.add_argument("--sweeps", type=Path, help="folder for the log, <gpu>/sweeps/tune.jsonl (default: the cache)")
+    options = parser.parse_args()
+    log = options.sweeps and options.sweeps / device_named(None).name / "sweeps" / "tune.jsonl"
+    print(json.dumps(tune([], options.seconds, folder=options.out, log=log)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Runs tasks in processes that may crash or hang: their task is lost then, and nothing else."""
+"""Run tasks in processes that may crash or hang, in which case only their task is lost."""
 
 import contextlib
 import multiprocessing
@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, cast
 
-# What torch and Triton say when a GPU refuses. Most such errors are sticky: whatever the process calls next fails too.
+# Messages of torch and Triton for errors of a GPU. After most of them all further calls of the process fail too.
 DEVICE = re.compile(r"\b(CUDA|HIP)( driver| unknown)? error\b|Triton Error \[|_STATUS_|No (CUDA|HIP) GPUs", re.I)
 MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED", re.I)
 
@@ -18,9 +18,8 @@ MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED", re.I)
 class Failed(NamedTuple):
     """Says why a task has no result.
 
-    kind: "task": it raised an exception of its own; "process": it ended its process, or left it unfit for another task,
-    as an error of the GPU does, whose cause may be an earlier task; "memory": there was too little; "time": it took
-    longer than the limit.
+    kind: "task": it raised an exception; "process": it ended its process, or left it unusable, as an error of the GPU
+    does, whose cause may be an earlier task; "memory": there was too little; "time": it took longer than the limit.
     """
 
     why: str
@@ -35,8 +34,8 @@ class _Worker(NamedTuple):
 class Workers:
     """Applies one function of a module in a few spawned processes; each starts at its first task.
 
-    limit: seconds a task may take. A process that takes longer, dies or is left unfit (see Failed) is killed with what
-    it started (on Windows without), and another takes its place. A task's exception is its result.
+    limit: seconds a task may take. A process that takes longer, dies or is unusable (see Failed) is killed with the
+    processes that it started (on Windows without), and replaced. The result of a task that raises is Failed.
     """
 
     def __init__(self, function: Callable[[Any], Any], count: int, limit: float):
@@ -46,7 +45,7 @@ class Workers:
         self._idle: list[_Worker | None] = [None] * count
 
     def each(self, tasks: Iterable[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """Yield (task, result or Failed) as they come; a result is taken before the next task is."""
+        """Yield (task, result or Failed) as they complete; the next task starts after a result is consumed."""
         busy: dict[Connection, tuple[_Worker, Any, float]] = {}
         tasks = iter(tasks)
         try:
@@ -82,26 +81,28 @@ class Workers:
         self.close()
 
     def start(self) -> None:
-        """Start all processes and wait until they are up: each gets None to do, which its function may not like."""
+        """Start all processes and wait until they run, by the task None, which may fail."""
         for _ in self.each([None] * len(self._idle)):
             pass
 
     def one(self, task: Any) -> Any:
+        """Return the result of one task, or Failed."""
         return next(iter(self.each([task])))[1]
 
     def close(self) -> None:
+        """Kill all processes."""
         for i, worker in enumerate(self._idle):
             if worker:
                 _kill(worker)
             self._idle[i] = None
 
     def _sent(self, worker: _Worker | None, task: Any) -> _Worker:
-        """Return the process that has the task now: another one, if this died while it had nothing to do."""
+        """Send the task to this process, or to a new one if it died while idle; return the process."""
         if worker and not worker.process.is_alive():
             _kill(worker)
             worker = None
         worker = self._idle[-1] = worker or self._start()
-        with contextlib.suppress(BrokenPipeError):  # it died just now, which the end of its pipe will tell
+        with contextlib.suppress(BrokenPipeError):  # it died just now, which reading its pipe will show
             worker.pipe.send(task)
         return worker
 
@@ -121,14 +122,14 @@ def _received(worker: _Worker) -> Any:
     except (EOFError, OSError):
         worker.process.join(5)
         status = worker.process.exitcode
-        # Linux kills the largest process where memory is short; nothing that a task does to itself has this status.
+        # Linux kills the largest process when memory is short; no error of a task itself gives this status.
         killed = hasattr(signal, "SIGKILL") and status == -signal.SIGKILL
         return Failed(f"the process died with status {status}", "memory" if killed else "process")
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
     if hasattr(os, "setsid"):
-        os.setsid()  # so that what a task starts can be killed with it
+        os.setsid()  # so that processes that a task starts can be killed with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     while True:
         try:
@@ -143,7 +144,7 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
 
 
 def kind_of(error: BaseException) -> str:
-    """Return the kind of Failed that an exception makes. What came first counts: after it, cleaning up fails too."""
+    """Return the kind of Failed for an exception; the first of a chain counts, as cleaning up fails after it."""
     chain: list[BaseException] = []
     while error not in chain:
         chain.append(error)

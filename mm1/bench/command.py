@@ -65,7 +65,7 @@ def everything(seconds: float = 530.0, json: Path | None = None) -> None:
 
     Args:
         seconds: limit in all.
-        json: file of results (default: today's file of this machine and commit).
+        json: file of results (default: a file named by date and commit in ./bench-results).
     """
     from mm1.bench.record import Record
     from mm1.bench.run import run
@@ -77,7 +77,7 @@ def report(paths: tuple[Path, ...] = (), /, out: Path = Path("report.html")) -> 
     """Write one self-contained HTML page of results.
 
     Args:
-        paths: files or folders of results (default: this project's).
+        paths: files or folders of results (default: ./bench-results).
         out: file to write.
     """
     from mm1.bench.report import report
@@ -97,8 +97,9 @@ def readme(pictures: Path | None = None) -> None:
     rewrite()
     if pictures:
         from mm1.bench.pictures import pictures as draw
+        from mm1.bench.record import RESULTS
 
-        draw([], pictures)
+        draw([RESULTS], pictures)
 
 
 bench = {

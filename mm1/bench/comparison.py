@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm1.bench.record import RESULTS, Row, read
+from mm1.bench.record import OUT, Row, read
 from mm1.errors import UserError
 
 DENSE = "dense"  # dense products of as many operations: a yardstick, not a peer that computes the same
@@ -37,14 +37,14 @@ class Result(NamedTuple):
 
 
 def gather(paths: Sequence[Path] = ()) -> list[Result]:
-    """Return the result files at these paths, oldest first; without paths those of this package.
+    """Read the records in these files and folders (default: ./bench-results), oldest first.
 
-    JSON files in folders that have no header are reported on standard error and left out. Raises UserError for a
-    malformed file, and if there is no row at all.
+    In folders, JSON files without a header are named on standard error and skipped. Raises UserError, in one line, if a
+    file is no record or there is no row at all.
     """
     results = []
-    for path in dict.fromkeys(paths or [RESULTS]):
-        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+    for path in dict.fromkeys(paths or [OUT]):
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path] if path.exists() or paths else []:
             try:
                 if path.is_dir() and '"header"' not in file.read_text()[:1000]:
                     print(f"{file} has no header, as records have: left out", file=sys.stderr)
@@ -57,7 +57,7 @@ def gather(paths: Sequence[Path] = ()) -> list[Result]:
                     raise UserError(f"{file}: row {number}: {fault}")
             results.append(Result(file, record["header"], record["rows"]))
     if not any(result.rows for result in results):
-        raise UserError(f"no results in {', '.join(map(str, paths or [RESULTS]))}")
+        raise UserError(f"no results in {', '.join(map(str, paths or [OUT]))}")
     return sorted(results, key=lambda result: (result.date, str(result.header.get("time", "")), result.path.name))
 
 

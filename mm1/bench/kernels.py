@@ -1,7 +1,7 @@
-"""Kernels beside their peers: each way checked against wide arithmetic before it is timed, and in turns.
+"""Time kernels and their peers in turns, after checking each way against wider arithmetic.
 
-On a GPU each call finds cold caches. Where launches may show, calls are also timed as CUDA graphs, a row of its own
-("graph"); only ways that can be captured are in it. On a CPU caches are warm, and ratios are what counts.
+On a GPU caches are cold at each call. Short calls are also timed as CUDA graphs, in a row of their own ("graph") with
+the ways that can be captured. On a CPU caches are warm, and ratios are what counts.
 """
 
 import time
@@ -27,10 +27,10 @@ WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float
 # rms error of one product: bf16 rounds to 1.7e-3, fp16 to 2e-4, fp32 to 3e-8
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 LOOSE = 5  # times as wrong as this project may a peer be
-LAUNCHES = 200e-6  # seconds: in less than that launches may show
+LAUNCHES = 200e-6  # seconds; in shorter calls the time of launches may be visible
 BUDGET = {"cuda": 0.4, "cpu": 4.0}  # seconds a row
 DIRECTIONS = ("forward", "forward+backward")
-ENERGY = 0.15  # seconds of calls whose energy is counted: the counter moves a dozen times
+ENERGY = 0.15  # seconds of calls to count energy over, in which the counter moves a dozen times
 
 
 def measure(
@@ -43,10 +43,10 @@ def measure(
     budget: float | None = None,
     seconds: float = float("inf"),
 ) -> bool:
-    """Appends a row for each op × case × direction and prints it; whether this project was right in all.
+    """Append a row for each op × case × direction and print it; return whether this project was right in all.
 
-    ops, peers: by name, all for none. shapes: parts of the cases' names. budget: seconds a row; seconds: in all, after
-    which what is left is left out. Raises UserError for unknown names.
+    ops, peers: names, all if there are none. shapes: parts of the cases' names. budget: seconds a row. seconds: limit
+    in all, after which remaining cases are skipped. Raises UserError for unknown names.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = dtype or ("bf16" if device == "cuda" else "fp32")
@@ -81,13 +81,13 @@ def _known(what: str, names: Sequence[str], known: Any) -> None:
 
 
 def ordered(ops: Sequence[str], device: str) -> list[tuple[str, str]]:
-    """The most telling case of each op, then the second ones, …"""
+    """Return (op, case): the most informative case of each op, then the second ones, …"""
     turns = zip_longest(*([(op, case) for case in OPS[op].cases[device]] for op in ops or OPS))
     return [pair for turn in turns for pair in turn if pair is not None]
 
 
 class Bench:
-    """One op at one size: its ways, and what is wrong with those that are left out."""
+    """Holds one op at one size: its ways, and the reasons why others are left out."""
 
     def __init__(self, op: str, case: str, device: str, dtype: str, peers: Sequence[Peer], limits: dict[str, Any]):
         self.problem = OPS[op].problem(Maker(device, DTYPES[dtype]), *OPS[op].cases[device][case])
@@ -110,7 +110,7 @@ class Bench:
         return dy, self._results(Way(self.problem.plain, leaves), dy.to(y.dtype))
 
     def _results(self, way: Way, dy: Tensor) -> dict[str, Tensor]:
-        """The result and the gradients, by name; of an op without backward the result."""
+        """Return the result and the gradients by name; only the result for an op without backward."""
         if not self.backward:
             return {"y": way.packed(torch.no_grad()(way.run)(way.leaves))}
         leaves = _given(way)
@@ -120,7 +120,7 @@ class Bench:
         return {"y": way.packed(y.detach()), **{n: g for n, g in zip(leaves, found) if g is not None}}
 
     def _try(self, peer: Peer, op: str) -> str | None:
-        """Take the peer in, if its results are right."""
+        """Add the peer if its results are right; else return the reason."""
         try:
             way = peer.ways[op](self.problem)
             if way.same:
@@ -168,7 +168,7 @@ class Bench:
         return row | ({"gpu": gpu} if self.device == "cuda" else {})
 
     def _after(self, samples: Samples, cost: Cost) -> str | None:
-        """What is wrong with this project's figures: results that changed meanwhile, or a time that cannot be."""
+        """Return what is wrong with this project's figures: changed results, or an impossible time; or None."""
         again = self._results(self.ways["mm1"], self.dy)
         if any(_error(again[name], self.truth[name]) > 2 * self.errors["mm1"] for name in again):
             return "results changed while they were timed"
@@ -210,7 +210,7 @@ def _graphs(calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
 
 
 def _aside(call: Call) -> dict[str, Any]:
-    """Seconds until the host is free again, and joules a call if the GPU tells them."""
+    """Return seconds until the host is free again, and joules a call if the GPU reports them."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     call()

@@ -1,7 +1,7 @@
-"""The ops that are measured: sizes, random inputs, this project's way, and plain torch's.
+"""Define the ops that are measured: sizes, random inputs, this project's way, and plain torch's.
 
-A problem is one op at one size. What it takes gradients of are its leaves, by the names of the op's arguments; the
-plain way is the truth when its leaves are wide (fp32 for 16 bits, fp64 for fp32), and a peer when they are not.
+A problem is one op at one size. Its leaves, by the names of the op's arguments, are the tensors that get gradients. The
+plain way is the family's reference: the truth if its leaves are wider (fp32 for 16 bits, fp64 for fp32), else a peer.
 """
 
 import math
@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.bench.plain import block
 from mm1.engine.layers.connector import CAbstractor, ConvBlock
 from mm1.kernels import linear_cross_entropy
 from mm1.kernels.abstractor import bottleneck as conv
 from mm1.kernels.abstractor import pooling as pool
+from mm1.kernels.abstractor import reference as conv_reference
 from mm1.kernels.attention import Causal, Full, paged, varlen
-from mm1.kernels.dispatch import Cost, cdiv
+from mm1.kernels.dispatch import Cost, cdiv, wide
 from mm1.kernels.moe import experts, routing
 from mm1.kernels.moe import grouped as grouped_gemm
+from mm1.kernels.moe import reference as moe_reference
 from mm1.kernels.patches import embedding as patch_embed
+from mm1.kernels.patches import reference as patch_reference
 from mm1.kernels.patches.grids import Grids
+from mm1.kernels.patches.reference import runs
 
 Sizes = list[tuple[int, int]]
 Leaves = dict[str, Tensor]
@@ -32,7 +35,7 @@ Leaves = dict[str, Tensor]
 class Problem(Protocol):
     shape: dict[str, int]
     leaves: Leaves
-    tolerance: float  # of rms, as a multiple of what one product of this dtype is off by
+    tolerance: float  # allowed rms error, as a multiple of that of one product in this dtype
 
     def ours(self, leaves: Leaves) -> Tensor: ...
     def plain(self, leaves: Leaves) -> Tensor: ...
@@ -40,7 +43,7 @@ class Problem(Protocol):
 
 
 class Maker:
-    """Random tensors of one device and dtype."""
+    """Makes random tensors of one device and dtype."""
 
     def __init__(self, device: str, dtype: torch.dtype):
         torch.manual_seed(0)
@@ -87,15 +90,7 @@ class MoeMlp:
         return experts.moe_mlp(leaves["x"], self.index, leaves["weight"], leaves["gate_up"], leaves["down"])
 
     def plain(self, leaves: Leaves) -> Tensor:
-        """A product an expert, sizes on the host."""
-        x, weight, gate_up, down = (leaves[name] for name in ("x", "weight", "gate_up", "down"))
-        slots, position, offsets = routing.sort_by_expert(self.index, len(down))
-        parts = []
-        rows = x[slots // self.layer.k].split(offsets.diff(prepend=offsets.new_zeros(1)).tolist())
-        for e, part in enumerate(rows):
-            gate, up = F.linear(part, gate_up[e]).chunk(2, -1)
-            parts.append(F.linear(F.silu(gate) * up, down[e]))
-        return (torch.cat(parts)[position.long()] * weight[..., None]).sum(1).to(x.dtype)
+        return moe_reference.moe_mlp(leaves["x"], self.index, leaves["weight"], leaves["gate_up"], leaves["down"])
 
     def cost(self, backward: bool) -> Cost:
         L, x = self.layer, self.leaves["x"]
@@ -104,8 +99,11 @@ class MoeMlp:
 
 
 def routed(tokens: int, count: int, k: int, skew: str, device: str) -> tuple[Tensor, Tensor]:
-    """index, weight of random routers: even, experts as frequent as 1 / rank, or one that every token chooses first."""
-    # Gumbel noise: the largest are samples without replacement.
+    """Return index and weight of a random router.
+
+    skew: "uniform", "zipf" (frequency 1 / rank), or "one" (every token chooses expert 0 first).
+    """
+    # The k largest of Gumbel noise are samples without replacement.
     logits = -torch.empty(tokens, count, device=device).exponential_().log()
     if skew == "zipf":
         logits -= torch.arange(1, count + 1, device=device).log()
@@ -129,8 +127,7 @@ class GroupedGemm:
         return grouped_gemm.grouped_gemm(leaves["a"], leaves["b"].transpose(1, 2), self.offsets)
 
     def plain(self, leaves: Leaves) -> Tensor:
-        parts = leaves["a"].split(self.offsets.diff(prepend=self.offsets.new_zeros(1)).tolist())
-        return torch.cat([F.linear(part, b) for part, b in zip(parts, leaves["b"])])
+        return moe_reference.grouped_gemm(leaves["a"], leaves["b"].transpose(1, 2), self.offsets)
 
     def cost(self, backward: bool) -> Cost:
         a, (count, n, k) = self.leaves["a"], self.leaves["b"].shape
@@ -149,13 +146,10 @@ class Route:
 
     def plain(self, leaves: Leaves) -> Tensor:
         logits = leaves["logits"]
-        probability = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
-        weight, index = probability.topk(self.k)
-        slots = index.flatten().argsort(stable=True)
-        sizes = F.one_hot(index.flatten(), logits.shape[1]).sum(0)
-        balance = (probability.mean(0) * sizes).sum()
-        self.extra = slots, sizes.cumsum(0), balance  # what ours gives too
-        return weight / weight.sum(-1, keepdim=True)
+        chosen = moe_reference.choose(logits.to(wide(logits.dtype)), None, self.k, True)
+        sizes = F.one_hot(chosen.choice.flatten().long(), logits.shape[1]).sum(0)
+        self.extra = chosen.choice.flatten().argsort(stable=True), sizes.cumsum(0)  # which the op returns too
+        return chosen.weight
 
     def cost(self, backward: bool) -> Cost:
         logits = self.leaves["logits"]
@@ -164,12 +158,16 @@ class Route:
 
 TABLE = 16  # side of the position table
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# Of 224 to 1344 pixels a side: padded to the longest, 41.5 % of their rows are padding.
+# 224 to 1344 pixels a side; padded to the longest image, 41.5 % of their rows are padding.
 NATIVE = [(70, 51), (51, 41), (38, 75), (77, 81), (82, 77), (22, 50)]
 
 
 def images_of(regime: str, count: int) -> Sizes:
-    """square: 378²; native: 224 to 1344 pixels a side; budget: at most 256 patches, as SigLIP2's processor resizes."""
+    """Return (h, w) of `count` images.
+
+    regime: "square", 378²; "native", 224 to 1344 pixels a side; "mixed", eight sizes; else at most 256 patches, as
+    SigLIP2's processor resizes.
+    """
     draw = random.Random(0)
     if regime == "square":
         return [(27, 27)] * count
@@ -183,7 +181,7 @@ def images_of(regime: str, count: int) -> Sizes:
 
 
 class PatchEmbed:
-    """From bytes, where patch_embed starts; or from cut and normalised patches, where other frameworks do."""
+    """Embeds bytes, as patch_embed does, or cut and normalised patches, as other frameworks do."""
 
     tolerance = 1.0
 
@@ -201,15 +199,8 @@ class PatchEmbed:
         }
 
     def cut(self, dtype: torch.dtype) -> Tensor:
-        """Patches [P, p·p·3], normalised."""
-        p = self.patch
-        parts = self.pixels.split([h * w * p**2 for h, w in self.sizes])
-        cut = torch.cat([
-            part.view(h, p, w, p, 3).transpose(1, 2).reshape(h * w, -1) for part, (h, w) in zip(parts, self.sizes)
-        ])  # fmt: skip
-        mean, std = (torch.tensor(v, device=cut.device, dtype=torch.promote_types(dtype, torch.float32))
-                     for v in (MEAN, STD))  # fmt: skip
-        return ((cut.to(mean.dtype) / 255).view(-1, 3) - mean).div_(std).view(len(cut), -1).to(dtype)
+        """Return normalised patches [P, p·p·3]."""
+        return patch_reference.cut(self.pixels, self.grids, self.patch, MEAN, STD, dtype)
 
     def ours(self, leaves: Leaves) -> Tensor:
         if not self.from_bytes:
@@ -219,13 +210,8 @@ class PatchEmbed:
         )[0]
 
     def plain(self, leaves: Leaves) -> Tensor:
-        weight, bias, table = leaves.values()
-        x = self.cut(weight.dtype) if self.from_bytes else self.patches.to(weight.dtype)
-        grid = table.permute(2, 0, 1)[None]
-        wide = grid if grid.dtype == torch.float64 else grid.float()
-        tables = {size: F.interpolate(wide, size, mode="bilinear", antialias=True).to(grid.dtype)
-                  for size in dict.fromkeys(self.sizes)}  # fmt: skip
-        return F.linear(x, weight, bias) + torch.cat([tables[s][0].flatten(1).t() for s in self.sizes])
+        patches = self.cut(leaves["weight"].dtype) if self.from_bytes else self.patches
+        return patch_reference.embed_patches(patches, self.grids, *leaves.values())
 
     def cost(self, backward: bool) -> Cost:
         weight = self.leaves["weight"]
@@ -240,7 +226,7 @@ def embed_patches(new: Maker, regime: str, count: int, width: int, patch: int = 
 
 
 class QwenEmbed:
-    """Qwen-VL's: each patch twice, a frame and the next, no bias, no position."""
+    """Embeds as Qwen-VL does: each patch twice, a frame and the next, without bias and positions."""
 
     tolerance = 1.0
 
@@ -256,8 +242,7 @@ class QwenEmbed:
         return patch_embed.embed_patches(self.patches, self.grids, leaves["weight"])
 
     def plain(self, leaves: Leaves) -> Tensor:
-        weight = leaves["weight"]
-        return F.linear(self.patches.to(weight.dtype), weight)
+        return patch_reference.embed_patches(self.patches, self.grids, leaves["weight"])
 
     def cost(self, backward: bool) -> Cost:
         width, k = self.leaves["weight"].shape
@@ -269,16 +254,8 @@ def blocks_of(leaves: Leaves, prefix: str) -> Leaves:
     return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
-def by_size(x: Tensor, sizes: Sizes, net: Callable[[Tensor], Tensor]) -> Tensor:
-    """net of [N, C, h, w] for each image of packed rows, or for all at once where they are of one size."""
-    groups = [sizes] if len(set(sizes)) == 1 else [[size] for size in sizes]
-    parts = x.split([sum(h * w for h, w in group) for group in groups])
-    images = (part.view(len(group), *group[0], -1).permute(0, 3, 1, 2) for part, group in zip(parts, groups))
-    return torch.cat([net(image).flatten(2).transpose(1, 2).flatten(0, 1) for image in images])
-
-
 class Packed:
-    """Rows of packed images, and the parameters of a module if there is one."""
+    """Holds rows of packed images, and the parameters of a module if there is one."""
 
     def __init__(self, new: Maker, regime: str, count: int, channels: int):
         self.sizes = images_of(regime, count)
@@ -301,7 +278,7 @@ class ConvBlockProblem(Packed):
         return conv.conv_block(leaves["x"], self.grids, {name: w for name, w in leaves.items() if name != "x"})
 
     def plain(self, leaves: Leaves) -> Tensor:
-        return by_size(leaves["x"], self.sizes, lambda image: block(image, leaves))
+        return conv_reference.conv_block(leaves["x"], self.grids, leaves)
 
     def cost(self, backward: bool) -> Cost:
         x = self.leaves["x"]
@@ -309,7 +286,7 @@ class ConvBlockProblem(Packed):
 
 
 class CAbstractorProblem(Packed):
-    """Three blocks, the pool, three blocks; without the readout, which is two plain products."""
+    """Measures three blocks, the pool and three blocks, without the readout, which is two plain products."""
 
     tolerance = 6.0
     side = 12
@@ -327,12 +304,13 @@ class CAbstractorProblem(Packed):
         def net(image: Tensor) -> Tensor:
             for stage in ("0", "2"):
                 for name in ("b1", "b2", "b3"):
-                    image = block(image, blocks_of(leaves, f"net.{stage}.{name}."))
+                    image = conv_reference.block(image, blocks_of(leaves, f"net.{stage}.{name}."))
                 if stage == "0":
                     image = F.adaptive_avg_pool2d(image, self.side)
             return image
 
-        return by_size(leaves["x"], self.sizes, net)
+        shape = len(self.sizes) * self.side**2, leaves["x"].shape[1]
+        return conv_reference.by_size(leaves["x"], runs(self.sizes), shape, net)
 
     def cost(self, backward: bool) -> Cost:
         x, count = self.leaves["x"], len(self.sizes)
@@ -351,7 +329,7 @@ class AdaptivePool(Packed):
         return pool.adaptive_pool(leaves["x"], self.grids, (self.side, self.side))
 
     def plain(self, leaves: Leaves) -> Tensor:
-        return by_size(leaves["x"], self.sizes, lambda image: F.adaptive_avg_pool2d(image, self.side))
+        return conv_reference.adaptive_pool(leaves["x"], self.grids, (self.side, self.side))
 
     def cost(self, backward: bool) -> Cost:
         x = self.leaves["x"]

@@ -1,6 +1,6 @@
-"""Others who compute the same ops: each optional, looked for when it is asked, and wrong until its results are checked.
+"""List other implementations of the same ops; each is optional, and checked before it is timed.
 
-A way is a call with its own parameters, whose results and gradients can be laid beside this project's.
+A way is a call with its own parameters, whose results and gradients can be compared with this project's.
 """
 
 import importlib.util
@@ -13,24 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PagedAttention, PatchEmbed, QwenEmbed, Sizes, by_size
+from mm1.bench.ops import TABLE, Attention, Leaves, MoeMlp, PagedAttention, PatchEmbed, QwenEmbed, Sizes
 from mm1.integrations.torchvision import declare_operators
+from mm1.kernels.abstractor.reference import by_size
 from mm1.kernels.attention.backends import BACKENDS
 from mm1.kernels.dispatch import cdiv
+from mm1.kernels.moe.backends import find
 from mm1.kernels.moe.routing import Routing, sort_by_expert
+from mm1.kernels.patches.reference import runs
 
 Rows = Callable[[Tensor], Tensor]
 
 
 @dataclass
 class Way:
-    """run: its leaves to a result; packed: the result to this project's layout; spread: a gradient the other way."""
+    """Holds a call (run), and maps of its result to this project's layout (packed) and of a gradient back (spread)."""
 
     run: Callable[[Leaves], Tensor]
     leaves: Leaves
     packed: Rows = field(default=lambda y: y)
     spread: Rows = field(default=lambda dy: dy)
-    same: bool = True  # whether it computes the op, or a yardstick of as many operations
+    same: bool = True  # False: it is a yardstick, other products of as many operations
 
 
 class Peer(NamedTuple):
@@ -41,7 +44,7 @@ class Peer(NamedTuple):
 
 
 def missing(peer: Peer, device: str) -> str | None:
-    """Why the peer is not here."""
+    """Return why the peer cannot run here, or None."""
     if importlib.util.find_spec(peer.module.partition(".")[0]) is None:
         return "not installed"
     return "needs a GPU" if peer.gpu and device == "cpu" else None
@@ -61,7 +64,7 @@ def dense(products: Callable[[Leaves], Tensor], leaves: Leaves) -> Way:
 
 
 def dense_experts(problem: MoeMlp) -> Way:
-    """All T·K rows through one expert's three products."""
+    """Return the yardstick that multiplies all T·K rows by one expert's weights."""
     L, x = problem.layer, problem.leaves["x"]
     rows = x.new_empty(len(x) * L.k, L.width).normal_()
     leaves = {"rows": rows, "gate_up": problem.leaves["gate_up"][0], "down": problem.leaves["down"][0]}
@@ -87,10 +90,8 @@ def torch_grouped_gemm(problem: Any) -> Way:
 
 
 def layer_of(name: str, problem: MoeMlp) -> Way:
-    """A back-end of the engine."""
-    from mm1.engine.layers.experts import BACKENDS
-
-    backend = BACKENDS[name]()
+    """Return the way of a backend of the engine."""
+    backend = find(name)
 
     def run(w: Leaves) -> Tensor:
         zero = w["x"].new_zeros(())
@@ -155,7 +156,10 @@ def unpadded(y: Tensor, sizes: Sizes) -> Tensor:
 
 
 def embedding(module: nn.Module, call: Rows, names: dict[str, str], problem: PatchEmbed) -> Way:
-    """A module on padded patches, which it gets ready, or cuts and normalises first; names: its parameters' by ours."""
+    """Return the way of a module on padded patches, which are ready or cut and normalised in the call.
+
+    names: the module's parameters by this project's names.
+    """
     sizes, dtype = problem.sizes, problem.patches.dtype
     ready = None if problem.from_bytes else padded(problem.patches, sizes)
     module.to(problem.patches.device, dtype)
@@ -225,13 +229,14 @@ def stage(problem: Any, blocks: int) -> Any:
 
 
 def timm_net(module: nn.Module, prefix: str, problem: Any) -> Way:
-    """A module of images [N, C, h, w] with our parameters, by timm's names behind a prefix of ours."""
+    """Return the way of timm's module of images [N, C, h, w] with this project's parameters."""
     x = problem.leaves["x"]
     module.to(x.device, x.dtype)
     state = problem.module.state_dict()
     module.load_state_dict({name.removeprefix(prefix): leaf for name, leaf in state.items()})
     leaves = {"x": x.detach().clone(), **{prefix + name: leaf for name, leaf in module.named_parameters()}}
-    return Way(lambda w: by_size(w["x"], problem.sizes, module), leaves)
+    shape = len(problem.sizes) * problem.side**2 if hasattr(problem, "side") else len(x), x.shape[1]
+    return Way(lambda w: by_size(w["x"], runs(problem.sizes), shape, module), leaves)
 
 
 def timm_block(problem: Any) -> Way:

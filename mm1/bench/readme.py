@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mm1.bench.chart import digits, percent
 from mm1.bench.comparison import DENSE, Result, fastest, gather, label, newest, peers, verdict
-from mm1.bench.record import Row
+from mm1.bench.record import RESULTS, Row
 from mm1.bench.timing import CONTROL
 from mm1.errors import UserError
 
@@ -28,7 +28,7 @@ def rewrite(readme: Path = ROOT / "README.md") -> None:
 def current(readme: Path = ROOT / "README.md") -> str:
     """What the README is to say, by the records of this package."""
     text = readme.read_text()
-    return tables(text, gather()) if "<!-- table:" in text else text
+    return tables(text, gather([RESULTS])) if "<!-- table:" in text else text
 
 
 def tables(readme: str, results: Sequence[Result]) -> str:

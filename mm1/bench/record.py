@@ -1,7 +1,7 @@
-"""What was measured, as it came out: a header that says where and with what, and rows, in one JSON file.
+"""Keep measurements in one JSON file: a header that says where and with what they were made, and rows.
 
-A row is a dict. "bench" says which benchmark it is of; its key fields say what was measured; "variants" holds, by
-name, {"median", "low", "high", "n", "samples"} in seconds and what else is known of each; "failed" why one is missing.
+A row is a dict. "bench" names its benchmark; its key fields say what was measured; "variants" holds by name {"median",
+"low", "high", "n", "samples"} in seconds and further facts; "failed" says why a variant is missing.
 """
 
 import datetime
@@ -23,8 +23,9 @@ import torch
 from mm1.errors import UserError
 from mm1.kernels.dispatch import device_of_index
 
-RESULTS = Path(__file__).parent / "results"
-KEY = ("bench", "op", "model", "case", "dtype", "what", "mode")  # which row it is
+RESULTS = Path(__file__).parent / "results"  # records of this project, in a clone; an installed package has none
+OUT = Path("bench-results")  # where records go by default, in the working directory
+KEY = ("bench", "op", "model", "case", "dtype", "what", "mode")  # fields that identify a row
 PEERS = ("transformers", "timm", "megablocks", "xformers", "flash_attn", "liger_kernel", "torchao")
 SIGNIFICANT = 5  # digits of a sample
 
@@ -32,10 +33,10 @@ Row = dict[str, Any]
 
 
 class Record:
-    """Rows kept in memory and, if a file is given, written there one by one: what was measured survives a kill.
+    """Keeps rows in memory and, with a path, writes each to that file at once, so that a killed process loses nothing.
 
-    A file that exists is gone on with: it must be of this commit, machine and versions. If a process died over a row,
-    that row is there as failed, so that the next one goes on behind it.
+    A file that exists is continued; it must be of this commit, machine and versions. A row over which a process died is
+    added as failed, so that the next process continues with the row after it. Raises UserError for another file.
     """
 
     def __init__(self, path: Path | None = None):
@@ -44,7 +45,9 @@ class Record:
             found = read(path)
             for name in ("commit", "device", "versions"):
                 if found["header"].get(name) != self.header[name]:
-                    raise UserError(f"{path} holds results of another {name}; give another file")
+                    raise UserError(
+                        f"{path} holds results of another {name}, expected {self.header[name]}: name another file"
+                    )
             self.header, self.rows = found["header"], found["rows"]
             if found.get("now"):
                 self.add({**found["now"], "variants": {}, "failed": {"mm1": "the process died"}})
@@ -54,7 +57,7 @@ class Record:
 
     @contextmanager
     def at(self, **fields: Any) -> Iterator[None]:
-        """Rows of these fields are measured in this block; a process that dies there leaves word of it."""
+        """Note in the file that rows of these fields are being measured in this block, in case the process dies."""
         self._write(fields)
         try:
             yield
@@ -68,7 +71,7 @@ class Record:
     def _write(self, now: Row | None = None) -> None:
         if self.path is None:
             return
-        # A line a row: they are read in diffs.
+        # One line for each row, for readable diffs.
         rows = ",\n".join(json.dumps(row) for row in self.rows)
         state = f'"now": {json.dumps(now)},\n' if now else ""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +80,12 @@ class Record:
         os.replace(part, self.path)
 
     def last_line(self) -> str:
-        """All of it but the samples, in one line."""
+        """Return everything but the samples, in one line of JSON."""
         return json.dumps({**self.header, "rows": [without_samples(row) for row in self.rows]})
 
 
 def read(path: Path) -> dict[str, Any]:
-    """{"header": …, "rows": […]}. Raises UserError if the file is not such a record."""
+    """Read {"header": …, "rows": […]}. Raises UserError if the file is not such a record."""
     try:
         found = json.loads(path.read_text())
         rows, header = found["rows"], found["header"]
@@ -97,14 +100,14 @@ def key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEY)
 
 
-def file(folder: Path = RESULTS) -> Path:
-    """Where this commit's results of today on this machine belong: results/<gpu>/<date>-<commit>.json."""
+def file(folder: Path = OUT) -> Path:
+    """Return the path for today's results of this commit on this machine: <folder>/<gpu>/<date>-<commit>.json."""
     now = header()
     return folder / machine_name() / f"{now['date']}-{now['commit'][:10]}.json"
 
 
 def machine_name() -> str:
-    """The GPU by the name of its tables, or else the processor and its threads."""
+    """Return the name of the GPU's tables, or without a GPU the processor and its threads."""
     if torch.cuda.is_available():
         return device_of_index(None).name
     return re.sub(r"\W+", "-", f"{_processor()} {torch.get_num_threads()} threads".lower()).strip("-")
@@ -112,6 +115,7 @@ def machine_name() -> str:
 
 @functools.cache
 def header() -> dict[str, Any]:
+    """Describe date, commit, machine and versions."""
     git = lambda *args: subprocess.run(  # noqa: E731
         ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
@@ -132,7 +136,7 @@ def header() -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats in at most SIGNIFICANT digits."""
+    """Round floats to SIGNIFICANT digits."""
     if isinstance(value, dict):
         return {name: rounded(v) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -148,14 +152,14 @@ def without_samples(row: Row) -> Row:
 
 
 def _processor() -> str:
-    """With its vector instructions: virtual machines name processors of several generations alike."""
+    """Return the processor with its vector instructions, as virtual machines give several generations one name."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
     return f"{names[0].strip() if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(name: str) -> str | None:
-    """Of a module, without importing it."""
+    """Return a module's version without importing it; None if it is not installed."""
     if importlib.util.find_spec(name) is None:
         return None
     distributions = metadata.packages_distributions().get(name, [name])

@@ -1,9 +1,12 @@
-"""Run all benchmarks of a machine in one command, the most important first, within a limit of seconds.
+"""Measure a machine in one command, most important results first, within a limit of seconds.
 
-Each step is a separate process, because a wrong kernel can crash it. The record has its measurements by then, and the
-same command continues from there.
+    python -m mm1.bench.run [SECONDS] [--out FOLDER] [--tables FOLDER]
+
+Each step runs in a process of its own, since a faulty kernel may end its process; what was measured by then is in the
+record, and the same command continues from there.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 
 from mm1.bench import generate, kernels, train
-from mm1.bench.record import Record, Row, file
+from mm1.bench.record import OUT, Record, Row, file, read
 from mm1.bench.roofline import DTYPES
 from mm1.kernels.attention.backends import gpu_name
 
@@ -27,29 +30,32 @@ STEPS = {"tests": 0.25, "kernels": 0.45, "train": 0.15, "generate": 0.15}  # sha
 TESTS = ("clock", "grouped_gemm", "experts", "route", "patch_embed", "conv_block", "adaptive_pool", "flash")
 BACKENDS = {"flash-attn": "flash", **{name: name for name in ("varlen", "xformers", "flex", "sdpa", "triton")}}
 BACKENDS["flash-attn 3"] = "flash3"
-LIMIT = 530  # seconds: ten minutes of a rented machine, less the time to start
+LIMIT = 530  # seconds: ten minutes less the time to start
 
 
-def run(path: Path | None = None, seconds: float = LIMIT) -> Path:
-    """Run every step that the time allows, add rows to the record at `path`, and return that path.
+def run(path: Path | None = None, seconds: float = LIMIT, tables: Path | None = None) -> Path:
+    """Take every step that the time allows, and return the path of the record that holds the results.
 
-    seconds: the limit of time for all steps.
+    path: the record (default: a file in ./bench-results). tables: a folder for the measured speeds of attention's
+    backends, FOLDER/attention/<gpu>.json, which attention's "auto" reads in mm1/autotune/tables.
     """
-    path, end, shares = path or file(), time.monotonic() + seconds, dict(STEPS)
+    path, end, shares = (path or file()).absolute(), time.monotonic() + seconds, dict(STEPS)
     while shares:
         step, total = next(iter(shares)), sum(shares.values())
         remaining = (end - time.monotonic()) * shares.pop(step) / total
-        for _ in range(3):  # a process that crashed in a row has recorded that; the next one continues after it
+        for _ in range(3):  # a process that died over a row noted it; the next one continues after that row
             begin = time.monotonic()
-            command = [sys.executable, "-m", "mm1.bench.run", step, str(path), str(remaining)]
+            command = [sys.executable, "-m", "mm1.bench.run", "--step", step, str(path), str(remaining)]
             if remaining <= 5 or _process(command, remaining) == 0:
                 break
             remaining -= time.monotonic() - begin
+    if tables is not None and torch.cuda.is_available():
+        _write_backends(read(path), tables)
     return path
 
 
 def _process(command: list[str], limit: float) -> int:
-    """Run a command and return its status; at the limit it is terminated, which counts as success."""
+    """Run a command; return its status, or 0 where it was ended at the limit."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
@@ -74,8 +80,6 @@ def _step(step: str, record: Record, seconds: float) -> None:
             record.add(_tests(seconds))
     elif step == "kernels":
         kernels.measure(record, seconds=seconds)
-        if torch.cuda.is_available():
-            _write_backends(record)
     elif step == "train":
         train.measure(record, budget=seconds / 6)
     else:
@@ -83,9 +87,9 @@ def _step(step: str, record: Record, seconds: float) -> None:
 
 
 def _tests(seconds: float) -> Row:
-    """Run the kernels' tests, on this machine's GPU if it has one, and return their row."""
-    if find_spec("pytest") is None:
-        return {"bench": "tests", "failed": {"mm1": "pytest is not installed"}}
+    """Run the kernels' tests, on this machine's GPU if it has one."""
+    if find_spec("pytest") is None or not (ROOT / "tests").is_dir():
+        return {"bench": "tests", "failed": {"mm1": "needs pytest and a clone of the repository"}}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
     names = [f"tests/test_{name}.py" for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
@@ -98,41 +102,46 @@ def _tests(seconds: float) -> Row:
     return {"bench": "tests", "status": done.returncode, "lines": done.stdout.splitlines()[-30:]}
 
 
-def _write_backends(record: Record) -> None:
-    """Write the table that attention's "auto" reads."""
-    path = ROOT / "mm1" / "autotune" / "tables" / "attention" / f"{gpu_name(None)}.json"
-    if table := backends(record.rows, record.header["ceilings"]["gemm"]):
+def _write_backends(record: dict[str, Any], tables: Path) -> None:
+    path = tables / "attention" / f"{gpu_name(None)}.json"
+    if speeds := backends(record["rows"], record["header"].get("ceilings", {}).get("gemm", {})):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table, indent=1) + "\n")
+        path.write_text(json.dumps(speeds, indent=1) + "\n")
 
 
 def backends(rows: Iterable[Row], peak: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the shares of the peak that attention's backends reach, for each head width, causality and dtype.
-
-    rows: of a record, of which the first case counts; peak: flop/s by dtype.
-    """
+    """Return each attention backend's share of peak speed, for the first case of each head width, mask and dtype."""
     timed: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if row.get("op") == "attention" and row["mode"] == "stream":
             key = row["shape"]["width"], bool(row["shape"]["causal"]), row["dtype"]
             timed.setdefault(key, {}).setdefault(row["what"], row)
-    table = []
+    speeds = []
     for (width, causal, dtype), pair in timed.items():
         forward, both = (pair.get(what, {"variants": {}}) for what in ("forward", "forward+backward"))
         for peer, name in BACKENDS.items():
             if peer in forward["variants"] and peer in both["variants"]:
                 first = forward["variants"][peer]["median"]
                 then, flops = both["variants"][peer]["median"] - first, forward["flops"]
-                table.append({
+                speeds.append({
                     "head_width": width, "causal": causal, "dtype": str(DTYPES[dtype]).removeprefix("torch."),
                     "backend": name, "forward": flops / first / peak[dtype],
                     "backward": (both["flops"] - flops) / then / peak[dtype],
                 })  # fmt: skip
-    return table
+    return speeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("seconds", nargs="?", type=float, default=LIMIT, help="in all (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the record (default: ./%(default)s)")
+    parser.add_argument("--tables", type=Path, help="folder for speeds of attention's backends (default: none)")
+    options = parser.parse_args()
+    print(run(file(options.out), options.seconds, options.tables))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in STEPS:
-        _step(sys.argv[1], Record(Path(sys.argv[2])), float(sys.argv[3]))
+    if sys.argv[1:2] == ["--step"]:  # a process that `run` started
+        _step(sys.argv[2], Record(Path(sys.argv[3])), float(sys.argv[4]))
     else:
-        print(run(seconds=float(sys.argv[1]) if sys.argv[1:] else LIMIT))
+        main()

@@ -28,7 +28,7 @@ from mm1.engine.data.batch import Batch
 from mm1.engine.layers import connector, decoder, float8, vision
 from mm1.engine.layers.connector import ConvBlock
 from mm1.engine.layers.decoder import Block
-from mm1.engine.layers.experts import BACKENDS, Experts
+from mm1.engine.layers.experts import Experts
 from mm1.engine.layers.float8 import converted
 from mm1.engine.layers.vision import VisionBlock
 from mm1.engine.models.mm1 import MM1
@@ -38,6 +38,8 @@ from mm1.engine.train.ledger import Ledger, Load, ledger
 from mm1.engine.train.optim import adamw
 from mm1.engine.train.recompute import recomputed
 from mm1.errors import UserError
+from mm1.kernels.moe.backends import find
+from mm1.kernels.patches.reference import patch_embed
 
 SETS = 3  # of documents; the first is timed, the others show what is compiled again
 TOLERANCES = {"loss": {"fp32": 1e-5, "bf16": 2e-3}, "gradient norm": {"fp32": 1e-4, "bf16": 3e-2}}
@@ -313,11 +315,11 @@ class Steps:
             swap(decoder, "attention", plain.MaskedAttention() if rung.packed else plain.batched_attention)
             swap(vision, "attention", plain.batched_attention if self.same_size else plain.padded_attention)
         if "vision" in rung.plain:
-            swap(vision, "patch_embed", plain.patch_embed)
+            swap(vision, "patch_embed", patch_embed)
             swap(connector, "conv_block", plain.conv_block)
         for block in _blocks(self.model):
             if isinstance(mlp := getattr(block, "mlp", None), Experts) and "experts" in rung.plain:
-                swap(mlp, "backend", BACKENDS["torch"]())
+                swap(mlp, "backend", find("torch"))
             if rung.compiled and self._compilable(block, rung):
                 swap(block, "forward", self._compiled(block, rung))
 

@@ -1,7 +1,7 @@
-"""GPUs as the kernels see them: what a configuration depends on, and who is who.
+"""Describe GPUs by the properties that configurations depend on, and identify the one at hand.
 
-A GPU is known by vendor, PCI device id, multiprocessors and memory bandwidth, never by its marketing name, which
-drivers spell in several ways; a slice of one (MIG) has its id and fewer multiprocessors, and is another device.
+A GPU is identified by vendor, PCI device id, multiprocessors and memory bandwidth, not by its marketing name, which
+drivers spell in several ways. A slice of a GPU (MIG) has its id, but fewer multiprocessors, and is another device.
 """
 
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ from math import inf, log2
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: look-ups do it at every launch
 class Device:
-    """Rates are the vendor's: dense bf16 products summed in fp32, without sparsity."""
+    """Holds the properties of one GPU; rates are the vendor's, for dense bf16 products with sums in fp32."""
 
-    name: str  # of its tables
+    name: str  # its tables' file name
     arch: str  # "sm_90", "gfx942"
     units: int  # streaming multiprocessors or compute units
     shared: int  # bytes of shared memory one program may use
@@ -39,11 +39,11 @@ class Device:
 
     @property
     def asynchronous(self) -> bool:
-        """Whether products read their operands from shared memory, so that a pipeline keeps every stage there."""
+        """Whether products read operands from shared memory, where a pipeline then keeps every stage."""
         return self.arch in ("sm_90", "sm_100")
 
 
-# PCI ids: pci-ids.ucw.cz. Some are of one chip with several memories, which the bandwidth tells apart.
+# PCI ids: pci-ids.ucw.cz. Some are shared by variants of one chip, which differ in bandwidth.
 DEVICES = {
     device.name: device
     for device in (
@@ -60,14 +60,14 @@ DEVICES = {
 
 
 def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwidth: float | None = None) -> Device:
-    """The known GPU with these properties, or else one of its own name with the rates of the nearest known.
+    """Return the GPU of DEVICES with these properties, or a new Device with rates scaled from the nearest one.
 
-    bandwidth in GB/s; where it is not known, as many drivers do not tell it, the id and the units must do.
+    bandwidth: in GB/s; None, as many drivers do not report it, to identify by id and units alone.
     """
-    for known in DEVICES.values():
-        same = known.arch == arch and known.units == units and pci in known.pci
-        if same and (bandwidth is None or abs(bandwidth / known.bandwidth - 1) < 0.15):
-            return known
+    for device in DEVICES.values():
+        same = device.arch == arch and device.units == units and pci in device.pci
+        if same and (bandwidth is None or abs(bandwidth / device.bandwidth - 1) < 0.15):
+            return device
     vendor = "amd" if arch.startswith("gfx") else "nvidia"
     name = f"{vendor}-{'unknown' if pci is None else f'{pci:04x}'}-{units}"
     near = nearest(arch, units, bandwidth)
@@ -81,10 +81,10 @@ def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwid
 
 
 def nearest(arch: str, units: int, bandwidth: float | None) -> list[Device]:
-    """Known GPUs of one architecture, the most alike in units and bandwidth first."""
+    """Return the GPUs of DEVICES of one architecture, the most similar in units and bandwidth first."""
 
-    def distance(known: Device) -> float:
-        memory = 0.0 if bandwidth is None else abs(log2(bandwidth / known.bandwidth))
-        return abs(log2(units / known.units)) + memory if units > 0 else inf
+    def distance(device: Device) -> float:
+        memory = 0.0 if bandwidth is None else abs(log2(bandwidth / device.bandwidth))
+        return abs(log2(units / device.units)) + memory if units > 0 else inf
 
     return sorted((d for d in DEVICES.values() if d.arch == arch), key=distance)

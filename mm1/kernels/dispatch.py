@@ -1,4 +1,4 @@
-"""What all ops share: the cost of a call, how to refuse an argument, where a Triton kernel runs and for what device."""
+"""Define what all ops share: the cost of a call, checks of arguments, launches of Triton kernels and their device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,16 +21,16 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call must do at least: floating-point operations, and bytes read plus written once."""
+    """Holds the least that one call must do: floating-point operations, and bytes read plus written once."""
 
     flops: int
     bytes: int
 
 
 def expect(condition: bool, op: str, argument: str, found: object, expected: object) -> None:
-    """ValueError naming op, argument, what was found and what was expected, unless `condition` holds.
+    """Raise ValueError unless `condition` holds; the message names op, argument, the value found and the one expected.
 
-    A shape with letters is a list, [T, "D"]: a string of it would make its sizes constants of compiled code.
+    Pass a shape with letters as a list, [T, "D"]: a string of it would make its sizes constants of compiled code.
     """
     if not condition:
         expected = f"[{', '.join(map(str, expected))}]" if isinstance(expected, list) else expected
@@ -38,35 +38,35 @@ def expect(condition: bool, op: str, argument: str, found: object, expected: obj
 
 
 def expect_float(op: str, name: str, x: Tensor | None) -> None:
-    """ValueError unless x is of a dtype that kernels compute in: FLOATS, and fp64 where a CPU computes."""
+    """Raise ValueError unless the dtype of x is one that kernels compute in: FLOATS, on a CPU also fp64."""
     if x is not None and x.dtype not in FLOATS:
-        known = FLOATS if INTERPRETED or x.is_cuda else READ
-        expect(x.dtype in known, op, f"dtype of {name}", x.dtype, known)
+        dtypes = FLOATS if INTERPRETED or x.is_cuda else READ
+        expect(x.dtype in dtypes, op, f"dtype of {name}", x.dtype, dtypes)
 
 
 def expect_read(op: str, name: str, x: Tensor | None) -> None:
-    """ValueError unless x is of a float that kernels widen or round as they read it."""
+    """Raise ValueError unless x is of a float dtype that kernels convert as they read it."""
     expect(x is None or x.dtype in READ, op, f"dtype of {name}", None if x is None else x.dtype, READ)
 
 
 def expect_integers(op: str, name: str, x: Tensor, ndim: int) -> None:
-    """ValueError unless x holds integers in so many dimensions."""
+    """Raise ValueError unless x holds integers in `ndim` dimensions."""
     if x.dtype not in INTEGERS or x.ndim != ndim:
         expect(False, op, name, f"{x.dtype} {tuple(x.shape)}", f"integers of {ndim} dimensions")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which a CPU adds up numbers of this dtype: fp32, or fp64 for its own."""
+    """Return the dtype in which a CPU accumulates numbers of `dtype`: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def expect_alike(op: str, **tensors: Tensor | None) -> None:
-    """ValueError naming the first tensor on another device than the first, TypeError for what is no tensor.
+    """Raise ValueError unless all tensors are on one device, and TypeError for a value that is no tensor.
 
-    None is left out. RuntimeError for tangents of forward mode, which torch's custom ops drop without a word.
+    None is skipped. Raises RuntimeError for tangents of forward mode, which torch's custom ops drop silently.
     """
     first = None
-    for name, tensor in tensors.items():  # at every call of every op: strings are made where something is wrong
+    for name, tensor in tensors.items():  # runs at every call of every op: build strings only for errors
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
@@ -82,14 +82,14 @@ def expect_alike(op: str, **tensors: Tensor | None) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """In which autocast has products with x computed; None where it is off, and for fp64, which it leaves alone."""
+    """Return the dtype that autocast gives products with x; None where it is off, and for fp64, which it ignores."""
     kind = x.device.type
     on = kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
 def refuse_second_order(op: Any, name: str) -> None:
-    """Make the gradient of `op`, which computes the gradients of the public op `name`, a RuntimeError that says so."""
+    """Make differentiating `op`, the backward op of the public op `name`, raise a RuntimeError that says so."""
 
     def refuse(*_: Any) -> None:
         raise RuntimeError(f"{name}: gradients of gradients are not computed")
@@ -98,21 +98,32 @@ def refuse_second_order(op: Any, name: str) -> None:
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The least that is not below n."""
+    """Return the smallest power of 2 that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
 class Launch(NamedTuple):
-    """One launch of a Triton kernel: what static analysis compiles."""
+    """Holds one recorded launch of a Triton kernel, for static analysis to compile."""
 
     kernel: Any
     grid: int
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]  # by name: the kernel's parameters, and Triton's options of OPTIONS
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: self.arguments[name] for name in OPTIONS if name in self.arguments}
 
 
 _recording: tuple[Device, list[Launch]] | None = None
@@ -120,7 +131,7 @@ _recording: tuple[Device, list[Launch]] | None = None
 
 @contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Within the block kernels are not run but listed, as for this device; tensors may be on "meta"."""
+    """Record launches in the block, as for `device`, instead of running them; tensors may be on "meta"."""
     global _recording
     before, _recording = _recording, (device, [])
     try:
@@ -130,7 +141,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
 
 
 def device_of(x: Tensor) -> Device:
-    """The device of x; the interpreter plays an H200."""
+    """Return the device of x; for tensors that are not on a GPU, as when kernels are interpreted, an H200."""
     if _recording is not None:
         return _recording[0]
     return device_of_index(x.device.index) if x.is_cuda else DEVICES["h200"]
@@ -138,7 +149,7 @@ def device_of(x: Tensor) -> Device:
 
 @cache
 def device_of_index(index: int | None) -> Device:
-    """That of a GPU, as torch counts them."""
+    """Return the device of the GPU with this number, as torch counts them."""
     p = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
     arch = p.gcnArchName.split(":")[0] if hip else f"sm_{p.major}{p.minor}"
@@ -153,35 +164,45 @@ def device_of_index(index: int | None) -> Device:
     return identify(arch, p.multi_processor_count, shared, pci, bandwidth)
 
 
-def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
-    """Run `grid` programs of a Triton kernel on the device of its tensors; its arguments may all be keywords."""
-    # Said aloud because Triton's default is about to change, and all versions are to round alike.
-    constants["enable_fp_fusion"] = True
+def launch(kernel: Any, grid: int, *positional: Any, **arguments: Any) -> None:
+    """Run `grid` programs of a Triton kernel on the device and the current stream of its tensors.
+
+    arguments: the kernel's parameters by name, and num_warps and num_stages.
+    """
+    # Set explicitly because Triton's default is about to change, and all versions must round alike.
+    arguments["enable_fp_fusion"] = True
+    if positional:
+        arguments = dict(zip(kernel.arg_names, positional)) | arguments
     if grid == 0:
         return
     if INSTALLED and not arguments:  # all by keyword
         arguments = tuple(constants.pop(name) for name in kernel.arg_names)
     if _recording is not None:
-        _recording[1].append(Launch(kernel, grid, arguments, constants))
+        _recording[1].append(Launch(kernel, grid, arguments))
         return
     if not INSTALLED:
         raise ImportError("a kernel on a GPU needs Triton, which is not installed: pip install triton")
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(grid,)](*arguments, **constants)
+            kernel[(grid,)](**arguments)
     else:
-        kernel[(grid,)](*arguments, **constants)
+        kernel[(grid,)](**arguments)
+
+
+def strides(x: Tensor | None, *names: str) -> dict[str, int]:
+    """Return the strides of x as arguments of these names, one for each dimension; zeros for None."""
+    return dict(zip(names, (0,) * len(names) if x is None else x.stride()))
 
 
 def on_cpu(op: Any, implementation: Callable) -> None:
-    """What `op`, a custom op whose body launches Triton kernels, does on CPU tensors instead."""
+    """Register what `op`, a custom op whose body launches Triton kernels, does on CPU tensors instead."""
     if not INTERPRETED:
         op.register_kernel("cpu")(without_autocast(implementation))
 
 
 def without_autocast(implementation: Callable) -> Callable:
-    """The body of a custom op in the dtypes of its tensors: autocast, which the caller has followed, ends before it."""
+    """Wrap the body of a custom op so that it runs without autocast, whose dtype the caller has applied already."""
 
     @wraps(implementation)
     def body(*arguments: Any) -> Any:

@@ -1,20 +1,20 @@
-"""Triton for the files of kernels, which import `triton` and `tl` from here.
+"""Import Triton for all kernel files, which take `triton` and `tl` from here.
 
-A condition that is a scalar is part of no mask: Triton 3.9 does not interpret that. It sets a bound to 0 instead,
-offs < tl.where(taken, D, 0).
+Triton 3.9 does not interpret masks that contain a scalar condition: set a bound to 0 instead, offs < tl.where(valid, D,
+0).
 
-Triton has no wheels for macOS and Windows. There a placeholder takes its place, so that the files import and their CPU
-paths run; `dispatch.launch` says what is missing.
+Triton has no wheels for macOS and Windows. There a placeholder replaces it, so that the files can be imported and their
+CPU paths run; `dispatch.launch` raises an error that says so.
 """
 
 from typing import TYPE_CHECKING, Any
 
 
 class _Placeholder:
-    """Every attribute of it, and what a call of it returns, is the placeholder: decorators, annotations, constants."""
+    """Stands for decorators, annotations and constants: each attribute of it, and each result of a call, is itself."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # protocols of Python, which it does not have
+        if name.startswith("__"):  # protocols of Python, which it does not implement
             raise AttributeError(name)
         return self
 
@@ -35,7 +35,7 @@ else:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         INSTALLED = True
-        # TRITON_INTERPRET=1: the Triton source itself runs on CPU tensors, which is how it is tested without a GPU.
+        # TRITON_INTERPRET=1: Triton source runs interpreted on CPU tensors, which tests it without a GPU.
         INTERPRETED = bool(triton.knobs.runtime.interpret)
     except ImportError:
         triton = tl = TensorDescriptor = _Placeholder()

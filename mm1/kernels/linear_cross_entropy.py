@@ -1,12 +1,12 @@
-"""Language-model head and cross-entropy in one op; of the logits only some rows exist at a time.
+"""Compute a language-model head and its cross-entropy in one op, which holds the logits of some rows at a time.
 
     loss = Σ_t logsumexp(W x_t) - (W x_t)[target_t],  over t with target ≠ -100
     dx = (softmax - onehot) W,   dW = (softmax - onehot)ᵀ x
 
 x [T, D], weight [V, D], targets int [T] -> scalar fp32. 2·T·D·V operations, and as many for each of the two gradients,
-which are computed beside the loss while a chunk's logits are there: no product is made twice, and what waits for
-backward is dx and dW, not [T, V]. dW is summed and kept in fp32: before the mean divides, sums over thousands of tokens
-exceed fp16. A kernel reads a row of logits twice and leaves their gradient in its place.
+which forward computes from a chunk's logits: no product is computed twice, and backward needs dx and dW instead of
+[T, V]. dW is accumulated and kept in fp32: before the mean divides, sums over thousands of tokens exceed fp16. A kernel
+reads a row of logits twice and overwrites it with its gradient.
 """
 
 from collections.abc import Callable
@@ -33,21 +33,24 @@ from mm1.kernels.language import tl, triton
 
 IGNORED = -100
 _IGNORED = tl.constexpr(IGNORED)
-# Bytes of logits at a time. What the targets of 4096 to 8192 tokens need is one chunk: every chunk more reads and
-# writes dW once, which costs a CPU as much as its products where they are chunks of 8 MB.
+# Bytes of logits at a time, enough for 4096 to 8192 tokens in one chunk: each further chunk reads and writes dW once,
+# which takes a CPU as long as the products if chunks have 8 MB.
 CHUNK = {"cuda": 512 << 20, "cpu": 128 << 20}
-BLOCK = 4096  # logits a program holds at once
+BLOCK = 4096  # logits that a program holds at once
 
 
 @triton.jit
 def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One row. Logits become gradients of the loss, zeros where there is no target, NaN where it is no class."""
+    """Store the loss of one row and, with GRAD, overwrite its logits with their gradient.
+
+    Both are zeros where there is no target, and NaN where the target is no class.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64)
     counts = target != _IGNORED
-    known = (target >= 0) & (target < V)
-    tl.device_assert(known | (target == _IGNORED), "linear_cross_entropy: a target is neither a class nor -100")
-    own = tl.load(logits_ptr + row * V + target, known, other=float("nan")).to(tl.float32)
+    valid = (target >= 0) & (target < V)
+    tl.device_assert(valid | (target == _IGNORED), "linear_cross_entropy: a target is neither a class nor -100")
+    own = tl.load(logits_ptr + row * V + target, valid, other=float("nan")).to(tl.float32)
     top = tl.full((BLOCK,), -1e30, tl.float32)  # not infinite: lanes past V would be NaN
     total = tl.zeros((BLOCK,), tl.float32)
     for v in range(0, V, BLOCK):
@@ -60,7 +63,7 @@ def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK:
     lse = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
     tl.store(nll_ptr + row, tl.where(counts, lse - own, 0.0))
     if GRAD:
-        lse = tl.where(known, lse, float("nan"))
+        lse = tl.where(valid, lse, float("nan"))
         for v in range(0, V, BLOCK):
             offs = v + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + row * V + offs, offs < V, other=0.0).to(tl.float32)
@@ -69,31 +72,35 @@ def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK:
 
 
 def _loss(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
+    """Store each row's loss in nll [rows]; grad: overwrite logits [rows, V] with their gradient."""
     rows, V = logits.shape
     block = min(BLOCK, power_of_2(V))
-    launch(_loss_kernel, rows, logits, targets, nll, V, grad, block, num_warps=max(1, min(8, block // 256)))
+    launch(
+        _loss_kernel, rows, logits_ptr=logits, targets_ptr=targets, nll_ptr=nll, V=V, GRAD=grad, BLOCK=block,
+        num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
 
 
 def _loss_cpu(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
-    there, at = targets != IGNORED, targets.clamp(min=0).long()[:, None]
+    counted, at = targets != IGNORED, targets.clamp(min=0).long()[:, None]
     p = torch.log_softmax(logits.to(nll.dtype), 1)
-    nll.copy_(torch.where(there, -p.gather(1, at)[:, 0], 0))
+    nll.copy_(torch.where(counted, -p.gather(1, at)[:, 0], 0))
     if grad:
         p.exp_().scatter_add_(1, at, p.new_full(at.shape, -1.0))
-        torch.mul(p, there[:, None], out=logits)
+        torch.mul(p, counted[:, None], out=logits)
 
 
 def _forward(
     loss: Callable[[Tensor, Tensor, Tensor, bool], None], x: Tensor, weight: Tensor, targets: Tensor,
     dtype: torch.dtype, need_x: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; without rows what is not needed."""
+    """Return the sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; unneeded ones have no rows."""
     (rows, D), V = x.shape, len(weight)
     x, w, targets = x.to(dtype), weight.to(dtype), targets.contiguous()
     nll = x.new_empty(rows, dtype=wide(dtype))
     dx = x.new_empty(rows if need_x else 0, D)
     dw = x.new_zeros(V if need_weight and not rows else 0, D, dtype=wide(dtype))
-    # Chunks of one size, so that no last one of few rows is slow.
+    # Chunks of one size: a last one of few rows would be slow.
     chunks = cdiv(rows * V * x.itemsize, CHUNK[x.device.type])
     step = cdiv(rows, max(chunks, 1))
     for begin in range(0, rows, max(step, 1)):
@@ -112,7 +119,7 @@ def _forward(
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32 or wider; on a CPU sums of bf16 come rounded to bf16, which overflows nothing."""
+    """Return a · b in fp32 or wider; a CPU rounds sums of bf16 to bf16, which cannot overflow."""
     if a.dtype in (torch.bfloat16, torch.float16) and a.device.type != "cpu":
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b).to(wide(a.dtype))
@@ -127,9 +134,9 @@ def forward(
 def forward_cpu(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    strange = ((targets < 0) | (targets >= len(weight))) & (targets != IGNORED)
-    if strange.any():
-        row = int(strange.nonzero()[0])
+    wrong = ((targets < 0) | (targets >= len(weight))) & (targets != IGNORED)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
         raise ValueError(f"linear_cross_entropy: target of row {row} is {int(targets[row])}, expected "
                          f"0 … {len(weight) - 1}, or {IGNORED} for none")  # fmt: skip
     return _forward(_loss_cpu, x, weight, targets, dtype, need_x, need_weight)
@@ -152,7 +159,10 @@ def _(x, weight, targets, dtype, need_x, need_weight):
 def _scaled(
     scale: Tensor, dx: Tensor, dw: Tensor, dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Both in their dtypes. In fp32: a scale rounded to bf16 would be wrong by up to 0.4 % for all values alike."""
+    """Return scale · dx and scale · dw in their dtypes.
+
+    The products are of fp32: a scale rounded to bf16 would change all values by up to 0.4 % in one direction.
+    """
     return (dx.to(dw.dtype) * scale).to(dtype), (dw * scale).to(weight_dtype)
 
 
@@ -182,13 +192,14 @@ _op.register_autograd(_gradients, setup_context=_save)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-    """x [T, D], weight [V, D], targets int [T] of 0 … V - 1, or -100 for no loss -> fp32 [] (fp64 of fp64).
+    """Return the cross-entropy of x · weightᵀ and the targets, a scalar of fp32 (fp64 for fp64).
 
-    reduction: "mean" over the targets that are not -100, or "sum". Any other target raises ValueError on a CPU; on a
-    GPU the loss and the gradients become NaN (and with TRITON_DEBUG=1 a device assertion fails). Without any target the
-    loss is 0, and so are its gradients. Products run in the dtype of autocast where that is on, else in that of the
-    weight; the weight's gradient is summed in fp32. Where x or weight needs no gradient, none is computed for it. There
-    are no gradients of gradients and no forward-mode derivatives: asking for either raises RuntimeError.
+    x [T, D], weight [V, D], targets int [T] of 0 … V - 1, or -100 for no loss. reduction: "mean" over the targets that
+    are not -100, or "sum". Any other target raises ValueError on a CPU; on a GPU loss and gradients become NaN, and
+    with TRITON_DEBUG=1 a device assertion fails. Without any target the loss is 0, and so are its gradients. Products
+    run in the dtype of autocast, or without it in that of the weight; the weight's gradient is accumulated in fp32.
+    Gradients are computed for those of x and weight that need them. Gradients of gradients and forward-mode derivatives
+    raise RuntimeError; other shapes, dtypes or devices raise ValueError.
     """
     op = "linear_cross_entropy"
     expect_alike(op, x=x, weight=weight, targets=targets)
@@ -206,7 +217,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
 
 
 def cost(tokens: int, width: int, vocabulary: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
-    """tokens: those with a target. backward: of the gradients alone, with the logits kept."""
+    """Return the cost; backward: of the gradients alone, from saved logits. tokens: the number with a target."""
     once = (tokens + vocabulary) * width * itemsize
     if backward:
         return Cost(4 * tokens * width * vocabulary, 2 * once)

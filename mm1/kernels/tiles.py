@@ -1,8 +1,8 @@
-"""Tiles of a product by expert, shared by the kernels that compute one: sizes, the map from tiles to experts, loads.
+"""Provide what all grouped products share: tile sizes, the map from tiles to experts, loads and stores of tiles.
 
-Offsets of experts stay on the device: a map from tiles to experts, with a static upper bound of tiles, is made there,
-and programs beyond the real tiles end at once. The map takes experts by falling size, so that the largest is not what
-the last programs work at.
+The offsets of experts stay on the device: a kernel makes a map from tiles to experts there, with a static upper bound
+of tiles, and programs beyond the real tiles end at once. The map orders experts by falling size, so that the last
+programs to run work on the smallest.
 """
 
 from collections.abc import Iterator
@@ -27,19 +27,27 @@ MAP_EXPERTS = 32  # experts it compares with all others at once
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of the result and of the reduction, and how programs walk over tiles."""
+    """Holds the tile of the result and of the reduction, and how programs walk over tiles."""
 
     block_m: int = 128  # rows of one expert; of a weight gradient, rows of the result
     block_n: int = 128
     block_k: int = 64
-    group_m: int = 8  # tiles along m that share a stretch of n, to meet in L2
+    group_m: int = 8  # neighbouring tiles along m that run together, so that their columns of b stay in L2
     warps: int = 8
     stages: int = 3
-    tma: bool = True  # bulk tensor copies, for operands that are laid out for them
+    tma: bool = True  # bulk tensor copies, for operands whose layout allows them
     persistent: bool = False  # one program a multiprocessor, which walks over tiles
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Return the tile's sides and Triton's options, as arguments of a launch."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
+                "num_warps": self.warps, "num_stages": self.stages}  # fmt: skip
 
 
 class Shape(NamedTuple):
+    """Sizes of a grouped product [rows, k] · [experts, k, n]."""
+
     rows: int
     experts: int
     k: int
@@ -48,25 +56,28 @@ class Shape(NamedTuple):
 
     @property
     def sums(self) -> int:
+        """Return the number of accumulators that a program keeps."""
         return 1 + self.gated
 
 
 def shared_bytes(config: Config, shape: Shape, itemsize: int, device: Device) -> int:
-    """Shared memory of the pipeline's operands; asynchronous copies into registers' operands keep one stage less."""
+    """Return the bytes of shared memory that the pipeline takes.
+
+    Where products read their operands from registers, the pipeline keeps one stage less.
+    """
     tile = (config.block_m + shape.sums * config.block_n) * config.block_k * itemsize
     return tile * (config.stages if device.asynchronous else max(1, config.stages - 1))
 
 
 def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
-    """Whether a kernel of this file can run so: within shared memory, accumulators within the registers."""
+    """Tell whether a kernel of this configuration fits into shared memory, and its accumulators into registers."""
     sums = config.block_m * config.block_n * shape.sums / (device.warp * config.warps)
     fits = shared_bytes(config, shape, dtype.itemsize, device) <= device.shared
     return fits and sums <= 128 and (device.tma or not config.tma) and min(config.block_k, config.block_n) >= 16
 
 
 def space(shape: Any, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """What is worth measuring where it is legal. Of fp32, whose products are of single multiplications, nothing: there
-    is the default."""
+    """Yield the configurations worth measuring, legal or not; none for fp32, which always runs with the default."""
     if dtype == torch.float32:
         return
     axes = product(
@@ -83,7 +94,7 @@ def space(shape: Any, dtype: torch.dtype, device: Device) -> Iterator[Config]:
 
 
 def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
-    """By rows an expert and element size; fewer stages until it fits."""
+    """Choose a configuration by rows an expert and element size, with as many stages as fit."""
     rows = shape.rows / max(shape.experts, 1)
     block_m = next((m for m in (16, 32, 64) if rows <= m), 128)
     wide = block_m == 128 and shape.n * shape.sums > 128 and device.wgmma
@@ -96,13 +107,13 @@ def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
         tma=device.tma,
         persistent=False,
     )
-    if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
+    if dtype == torch.float32:  # without matrix units: small tiles in registers
         config = replace(config, block_m=min(block_m, 64), block_n=64, block_k=16, warps=8, stages=2, tma=False)
     return fitted(config, shape, dtype, device)
 
 
 def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> Config:
-    """With fewer stages, then smaller steps of the reduction, until it is legal."""
+    """Reduce stages, then the steps of the reduction, until the configuration is legal."""
     while config.stages > 2 and not legal(config, shape, dtype, device):
         config = replace(config, stages=config.stages - 1)
     while not legal(config, shape, dtype, device):
@@ -111,12 +122,12 @@ def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> 
 
 
 def by_pointers(config: Config, device: Device) -> float:
-    """Addresses computed in registers cost more than a descriptor's."""
+    """Return the predicted factor of time for computing addresses in registers where a descriptor could be used."""
     return 1.05 if device.tma and not config.tma else 1.0
 
 
 def seconds(config: Config, shape: Shape, dtype: torch.dtype, device: Device, finish: int = 1) -> float:
-    """Predicted, rows spread evenly over experts."""
+    """Predict seconds of one run, with rows spread evenly over experts."""
     used = min(shape.experts, shape.rows)
     tall = used * cdiv(cdiv(shape.rows, max(used, 1)), config.block_m)
     size = dtype.itemsize
@@ -129,7 +140,7 @@ def seconds(config: Config, shape: Shape, dtype: torch.dtype, device: Device, fi
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a · b; fp32 operands are multiplied as IEEE says, not as TF32."""
+    """Return acc + a · b; fp32 operands are multiplied exactly (IEEE), not as TF32."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -138,7 +149,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """(m, n) of a tile: groups of GROUP_M rows of tiles, column by column."""
+    """Return (m, n) of a tile; tiles go in groups of GROUP_M rows of tiles, column by column within a group."""
     group = tile // (GROUP_M * num_n)
     height = tl.minimum(num_m - group * GROUP_M, GROUP_M)
     inside = tile % (GROUP_M * num_n)
@@ -147,7 +158,7 @@ def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def load_rows(a, rows, row, k, stride_m, stride_k, K, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """[BLOCK_M, BLOCK_K] of a: by descriptor from `row` on, else the given rows."""
+    """Load [BLOCK_M, BLOCK_K] of a: by descriptor the rows from `row` on, else those of `rows`."""
     if TMA:
         return a.load([row, k])
     else:
@@ -161,7 +172,7 @@ def load_weight(
     b, expert, k, n, stride_e, stride_k, stride_n, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_K, BLOCK_N] of b[expert]; TMA: the order of the descriptor's last two axes, or ""."""
+    """Load [BLOCK_K, BLOCK_N] of b[expert]; TMA: the order of the descriptor's last two axes, "" without one."""
     if TMA == "kn":
         return tl.reshape(b.load([expert, k, n]), (BLOCK_K, BLOCK_N))
     elif TMA == "nk":
@@ -178,7 +189,7 @@ def load_weight(
 def store_tile(
     y_ptr, y_desc, value, row, end, n, stride_m, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr
 ):
-    """Rows row … end of a tile of y, whose last axis is contiguous; by descriptor where the whole tile is."""
+    """Store rows row … end - 1 of a tile into y, whose last axis is contiguous; whole tiles go by descriptor."""
     value = value.to(y_ptr.dtype.element_ty)
     rows = row + tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
@@ -198,7 +209,10 @@ def _map_kernel(
     offsets_ptr, tiles_ptr, by_size_ptr, M, E, num_m, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Expert (-1: none), first row and end of each of num_m tiles, experts by falling size; TAIL: then rows of none."""
+    """Store expert (-1: none), first row and end of each of num_m tiles, experts by falling size.
+
+    TAIL: the rows past the last offset follow, as tiles of expert E.
+    """
     pid = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     begin = tl.load(offsets_ptr + e - 1, (e > 0) & (e < E), other=0)
@@ -235,13 +249,15 @@ def _map_kernel(
 
 
 def programs(tiles: int, config: Config, device: Device) -> int:
+    """Return how many programs to launch for so many tiles."""
     return min(tiles, device.units) if config.persistent else tiles
 
 
 def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) -> tuple[Tensor, Tensor, int]:
-    """int32 [3, tiles] of expert (-1: none), first row, end; the experts int32 [E] by falling size; tiles.
+    """Return the map int32 [3, tiles] of expert (-1: none), first row and end; int32 [E], the experts by falling size;
+    and the number of tiles, an upper bound that depends on shapes alone.
 
-    tail: the rows past the last offset are tiles too, of expert E.
+    offsets: int32 [E], end of each expert's rows. tail: the rows past the last offset are tiles too, of expert E.
     """
     E = len(offsets)
     # A whole tile takes block_m rows, and no expert wastes more than one; with few rows each has its own.
@@ -249,14 +265,15 @@ def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) ->
     tiles = offsets.new_empty(3, num_m)
     by_size = torch.empty_like(offsets)
     launch(
-        _map_kernel, max(cdiv(num_m, MAP_TILES), min(E, 1)), offsets, tiles, by_size, rows, E, num_m, tail,
-        block_m, power_of_2(E), MAP_TILES, min(MAP_EXPERTS, power_of_2(E)), num_warps=4,
+        _map_kernel, max(cdiv(num_m, MAP_TILES), min(E, 1)), offsets_ptr=offsets, tiles_ptr=tiles, by_size_ptr=by_size,
+        M=rows, E=E, num_m=num_m, TAIL=tail, BLOCK_M=block_m, BLOCK_E=power_of_2(E), BLOCK_T=MAP_TILES,
+        CHUNK=min(MAP_EXPERTS, power_of_2(E)), num_warps=4,
     )  # fmt: skip
     return tiles, by_size, num_m
 
 
 def descriptor(x: Tensor, block: list[int], config: Config) -> Any:
-    """A descriptor of x where it is laid out for bulk copies, or else None."""
+    """Return a descriptor of x for bulk copies of `block`; None where the layout of x or the configuration has none."""
     if SPILLS_DESCRIPTORS and device_of(x).arch == "sm_120":
         return None
     size = x.element_size()
@@ -267,15 +284,17 @@ def descriptor(x: Tensor, block: list[int], config: Config) -> Any:
 
 
 def weight_operands(config: Config, *weights: Tensor) -> tuple[Any, ...]:
-    """What to pass for weights [E, K, N] of one layout: their descriptors and the order of the last two axes there, or
-    the weights themselves and ""."""
+    """Return what load_weight takes for weights [E, K, N] of one layout.
+
+    These are their descriptors and the order of the last two axes there, or the weights themselves and "".
+    """
     for order, axes, block in (
         ("kn", (0, 1, 2), [1, config.block_k, config.block_n]),
         ("nk", (0, 2, 1), [1, config.block_n, config.block_k]),
     ):
-        found = [descriptor(w.permute(axes), block, config) for w in weights]
-        if all(f is not None for f in found):
-            return *found, order
+        descriptors = [descriptor(w.permute(axes), block, config) for w in weights]
+        if all(d is not None for d in descriptors):
+            return *descriptors, order
     return *weights, ""
 
 

@@ -31,7 +31,7 @@ def test_look_up(benchmark):
 
 @pytest.mark.benchmark(group="look-up")
 def test_first_look_up(benchmark):
-    benchmark.pedantic(look_up, setup=tuning.forget, rounds=20)
+    benchmark.pedantic(look_up, setup=tuning.clear_caches, rounds=20)
 
 
 @pytest.mark.benchmark(group="geometry")

@@ -1,4 +1,4 @@
-"""The C-Abstractor's two ops: a convolution block and adaptive pooling on packed tokens of any grid."""
+"""Provide the C-Abstractor's two ops: a convolution block and adaptive pooling, on packed images of any grids."""
 
 from mm1.kernels.abstractor.bottleneck import conv_block
 from mm1.kernels.abstractor.pooling import adaptive_pool

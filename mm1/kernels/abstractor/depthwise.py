@@ -1,17 +1,17 @@
-"""Depthwise 3×3 over packed images, and what conv_block computes from its result before that is written anywhere.
+"""Convolve packed images depthwise, 3×3, and compute what follows in conv_block before the result is written.
 
     u2[p] = Σ over the 9 neighbours q of p in its image of w2[q - p] · a[q];   b = silu(norm2(u2))
 
-A program walks down a few columns of a strip (grids.py) with all channels in registers, so that norm2 is part of it.
-Each row it loads, at three shifts, is added to the output rows above, beside and below it: three loads an output
-instead of nine. The window's weights [9, C] are loaded again at each row, out of L1: kept in registers they took 72 of
-a thread's 255 at C = 1024. Sums over an image are first sums of each walk, [walks, C], then added in order. Zeros
-outside an image, and in rows of no image.
+A program goes down a few columns of a strip (grids.py), a walk, with all channels in registers, so that it can apply
+norm2. It loads each row at three shifts and adds it to the output rows above, beside and below: three loads an output
+instead of nine. The window's weights [9, C] are loaded again at each row, from L1: in registers they would take 72 of a
+thread's 255 at C = 1024. Sums over an image are sums of its walks, [walks, C], added in order. Values outside an image
+are zeros, and so are results in rows of no image.
 
-    walk "value"      b, and Σ b                                        forward
-    walk "gated"      b · gate, and Σ b · dc                            backward: gate's gradient, operand of dw3
-    walk "backward"   du2 from db = dc · gate + dmean / area            and the sums for gamma2, beta2
-    unwalk            du1 from da = u2's transpose of du2               and the sums for w2, gamma1, beta1
+    walk "value"      b, and Σ b                                            forward
+    walk "gated"      b · gate, and Σ b · dc                                backward: gate's gradient, operand of dw3
+    walk "backward"   du2 from db = dc · gate + dmean / area                and the sums for gamma2, beta2
+    unwalk            du1 from da, the transposed convolution of du2        and the sums for w2, gamma1, beta1
 """
 
 from collections.abc import Callable
@@ -39,19 +39,25 @@ from mm1.kernels.language import tl, triton
 from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, image_of
 
 HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
-SEARCH = tl.constexpr(128)  # images one step of the search for a strip's image looks at
-SUM_ROWS, SUM_COLUMNS = 16, 128  # of the tile in which an image's sums are added
+SEARCH = tl.constexpr(128)  # images that one step of the search for a strip's image compares
+SUM_ROWS, SUM_COLUMNS = 16, 128  # tile in which an image's sums are added
 
 
 class Geometry(NamedTuple):
+    """Holds the tensors of Grids that these kernels read."""
+
     table: Tensor
     owner: Tensor
     strips: Tensor
 
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        return {f"{name}_ptr": tensor for name, tensor in self._asdict().items()}
+
 
 @triton.jit
 def _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr):
-    """Image, first row, rows, h, w, and the walk's top and left in the image."""
+    """Return the walk's image, that image's first row, rows, h and w, and the walk's top and left in the image."""
     strip = walk // PER_STRIP
     image = 0
     for start in range(0, N, SEARCH):
@@ -70,7 +76,7 @@ def _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _load(ptr, first, r, c, rows, w, offs_c, C):
-    """[columns, C] at row r and columns c of an image in fp32, zeros outside it."""
+    """Load fp32 [columns, C] at row r and columns c of an image, zeros outside it."""
     at = r * w + c
     inside = (r >= 0) & (c >= 0) & (c < w) & (at < rows)
     places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
@@ -79,7 +85,7 @@ def _load(ptr, first, r, c, rows, w, offs_c, C):
 
 @triton.jit
 def _mixed(w_ptr, before, here, after, offs_c, C):
-    """What a row adds to the outputs that have it in the row of their window whose three weights are at w_ptr."""
+    """Return what a row adds to the outputs in whose window it is the row with the three weights at w_ptr."""
     w0 = tl.load(w_ptr + offs_c, offs_c < C, other=0.0).to(tl.float32)
     w1 = tl.load(w_ptr + C + offs_c, offs_c < C, other=0.0).to(tl.float32)
     w2 = tl.load(w_ptr + 2 * C + offs_c, offs_c < C, other=0.0).to(tl.float32)
@@ -88,7 +94,7 @@ def _mixed(w_ptr, before, here, after, offs_c, C):
 
 @triton.jit
 def _zero_tail(y_ptr, owner_ptr, table_ptr, offs_c, P, C, ROWS: tl.constexpr):
-    """Zeros in y's rows of no image."""
+    """Store zeros in y's rows of no image."""
     for row in range(tl.program_id(0) * ROWS, P, tl.num_programs(0) * ROWS):
         rows = row + tl.arange(0, ROWS)
         _, _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
@@ -103,6 +109,7 @@ def _walk_kernel(
     P, N, C, walks, MODE: tl.constexpr, STORE: tl.constexpr, PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """Store the results of a walk of this MODE; see the table at the head of this file."""
     offs_c = tl.arange(0, BLOCK_C)
     in_c = offs_c < C
     gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
@@ -168,7 +175,7 @@ def _sums_kernel(
     walks_ptr, strips_ptr, table_ptr, gate_ptr, y_ptr, C, walks, GATED: tl.constexpr, PER_STRIP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """By image: Σ of its walks / its rows; GATED: Σ · gate (1 - gate), the gradient before the gate's sigmoid."""
+    """Store for each image Σ of its walks / its rows; GATED: Σ · gate (1 - gate), the gradient before the sigmoid."""
     image = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     end = tl.minimum(tl.load(strips_ptr + image + 1) * PER_STRIP, walks)
@@ -188,7 +195,7 @@ def _sums_kernel(
 
 @triton.jit
 def _unrow(du_ptr, w_ptr, first, r, c, rows, w, offs_c, C, da, a, k0, k1, k2):
-    """Adds to da and to the weight's gradients what the outputs of row r took through one row of their window."""
+    """Add to da and to the weights' gradients the part of the outputs of row r through one row of their window."""
     in_c = offs_c < C
     d = _load(du_ptr, first, r, c + 1, rows, w, offs_c, C)
     da += d * tl.load(w_ptr + offs_c, in_c, other=0.0).to(tl.float32)[None, :]
@@ -207,7 +214,7 @@ def _unwalk_kernel(
     u_ptr, du2_ptr, w_ptr, gamma_ptr, beta_ptr, table_ptr, owner_ptr, strips_ptr, du_ptr, sums_ptr, P, N, C, walks,
     PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """du1 from du2 and u1; by program the sums [11, C] for the nine taps of w2, gamma1 and beta1."""
+    """Store du1 from du2 and u1, and each program's sums [11, C] for the nine taps of w2, gamma1 and beta1."""
     offs_c = tl.arange(0, BLOCK_C)
     in_c = offs_c < C
     gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
@@ -252,13 +259,13 @@ def _unwalk_kernel(
 
 
 def _walks(P: int, N: int, config: Config) -> int:
-    """A bound: an image of h × w has ⌈h/16⌉·⌈w/4⌉ ≤ h·w/4 + 1 strips, of several walks each."""
+    """Return an upper bound of the walks: an image has ⌈h/16⌉·⌈w/4⌉ ≤ h·w/4 + 1 strips of several walks each."""
     return min(P, P // STRIP_COLUMNS + N) * (STRIP_COLUMNS // config.rows)
 
 
 def _default(columns: int, warps: int) -> Callable[[RowShape, torch.dtype, Device], Config]:
-    """Two columns where sums a channel leave registers for them, up to 2048 channels; twice the warps for the eleven
-    sums of unwalk. Beyond 1024 channels a few of its registers spill even so."""
+    """Return a default with `columns` columns a walk up to 2048 channels, beyond that one, and `warps` times the warps
+    of a kernel of rows. Beyond 1024 channels a few registers of unwalk, with its eleven sums, spill even so."""
 
     def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
         enough = min(conv_rows.default(shape, dtype, device).warps * warps, 16)
@@ -269,7 +276,7 @@ def _default(columns: int, warps: int) -> Callable[[RowShape, torch.dtype, Devic
 
 
 def _legal(registers: int) -> Callable[[Config, RowShape, torch.dtype, Device], bool]:
-    """registers: of a thread, for each value it holds of a row."""
+    """Return a test of whether the kernel fits; registers: that a thread takes for each value it holds of a row."""
 
     def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
         values = power_of_2(shape.channels) / (device.warp * config.warps)
@@ -291,7 +298,7 @@ def _walk(
     mode: str, a: Tensor, dc: Tensor | None, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor | None,
     dmean: Tensor | None, geometry: Geometry, store: bool,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """What the walk writes, its sums fp32, and walks a strip."""
+    """Launch a walk; return its result, its sums in fp32, and the number of walks a strip."""
     (P, C), N = a.shape, len(geometry.table)
     config = config_of(WALKS[mode], a)
     walks = _walks(P, N, config)
@@ -300,25 +307,29 @@ def _walk(
     shape = (grid, 2, C) if mode == "backward" else (walks, C)
     sums = a.new_empty(shape, dtype=torch.float32)
     launch(
-        _walk_kernel, grid, a, dc, w, gamma, beta, gate, dmean, *geometry, y, sums, P, N, C, walks, mode, store,
-        STRIP_COLUMNS // config.rows, config.rows, power_of_2(C), num_warps=config.warps,
+        _walk_kernel, grid, a_ptr=a, dc_ptr=dc, w_ptr=w, gamma_ptr=gamma, beta_ptr=beta, gate_ptr=gate,
+        dmean_ptr=dmean, **geometry.arguments, y_ptr=y, sums_ptr=sums, P=P, N=N, C=C, walks=walks, MODE=mode,
+        STORE=store, PER_STRIP=STRIP_COLUMNS // config.rows, COLUMNS=config.rows, BLOCK_C=power_of_2(C),
+        num_warps=config.warps,
     )  # fmt: skip
     return y, sums, STRIP_COLUMNS // config.rows
 
 
 def _image_sums(sums: Tensor, per_strip: int, gate: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """Add the sums of walks [walks, C] by image -> [N, C]."""
     walks, C = sums.shape
     N = len(geometry.table)
     y = sums.new_empty(N, C, dtype=dtype)
     launch(
-        _sums_kernel, N * cdiv(C, SUM_COLUMNS), sums, geometry.strips, geometry.table, gate, y, C, walks,
-        gate is not None, per_strip, SUM_ROWS, SUM_COLUMNS, num_warps=4,
+        _sums_kernel, N * cdiv(C, SUM_COLUMNS), walks_ptr=sums, strips_ptr=geometry.strips, table_ptr=geometry.table,
+        gate_ptr=gate, y_ptr=y, C=C, walks=walks, GATED=gate is not None, PER_STRIP=per_strip, ROWS=SUM_ROWS,
+        BLOCK_C=SUM_COLUMNS, num_warps=4,
     )  # fmt: skip
     return y
 
 
 def forward(a: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """b [P, C] and its mean by image [N, C], zero where the image is absent. w [9, C]."""
+    """Return b [P, C] and its mean by image [N, C], zero for an absent image. w: [9, C]."""
     b, sums, per_strip = _walk("value", a, None, w, gamma, beta, None, None, geometry, True)
     return b, _image_sums(sums, per_strip, None, geometry, a.dtype)
 
@@ -326,7 +337,7 @@ def forward(a: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometr
 def gated(
     a: Tensor, dc: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor, geometry: Geometry, store: bool
 ) -> tuple[Tensor, Tensor]:
-    """b · gate [P, C] (if `store`), and the gradient [N, C] of what the gate is the sigmoid of."""
+    """Return b · gate [P, C] (empty unless `store`), and the gradient [N, C] of the argument of the gate's sigmoid."""
     c, sums, per_strip = _walk("gated", a, dc, w, gamma, beta, gate, None, geometry, store)
     return c, _image_sums(sums, per_strip, gate, geometry, a.dtype)
 
@@ -334,20 +345,21 @@ def gated(
 def backward(
     a: Tensor, dc: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor, dmean: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
-    """du2 [P, C], and fp32 [2, C] of gamma and beta. In rows of no image du2 is undefined, and nobody reads it."""
+    """Return du2 [P, C], undefined in rows of no image, and the gradients fp32 [2, C] of gamma and beta."""
     du2, sums, _ = _walk("backward", a, dc, w, gamma, beta, gate, dmean, geometry, True)
     return du2, sums.sum(0)
 
 
 def unwalk(u: Tensor, du2: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """du1 [P, C], and fp32 [11, C] of the nine taps, gamma and beta."""
+    """Return du1 [P, C], and the gradients fp32 [11, C] of the nine taps, gamma and beta."""
     (P, C), N = u.shape, len(geometry.table)
     config = config_of(UNWALK, u)
     walks = _walks(P, N, config)
     grid = programs(walks, config, u)
     du, sums = torch.empty_like(u), u.new_empty(grid, 11, C, dtype=torch.float32)
     launch(
-        _unwalk_kernel, grid, u, du2, w, gamma, beta, *geometry, du, sums, P, N, C, walks,
-        STRIP_COLUMNS // config.rows, config.rows, power_of_2(C), num_warps=config.warps,
+        _unwalk_kernel, grid, u_ptr=u, du2_ptr=du2, w_ptr=w, gamma_ptr=gamma, beta_ptr=beta, **geometry.arguments,
+        du_ptr=du, sums_ptr=sums, P=P, N=N, C=C, walks=walks, PER_STRIP=STRIP_COLUMNS // config.rows,
+        COLUMNS=config.rows, BLOCK_C=power_of_2(C), num_warps=config.warps,
     )  # fmt: skip
     return du, sums.sum(0)

@@ -1,10 +1,10 @@
-"""The second 1×1 product of conv_block, whose operand is gated image by image as it is loaded.
+"""Compute the second 1×1 product of conv_block, whose operand is multiplied by its image's gate as it is loaded.
 
     y[p] = (b[p] · gate[image of p]) · Wᵀ        b [P, K], gate [N, K], W [C, K] -> [P, C]
 
-Gated apart, b would be read and written once more: 2·P·K elements, which for K = 1024 in bf16 costs an H200 a third of
-what the product takes. A tile whose rows are of two images at most, as all are where images have 128 rows, loads two
-rows of gates.
+A kernel of its own for the gate would read and write b once more, 2·P·K elements: on an H200, for K = 1024 in bf16, a
+third of the product's time. A tile with rows of at most two images, as all tiles have if images have 128 rows, loads
+two rows of gates.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mm1.kernels import tiles
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import cdiv, device_of, launch
+from mm1.kernels.dispatch import cdiv, device_of, launch, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import (
     UPCAST,
@@ -34,10 +34,14 @@ from mm1.kernels.tuning import Tunable, config_for
 
 @dataclass(frozen=True)
 class Config(tiles.Config):
-    fused: bool = True  # else gated by a kernel of its own, then multiplied by cuBLAS
+    """Holds a tile, and whether the gate is part of the product."""
+
+    fused: bool = True  # False: a kernel of its own applies the gate, then cuBLAS multiplies
 
 
 class GateShape(NamedTuple):
+    """Sizes of a gated product [rows, k] · [k, n]."""
+
     rows: int
     k: int
     n: int
@@ -48,28 +52,28 @@ class GateShape(NamedTuple):
 
 
 def legal(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> bool:
-    """fp32 is left to cuBLAS, whose products of single multiplications are twice Triton's; so are rows that are not
-    loaded 16 bytes at a time, whose gates spilled from the registers. So did tiles of 128 × 128 beside one of gates
-    before Hopper."""
+    """Tell whether the configuration is worth using: cuBLAS multiplies fp32, twice as fast as Triton, and rows that are
+    not loaded 16 bytes at a time, whose gates spilled registers. Before Hopper so did tiles of 128 × 128 with gates."""
     if config.fused and (dtype == torch.float32 or shape.k % 16 or config.block_n > _widest(device)):
         return False
     return tiles.legal(config, shape.product, dtype, device)
 
 
 def space(shape: GateShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """What is worth measuring where it is legal."""
+    """Yield the configurations worth measuring, legal or not."""
     yield from (Config(**vars(c), fused=True) for c in tiles.space(shape, dtype, device))
     yield replace(default(shape, dtype, device), fused=False)
 
 
 def default(shape: GateShape, dtype: torch.dtype, device: Device) -> Config:
+    """Choose the tile of a plain product, as wide as registers allow."""
     tile = tiles.default(shape.product, dtype, device)
     tile = replace(tile, block_n=min(tile.block_n, _widest(device)))
     return Config(**vars(tile), fused=dtype != torch.float32 and shape.k % 16 == 0)
 
 
 def seconds(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> float:
-    """Predicted; apart, the gated operand is written and read once more."""
+    """Predict seconds of one run; unless fused, the gated operand is written and read once more."""
     again = 0 if config.fused else 2 * shape.rows * shape.k * dtype.itemsize
     return tiles.seconds(config, shape.product, dtype, device) + again / (device.bandwidth * 1e9)
 
@@ -91,6 +95,7 @@ def _times(b, gate):
 
 @triton.jit
 def _gate_rows(gate_ptr, image, k, K, BLOCK_K: tl.constexpr):
+    """Load the gates [BLOCK_M, BLOCK_K] of each row's image."""
     offs_k = k + tl.arange(0, BLOCK_K)
     return tl.load(gate_ptr + image.to(tl.int64)[:, None] * K + offs_k[None, :], (offs_k < K)[None, :], other=0.0)
 
@@ -100,6 +105,7 @@ def _gemm_kernel(
     b, gate_ptr, owner_ptr, w, y_ptr, y_desc, stride_wk, stride_wn, P, K, N, B_TMA: tl.constexpr, W_TMA: tl.constexpr,
     Y_TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Store y [P, C] = (b · gate) · Wᵀ."""
     num_m = tl.cdiv(P, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
     only = tl.full((), 0, tl.int32)  # the only weight
@@ -122,7 +128,7 @@ def _gemm_kernel(
                 tile_w = load_weight(w, only, k, n, 0, stride_wk, stride_wn, K, N, BLOCK_K, BLOCK_N, W_TMA)
                 acc = dot(_times(tile_b, gates), tile_w, acc)
         else:
-            # Images of few rows. In a pipeline a third operand took all of an H200's shared memory.
+            # Images of few rows; no pipeline, as a third operand in it took all of an H200's shared memory.
             for k in tl.range(0, K, BLOCK_K, num_stages=1):
                 gates = _gate_rows(gate_ptr, image, k, K, BLOCK_K)
                 tile_b = load_rows(b, rows, row, k, K, 1, K, BLOCK_K, B_TMA)
@@ -133,6 +139,7 @@ def _gemm_kernel(
 
 @triton.jit
 def _gate_kernel(b_ptr, gate_ptr, owner_ptr, y_ptr, P, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Store y = b · gate."""
     num_k = tl.cdiv(K, BLOCK_K)
     rows = tl.program_id(0) // num_k * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(0) % num_k * BLOCK_K
@@ -145,12 +152,15 @@ def _gate_kernel(b_ptr, gate_ptr, owner_ptr, y_ptr, P, K, BLOCK_M: tl.constexpr,
 
 
 def gated_mm(b: Tensor, gate: Tensor, owner: Tensor, w: Tensor) -> Tensor:
-    """b [P, K], zero in rows of no image, w [C, K] of any strides -> [P, C]; b may be overwritten."""
+    """Return (b · gate) · wᵀ, [P, C]; b [P, K], which may be overwritten, is zero in rows of no image; w [C, K]."""
     (P, K), N = b.shape, len(w)
     device = device_of(b)
     config = config_for(GATE, GateShape(P, K, N), b.dtype, device)
     if not config.fused:
-        launch(_gate_kernel, cdiv(P, 16) * cdiv(K, 128), b, gate, owner, b, P, K, 16, 128, num_warps=4)
+        launch(
+            _gate_kernel, cdiv(P, 16) * cdiv(K, 128), b_ptr=b, gate_ptr=gate, owner_ptr=owner, y_ptr=b, P=P, K=K,
+            BLOCK_M=16, BLOCK_K=128, num_warps=4,
+        )  # fmt: skip
         return torch.mm(b, w.t())
     y = b.new_empty(P, N)
     b_desc = descriptor(b, [config.block_m, config.block_k], config)
@@ -158,8 +168,8 @@ def gated_mm(b: Tensor, gate: Tensor, owner: Tensor, w: Tensor) -> Tensor:
     w_any, order = weight_operands(config, w.t()[None])
     launch(
         _gemm_kernel, tiles.programs(cdiv(P, config.block_m) * cdiv(N, config.block_n), config, device),
-        b if b_desc is None else b_desc, gate, owner, w_any, y, y_desc, w.stride(1), w.stride(0), P, K, N,
-        b_desc is not None, order, y_desc is not None, config.block_m, config.block_n, config.block_k,
-        config.group_m, num_warps=config.warps, num_stages=config.stages,
+        b=b if b_desc is None else b_desc, gate_ptr=gate, owner_ptr=owner, w=w_any, y_ptr=y, y_desc=y_desc,
+        **strides(w, "stride_wn", "stride_wk"), P=P, K=K, N=N, B_TMA=b_desc is not None, W_TMA=order,
+        Y_TMA=y_desc is not None, GROUP_M=config.group_m, **config.arguments,
     )  # fmt: skip
     return y

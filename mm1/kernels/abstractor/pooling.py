@@ -1,10 +1,10 @@
-"""Adaptive average pooling of packed images of any grids to one common grid.
+"""Pool packed images of any grids to one common grid by adaptive averages.
 
     y[n, i, j] = mean of x over rows floor(i·h/oh) … ceil((i+1)·h/oh) and columns likewise, of image n
 
 x [P, C] -> [N·oh·ow, C]; the windows of torch.nn.AdaptiveAvgPool2d: they overlap where h is no multiple of oh, and
-repeat where h < oh. Reads P·C, writes N·oh·ow·C. Backward is a gather: row r lies in the windows floor(r·oh/h) …
-ceil((r+1)·oh/h), so that nothing is added with atomics and every run gives the same bits.
+repeat where h < oh. Reads P·C, writes N·oh·ow·C. Backward is a gather without atomics: row r is part of the windows
+floor(r·oh/h) … ceil((r+1)·oh/h), so that every run gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ POOL = over_rows("adaptive_pool", 2, 3, False)
 def _pool_kernel(
     x_ptr, table_ptr, y_ptr, C, OH: tl.constexpr, OW: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """One place of one image."""
+    """Store one place of one image."""
     place = tl.program_id(0)
     first, rows, w, top, left, columns, count = window_of(table_ptr, place, OH, OW)
     offs_c = tl.arange(0, BLOCK_C)
@@ -54,6 +54,7 @@ def _pool_backward_kernel(
     dy_ptr, owner_ptr, table_ptr, dx_ptr, P, C, OH: tl.constexpr, OW: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """Store the gradient of ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
@@ -64,22 +65,27 @@ def _pool_backward_kernel(
 
 
 def forward(x: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tensor:
+    """Pool x [P, C] -> [N·oh·ow, C]."""
     C, y = x.shape[1], x.new_empty(len(table) * oh * ow, x.shape[1])
     config = config_of(POOL, x)
     if C:
-        launch(_pool_kernel, len(y), x, table, y, C, oh, ow, config.rows, power_of_2(C), num_warps=config.warps)
+        launch(
+            _pool_kernel, len(y), x_ptr=x, table_ptr=table, y_ptr=y, C=C, OH=oh, OW=ow, ROWS=config.rows,
+            BLOCK_C=power_of_2(C), num_warps=config.warps,
+        )  # fmt: skip
     return y
 
 
 def backward(dy: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tensor:
+    """Return the gradient [P, C] of the pooled tensor."""
     P, C = len(owner), dy.shape[1]
     if not dy.numel():
         return dy.new_zeros(P, C)
     dx = dy.new_empty(P, C)
     config = config_of(POOL, dx)
     launch(
-        _pool_backward_kernel, cdiv(P, config.rows), dy.contiguous(), owner, table, dx, P, C, oh, ow, config.rows,
-        power_of_2(C), num_warps=config.warps,
+        _pool_backward_kernel, cdiv(P, config.rows), dy_ptr=dy.contiguous(), owner_ptr=owner, table_ptr=table,
+        dx_ptr=dx, P=P, C=C, OH=oh, OW=ow, ROWS=config.rows, BLOCK_C=power_of_2(C), num_warps=config.warps,
     )  # fmt: skip
     return dx
 
@@ -114,7 +120,12 @@ refuse_second_order(_backward, "adaptive_pool")
 
 
 def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tuple[int, int] = (12, 12)) -> Tensor:
-    """Pool x [P, C] to `out` places an image -> [N·oh·ow, C]; an absent image gives zeros."""
+    """Return the averages of out = (oh, ow) windows of each image of x [P, C], [N·oh·ow, C] in x's dtype.
+
+    grids: the images' (h, w), or Grids; an absent image gives zeros. The windows are those of
+    torch.nn.AdaptiveAvgPool2d. x is fp32, bf16 or fp16, on a CPU also fp64, and has a gradient; sums are of fp32, or of
+    fp64 for fp64. Raises ValueError for other shapes or dtypes.
+    """
     expect_alike("adaptive_pool", x=x)
     grids = as_grids(grids, x.device)
     expect(x.ndim == 2 and x.shape[0] == grids.patches, "adaptive_pool", "x", tuple(x.shape), [grids.patches, "C"])
@@ -125,6 +136,6 @@ def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tu
 
 
 def cost(patches: int, images: int, channels: int, out: tuple[int, int] = (12, 12), *, itemsize: int = 2) -> Cost:
-    """Forward; backward costs the same."""
+    """Return the cost of forward; backward costs the same."""
     places = images * out[0] * out[1]
     return Cost(max(patches, places) * channels, (patches + places) * channels * itemsize)

@@ -1,7 +1,7 @@
-"""Kernels of conv_block that work row by row of [P, C], and the windows of a pool that may end a block.
+"""Provide the kernels of conv_block that work row by row on [P, C], and the windows of a pool that may end a block.
 
-A program holds whole rows in registers, so that a norm costs no pass of its own and its statistics are computed again
-in backward instead of kept: mean and deviation of a row that is loaded anyway cost no byte.
+A program holds whole rows in registers, so that a norm needs no pass of its own. Backward computes mean and deviation
+again from the rows that it loads anyway, instead of loading saved ones.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ EPS = tl.constexpr(1e-5)
 
 @dataclass(frozen=True)
 class Config:
-    """How many rows a program holds at once, with how many warps; programs: a multiprocessor, where they walk."""
+    """Holds the rows a program takes at once, its warps, and, for persistent kernels, programs a multiprocessor."""
 
     rows: int = 2
     warps: int = 4
@@ -37,19 +37,19 @@ class RowShape(NamedTuple):
 
 
 def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
-    """At most 32 values a thread of each tile, which 8 tiles of a kernel's at once still fit the registers with; on a
-    multiprocessor no more threads than it holds."""
+    """Tell whether the kernel fits: at most 32 values a thread and tile, of which registers hold 8 tiles, and no more
+    threads than a multiprocessor has."""
     values = config.rows * power_of_2(shape.channels) / (device.warp * config.warps)
     return values <= 32 and config.warps * config.programs * device.warp <= 2048 and config.warps * device.warp <= 1024
 
 
 def space(shape: RowShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """What is worth measuring where it is legal."""
+    """Yield the configurations worth measuring, legal or not."""
     return (Config(*axis) for axis in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)))
 
 
 def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
-    """16 bytes a thread and row: 256 bf16 channels a warp, so that sums over two rows stay in a thread."""
+    """Choose 16 bytes a thread and row: 256 bf16 channels a warp, so that sums over two rows stay in a thread."""
     width = power_of_2(shape.channels)
     warps = min(max(width // 256, 1), 16)
     return Config(rows=2 if width <= 2048 else 1, warps=warps, programs=max(1, 16 // warps))
@@ -58,8 +58,10 @@ def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
 def over_rows(
     kernel: str, tensors: int, registers: float, walks: bool, default: Any = default, legal: Any = legal
 ) -> Tunable:
-    """A kernel that moves so many tensors of [rows, channels], in so many registers an element; walks: whether its
-    programs take rows in turn, so that their number counts."""
+    """Define the Tunable of a kernel that moves `tensors` tensors of [rows, channels].
+
+    registers: that it takes for each element. walks: whether it is persistent, so that the number of programs matters.
+    """
 
     def some(shape: RowShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
         programs = default(shape, dtype, device).programs
@@ -80,22 +82,24 @@ JOIN_BACKWARD = over_rows("conv_join_backward", 5, 9, True)
 
 
 def config_of(tunable: Tunable, x: Tensor) -> Config:
+    """Look up the configuration for rows x [P, C]."""
     return config_for(tunable, RowShape(*x.shape), x.dtype, device_of(x))
 
 
 def programs(work: int, config: Config, x: Tensor) -> int:
+    """Return how many programs of a persistent kernel to launch."""
     return max(1, min(work, config.programs * device_of(x).units))
 
 
 @triton.jit
 def load_row(ptr, offs_c, C):
-    """[C] in fp32."""
+    """Load [C] in fp32."""
     return tl.load(ptr + offs_c, offs_c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def normalised(u, in_c, C):
-    """Rows of u, zero past C, to mean 0 and variance 1; and 1 / deviation."""
+    """Return rows of u, zero past C, scaled to mean 0 and variance 1; and 1 / deviation."""
     d = tl.where(in_c, u - (tl.sum(u, 1) / C)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(d * d, 1) / C + EPS)
     return d * rstd[:, None], rstd
@@ -103,7 +107,7 @@ def normalised(u, in_c, C):
 
 @triton.jit
 def norm_backward(dz, unit, rstd, gamma, C):
-    """Gradient of what was normalised to `unit`, then scaled by gamma."""
+    """Return the gradient of the norm's input, from that of unit · gamma + beta."""
     d = dz * gamma[None, :]
     return (d - (tl.sum(d, 1) / C)[:, None] - unit * (tl.sum(d * unit, 1) / C)[:, None]) * rstd[:, None]
 
@@ -121,7 +125,7 @@ def silu_slope(z):
 
 @triton.jit
 def window_of(table_ptr, place, OH: tl.constexpr, OW: tl.constexpr):
-    """First row, rows and w of the image, then top, left, columns and places of the window; none if it is absent."""
+    """Return the image's first row, rows and w, and the window's top, left, columns and places (0: no image)."""
     image = place // (OH * OW)
     i = place // OW % OH
     j = place % OW
@@ -137,7 +141,7 @@ def window_of(table_ptr, place, OH: tl.constexpr, OW: tl.constexpr):
 
 @triton.jit
 def gathered(dy_ptr, image, at, h, w, there, offs_c, C, OH: tl.constexpr, OW: tl.constexpr):
-    """Gradient [rows, C] of the places `at` of images, from that of the windows they lie in."""
+    """Return the gradient [rows, C] of the places `at` of images, gathered from the windows that contain them."""
     r = at // w
     c = at % w
     top = r * OH // h
@@ -157,6 +161,7 @@ def gathered(dy_ptr, image, at, h, w, there, offs_c, C, OH: tl.constexpr, OW: tl
 
 @triton.jit
 def _norm_kernel(u_ptr, gamma_ptr, beta_ptr, y_ptr, P, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store y = silu(norm(u))."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     inside = (rows < P)[:, None] & (offs_c < C)[None, :]
@@ -168,7 +173,7 @@ def _norm_kernel(u_ptr, gamma_ptr, beta_ptr, y_ptr, P, C, ROWS: tl.constexpr, BL
 
 @triton.jit
 def _joined(u_ptr, x_ptr, places, inside, gamma, beta, gamma_x, beta_x, in_c, C, DOWN: tl.constexpr):
-    """norm(u) + shortcut, whose shortcut is norm(x) where DOWN, else x; and what backward needs of both norms."""
+    """Return norm(u) + shortcut (norm(x) if DOWN, else x), and unit and 1 / deviation of both norms for backward."""
     unit, rstd = normalised(tl.load(u_ptr + places, inside, other=0.0).to(tl.float32), in_c, C)
     x = tl.load(x_ptr + places, inside, other=0.0).to(tl.float32)
     s = unit * gamma[None, :] + beta[None, :]
@@ -184,7 +189,7 @@ def _join_kernel(
     u_ptr, x_ptr, gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, owner_ptr, table_ptr, y_ptr, P, C, DOWN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = silu(norm(u) + shortcut), zeros in rows of no image."""
+    """Store y = silu(norm(u) + shortcut), zeros in rows of no image."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
@@ -204,7 +209,7 @@ def _join_pool_kernel(
     u_ptr, x_ptr, gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, table_ptr, y_ptr, C, OH: tl.constexpr,
     OW: tl.constexpr, DOWN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One place of the pool of what _join_kernel would give, which is never written."""
+    """Store one place of the pool of _join_kernel's result, which is never written."""
     place = tl.program_id(0)
     first, rows, w, top, left, columns, count = window_of(table_ptr, place, OH, OW)
     offs_c = tl.arange(0, BLOCK_C)
@@ -232,8 +237,10 @@ def _join_backward_kernel(
     dy_ptr, u_ptr, x_ptr, gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, owner_ptr, table_ptr, du_ptr, dx_ptr,
     sums_ptr, P, C, OH: tl.constexpr, OW: tl.constexpr, DOWN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """du, the shortcut's gradient dx, and by program the sums [3, C] for gamma, beta and gamma_x. OH: dy is that of
-    the pool."""
+    """Store du, the shortcut's gradient dx, and each program's sums [3, C] for gamma, beta and gamma_x.
+
+    OH > 0: dy is the gradient of the pooled result.
+    """
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
     gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
@@ -273,12 +280,12 @@ def _join_backward_kernel(
 
 
 def norm_silu(u: Tensor, gamma: Tensor, beta: Tensor, out: Tensor) -> Tensor:
-    """out = silu(norm(u)); out may be u."""
+    """Store silu(norm(u)) in out, which may be u, and return it."""
     P, C = u.shape
     config = config_of(NORM, u)
     launch(
-        _norm_kernel, cdiv(P, config.rows), u, gamma, beta, out, P, C, config.rows, power_of_2(C),
-        num_warps=config.warps,
+        _norm_kernel, cdiv(P, config.rows), u_ptr=u, gamma_ptr=gamma, beta_ptr=beta, y_ptr=out, P=P, C=C,
+        ROWS=config.rows, BLOCK_C=power_of_2(C), num_warps=config.warps,
     )  # fmt: skip
     return out
 
@@ -287,21 +294,20 @@ def join(
     u: Tensor, shortcut: Tensor, gamma: Tensor, beta: Tensor, gamma_x: Tensor | None, beta_x: Tensor | None,
     table: Tensor, owner: Tensor, pool: tuple[int, int], out: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """silu(norm(u) + shortcut) [P, C], in `out` if given; pooled [N·oh·ow, C] unless pool is (0, 0)."""
+    """Return silu(norm(u) + shortcut): [P, C], in `out` if there is one, or pooled [N·oh·ow, C] to pool = (oh, ow)."""
     P, C = u.shape
-    norms, down, config = (gamma, beta, gamma_x, beta_x), gamma_x is not None, config_of(JOIN, u)
+    config = config_of(JOIN, u)
+    arguments = {
+        "u_ptr": u, "x_ptr": shortcut, "gamma_ptr": gamma, "beta_ptr": beta, "gamma_x_ptr": gamma_x,
+        "beta_x_ptr": beta_x, "table_ptr": table, "C": C, "DOWN": gamma_x is not None, "ROWS": config.rows,
+        "BLOCK_C": power_of_2(C), "num_warps": config.warps,
+    }  # fmt: skip
     if pool[0]:
         y = u.new_empty(len(table) * pool[0] * pool[1], C)
-        launch(
-            _join_pool_kernel, len(y), u, shortcut, *norms, table, y, C, *pool, down, config.rows, power_of_2(C),
-            num_warps=config.warps,
-        )  # fmt: skip
+        launch(_join_pool_kernel, len(y), y_ptr=y, OH=pool[0], OW=pool[1], **arguments)
         return y
     y = torch.empty_like(u) if out is None else out
-    launch(
-        _join_kernel, cdiv(P, config.rows), u, shortcut, *norms, owner, table, y, P, C, down, config.rows,
-        power_of_2(C), num_warps=config.warps,
-    )  # fmt: skip
+    launch(_join_kernel, cdiv(P, config.rows), owner_ptr=owner, y_ptr=y, P=P, **arguments)
     return y
 
 
@@ -309,14 +315,16 @@ def join_backward(
     dy: Tensor, u: Tensor, shortcut: Tensor, gamma: Tensor, beta: Tensor, gamma_x: Tensor | None,
     beta_x: Tensor | None, table: Tensor, owner: Tensor, pool: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of u and of the shortcut, zeros in rows of no image; fp32 [3, C] of gamma, beta, gamma_x."""
+    """Return the gradients of u and shortcut, zeros in rows of no image, and fp32 [3, C] of gamma, beta, gamma_x."""
     P, C = u.shape
     config = config_of(JOIN_BACKWARD, u)
     grid = programs(cdiv(P, config.rows), config, u)
     du, dx = torch.empty_like(u), torch.empty_like(u)
     sums = u.new_empty(grid, 3, C, dtype=torch.float32)
     launch(
-        _join_backward_kernel, grid, dy, u, shortcut, gamma, beta, gamma_x, beta_x, owner, table, du, dx, sums, P, C,
-        *pool, gamma_x is not None, config.rows, power_of_2(C), num_warps=config.warps,
+        _join_backward_kernel, grid, dy_ptr=dy, u_ptr=u, x_ptr=shortcut, gamma_ptr=gamma, beta_ptr=beta,
+        gamma_x_ptr=gamma_x, beta_x_ptr=beta_x, owner_ptr=owner, table_ptr=table, du_ptr=du, dx_ptr=dx, sums_ptr=sums,
+        P=P, C=C, OH=pool[0], OW=pool[1], DOWN=gamma_x is not None, ROWS=config.rows, BLOCK_C=power_of_2(C),
+        num_warps=config.warps,
     )  # fmt: skip
     return du, dx, sums.sum(0)

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: routing, grouped matrix products, and the whole gated MLP."""
+"""Provide mixture-of-experts ops: routing, grouped matrix products, and the whole gated MLP."""
 
 from mm1.kernels.moe.experts import moe_mlp
 from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw

@@ -1,11 +1,11 @@
-"""Activations of an expert's first product, on tensors and inside kernels.
+"""Compute the activation between an expert's two products, on tensors and inside kernels.
 
     s = act(gate)                              without a gate
     s = act(min(gate, limit)) · (clamp(up, ±limit) + shift)
 
-limit None clamps nothing; GPT-OSS is quick_gelu with limit 7 and shift 1, DeepSeek-V4 silu with a limit. `slopes` gives
-∂s/∂gate and ∂s/∂up beside s. silu x·σ(x); quick_gelu x·σ(1.702x); gelu x·Φ(x); gelu_tanh its tanh form (Hendrycks and
-Gimpel 2016); relu2 max(x, 0)² (So et al. 2021, Primer).
+limit None clamps nothing; GPT-OSS is quick_gelu with limit 7 and shift 1, DeepSeek-V4 silu with a limit. silu x·σ(x);
+quick_gelu x·σ(1.702x); gelu x·Φ(x); gelu_tanh its tanh form (Hendrycks and Gimpel 2016); relu2 max(x, 0)² (So et al.
+2021, Primer).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ QUICK = 1.702
 
 
 class Activation(NamedTuple):
-    """value(x), and backward(dy, x, out): out = dy · act'(x)."""
+    """Holds value(x) = act(x), and backward(dy, x, out), which stores dy · act'(x) in out."""
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], object]
@@ -45,12 +45,13 @@ ACTIVATIONS = {
         lambda x: F.gelu(x, approximate="tanh"), lambda dy, x, out: _gelu_backward(dy, x, out, "tanh")
     ),
     "relu": Activation(F.relu, lambda dy, x, out: torch.mul(dy, x > 0, out=out)),
-    "relu2": Activation(lambda x: F.relu(x).square_(), lambda dy, x, out: torch.mul(dy, 2 * F.relu(x), out=out)),
+    "relu2": Activation(lambda x: F.relu(x).square(), lambda dy, x, out: torch.mul(dy, 2 * F.relu(x), out=out)),
 }
 
 
 @triton.jit
 def _value_and_slope(x, ACT: tl.constexpr):
+    """Return act(x) and act'(x)."""
     if ACT == "silu":
         sigmoid = tl.sigmoid(x)
         value = x * sigmoid
@@ -80,7 +81,7 @@ def _value_and_slope(x, ACT: tl.constexpr):
 
 @triton.jit
 def slopes(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
-    """s, ∂s/∂gate, ∂s/∂up of fp32 tiles; without a gate the last is meaningless."""
+    """Return s, ∂s/∂gate and ∂s/∂up of fp32 tiles; without a gate the last is meaningless."""
     if LIMIT is not None:
         value, slope = _value_and_slope(tl.minimum(gate, LIMIT), ACT)
         slope = tl.where(gate <= LIMIT, slope, 0.0)
@@ -100,5 +101,6 @@ def slopes(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr
 
 @triton.jit
 def activate(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    """Return s of fp32 tiles."""
     s, _, _ = slopes(gate, up, ACT, GATED, LIMIT, SHIFT)
     return s

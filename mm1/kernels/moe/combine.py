@@ -1,6 +1,6 @@
-"""Sum of each token's rows over its K slots.
+"""Sum each token's rows over its K slots.
 
-    out[t] = Σ_k weight[t, k] · y[row of slot (t, k)]     over slots that an expert has taken
+    out[t] = Σ_k weight[t, k] · y[row of slot (t, k)]     over slots that belong to an expert
 
 y [rows, D], weight fp32 [T, K] or None -> [T, D]; in fp32 and in the order of k, so the same bits every time. Reads
 T·K·D, writes T·D.
@@ -25,25 +25,25 @@ def _combine_kernel(
         slot = token * K + k
         if SORTED:
             row = tl.load(position_ptr + slot).to(tl.int64)
-            taken = row < tl.load(offsets_ptr + E - 1)
+            valid = row < tl.load(offsets_ptr + E - 1)
         else:
             row = slot
             expert = tl.load(index_ptr + slot)
-            taken = (expert >= 0) & (expert < E)
-        y = tl.load(y_ptr + row * D + offs, offs < tl.where(taken, D, 0), other=0.0).to(tl.float32)
+            valid = (expert >= 0) & (expert < E)
+        y = tl.load(y_ptr + row * D + offs, offs < tl.where(valid, D, 0), other=0.0).to(tl.float32)
         if HAS_WEIGHT:
-            y *= tl.where(taken, tl.load(weight_ptr + slot), 0.0)
+            y *= tl.where(valid, tl.load(weight_ptr + slot), 0.0)
         acc += y
     tl.store(out_ptr + token * D + offs, acc.to(out_ptr.dtype.element_ty), offs < D)
 
 
 def combine_sorted(y: Tensor, position: Tensor, offsets: Tensor, weight: Tensor | None) -> Tensor:
-    """Rows of y stand by expert: slot (t, k) at position[t, k], taken where that is before the last offset."""
+    """Combine rows y [S, D] sorted by expert: slot (t, k) is row position[t, k], if that is before the last offset."""
     return _combine(y, position.shape, len(offsets), position, None, offsets, weight)
 
 
 def combine_slots(y: Tensor, index: Tensor, experts: int, weight: Tensor) -> Tensor:
-    """Rows of y stand slot by slot, taken where the slot's index is one of the experts."""
+    """Combine rows y [T·K, D] in the order of slots; a slot counts if its index is one of the experts."""
     return _combine(y, index.shape, experts, None, index, None, weight)
 
 
@@ -52,7 +52,8 @@ def _combine(y, shape, experts, position, index, offsets, weight) -> Tensor:
     out = y.new_empty(T, D)
     block = min(1024, power_of_2(max(D, 1)))
     launch(
-        _combine_kernel, T * cdiv(D, block), y, position, index, weight, offsets, out, D, experts, K,
-        position is not None, weight is not None, block, num_warps=4,
+        _combine_kernel, T * cdiv(D, block), y_ptr=y, position_ptr=position, index_ptr=index, weight_ptr=weight,
+        offsets_ptr=offsets, out_ptr=out, D=D, E=experts, K=K, SORTED=position is not None,
+        HAS_WEIGHT=weight is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out

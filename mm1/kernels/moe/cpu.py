@@ -1,12 +1,11 @@
-"""The mixture-of-experts MLP on CPU: plain products expert by expert, no work a token in Python.
+"""Compute the mixture-of-experts MLP on a CPU: one product for each expert, and no Python code for each token.
 
-What lies between gather and combine is scratch for one run of experts: neighbours of at most RUN_ROWS rows together, or
-one larger expert. So it stays in cache, and small experts share the calls of all but the products. Products of bf16
-and fp16 are computed in fp32 where the CPU has no units for them; all else is fp32, or fp64 for fp64. Formulas:
-experts.py.
+Experts go in runs: neighbours with at most RUN_ROWS rows together, or one larger expert. The intermediate results of a
+run stay in cache, and small experts share all calls but the products. Products of bf16 and fp16 are computed in fp32
+where the CPU has no units for them; all else is computed in fp32, or in fp64 for fp64. Formulas: experts.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,17 +16,18 @@ from torch import Tensor
 from mm1.kernels.dispatch import wide
 from mm1.kernels.moe.activation import ACTIVATIONS, Activation
 
-# Up to so many rows MKL is faster at (w xᵀ)ᵀ than at x wᵀ, for which it packs w: twice at 2 to 8 rows, 1.2 × at 64.
+# Up to so many rows MKL computes (w xᵀ)ᵀ faster than x wᵀ, for which it packs w: 2 × at 2 to 8 rows, 1.2 × at 64.
 FEW_ROWS = 64
 RUN_ROWS = 256
 
 
 def forward(
-    x: Tensor, slots: Tensor, position: Tensor, offsets: Tensor, weight: Tensor, gate_up: Tensor, up: Tensor | None,
-    down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None,
-    shift: float, interleaved: bool, keep: bool,
+    x: Tensor, order: Sequence[Tensor], weight: Tensor, gate_up: Tensor, up: Tensor | None, down: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
+    interleaved: bool, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [T, D], and h [T·K, 2F], gates before ups, with `keep` (else without columns)."""
+    """Return y [T, D] and, with `keep`, h [T·K, 2F], gates before ups, else h without columns."""
+    slots, position, offsets = order
     gate = Gate(ACTIVATIONS[activation], down.shape[2], limit, shift)
     ups = projections(gate_up, up, gate_up_bias, gate.width, interleaved)
     tokens, ends, units = slots // max(position.shape[1], 1), offsets.tolist(), _units(x)
@@ -41,16 +41,17 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, h: Tensor, slots: Tensor, position: Tensor, offsets: Tensor, weight: Tensor,
-    gate_up: Tensor, up: Tensor | None, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None,
-    activation: str, limit: float | None, shift: float, interleaved: bool, weights: bool,
+    dy: Tensor, x: Tensor, h: Tensor, order: Sequence[Tensor], weight: Tensor, gate_up: Tensor, up: Tensor | None,
+    down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None,
+    shift: float, interleaved: bool, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, weight and, with `weights`, gate_up, up, down and the biases (empty where there is none)."""
+    """Return the gradients of x, weight and, with `weights`, of gate_up, up, down and the biases, else empty ones."""
+    slots, position, offsets = order
     gate = Gate(ACTIVATIONS[activation], down.shape[2], limit, shift)
     ups = projections(gate_up, up, gate_up_bias, gate.width, interleaved)
-    given = (gate_up, up, down, gate_up_bias, down_bias)
-    grads = [torch.empty_like(w) if w is not None and weights else x.new_empty(0) for w in given]
-    dgate_up, dup, ddown, dbias, ddown_bias = (g if w is not None else None for g, w in zip(grads, given))
+    parameters = gate_up, up, down, gate_up_bias, down_bias
+    grads = [torch.empty_like(p) if p is not None and weights else x.new_empty(0) for p in parameters]
+    dgate_up, dup, ddown, dbias, ddown_bias = (g if p is not None else None for g, p in zip(grads, parameters))
     dups = projections(dgate_up, dup, dbias, gate.width, interleaved) if weights else []
     tokens, ends, units = slots // max(position.shape[1], 1), offsets.tolist(), _units(x)
     dots = weight.new_empty(len(slots))
@@ -59,7 +60,7 @@ def backward(
     for rows, experts in _runs(ends):
         x_r, dy_r = x.index_select(0, tokens[rows]), dy.index_select(0, tokens[rows]).to(dx.dtype)
         h_r = h[rows] if h.shape[1] else _hidden(x_r, experts, ups, units, h[rows])
-        h_r = h_r.to(x.dtype).to(dx.dtype)  # computed again, it is rounded as what is kept is
+        h_r = h_r.to(x.dtype).to(dx.dtype)  # a recomputed h is rounded as a kept one
         ds = dy_r.new_empty(len(dy_r), gate.width)
         for e, part in experts:
             _product(dy_r[part], down[e], units, out=ds[part])
@@ -73,7 +74,7 @@ def backward(
                 dx_r[part] += _product(dhs[1][part], ups[1][0][e], units)
         if not weights:
             continue
-        # dh is without the weight, which joins x and dy here and the sum of dx below: they have fewer columns.
+        # dh lacks the factor weight, which multiplies x and dy here and dx below: they have fewer columns.
         x_r, dy_r = x_r * w, dy_r.mul_(w)
         assert ddown is not None
         for e, part in experts:
@@ -91,7 +92,7 @@ def backward(
 
 
 class Gate(NamedTuple):
-    """The activation on rows of h [n, 2F] in fp32 or fp64, or [n, F] without a gate."""
+    """Applies the activation to rows of h [n, 2F] in fp32 or fp64, or [n, F] without a gate."""
 
     act: Activation
     width: int
@@ -99,7 +100,7 @@ class Gate(NamedTuple):
     shift: float
 
     def halves(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is activated, and what that is multiplied with."""
+        """Return the activation's argument, and the factor of its result."""
         gate, up = h[:, : self.width], h[:, self.width :] if h.shape[1] > self.width else None
         if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), None if up is None else up.clamp(-self.limit, self.limit)
@@ -111,7 +112,7 @@ class Gate(NamedTuple):
         return s if up is None else s.mul_(up)
 
     def backward(self, ds: Tensor, h: Tensor, dots: Tensor) -> tuple[Tensor, Tensor]:
-        """dh and s; fills dots with ⟨ds, s⟩, and ds with anything."""
+        """Return dh and s, and store ⟨ds, s⟩ in dots; ds is overwritten."""
         gate, up = self.halves(h)
         dh, s = torch.empty_like(h), self.act.value(gate)
         if up is not None:
@@ -126,7 +127,7 @@ class Gate(NamedTuple):
 
 
 def projections(whole, up, bias, width: int, interleaved: bool) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight [E, N, D] and bias [E, N] of each product that makes a stretch of h's columns."""
+    """Return weight [E, N, D] and bias [E, N] of each product; their results are h's columns, side by side."""
     if up is not None:
         return [(whole, None), (up, None)]
     if interleaved and whole.shape[1] > width:
@@ -139,7 +140,7 @@ def _columns(ups: list[tuple[Tensor, Tensor | None]]) -> int:
 
 
 def _runs(ends: list[int]) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-    """Rows of each run, and its experts that have any with theirs inside the run."""
+    """Yield the rows of each run, and its experts with their rows inside the run; experts without rows are left out."""
     first = begin = 0
     experts: list[tuple[int, slice]] = []
     for expert, end in enumerate(ends):
@@ -161,7 +162,7 @@ def _zero_idle(grad: Tensor, ends: list[int]) -> None:
 
 
 def _units(x: Tensor) -> torch.dtype:
-    """In what products are computed."""
+    """Return the dtype in which products are computed."""
     if x.dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return wide(x.dtype)
@@ -171,7 +172,7 @@ def _hidden(
     x: Tensor, experts: list[tuple[int, slice]], ups: list[tuple[Tensor, Tensor | None]], units: torch.dtype,
     kept: Tensor,
 ) -> Tensor:  # fmt: skip
-    """fp32 [n, 2F] of a run: in `kept` itself where that has columns of fp32, else with a copy there."""
+    """Return h fp32 [n, 2F] of a run: `kept` itself where that has columns of fp32, else with a copy in `kept`."""
     direct = kept.shape[1] > 0 and kept.dtype == wide(x.dtype)
     h = kept if direct else x.new_empty(len(x), _columns(ups), dtype=wide(x.dtype))
     for half, (w, bias) in zip(h.split(ups[0][0].shape[1], 1), ups):
@@ -183,7 +184,7 @@ def _hidden(
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None, units: torch.dtype, out: Tensor) -> None:
-    """out fp32 = x wᵀ + bias"""
+    """Store x wᵀ + bias in out, fp32."""
     if len(x) <= FEW_ROWS:
         out.copy_(_product(w, x.t(), units).t())
     else:
@@ -200,7 +201,7 @@ def _product(a: Tensor, b: Tensor, units: torch.dtype, *, out: Tensor | None = N
 
 
 def _combine(y: Tensor, position: Tensor, used: int, weight: Tensor) -> Tensor:
-    """Σ_k weight[t, k] · y[position[t, k]], where that row is one of the first `used`."""
+    """Return Σ_k weight[t, k] · y[position[t, k]], over rows before `used`."""
     if not position.numel():
         return y.new_zeros(len(position), y.shape[1])
     if used < len(y):

@@ -1,20 +1,22 @@
-"""Mixture-of-experts MLP over routed tokens.
+"""Compute the mixture-of-experts MLP over routed tokens.
 
     h = x[t] · gate_up[e]ᵀ;  s = act(h[:F]) · h[F:];  y[t] = Σ_k weight[t, k] · s · down[e]ᵀ,   e = index[t, k]
 
 x [T, D], index [T, K], weight [T, K], gate_up [E, 2F, D], down [E, D, F] -> [T, D]. 6·T·K·D·F operations, 12 backward.
 
-Forward, over rows sorted by expert: one product with the gather in its loads and the activation in its epilogue (gate
-and up are two accumulators, so their layout does not matter), one with contiguous stores, and a gather that sums each
-token's rows in fp32 and in order: nothing is scattered, no atomics, the same bits every time.
+Forward, over rows sorted by expert: one product that gathers tokens as it loads them and applies the activation before
+it stores (gate and up are two accumulators, so their layout does not matter), a second product with contiguous stores,
+and a gather that sums each token's rows in fp32 and in order. Without scatters and atomics, the same inputs give the
+same bits every time.
 
-Backward keeps x and h, or x alone (recompute), never s or y (Guo et al. 2025, SonicMoE):
+Backward keeps x and h, or x alone with `recompute`, but never s or y (Guo et al. 2025, SonicMoE):
     da   = dy[t] · down[e]                   ∂/∂weight[t, k] = ⟨da, s⟩       without the weight
     dh   = weight · da · ∂s/∂h               one kernel gives dh, ⟨da, s⟩ and weight · s
     dx[t] = Σ_k dh · gate_up[e];   dgate_up[e] = dhᵀ x[t];   ddown[e] = dy[t]ᵀ (weight · s)
 Source: Jiang et al. 2024 (Mixtral), section 2.2.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -27,20 +29,18 @@ from mm1.kernels.dispatch import (
     autocast_dtype,
     cdiv,
     device_of,
-    expect,
     expect_alike,
-    expect_float,
-    expect_integers,
-    expect_read,
     launch,
     on_cpu,
     refuse_second_order,
+    strides,
     wide,
 )
 from mm1.kernels.language import tl, triton
 from mm1.kernels.moe import cpu as experts_cpu
 from mm1.kernels.moe import few_tokens
-from mm1.kernels.moe.activation import ACTIVATIONS, activate, slopes
+from mm1.kernels.moe.activation import activate, slopes
+from mm1.kernels.moe.arguments import check
 from mm1.kernels.moe.combine import combine_sorted
 from mm1.kernels.moe.grouped import dw, gemm
 from mm1.kernels.moe.routing import Order, sort, sort_by_expert
@@ -66,11 +66,12 @@ from mm1.kernels.tuning import Tunable, config_for, pinned_or
 
 
 def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
-    """Of the kernel that ends in gate, up and their slopes: sums must leave registers for them."""
+    """Tell whether the kernel fits; its accumulators must leave registers for gate, up and their slopes."""
     return legal(config, shape, dtype, device) and 32 <= config.block_n <= _widest_dh(device)
 
 
 def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 128) -> Config:
+    """Choose the configuration of a plain product, with at most `widest` columns."""
     config = default(shape, dtype, device)
     return replace(config, block_n=min(config.block_n, _widest_dh(device), widest))
 
@@ -91,7 +92,7 @@ def _up_kernel(
     LIMIT: tl.constexpr, SHIFT: tl.constexpr, W_TMA: tl.constexpr, S_TMA: tl.constexpr, H_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """s [rows, F], and h [rows, 2F] with KEEP."""
+    """Store s [rows, F] and, with KEEP, h [rows, 2F]."""
     num_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
@@ -132,7 +133,7 @@ def _dh_kernel(
     ACT: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, W_TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """dh [rows, 2F], weight · s [rows, F], and by tile of F the rows' share of ⟨dy, y⟩."""
+    """Store dh [rows, 2F], weight · s [rows, F], and for each tile of F the rows' part of ⟨dy, y⟩."""
     num_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
@@ -157,7 +158,7 @@ def _dh_kernel(
             if pid_n > 0:
                 dots = tl.zeros((BLOCK_M,), tl.float32)
             weight = tl.load(weight_ptr + slots)[:, None]
-            # Half by half: the registers do not hold gate, up, slopes and sums of a whole tile.
+            # In two halves: the registers do not hold gate, up, slopes and accumulators of a whole tile.
             left, right = tl.split(tl.permute(tl.reshape(da, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
             dots += _dh_part(
                 left, weight, h_ptr, dh_ptr, ws_ptr, rows, end, n, F, GATED, ACT, LIMIT, SHIFT, BLOCK_N // 2
@@ -174,7 +175,7 @@ def _dh_part(
     da, weight, h_ptr, dh_ptr, ws_ptr, rows, end, n, F, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store dh and weight · s of some columns, return their share of ⟨da, s⟩."""
+    """Store dh and weight · s of some columns, and return their part of ⟨da, s⟩."""
     offs_n = n + tl.arange(0, BLOCK_N)
     inside = (rows < end)[:, None] & (offs_n < F)[None, :]
     places = rows.to(tl.int64)[:, None] * (2 * F if GATED else F) + offs_n[None, :]
@@ -194,7 +195,7 @@ def _dh_part(
 
 
 def halves(whole: Tensor, up: Tensor | None, gated: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views [E, F, …] of gate and up, whichever way they are laid out; without a gate the same twice."""
+    """Return views [E, F, …] of gate and up, for each layout; without a gate the same tensor twice."""
     if not gated:
         return whole, whole
     if up is not None:
@@ -206,12 +207,12 @@ def halves(whole: Tensor, up: Tensor | None, gated: bool, interleaved: bool) -> 
 
 
 def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit, shift, interleaved, keep):
-    """s [S, F], and h [S, 2F] if it is to be kept, over rows sorted by expert."""
+    """Launch the first product over rows sorted by expert; return s [S, F] and, with `keep`, h [S, 2F]."""
     S, D = len(slots), x.shape[1]
     gated = up is not None or gate_up.shape[1] == 2 * width
     device = device_of(x)
     at = Shape(S, len(offsets), D, width, gated), x.dtype, device
-    # Biases and limits take registers that the tables' tiles, found without them, may not leave.
+    # Biases and limits take registers; the tables' tiles were measured without them, and may not leave any.
     plain = bias is None and limit is None
     config = config_for(UP, *at) if plain else pinned_or("experts_up", lambda: default(*at))
     tiles, _, num_m = tile_map(offsets, S, config.block_m)
@@ -225,12 +226,14 @@ def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit,
     tile = [config.block_m, config.block_n]
     s_desc, hg_desc, hu_desc = (descriptor(t, tile, config) for t in (s, h_gate, h_up))
     launch(
-        _up_kernel, programs(num_m * cdiv(width, config.block_n), config, device), x, gate_any, up_any,
-        gate_bias, up_bias, slots, s, s_desc, h, hg_desc, hu_desc, tiles, *x.stride(), *gate.stride(), *up.stride(),
-        *((0, 0) if gate_bias is None else gate_bias.stride()), D, width, num_m, fan, gated, bias is not None, keep,
-        activation, limit, shift, order, s_desc is not None, hg_desc is not None and hu_desc is not None,
-        config.block_m, config.block_n, config.block_k, config.group_m, num_warps=config.warps,
-        num_stages=config.stages,
+        _up_kernel, programs(num_m * cdiv(width, config.block_n), config, device), x_ptr=x, gate=gate_any, up=up_any,
+        gate_bias_ptr=gate_bias, up_bias_ptr=up_bias, slots_ptr=slots, s_ptr=s, s_desc=s_desc, h_ptr=h,
+        hg_desc=hg_desc, hu_desc=hu_desc, tiles_ptr=tiles, **strides(x, "stride_xm", "stride_xk"),
+        **strides(gate, "stride_ge", "stride_gk", "stride_gn"), **strides(up, "stride_ue", "stride_uk", "stride_un"),
+        **strides(gate_bias, "stride_be", "stride_bn"), D=D, F=width, num_m=num_m, FAN=fan, GATED=gated,
+        HAS_BIAS=bias is not None, KEEP=keep, ACT=activation, LIMIT=limit, SHIFT=shift, W_TMA=order,
+        S_TMA=s_desc is not None, H_TMA=hg_desc is not None and hu_desc is not None, GROUP_M=config.group_m,
+        **config.arguments,
     )  # fmt: skip
     return s, h
 
@@ -239,7 +242,7 @@ def gradient_of_h(
     dy: Tensor, h: Tensor, slots: Tensor, offsets: Tensor, fan: int, weight: Tensor, down: Tensor,
     down_bias: Tensor | None, activation: str, limit: float | None, shift: float, gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dh [S, 2F], weight · s [S, F], and ⟨dy, y⟩ of each row as parts [., S] to be added."""
+    """Return dh [S, 2F], weight · s [S, F], and ⟨dy, y⟩ of each row as parts [tiles of F, S] to be summed."""
     S, device, (E, D, width) = len(slots), device_of(h), down.shape
     at = Shape(S, E, D, width), h.dtype, device
     plain = down_bias is None and limit is None
@@ -250,20 +253,22 @@ def gradient_of_h(
     dh, ws, dots = torch.empty_like(h), h.new_empty(S, width), weight.new_empty(num_n, S)
     down_any, order = weight_operands(config, down)
     launch(
-        _dh_kernel, programs(num_m * num_n, config, device), dy, down_any, down_bias, h, slots, weight, dh, ws, dots,
-        tiles, *dy.stride(), *down.stride(), D, width, S, num_m, fan, gated, down_bias is not None, activation, limit,
-        shift, order, config.block_m, config.block_n, config.block_k, config.group_m, num_warps=config.warps,
-        num_stages=config.stages,
+        _dh_kernel, programs(num_m * num_n, config, device), dy_ptr=dy, down=down_any, bias_ptr=down_bias, h_ptr=h,
+        slots_ptr=slots, weight_ptr=weight, dh_ptr=dh, ws_ptr=ws, dots_ptr=dots, tiles_ptr=tiles,
+        **strides(dy, "stride_ym", "stride_yk"), **strides(down, "stride_we", "stride_wk", "stride_wn"), D=D, F=width,
+        S=S, num_m=num_m, FAN=fan, GATED=gated, HAS_BIAS=down_bias is not None, ACT=activation, LIMIT=limit,
+        SHIFT=shift, W_TMA=order, GROUP_M=config.group_m, **config.arguments,
     )  # fmt: skip
     return dh, ws, dots
 
 
 def forward(
-    x: Tensor, slots: Tensor, position: Tensor, offsets: Tensor, weight: Tensor, gate_up: Tensor, up: Tensor | None,
-    down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None,
-    shift: float, interleaved: bool, keep: bool,
+    x: Tensor, order: Sequence[Tensor], weight: Tensor, gate_up: Tensor, up: Tensor | None, down: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
+    interleaved: bool, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [T, D], and h [T·K, 2F] with `keep` (else without columns)."""
+    """Return y [T, D] and, with `keep`, h [T·K, 2F], else h without columns. order: slots, position, offsets."""
+    slots, position, offsets = order
     K, width = position.shape[1], down.shape[2]
     s, h = up_rows(x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, keep)
     y = gemm(s, down.transpose(1, 2), offsets, down_bias)
@@ -271,11 +276,12 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, h: Tensor, slots: Tensor, position: Tensor, offsets: Tensor, weight: Tensor,
-    gate_up: Tensor, up: Tensor | None, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None,
-    activation: str, limit: float | None, shift: float, interleaved: bool, weights: bool,
+    dy: Tensor, x: Tensor, h: Tensor, order: Sequence[Tensor], weight: Tensor, gate_up: Tensor, up: Tensor | None,
+    down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None,
+    shift: float, interleaved: bool, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, weight and, with `weights`, gate_up, up, down and the biases (empty where there is none)."""
+    """Return the gradients of x, weight and, with `weights`, of gate_up, up, down and the biases, else empty ones."""
+    slots, position, offsets = order
     K, width = position.shape[1], down.shape[2]
     gated = up is not None or gate_up.shape[1] == 2 * width
     if not h.shape[1]:
@@ -307,7 +313,7 @@ def backward(
 
 
 def empty_gradients(*weights: Tensor | None) -> list[Tensor]:
-    """Room for each weight's gradient, in the weight's own layout where that is dense; empty for none."""
+    """Allocate each weight's gradient, in the weight's own layout where that is dense; empty for None."""
     some = next(w for w in weights if w is not None)
     return [some.new_empty(0) if w is None else torch.empty_like(w) for w in weights]
 
@@ -318,9 +324,9 @@ def forward_few(
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
     """Compute moe_mlp without gradients, by the kernels for few tokens where there are few."""
-    if not few_tokens.few(index.numel(), down.shape[0]):  # as an exported program may find at other sizes
+    if not few_tokens.few(index.numel(), down.shape[0]):  # an exported program runs at sizes other than its example's
         order, biases = sort(index, down.shape[0]), (gate_up_bias, down_bias)
-        return forward(x, *order, weight, gate_up, up, down, *biases, activation, limit, shift, interleaved, False)[0]
+        return forward(x, order, weight, gate_up, up, down, *biases, activation, limit, shift, interleaved, False)[0]
     gated = up is not None or gate_up.shape[1] == 2 * down.shape[2]
     biases = (None, None) if gate_up_bias is None else halves(gate_up_bias, None, gated, interleaved)
     gate, up = halves(gate_up, up, gated, interleaved)
@@ -337,17 +343,16 @@ on_cpu(_backward, experts_cpu.backward)
 
 
 @_forward.register_fake
-def _(x, slots, position, offsets, weight, gate_up, up, down, gate_up_bias, down_bias, activation, limit, shift,
-      interleaved, keep):  # fmt: skip
+def _(x, order, weight, gate_up, up, down, gate_up_bias, down_bias, activation, limit, shift, interleaved, keep):
     width = gate_up.shape[1] if up is None else 2 * gate_up.shape[1]
-    return x.new_empty(x.shape), x.new_empty(slots.shape[0], width if keep else 0)
+    return x.new_empty(x.shape), x.new_empty(order[0].shape[0], width if keep else 0)
 
 
 @_backward.register_fake
-def _(dy, x, h, slots, position, offsets, weight, gate_up, up, down, gate_up_bias, down_bias, activation, limit, shift,
-      interleaved, weights):  # fmt: skip
-    given = (gate_up, up, down, gate_up_bias, down_bias)
-    grads = empty_gradients(*given) if weights else [x.new_empty(0) for _ in given]
+def _(dy, x, h, order, weight, gate_up, up, down, gate_up_bias, down_bias, activation, limit, shift, interleaved,
+      weights):  # fmt: skip
+    parameters = gate_up, up, down, gate_up_bias, down_bias
+    grads = empty_gradients(*parameters) if weights else [x.new_empty(0) for _ in parameters]
     return [x.new_empty(x.shape), torch.empty_like(weight), *grads]
 
 
@@ -357,18 +362,18 @@ def _(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activation, 
 
 
 def _save(ctx, inputs, output):
-    x, *order_and_weights, ctx.activation, ctx.limit, ctx.shift, ctx.interleaved, _ = inputs
+    x, order, *weights, ctx.activation, ctx.limit, ctx.shift, ctx.interleaved, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], *order_and_weights)
+    ctx.save_for_backward(x, output[1], *order, *weights)
 
 
 def _gradients(ctx, dy: Tensor, _):
-    saved = ctx.saved_tensors
-    weights = any(ctx.needs_input_grad[5:10])
-    dx, dweight, *grads = _backward(dy, *saved, ctx.activation, ctx.limit, ctx.shift, ctx.interleaved, weights)
-    given = saved[6:]
-    grads = [grad if weights and weight is not None else None for grad, weight in zip(grads, given)]
-    return dx, None, None, None, dweight, *grads, None, None, None, None, None
+    x, h, slots, position, offsets, weight, *parameters = ctx.saved_tensors
+    weights = any(ctx.needs_input_grad[3:8])
+    settings = ctx.activation, ctx.limit, ctx.shift, ctx.interleaved, weights
+    dx, dweight, *grads = _backward(dy, x, h, [slots, position, offsets], weight, *parameters, *settings)
+    grads = [grad if weights and p is not None else None for grad, p in zip(grads, parameters)]
+    return dx, [None] * 3, dweight, *grads, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -392,77 +397,43 @@ def moe_mlp(
     order: Order | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """x [T, D], index int [T, K], weight [T, K], gate_up [E, 2F, D] (not gated: [E, F, D]), down [E, D, F] -> [T, D].
+    """Return the weighted sum of each token's K experts, [T, D] in x's dtype.
 
-    Weights may have any strides: what is stored [E, D, 2F] goes in as its transpose(1, 2), without a copy. With up
-    [E, F, D] gate and up are tensors of their own, and gate_up is the gate. interleaved: gate and up alternate row by
-    row instead of standing in halves. gate_up_bias [E, 2F], down_bias [E, D]. activation, limit, shift: see
-    activation.py. An index outside 0 … E - 1 contributes nothing and its weight's gradient is zero. order:
-    sort_by_expert(index, E), if it is there already. recompute: keep only x for backward, and compute the first product
-    again.
+    x [T, D], index int [T, K], weight [T, K], gate_up [E, 2F, D] (not gated: [E, F, D]), down [E, D, F].
+    up [E, F, D]: gate and up are two tensors, and gate_up is the gate. interleaved: rows of gate and up alternate;
+    else gate_up holds all rows of gate, then those of up. gate_up_bias [E, 2F], down_bias [E, D]. activation, limit,
+    shift: see activation.py. order: sort_by_expert(index, E), if you have it already. recompute: keep only x for
+    backward, and compute the first product again.
 
-    Under autocast x, weights and biases are cast to its dtype. x, gate_up, down in one of fp32, bf16, fp16, on a CPU
-    also fp64; weight in any float.
+    An index outside 0 … E - 1 adds nothing, and the gradient of its weight is zero. Weights may have any strides: pass
+    a weight stored as [E, D, 2F] as its transpose(1, 2), without a copy. x, weights and biases are of one dtype, fp32,
+    bf16 or fp16, on a CPU also fp64; under autocast they are cast to its dtype; weight is of any float dtype. Sums are
+    computed in fp32 (fp64 for fp64). Raises ValueError for other shapes, dtypes or devices, naming the argument.
     """
-    given = gate_up, up, down, gate_up_bias, down_bias
+    parameters = gate_up, up, down, gate_up_bias, down_bias
     expect_alike("moe_mlp", x=x, index=index, weight=weight, gate_up=gate_up, down=down, up=up,
                  gate_up_bias=gate_up_bias, down_bias=down_bias,
                  **({} if order is None else order._asdict()))  # fmt: skip
-    _check(x, index, weight, *given, activation, order)
+    check(x, index, weight, *parameters, activation, order)
     dtype = autocast_dtype(x) or x.dtype
-    # Weights are read as they lie; what is small is laid out for the kernels.
-    given = [None if w is None else w.to(dtype) if w.ndim == 3 else w.to(dtype).contiguous() for w in given]
+    # Kernels read weights at any strides, and contiguous biases.
+    parameters = [None if p is None else p.to(dtype) if p.ndim == 3 else p.to(dtype).contiguous() for p in parameters]
     x, weight = x.to(dtype), weight.to(wide(dtype)).contiguous()
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *given))
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *parameters))
     on_gpu = INTERPRETED or x.device.type != "cpu"
-    # An exported program is for any number of tokens, so it asks how many there are when it runs.
+    # An exported program serves any number of tokens, so the op itself looks at their number.
     if on_gpu and not recorded and (torch.compiler.is_exporting() or few_tokens.few(index.numel(), down.shape[0])):
-        return _few(x, index, weight, *given, activation, limit, shift, interleaved)
-    order = sort_by_expert(index, down.shape[0]) if order is None else Order(*(t.contiguous() for t in order))
+        return _few(x, index, weight, *parameters, activation, limit, shift, interleaved)
+    rows = [t.contiguous() for t in (sort_by_expert(index, down.shape[0]) if order is None else order)]
     keep = recorded and not recompute
-    return _forward(x, *order, weight, *given, activation, limit, shift, interleaved, keep)[0]
-
-
-def _check(x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activation, order) -> None:
-    def shaped(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-        if tensor is not None:
-            found = tuple(tensor.shape)
-            expect(found in shapes, "moe_mlp", name, found, shapes if len(shapes) > 1 else shapes[0])
-
-    weights = {"gate_up": gate_up, "up": up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    for name, tensor in {"x": x, **weights}.items():  # first, as packed weights have other shapes too
-        expect_float("moe_mlp", name, tensor)
-    expect_read("moe_mlp", "weight", weight)
-    expect_integers("moe_mlp", "index", index, 2)
-    expect(x.ndim == 2, "moe_mlp", "x", tuple(x.shape), "[T, D]")
-    expect(gate_up.ndim == 3, "moe_mlp", "gate_up", tuple(gate_up.shape), "[E, 2F, D]")
-    expect(down.ndim == 3 and down.shape[0] > 0, "moe_mlp", "down", tuple(down.shape), "[E, D, F]")
-    # Where sizes disagree, the tensor is named that two others outvote.
-    T = x.shape[0] if x.shape[:1] == weight.shape[:1] else index.shape[0]
-    D = x.shape[1] if x.shape[1:] == gate_up.shape[2:] else down.shape[1]
-    E, _, F = down.shape
-    shaped("index", index, (T, index.shape[1]))
-    shaped("down", down, (E, D, F))
-    shaped("x", x, (T, D))
-    shaped("weight", weight, tuple(index.shape))
-    # Without up a gate_up of F rows has no gate; with it, it is the gate.
-    shaped("gate_up", gate_up, (E, F, D), *([(E, 2 * F, D)] if up is None else []))
-    shaped("up", up, (E, F, D))
-    shaped("gate_up_bias", gate_up_bias, (E, gate_up.shape[1]))
-    shaped("down_bias", down_bias, (E, D))
-    if order is not None:
-        shaped("slots", order.slots, (index.numel(),))
-        shaped("position", order.position, tuple(index.shape))
-        shaped("offsets", order.offsets, (E,))
-    expect(up is None or gate_up_bias is None, "moe_mlp", "gate_up_bias", "given", "None where gate and up are apart")
-    expect(activation in ACTIVATIONS, "moe_mlp", "activation", activation, tuple(ACTIVATIONS))
-    if autocast_dtype(x) is None:
-        for name, w in weights.items():
-            expect(w is None or w.dtype == x.dtype, "moe_mlp", f"dtype of {name}", w is not None and w.dtype, x.dtype)
+    return _forward(x, rows, weight, *parameters, activation, limit, shift, interleaved, keep)[0]
 
 
 def cost(tokens: int, k: int, experts: int, width: int, ffn: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
-    """Gated; experts: those with at least one token. backward: of the gradients alone, without recomputation."""
+    """Return the cost of a gated moe_mlp; backward: of the gradients alone, without recomputation.
+
+    experts: the number that have at least one token, whose weights must be read.
+    """
     flops, weights = 6 * tokens * k * width * ffn, experts * 3 * width * ffn
     if backward:  # reads x, dy and the first product of each slot, writes dx; weights are read, their gradients written
         return Cost(2 * flops, (3 * tokens * width + 2 * tokens * k * ffn + 2 * weights) * itemsize)

@@ -1,9 +1,9 @@
-"""The mixture-of-experts MLP for a handful of tokens: decoding.
+"""Compute the mixture-of-experts MLP for few tokens, as in decoding.
 
-The same result as experts.py without sorting, maps or saved activations: a program looks through the at most 256 slots
-itself for those of its expert, up to 16 at a time, and streams a stretch of that expert's weights once. Bound by
-reading the weights of the experts in use, 3·D·F elements each; where these are of 8 bits, they become x's dtype in
-registers, and a scale of each row is applied to its sums.
+The result is that of experts.py, without sorting, maps or saved activations: each program searches the at most 256
+slots for those of its expert, up to 16 at a time, and reads some rows of that expert's weight once. The time is that of
+reading the weights of the experts in use, 3·D·F elements each. Weights of 8 bits are converted to x's dtype in
+registers, and each row's scale multiplies its sums.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm1.kernels import tiles
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
+from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.moe.activation import activate
 from mm1.kernels.moe.combine import combine_slots
@@ -23,16 +23,16 @@ from mm1.kernels.tiles import Config, Shape, dot, fitted, load_weight, weight_op
 from mm1.kernels.tuning import Tunable, config_for
 
 MAX_SLOTS = 256
-ROWS = 16  # the least a matrix instruction takes
+ROWS = 16  # the fewest rows of a matrix instruction
 
 
 def few(slots: int, experts: int) -> bool:
-    """Whether so many go this way."""
+    """Tell whether calls of so many slots take these kernels."""
     return 0 < slots <= min(MAX_SLOTS, ROWS * experts)
 
 
 def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
-    """Stretches of a weight narrow enough that every multiprocessor has two programs, many bytes in flight."""
+    """Choose tiles narrow enough that every multiprocessor has two programs, with many bytes in flight."""
     config = Config(ROWS, 64, 256 // dtype.itemsize, group_m=1, warps=4, stages=4, tma=device.tma)
     active = min(shape.rows, shape.experts)
     while config.block_n > 16 and active * cdiv(shape.n, config.block_n) < 2 * device.units:
@@ -41,13 +41,13 @@ def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
 
 
 def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
-    """Every program starts where the others do: nothing walks, nothing is grouped."""
+    """Tell whether the kernel fits; it is never persistent, and its tiles are not grouped."""
     plain = config.block_m == ROWS and not config.persistent and config.group_m == 1
     return plain and tiles.legal(config, shape, dtype, device)
 
 
 def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """What is worth measuring where it is legal."""
+    """Yield the configurations worth measuring, legal or not."""
     axes = product((ROWS,), (16, 32, 64, 128), (64, 128, 256), (1,), (4, 8), (2, 3, 4, 5), (True, False))
     return (Config(*axis) for axis in axes)
 
@@ -63,14 +63,16 @@ def _few_kernel(
     LIMIT: tl.constexpr, SHIFT: tl.constexpr, W_TMA: tl.constexpr, BY_SLOT: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[slot] = act(a[slot // FAN] · gate[e], … · up[e]); ACT None: the first product alone. index_ptr None: all slots
-    are of one expert."""
+    """Store y[slot] = act(a[slot // FAN] · gate[e], a[slot // FAN] · up[e]).
+
+    ACT None: store the product with gate alone. index_ptr None: there is one expert, which all slots belong to.
+    """
     num_n = tl.cdiv(N, BLOCK_N)
     which = tl.program_id(0) // num_n
     n = tl.program_id(0) % num_n * BLOCK_N
     s = tl.arange(0, BLOCK_S)
     index = tl.zeros((BLOCK_S,), tl.int32) if index_ptr is None else tl.load(index_ptr + s, s < S, other=-1)
-    # With fewer slots than experts there is a program a slot, and the first slot of an expert works for all of them.
+    # With fewer slots than experts there are programs for each slot; those of an expert's first slot do all its slots.
     expert = tl.load(index_ptr + which) if BY_SLOT else which
     mine = (index == expert) & (s < S)
     count = tl.sum(mine.to(tl.int32), 0)
@@ -116,22 +118,25 @@ def by_slot(
     up_bias: Tensor | None, activation: str | None, limit: float | None, shift: float,
     gate_scale: Tensor | None = None, up_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """gate, up [E, N, D], in 8 bits with scales fp32 [E, N] -> [S, N]; without a gate up is None, of one expert index
-    may be."""
+    """Return one product (and its activation) for each slot: a [S / fan, D], gate and up [E, N, D] -> [S, N].
+
+    gate_scale, up_scale: fp32 [E, N], of weights of 8 bits. up: None without a gate. index: int [T, K], None if there
+    is one expert.
+    """
     S, (E, N, D) = len(a) * fan if index is None else index.numel(), gate.shape
     device, gated = device_of(a), up is not None
     config = config_for(FEW, Shape(S, E, D, N, gated), a.dtype, device)
     gate_b, up_b = gate.transpose(1, 2), (gate if up is None else up).transpose(1, 2)
     gate_any, up_any, order = weight_operands(config, gate_b, up_b)
     y = a.new_empty(S, N)
-    a_program_a_slot = S < E
-    strides_s, strides_b = ((0, 0) if t is None else t.stride() for t in (gate_scale, gate_bias))
     launch(
-        _few_kernel, (S if a_program_a_slot else E) * cdiv(N, config.block_n), a, gate_any, up_any, gate_scale,
-        up_scale, gate_bias, up_bias, index, y, *a.stride(), *gate_b.stride(), *up_b.stride(), *strides_s, *strides_b,
-        S, E, D, N, fan, gated, gate_scale is not None, gate_bias is not None, activation, limit, shift, order,
-        a_program_a_slot, power_of_2(S), config.block_m, config.block_n, config.block_k, num_warps=config.warps,
-        num_stages=config.stages,
+        _few_kernel, min(S, E) * cdiv(N, config.block_n), a_ptr=a, gate=gate_any, up=up_any, gate_scale_ptr=gate_scale,
+        up_scale_ptr=up_scale, gate_bias_ptr=gate_bias, up_bias_ptr=up_bias, index_ptr=index, y_ptr=y,
+        **strides(a, "stride_am", "stride_ak"), **strides(gate_b, "stride_ge", "stride_gk", "stride_gn"),
+        **strides(up_b, "stride_ue", "stride_uk", "stride_un"), **strides(gate_scale, "stride_se", "stride_sn"),
+        **strides(gate_bias, "stride_be", "stride_bn"), S=S, E=E, D=D, N=N, FAN=fan, GATED=gated,
+        HAS_SCALE=gate_scale is not None, HAS_BIAS=gate_bias is not None, ACT=activation, LIMIT=limit, SHIFT=shift,
+        W_TMA=order, BY_SLOT=S < E, BLOCK_S=power_of_2(S), **config.arguments,
     )  # fmt: skip
     return y
 
@@ -141,7 +146,7 @@ def few_tokens(
     up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
     gate_scale: Tensor | None = None, up_scale: Tensor | None = None, down_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As moe_mlp's forward, for at most MAX_SLOTS slots; gate and up [E, F, D] of any strides."""
+    """Compute moe_mlp for at most MAX_SLOTS slots; gate and up [E, F, D] of any strides."""
     index, fan = index.contiguous(), index.shape[1]
     s = by_slot(x, index, fan, gate, up, gate_bias, up_bias, activation, limit, shift, gate_scale, up_scale)
     y = by_slot(s, index, 1, down, None, down_bias, None, None, None, 0.0, down_scale)

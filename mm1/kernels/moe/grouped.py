@@ -1,9 +1,9 @@
-"""One matrix product an expert, over rows sorted by expert.
+"""Multiply rows sorted by expert by their expert's matrix.
 
     y[r]  = a[r] · b[e] (+ bias[e])   for rows r of expert e: offsets[e-1] ≤ r < offsets[e];  0 past the last offset
     dw[e] = a[rows of e]ᵀ · dy[rows of e],   exact zeros for an expert without rows
 
-a [M, K], b [E, K, N] of any strides (so that both layouts of a weight are views) -> y [M, N]. 2·M·K·N operations; at
+a [M, K], b [E, K, N] of any strides, so that both layouts of a weight are views -> y [M, N]. 2·M·K·N operations; at
 least M·(K + N) + E·K·N elements moved.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm1.kernels.cost_model import product_seconds
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, expect_alike, expect_float, launch, on_cpu
+from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, expect_alike, expect_float, launch, on_cpu, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.tiles import (
     Config,
@@ -47,6 +47,7 @@ def _gemm_kernel(
     PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Store y [M, N]; PAIR: a is [M, 2K], and its second half of columns is multiplied by b2."""
     num_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
@@ -83,7 +84,10 @@ def _load_columns(
     x_ptr, x_desc, slots_ptr, row, end, column, stride_m, stride_n, N, FAN: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_K, BLOCK_N] of x from a row on; FAN: those of the rows' tokens, FAN slots a token; MASKED: up to `end`."""
+    """Load [BLOCK_K, BLOCK_N] of x from `row` on; MASKED: rows before `end` only.
+
+    FAN > 0: load the rows of the slots' tokens, of which each has FAN slots.
+    """
     if TMA and not MASKED:
         return x_desc.load([row, column])
     else:
@@ -106,7 +110,7 @@ def _dw_kernel(
     HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """w[e] [K, N] (+)= Σ over the expert's rows of aᵀ b, and bias[e] [K] = Σ of (scaled) a."""
+    """Store w[e] [K, N] (+)= Σ aᵀ b over the expert's rows, and bias[e] [K] = Σ a (scaled)."""
     num_m = tl.cdiv(K, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), E * num_m * num_n, tl.num_programs(0)):
@@ -157,6 +161,7 @@ def _dw_kernel(
 
 @triton.jit
 def _column_sums(a, slots_ptr, scale_ptr, row, end, HAS_SCALE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the sums of a's columns, each row times its slot's scale."""
     a = a.to(tl.float32)
     if HAS_SCALE:
         rows = row + tl.arange(0, BLOCK_K)
@@ -166,27 +171,30 @@ def _column_sums(a, slots_ptr, scale_ptr, row, end, HAS_SCALE: tl.constexpr, BLO
 
 
 class DwShape(NamedTuple):
-    """The result of an expert is [k, n], the reduction over its rows."""
+    """Sizes of a weight gradient: the result of an expert is [k, n], the reduction goes over its rows."""
 
     rows: int
     experts: int
     k: int
     n: int
-    gathered: bool = False  # rows of one operand are looked up
+    gathered: bool = False  # rows of one operand are those of slots' tokens
     bias: bool = False
 
 
 def legal_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> bool:
-    # Sums of a tile in registers beside a product of 128 × 256 spilled on an H200.
+    """Tell whether the kernel fits into shared memory and registers."""
+    # With a product of 128 × 256 the sums for the bias spilled registers on an H200.
     return legal(config, _tiled(shape), dtype, device) and not (shape.bias and config.block_n > 128)
 
 
 def default_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Config:
+    """Choose the configuration of a product with many rows, narrower where there are sums for a bias."""
     config = default(_tiled(shape), dtype, device)
     return replace(config, block_n=min(config.block_n, 128)) if shape.bias else config
 
 
 def seconds_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> float:
+    """Predict seconds of one run, with rows spread evenly over experts."""
     tiles = shape.experts * cdiv(shape.k, config.block_m) * cdiv(shape.n, config.block_n)
     moved = shape.rows * (shape.k + shape.n) + shape.experts * shape.k * shape.n
     size = dtype.itemsize
@@ -197,7 +205,7 @@ def seconds_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Devic
 
 
 def _tiled(shape: DwShape) -> Shape:
-    """The tiles are those of one product with plenty of rows."""
+    """Return a product whose tiles are of the same sizes."""
     return Shape(shape.k, 1, 128, shape.n)
 
 
@@ -208,8 +216,11 @@ DW = Tunable("grouped_gemm_dw", DwShape, Config, space, legal_dw, default_dw, se
 def gemm(
     a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None, b2: Tensor | None = None, *, tail: bool = False
 ) -> Tensor:
-    """The forward kernel. b2 [E, K, N] meets the second half of a's columns, [M, 2K]. Rows past the last offset are
-    zeros with `tail`, else undefined."""
+    """Launch the forward kernel: a [M, K] · b [E, K, N] by expert -> [M, N].
+
+    b2 [E, K, N]: multiplies the second half of the columns of a, which is [M, 2K] then. tail: fill rows past the last
+    offset with zeros; else they are undefined.
+    """
     M, (E, K, N) = a.shape[0], b.shape
     device, y = device_of(a), a.new_empty(M, N)
     if y.numel() == 0:
@@ -226,10 +237,11 @@ def gemm(
     y_desc = descriptor(y, [config.block_m, config.block_n], config)
     grid = programs(num_m * cdiv(N, config.block_n), config, device)
     launch(
-        _gemm_kernel, grid, a if a_desc is None else a_desc, b_any, b2_any, bias, y, y_desc, tiles, *a.stride(),
-        *b.stride(), *b2.stride(), y.stride(0), E, K, N, num_m, a_desc is not None, order, y_desc is not None,
-        pair, bias is not None, config.block_m, config.block_n, config.block_k, config.group_m,
-        num_warps=config.warps, num_stages=config.stages,
+        _gemm_kernel, grid, a=a if a_desc is None else a_desc, b=b_any, b2=b2_any, bias_ptr=bias, y_ptr=y,
+        y_desc=y_desc, tiles_ptr=tiles, **strides(a, "stride_am", "stride_ak"),
+        **strides(b, "stride_be", "stride_bk", "stride_bn"), **strides(b2, "stride_b2e", "stride_b2k", "stride_b2n"),
+        stride_ym=y.stride(0), E=E, K=K, N=N, num_m=num_m, A_TMA=a_desc is not None, B_TMA=order,
+        Y_TMA=y_desc is not None, PAIR=pair, HAS_BIAS=bias is not None, GROUP_M=config.group_m, **config.arguments,
     )  # fmt: skip
     return y
 
@@ -238,15 +250,15 @@ def dw(
     a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, slots: Tensor | None = None, a_fan: int = 0, b_fan: int = 0,
     bias: Tensor | None = None, scale: Tensor | None = None, accumulate: bool = False,
 ) -> None:  # fmt: skip
-    """The weight-gradient kernel: out [E, K, N] (+)= aᵀ b by expert, over its rows of a [., K] and b [., N].
+    """Launch the weight-gradient kernel: out [E, K, N] (+)= aᵀ b by expert, over its rows of a [., K] and b [., N].
 
-    a_fan, b_fan: that operand's row is slots[row] // fan instead. bias [E, K] gets the sums of a, each row times
-    scale[slots[row]] if given.
+    a_fan, b_fan: where not 0, that operand's row is slots[row] // fan. bias [E, K]: receives the sums of a's rows, each
+    times scale[slots[row]] if there is a scale. accumulate: add to `out` instead of overwriting it.
     """
     E, K, N = out.shape
     if K == 0 or (N == 0 and bias is None):
         return
-    if N == 0:  # the sums of a alone
+    if N == 0:  # only the sums of a
         b, out = b.new_zeros(len(b), 1), out.new_empty(E, K, 1)
         return dw(a, b, offsets, out, slots=slots, a_fan=a_fan, b_fan=b_fan, bias=bias, scale=scale)
     device = device_of(a)
@@ -256,14 +268,16 @@ def dw(
     a_desc = None if a_fan else descriptor(a, [config.block_k, config.block_m], config)
     b_desc = None if b_fan else descriptor(b, [config.block_k, config.block_n], config)
     tiles = E * cdiv(K, config.block_m) * cdiv(N, config.block_n)
-    # Where rows are looked up before they are loaded, Triton for CUDA gives each of the two loads half of the stages.
+    # Rows of tokens take two loads, slot and row; Triton for CUDA gives each of them half of the stages.
     stages = 2 * config.stages - 1 if shape.gathered and device.vendor == "nvidia" else config.stages
-    strides = *a.stride(), *b.stride(), *out.stride(), *((0, 0) if bias is None else bias.stride())
     launch(
-        _dw_kernel, programs(tiles, config, device), a, a_desc, b, b_desc, slots, scale, out, bias, offsets, by_size,
-        *strides, E, K, N, a_fan, b_fan, a_desc is not None, b_desc is not None, accumulate, bias is not None,
-        scale is not None, config.block_m, config.block_n, config.block_k, config.group_m, num_warps=config.warps,
-        num_stages=stages,
+        _dw_kernel, programs(tiles, config, device), a_ptr=a, a_desc=a_desc, b_ptr=b, b_desc=b_desc, slots_ptr=slots,
+        scale_ptr=scale, w_ptr=out, bias_ptr=bias, offsets_ptr=offsets, by_size_ptr=by_size,
+        **strides(a, "stride_am", "stride_ak"), **strides(b, "stride_bm", "stride_bn"),
+        **strides(out, "stride_we", "stride_wk", "stride_wn"), **strides(bias, "stride_se", "stride_sk"), E=E, K=K,
+        N=N, A_FAN=a_fan, B_FAN=b_fan, A_TMA=a_desc is not None, B_TMA=b_desc is not None, ACCUMULATE=accumulate,
+        HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, GROUP_M=config.group_m,
+        **config.arguments | {"num_stages": stages},
     )  # fmt: skip
 
 
@@ -274,7 +288,7 @@ def _forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tens
 
 @torch.library.custom_op("mm1::grouped_gemm_dw", mutates_args=())
 def _dw(a: Tensor, dy: Tensor, offsets: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """dw [E, K, N] and, with `bias`, its gradient [E, N]."""
+    """Return dw [E, K, N] and, with `bias`, the bias's gradient [E, N]."""
     out = a.new_empty(len(offsets), a.shape[1], dy.shape[1])
     sums = a.new_empty(len(offsets), dy.shape[1] if bias else 0)
     # The kernel sums its first operand: with a bias it computes the transpose.
@@ -291,7 +305,7 @@ def _dw_into(a: Tensor, dy: Tensor, offsets: Tensor, into: Tensor) -> None:
 
 
 def _forward_cpu(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """A product for each expert that has rows."""
+    """Multiply once for each expert that has rows."""
     out = a.new_empty(a.shape[0], b.shape[2])
     start = 0
     for expert, end in enumerate(offsets.tolist()):
@@ -377,9 +391,11 @@ _dw.register_autograd(_backward_dw, setup_context=_save_dw)
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a [M, K], b [E, K, N], offsets int32 [E] (end of each expert's rows, on the device), bias [E, N] -> [M, N].
+    """Return a[r] · b[e] (+ bias[e]) for each row r of expert e, [M, N]; rows past the last offset are zeros.
 
-    Rows past the last offset come back as zeros, whatever a holds there.
+    a [M, K], b [E, K, N] of any strides and bias [E, N] are of one dtype: fp32, bf16 or fp16, on a CPU also fp64.
+    offsets int32 [E], ascending: the end of each expert's rows, on a's device. Raises ValueError for other shapes,
+    dtypes or devices. a, b and bias have gradients, and these have gradients again.
     """
     expect_alike("grouped_gemm", a=a, b=b, offsets=offsets, bias=bias)
     expect_float("grouped_gemm", "a", a)
@@ -396,7 +412,11 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = No
 
 
 def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | None = None) -> Tensor:
-    """a [M, K], dy [M, N], offsets int32 [E] -> [E, K, N]; `into`: an fp32 buffer of that shape to add to instead."""
+    """Return a[rows of e]ᵀ · dy[rows of e] for each expert e, [E, K, N]; zeros for an expert without rows.
+
+    a [M, K] and dy [M, N] of one dtype, offsets int32 [E] as in grouped_gemm. into: an fp32 buffer [E, K, N] to add the
+    result to and to return instead, without a gradient. Raises ValueError for other shapes, dtypes or devices.
+    """
     expect_alike("grouped_gemm_dw", a=a, dy=dy, offsets=offsets, into=into)
     expect_float("grouped_gemm_dw", "a", a)
     expect(a.ndim == 2 and dy.ndim == 2, "grouped_gemm_dw", "a and dy", (tuple(a.shape), tuple(dy.shape)),
@@ -414,12 +434,16 @@ def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | No
 
 
 def expect_offsets(op: str, offsets: Tensor, experts: int) -> None:
+    """Raise ValueError unless offsets are int32 [experts]."""
     expect(offsets.shape == (experts,) and offsets.dtype == torch.int32 and experts > 0, op, "offsets",
            f"{offsets.dtype} {tuple(offsets.shape)}", f"{torch.int32} {(max(experts, 1),)}")  # fmt: skip
 
 
 def cost(rows: int, experts: int, k: int, n: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
-    """experts: those with at least one row, whose weights must be read. backward: of both gradients alone."""
+    """Return the cost of grouped_gemm; backward: of the gradients of a and b alone.
+
+    experts: the number that have at least one row, whose weights must be read.
+    """
     if backward:
         return Cost(4 * rows * k * n, (rows * (2 * k + n) + 2 * experts * k * n) * itemsize)
     return Cost(2 * rows * k * n, (rows * (k + n) + experts * k * n) * itemsize)

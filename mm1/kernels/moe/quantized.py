@@ -1,12 +1,12 @@
-"""Products with frozen weights of 8 bits and one scale a row, for decoding: bound by reading weights, not by products.
+"""Multiply by frozen weights of 8 bits with one scale a row, for decoding, where reading weights takes the time.
 
     y = (x · wᵀ) · scale,   w int8 or float8 (e4m3) [N, K], scale fp32 [N];  no gradient
 
-Few rows read the narrow weights alone: on a GPU by the kernel of few_tokens.py, a linear being a mixture of one expert.
-Many rows, as of prompts, are bound by products: there a GPU first makes the weights of one layer x's dtype. A CPU
-multiplies in bf16 whatever x is: that changes a result by 0.23 %, rounding normal weights to int8 by 0.8 %; and torch's
-product of fp32 and int8 is scalar (14 ms of 2048 × 8192 for one row, 1.3 in bf16). Many rows are multiplied in fp32 on
-CPUs without units of bf16.
+For few rows only the 8-bit weights are read: on a GPU by the kernel of few_tokens.py, to which a linear layer is a
+mixture of one expert. With many rows, as in prefill, the products take the time: there a GPU first converts the weights
+of a layer to x's dtype. A CPU multiplies in bf16 whatever the dtype of x: that changes a result by 0.23 %, where
+rounding normally distributed weights to int8 changes it by 0.8 %; torch's product of fp32 and int8 is scalar (14 ms for
+one row and 2048 × 8192, 1.3 ms in bf16). On CPUs without units for bf16 many rows are multiplied in fp32.
 """
 
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 from mm1.kernels.dispatch import INTERPRETED, expect, expect_alike, on_cpu
 from mm1.kernels.moe import experts, few_tokens
 
-FEW_ROWS = 64  # 16 at a time; beyond, reading a weight again for each 16 costs more than widening it once
-FEW_ROWS_CPU = 8  # torch multiplies row by row
-WIDENED = 1 << 20  # numbers of a weight that a CPU widens at once, to multiply them while they are in cache
+FEW_ROWS = 64  # with more, reading the weight again for each 16 rows costs more than converting it once
+FEW_ROWS_CPU = 8  # torch multiplies row by row, which is fast only for few
+CONVERTED = 1 << 20  # elements of a weight that a CPU converts at once, to multiply them while they are in cache
 
 
 def _linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if len(x) > FEW_ROWS:
-        return F.linear(x, _widened(weight, scale, x.dtype))
+        return F.linear(x, _dequantized(weight, scale, x.dtype))
     return few_tokens.by_slot(x, None, 1, weight[None], None, None, None, None, None, 0.0, scale[None])
 
 
@@ -31,15 +31,15 @@ def _moe(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
     if not few_tokens.few(index.numel(), len(down)):
-        wide = (_widened(w, scale, x.dtype) for w, scale in ((gate_up, gate_up_scale), (down, down_scale)))
-        return experts.moe_mlp(x, index, weight, *wide)
+        weights = (_dequantized(w, scale, x.dtype) for w, scale in ((gate_up, gate_up_scale), (down, down_scale)))
+        return experts.moe_mlp(x, index, weight, *weights)
     (gate, up), (gate_scale, up_scale) = gate_up.chunk(2, 1), gate_up_scale.chunk(2, 1)
     return few_tokens.few_tokens(
         x, index, weight, gate, up, down, None, None, None, "silu", None, 0.0, gate_scale, up_scale, down_scale
     )
 
 
-def _widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_(scale[..., None])
 
 
@@ -52,7 +52,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return (y * scale).to(x.dtype)
     units = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     rows = x.to(units)
-    y, height = rows.new_empty(len(x), N), max(1, WIDENED // K)
+    y, height = rows.new_empty(len(x), N), max(1, CONVERTED // K)
     scratch = rows.new_empty(min(height, N), K)
     for narrow, out in zip(weight.split(height), y.split(height, 1)):
         torch.mm(rows, scratch[: len(narrow)].copy_(narrow).t(), out=out)
@@ -89,7 +89,11 @@ def _(x, index, weight, gate_up, gate_up_scale, down, down_scale):
 
 
 def linear_8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x [T, K], weight int8 or on a GPU float8_e4m3fn [N, K], scale fp32 [N] -> [T, N] of x's dtype."""
+    """Return (x · weightᵀ) · scale, [T, N] in x's dtype.
+
+    x [T, K] of any float dtype that kernels compute in, weight [N, K] int8 or, on a GPU, float8_e4m3fn, scale fp32 [N].
+    Raises ValueError for other shapes, dtypes or devices. There is no gradient.
+    """
     expect_alike("linear_8", x=x, weight=weight, scale=scale)
     expect(x.ndim == 2, "linear_8", "x", tuple(x.shape), "[T, K]")
     _check("linear_8", "weight", weight, scale, (weight.shape[0], x.shape[1]))
@@ -99,7 +103,12 @@ def linear_8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def moe_mlp_8(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
-    """moe_mlp with gate_up [E, 2F, D], scale [E, 2F], down [E, D, F], scale [E, D]: int8, or on a GPU float8_e4m3fn."""
+    """Return moe_mlp (gated, silu) with weights of 8 bits, [T, D] in x's dtype.
+
+    x [T, D], index int [T, K], weight [T, K]; gate_up [E, 2F, D] with its scale fp32 [E, 2F] and down [E, D, F] with
+    its scale fp32 [E, D] are int8 or, on a GPU, float8_e4m3fn. Raises ValueError for other shapes, dtypes or devices.
+    There is no gradient.
+    """
     expect_alike("moe_mlp_8", x=x, index=index, weight=weight, gate_up=gate_up, gate_up_scale=gate_up_scale,
                  down=down, down_scale=down_scale)  # fmt: skip
     E, D, width = down.shape

@@ -1,11 +1,11 @@
-"""Routing of tokens to experts, and the order of their slots by expert.
+"""Route tokens to experts, and sort their slots by expert.
 
     p = softmax(logits);  choice = the k largest logits, ties to the lower expert;  weight = p[choice] (/ Σ, normalize)
     load balance = E · Σ_e f_e · mean(p_e),  f_e the fraction of tokens whose first choice is e (before capacity)
     z            = mean(logsumexp(logits)²)
     order        = the T·K slots t·K + k sorted by expert, stable: a counting sort
 
-logits [T, E] are read once, forward and backward; the sort reads T·K indices twice and writes 2·T·K.
+Forward and backward read logits [T, E] once each; the sort reads T·K indices twice and writes 2·T·K.
 Sources: Shazeer et al. 2017; GShard (Lepikhin et al. 2021), section 2.2 and algorithm 1 for capacity; ST-MoE (Zoph et
 al. 2022), equation 5 for z. MM1 weights the losses 0.01 and 0.001.
 """
@@ -27,17 +27,19 @@ from mm1.kernels.dispatch import (
     on_cpu,
     power_of_2,
     refuse_second_order,
+    strides,
     wide,
 )
 from mm1.kernels.language import tl, triton
+from mm1.kernels.moe.reference import Chosen, choose, masked
 
 MAX_K, MAX_EXPERTS = 16, 512
-SORT_BLOCK = 128  # slots ranked against each other at once, in registers
+SORT_BLOCK = 128  # slots that a program compares with each other at once, in registers
 SORT_PROGRAMS = 128  # each reads the counts of all
 
 
 class Order(NamedTuple):
-    """The T·K slots by expert; those of no expert come last."""
+    """Holds the T·K slots sorted by expert; slots of no expert come last."""
 
     slots: Tensor  # int32 [T·K], slot t·K + k of each row
     position: Tensor  # int32 [T, K], row of each slot: the inverse
@@ -45,6 +47,8 @@ class Order(NamedTuple):
 
 
 class Routing(NamedTuple):
+    """Holds the experts of each token, their weights, the slots sorted by expert, and the auxiliary losses."""
+
     # Hides tuple.index, which nobody calls.
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int32 [T, K], E where the slot is dropped or the token masked
     weight: Tensor  # fp32 [T, K]
@@ -58,41 +62,9 @@ class Routing(NamedTuple):
         return self.order.offsets
 
 
-class Chosen(NamedTuple):
-    """What the op itself returns, before masks and capacity."""
-
-    choice: Tensor  # int32 [T, K]
-    weight: Tensor  # fp32 [T, K]
-    first: Tensor  # fp32 [E], tokens whose first choice it is
-    load_balance: Tensor
-    z_loss: Tensor
-
-
-def reference(logits: Tensor, mask: Tensor | None, k: int, normalize: bool) -> Chosen:
-    """The formulas above; differentiable, in the dtype of `logits`."""
-    E = logits.shape[1]
-    counted = logits.new_ones(len(logits)) if mask is None else mask.to(logits.dtype)
-    logits = _masked(logits, mask)
-    tokens = counted.sum().clamp(min=1)
-    probability = logits.softmax(-1)
-    choice = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # topk promises no order of ties
-    weight = probability.gather(1, choice)
-    if normalize:
-        weight = weight / weight.sum(-1, keepdim=True)
-    first = torch.zeros(E, dtype=logits.dtype, device=logits.device).index_add_(0, choice[:, 0], counted)
-    load_balance = E * (first * (counted @ probability)).sum() / tokens.square()
-    z_loss = counted @ logits.logsumexp(-1).square() / tokens
-    return Chosen(choice.int(), weight, first, load_balance, z_loss)
-
-
-def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros for the tokens that do not count: whatever stands there, NaN too, reaches nothing."""
-    return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
-
-
 @triton.jit
 def _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E: tl.constexpr):
-    """Logits, softmax (0 past E) and logsumexp of these rows; rows that do not count are rows of zeros."""
+    """Return logits, softmax (0 past E) and logsumexp of these rows; a masked row is a row of zeros."""
     e = tl.arange(0, BLOCK_E)
     inside = (counted > 0)[:, None] & (e < E)[None, :]
     places = rows.to(tl.int64)[:, None] * stride_t + e[None, :] * stride_e
@@ -106,6 +78,7 @@ def _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E: tl.const
 
 @triton.jit
 def _counted(mask_ptr, rows, T, HAS_MASK: tl.constexpr):
+    """Return 1.0 for rows that are tokens and not masked, else 0.0."""
     if HAS_MASK:
         return tl.load(mask_ptr + rows, rows < T, other=0).to(tl.float32)
     else:
@@ -118,6 +91,7 @@ def _route_kernel(
     NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Store choice and weight [T, K], and the program's sums [2E + 1] of first choices, probabilities and lse²."""
     pid = tl.program_id(0)
     rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
@@ -125,8 +99,8 @@ def _route_kernel(
     counted = _counted(mask_ptr, rows, T, HAS_MASK)
     logits, probability, lse = _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E)
 
-    # One integer for value and place, so that one maximum finds both, and equal values go to the lower expert:
-    # the bits of a float, in two's complement order, above BLOCK_E - 1 - e. 0.0 and -0.0 are one value.
+    # One integer holds value and expert, so that one maximum gives both, and of equal values the lower expert: the
+    # bits of the float, in two's complement order, above BLOCK_E - 1 - e. 0.0 and -0.0 are one value.
     bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     lowest = -0x7FFFFFFFFFFFFFFF
@@ -160,6 +134,7 @@ def _route_backward_kernel(
     dweight_ptr, dbalance_ptr, dz_ptr, logits_ptr, mask_ptr, choice_ptr, first_ptr, dlogits_ptr, stride_t, stride_e, T,
     E, K: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """Store the gradient [T, E] of the logits from those of the weights and of both losses."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     counted = _counted(mask_ptr, rows, T, HAS_MASK)
@@ -190,7 +165,7 @@ def _route_backward_kernel(
 
 @triton.jit
 def _count_kernel(index_ptr, counts_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """How many of this program's CHUNK slots go to each expert; those of no expert count as expert E."""
+    """Count this program's CHUNK slots by expert; slots of no expert count as expert E."""
     pid = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
@@ -206,7 +181,8 @@ def _count_kernel(index_ptr, counts_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS:
 def _place_kernel(
     index_ptr, counts_ptr, slots_ptr, position_ptr, offsets_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):
-    """Row of a slot: rows of lower experts, slots of its own in earlier programs, and earlier ones in this program."""
+    """Store each slot's row: the rows of lower experts, plus the slots of its own expert in earlier programs, plus
+    earlier ones in this program."""
     pid = tl.program_id(0)
     bins = tl.arange(0, BINS)
     total = tl.zeros((BINS,), tl.int32)
@@ -232,6 +208,7 @@ def _place_kernel(
 
 
 def _block_t(block_e: int) -> int:
+    """Return how many tokens a program takes."""
     return max(1, min(32, 4096 // block_e))  # 32 registers a thread and tensor
 
 
@@ -246,8 +223,9 @@ def route_forward(
     weight = logits.new_empty(T, k, dtype=torch.float32)
     sums = logits.new_empty(programs, 2 * E + 1, dtype=torch.float32)
     launch(
-        _route_kernel, programs, logits, mask, choice, weight, sums, *logits.stride(), T, E, k, normalize,
-        mask is not None, block_t, block_e, power_of_2(k), num_warps=4,
+        _route_kernel, programs, logits_ptr=logits, mask_ptr=mask, choice_ptr=choice, weight_ptr=weight, sums_ptr=sums,
+        **strides(logits, "stride_t", "stride_e"), T=T, E=E, K=k, NORMALIZE=normalize, HAS_MASK=mask is not None,
+        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=power_of_2(k), num_warps=4,
     )  # fmt: skip
     first, probability, z = sums.sum(0).split([E, E, 1])
     tokens = first.sum().clamp(min=1)
@@ -264,9 +242,10 @@ def route_backward(
     block_t = _block_t(block_e)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     launch(
-        _route_backward_kernel, cdiv(T, block_t), dweight.contiguous(), dbalance, dz, logits, mask, choice,
-        first, dlogits, *logits.stride(), T, E, choice.shape[1], normalize, mask is not None, block_t, block_e,
-        num_warps=4,
+        _route_backward_kernel, cdiv(T, block_t), dweight_ptr=dweight.contiguous(), dbalance_ptr=dbalance, dz_ptr=dz,
+        logits_ptr=logits, mask_ptr=mask, choice_ptr=choice, first_ptr=first, dlogits_ptr=dlogits,
+        **strides(logits, "stride_t", "stride_e"), T=T, E=E, K=choice.shape[1], NORMALIZE=normalize,
+        HAS_MASK=mask is not None, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4,
     )  # fmt: skip
     return dlogits
 
@@ -279,21 +258,22 @@ def sort(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     bins, programs = power_of_2(experts + 1), cdiv(S, chunk)
     counts = index.new_empty(programs, bins, dtype=torch.int32)
     index = index.contiguous()
-    launch(_count_kernel, programs, index, counts, S, experts, chunk, SORT_BLOCK, bins, num_warps=4)
+    sizes = {"S": S, "E": experts, "CHUNK": chunk, "BLOCK": SORT_BLOCK, "BINS": bins}
+    launch(_count_kernel, programs, index_ptr=index, counts_ptr=counts, **sizes, num_warps=4)
     launch(
-        _place_kernel, programs, index, counts, slots, position, offsets, S, experts, chunk, SORT_BLOCK, bins,
-        num_warps=4,
+        _place_kernel, programs, index_ptr=index, counts_ptr=counts, slots_ptr=slots, position_ptr=position,
+        offsets_ptr=offsets, **sizes, num_warps=4,
     )  # fmt: skip
     return slots, position, offsets
 
 
 def _route_cpu(logits: Tensor, mask: Tensor | None, k: int, normalize: bool):
-    choice, weight, first, load_balance, z_loss = reference(logits.to(wide(logits.dtype)), mask, k, normalize)
+    choice, weight, first, load_balance, z_loss = choose(logits.to(wide(logits.dtype)), mask, k, normalize)
     return choice.contiguous(), weight, first, load_balance, z_loss
 
 
 def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, normalize):
-    x = _masked(logits, mask).to(first.dtype)
+    x = masked(logits, mask).to(first.dtype)
     counted = x.new_ones(len(x), 1) if mask is None else mask.to(x.dtype)[:, None]
     probability, tokens = x.softmax(-1), first.sum().clamp(min=1)
     dp = torch.zeros_like(x).scatter_(1, choice.long(), dweight)
@@ -324,7 +304,7 @@ on_cpu(_sort, _sort_cpu)
 
 @_route.register_fake
 def _(logits, mask, k, normalize):
-    on_gpu = INTERPRETED or logits.is_cuda  # whose kernels know no fp64
+    on_gpu = INTERPRETED or logits.is_cuda  # where kernels do not compute in fp64
     new = {"dtype": torch.float32 if on_gpu else wide(logits.dtype)}
     scalars = logits.new_empty((), **new), logits.new_empty((), **new)
     choice = logits.new_empty(logits.shape[0], k, dtype=torch.int32)
@@ -359,10 +339,12 @@ refuse_second_order(_route_backward, "route")
 def route(
     logits: Tensor, k: int, *, normalize: bool = True, capacity: int | None = None, mask: Tensor | None = None
 ) -> Routing:
-    """Choose k of E experts for each token of logits [T, E] (any float dtype; computed in fp32, fp64 on a CPU in fp64).
+    """Choose the k largest of E experts for each token of logits [T, E], of any float dtype.
 
-    capacity: at most so many slots an expert (GShard's order: all first choices before all second ones); None keeps
-    every slot. mask bool [T]: False for padding, which is routed nowhere and counts in no loss.
+    normalize: divide each token's weights by their sum. capacity: keep at most so many slots an expert, all first
+    choices before all second ones (GShard); None keeps every slot. mask bool [T]: False for padding, which goes to no
+    expert and counts in no loss. 1 ≤ k ≤ min(E, 16), E ≤ 512. Computed in fp32, on a CPU in fp64 for fp64. weight and
+    both losses have gradients. Raises ValueError for other shapes, dtypes, devices or sizes.
     """
     expect_alike("route", logits=logits, mask=mask)
     expect(logits.ndim == 2, "route", "logits", tuple(logits.shape), "[T, E]")
@@ -379,7 +361,7 @@ def route(
     index = chosen.choice if mask is None else torch.where(mask[:, None], chosen.choice, E)
     dropped = index.new_zeros((), dtype=torch.int64)
     if capacity is not None:
-        # Rows of a sort of all first choices, then all second ones, count from the begin of each expert's.
+        # In a sort of all first choices, then all second ones, a slot's rank is its row less its expert's first row.
         by_choice = sort_by_expert(index.t(), E)
         begins = torch.cat([by_choice.offsets.new_zeros(1), by_choice.offsets])
         over = (by_choice.position.t() - begins[index] >= capacity) & (index < E)
@@ -391,7 +373,10 @@ def route(
 
 
 def sort_by_expert(index: Tensor, experts: int) -> Order:
-    """The order of the slots of index int [T, K] by expert; an index outside 0 … experts - 1 belongs to none."""
+    """Sort the slots of index int [T, K] by expert, stably; an index outside 0 … experts - 1 belongs to no expert.
+
+    Raises ValueError unless index holds integers in two dimensions and experts is at least 1.
+    """
     expect_alike("sort_by_expert", index=index)
     expect_integers("sort_by_expert", "index", index, 2)
     expect(experts >= 1, "sort_by_expert", "experts", experts, "1 or more")
@@ -399,5 +384,5 @@ def sort_by_expert(index: Tensor, experts: int) -> Order:
 
 
 def cost(tokens: int, experts: int, k: int, *, itemsize: int = 2) -> Cost:
-    """Forward, with the sort; backward alone (weights' gradients read, logits read again) moves no more."""
+    """Return the cost of route, with the sort; backward alone, which reads logits again, moves no more."""
     return Cost(4 * tokens * experts, tokens * (experts * itemsize + k * (8 + 2 * 4 + 2 * 4)))

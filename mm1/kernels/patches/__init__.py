@@ -1,4 +1,4 @@
-"""Patch embedding of images of any resolution, and positional tables resampled to any grid."""
+"""Provide patch embedding of images of any resolution, and positional tables resampled to any grid."""
 
 from mm1.kernels.patches.embedding import embed_patches, patch_embed
 from mm1.kernels.patches.grids import Grids

@@ -1,7 +1,7 @@
-"""Patch embedding on a CPU: patches cut image by image as bytes, then one product over all of them.
+"""Embed patches on a CPU: cut the patches image by image, then multiply all of them at once.
 
-The positions are what the product adds to; in half precision all is computed in fp32, which CPUs without such units do
-some hundred times faster.
+The product is added to the positions. Half precision is computed in fp32, which is some hundred times faster on CPUs
+without units for it.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mm1.kernels.dispatch import wide
 from mm1.kernels.patches import position_tables as positions
 
 
@@ -16,10 +17,11 @@ def forward_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor, patch: int,
     scale: Sequence[float], shift: Sequence[float], merge: int, mode: str, antialias: bool, align: bool,
 ) -> Tensor:  # fmt: skip
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    patches, used = _cut(x, images, len(owner), patch, merge, wide)
-    folded, shifts = _per_value(weight.to(wide), scale, shift)
-    offset = (weight.to(wide) * shifts).sum(1) if bias is None else bias.to(wide) + (weight.to(wide) * shifts).sum(1)
+    dtype = wide(weight.dtype)
+    patches, used = _cut(x, images, len(owner), patch, merge, dtype)
+    folded, shifts = _per_value(weight.to(dtype), scale, shift)
+    offset = (weight.to(dtype) * shifts).sum(1)
+    offset = offset if bias is None else bias.to(dtype) + offset
     y = _project(patches, folded, offset, table, images, owner, merge, mode, antialias, align)
     y[used:].zero_()
     return y.to(weight.dtype)
@@ -29,9 +31,9 @@ def embed_cpu(
     patches: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, images: Tensor, owner: Tensor, merge: int,
     mode: str, antialias: bool, align: bool,
 ) -> Tensor:  # fmt: skip
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    bias = None if bias is None else bias.to(wide)
-    y = _project(patches.to(wide), weight.to(wide), bias, table, images, owner, merge, mode, antialias, align)
+    dtype = wide(weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    y = _project(patches.to(dtype), weight.to(dtype), bias, table, images, owner, merge, mode, antialias, align)
     return y.to(weight.dtype)
 
 
@@ -47,17 +49,17 @@ def backward_cpu(
     dy: Tensor, x: Tensor, weight: Tensor, images: Tensor, owner: Tensor, patch: int, scale: Sequence[float],
     shift: Sequence[float], merge: int, need_x: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtype = wide(weight.dtype)
     dx, dw, db = x.new_empty(0), torch.empty_like(weight), weight.new_empty(len(weight))
     if need_weight:
-        patches, used = _cut(x, images, len(owner), patch, merge, wide)
-        rows = dy[:used].to(wide)
+        patches, used = _cut(x, images, len(owner), patch, merge, dtype)
+        rows = dy[:used].to(dtype)
         sums = rows.sum(0)
         scaled, shifts = _per_value(rows.t() @ patches[:used], scale, shift)
         dw = scaled.addcmul_(sums[:, None], shifts[None]).to(weight.dtype)
         db = sums.to(weight.dtype)
     if need_x:
-        dpatches = dy.to(wide) @ _per_value(weight.to(wide), scale, shift)[0]
+        dpatches = dy.to(dtype) @ _per_value(weight.to(dtype), scale, shift)[0]
         dx = torch.zeros_like(x)
         for first, rows, h, w in positions.present(images):
             image = dx[first * patch * patch : (first + rows) * patch * patch].view(h, patch, w, patch, 3)
@@ -69,14 +71,14 @@ def backward_cpu(
 
 
 def _per_value(matrix: Tensor, scale: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """[., K] times each channel's scale, and each value's shift [K]."""
+    """Return matrix [., K] times each channel's scale, and the shift [K] of each value."""
     count = matrix.shape[1] // 3
     scales, shifts = (matrix.new_tensor(values).repeat(count) for values in (scale, shift))
     return matrix * scales, shifts
 
 
 def _cut(x: Tensor, images: Tensor, patches: int, p: int, merge: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Pixels [ΣHW, 3] -> patches [P, p·p·3], bytes centred, and how many belong to images."""
+    """Cut pixels [ΣHW, 3] into patches [P, p·p·3], bytes less 128; return them and how many belong to images."""
     cut = x.new_empty(patches, p * p * 3, dtype=dtype)
     end = 0
     for first, rows, h, w in positions.present(images):

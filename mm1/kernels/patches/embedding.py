@@ -1,14 +1,14 @@
-"""Patch embedding of images of different sizes in one packed batch.
+"""Embed the patches of images of different sizes in one packed batch.
 
     tokens[p] = W · (pixels of patch p / 255 - mean) / std + b + resample(table, grid of p's image)[place of p]
 
 uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values a patch in (row, column, channel) order. Reads ΣHW·3
-pixels, the weight and the table once, writes P·Dv; 2·P·K·Dv operations. No patch is ever cut out or normalised in
-memory: the product itself gathers pixels, centred to -128 … 127, which every dtype holds exactly, and mean and std go
-into the weight and the bias (pixels.py). Bias and positions are added to a finished tile.
+pixels, the weight and the table once, writes P·Dv; 2·P·K·Dv operations. Patches are never cut out or normalised in
+memory: the product itself gathers pixels, shifted to -128 … 127, which every dtype holds exactly, and mean and std go
+into the weight and the bias (pixels.py). Bias and positions are added to the accumulator of a tile.
 
-The reduction runs over steps of block_k and one last step no wider than what is left (588 = 9 · 64 + 12). Backward
-gathers the pixels again: nothing but the arguments is kept.
+The reduction runs over steps of block_k and one last, narrower step for the remainder (588 = 9 · 64 + 12). Backward
+gathers the pixels again, and keeps only the arguments.
 Source: Dosovitskiy et al. 2021 (ViT), section 3.1 and 3.2 (resampled positions).
 """
 
@@ -31,6 +31,7 @@ from mm1.kernels.dispatch import (
     on_cpu,
     power_of_2,
     refuse_second_order,
+    strides,
 )
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patches import position_tables as positions_module
@@ -43,13 +44,13 @@ from mm1.kernels.tiles import descriptor, dot, tile_of
 from mm1.kernels.tuning import config_for
 
 CENTRE = 128
-PART = tl.constexpr(32)  # columns of a tile that are finished at once
+PART = tl.constexpr(32)  # columns of a tile that get bias and positions at once
 
 
 @triton.jit
 def _load_w(w, w_tail, n, k, stride, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
             TAIL: tl.constexpr):  # fmt: skip
-    """[BLOCK_K, BLOCK_N] of Wᵀ; w_tail: the descriptor whose blocks are as wide as the last step."""
+    """Load [BLOCK_K, BLOCK_N] of Wᵀ; w_tail: a descriptor with blocks as wide as the last step."""
     if TMA:
         return w_tail.load([n, k]).T if TAIL else w.load([n, k]).T
     else:
@@ -61,7 +62,7 @@ def _load_w(w, w_tail, n, k, stride, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def _part(x, p: tl.constexpr, PARTS: tl.constexpr):
-    """Columns of part p of 2 or 4."""
+    """Return the columns of part p of 2 or 4."""
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     first, second = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
@@ -79,7 +80,7 @@ def _finish(
     HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Adds bias and positions to columns n on of a tile, and stores them."""
+    """Add bias and positions to the tile's columns from n on, and store them."""
     offs_n = n + tl.arange(0, acc.shape[1])
     _, first, h, w, there = image_of(owner_ptr, images_ptr, rows, P)
     if HAS_TABLE:
@@ -101,7 +102,10 @@ def _embed_kernel(
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """WORD 0: x holds cut patches [P, K], every row of which is multiplied, also that of no image."""
+    """Store y [P, Dv] = pixels of patches · Wᵀ + bias + positions.
+
+    WORD 0: x holds cut patches [P, K], all rows of which are multiplied, also those of no image.
+    """
     m, n = tile_of(tl.program_id(0), tl.cdiv(P, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -132,7 +136,7 @@ def _embed_kernel(
             groups = gather(x_ptr, word, stride, tail, K // WORD, ROW, WORD)
             b = _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True)
             acc = dot(values(groups, WORD, DTYPE), b, acc)
-    # Part by part, for want of registers: a tile of table entries beside a wide accumulator spilled.
+    # Part by part: a whole tile of table entries and a wide accumulator together spilled registers.
     if BLOCK_N > PART:
         for p in tl.static_range(BLOCK_N // PART):
             _finish(
@@ -151,7 +155,10 @@ def _embed_dw_kernel(
     x_ptr, word_ptr, stride_ptr, dy_ptr, part_ptr, bias_ptr, P, N, stride_dm, stride_dn, share, K: tl.constexpr,
     ROW: tl.constexpr, WORD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """part[s] [Dv, K] = dyᵀ · pixels over `share` patches from s · share on, bias[s] = Σ dy. BLOCK_M along Dv."""
+    """Store part[s] [Dv, K] = dyᵀ · pixels and bias[s] = Σ dy, over `share` patches from s · share on.
+
+    BLOCK_M is along Dv.
+    """
     num_m = tl.cdiv(N, BLOCK_M)
     num_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     split = tl.program_id(0) // (num_m * num_n)
@@ -192,21 +199,22 @@ def _embed(
     bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor, dtype: torch.dtype, merge: int,
     mode: str, antialias: bool, align: bool,
 ) -> Tensor:  # fmt: skip
-    """The forward kernel on W' [Dv, ≥ k]; word 0: x are cut patches."""
+    """Launch the forward kernel with W' [Dv, ≥ k]; word 0: x holds cut patches."""
     P, N = len(owner), len(weight)
     config = config_for(EMBED, PatchShape(P, k, N, word), dtype, device_of(x))
     y = x.new_empty(P, N, dtype=dtype)
-    # A last step of at least a dot's 16, and of what words and registers hold as a power of two.
+    # The last step is a power of two, and at least the 16 of a matrix instruction.
     tail = k % config.block_k and max(16, power_of_2(k % config.block_k))
     w = descriptor(weight, [config.block_n, config.block_k], config)
     w_tail = descriptor(weight, [config.block_n, tail], config) if tail else w
     Gh, Gw = table.shape[:2] if table is not None else (1, 1)
     launch(
-        _embed_kernel, cdiv(P, config.block_m) * cdiv(N, config.block_n), x, *places, weight if w is None else w,
-        w_tail, bias, table if table is None else table.contiguous(), owner, images, y, P, N, Gh, Gw, weight.stride(0),
-        x.stride(0), k, row, word, _TYPES[dtype], bias is not None, table is not None, merge, mode, antialias, align,
-        w is not None, config.block_m, config.block_n, config.block_k, tail, config.group_m, num_warps=config.warps,
-        num_stages=config.stages,
+        _embed_kernel, cdiv(P, config.block_m) * cdiv(N, config.block_n), x_ptr=x, word_ptr=places[0],
+        stride_ptr=places[1], w=weight if w is None else w, w_tail=w_tail, bias_ptr=bias,
+        table_ptr=table if table is None else table.contiguous(), owner_ptr=owner, images_ptr=images, y_ptr=y, P=P,
+        N=N, Gh=Gh, Gw=Gw, stride_w=weight.stride(0), stride_x=x.stride(0), K=k, ROW=row, WORD=word,
+        DTYPE=_TYPES[dtype], HAS_BIAS=bias is not None, HAS_TABLE=table is not None, MERGE=merge, MODE=mode,
+        ANTIALIAS=antialias, ALIGN=align, TMA=w is not None, TAIL=tail, GROUP_M=config.group_m, **config.arguments,
     )  # fmt: skip
     return y
 
@@ -218,7 +226,10 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor, patch: int,
     scale: Sequence[float], shift: Sequence[float], merge: int, mode: str, antialias: bool, align: bool,
 ) -> Tensor:  # fmt: skip
-    """x [ΣHW, 3] -> [P, Dv]; the value of a pixel of channel c is scale[c] · (x or x - 128) + shift[c]."""
+    """Embed pixels x [ΣHW, 3] -> [P, Dv].
+
+    A byte u of channel c stands for scale[c] · (u - 128) + shift[c], a float x for scale[c] · x + shift[c].
+    """
     word = word_bytes(x, patch)
     places = places_of(images, owner, patch, word, merge)
     folded, folded_bias = fold(weight, bias, scale, shift)
@@ -232,14 +243,14 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, images: Tensor, owner: Tensor, patch: int, scale: Sequence[float],
     shift: Sequence[float], merge: int, need_x: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dW, db; empty where not needed."""
+    """Return dx, dW and db; dx is empty, dW and db are undefined where they are not needed."""
     (P, N), K = dy.shape, weight.shape[1]
     device = device_of(x)
     dx, dw, db = x.new_empty(0), torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(N)
     if need_weight:
         word = word_bytes(x, patch)
         config = config_for(EMBED_DW, PatchShape(P, K, N, word), dy.dtype, device)
-        words, strides = places_of(images, owner, patch, word, merge)
+        words, lines = places_of(images, owner, patch, word, merge)
         part = cdiv(N, config.block_m) * cdiv(K, config.block_n)
         splits = splits_of(P, part, config, device)
         share = cdiv(cdiv(P, splits), config.block_k) * config.block_k
@@ -247,16 +258,16 @@ def backward(
         parts = dy.new_empty(splits, N, K, dtype=torch.float32)
         sums = dy.new_empty(splits, N, dtype=torch.float32)
         launch(
-            _embed_dw_kernel, splits * part, as_words(x, word), words, strides, dy, parts, sums, P, N, *dy.stride(),
-            share, K, patch * 3 // word, word, config.block_m, config.block_n, config.block_k, num_warps=config.warps,
-            num_stages=config.stages,
+            _embed_dw_kernel, splits * part, x_ptr=as_words(x, word), word_ptr=words, stride_ptr=lines, dy_ptr=dy,
+            part_ptr=parts, bias_ptr=sums, P=P, N=N, **strides(dy, "stride_dm", "stride_dn"), share=share, K=K,
+            ROW=patch * 3 // word, WORD=word, **config.arguments,
         )  # fmt: skip
         unfold(parts, sums, dw, db, scale, shift)
     if need_x:
-        words, strides = places_of(images, owner, patch, 1, merge)
+        words, lines = places_of(images, owner, patch, 1, merge)
         dpatches = dy @ fold(weight, None, scale, shift)[0]
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format)  # pixels of no image have no gradient
-        scatter(dpatches, K, words, strides, patch, dx)
+        scatter(dpatches, K, words, lines, patch, dx)
     return dx, dw, db
 
 
@@ -264,7 +275,7 @@ def embed(
     patches: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, images: Tensor, owner: Tensor, merge: int,
     mode: str, antialias: bool, align: bool,
 ) -> Tensor:  # fmt: skip
-    """patches [P, K] -> [P, Dv]."""
+    """Embed cut patches [P, K] -> [P, Dv]."""
     K = weight.shape[1]
     if weight.stride(1) != 1 or weight.stride(0) * weight.element_size() % 16:
         weight = fold(weight, None, (1.0,) * 3, (0.0,) * 3)[0]
@@ -360,13 +371,16 @@ def patch_embed(
     antialias: bool = True,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Embed the patches of N images.
+    """Embed the patches of N images; return tokens [P, Dv] in the weight's dtype, and cu_seqlens int32 [N+1].
 
-    pixels: list of uint8 or float [H, W, 3], or one packed [ΣHW, 3]. sizes: host list of (H, W) in pixels, or the Grids
-    of the batch (then packed pixels may be padded to its P · patch_size²). weight [Dv, p·p·3], the values of a patch in
-    (row, column, channel) order, or a convolution's [Dv, 3, p, p] as it is; bias [Dv], pos_embed [Gh, Gw, Dv]. uint8
-    pixels are divided by 255; mean and std, one value a channel, are those of the result.
-    Returns tokens [P, Dv] in the weight's dtype, zeros in rows of no image, and cu_seqlens int32 [N+1].
+    pixels: list of uint8 or float [H, W, 3], or one packed [ΣHW, 3]. sizes: list of (H, W) in pixels, or the Grids of
+    the batch; with Grids, packed pixels may be padded to P · patch_size². weight: [Dv, p·p·3], the values of a patch in
+    (row, column, channel) order, or a convolution's [Dv, 3, p, p]. bias [Dv]. pos_embed [Gh, Gw, Dv]: resampled to each
+    image's grid as torch.nn.functional.interpolate does, and added; interpolation "bilinear", "bicubic", "nearest", or
+    None to add nothing. uint8 pixels are divided by 255; then mean is subtracted and std divides, one value a channel.
+
+    Rows of no image are zeros. Pixels, if they are floats, weight, bias and pos_embed have gradients. weight is fp32,
+    bf16 or fp16, on a CPU also fp64. Raises ValueError for other shapes, dtypes, devices or settings.
     """
     op, p = "patch_embed", patch_size
     images = {"pixels": pixels} if isinstance(pixels, Tensor) else {f"pixels[{i}]": x for i, x in enumerate(pixels)}
@@ -384,14 +398,14 @@ def patch_embed(
         grids = Grids([(height // p, width // p) for height, width in sizes], device=weight.device)
     if not isinstance(pixels, Tensor):
         shapes = [tuple(image.shape) for image in pixels]
-        wanted = [(h * p, w * p, 3) for h, w in grids.sizes or ()]
-        expect(shapes == wanted, op, "pixels", shapes, wanted)
+        expected = [(h * p, w * p, 3) for h, w in grids.sizes or ()]
+        expect(shapes == expected, op, "pixels", shapes, expected)
         rows = [image.reshape(-1, 3) for image in pixels]
         pixels = torch.cat(rows) if rows else weight.new_zeros(0, 3)
-    found, area = tuple(pixels.shape), p * p
-    # A padded buffer is asked first, because how much of it is used must not become part of a compiled program.
-    fits = found == (grids.patches * area, 3) or grids.used is None or found == (grids.used * area, 3)
-    expect(fits, op, "pixels", found, (grids.patches * area, 3))
+    shape, area = tuple(pixels.shape), p * p
+    # Compare with the padded size first: how many rows are used must not become a constant of a compiled program.
+    fits = shape == (grids.patches * area, 3) or grids.used is None or shape == (grids.used * area, 3)
+    expect(fits, op, "pixels", shape, (grids.patches * area, 3))
     expect(pixels.dtype in (torch.uint8, *READ), op, "dtype of pixels", pixels.dtype, (torch.uint8, *READ))
     mean, std = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
     expect(len(mean) == 3 and all(math.isfinite(m) for m in mean), op, "mean", mean, "3 finite values")
@@ -420,9 +434,11 @@ def embed_patches(
     antialias: bool = True,
     align_corners: bool = False,
 ) -> Tensor:
-    """The same for patches [P, K] that are already cut, weight [Dv, K] -> tokens [P, Dv].
+    """Embed patches [P, K] that are cut already: patches · weightᵀ + bias + positions, [P, Dv] in the weight's dtype.
 
-    Rows of no image are projected like any other, and get no position.
+    weight [Dv, K], bias [Dv], pos_embed [Gh, Gw, Dv]; grids: the images' (h, w), or Grids. patches may be of any float
+    dtype. Rows of no image are projected like any other, and get no position. Positions, gradients, dtypes and errors
+    are those of patch_embed.
     """
     op = "embed_patches"
     expect_alike(op, patches=patches, weight=weight, bias=bias, pos_embed=pos_embed)
@@ -440,7 +456,7 @@ def embed_patches(
 
 
 def _table(op, table, weight, bias, interpolation, antialias, align_corners):
-    """The table, or None if there is none to add, and the settings of its interpolation."""
+    """Check weight, bias and table; return the table, None if none is to be added, and its interpolation settings."""
     width = weight.shape[0]
     expect_float(op, "weight", weight)
     expect_read(op, "bias", bias)
@@ -455,9 +471,10 @@ def _table(op, table, weight, bias, interpolation, antialias, align_corners):
 
 
 def cost(patches: int, width: int, k: int, *, table: int = 0, itemsize: int = 2, bytes_in: int = 1) -> Cost:
-    """k: values of a patch, of bytes_in each (1: uint8 pixels); table: entries Gh·Gw of the position table.
+    """Return the cost of patch_embed or embed_patches.
 
-    Backward alone, of weight, bias and table, pixels having no gradient, costs as much.
+    k: values of a patch, of bytes_in bytes each (1: uint8 pixels); table: entries Gh·Gw of the position table. Backward
+    alone, of weight, bias and table but not of pixels, costs as much.
     """
     weights = (k * width + table * width) * itemsize
     return Cost(2 * patches * k * width, patches * k * bytes_in + patches * width * itemsize + weights)

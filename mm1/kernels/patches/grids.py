@@ -1,9 +1,9 @@
-"""The geometry of a packed batch of images: what every vision kernel reads instead of the sizes themselves.
+"""Describe the geometry of a packed batch of images in tensors that every vision kernel reads.
 
 N images of (h, w) patches stand one after another, row by row, in P rows. Rows past the last image are padding, and
-images past the last one are absent: both let a training loop keep P and N constant, so that new sizes are other values
-in tensors of the same shape, and nothing recompiles. Kernels derive the rest (taps of an interpolation, windows of a
-pool, neighbours of a convolution) from (h, w) in a few integer operations.
+images past the last one are absent: both let a training loop keep P and N constant, so that new sizes change values in
+tensors but no shapes, and nothing recompiles. Kernels derive the rest (taps of an interpolation, windows of a pool,
+neighbours of a convolution) from (h, w) in a few integer operations.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,21 @@ from torch import Tensor
 
 from mm1.kernels.language import tl, triton
 
-# A strip is what one program of the depthwise kernels walks down: so many rows of so many columns of one image.
+# The depthwise kernels divide each image into strips of so many rows and columns.
 STRIP_ROWS, STRIP_COLUMNS = 16, 4
 
 
 class Grids:
-    """Grids (h, w) of N images in P packed patches, on one device.
+    """Holds the grids (h, w) of N images in P packed patches, on one device.
 
-    sizes: host list of (h, w). images, patches: N and P to pad to (default: exactly as many as there are). longest: no
-    image has more patches (default: the most there are, or where the batch is padded P), which is what attention's
-    launches are sized by. merge: the patches of an image come in blocks of merge × merge, as in Qwen-VL, instead of row
-    by row. Raises ValueError if a side is not positive or no multiple of merge, or if the images exceed a budget.
+    sizes: list of (h, w). images, patches: N and P to pad to (default: no padding). longest: an upper bound of the
+    patches of one image, by which attention sizes its launches (default: those of the largest image, or P where patches
+    is set). merge: the patches of an image come in blocks of merge × merge, as in Qwen-VL, instead of row by row.
+    Raises ValueError if a side is not positive or no multiple of merge, or if the images exceed a budget.
 
-    table int32 [N, 4]: first row, rows, h, w. owner int32 [P]: image of each row, -1 or one without that row if none.
-    cu_seqlens int32 [N+1]: where each image's patches begin. strips int32 [N+1]: likewise of its strips.
+    table int32 [N, 4]: first row, rows, h, w. owner int32 [P]: image of each row; for a row of no image, -1 or an image
+    that does not have the row. cu_seqlens int32 [N+1]: where each image's patches begin, and the end. strips int32
+    [N+1]: the same for its strips.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class Grids:
             table += [first, h * w, h, w]
             first += h * w
         self.used = first
-        most = max([0, *[h * w for h, w in self.sizes]])
-        self.longest = longest if longest is not None else most if patches is None else patches
+        largest = max([0, *[h * w for h, w in self.sizes]])
+        self.longest = longest if longest is not None else largest if patches is None else patches
         patches = first if patches is None else patches
         images = len(self.sizes) if images is None else images
         if first > patches or len(self.sizes) > images:
@@ -59,19 +60,19 @@ class Grids:
                 f"grids: {len(self.sizes)} images of {first} patches exceed the budget of "
                 f"{images} images and {patches} patches"
             )
-        if most > self.longest:
-            raise ValueError(f"grids: an image of {most} patches exceeds the longest there may be, {self.longest}")
+        if largest > self.longest:
+            raise ValueError(f"grids: an image of {largest} patches exceeds longest, {self.longest}")
         table += [first, 0, 0, 0] * (images - len(self.sizes))
-        with torch.inference_mode(False):  # whoever evaluates first may train with them later
+        with torch.inference_mode(False):  # tensors made in inference mode could not be trained with later
             self._fill(
                 moved_to(torch.tensor(table, dtype=torch.int32, device="cpu").view(-1, 4), device), patches, merge
             )
 
     @classmethod
     def of_tensors(cls, first: Tensor, rows: Tensor, h: Tensor, w: Tensor, patches: int, *, merge: int = 1) -> "Grids":
-        """Grids whose sizes only the device knows: all [N], ascending first rows, which may leave gaps.
+        """Make Grids from tensors [N], whose values the host does not read; first rows ascend, and may leave gaps.
 
-        rows: how many of an image's h·w patches are there, from its first on.
+        rows: how many of an image's h·w patches the batch holds, counted from its first.
         """
         grids = cls.__new__(cls)
         grids.sizes = grids.used = None
@@ -84,14 +85,16 @@ class Grids:
         first, rows, h, w = table.unbind(1)
         places = torch.arange(patches, dtype=torch.int32, device=table.device)
         self.owner = torch.searchsorted(first.contiguous(), places, right=True, out_int32=True) - 1
-        end = F.pad(first + rows, (1, 0))[-1:]  # 0 without images; asking whether there are any would fix their number
+        end = F.pad(first + rows, (1, 0))[
+            -1:
+        ]  # 0 without images; a branch on their number would make it a constant of a compiled program
         self.cu_seqlens = torch.cat([first, end])
         strips = -(-h // STRIP_ROWS) * -(-w // STRIP_COLUMNS)
         self.strips = F.pad(strips.cumsum(0, dtype=torch.int32), (1, 0))
         self._elsewhere: dict[str, Grids] = {}
 
     def to(self, device: torch.device | str) -> "Grids":
-        """On that device; copied once, without waiting."""
+        """Return the same grids on a device; they are copied there once, without waiting for the device."""
         if torch.device(device) == self.table.device:
             return self
         if str(device) not in self._elsewhere:
@@ -107,7 +110,8 @@ class Grids:
         return self.table, self.owner, self.cu_seqlens, self.strips
 
     def with_class_token(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where a class token precedes each image: int64 rows of the N tokens and of the P patches, and cu_seqlens."""
+        """Return the layout with a class token before each image: int64 rows of the N tokens and of the P patches, and
+        cu_seqlens int32 [N+1]."""
         n = torch.arange(self.images + 1, dtype=torch.int32, device=self.table.device)
         rows = torch.arange(self.patches, device=self.table.device)
         cu_seqlens = self.cu_seqlens + n
@@ -117,17 +121,19 @@ class Grids:
 
 
 def moved_to(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return x on a device; a copy to a GPU is asynchronous."""
     device = torch.device(device)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 def as_grids(grids: "Grids | Sequence[tuple[int, int]]", device: torch.device | str) -> Grids:
+    """Return Grids on a device, from Grids or a list of (h, w)."""
     return grids.to(device) if isinstance(grids, Grids) else Grids(grids, device=device)
 
 
 @triton.jit
 def image_of(owner_ptr, table_ptr, rows, P):
-    """Image of each row, its first row, h and w, and whether the row belongs to one (h = w = 1 where not)."""
+    """Return each row's image, that image's first row, h and w, and whether the row belongs to it (else h = w = 1)."""
     image = tl.load(owner_ptr + rows, rows < P, other=-1)
     there = image >= 0
     first = tl.load(table_ptr + image * 4, there, other=0)

@@ -1,12 +1,12 @@
-"""Packed pixels of images of any sizes as one side of a product with the patch weight.
+"""Load the packed pixels of images as one operand of a product with the patch weight.
 
-A row of a patch is 3p neighbouring bytes, read as whole words of 1, 2 or 4 of them, whatever divides 3p. Bytes u become
-u - 128 by two operations on bits; what that leaves of mean and std goes into the weight and the bias:
+A row of a patch is 3p neighbouring bytes, read as whole words of 1, 2 or 4 bytes, whichever is the widest that divides
+3p. Bytes u become u - 128 by two operations on bits; mean and std go into the weight and the bias:
 
     W · ((u / 255 - mean) / std) + b = W' · (u - 128) + b',   W' = W · scale, b' = b + Σ W · shift,
     scale = 1 / (255 std), shift = (128 / 255 - mean) / std   by channel; of floats: 1 / std and -mean / std
 
-and comes out of their gradients again: dW = scale · dW' + shift · db.
+and for their gradients dW = scale · dW' + shift · db.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mm1.kernels.dispatch import cdiv, launch
+from mm1.kernels.dispatch import cdiv, launch, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patches.grids import image_of
 from mm1.kernels.patches.position_tables import place_of
 
-ROWS = 128  # patches one program finds the places of
+ROWS = 128  # patches whose places one program computes
 BLOCK = 1024  # values of a patch one step of a program takes
 
 
 @triton.jit
 def _channel(k, c0, c1, c2):
+    """Return the value of k's channel."""
     return tl.where(k % 3 == 0, c0, tl.where(k % 3 == 1, c1, c2))
 
 
@@ -33,7 +34,7 @@ def _fold_kernel(
     w_ptr, bias_ptr, folded_ptr, folded_bias_ptr, stride_n, stride_k, K, K_PADDED, scale0, scale1, scale2, shift0,
     shift1, shift2, HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """W' [Dv, K_PADDED], zeros past K, and b' fp32 [Dv]: a program a row."""
+    """Store W' [Dv, K_PADDED], zeros past K, and b' fp32 [Dv]; a program computes a row."""
     n = tl.program_id(0).to(tl.int64)
     bias = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, K_PADDED, BLOCK_K):
@@ -53,7 +54,7 @@ def _unfold_kernel(
     part_ptr, bias_ptr, dw_ptr, db_ptr, N, K, splits, scale0, scale1, scale2, shift0, shift1, shift2,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dW = scale · Σ of the splits + shift · db, db = Σ of the splits: a program a row."""
+    """Store dW = scale · Σ of the splits + shift · db and db = Σ of the splits; a program computes a row."""
     n = tl.program_id(0).to(tl.int64)
     db = 0.0
     for split in range(splits):
@@ -73,7 +74,7 @@ def _places_kernel(
     owner_ptr, images_ptr, word_ptr, stride_ptr, P, PATCH: tl.constexpr, WORD: tl.constexpr, MERGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where each patch's pixels begin, and how far apart its rows are, in words; -1: a row of no image."""
+    """Store where each patch's pixels begin (-1: a row of no image) and the distance of its rows, in words."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     _, first, _, w, there = image_of(owner_ptr, images_ptr, rows, P)
     row, column = place_of(rows - first, w, MERGE)
@@ -86,16 +87,17 @@ def _places_kernel(
 
 @triton.jit
 def _words(x_ptr, word, stride, q, last, ROW: tl.constexpr):
+    """Load words q of each patch, zeros past `last`."""
     places = word[:, None] + (q // ROW)[None, :] * stride[:, None] + (q % ROW)[None, :]
     return tl.load(x_ptr + places, (word >= 0)[:, None] & (q < last)[None, :], other=0)
 
 
 @triton.jit
 def gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
-    """Groups q of each patch [rows, len(q)]: 4 pixel values in an int32, or one value where words are of 1 byte.
+    """Load groups q of each patch, [rows, len(q)]: an int32 of 4 pixel values, or one value where words are of 1 byte.
 
-    last: of the patch's words; behind it come finite values, which meet zeros of the weight. Two halves become one
-    int32, which took 15 % fewer instructions than halves of their own.
+    last: the number of the patch's words; values past it are finite, and meet zeros of the weight. Two 2-byte words
+    become one int32, which takes 15 % fewer instructions than two words apart.
     """
     if WORD == 2:
         low = _words(x_ptr, word, stride, 2 * q, last, ROW).to(tl.int32)
@@ -106,17 +108,18 @@ def gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
 
 @triton.jit
 def _centred(byte):
-    # 2²³ + byte in fp32 by its bits, minus 2²³ + 128: a conversion of integers runs at an eighth of this.
+    """Return byte - 128 in fp32."""
+    # 2²³ + byte in fp32 by its bits, minus 2²³ + 128: a conversion from integer has an eighth of this throughput.
     return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
 
 
 @triton.jit
 def values(groups, WORD: tl.constexpr, DTYPE: tl.constexpr):
-    """Groups [M, Q] of gather -> pixel values [M, 4 Q], or [M, Q] where words are of 1 byte."""
+    """Return the pixel values [M, 4 Q] of groups [M, Q] from `gather`, or [M, Q] where words are of 1 byte."""
     M: tl.constexpr = groups.shape[0]
     Q: tl.constexpr = groups.shape[1]
     if WORD > 1:
-        # Values become DTYPE last: Triton 3.6 cannot place joined 16-bit values in a product's operand.
+        # Convert to DTYPE last: Triton 3.6 cannot use joined 16-bit values as a product's operand.
         even = tl.join(_centred(groups & 0xFF), _centred((groups >> 16) & 0xFF))
         odd = tl.join(_centred((groups >> 8) & 0xFF), _centred((groups >> 24) & 0xFF))
         return tl.reshape(tl.join(even, odd), (M, Q * 4)).to(DTYPE)
@@ -130,7 +133,7 @@ def values(groups, WORD: tl.constexpr, DTYPE: tl.constexpr):
 def _scatter_kernel(
     patches_ptr, word_ptr, stride_ptr, x_ptr, stride, K: tl.constexpr, ROW: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Values of each patch back to where its pixels lie: every pixel belongs to one patch."""
+    """Store each patch's values at its pixels; every pixel belongs to one patch at most."""
     row = tl.program_id(0).to(tl.int64)
     word = tl.load(word_ptr + row)
     line = tl.load(stride_ptr + row)
@@ -142,42 +145,61 @@ def _scatter_kernel(
 
 
 def word_bytes(x: Tensor, patch: int) -> int:
-    """Widest word, in bytes, that patches' rows consist of; float pixels are taken one by one."""
+    """Return the widest word, in bytes, that a patch's rows can be read by; float pixels are read one by one."""
     if x.dtype != torch.uint8:
         return 1
     return next(n for n in (4, 2, 1) if patch * 3 % n == 0 and x.data_ptr() % n == 0 and x.numel() % n == 0)
 
 
 def as_words(x: Tensor, word: int) -> Tensor:
+    """View bytes as integers of `word` bytes."""
     return x if word == 1 else x.view(-1).view(torch.int32 if word == 4 else torch.int16)
 
 
 def fold(weight: Tensor, bias: Tensor | None, scale: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """W' [Dv, K up to 16] and b' fp32 [Dv]."""
+    """Return W' [Dv, K rounded up to 16] and b' fp32 [Dv]."""
     N, K = weight.shape
-    folded = weight.new_empty(N, cdiv(K, 16) * 16)  # rows of whole 32 bytes, which bulk copies ask for
+    folded = weight.new_empty(N, cdiv(K, 16) * 16)  # bulk copies need rows of whole 32 bytes
     folded_bias = weight.new_empty(N, dtype=torch.float32)
     launch(
-        _fold_kernel, N, weight, bias, folded, folded_bias, *weight.stride(), K, folded.shape[1], *scale, *shift,
-        bias is not None, BLOCK, num_warps=4,
+        _fold_kernel, N, w_ptr=weight, bias_ptr=bias, folded_ptr=folded, folded_bias_ptr=folded_bias,
+        **strides(weight, "stride_n", "stride_k"), K=K, K_PADDED=folded.shape[1], **_normalisation(scale, shift),
+        HAS_BIAS=bias is not None, BLOCK_K=BLOCK, num_warps=4,
     )  # fmt: skip
     return folded, folded_bias
 
 
+def _normalisation(scale: Sequence[float], shift: Sequence[float]) -> dict[str, float]:
+    return {
+        f"{name}{c}": value for name, values in (("scale", scale), ("shift", shift)) for c, value in enumerate(values)
+    }
+
+
 def places_of(images: Tensor, owner: Tensor, patch: int, word: int, merge: int) -> tuple[Tensor, Tensor]:
-    words, strides = owner.new_empty(len(owner), dtype=torch.int64), torch.empty_like(owner)
-    launch(_places_kernel, cdiv(len(owner), ROWS), owner, images, words, strides, len(owner), patch, word, merge, ROWS,
-           num_warps=4)  # fmt: skip
-    return words, strides
+    """Return int64 [P], each patch's first word (-1: none), and int32 [P], the words from one of its rows to the next.
+
+    images and owner: table and owner of Grids.
+    """
+    words, lines = owner.new_empty(len(owner), dtype=torch.int64), torch.empty_like(owner)
+    launch(
+        _places_kernel, cdiv(len(owner), ROWS), owner_ptr=owner, images_ptr=images, word_ptr=words, stride_ptr=lines,
+        P=len(owner), PATCH=patch, WORD=word, MERGE=merge, BLOCK=ROWS, num_warps=4,
+    )  # fmt: skip
+    return words, lines
 
 
 def unfold(part: Tensor, sums: Tensor, dw: Tensor, db: Tensor, scale: Sequence[float], shift: Sequence[float]) -> None:
-    """dw [Dv, K] and db [Dv] of the splits' part fp32 [S, Dv, K] and sums fp32 [S, Dv]."""
+    """Store dw [Dv, K] and db [Dv], from fp32 parts [S, Dv, K] and sums [S, Dv] of S splits."""
     splits, N, K = part.shape
-    launch(_unfold_kernel, N, part, sums, dw, db, N, K, splits, *scale, *shift, BLOCK, num_warps=4)
+    launch(
+        _unfold_kernel, N, part_ptr=part, bias_ptr=sums, dw_ptr=dw, db_ptr=db, N=N, K=K, splits=splits,
+        **_normalisation(scale, shift), BLOCK_K=BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
-def scatter(patches: Tensor, k: int, words: Tensor, strides: Tensor, patch: int, x: Tensor) -> None:
-    """The first k columns of patches [P, ≥ k] to the pixels x [ΣHW, 3] they belong to."""
-    P = len(patches)
-    launch(_scatter_kernel, P, patches, words, strides, x, patches.stride(0), k, patch * 3, BLOCK, num_warps=4)
+def scatter(patches: Tensor, k: int, words: Tensor, lines: Tensor, patch: int, x: Tensor) -> None:
+    """Store the first k columns of patches [P, ≥ k] at their pixels in x [ΣHW, 3]."""
+    launch(
+        _scatter_kernel, len(patches), patches_ptr=patches, word_ptr=words, stride_ptr=lines, x_ptr=x,
+        stride=patches.stride(0), K=k, ROW=patch * 3, BLOCK_K=BLOCK, num_warps=4,
+    )  # fmt: skip

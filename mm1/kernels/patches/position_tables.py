@@ -1,12 +1,12 @@
-"""A table of learned positions resampled to each image's grid: torch.nn.functional.interpolate on a packed batch.
+"""Resample a table of learned positions to each image's grid, as torch.nn.functional.interpolate does.
 
     y[p] = Σ_ij wy[i] wx[j] · table[i, j]       over the taps of p's row and column in its image
 
-table [Gh, Gw, D] -> y [P, D]; weights in fp32. A tap's index and weight follow from the place, the image's side and the
-table's in a few operations, so nothing about sizes is prepared on the host. Bilinear takes 2 taps an axis, bicubic 4;
-antialiasing where an axis shrinks by s takes 2s or 4s; an axis of the table's own length takes 1. Reads the table,
-writes P·D. The gradient gathers: for each row of the table the image rows that tapped it, then along columns one small
-product. Source: torch's UpSampleKernel (bilinear, Keys' cubic with a = -0.75, antialiased a = -0.5, nearest).
+table [Gh, Gw, D] -> y [P, D]; weights in fp32. Kernels compute a tap's index and weight from the place and the sides of
+image and table in a few operations, so the host prepares nothing. Bilinear takes 2 taps an axis, bicubic 4;
+antialiasing takes 2s or 4s where an axis shrinks by s; an axis of the table's own length takes 1. Reads the table,
+writes P·D. The gradient is a gather: for each row of the table the image rows that used it, then along columns one
+small product. Source: torch's UpSampleKernel (bilinear, Keys' cubic with a = -0.75, antialiased a = -0.5, nearest).
 """
 
 from collections.abc import Sequence
@@ -28,18 +28,20 @@ from mm1.kernels.dispatch import (
     on_cpu,
     power_of_2,
     refuse_second_order,
+    strides,
+    wide,
 )
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patches.grids import Grids, as_grids, image_of
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", None)
-BLOCK_ROWS, BLOCK_WIDTH = 16, 128  # of y in one program
+BLOCK_ROWS, BLOCK_WIDTH = 16, 128  # tile of y that one program computes
 BLOCK_COLUMNS = 32  # image columns one step of the gradient takes
 
 
 @triton.jit
 def place_of(inside, w, MERGE: tl.constexpr):
-    """Row and column of the patch that is number `inside` of its image."""
+    """Return row and column of an image's patch number `inside`."""
     if MERGE == 1:
         return inside // w, inside % w
     else:
@@ -51,6 +53,7 @@ def place_of(inside, w, MERGE: tl.constexpr):
 
 @triton.jit
 def _number_of(row, column, w, MERGE: tl.constexpr):
+    """Return the number of the patch at row and column of its image."""
     if MERGE == 1:
         return row * w + column
     else:
@@ -60,7 +63,7 @@ def _number_of(row, column, w, MERGE: tl.constexpr):
 
 @triton.jit
 def _scale(out, size, ALIGN: tl.constexpr):
-    """Table places a step of the image."""
+    """Return the distance in the table that corresponds to one patch of the image."""
     if ALIGN:
         return tl.where(out > 1, (size - 1).to(tl.float32) / tl.maximum(out - 1, 1).to(tl.float32), 0.0)
     else:
@@ -69,7 +72,7 @@ def _scale(out, size, ALIGN: tl.constexpr):
 
 @triton.jit
 def _taps(place, out, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr):
-    """Of places on an axis of length `out`: first tap, number of taps, centre and inverse width of the filter."""
+    """Return first tap, number of taps, centre and inverse width of the filter for places on an axis of `out`."""
     scale = _scale(out, size, ALIGN)
     inverse = scale * 0.0 + 1.0
     at = place.to(tl.float32)
@@ -104,6 +107,7 @@ def _taps(place, out, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: 
 
 @triton.jit
 def _weight(tap, centre, inverse, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """Return a tap's weight before division by the total."""
     x = tl.abs(tap.to(tl.float32) - centre) * inverse
     if MODE == "bicubic":
         A = -0.5 if ANTIALIAS else -0.75
@@ -118,7 +122,7 @@ def _weight(tap, centre, inverse, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
 
 @triton.jit
 def _total(first, count, most, centre, inverse, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
-    """Sum of a place's weights, by which antialiasing divides."""
+    """Return the sum of a place's weights, by which antialiasing divides."""
     total = centre * 0.0 + 1.0
     if ANTIALIAS:
         total = centre * 0.0
@@ -133,7 +137,7 @@ def resample(
     table_ptr, row, column, h, w, there, Gh, Gw, offs_n, N, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [rows, len(offs_n)] of the table [Gh, Gw, N] at places of images; zeros where not there."""
+    """Return fp32 [rows, len(offs_n)] of the table [Gh, Gw, N] at places of images; zeros where `there` is false."""
     y, ny, cy, iy = _taps(row, h, Gh, MODE, ANTIALIAS, ALIGN)
     x, nx, cx, ix = _taps(column, w, Gw, MODE, ANTIALIAS, ALIGN)
     ny = tl.where(there, ny, 0)
@@ -159,6 +163,7 @@ def _positions_kernel(
     table_ptr, owner_ptr, images_ptr, y_ptr, P, N, Gh, Gw, MERGE: tl.constexpr, MODE: tl.constexpr,
     ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Store a tile of y [P, N]."""
     num_n = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -171,7 +176,7 @@ def _positions_kernel(
 
 @triton.jit
 def _pull(tap, place, out, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr):
-    """Weight with which the place takes table entry `tap`; the two broadcast against each other."""
+    """Return the weight of table entry `tap` at the place; tap and place broadcast against each other."""
     first, count, centre, inverse = _taps(place, out, size, MODE, ANTIALIAS, ALIGN)
     if ANTIALIAS:
         weight = tl.where((tap >= first) & (tap < first + count), _weight(tap, centre, inverse, MODE, ANTIALIAS), 0.0)
@@ -194,7 +199,7 @@ def _dtable_kernel(
     MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """part[s, g] [Gw, N]: what `share` images from s · share on give to row g of the table."""
+    """Store part[s, g] [Gw, N], the gradient of the table's row g from `share` images from s · share on."""
     num_n = tl.cdiv(N, BLOCK_N)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     g = tl.program_id(0) // num_n % Gh
@@ -206,7 +211,7 @@ def _dtable_kernel(
         count = tl.load(images_ptr + image * 4 + 1)
         h = tl.load(images_ptr + image * 4 + 2)
         w = tl.load(images_ptr + image * 4 + 3)
-        # Rows whose filter reaches g: centre within the support of it, with a row to spare for rounding.
+        # Rows whose filter reaches g: their centre is within its support, with one row more for rounding.
         scale = _scale(h, Gh, ALIGN)
         reach = tl.maximum(scale, 1.0) * (2.0 if MODE == "bicubic" else 1.0) + 0.5
         begin = tl.where(scale > 0, (g - reach) / tl.maximum(scale, 1e-6) - 1.0, 0.0)
@@ -235,11 +240,13 @@ def _dtable_kernel(
 def forward(
     table: Tensor, images: Tensor, owner: Tensor, merge: int, mode: str, antialias: bool, align: bool
 ) -> Tensor:
+    """Resample table [Gh, Gw, D] -> [P, D]."""
     (Gh, Gw, N), P = table.shape, len(owner)
     y = table.new_empty(P, N)
     launch(
-        _positions_kernel, cdiv(P, BLOCK_ROWS) * cdiv(N, BLOCK_WIDTH), table.contiguous(), owner, images, y, P, N, Gh,
-        Gw, merge, mode, antialias, align, BLOCK_ROWS, BLOCK_WIDTH, num_warps=4,
+        _positions_kernel, cdiv(P, BLOCK_ROWS) * cdiv(N, BLOCK_WIDTH), table_ptr=table.contiguous(), owner_ptr=owner,
+        images_ptr=images, y_ptr=y, P=P, N=N, Gh=Gh, Gw=Gw, MERGE=merge, MODE=mode, ANTIALIAS=antialias, ALIGN=align,
+        BLOCK_M=BLOCK_ROWS, BLOCK_N=BLOCK_WIDTH, num_warps=4,
     )  # fmt: skip
     return y
 
@@ -247,27 +254,29 @@ def forward(
 def backward(
     dy: Tensor, images: Tensor, shape: Sequence[int], merge: int, mode: str, antialias: bool, align: bool
 ) -> Tensor:
-    """dy [P, D] -> gradient of the table, fp32 of `shape` [Gh, Gw, D]."""
+    """Return the gradient of the table, fp32 of `shape` [Gh, Gw, D], from dy [P, D]."""
     Gh, Gw, N = shape
     device = device_of(dy)
     if len(images) == 0:
         return dy.new_zeros(Gh, Gw, N, dtype=torch.float32)
     block_n, precision = _product(dy.dtype, device)
-    # Some waves of programs, each with its share of the images, in an order that does not depend on timing.
+    # A few waves of programs, each with its share of the images, summed in an order that does not depend on timing.
     splits = min(len(images), max(1, cdiv(4 * device.units, Gh * cdiv(N, block_n))))
     share = cdiv(len(images), splits)
     splits = cdiv(len(images), share)
     part = dy.new_empty(splits, Gh, Gw, N, dtype=torch.float32)
     launch(
-        _dtable_kernel, splits * Gh * cdiv(N, block_n), dy, images, part, *dy.stride(), len(images), N, Gh, Gw, share,
-        merge, mode, antialias, align, precision, max(16, power_of_2(Gw)), BLOCK_COLUMNS, block_n,
-        num_warps=8 if device.arch == "sm_89" else 4,  # of four, ptxas keeps 96 registers there, and spills
+        _dtable_kernel, splits * Gh * cdiv(N, block_n), dy_ptr=dy, images_ptr=images, part_ptr=part,
+        **strides(dy, "stride_p", "stride_n"), images=len(images), N=N, Gh=Gh, Gw=Gw, share=share, MERGE=merge,
+        MODE=mode, ANTIALIAS=antialias, ALIGN=align, PRECISION=precision, BLOCK_G=max(16, power_of_2(Gw)),
+        BLOCK_C=BLOCK_COLUMNS, BLOCK_N=block_n,
+        num_warps=8 if device.arch == "sm_89" else 4,  # with four, ptxas uses 96 registers on sm_89, and spills
     )  # fmt: skip
     return part[0] if splits == 1 else part.sum(0)
 
 
 def _product(dtype: torch.dtype, device: Device) -> tuple[int, str]:
-    """Width and precision of the product along columns: TF32 keeps 11 bits, more than a half-precision gradient has."""
+    """Return width and precision of the product along columns; TF32's 11 bits hold a half-precision gradient."""
     half = dtype != torch.float32 and device.arch.startswith("sm_")
     return (64, "tf32") if half else (32, "ieee")
 
@@ -277,14 +286,14 @@ _backward = torch.library.custom_op("mm1::positions_backward", backward, mutates
 
 
 def present(images: Tensor) -> list[tuple[int, int, int, int]]:
-    """(first row, rows, h, w) of the images that have rows."""
+    """Return (first row, rows, h, w) of the images that have rows."""
     return [(first, rows, h, w) for first, rows, h, w in images.tolist() if rows]
 
 
 def forward_cpu(
     table: Tensor, images: Tensor, owner: Tensor, merge: int, mode: str, antialias: bool, align: bool
 ) -> Tensor:
-    """All taps of all places as bags of rows of the table."""
+    """Resample on a CPU: sum the taps of each place by embedding_bag."""
     Gh, Gw, N = table.shape
     counts = table.new_zeros(len(owner) + 1, dtype=torch.int64)
     indices, weights = [table.new_zeros(0, dtype=torch.int64)], [table.new_zeros(0, dtype=torch.float32)]
@@ -293,10 +302,10 @@ def forward_cpu(
         counts[first + 1 : first + 1 + rows] = index.shape[1]
         indices.append(index[:rows].view(-1))
         weights.append(weight[:rows].view(-1))
-    wide = table.float() if table.dtype in (torch.bfloat16, torch.float16) else table
+    entries = table.to(wide(table.dtype)).reshape(Gh * Gw, N)
     y = F.embedding_bag(
-        torch.cat(indices), wide.reshape(Gh * Gw, N), counts.cumsum(0), mode="sum", include_last_offset=True,
-        per_sample_weights=torch.cat(weights).to(wide.dtype),
+        torch.cat(indices), entries, counts.cumsum(0), mode="sum", include_last_offset=True,
+        per_sample_weights=torch.cat(weights).to(entries.dtype),
     )  # fmt: skip
     return y.to(table.dtype)
 
@@ -304,17 +313,17 @@ def forward_cpu(
 def backward_cpu(
     dy: Tensor, images: Tensor, shape: Sequence[int], merge: int, mode: str, antialias: bool, align: bool
 ) -> Tensor:
-    """Gradients of equal grids are summed, then one matrix an axis, transposed, takes them to the table."""
+    """Return the table's gradient on a CPU: sum gradients of equal grids, then multiply by one matrix for each axis."""
     Gh, Gw, N = shape
-    wide = torch.promote_types(dy.dtype, torch.float32)
+    dtype = wide(dy.dtype)
     sums: dict[tuple[int, int], Tensor] = {}
     for first, rows, h, w in present(images):
-        part = F.pad(dy[first : first + rows].to(wide), (0, 0, 0, h * w - rows))
+        part = F.pad(dy[first : first + rows].to(dtype), (0, 0, 0, h * w - rows))
         sums[h, w] = sums[h, w] + part if (h, w) in sums else part
-    dtable = dy.new_zeros(Gh, Gw * N, dtype=wide)
+    dtable = dy.new_zeros(Gh, Gw * N, dtype=dtype)
     for (h, w), total in sums.items():
         vertical, horizontal = (
-            resample_matrix(size, out, mode, antialias, align).to(wide) for size, out in ((Gh, h), (Gw, w))
+            resample_matrix(size, out, mode, antialias, align).to(dtype) for size, out in ((Gh, h), (Gw, w))
         )
         if merge > 1:
             total = total[block_order(h, w, merge).argsort()]
@@ -325,10 +334,10 @@ def backward_cpu(
 
 @lru_cache(maxsize=4096)
 def resample_matrix(size: int, out: int, mode: str, antialias: bool, align_corners: bool) -> Tensor:
-    """fp32 [out, size]: what F.interpolate does along one axis, read off by giving it the identity.
+    """Return fp32 [out, size], the matrix of F.interpolate along one axis: its result for the identity.
 
-    What is kept serves every later call: it depends on neither the default dtype nor the default device, nor on who
-    trains, evaluates, compiles or uses autocast when it is first asked for.
+    The result is cached for all later calls, so it depends neither on the default dtype and device nor on the grad and
+    inference mode of the first call.
     """
     options = {} if mode == "nearest" else {"align_corners": align_corners, "antialias": antialias}
     with torch.inference_mode(False), torch.no_grad():
@@ -340,7 +349,7 @@ def resample_matrix(size: int, out: int, mode: str, antialias: bool, align_corne
 def _image_taps(
     h: int, w: int, Gh: int, Gw: int, merge: int, mode: str, antialias: bool, align: bool
 ) -> tuple[Tensor, Tensor]:
-    """int64 and fp32 [h·w, n]: entries of the table [Gh·Gw] and their weights, of every place of one grid."""
+    """Return int64 and fp32 [h·w, n]: table entries (of Gh·Gw) and their weights for every place of one grid."""
     (y, wy), (x, wx) = (_nonzero(resample_matrix(g, n, mode, antialias, align)) for g, n in ((Gh, h), (Gw, w)))
     index = (y[:, None, :, None] * Gw + x[None, :, None, :]).reshape(h * w, -1)
     weight = (wy[:, None, :, None] * wx[None, :, None, :]).reshape(h * w, -1)
@@ -349,14 +358,14 @@ def _image_taps(
 
 
 def _nonzero(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns and values of the largest entries of each row, as many as any row has that are not zero."""
-    most = int((matrix != 0).sum(1).max())
-    index = matrix.abs().topk(most, 1).indices.sort(1).values
+    """Return columns and values of each row's largest entries, as many as the fullest row has that are not zero."""
+    count = int((matrix != 0).sum(1).max())
+    index = matrix.abs().topk(count, 1).indices.sort(1).values
     return index, matrix.gather(1, index)
 
 
 def block_order(h: int, w: int, merge: int) -> Tensor:
-    """int64 [h·w], the place of each patch in order of merge × merge blocks."""
+    """Return int64 [h·w], the row-by-row number of each patch in the order of merge × merge blocks."""
     places = torch.arange(h * w, dtype=torch.int64, device="cpu")
     return places.view(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1)
 
@@ -372,7 +381,7 @@ def _(table, images, owner, merge, mode, antialias, align):
 
 @_backward.register_fake
 def _(dy, images, shape, merge, mode, antialias, align):
-    return dy.new_empty(shape, dtype=torch.promote_types(dy.dtype, torch.float32))
+    return dy.new_empty(shape, dtype=wide(dy.dtype))
 
 
 def _save(ctx, inputs, output):
@@ -397,16 +406,22 @@ def positions(
     antialias: bool = True,
     align_corners: bool = False,
 ) -> Tensor:
-    """table [Gh, Gw, D] resampled to each image's grid -> [P, D], zeros in rows of no image."""
+    """Resample table [Gh, Gw, D] to each image's grid; return [P, D] in the table's dtype, zeros in rows of no image.
+
+    grids: the images' (h, w), or Grids. interpolation: "bilinear", "bicubic" or "nearest"; the result and both settings
+    are those of torch.nn.functional.interpolate. The table is fp32, bf16 or fp16, on a CPU also fp64, and has a
+    gradient. Raises ValueError for other shapes, dtypes or settings.
+    """
     expect_alike("positions", table=table)
     expect(table.ndim == 3 and min(table.shape[:2]) > 0, "positions", "table", tuple(table.shape), "[Gh, Gw, D]")
     expect_interpolation("positions", interpolation, INTERPOLATIONS[:-1])
     expect_float("positions", "table", table)
     grids = as_grids(grids, table.device)
-    # Nearest has neither setting; what it is given must not make another kernel.
+    # Nearest has neither setting; their values must not compile another kernel.
     settings = (interpolation, antialias, align_corners) if interpolation != "nearest" else ("nearest", False, False)
     return _forward(table, grids.table, grids.owner, grids.merge, *settings)
 
 
-def expect_interpolation(op: str, found: Any, known: Sequence[str | None]) -> None:
-    expect(found in known, op, "interpolation", found, known)
+def expect_interpolation(op: str, interpolation: Any, names: Sequence[str | None]) -> None:
+    """Raise ValueError unless the interpolation is one of `names`."""
+    expect(interpolation in names, op, "interpolation", interpolation, names)

@@ -1,5 +1,4 @@
-"""Tiles of patch embedding's kernels: which fit a GPU, which are taken where nothing better is known, how fast they may
-be."""
+"""Choose tiles for patch embedding's kernels: the legal ones, the default, and their predicted seconds."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,14 +12,16 @@ from mm1.kernels.dispatch import cdiv
 from mm1.kernels.tiles import Config, Shape, fitted, space
 from mm1.kernels.tuning import Tunable
 
-WAVES = 2  # of programs a split of the weight gradient aims at
+WAVES = 2  # the weight gradient is split into about so many waves of programs
 
 
 class PatchShape(NamedTuple):
+    """Sizes of a patch embedding [patches, k] · [k, width]."""
+
     patches: int
     k: int
     width: int
-    word: int  # bytes of one load of pixels; 0: patches that are cut already
+    word: int  # bytes of one load of pixels; 0: the input holds cut patches
 
     @property
     def product(self) -> Shape:
@@ -28,43 +29,47 @@ class PatchShape(NamedTuple):
 
 
 def legal(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
+    """Tell whether the forward kernel fits into shared memory and registers."""
     plain = not config.persistent and config.block_n in (32, 64, 128) and config.block_k <= _step(device)
-    # Of 64 rows of fp32 Triton 3.7 would make a TF32 product on a B200, whatever precision it is asked for.
+    # With 64 rows of fp32 Triton 3.7 makes a TF32 product on a B200, whatever precision it is asked for.
     small = dtype != torch.float32 or (config.block_m <= 32 and not config.tma)
     return plain and small and tiles.legal(config, shape.product, dtype, device)
 
 
 def default(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
-    """Two programs a multiprocessor, so that one multiplies while the other gathers or finishes its tile."""
+    """Choose tiles that let two programs share a multiprocessor: one multiplies while the other loads or stores."""
     config = Config(64, 128, _step(device), warps=4 if device.wgmma else 8, tma=device.tma)
     return _fitted(config, shape, dtype, device)
 
 
 def legal_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
+    """Tell whether the weight-gradient kernel fits; it uses no descriptors and does not group tiles."""
     return not config.tma and config.group_m == 8 and legal(config, shape, dtype, device)
 
 
 def default_dw(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
+    """Choose the largest tiles that fit."""
     return _fitted(Config(128, 128, _step(device), warps=8, tma=False), shape, dtype, device)
 
 
 def _step(device: Device) -> int:
-    """Products whose operands are in registers beside the accumulator, as before Hopper, spilled with steps of 64."""
+    """Return the step of the reduction; before Hopper, with operands in registers, steps of 64 spilled."""
     return 64 if device.asynchronous else 32
 
 
 def _fitted(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
-    if dtype == torch.float32:  # products of single multiplications: small tiles in registers
+    if dtype == torch.float32:  # without matrix units: small tiles in registers
         config = replace(config, block_m=32, block_n=64, block_k=32, warps=4, stages=2, tma=False)
     return fitted(config, shape.product, dtype, device)
 
 
 def seconds(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
-    """Predicted; a result is finished with four entries of the table and the bias."""
+    """Predict seconds of one run; each result is finished with four table entries and the bias."""
     return tiles.seconds(config, shape.product, dtype, device, finish=6)
 
 
 def seconds_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
+    """Predict seconds of one run of the weight-gradient kernel."""
     part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
     splits = splits_of(shape.patches, part, config, device)
     size, shared = dtype.itemsize, tiles.shared_bytes(config, shape.product, dtype.itemsize, device)
@@ -76,7 +81,7 @@ def seconds_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: De
 
 
 def splits_of(patches: int, part: int, config: Config, device: Device) -> int:
-    """Programs among which the patches are divided, for each of `part` tiles."""
+    """Return how many programs share the patches of each of `part` tiles."""
     return max(1, min(cdiv(patches, 8 * config.block_k), WAVES * device.units // max(part, 1)))
 
 

@@ -8,6 +8,7 @@ import torch
 from mm1.engine.data.batch import Batch, exact_budget, pack
 from mm1.engine.data.config import Data, Source
 from mm1.engine.data.document import Budget, Document, TextTokenizer
+from mm1.engine.data.record import View
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import DIGITS, Model
 from mm1.engine.run_config import DIGITS_FOLDER as FOLDER
@@ -35,14 +36,15 @@ def small_mm1(seed=0, **decoder) -> MM1:
 
 def document(*parts: int | tuple[int, int]) -> Document:
     """Numbers are that many random text tokens, pairs an image of so many patches."""
-    tokens, images = [1], []
+    tokens, views = [1], []
     for part in parts:
         if isinstance(part, tuple):
             tokens += [IMAGE] * SLOTS
-            images.append(torch.randint(0, 256, (part[0] * PATCH, part[1] * PATCH, 3), dtype=torch.uint8).numpy())
+            pixels = torch.randint(0, 256, (part[0] * PATCH, part[1] * PATCH, 3), dtype=torch.uint8).numpy()
+            views.append(View("image", pixels))
         else:
             tokens += torch.randint(4, 384, (part,)).tolist()
-    return Document(np.array(tokens, np.int32), tuple(images), "test")
+    return Document(np.array(tokens, np.int32), tuple(views), "test")
 
 
 DOCUMENTS = [

@@ -358,7 +358,7 @@ def test_each_of_two_that_fail_in_one_step_is_told_its_own_error(model):
     def break_both():
         if len(engine.running) == 2:
             for request in engine.running:
-                request.take = partial(failing, request.sampling.seed)
+                request.append = partial(failing, request.sampling.seed)
 
     def failing(seed, *_):
         raise ValueError(f"of {seed}")

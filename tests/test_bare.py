@@ -34,12 +34,13 @@ import torch
 from mm1.engine.models.mm1_config import DIGITS
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
+from mm1.engine.data.record import View
 from mm1.engine.models.mm1 import MM1
 
 random, c = np.random.default_rng(0), dataclasses.replace(DIGITS, decoder=dataclasses.replace(DIGITS.decoder, layers=2))
 tokens = np.concatenate([[3] * c.connector.tokens, random.integers(4, 384, 9)]).astype(np.int32)
 image = random.integers(256, size=(8, 12, 3), dtype=np.uint8)
-documents = [Document(tokens, (image,), ""), Document(tokens[-5:], (), "")]
+documents = [Document(tokens, (View("image", image),), ""), Document(tokens[-5:], (), "")]
 batch = pack(documents, exact_budget(documents, 4), image_id=3, patch=4, slots=c.connector.tokens)
 model = MM1(c).initialize()
 with torch.no_grad():

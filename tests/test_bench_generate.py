@@ -13,6 +13,7 @@ from mm1.bench import generate
 from mm1.bench.generate import NEW, TEXT, Bench, Case, Scale, checked, measure, prompts
 from mm1.bench.record import Record
 from mm1.engine.data.batch import exact_budget, pack
+from mm1.engine.data.record import View
 from mm1.engine.infer.cache import PAGE
 from mm1.errors import UserError
 
@@ -127,7 +128,7 @@ def test_a_first_token_costs_the_encoder_too():
 def test_images_of_a_prompt_are_encoded():
     bench = small_bench()
     documents = prompts(bench.config, 2, 1, images=True)
-    brighter = [dataclasses.replace(d, images=tuple(255 - image for image in d.images)) for d in documents]
+    brighter = [dataclasses.replace(d, media=tuple(View(x.kind, 255 - x.values) for x in d.media)) for d in documents]
     logits, other = (bench.prefill(given)[0]() for given in (documents, brighter))
     assert relative_error(other, logits) > 1e-3
 
@@ -144,8 +145,8 @@ def test_first_tokens_are_the_same_whatever_is_known_and_each_query_is_new():
         truth = bench.prefill(of)[0]().log_softmax(-1).amax(-1)
         for name, way in ways.items():
             assert relative_error(way(), truth) < 1e-4, name
-        seen += [document.images[-1].tobytes() for document in of]
-        assert all(np.array_equal(a, b) for a, b in zip(of[0].images[:-1], of[1].images[:-1]))
+        seen += [document.media[-1].values.tobytes() for document in of]
+        assert all(np.array_equal(a.values, b.values) for a, b in zip(of[0].media[:-1], of[1].media[:-1]))
     assert len(set(seen)) == 6
 
 

@@ -174,7 +174,7 @@ def test_the_peer_gets_the_patches_of_the_images_and_no_others():
     cut = [
         ((image[y : y + p, x : x + p] / 255 - MIXTURE.vision.mean) / MIXTURE.vision.std).ravel()
         for document in bench.documents
-        for image in document.images
+        for image in (view.values for view in document.media)
         for y in range(0, image.shape[0], p)
         for x in range(0, image.shape[1], p)
     ]
@@ -337,7 +337,7 @@ def test_what_the_peer_computes_beyond_is_padding_too():
     assert packed["decoder linear"] == packed["experts"] == packed["head"] == flash["decoder attention"] == 0
     v = MIXTURE.vision
     for packed_too, ledger in ((True, packed), (False, padded)):
-        images = [[h * w for h, w in batch.grids.sizes] for batch in bench.sets[packed_too][0]]
+        images = [[h * w for h, w in batch.media.grids.sizes] for batch in bench.sets[packed_too][0]]
         hidden = sum(sum(batch) ** 2 - sum(n * n for n in batch) for batch in images)
         assert ledger["vision attention"] == 3 * hidden * 4 * v.layers * v.width
     assert padded["head"] == 3 * (bench.shape["padded"] - bench.shape["targets"]) * 2 * d.width * d.vocabulary
@@ -373,11 +373,11 @@ def test_documents_fill_a_sequence_with_the_mixs_shares():
     assert 0.99 * tokens < sum(lengths.values()) <= tokens
     for kind, share in mix.SHARES.items():
         assert lengths[kind] / tokens == pytest.approx(share, abs=0.03)
-    assert {len(d.images) for d in docs if d.key == "captions"} == {1}
-    assert {len(d.images) for d in docs if d.key == "interleaved"} == {2, 3, 4, 5}
+    assert {len(d.media) for d in docs if d.key == "captions"} == {1}
+    assert {len(d.media) for d in docs if d.key == "interleaved"} == {2, 3, 4, 5}
     for d in docs:
         text = d.tokens[(d.tokens != mix.IMAGE)]
-        assert (d.tokens == mix.IMAGE).sum() == 144 * len(d.images)
+        assert (d.tokens == mix.IMAGE).sum() == 144 * len(d.media)
         assert text[0] == mix.BOS
         assert text[-1] == mix.EOS
         assert ((text[1:-1] > mix.IMAGE) & (text[1:-1] < c.decoder.vocabulary)).all()
@@ -387,7 +387,7 @@ def test_documents_follow_from_the_seed():
     a, b, other = (mix.documents(MIXTURE, TOKENS, seed) for seed in (1, 1, 2))
     assert all(np.array_equal(x.tokens, y.tokens) for x, y in zip(a, b, strict=True))
     assert [x.tokens.tolist() for x in a] != [x.tokens.tolist() for x in other]
-    assert len({image.shape for d in a for image in d.images}) > 1
+    assert len({view.values.shape for d in a for view in d.media}) > 1
 
 
 def test_padded_batches_hold_the_same_documents():

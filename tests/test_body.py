@@ -11,9 +11,8 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from mm1.engine.data import sources
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.data.sources import BASE64_PIECE, decode_base64, decode_percent, read_image
+from mm1.engine.data.references import BASE64_PIECE, decode_base64, decode_percent, read_image
 from mm1.engine.run_config import DIGITS_FOLDER
 from mm1.engine.serve import body
 from mm1.engine.serve.body import DEPTH, DIGITS, LONG, SLICE, TEXT, VALUES, TooLarge, dumps, end_of_string, loads
@@ -140,14 +139,14 @@ def test_a_string_ends_at_its_quote_wherever_pieces_end(monkeypatch):
 
 
 @pytest.mark.parametrize("piece", [3, 4, 7, 1 << 16])
-def test_percent_encoding_in_pieces_is_percent_encoding(monkeypatch, piece):
-    monkeypatch.setattr(sources, "PERCENT_PIECE", piece)
+def test_percent_encoding_in_pieces_is_percent_encoding(piece):
     r = random.Random(piece)
     for _ in range(200):
         text = "".join(r.choice("%%4aF%gG") for _ in range(r.randrange(40)))
-        assert decode_percent(text) == unquote_to_bytes(text)
+        assert decode_percent(text, piece) == unquote_to_bytes(text)
     data = r.randbytes(300)
-    assert read_image("data:image/png," + "".join(f"%{byte:02x}" for byte in data), Path()) == data
+    signs = "".join(f"%{byte:02x}" for byte in data)
+    assert decode_percent(signs, piece) == read_image(f"data:image/png,{signs}", Path()) == data
     encoded = base64.b64encode(data).decode().replace("+", "%2B").replace("/", "%2F")
     assert read_image("data:image/png;base64," + encoded, Path()) == data
 

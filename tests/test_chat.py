@@ -18,9 +18,11 @@ from small import SLOTS, small_mm1
 from test_generate import picture
 
 from mm1.engine.data.batch import exact_budget
-from mm1.engine.data.document import Budget, Document, DocumentEncoder
-from mm1.engine.data.images import ImagePolicy, decode
-from mm1.engine.data.sources import open_source, read_image
+from mm1.engine.data.document import Budget, Document, DocumentEncoder, document_of
+from mm1.engine.data.images import ImagePolicy
+from mm1.engine.data.record import View
+from mm1.engine.data.references import read_image
+from mm1.engine.data.sources import open_source
 from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.run_config import saw_conversations
@@ -42,10 +44,13 @@ def encoder(model):
 
 def encoded(model, request: chat.ChatRequest):
     """As the server encodes it, decoding in this process."""
-    views = encoder(model).policy.views
-    found = [views(decode(base64.b64decode(p.url.split(",")[1]))) if isinstance(p, chat.Picture) else p
-             for p in request.parts]  # fmt: skip
-    return chat.encode(model.tokenizer, SLOTS, found)
+    codec = encoder(model).codec
+
+    def views(picture):
+        return [View("image", x) for x in codec.views(codec.decode(base64.b64decode(picture.url.split(",")[1])))]
+
+    parts = [views(part) if isinstance(part, chat.Picture) else part for part in request.parts]
+    return document_of(model.tokenizer, SLOTS, parts)
 
 
 def test_messages_are_laid_out_as_conversations_were_in_training(model, tmp_path):
@@ -55,8 +60,8 @@ def test_messages_are_laid_out_as_conversations_were_in_training(model, tmp_path
         {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}  # fmt: skip
     (tmp_path / "talk.jsonl").write_text(json.dumps(record))
     encode = encoder(model)
-    large = Budget(tokens=4096, images=16, patches=4096, documents=1)
-    [trained] = DocumentEncoder(encode.tokenizer, encode.policy, SLOTS, large)(
+    large = Budget(tokens=4096, media=16, patches=4096, documents=1)
+    [trained] = DocumentEncoder(encode.tokenizer, encode.codec, SLOTS, large)(
         open_source("conversations", str(tmp_path / "talk.jsonl"), Path())[0]
     )
     left = iter(pictures)
@@ -70,7 +75,7 @@ def test_messages_are_laid_out_as_conversations_were_in_training(model, tmp_path
     found = encoded(model, chat.parse(json.dumps({"messages": messages}).encode()))
     answer = [*model.tokenizer.encode(" yes"), model.tokenizer.eos]
     assert [*found.tokens, *answer] == trained.tokens.tolist()
-    assert all(np.array_equal(a, b) for a, b in zip(found.images, trained.images, strict=True))
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(found.media, trained.media, strict=True))
 
 
 def test_a_systems_words_come_first_on_a_line_of_their_own():
@@ -98,7 +103,7 @@ def test_shots_can_be_asked_exactly_as_the_demo_was_trained(model):
     for body in (plain_chat(prompt), {"messages": messages, "template": "none"}):
         found = encoded(model, chat.parse(json.dumps(body).encode()))
         assert found.tokens.tolist() == truth.tokens.tolist()
-        assert all(np.array_equal(x, y) for x, y in zip(found.images, truth.images, strict=True))
+        assert all(np.array_equal(x.values, y.values) for x, y in zip(found.media, truth.media, strict=True))
 
 
 def parsed(*messages, template="conversation", **more):

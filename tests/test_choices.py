@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,6 +315,19 @@ def test_open_questions_of_mmmu_are_answered_in_words(model, tmp_path):
     given = json.loads((tmp_path / "test" / "0-shot-submission.json").read_text())
     assert given == {key: row["prediction"] for key, row in rows(tmp_path / "test", "0-shot.jsonl").items()}
     assert found["results"][0]["groups"] == {}
+
+
+def test_a_mark_in_a_question_without_that_image_is_text(model, tmp_path):
+    """And does not end the evaluation, be it the question's or a shot's."""
+    samples = [Sample(i, None, f"what does <image> stand for in {i}?", ("A",), ("a <image>", "two")) for i in range(3)]
+    result = run(model, (samples, samples), tmp_path / "out", "scienceqa", shots=(0, 1))
+    assert [r["unreadable"] for r in result["results"]] == [{}, {}]
+    (parts,) = {*benchmark("scienceqa").query(samples[0], [])}
+    assert parts == "Question: what does <image> stand for in 0?\nOptions: (A) a <image> (B) two\nAnswer:"
+    image = picture()
+    sample = Sample(0, Path("x"), "a <image> beside an <image>", ("A",), ("one", "two"))
+    shown = benchmark("scienceqa").query(sample, [image])
+    assert shown == [" Question: a ", image, " beside an <image>\nOptions: (A) one (B) two\nAnswer:"]
 
 
 def test_questions_without_images_are_not_their_own_shots(model, tmp_path):

@@ -18,6 +18,7 @@ from mm1.cli import main
 from mm1.engine.convert.assemble import assemble
 from mm1.engine.convert.weights import from_hf
 from mm1.engine.data.document import Document, TextTokenizer
+from mm1.engine.data.record import View
 from mm1.engine.evaluation.evaluate import evaluate
 from mm1.engine.evaluation.samples import Sample
 from mm1.engine.infer.asynchronous import AsyncEngine
@@ -209,7 +210,7 @@ def test_mm1_generate_says_so_in_one_line(run_folder, monkeypatch, capsys):
 def test_ids_that_are_no_prompt_are_refused_and_others_go_on(tokens, images, message, model):
     engine = Engine(model)
     good = engine.submit(["one"], Sampling(max_tokens=2))
-    views = (np.zeros((8, 8, 3), np.uint8),) * images
+    views = (View("image", np.zeros((8, 8, 3), np.uint8)),) * images
     with pytest.raises(UserError, match=message):
         engine.submit(Document(np.array(tokens, np.int32), views, "prompt"))
     engine.run()

@@ -12,10 +12,11 @@ from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data.batch import exact_budget, pack
-from mm1.engine.data.document import Document, image_digest
+from mm1.engine.data.document import Document
+from mm1.engine.data.record import View, view_digest
 from mm1.engine.infer import engine as engine_module
 from mm1.engine.infer import generate as generating
-from mm1.engine.infer.cache import PAGE, Cache, names
+from mm1.engine.infer.cache import PAGE, Cache, page_names
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import generate, n_best, score
 from mm1.engine.infer.prompts import encode_prompts
@@ -38,7 +39,7 @@ def of_full_passes(model, document: Document, count: int) -> tuple[list[int], li
     """Greedy tokens and their log-probabilities by the training forward of all so far, again for each."""
     ids, found = document.tokens.tolist(), []
     for _ in range(count):
-        grown = Document(np.array(ids, np.int32), document.images, "")
+        grown = Document(np.array(ids, np.int32), document.media, "")
         batch = pack([grown], exact_budget([grown], PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
         with torch.inference_mode():
             logits = model.logits(batch)[-1].log_softmax(-1)
@@ -48,7 +49,7 @@ def of_full_passes(model, document: Document, count: int) -> tuple[list[int], li
 
 
 def names_of(document: Document, image_id: int = IMAGE) -> list[bytes]:
-    return names(document.tokens, [image_digest(image) for image in document.images], image_id, SLOTS)
+    return page_names(document.tokens, document.digests, image_id, SLOTS)
 
 
 def drained(engine: Engine) -> bool:
@@ -133,13 +134,14 @@ def test_other_images_behind_the_same_tokens_share_nothing(model):
 def test_a_page_is_named_by_the_images_it_holds_a_part_of():
     """An image over the border of pages is part of both names; a later one of neither."""
     tokens = np.array([1] * (PAGE - 2) + [IMAGE] * SLOTS + [5] * PAGE + [IMAGE] * SLOTS + [6] * PAGE, np.int32)
-    a, b, c = (np.full((PATCH, PATCH, 3), n, np.uint8) for n in (1, 2, 3))
+    a, b, c = (View("image", np.full((PATCH, PATCH, 3), n, np.uint8)) for n in (1, 2, 3))
     plain, first, second = (names_of(Document(tokens, images, "")) for images in ((a, b), (c, b), (a, c)))
     assert plain[0] != first[0]
     assert plain[0] == second[0]
     assert plain[1] == second[1] or tokens[PAGE : 2 * PAGE].tolist().count(IMAGE) > SLOTS - 2
     assert plain[2] != second[2]
-    assert len({image_digest(x) for x in (a, b, c, a.reshape(-1, 2, 3))}) == 4
+    others = [View("image", a.values.reshape(-1, 2, 3)), View("image", a.values.view(np.int8)), View("sound", a.values)]
+    assert len({view_digest(x) for x in (a, b, c, *others)}) == 6
 
 
 def test_a_thousand_requests_lose_none_mix_up_none_and_leak_no_page(model):
@@ -188,35 +190,35 @@ def free(cache):
 
 def test_pages_go_to_who_needs_them_and_known_ones_last(model):
     cache = Cache(model.config.decoder, 6, torch.device("cpu"), torch.float32)
-    a = cache.take(3)
-    cache.remember(a, [b"1", b"2"])
-    cache.drop(a)
+    a = cache.allocate(3)
+    cache.register(a, [b"1", b"2"])
+    cache.release(a)
     assert (cache.room, free(cache), list(cache.idle)) == (6, [2, 3, 4, 5], [1, 0])
-    b = cache.take(4, cache.shared([b"1", b"x"]))
+    b = cache.allocate(4, cache.find([b"1", b"x"]))
     assert b == [0, 3, 4, 5]  # behind the place of the last that were taken
-    assert cache.take(3) is None
+    assert cache.allocate(3) is None
     assert cache.room == 2
-    c = cache.take(2)  # the known one nobody uses is given up
+    c = cache.allocate(2)  # the known one nobody uses is given up
     assert sorted(c) == [1, 2]
-    assert cache.shared([b"1", b"2"]) == [0]
-    cache.drop(b)
-    cache.drop(c)
+    assert cache.find([b"1", b"2"]) == [0]
+    cache.release(b)
+    cache.release(c)
     assert cache.room == 6
 
 
 def test_a_document_grows_into_the_next_page_or_else_into_any(model):
     cache = Cache(model.config.decoder, 8, torch.device("cpu"), torch.float32)
-    a, b = cache.take(2, ahead=4), cache.take(2)
+    a, b = cache.allocate(2, ahead=4), cache.allocate(2)
     assert (a, b) == ([0, 1], [4, 5])  # with room between them
-    assert [cache.grow(1), cache.grow(2)] == [2, 3]
-    cache.drop([2])
-    assert cache.grow(3) in (2, 6, 7)
-    cache.remember(b, [b"1", b"2"])
-    cache.drop(b)
-    assert cache.take(4, leave=1) is None
-    assert [cache.grow(7) for _ in range(4)][-1] == 4  # the first page of what is known goes last
-    assert cache.grow(3) is None
-    assert (cache.known, cache.empty, cache.room) == ({}, 0, 0)
+    assert [cache.extend(1), cache.extend(2)] == [2, 3]
+    cache.release([2])
+    assert cache.extend(3) in (2, 6, 7)
+    cache.register(b, [b"1", b"2"])
+    cache.release(b)
+    assert cache.allocate(4, leave=1) is None
+    assert [cache.extend(7) for _ in range(4)][-1] == 4  # the first page of what is known goes last
+    assert cache.extend(3) is None
+    assert (cache.page_of, cache.free_count, cache.room) == ({}, 0, 0)
 
 
 def test_the_best_of_several_comes_first_and_their_prompt_is_computed_once(model):
@@ -272,7 +274,7 @@ def test_answers_are_scored_as_full_passes_do(model):
     for d, of, scores in zip(encode_prompts(model, prompts), answers, found):
         for answer, value in zip(of, scores):
             ids = model.tokenizer.encode(answer)
-            grown = Document(np.array([*d.tokens, *ids], np.int32), d.images, "")
+            grown = Document(np.array([*d.tokens, *ids], np.int32), d.media, "")
             with torch.inference_mode():
                 logits = model.logits(packed([grown])).log_softmax(-1)[-len(ids) - 1 : -1]
             assert value == pytest.approx(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
@@ -294,7 +296,7 @@ def test_an_engine_that_could_do_nothing_is_refused(model, settings, message):
 
 @pytest.mark.parametrize("prompt, kind", [("one", "str"), ([None], "NoneType"), ([np.zeros((4, 4, 3))], "ndarray")])
 def test_what_is_no_prompt_is_told(model, prompt, kind):
-    with pytest.raises(UserError, match=f"texts and PIL images, not {kind}"):
+    with pytest.raises(UserError, match=f"a prompt is a sequence of texts and (media|PIL images), not {kind}"):
         generate(model, [prompt])
 
 
@@ -303,7 +305,7 @@ def test_images_of_any_mode_are_taken(model, mode):
     grey = Image.new("L", (24, 12), 200)
     given = grey.convert("I").convert("I;16") if mode == "I;16" else grey.convert(mode)
     [document] = encode_prompts(model, [[given]])
-    assert document.images[0].shape == (12, 24, 3)
+    assert document.media[0].values.shape == (12, 24, 3)
 
 
 def test_images_that_are_none_are_told(model):
@@ -422,7 +424,7 @@ def test_a_penalty_is_of_prompt_and_text_and_log_probabilities_are_without_it(mo
 
 
 def of_logits(model, ids, given):
-    grown = type(given)(np.array(ids, np.int32), given.images, "")
+    grown = type(given)(np.array(ids, np.int32), given.media, "")
     with torch.inference_mode():
         return model.logits(packed([grown]))[-1]
 
@@ -488,21 +490,21 @@ def test_by_graphs_penalties_are_outside_and_long_documents_go_without(model, pa
 def test_pages_used_longest_ago_go_first_and_forgotten_ones_are_free(model):
     cache = Cache(model.config.decoder, 4, torch.device("cpu"), torch.float32)
     for name in (b"1", b"2", b"3"):
-        page = cache.take(1)
-        cache.remember(page, [name])
-        cache.drop(page)
-    assert cache.take(5, cache.shared([b"3"])) is None  # a held page is no room
-    assert cache.take(2)
-    assert (cache.shared([b"1"]), cache.shared([b"3"])) == ([], [2])
-    cache.forget()
+        page = cache.allocate(1)
+        cache.register(page, [name])
+        cache.release(page)
+    assert cache.allocate(5, cache.find([b"3"])) is None  # a held page is no room
+    assert cache.allocate(2)
+    assert (cache.find([b"1"]), cache.find([b"3"])) == ([], [2])
+    cache.clear()
     assert cache.room == 2
-    assert cache.shared([b"3"]) == []
+    assert cache.find([b"3"]) == []
 
 
 def test_what_two_computed_is_known_once(model):
     cache = Cache(model.config.decoder, 2, torch.device("cpu"), torch.float32)
-    for page in (cache.take(1), cache.take(1)):
-        cache.remember(page, [b"1"])
-        cache.drop(page)
-    assert (cache.shared([b"1"]), free(cache), cache.room) == ([0], [1], 2)
-    assert sorted(cache.take(2)) == [0, 1]
+    for page in (cache.allocate(1), cache.allocate(1)):
+        cache.register(page, [b"1"])
+        cache.release(page)
+    assert (cache.find([b"1"]), free(cache), cache.room) == ([0], [1], 2)
+    assert sorted(cache.allocate(2)) == [0, 1]

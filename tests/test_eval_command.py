@@ -15,7 +15,7 @@ from test_evaluate import rows
 from test_generate import picture
 
 from mm1.cli import main
-from mm1.engine.data.sources import read_image
+from mm1.engine.data.references import read_image
 from mm1.engine.evaluation.benchmarks import BENCHMARKS
 
 

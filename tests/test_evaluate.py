@@ -325,7 +325,7 @@ def test_zero_shots_with_text_are_two_shots_without_images(model, made, tmp_path
     known = {sample.key: sample for sample in pool}
     begin = "".join(f"Question: {known[k].question} Short answer: {known[k].references[0]}\n" for k in keys)
     assert len(keys) == 2
-    assert len(document.images) == 1
+    assert len(document.media) == 1
     text = model.tokenizer.decode(document.tokens.tolist())
     assert text == begin + f" Question: {samples[0].question} Short answer:"
     for choose in ("random", "similar"):
@@ -347,7 +347,7 @@ def test_only_the_last_images_have_sub_images(made, tmp_path):
     for high, many in {None: 20, 0: 4, 1: 8, 2: 12, 9: 20}.items():
         prompts = Prompts(model, BENCHMARKS["vqav2"], pool, How(high=high), tmp_path / "f.npz")
         document, *_ = prompts.ask(3, samples[0])
-        assert len(document.images) == many
+        assert len(document.media) == many
         assert (document.tokens == model.tokenizer.image).sum() == 4 * many
         room = runner._engine(prompts, 3, 6, None).cache.pages * PAGE
         images = room - 6 * (4 * runner.TEXT + prompts.benchmark.max_tokens)

@@ -64,8 +64,8 @@ def test_pieces_join_to_what_the_prompt_encodes_to(model):
     found, end = joined(model, [*(piece(model, shot.shown) for shot in shots), piece(model, query)])
     assert np.array_equal(found.tokens, whole.tokens)
     assert end == query[-1]
-    assert len(found.images) == len(whole.images) == 4
-    assert all(np.array_equal(a, b) for a, b in zip(found.images, whole.images))
+    assert len(found.media) == len(whole.media) == 4
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(found.media, whole.media))
 
 
 def test_shots_that_queries_share_are_computed_once_and_change_nothing(model):
@@ -98,8 +98,8 @@ def test_mixed_resolution_is_each_image_encoded_by_hand(parted):
         slots = [[t.image] * SLOTS * n for n in many]
         assert found.tokens.tolist() == [t.bos, *slots[0], *t.encode("one"), *slots[1], *slots[2], *t.encode("two")]
         views = [v for x, n in zip((a, b, c), many) for v in (whole if n == 5 else single).views(x)]
-        assert len(found.images) == len(views) == sum(many)
-        assert all(np.array_equal(x, y) for x, y in zip(found.images, views))
+        assert len(found.media) == len(views) == sum(many)
+        assert all(np.array_equal(x.values, y) for x, y in zip(found.media, views))
     assert np.array_equal(encode_mixed(parted, parts, 3).tokens, encode_prompts(parted, [parts])[0].tokens)
     engine = Engine(parted)
     request = engine.submit(encode_mixed(parted, parts, 1), Sampling(max_tokens=3))
@@ -111,7 +111,7 @@ def test_mixed_resolution_is_each_image_encoded_by_hand(parted):
 def test_resolutions_may_be_given(parted):
     high, low = ImagePolicy(4, "squash", 24), ImagePolicy(4, "squash", 8)
     found = encode_mixed(parted, [picture(seed=1), picture(seed=2)], 1, high=high, low=low)
-    assert [image.shape for image in found.images] == [(8, 8, 3), (24, 24, 3)]
+    assert [view.values.shape for view in found.media] == [(8, 8, 3), (24, 24, 3)]
 
 
 def noisy(image, amount, seed=0):

@@ -14,6 +14,7 @@ from mm1.engine.data.config import Source
 from mm1.engine.data.document import Budget, Document, TextTokenizer
 from mm1.engine.data.mixture import Drawn
 from mm1.engine.data.packing import BUFFER, Loader
+from mm1.engine.data.record import View
 from mm1.engine.data.streams import Streams, make_streams
 from mm1.engine.run_config import DIGITS_RUN
 from mm1.errors import UserError
@@ -42,14 +43,14 @@ class Stream:
             position += stride
 
     def document(self, parts, key):
-        tokens, images = [1], []
+        tokens, views = [1], []
         for part in parts:
             if isinstance(part, tuple):
                 tokens += [IMAGE] * SLOTS
-                images.append(np.zeros((part[0] * PATCH, part[1] * PATCH, 3), np.uint8))
+                views.append(View("image", np.zeros((part[0] * PATCH, part[1] * PATCH, 3), np.uint8)))
             else:
                 tokens += range(10, 10 + part)
-        return Document(np.array([*tokens, 2], np.int32), tuple(images), key)
+        return Document(np.array([*tokens, 2], np.int32), tuple(views), key)
 
 
 def text(length, limit=T):
@@ -85,7 +86,7 @@ CASES = {
 
 
 def loader(draw, buffer=BUFFER * T, documents=T // 3, **changes) -> Loader:
-    budget = dataclasses.replace(Budget(tokens=T, images=16, patches=384, documents=documents), **changes)
+    budget = dataclasses.replace(Budget(tokens=T, media=16, patches=384, documents=documents), **changes)
     return Loader(Stream(draw), budget, image_id=IMAGE, patch=PATCH, slots=SLOTS, buffer=buffer)
 
 
@@ -95,7 +96,7 @@ def test_the_fullest_budget_is_filled_whatever_the_lengths(draw):
     for _ in range(100):
         next(batches)
         fills.update(batches.shares)
-    assert max(fills["tokens"], fills["images"], fills["patches"]) >= 95
+    assert max(fills["tokens"], fills["media"], fills["patches"]) >= 95
 
 
 @pytest.mark.parametrize("tokens, count", [(768, 40), (4096, 12), pytest.param(16384, 100, marks=pytest.mark.slow)])
@@ -121,12 +122,12 @@ def test_each_batch_takes_the_largest_that_fits_then_the_next_largest():
     for _ in range(50):
         batches._refill()
         pool, budget = list(batches.waiting), batches.budget
-        room, keys = np.array([budget.tokens, budget.images, budget.patches]), []
+        room, keys = np.array([budget.tokens, budget.media, budget.patches]), []
         total = room.copy()
-        while fitting := [w for w in pool if (np.array([w.tokens, w.images, w.patches]) <= room).all()]:
-            size = {w.whole.key: (np.array([w.tokens, w.images, w.patches]) / total).max() for w in fitting}
+        while fitting := [w for w in pool if (np.array([w.tokens, w.media, w.patches]) <= room).all()]:
+            size = {w.whole.key: (np.array([w.tokens, w.media, w.patches]) / total).max() for w in fitting}
             best = min(fitting, key=lambda w: (-size[w.whole.key], w.age))
-            room -= [best.tokens, best.images, best.patches]
+            room -= [best.tokens, best.media, best.patches]
             keys.append(best.whole.key)
             pool.remove(best)
         assert collections.Counter(next(batches).keys) == collections.Counter(keys)
@@ -154,9 +155,9 @@ def test_of_a_document_that_is_cut_every_token_and_image_comes_once_and_in_order
         if key not in waiting:
             truth = batches.mixture[int(key.partition("+")[0])].documents[0]
             assert np.concatenate([d.tokens for d in pieces]).tolist() == truth.tokens.tolist()
-            assert [x.shape for d in pieces for x in d.images] == [x.shape for x in truth.images]
+            assert [x.values.shape for d in pieces for x in d.media] == [x.values.shape for x in truth.media]
         for piece in pieces:
-            assert (piece.tokens == IMAGE).sum() == SLOTS * len(piece.images)
+            assert (piece.tokens == IMAGE).sum() == SLOTS * len(piece.media)
             assert (piece.tokens[1:] != IMAGE).sum() > 1  # something to learn
 
 
@@ -165,7 +166,7 @@ def test_no_caption_loses_its_image_and_no_answer_its_question():
     assert not any("@" in key for _ in range(20) for key in next(long).keys)
     asked = loader(lambda r, p: text(614))
     read = asked.mixture.document
-    asked.mixture.document = lambda parts, key: dataclasses.replace(read(parts, key), given=np.arange(614) < 300)
+    asked.mixture.document = lambda parts, key: dataclasses.replace(read(parts, key), prompt_mask=np.arange(614) < 300)
     assert not any("@" in key for _ in range(20) for key in next(asked).keys)
 
 

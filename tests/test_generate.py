@@ -47,7 +47,7 @@ def test_greedy_decoding_is_the_argmax_of_full_passes(model):
     document = encode_prompts(model, PROMPTS[:1])[0]
     ids = document.tokens.tolist()
     for _ in range(8):
-        grown = Document(torch.tensor(ids, dtype=torch.int32).numpy(), document.images, "test")
+        grown = Document(torch.tensor(ids, dtype=torch.int32).numpy(), document.media, "test")
         batch = pack([grown], exact_budget([grown], PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
         ids.append(int(model.logits(batch)[-1].argmax()))
     text = generate(model, PROMPTS[:1], max_tokens=8)[0]

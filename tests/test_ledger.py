@@ -23,7 +23,7 @@ from mm1.engine.models.mm1_config import D_1B, MODELS, Model
 from mm1.engine.train.ledger import Load, ledger
 from mm1.kernels.attention import Causal
 
-ROOMY = Budget(tokens=120, images=9, patches=80, documents=8)
+ROOMY = Budget(tokens=120, media=9, patches=80, documents=8)
 DENSE, MIXTURE = small_model(experts=0), small_model(experts=4, moe_every=2)
 VARIANTS = {
     "dense": DENSE,

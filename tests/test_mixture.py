@@ -17,7 +17,7 @@ from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer, Uni
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture, shuffled
 from mm1.engine.data.packing import Loader
-from mm1.engine.data.record import FEW, Choice, Record
+from mm1.engine.data.record import SMALL_SOURCE, Choice, Record
 from mm1.engine.data.streams import make_streams
 from mm1.engine.data.tokenizer import texts_of
 
@@ -41,13 +41,13 @@ def texts(mixture, positions):
     return [TOKENIZER.decode(mixture[i].documents[0].tokens.tolist()) for i in positions]
 
 
-@pytest.mark.parametrize("records", [1, 2, 3, 4, 100, FEW - 1, FEW, FEW + 1])
+@pytest.mark.parametrize("records", [1, 2, 3, 4, 100, SMALL_SOURCE - 1, SMALL_SOURCE, SMALL_SOURCE + 1])
 def test_every_pass_has_each_record_once(records):
     for passed in range(3):
         assert sorted(shuffled(i, records, 7, passed) for i in range(records)) == list(range(records))
 
 
-@pytest.mark.parametrize("records", [4, 100, FEW - 1, FEW, 5000])
+@pytest.mark.parametrize("records", [4, 100, SMALL_SOURCE - 1, SMALL_SOURCE, 5000])
 def test_passes_and_seeds_have_orders_of_their_own(records):
     def order(seed, passed):
         return [shuffled(i, records, seed, passed) for i in range(min(records, 50))]
@@ -66,7 +66,7 @@ def test_every_order_of_few_records_comes_as_often():
     assert max(abs(count - 1000) for count in counts.values()) < 130  # more than four standard deviations
 
 
-@pytest.mark.parametrize("records", [FEW, 5000])
+@pytest.mark.parametrize("records", [SMALL_SOURCE, 5000])
 def test_many_records_keep_the_order_of_grains_shuffle(records):
     seed = 2**32 - 2
     truth = grain.MapDataset.range(records).shuffle(seed=seed).repeat()
@@ -86,7 +86,7 @@ def test_a_cut_document_is_a_linear_number_of_copies():
             return found
 
     ids = Ids([5] * 20_000)
-    ENCODE._cut([Unit([1], []), Unit(ids, []), Unit([2], [])], Record(("x",), "0", "s"))
+    ENCODE.cut([Unit([1], []), Unit(ids, []), Unit([2], [])], Record(("x",), "0", "s"))
     assert Ids.copied == 20_000
 
 

@@ -10,7 +10,7 @@ from mm1.engine.data.document import Budget
 from mm1.engine.models.mm1 import MM1, parameter_counts
 from mm1.engine.models.mm1_config import MODELS, peak_lr
 
-ROOMY = Budget(tokens=120, images=9, patches=80, documents=8)
+ROOMY = Budget(tokens=120, media=9, patches=80, documents=8)
 
 
 @pytest.mark.parametrize("options", [{"experts": 0}, {"experts": 4}], ids=["dense", "mixture"])
@@ -114,4 +114,4 @@ def test_exact_budget_leaves_no_padding():
     docs = documents()
     batch = packed(docs)
     assert batch.used_tokens == len(batch.tokens)
-    assert batch.grids.used == batch.grids.patches == exact_budget(docs, PATCH).patches
+    assert batch.media.grids.used == batch.media.grids.patches == exact_budget(docs, PATCH).patches

@@ -13,7 +13,7 @@ from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
 from mm1.engine.data.quarantine import Quarantine
-from mm1.engine.data.record import Answer, Record
+from mm1.engine.data.record import Answer, Media, Record
 from mm1.engine.data.streams import make_streams
 from mm1.errors import Unreadable, UserError
 
@@ -27,14 +27,14 @@ def loader(**changes) -> Loader:
     return streams.loaders[0]
 
 
-def png(height=12, width=12) -> bytes:
+def png(height=12, width=12) -> Media:
     import io
 
     from PIL import Image
 
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(out, "PNG")
-    return out.getvalue()
+    return Media("image", out.getvalue())
 
 
 def encode(*parts, tokens=40, images=3, patches=64):
@@ -48,9 +48,9 @@ def test_batches_keep_to_their_budget_and_fill_it():
     for _ in range(40):
         batch = next(batches)
         assert batch.tokens.shape == (160,)
-        assert len(batch.grids.sizes) <= 16
-        assert batch.grids.used <= 512 == batch.grids.patches
-        assert batch.image_slots.shape == (16 * SLOTS,)
+        assert len(batch.media.grids.sizes) <= 16
+        assert batch.media.grids.used <= 512 == batch.media.grids.patches
+        assert batch.media.slots.shape == (16 * SLOTS,)
         assert len(batch.keys) <= run.data.documents
         fills.append(batch.used_tokens / 160)
     assert np.mean(fills) > 0.95
@@ -87,7 +87,7 @@ def test_state_restores_the_exact_batches_to_come(workers):
         found = next(second)
         assert found.keys == expected.keys
         assert found.tokens.equal(expected.tokens)
-        assert found.pixels.equal(expected.pixels)
+        assert found.media.values.equal(expected.media.values)
 
 
 def test_the_seed_decides_the_order():
@@ -108,15 +108,15 @@ def test_long_documents_are_cut_and_nothing_is_lost():
 def test_a_document_of_forty_images_becomes_several():
     parts = [part for i in range(40) for part in (png(), f" {i}")]
     pieces = encode(*parts)
-    assert sum(len(p.images) for p in pieces) == 40
-    assert all(len(p.images) <= 3 and len(p.tokens) <= 40 and p.patches(PATCH) <= 64 for p in pieces)
+    assert sum(len(p.media) for p in pieces) == 40
+    assert all(len(p.media) <= 3 and len(p.tokens) <= 40 and p.patches(PATCH) <= 64 for p in pieces)
     for piece in pieces:
-        assert (piece.tokens == IMAGE).sum() == SLOTS * len(piece.images)
+        assert (piece.tokens == IMAGE).sum() == SLOTS * len(piece.media)
 
 
 def test_patches_of_a_document_of_large_images_are_divided_too():
     pieces = encode(*(part for i in range(6) for part in (png(24, 24), f" {i}")), tokens=200, images=9, patches=80)
-    assert [len(p.images) for p in pieces] == [2, 2, 2]
+    assert [len(p.media) for p in pieces] == [2, 2, 2]
     assert all(p.patches(PATCH) == 72 for p in pieces)
 
 
@@ -183,7 +183,7 @@ def test_a_hundred_in_a_row_of_one_source_stop_the_run_and_name_the_shard(tmp_pa
 
 @pytest.mark.parametrize("parts", [(png(),), (png(), png()), tuple(png() for _ in range(7))], ids=["1", "2", "7"])
 def test_a_document_of_images_alone_is_unreadable_and_never_trains_on_its_end(parts):
-    with pytest.raises(Unreadable, match="no text to learn beside its images"):
+    with pytest.raises(Unreadable, match="no text to learn beside its media"):
         encode(*parts)
 
 

@@ -11,7 +11,7 @@ from small import small_model, small_run
 
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.images import ImagePolicy
-from mm1.engine.data.record import Record
+from mm1.engine.data.record import Media, Record
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.run_config import load_run, to_dict
 from mm1.engine.train import checkpoint
@@ -60,14 +60,14 @@ def test_an_images_views_stay_together(budget):
     image = Image.new("RGB", (24, 24))
     parts = [png(image), "a", png(image), "b"]
     pieces = encode(Record(parts=tuple(parts), shard="shard", key="key"))
-    assert [len(piece.images) for piece in pieces] == [5, 5]
+    assert [len(piece.media) for piece in pieces] == [5, 5]
     for piece in pieces:
         assert (piece.tokens == encode.tokenizer.image).sum() == 20
 
 
 def test_an_image_of_more_views_than_the_budget_is_unreadable():
     encode = DocumentEncoder(TextTokenizer(TOKENIZER), ImagePolicy(4, size=12, parts=2), 4, Budget(100, 4, 200, 4))
-    with pytest.raises(Exception, match="an image of 5 views, 45 patches exceeds the packing budget"):
+    with pytest.raises(Exception, match="one image of 5 views and 45 patches exceeds the packing budget"):
         encode(Record(parts=(png(Image.new("RGB", (24, 24))), "a"), shard="shard", key="key"))
 
 
@@ -76,7 +76,7 @@ def png(image):
 
     file = BytesIO()
     image.save(file, "png")
-    return file.getvalue()
+    return Media("image", file.getvalue())
 
 
 def test_a_run_begins_with_the_weights_of_a_checkpoint_and_its_own_resolution(tmp_path):

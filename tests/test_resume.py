@@ -409,7 +409,7 @@ def test_two_hundred_batches_of_the_demo_are_full_and_hold_each_document_once():
         batch = next(loader)
         came.update(heads(batch))
         tokens += batch.used_tokens
-        images += len(batch.grids.sizes)
+        images += len(batch.media.grids.sizes)
     fill, image_fill = tokens / batches / run.tokens, images / batches / run.images
     print(f"{fill:.1%} of the tokens, {image_fill:.1%} of the images")
     assert fill >= 0.97

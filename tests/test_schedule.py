@@ -13,7 +13,8 @@ from test_engine import LONG, drained
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data.document import Document
-from mm1.engine.infer.cache import PAGE, Cache, names
+from mm1.engine.data.record import View
+from mm1.engine.infer.cache import PAGE, Cache, page_names
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import score
 from mm1.engine.infer.grammar import Grammars
@@ -47,8 +48,8 @@ def check_pages(engine):
     assert cache.users == [users[page] for page in range(cache.pages)]
     for page in range(cache.pages):
         assert (users[page] > 0) + cache.free[page] + (page in cache.idle) == 1
-    assert cache.empty == sum(cache.free)
-    assert all(cache.known[name] == page for page, name in cache.names.items())
+    assert cache.free_count == sum(cache.free)
+    assert all(cache.page_of[name] == page for page, name in cache.name_of.items())
     for request in schedule.running:
         if not request.beams:
             assert all(users[page] == 1 for page in request.pages[request.computed // PAGE :])
@@ -174,7 +175,7 @@ def test_a_prompt_that_goes_on_inside_an_image_waits_for_the_encoder_and_fails_n
     engine = Engine(model, **settings)
     engine.submit(prompts[1], Sampling(max_tokens=2))
     engine.run()
-    engine.features.forget()
+    engine.features.clear()
     found = [engine.submit(prompt, Sampling(max_tokens=4)) for prompt in prompts]
     engine.run()
     assert found[1].shared == 1
@@ -187,7 +188,7 @@ def test_images_of_no_rows_are_none(model):
     request = Engine(model).submit(document(2, (1, 1), 3, (1, 1)))
     first, second = request.places[0], request.places[SLOTS]
     for place, at in ((0, 0), (first + 1, 0), (second - 1, 1), (second + 2, 1), (second + SLOTS, 2)):
-        start, end = request.images(place, place)
+        start, end = request.media_range(place, place)
         assert start == end in (at, at + 1)
 
 
@@ -200,11 +201,11 @@ def test_features_are_kept_by_bytes_the_last_used_ones(model):
         assert engine.features.bytes <= 2 * one
     assert engine.encoded == 3
     engine.forget()
-    assert (engine.features.bytes, len(engine.features.known)) == (0, 0)
+    assert (engine.features.bytes, len(engine.features.cached)) == (0, 0)
 
 
 def test_a_prompt_whose_image_tokens_have_no_image_is_refused_before_it_spoils_a_step(model):
-    for count, images in ((1, ()), (SLOTS + 1, (np.zeros((4, 4, 3), np.uint8),))):
+    for count, images in ((1, ()), (SLOTS + 1, (View("image", np.zeros((4, 4, 3), np.uint8)),))):
         prompt = Document(np.array([5, *[model.tokenizer.image] * count], np.int32), images, "t")
         told = f"{count} image tokens, expected {4 * len(images)} of its {len(images)} images"
         with pytest.raises(UserError, match=told):
@@ -419,7 +420,7 @@ def test_an_image_token_that_was_generated_is_no_image(model):
     ids = np.array([*prompt.tokens, *request.tokens[:10]], np.int32)
     assert (engine.encoded, request.finish is not None) == (2, True)
     assert request.ids(0, len(ids)).tolist() == ids.tolist()
-    assert request.images(0, 1000) == (0, 1)
+    assert request.media_range(0, 1000) == (0, 1)
 
 
 def test_a_preempted_request_is_cancelled_where_it_waits(model):
@@ -587,7 +588,7 @@ class Simulated:
         request = Request(Document(tokens, (), ""), Sampling(max_tokens=limit), text)
         if request.room > self.cache.pages:
             return None
-        request.cached = names(tokens, [], -1, 1)[: (prompt - 1) // PAGE]
+        request.page_names = page_names(tokens, [], -1, 1)[: (prompt - 1) // PAGE]
         self.schedule.add(request)
         return request
 
@@ -669,9 +670,9 @@ def test_who_waits_for_pages_is_not_looked_at_again_before_one_is_free(monkeypat
         engine.step()
     waiting = [engine.submit(300, 10) for _ in range(5)]
     for request in waiting:
-        request.cached = names(np.concatenate([shared, request.document.tokens]), [], -1, 1)[:18]
-    looked = Mock(wraps=engine.cache.shared)
-    monkeypatch.setattr(engine.cache, "shared", looked)
+        request.page_names = page_names(np.concatenate([shared, request.document.tokens]), [], -1, 1)[:18]
+    looked = Mock(wraps=engine.cache.find)
+    monkeypatch.setattr(engine.cache, "find", looked)
     waiting += [engine.submit(500, 10)]  # of which the cache holds no page
     for _ in range(5):
         engine.step()

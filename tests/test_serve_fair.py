@@ -65,7 +65,7 @@ PHOTO = {"messages": [{"role": "user", "content": [text_part("one"), image_part(
         ("parsing", chat, "parse", lambda body, _: len(body) > intake.LONG, plain_chat([LARGE])),
         ("encoding", document.TextTokenizer, "encode", lambda _, text: len(text) > intake.LONG, plain_chat([LARGE])),
         ("base64", intake, "read_image", lambda url, _: len(url) > intake.LONG, PHOTO),
-        ("hashes of images", document, "image_digest", lambda _: True, PHOTO),
+        ("hashes of images", document, "view_digest", lambda _: True, PHOTO),
         (
             "writing",
             chat.Reply,
@@ -266,8 +266,8 @@ def test_bodies_are_given_back_once_the_engine_has_the_request(model):
         assert connection.recv(1)
         assert service.active.active == 1
         assert service.arrivals.buffered == metric(port, "mm1_body_bytes") == 0
-        images = encode_prompts(model, [PROMPTS[0]])[0].images
-        assert metric(port, "mm1_view_bytes") == sum(image.nbytes for image in images) > 0
+        views = encode_prompts(model, [PROMPTS[0]])[0].media
+        assert metric(port, "mm1_view_bytes") == sum(view.values.nbytes for view in views) > 0
         assert service.intake.room.free < service.intake.room.size
 
 

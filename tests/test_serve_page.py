@@ -31,7 +31,7 @@ from small import small_mm1
 from test_generate import picture
 
 from mm1.engine.data.images import decode
-from mm1.engine.data.sources import read_image
+from mm1.engine.data.references import read_image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from mm1.engine.data import tar
-from mm1.engine.data.record import Answer
-from mm1.engine.data.sources import Captions, Conversations, Interleaved, Text, expand, open_source, read_image
+from mm1.engine.data.paths import expand
+from mm1.engine.data.record import Answer, Media
+from mm1.engine.data.references import read_image
+from mm1.engine.data.sources import Captions, Conversations, Interleaved, Text, open_source
 from mm1.errors import Unreadable, UserError
 
 PNG = b"\x89PNG any bytes: sources do not look inside images"
 ROOT = Path(__file__).parents[1]
+image = partial(Media, "image")
 LONG = "folder/" * 30 + "x" * 120
 
 
@@ -62,7 +66,7 @@ def test_captions_read_what_tarfile_reads(tmp_path, name):
         truth = [file.read() for file in map(tar.extractfile, tar) if file]
     records = [source[i] for i in range(50)]
     assert [part for r in records for part in r.parts] == [
-        t if i % 2 == 0 else t.decode().strip() for i, t in enumerate(truth)
+        image(t) if i % 2 == 0 else t.decode().strip() for i, t in enumerate(truth)
     ]
     assert (records[7].key, records[7].shard, source.damage) == ("00007", str(path), ())
     with pytest.raises(IndexError):
@@ -86,12 +90,15 @@ def test_folders_links_and_other_members_are_passed_over(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    assert [record.parts for record in Captions(tmp_path / "a.tar")] == [(PNG, "a dog")]
+    assert [record.parts for record in Captions(tmp_path / "a.tar")] == [(image(PNG), "a dog")]
 
 
 def test_a_name_used_twice_is_two_samples(tmp_path):
     members = [(f"a.{end}", data) for data in (b"1", b"2") for end in ("png", "txt")]
-    assert [r.parts for r in Captions(write_tar(tmp_path / "a.tar", members))] == [(b"1", "1"), (b"2", "2")]
+    assert [r.parts for r in Captions(write_tar(tmp_path / "a.tar", members))] == [
+        (image(b"1"), "1"),
+        (image(b"2"), "2"),
+    ]
 
 
 @pytest.mark.parametrize("field", ["caption", "text"])
@@ -122,7 +129,7 @@ def test_a_broken_sample_says_why_and_spares_the_next(tmp_path, members, why):
     with pytest.raises(Unreadable, match=r"a\.tar: a: ") as caught:
         source[0]
     assert caught.value.key == "a"
-    assert source[1].parts == (PNG, "a cat")
+    assert source[1].parts == (image(PNG), "a cat")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_interleaved_keeps_reading_order_for_every_form_of_image(tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(b"inline").decode()
     images = ["img/a.png", None, "t.tar/x/1.png", "t.tar/x/2.png", "t.tar.gz/1.png", uri, None, None, None]
     document = {"images": images, "texts": [None, "then", None, None, None, None, None, "", "end\n"]}
-    parts = (b"file", "then", b"new", b"two", b"packed", b"inline", "end\n")
+    parts = (image(b"file"), "then", *map(image, (b"new", b"two", b"packed", b"inline")), "end\n")
     (tmp_path / "one.json").write_text(json.dumps(document))
     (tmp_path / "list.json").write_text(json.dumps([document, document]))
     write_lines(tmp_path / "b.jsonl", [document])
@@ -215,7 +222,7 @@ def test_the_recipe_of_obelics_makes_documents_of_one_file_after_the_other(tmp_p
     exec(recipe, {})
     for i in range(2):
         source = Interleaved(f"documents-train-{i}.jsonl", tmp_path)
-        assert [r.parts for r in source] == [(f"pixels of http://a.b/{i}".encode(), f"text {i}"), ("alone",)]
+        assert [r.parts for r in source] == [(image(f"pixels of http://a.b/{i}".encode()), f"text {i}"), ("alone",)]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -241,7 +248,7 @@ def test_parquet_rows_are_found_across_row_groups(tmp_path):
     images = [[{"bytes": b"%d" % i, "path": None}, {"bytes": None, "path": None}] for i in range(25)]
     pq.write_table(pa.table({"texts": texts, "images": images}), tmp_path / "a.parquet", row_group_size=10)
     source = Interleaved(tmp_path / "a.parquet")
-    assert [source[i].parts for i in (24, 0, 10, 9)] == [(b"%d" % i, f"text {i}") for i in (24, 0, 10, 9)]
+    assert [source[i].parts for i in (24, 0, 10, 9)] == [(image(b"%d" % i), f"text {i}") for i in (24, 0, 10, 9)]
     pq.write_table(pa.table({"text": ["a", "", "c"]}), tmp_path / "t.parquet", row_group_size=2)
     source = Text(tmp_path / "t.parquet")
     assert (source[2].parts, source[2].key) == (("c",), "2")
@@ -323,7 +330,7 @@ def test_a_shard_written_anew_is_read_anew(tmp_path):
     for i in (1, 2):
         path = write_tar(tmp_path / "a.tar", [("a.png", b"%d" % i), ("a.txt", b"cat")])
         os.utime(path, ns=(i, i))
-        assert Captions(path)[0].parts[0] == b"%d" % i
+        assert Captions(path)[0].parts[0] == image(b"%d" % i)
 
 
 def test_expand_knows_ranges_and_globs(tmp_path):
@@ -341,7 +348,7 @@ def test_expand_knows_ranges_and_globs(tmp_path):
         ("captions", "s-{00..03}.tar", "no such file: .*s-00.tar"),
         ("captions", "none-*.tar", r"no such file: .*none-\*.tar"),
         ("captions", ".", "is a directory"),
-        ("captions", [], "no paths"),
+        ("captions", [], "the data has no paths"),
         ("captions", "text.tar", "text.tar is not a tar archive"),
         ("captions", "empty.tar", "empty.tar is empty, not a tar archive"),
         ("captions", "text.tar.gz", "text.tar.gz is not a gzip file"),
@@ -381,11 +388,18 @@ def test_conversations_are_asked_and_answered(tmp_path):
         Conversations(write_lines(tmp_path / "talks.jsonl.gz", talks)),
     ):
         assert source[0].parts == (
-            "USER: ", PNG + b"a.png", "\nWhat is it? ASSISTANT:", " A box.", "USER: Where? ASSISTANT:", " Here.",
+            "USER: ", image(PNG + b"a.png"), "\nWhat is it? ASSISTANT:", " A box.", "USER: Where? ASSISTANT:", " Here.",
         )  # fmt: skip
         assert [isinstance(part, Answer) for part in source[0].parts] == [False, False, False, True, False, True]
         assert source[1].parts == ("USER: Hello ASSISTANT:", " Good day")
-        assert source[2].parts == ("USER: Is ", PNG + b"a.png", " like ", PNG + b"b.png", "? ASSISTANT:", " Yes")
+        assert source[2].parts == (
+            "USER: Is ",
+            image(PNG + b"a.png"),
+            " like ",
+            image(PNG + b"b.png"),
+            "? ASSISTANT:",
+            " Yes",
+        )
     answers = pickle.loads(pickle.dumps(source[0])).parts
     assert isinstance(answers[3], Answer)
 

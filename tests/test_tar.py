@@ -16,8 +16,9 @@ import pytest
 
 from mm1.engine.data import samples as sources
 from mm1.engine.data import tar
-from mm1.engine.data.record import Choice
-from mm1.engine.data.sources import Captions, Interleaved, open_source, read_image
+from mm1.engine.data.record import Choice, Media
+from mm1.engine.data.references import read_image
+from mm1.engine.data.sources import Captions, Interleaved, open_source
 from mm1.engine.data.tar import File, members
 from mm1.errors import Unreadable, UserError
 
@@ -49,15 +50,19 @@ def pair(name, image=b"pixels"):
     return (f"{name}.png", image), (f"{name}.txt", name.encode())
 
 
+def contents(record):
+    return tuple(part.data if isinstance(part, Media) else part for part in record.parts)
+
+
 def read(folder, data, name="a.tar"):
-    """Good records as {key: parts}, reasons of the others as {key: reason}, and the source."""
+    """Good records as {key: (bytes of the image, caption)}, reasons of the others as {key: reason}, and the source."""
     (folder / name).write_bytes(data)
     source = open_source("captions", name, folder)
     good, bad = {}, {}
     for i in range(len(source)):
         try:
             record = source[i]
-            good[record.key] = record.parts
+            good[record.key] = contents(record)
         except Unreadable as error:
             bad[error.key] = error.reason
     return good, bad, source
@@ -80,7 +85,7 @@ def test_a_further_member_is_counted_and_spares_its_sample(tmp_path):
     assert (good, bad, source.damage) == ({"a": (b"pixels", "a")}, {}, ())
     for said in ("1 × .cls beside a sample (first: a.cls in ", "1 × .png beside a sample (first: a.mask.png in ",
                  "1 × a folder (first: d", "1 × a name that begins with a dot (first: ._a.png in "):  # fmt: skip
-        assert said in source.passed
+        assert said in source.ignored
 
 
 def test_a_dotted_image_alone_is_a_record_that_lacks_its_caption(tmp_path):
@@ -123,7 +128,7 @@ def test_a_link_hides_no_member_of_its_name(tmp_path, first):
     _, bad, source = read(tmp_path, packed(*members, ("b.txt", b"b")))
     assert bad["b"].startswith(".png (a symbolic link), .heic, .npy is not read as an image")
     assert damage(source) == "passed over: 1 × a symbolic link (first: b.png)"
-    assert "1 × .heic beside a sample (first: b.heic in " in source.passed
+    assert "1 × .heic beside a sample (first: b.heic in " in source.ignored
 
 
 def test_members_are_counted_whatever_their_keys(tmp_path):
@@ -131,7 +136,7 @@ def test_members_are_counted_whatever_their_keys(tmp_path):
     _, _, source = read(tmp_path, packed(*pair("a"), *arrays))
     assert damage(source) == "passed over: 500 × .npy of no sample (first: v1.0_000000.npy)"
     _, bad, source = read(tmp_path, packed(*pair("a"), *arrays, ("v1.txt", b"a caption")))
-    assert source.passed.startswith("500 × .npy beside a sample (first: v1.0_000000.npy in ")
+    assert source.ignored.startswith("500 × .npy beside a sample (first: v1.0_000000.npy in ")
     assert bad["v1"].startswith(".0_000000.npy, .0_000001.npy, .0_000002.npy and 497 more is not read as an image")
 
 
@@ -140,7 +145,7 @@ def test_thousands_of_extensions_are_one_short_line(tmp_path, captions):
     members = [(f"{i}.x{i}", b"") for i in range(4000)] + [("y.cls", b""), ("z.cls", b"")]
     texts = [(f"{i}.txt", b"a caption") for i in range(4000)] if captions else []
     _, bad, source = read(tmp_path, packed(*pair("a"), *members, *texts))
-    line = source.passed if captions else damage(source)
+    line = source.ignored if captions else damage(source)
     assert ("3992 members of 3992 further kinds" if captions else "3993 members of 3993 further kinds") in line
     assert "2 × .cls of no sample (first: y.cls)" in damage(source)
     assert len(line) < 2000
@@ -154,7 +159,7 @@ def test_of_two_images_under_one_key_the_first_is_read_and_the_second_told(tmp_p
     assert damage(source) == "passed over: 1 × a second image of a sample (first: a.png)"
     good, bad, source = read(tmp_path, packed(*pair("a"), ("a.webp", b"behind")))
     assert (good, bad) == ({"a": (b"pixels", "a")}, {})
-    assert "1 × an image or caption behind a sample of its name (first: a)" in damage(source)
+    assert "1 × an image or caption after a sample of its name (first: a)" in damage(source)
 
 
 def test_links_and_devices_are_counted_and_never_followed(tmp_path):
@@ -269,7 +274,7 @@ def test_a_sparse_member_of_terabytes_is_refused_before_it_is_made(tmp_path):
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_holes_are_bounded_and_what_is_stored_is_not(tmp_path, monkeypatch, name, holes, fits):
     """A tar of a kilobyte would cost a gibibyte at each draw."""
-    monkeypatch.setattr(tar, "MOST_HOLES", 1 << 16)
+    monkeypatch.setattr(tar, "MAX_HOLES", 1 << 16)
     info, stored = tarfile.TarInfo("a.bmp"), b"pixels" * 20_000
     info.size, size = len(stored), str(holes + len(stored))
     info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": "a.bmp",
@@ -293,7 +298,7 @@ def test_members_are_read_where_the_system_has_no_pread(tmp_path, monkeypatch):
     assert good == {name: (name.encode() * 500, name) for name in names}
     with ThreadPoolExecutor(8) as pool:
         records = list(pool.map(source.__getitem__, list(range(64)) * 20))
-    assert [record.parts for record in records] == [good[name] for name in names] * 20
+    assert [contents(record) for record in records] == [good[name] for name in names] * 20
 
 
 def test_members_are_those_of_tarfile(tmp_path):
@@ -387,6 +392,6 @@ def test_row_groups_too_large_for_arrow_are_read_in_parts(tmp_path, monkeypatch)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", refuse)
     source = Interleaved(tmp_path / "a.parquet")
-    assert [source[i].parts for i in (49, 0, 15, 16, 39, 40)] == [
+    assert [contents(source[i]) for i in (49, 0, 15, 16, 39, 40)] == [
         (b"%d" % i, f"text {i}") for i in (49, 0, 15, 16, 39, 40)
     ]

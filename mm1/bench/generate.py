@@ -32,6 +32,7 @@ from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
 from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document, TextTokenizer
+from mm1.engine.data.record import View
 from mm1.engine.infer.cache import PAGE, Cache
 from mm1.engine.infer.decode import step_of
 from mm1.engine.infer.engine import Engine
@@ -163,7 +164,7 @@ def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]
             return Document(tokens, (), "")
         tokens[1:].reshape(shots + 1, -1)[:, : c.connector.tokens] = IMAGE
         shape = (shots + 1, rows * patch, columns * patch, 3)
-        return Document(tokens, tuple(random.integers(256, size=shape, dtype=np.uint8)), "")
+        return Document(tokens, tuple(View("image", x) for x in random.integers(256, size=shape, dtype=np.uint8)), "")
 
     return [document() for _ in range(batch)]
 
@@ -195,7 +196,7 @@ class Bench:
         """Yield the row of a case; for decode on a GPU also the row in which transformers runs in a CUDA graph."""
         documents = prompts(self.config, case.shots, case.batch, images=case.what in ("first token", "queries"))
         prompt = prompt_length(self.config, case.shots)
-        row = key | {"shape": {"batch": case.batch, "prompt": prompt, "images": len(documents[0].images)}}
+        row = key | {"shape": {"batch": case.batch, "prompt": prompt, "images": len(documents[0].media)}}
         ways = {"prefill": self.prefills, "first token": self.first_tokens, "decode": self.steps,
                 "generate": self.generates, "queries": self.answers}[case.what](documents)  # fmt: skip
         context, new = (prompt, 1) if case.what == "decode" else (0, prompt)
@@ -239,8 +240,8 @@ class Bench:
             return call
 
         ways: dict[str, Way] = {"mm1": partial(way, Engine.forget)}
-        if len(documents[0].images) > 1:
-            ways["mm1 features known"] = partial(way, lambda engine: engine.cache.forget(), documents[:1])
+        if len(documents[0].media) > 1:
+            ways["mm1 features known"] = partial(way, lambda engine: engine.cache.clear(), documents[:1])
             ways["mm1 pages known"] = partial(way, lambda engine: None, documents[:1])
         return ways
 
@@ -249,11 +250,11 @@ class Bench:
         for count in itertools.count(1):
             batch = []
             for b, document in enumerate(documents):
-                image = document.images[-1].copy()
+                image = document.media[-1].values.copy()
                 image.reshape(-1)[:8] = np.frombuffer((count * len(documents) + b).to_bytes(8, "little"), np.uint8)
                 tokens, slots = documents[0].tokens, self.config.connector.tokens
                 tokens = np.concatenate([tokens[: -slots - TEXT], document.tokens[-slots - TEXT :]])
-                batch.append(Document(tokens, (*documents[0].images[:-1], image), ""))
+                batch.append(Document(tokens, (*documents[0].media[:-1], View("image", image)), ""))
             yield batch
 
     def generates(self, documents: Sequence[Document]) -> dict[str, Way]:
@@ -287,7 +288,7 @@ class Bench:
                 engine.forget()
                 requests = [engine.submit(document, Sampling(max_tokens=ANSWER)) for document in queries]
                 for request in requests if not share else ():
-                    request.cached = []  # keeps its pages out of the prefix cache
+                    request.page_names = []  # no page has a name
                 engine.run()
                 return torch.tensor([request.logprobs[0] for request in requests])
 
@@ -343,8 +344,8 @@ class Bench:
         """
         c, lengths = self.config, [len(document.tokens) for document in documents]
         weight, need = self.model.decoder.embedding.weight, [cdiv(n + ROOM, PAGE) for n in lengths]
-        cache = Cache(c.decoder, sum(need) + 2, weight.device, weight.dtype)  # two more for the graphs' unused rows
-        tables = [cache.take(count) or [] for count in need]
+        cache = Cache(c.decoder, sum(need) + 2, weight.device, weight.dtype)  # two of them for graphs to spare
+        tables = [cache.allocate(count) or [] for count in need]
         attends = cache.attends(cache.rows(tables, [0] * len(lengths), lengths))
         budget = exact_budget(documents, c.vision.patch)
         batch = pack(documents, budget, image_id=IMAGE, patch=c.vision.patch, slots=c.connector.tokens).to(self.device)
@@ -383,7 +384,7 @@ class Bench:
         token, keys and values read or written; encoder, connector and pixels if there are images.
         """
         m, d, patch = self.model, self.model.decoder, self.config.vision.patch
-        c, count, images = d.config, len(documents), [image for document in documents for image in document.images]
+        c, count, images = d.config, len(documents), [view.values for document in documents for view in document.media]
         grids = [(image.shape[0] // patch, image.shape[1] // patch) for image in images]
         flops = operations(self.config, [context + new] * count, grids, count)
         flops -= operations(self.config, [context] * count)

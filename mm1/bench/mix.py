@@ -13,6 +13,7 @@ import torch
 
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
+from mm1.engine.data.record import View
 from mm1.engine.models.mm1_config import Model
 from mm1.engine.train.ledger import Load
 from mm1.kernels.linear_cross_entropy import IGNORED
@@ -51,7 +52,7 @@ def _document(c: Model, tokens: int, kind: str, draw: np.random.Generator) -> Do
         parts += [np.full(c.connector.tokens, IMAGE)] * (images > 0)
         parts.append(draw.integers(EOS + 2, c.decoder.vocabulary, length))
     row = np.concatenate([*parts, [EOS]]).astype(np.int32)
-    return Document(row, tuple(_image(c, draw) for _ in range(images)), kind)
+    return Document(row, tuple(View("image", _image(c, draw)) for _ in range(images)), kind)
 
 
 def _image(c: Model, draw: np.random.Generator) -> np.ndarray:
@@ -97,11 +98,11 @@ def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Load:
     tokens, longest = sum(len(batch.tokens) for batch in batches), int(batches[0].cu_seqlens[1])
     return Load(
         documents=[len(d.tokens) for d in docs],
-        grids=[size for batch in batches for size in batch.grids.sizes or ()],
+        grids=[size for batch in batches for size in batch.media.grids.sizes or ()],
         targets=sum(batch.target_count for batch in batches),
         tokens=tokens,
-        images=sum(batch.grids.images for batch in batches),
-        patches=sum(batch.grids.patches for batch in batches),
+        images=sum(batch.media.grids.images for batch in batches),
+        patches=sum(batch.media.grids.patches for batch in batches),
         pairs=tokens * (longest + 1) // 2,
         routed=tokens,
     )
@@ -111,7 +112,7 @@ def _budget(c: Model, parts: Sequence[Documents], tokens: int) -> Budget:
     """Return the smallest budget that holds each part."""
     return Budget(
         tokens=tokens,
-        images=max(sum(len(d.images) for d in docs) for docs in parts),
+        media=max(sum(len(d.media) for d in docs) for docs in parts),
         patches=max(sum(d.patches(c.vision.patch) for d in docs) for docs in parts),
         documents=max(map(len, parts)),
         longest=c.image_patches if c.image_mode == "native" else (c.image_size // c.vision.patch) ** 2,

@@ -81,7 +81,7 @@ class ClipVision(nn.Module):
     def inputs(self, batch: Batch) -> tuple[Tensor]:
         """Return normalised pixels, fp32 [N, 3, S, S]."""
         ((count, h, w),) = _runs(batch)
-        pixels = batch.pixels[: count * h * w * self.config.patch**2].view(count, h * self.config.patch, -1, 3)
+        pixels = batch.media.values[: count * h * w * self.config.patch**2].view(count, h * self.config.patch, -1, 3)
         return (_normalised(pixels, self.config).permute(0, 3, 1, 2).contiguous(),)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -112,10 +112,10 @@ class Siglip2Vision(nn.Module):
         p, first, patches, runs = self.config.patch, 0, [], _runs(batch)
         for count, h, w in runs:
             rows = count * h * w * p * p
-            pixels = batch.pixels[first : first + rows].view(count, h, p, w, p, 3)
+            pixels = batch.media.values[first : first + rows].view(count, h, p, w, p, 3)
             patches.append(_normalised(pixels, self.config).transpose(2, 3).reshape(count * h * w, -1))
             first += rows
-        lengths = torch.tensor([h * w for count, h, w in runs for _ in range(count)], device=batch.pixels.device)
+        lengths = torch.tensor([h * w for count, h, w in runs for _ in range(count)], device=batch.media.values.device)
         image = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         return torch.cat(patches)[None], (image[:, None] == image)[None, None], runs
 
@@ -218,10 +218,10 @@ class TransformersModel(nn.Module):
                 "max_length_k": longest,
             }  # fmt: skip
         rows = 1 if packed else documents
-        images = len(batch.grids.sizes or ())
+        images = len(batch.media.grids.sizes or ())
         return Inputs(
             tokens=tokens.view(rows, -1),
-            image_slots=batch.image_slots[: images * self.connector.side**2],
+            image_slots=batch.media.slots[: images * self.connector.side**2],
             images=self.vision.inputs(batch) if images else (),
             decoder=decoder | {"labels": targets.view(rows, -1), "shift_labels": targets.view(rows, -1)},
             target_count=batch.target_count,
@@ -270,7 +270,7 @@ def _share(model: Any, encoder: VisionEncoder, others: dict[str, Tensor]) -> Non
 
 def _runs(batch: Batch) -> tuple[tuple[int, int, int], ...]:
     """Return (count, h, w) of each run of consecutive images of one size."""
-    return tuple((len(list(run)), h, w) for (h, w), run in groupby(batch.grids.sizes or ()))
+    return tuple((len(list(run)), h, w) for (h, w), run in groupby(batch.media.grids.sizes or ()))
 
 
 def _normalised(pixels: Tensor, c: Vision) -> Tensor:

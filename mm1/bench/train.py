@@ -222,8 +222,9 @@ class Steps:
     def shape(self) -> dict[str, int]:
         packed, padded = self.sets[True][0][0], self.sets[False][0]
         return {
-            "tokens": packed.used_tokens, "images": len(packed.grids.sizes or ()), "documents": len(self.documents),
-            "targets": packed.target_count, "longest": max(len(d.tokens) for d in self.documents),
+            "tokens": packed.used_tokens, "images": len(packed.media.grids.sizes or ()),
+            "documents": len(self.documents), "targets": packed.target_count,
+            "longest": max(len(d.tokens) for d in self.documents),
             "packed": len(packed.tokens), "padded": sum(len(batch.tokens) for batch in padded),
         }  # fmt: skip
 
@@ -347,7 +348,7 @@ class Steps:
         if rung.peer:
             load = self._peer_load(rung, load, batches)
         elif "attention" in rung.plain:
-            rows = batches[0].grids.longest + self.config.vision.class_token
+            rows = batches[0].media.grids.longest + self.config.vision.class_token
             pairs = load.tokens**2 if rung.packed else load.pairs
             load = replace(load, pairs=pairs, patch_pairs=load.images * rows**2)
         return ledger(self.config, load, recompute=rung.recompute)
@@ -356,7 +357,7 @@ class Steps:
         """Return what transformers computes: no rows beyond the documents' (packed) and the images' own, but all pairs
         behind a mask, and, of padded documents, the head on every row."""
         tokens = sum(load.documents) if rung.packed else load.tokens
-        patches = [sum(h * w for h, w in batch.grids.sizes or ()) for batch in batches]
+        patches = [sum(h * w for h, w in batch.media.grids.sizes or ()) for batch in batches]
         one_row = not self.config.vision.class_token  # of all images of a batch
         return replace(
             load, tokens=tokens, routed=tokens, images=len(load.grids), patches=sum(patches),

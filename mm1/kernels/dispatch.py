@@ -164,19 +164,15 @@ def device_of_index(index: int | None) -> Device:
     return identify(arch, p.multi_processor_count, shared, pci, bandwidth)
 
 
-def launch(kernel: Any, grid: int, *positional: Any, **arguments: Any) -> None:
+def launch(kernel: Any, grid: int, /, **arguments: Any) -> None:
     """Run `grid` programs of a Triton kernel on the device and the current stream of its tensors.
 
     arguments: the kernel's parameters by name, and num_warps and num_stages.
     """
     # Set explicitly because Triton's default is about to change, and all versions must round alike.
     arguments["enable_fp_fusion"] = True
-    if positional:
-        arguments = dict(zip(kernel.arg_names, positional)) | arguments
     if grid == 0:
         return
-    if INSTALLED and not arguments:  # all by keyword
-        arguments = tuple(constants.pop(name) for name in kernel.arg_names)
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, arguments))
         return

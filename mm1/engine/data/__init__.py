@@ -1,1 +1,1 @@
-"""Data sources, images, documents, mixtures and packing; nothing here imports torch before the batch."""
+"""Sources, media, documents, the mixture and packing. Only the batch and what uses it import torch."""

@@ -1,176 +1,194 @@
-"""Records into documents of tokens and images, ready to pack. Knows no torch: loader processes start fast.
+"""Documents of tokens and views of media, made of records and of prompts, ready to pack.
 
-Nor PIL and tokenizers before a text or an encoded image is met: who packs documents of ready tokens needs neither.
+This module imports no torch, so that loader processes start fast. PIL and tokenizers are imported when the first image
+or text comes: a program that packs documents of ready tokens needs neither.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mm1.engine.data.record import Answer, Record
+from mm1.engine.data.codecs import Codec
+from mm1.engine.data.record import Answer, Media, Record, View, view_digest
 from mm1.engine.data.text_tokenizer import SPECIAL as SPECIAL
 from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.errors import Unreadable, UserError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from mm1.engine.data.images import ImagePolicy
-
-    Part = str | Image.Image | list[np.ndarray]  # a text, or an image, also as the views that it becomes
-
-DECODED_AHEAD = 64  # documents that a packer's thread, or each of its worker processes, makes before they are wanted
+DECODED_AHEAD = 64  # documents that a packer's thread, or each of its worker processes, decodes in advance
 
 
 @dataclass(frozen=True)
 class Document:
-    """tokens int32 [n], where each image holds its slots; images uint8 [H, W, 3] in order; where it came from; which
-    tokens are no target, bool [n] or None."""
+    """Tokens and the views of media among them.
+
+    tokens: int32 [n], in which each view has its slots. media: the views in reading order. key: names its origin in
+    logs. prompt_mask: bool [n], the tokens that are given and never a target, or None where there are none.
+    """
 
     tokens: np.ndarray
-    images: tuple[np.ndarray, ...]
+    media: tuple[View, ...]
     key: str
-    given: np.ndarray | None = None
+    prompt_mask: np.ndarray | None = None
 
     @property
     def digests(self) -> list[bytes]:
-        """Return a name of each image by its content. Computed once: it takes 4 ms for 5 MB of pixels."""
-        kept = self.__dict__  # cached_property would let one document at a time compute them
-        if "_digests" not in kept:
-            kept["_digests"] = [image_digest(image) for image in self.images]
-        return kept["_digests"]
+        """Return the digest of each view. They are computed once: 5 MB of values take 4 ms."""
+        cache = self.__dict__  # cached_property would let one document at a time compute them
+        if "_digests" not in cache:
+            cache["_digests"] = [view_digest(view) for view in self.media]
+        return cache["_digests"]
 
     def targets(self, image_id: int) -> np.ndarray:
-        """Return bool [n - 1]: which tokens behind the first are learned."""
+        """Return bool [n - 1]: which of the tokens after the first are targets."""
         text = self.tokens[1:] != image_id
-        return text if self.given is None else text & ~self.given[1:]
+        return text if self.prompt_mask is None else text & ~self.prompt_mask[1:]
 
     def section(self, start: int, stop: int, image_id: int, slots: int) -> "Document":
-        """Return tokens start to stop as a document; neither end lies inside an image's slots."""
+        """Return tokens start to stop as a document; neither end lies inside the slots of a view."""
         if start == 0 and stop == len(self.tokens):
             return self
         first, last = (int((self.tokens[:end] == image_id).sum()) // slots for end in (start, stop))
         key = f"{self.key}@{start}" if start else self.key
-        given = None if self.given is None else self.given[start:stop]
-        return Document(self.tokens[start:stop], self.images[first:last], key, given)
+        mask = None if self.prompt_mask is None else self.prompt_mask[start:stop]
+        return Document(self.tokens[start:stop], self.media[first:last], key, mask)
 
     def patches(self, patch: int) -> int:
-        return sum(image.shape[0] * image.shape[1] for image in self.images) // patch**2
-
-
-def image_digest(image: np.ndarray) -> bytes:
-    """Return a name of an image's shape and pixels."""
-    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+        """Return the number of patches of all its views."""
+        return sum(view.patches(patch) for view in self.media)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of one packed sequence."""
+    """The limits of one packed sequence. media and patches: of all views together."""
 
     tokens: int
-    images: int
+    media: int
     patches: int
     documents: int
-    longest: int | None = None  # patches of one image; None: no bound but that of all
+    longest: int | None = None  # patches of one view; None: no limit but that of all
 
 
 class Unit(NamedTuple):
-    """Token ids, and the views of an image if these are their slots. given: they are no targets."""
+    """The tokens of one part of a document, and the views whose slots they are. is_target: whether it is learned."""
 
     ids: list[int]
-    views: list[np.ndarray]
-    given: bool = False
+    views: list[View]
+    is_target: bool = True
+
+
+def units_of(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[View]]) -> list[Unit]:
+    """Return <bos>, then each part: a text's tokens, with <eos> after an Answer, or `slots` tokens for each view.
+
+    parts: texts, and for each medium the list of its views. Raises UserError for a text that cannot be encoded.
+    """
+    units = [Unit([tokenizer.bos], [])]
+    for part in parts:
+        if isinstance(part, str):
+            units.append(Unit(tokenizer.encode(part) + [tokenizer.eos] * isinstance(part, Answer), []))
+        else:
+            units.append(Unit([tokenizer.image] * slots * len(part), part))
+    return units
+
+
+def document_of(
+    tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[View]], key: str = "prompt"
+) -> Document:
+    """Return a prompt's parts as one document of any length, without <eos> at its end. Arguments as in units_of."""
+    units = units_of(tokenizer, slots, parts)
+    tokens = [token for unit in units for token in unit.ids]
+    return Document(np.array(tokens, np.int32), tuple(view for unit in units for view in unit.views), key)
+
+
+def joined_texts(parts: Iterable[Any]) -> list[Any]:
+    """Return parts with adjacent texts joined, as many tokenizers begin each text with a space, and without empty ones.
+
+    Answers stay apart from other texts.
+    """
+    joined: list[Any] = []
+    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str) and not isinstance(part, Answer)):
+        run = list(group)
+        joined += filter(None, ["".join(run)]) if is_text else run
+    return joined
 
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Record -> documents: `slots` tokens a view of an image, bos and eos around, cut in pieces that fit the budget.
+    """Encodes records as documents for training: <bos>, the parts, <eos>, cut in pieces that fit the budget.
 
-    Of a record with answers each of them has an eos, and all else is given.
+    In a record with answers each of them ends with <eos>, and all else is no target. slots: tokens of one view.
     """
 
     tokenizer: TextTokenizer
-    policy: "ImagePolicy"
+    codec: Codec
     slots: int
     budget: Budget
 
     def __call__(self, record: Record) -> list[Document]:
-        from mm1.engine.data.images import decode
-
-        parts = [part if isinstance(part, str) else decode(part) for part in record.parts]
+        """Return the record's documents, at least one. Raises Unreadable."""
+        parts = [part if isinstance(part, str) else self._decoded(part, record) for part in record.parts]
         try:
-            units, eos = self.units(parts), [self.tokenizer.eos]
+            units = units_of(self.tokenizer, self.slots, parts)
         except UserError as error:  # a text that the tokenizer cannot encode
             raise Unreadable(str(error), record.shard) from None
-        if not any(isinstance(part, Answer) for part in parts):
-            return self._cut([*units, Unit(eos, [])], record)
-        bos, *units = units
-        ended = (Unit(u.ids + eos, []) if isinstance(part, Answer) else u._replace(given=True)
-                 for part, u in zip(parts, units))  # fmt: skip
-        return self._cut([bos, *ended], record)
+        if any(isinstance(part, Answer) for part in parts):
+            bos, *units = units
+            units = [bos, *(u._replace(is_target=isinstance(part, Answer)) for part, u in zip(parts, units))]
+        else:
+            units.append(Unit([self.tokenizer.eos], []))
+        return self.cut(units, record)
 
-    def prompt(self, parts: "Sequence[Part]") -> Document:
-        """Return one document without an end, whatever the budget."""
-        units = self.units(parts)
-        tokens = [token for unit in units for token in unit.ids]
-        return Document(np.array(tokens, np.int32), tuple(view for unit in units for view in unit.views), "prompt")
+    def _decoded(self, medium: Media, record: Record) -> list[View]:
+        if medium.kind != self.codec.kind:
+            raise Unreadable(f"a medium of kind {medium.kind!r}, expected {self.codec.kind!r}", record.shard)
+        return [View(medium.kind, values) for values in self.codec.views(self.codec.decode(medium.data))]
 
-    def units(self, parts: "Sequence[Part]") -> list[Unit]:
-        t = self.tokenizer
-        units = [Unit([t.bos], [])]
-        for part in parts:
-            if isinstance(part, str):
-                units.append(Unit(t.encode(part), []))
-            else:
-                views = part if isinstance(part, list) else self.policy.views(part)
-                units.append(Unit([t.image] * self.slots * len(views), views))
-        return units
+    def cut(self, units: Sequence[Unit], record: Record) -> list[Document]:
+        """Return pieces of whole media and as much text as fits; the next piece begins with the first that does not.
 
-    def _cut(self, units: list[Unit], record: Record) -> list[Document]:
-        """Return pieces of whole images and as much text as fits; what does not fit begins the next piece."""
+        Raises Unreadable for a medium that is larger than the budget, and where no piece has a target.
+        """
         pieces: list[Document] = []
         tokens: list[int] = []
-        images: list[np.ndarray] = []
-        given: list[bool] = []
-        budget, patches = self.budget, 0  # patches: of the piece's images
+        media: list[View] = []
+        mask: list[bool] = []
+        budget, patches = self.budget, 0  # patches: of the piece's media
 
         def close():
-            nonlocal tokens, images, given, patches
+            nonlocal tokens, media, mask, patches
             key = record.key if not pieces else f"{record.key}+{len(pieces)}"
-            marks = np.array(given) if any(given) else None
-            pieces.append(Document(np.array(tokens, np.int32), tuple(images), f"{record.shard}:{key}", marks))
-            tokens, images, given, patches = [], [], [], 0
+            prompt_mask = np.array(mask) if any(mask) else None
+            pieces.append(Document(np.array(tokens, np.int32), tuple(media), f"{record.shard}:{key}", prompt_mask))
+            tokens, media, mask, patches = [], [], [], 0
 
-        for ids, views, no_target in units:
+        for ids, views, is_target in units:
             if views:
-                area = sum(v.shape[0] * v.shape[1] for v in views) // self.policy.patch**2
-                if area > budget.patches or len(views) > budget.images or len(ids) > budget.tokens - 1:
-                    raise Unreadable(
-                        f"an image of {len(views)} views, {area} patches exceeds the packing budget", record.shard
-                    )
-                full = len(images) + len(views) > budget.images or patches + area > budget.patches
+                area = sum(view.patches(self.codec.patch) for view in views)
+                if area > budget.patches or len(views) > budget.media or len(ids) > budget.tokens - 1:
+                    size = f"one {self.codec.kind} of {len(views)} views and {area} patches"
+                    raise Unreadable(f"{size} exceeds the packing budget", record.shard)
+                full = len(media) + len(views) > budget.media or patches + area > budget.patches
                 if full or len(tokens) + len(ids) > budget.tokens:
                     close()
                 tokens += ids
-                images += views
-                given += [no_target] * len(ids)
+                media += views
+                mask += [not is_target] * len(ids)
                 patches += area
                 continue
-            start = 0  # of what is left of the text: to copy the rest for every piece would take quadratic time
+            start = 0  # of the rest of the text, which is not copied for every piece: that would take quadratic time
             while len(tokens) + len(ids) - start > budget.tokens:
                 room = budget.tokens - len(tokens)
                 tokens += ids[start : start + room]
-                given += [no_target] * room
+                mask += [not is_target] * room
                 start += room
                 close()
             tokens += ids[start:]
-            given += [no_target] * (len(ids) - start)
+            mask += [not is_target] * (len(ids) - start)
         close()
-        # A piece without a target but <eos> is left out: it would teach that a document ends behind any image.
-        taught = [p for p in pieces if (p.targets(self.tokenizer.image) & (p.tokens[1:] != self.tokenizer.eos)).any()]
-        if not taught:
-            raise Unreadable("no text to learn beside its images", record.shard)
-        return taught
+        # A piece whose only target is <eos> is dropped: it would teach that a document ends after any image.
+        useful = [p for p in pieces if (p.targets(self.tokenizer.image) & (p.tokens[1:] != self.tokenizer.eos)).any()]
+        if not useful:
+            raise Unreadable("no text to learn beside its media", record.shard)
+        return useful

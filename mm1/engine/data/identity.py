@@ -1,6 +1,7 @@
-"""The identity of a run's data: plain values that together decide the sequence of documents that it sees.
+"""The identity of a run's data: plain values that together determine the sequence of its documents.
 
-It knows files by their names, sizes and numbers of records, not by their folders and dates: data may be moved.
+Checkpoints store it, so that the names in it stay as they are. Files are identified by their names, sizes and numbers
+of records, not by their folders and dates: data may be moved.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.document import Budget, TextTokenizer
-from mm1.engine.data.record import FEW
+from mm1.engine.data.record import SMALL_SOURCE
 
 if TYPE_CHECKING:
     from mm1.engine.data.sources import Source
@@ -19,13 +20,13 @@ def identity(
     run: "Run", tokenizer: TextTokenizer, budget: Budget, buffer: int, streams: int, sources: "Sequence[Source]",
     mean_lengths: Sequence[float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the identity of a run's data, from settings as they are resolved; JSON keeps it as it is."""
+    """Return the identity of a run's data, of its resolved settings, as plain values for JSON."""
     m = run.model
     values = {
         "train.seed": run.train.seed,
         "data.tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
         "data.tokens": budget.tokens,
-        "data.images": budget.images,
+        "data.images": budget.media,
         "data.patches": budget.patches,
         "data.documents": budget.documents,
         "data.buffer": buffer,
@@ -44,20 +45,20 @@ def identity(
             f"data.sources[{i}].weight": setting.weight,
             mean_length(i): mean_lengths[i],
         }
-        if len(source) < FEW:  # before, Grain's cipher shuffled these as well
+        if len(source) < SMALL_SOURCE:  # older versions shuffled these too by Grain's cipher, and stored no order
             values[f"data.sources[{i}].order"] = "sorted by a hash"
     return values
 
 
 def mean_length(source: int) -> str:
-    """Return the name in an identity of a source's mean length in tokens, by which sources are mixed."""
+    """Return the name under which an identity has a source's mean length in tokens, by which sources are mixed."""
     return f"data.sources[{source}].mean_length"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each value of an identity that is another than before.
+    """Return a line for each value of an identity that differs from before.
 
-    Mean lengths follow from files and tokenizer, of which there is a line then.
+    Mean lengths have no line of their own: they follow from files and tokenizer.
     """
     lines = []
     for name in [*now, *(name for name in before if name not in now)]:
@@ -66,12 +67,12 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             continue
         if name.endswith(".files"):
             old, new = _different_files(old or [], new or [])
-        lines.append(f"{name}: {_shown(new)}, was {_shown(old)}")
+        lines.append(f"{name}: {_text_of(new)}, was {_text_of(old)}")
     return lines
 
 
 def _different_files(before: list[list[Any]], now: list[list[Any]]) -> tuple[str, str]:
-    """Describe the first files that differ, each with its number of records, and its bytes if those alone differ."""
+    """Describe the first two files that differ by their numbers of records, or by their bytes if only those differ."""
     at = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
     old, new = (files[at] if at < len(files) else None for files in (before, now))
     by_bytes = old is not None and new is not None and (old[0], old[2]) == (new[0], new[2])
@@ -85,5 +86,5 @@ def _different_files(before: list[list[Any]], now: list[list[Any]]) -> tuple[str
     return described(old, len(before)), described(new, len(now))
 
 
-def _shown(value: Any) -> str:
+def _text_of(value: Any) -> str:
     return "nothing" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Encoded bytes -> RGB images -> pixels a model takes: uint8 [H, W, 3], both sides multiples of a patch."""
+"""The codec of images: encoded bytes -> RGB images -> pixels uint8 [H, W, 3], both sides multiples of a patch."""
 
 import math
 import re
@@ -7,16 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from mm1.engine.data.metadata import without_metadata
+from mm1.engine.data.record import NO_IMAGE, View
 from mm1.errors import Unreadable, UserError
 
-# Named, because PIL hands formats such as EPS to an interpreter: data from the web must not choose that.
+# PIL hands some formats, such as EPS, to an interpreter: files from the web must not choose that.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
-MAX_PIXELS = 178_956_970  # PIL's own limit for an error, kept also where a program has lifted PIL's
+MAX_PIXELS = 178_956_970  # PIL's own limit, which holds here also where a program has lifted PIL's
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -27,9 +29,10 @@ _PIL_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 def decode(data: bytes, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the first frame as RGB, upright by its EXIF, over white where it is transparent. Raises Unreadable.
+    """Return the first frame as RGB, turned upright by its EXIF, on white where it is transparent. Raises Unreadable.
 
-    Broken or huge metadata costs no picture; an orientation among it that cannot be read leaves it as it lies.
+    An image with broken or huge metadata is decoded all the same; where its orientation cannot be read, it is not
+    turned.
     """
     # Not catch_warnings: that is global too, and a data thread would race with the training thread for it.
     if warnings.filters[:1] != [_PIL_WARNS]:
@@ -63,7 +66,7 @@ def _decoded(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Im
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return an image of PIL's as decode() returns it. Raises Unreadable."""
+    """Return a PIL image in the form in which decode() returns one. Raises Unreadable."""
     try:
         return _upright(image)
     except Unreadable:
@@ -81,10 +84,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the orientation of EXIF, or of XMP; 1, as it lies, if none can be read."""
+    """Return the orientation in EXIF or XMP, 1 to 8; 1 (not turned) if none can be read."""
     try:
         value = image.getexif().get(ORIENTATION)
-    except Exception:  # no TIFF behind its header, which some programs write several times
+    except Exception:  # no TIFF after its header, which some programs write several times
         exif, value = Image.Exif(), None
         with suppress(Exception):
             exif.load(re.sub(rb"^(Exif\0\0)+", b"", image.info["exif"]))
@@ -121,15 +124,17 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How an image becomes whole patches, bicubic.
+    """The codec of images with a model's settings: how an image is resized to whole patches (bicubic).
 
-    parts: k > 1 adds to the whole image k × k parts of it, each as large as the whole one, row by row (MM1, section 5:
-    four of 672 pixels beside an overview of an image of 1344).
-
-    squash: to size x size, aspect ratio not kept, as DFN5B-CLIP ViT-H-14-378 was trained.
-    native: aspect ratio as near as patches allow, at most max_patches; never enlarged but by rounding each
-    side to whole patches; untouched if it fits as it is.
+    mode "squash": to size x size, which changes the aspect ratio, as DFN5B-CLIP ViT-H-14-378 was trained.
+    mode "native": to at most max_patches, with the aspect ratio as near as whole patches allow; an image is enlarged
+    only by rounding its sides to whole patches, and not resized at all if it fits.
+    parts: k > 1 adds k x k parts of the image to the whole one, each of size x size, row by row (MM1, section 5: four
+    of 672 pixels beside an overview of an image of 1344).
     """
+
+    kind: ClassVar[str] = "image"
+    empty: ClassVar[View] = NO_IMAGE
 
     patch: int
     mode: str = "squash"
@@ -147,21 +152,35 @@ class ImagePolicy:
 
     @property
     def longest(self) -> int:
-        """Return the most patches that an image may have."""
+        """Return the largest number of patches of one view."""
         return (self.size // self.patch) ** 2 if self.mode == "squash" else self.max_patches
 
     @property
     def count(self) -> int:
-        """Return how many views an image has."""
+        """Return the number of views of an image."""
         return 1 + self.parts**2 if self.parts > 1 else 1
 
     @property
-    def most_bytes(self) -> int:
-        """Return the bytes of an image's views, at most."""
+    def max_bytes(self) -> int:
+        """Return the largest number of bytes of an image's views."""
         return 3 * self.count * self.longest * self.patch**2
 
-    def views(self, image: Image.Image) -> list[np.ndarray]:
-        """Return the resized image, and its parts if there are any: uint8 [H, W, 3] each."""
+    def decode(self, data: bytes) -> Image.Image:
+        """Return the first frame of an image file (see the function decode). Raises Unreadable."""
+        return decode(data)
+
+    def check(self, medium: Any) -> Image.Image:
+        """Return a PIL image in RGB and upright. Raises UserError for anything else."""
+        if not isinstance(medium, Image.Image):
+            raise UserError(f"a prompt is a sequence of texts and PIL images, not {type(medium).__name__}")
+        try:
+            return upright(medium)
+        except Unreadable as error:
+            raise UserError(str(error)) from None
+
+    def views(self, medium: Image.Image) -> list[np.ndarray]:
+        """Return the resized RGB image, and its parts if there are any: uint8 [H, W, 3] each."""
+        image = medium
         if self.parts == 1:
             return [self.resize(image)]
         n, k = self.size, self.parts
@@ -186,9 +205,9 @@ class ImagePolicy:
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
         if rows * columns <= self.max_patches:
             return rows, columns
-        # Rounding, or a side held up at one patch, went over: shorten either side, or first drop one row or
-        # column and shorten what is still needed, whatever bends the picture least.
-        most = self.max_patches
-        fits = [(r, min(columns, most // r)) for r in (rows, rows - 1) if r]
-        fits += [(min(rows, most // c), c) for c in (columns, columns - 1) if c]
+        # Rounding, or a side of at least one patch, has exceeded the limit: shorten either side, or drop one row or
+        # column and shorten the other side as needed, whichever changes the aspect ratio least.
+        limit = self.max_patches
+        fits = [(r, min(columns, limit // r)) for r in (rows, rows - 1) if r]
+        fits += [(min(rows, limit // c), c) for c in (columns, columns - 1) if c]
         return min((g for g in fits if all(g)), key=lambda g: abs(math.log(g[0] * width / (g[1] * height))))

@@ -1,4 +1,4 @@
-"""Files of JSON lines, which a kill may tear, a full disk may refuse and users may edit."""
+"""Files of JSON lines that survive killed processes, full disks and edits by users."""
 
 import json
 from collections.abc import Iterable
@@ -7,29 +7,29 @@ from typing import Any
 
 
 class Appended:
-    """Appends objects to a file of JSON lines. Those that the disk refuses are kept and written with the next one."""
+    """Appends objects to a file of JSON lines. Objects that cannot be written are written with the next one."""
 
     def __init__(self, path: Path):
-        self.path, self.pending, self.refused = path, list[str](), False
+        self.path, self.pending, self.failing = path, list[str](), False
 
     def add(self, value: dict[str, Any]) -> str | None:
-        """Append an object. Returns why the disk refused it, when it began to refuse."""
+        """Append an object. Return an error message where this write is the first that fails, else None."""
         self.pending.append(json.dumps(value))
-        # What was refused may have been written in part: an empty line ends it, and readers pass over both.
-        text = "\n" * self.refused + "".join(f"{line}\n" for line in self.pending)
+        # A write that failed may have left a part of a line: a newline ends it, and readers skip it.
+        text = "\n" * self.failing + "".join(f"{line}\n" for line in self.pending)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:  # opened anew: a run that goes back replaces the file
+            with self.path.open("a") as file:  # opened each time: a run that returns to a checkpoint replaces the file
                 file.write(text)
         except OSError as error:
-            first, self.refused = not self.refused, True
+            first, self.failing = not self.failing, True
             return f"{self.path}: {error.strerror or error}; its lines are kept and written later" if first else None
-        self.pending, self.refused = [], False
+        self.pending, self.failing = [], False
         return None
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects of a JSON-lines file, and how many lines are none; no file is an empty one."""
+    """Return the objects of a JSON-lines file, and the number of other lines; of a missing file none."""
     if not path.exists():
         return [], 0
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
@@ -38,7 +38,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
-    """Replace a JSON-lines file at once: a kill leaves the old one or the new one."""
+    """Replace a JSON-lines file atomically: a killed process leaves the old file or the new one."""
     fresh = path.with_name(f".{path.name}.kept")
     fresh.write_text("".join(f"{json.dumps(value)}\n" for value in objects))
     fresh.replace(path)

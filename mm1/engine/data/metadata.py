@@ -1,8 +1,8 @@
-"""Image files without their metadata: what is broken there must not cost the picture.
+"""Removes metadata from image files, so that an image whose metadata are broken can be decoded.
 
 Pillow refuses a whole file for a text of over 1 MiB, an EXIF block that is no TIFF or a wrong checksum of a comment.
-Browsers, OpenCV and GIMP show such pictures. What decides pixels stays, bytes and order unchanged, and so does an
-orientation; damage of pixels stays damage.
+Browsers, OpenCV and GIMP show such pictures. The parts that determine the pixels and the orientation are kept, with
+their bytes and order unchanged; damaged pixels stay damaged.
 Sources: PNG (W3C, third edition), JPEG (T.81, annex B), WebP container, GIF89a, TIFF 6.0, HEIF (ISO 23008-12).
 """
 
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # and its flag in VP8X
+WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # chunk -> its flag in VP8X
 XMP_KEYWORD = b"XML:com.adobe.xmp\0"
 LARGEST_XMP = 1 << 16
 # Tags of sizes, samples, compression and its tables, strips and tiles, colours, alpha and orientation.
@@ -21,29 +21,29 @@ TIFF_PIXELS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 281), 284,
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return the file with no more than pixels and orientation need, or as it is if its format is another or broken.
+    """Return a file without the parts that neither pixels nor orientation need, or an unknown or broken one unchanged.
 
-    Time and memory grow with the bytes of the file, whatever numbers stand in it.
+    Time and memory are linear in the bytes of the file, whatever sizes it claims.
     """
     for start, strip in STRIPPED.items():
         if re.match(start, data, re.DOTALL):
             try:
                 return strip(data)
-            except (struct.error, IndexError, OverflowError):  # it ends too early, or points past every end
+            except (struct.error, IndexError, OverflowError):  # the file is cut off, or has a position after its end
                 return data
     return data
 
 
 def _png(data: bytes) -> bytes:
-    kept, at = [data[:8]], 8
+    parts, at = [data[:8]], 8
     kind = b""
-    while at + 8 <= len(data) and kind != b"IEND":  # what follows the end is not of the picture
+    while at + 8 <= len(data) and kind != b"IEND":  # data after the end does not belong to the picture
         size, kind = struct.unpack_from(">I4s", data, at)
         chunk = data[at : at + 12 + size]
         if kind in PNG_PIXELS or (_whole(chunk) and _may_turn(kind, chunk[8:-4])):
-            kept.append(chunk)
+            parts.append(chunk)
         at += 12 + size
-    return b"".join(kept)
+    return b"".join(parts)
 
 
 def _whole(chunk: bytes) -> bool:
@@ -58,19 +58,19 @@ def _may_turn(kind: bytes, content: bytes) -> bool:
 
 
 def _jpeg(data: bytes) -> bytes:
-    kept, at = [data[:2]], 2
+    parts, at = [data[:2]], 2
     while (at := data.find(b"\xff", at)) >= 0:
         kind = data[at + 1]
         if kind in (0x00, 0xFF):  # junk or padding
             at += 1
             continue
-        if kind == 0xDA:  # the scan: all that follows
+        if kind == 0xDA:  # the scan, which is the rest of the file
             break
         size = 0 if kind == 0x01 or 0xD0 <= kind <= 0xD9 else struct.unpack_from(">H", data, at + 2)[0]
         if _decides_pixels(kind, size):
-            kept.append(data[at : at + 2 + size])
+            parts.append(data[at : at + 2 + size])
         at += 2 + size
-    return b"".join(kept) + (data[at:] if at >= 0 else b"")
+    return b"".join(parts) + (data[at:] if at >= 0 else b"")
 
 
 def _decides_pixels(kind: int, size: int) -> bool:
@@ -80,7 +80,7 @@ def _decides_pixels(kind: int, size: int) -> bool:
 
 
 def _webp(data: bytes) -> bytes:
-    """Keep EXIF and XMP, places of an orientation, unless they are cut off: nothing parses them to decode pixels."""
+    """Return a WebP without ICCP, and without EXIF and XMP if they are cut off: else they may hold the orientation."""
     chunks, at = [], 12
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, at)
@@ -89,31 +89,31 @@ def _webp(data: bytes) -> bytes:
             chunks.append((kind, size, content))
         at += 8 + size + size % 2
     gone = sum(flag for kind, flag in WEBP_METADATA.items() if kind not in {kind for kind, _, _ in chunks})
-    kept = [b"WEBP"]
+    parts = [b"WEBP"]
     for kind, size, content in chunks:
         if kind == b"VP8X":
             content = bytes([content[0] & ~gone]) + content[1:]
-        kept += [struct.pack("<4sI", kind, size), content, bytes(size % 2 if len(content) == size else 0)]
-    body = b"".join(kept)
+        parts += [struct.pack("<4sI", kind, size), content, bytes(size % 2 if len(content) == size else 0)]
+    body = b"".join(parts)
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def _gif(data: bytes) -> bytes:
     table = 3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0
     at = 13 + table
-    kept = [data[:at]]
+    parts = [data[:at]]
     while data[at] == 0x21:
         start, at = at, at + 2
         while data[at]:
             at += 1 + data[at]
         at += 1
         if data[start + 1] == 0xF9:  # which colour is transparent
-            kept.append(data[start:at])
-    return b"".join(kept) + data[at:]
+            parts.append(data[start:at])
+    return b"".join(parts) + data[at:]
 
 
 def _tiff(data: bytes) -> bytes:
-    """Keep those entries of the first directory that decide pixels, and what they point to; others are not kept."""
+    """Return a TIFF with the entries of the first directory that determine pixels, and the data that they point to."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     at = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
@@ -123,13 +123,13 @@ def _tiff(data: bytes) -> bytes:
     if first + count * entry > len(data):
         return data
     entries = [data[i : i + entry] for i in range(first, first + count * entry, entry)]
-    kept = [e for e in entries if struct.unpack_from(order + "H", e)[0] in TIFF_PIXELS]
-    table = struct.pack(order + count_form, len(kept)) + b"".join(kept) + bytes(link)
+    parts = [e for e in entries if struct.unpack_from(order + "H", e)[0] in TIFF_PIXELS]
+    table = struct.pack(order + count_form, len(parts)) + b"".join(parts) + bytes(link)
     return data[:at] + table + data[at + len(table) :]
 
 
 def _avif(data: bytes) -> bytes:
-    """Give the item of EXIF a name that nobody knows: boxes point to bytes, so that none may be taken out."""
+    """Return an AVIF whose EXIF item has an unknown type. Nothing is removed, since boxes point to positions."""
     boxes = {kind: (at, size) for at, size, kind in _boxes(data)}
     at, size = boxes.get(b"meta", (0, 0))
     return data[:at] + re.sub(rb"(infe.{8})Exif", rb"\1skip", data[at : at + size], flags=re.DOTALL) + data[at + size :]

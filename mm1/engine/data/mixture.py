@@ -1,10 +1,10 @@
-"""Weighted mixture of sources as one endless stream of documents with random access.
+"""The weighted mixture of a run's sources: one endless stream of documents with random access.
 
-The stream is Grain's MapDataset: position i always is the same document, so the exact state of a run's data is a
-position and the few documents the packer holds. Compared: torchdata's StatefulDataLoader replays or pickles each
-worker's state, and its maintenance has slowed; `webdataset` resamples shards and has no position; Energon needs its own
-index files. Grain shuffles globally in O(1) memory, mixes by weight, decodes in threads or processes without changing
-the order, and is what torchtitan moved to.
+The stream is Grain's MapDataset: position i always is the same record, so that the exact state of a run's data is one
+position and the few documents in the packer's pool. Alternatives: torchdata's StatefulDataLoader replays or pickles
+each worker's state, and its maintenance has slowed; `webdataset` resamples shards and has no position; Energon needs
+its own index files. Grain shuffles globally in O(1) memory, mixes by weight, decodes in threads or processes without
+changing the order, and is used by torchtitan.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ import grain  # noqa: E402
 from absl import flags  # noqa: E402
 
 from mm1.engine.data.document import DECODED_AHEAD, Document, DocumentEncoder  # noqa: E402
-from mm1.engine.data.record import FEW, Choice, Record  # noqa: E402
+from mm1.engine.data.record import SMALL_SOURCE, Choice, Media, Record  # noqa: E402
 from mm1.errors import Unreadable, UserError  # noqa: E402
 
 
 class Drawn(NamedTuple):
-    """One record of the stream: its documents, or the reason why it could not be used."""
+    """One record of the stream: its documents, or the reason why it cannot be used."""
 
     source: int
     shard: str
@@ -34,30 +34,30 @@ class Drawn(NamedTuple):
     reason: str | None
 
 
-def shuffled(place: int, records: int, seed: int, passed: int) -> int:
-    """Return which of `records` stands at `place` in a pass over a source; every pass has an order of its own.
+def shuffled(place: int, records: int, seed: int, epoch: int) -> int:
+    """Return the number of the record at `place` in an epoch of a source; every epoch has an order of its own.
 
     Grain's cipher works on 16 bits and is repeated until its number is below `records`: 10 µs a number, but 10 ms for
-    a source of two records. Fewer than FEW are therefore sorted by a hash, once a pass.
+    a source of two records. Sources of fewer than SMALL_SOURCE records are therefore sorted by a hash, once an epoch.
     """
-    if records < FEW:
-        return _sorted_by_hash(records, seed, passed)[place]
-    return grain.experimental.index_shuffle(place, max_index=records - 1, seed=(seed + passed) % 2**32, rounds=4)
+    if records < SMALL_SOURCE:
+        return _sorted_by_hash(records, seed, epoch)[place]
+    return grain.experimental.index_shuffle(place, max_index=records - 1, seed=(seed + epoch) % 2**32, rounds=4)
 
 
 @lru_cache(maxsize=64)
-def _sorted_by_hash(records: int, seed: int, passed: int) -> list[int]:
-    return sorted(range(records), key=lambda record: _hash(seed, passed, record))
+def _sorted_by_hash(records: int, seed: int, epoch: int) -> list[int]:
+    return sorted(range(records), key=lambda record: _hash(seed, epoch, record))
 
 
 def _hash(*numbers: int) -> int:
-    """Return 64 bits that depend on nothing but the numbers."""
+    """Return a 64-bit hash of the numbers, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Position in a source's endless stream -> Drawn."""
+    """Reads a source as an endless stream: maps a position to its Drawn."""
 
     source: Any
     number: int
@@ -65,39 +65,39 @@ class _Reader:
     seed: int
 
     def __call__(self, position: int) -> Drawn:
-        passed, place = divmod(position, len(self.source))
-        return self.read(shuffled(place, len(self.source), self.seed, passed), passed)
+        epoch, place = divmod(position, len(self.source))
+        return self.read(shuffled(place, len(self.source), self.seed, epoch), epoch)
 
-    def read(self, index: int, passed: int) -> Drawn:
-        """Read a record as a pass has it: of each Choice one text, the next one in the next pass."""
+    def read(self, index: int, epoch: int) -> Drawn:
+        """Read a record of an epoch: with one text of each Choice, the next one in the next epoch."""
         shard, key = "", str(index)
         try:
             record: Record = self.source[index]
             shard, key = record.shard, record.key
             if any(isinstance(part, Choice) for part in record.parts):
-                turn = passed + _hash(self.seed, index)
+                turn = epoch + _hash(self.seed, index)
                 record = replace(record, parts=tuple(_chosen(part, turn) for part in record.parts))
             return Drawn(self.number, shard, key, self.encode(record), None)
         except Unreadable as error:
             return Drawn(self.number, error.shard or shard, error.key or key, [], error.reason)
 
     def mean_tokens(self, sampled: int) -> float:
-        """Return the mean length of evenly spaced records, 1 if none of them is readable."""
+        """Return the mean number of tokens of about `sampled` evenly spaced records, 1 if none of them is readable."""
         drawn = [self.read(i, 0) for i in range(0, len(self.source), -(-len(self.source) // sampled))]
         lengths = [sum(len(document.tokens) for document in d.documents) for d in drawn if d.documents]
         return sum(lengths) / len(lengths) if lengths else 1.0
 
 
-def _chosen(part: str | bytes, turn: int) -> str | bytes:
+def _chosen(part: str | Media, turn: int) -> str | Media:
     return part.texts[turn % len(part.texts)] if isinstance(part, Choice) else part
 
 
 class Mixture:
-    """Endless stream of the documents of several sources, each shuffled anew every pass.
+    """The endless stream of the documents of several sources, each shuffled anew every epoch.
 
-    weights: shares of the tokens drawn from each source, as the paper's sequences are all of one length; records
-    are drawn by weight over their mean length in tokens, `mean_lengths`, which is estimated from `sampled` records of
-    each source where it is None. seed: 0 to 2³² - 1.
+    weights: the share of tokens drawn from each source, relative to the others. Records are drawn in proportion to
+    weight / mean_lengths (tokens), which are estimated from `sampled` records of each source if they are None. seed: 0
+    to 2³² - 1. Raises UserError for a weight that is not positive.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Mixture:
         return drawn
 
     def iterate(self, position: int, workers: int, stride: int = 1) -> Iterator[Drawn]:
-        """Return every stride-th record from `position` on; their order does not depend on the number of workers."""
+        """Return every stride-th record from `position` on, in the same order for any number of worker processes."""
         # Grain would read 500 records ahead in each worker: of images, gigabytes.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=DECODED_AHEAD)
         documents = self._documents.slice(slice(position, None, stride)).to_iter_dataset(options)

@@ -1,10 +1,11 @@
-"""Documents into fixed budgets of tokens, images, patches and documents: vector bin packing, first fit decreasing.
+"""Packs documents into fixed budgets of tokens, media, patches and documents: vector bin packing, first fit decreasing.
 
 Documents wait in a pool of `buffer` tokens. Each batch takes the largest that fits, then the next largest, until none
-does (a document's size is the largest share of a budget that it takes). A document stays whole unless the fullest
-budget would then stay below FULL: only then the largest document that may be cut gives its head, and its tail waits.
-Captions and conversations are not cut, so that those of more than half a sequence may leave batches less full.
-Deterministic, and the state is small: the next position of the stream and where each waiting document begins.
+does (a document's size is the largest share of a budget that it takes). Documents stay whole unless the fullest budget
+would be filled less than FULL: only then the largest document that may be cut fills the batch with its head, and its
+tail stays in the pool. Captions and conversations are never cut, so that batches of those that are longer than half a
+sequence may be less full. The packer is deterministic, and its state is small: the next position of the stream and the
+position of each waiting document.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,49 +19,51 @@ import numpy as np
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.quarantine import Quarantine
+from mm1.engine.data.record import NO_IMAGE, View
 from mm1.errors import UserError
 
 if TYPE_CHECKING:  # a bare GPU image has no Grain
     from mm1.engine.data.mixture import Drawn, Mixture
 
 BUFFER = 4  # batches' worth of tokens that the pool holds by default
-FULL = 0.95  # share of the fullest budget from which on no document is cut
-SHORTEST = 16  # tokens in a head or tail of a document that is cut
-OVERDUE = 8  # a document opens the next batch once so many times the pool's number of records were drawn behind it
+FULL = 0.95  # no document is cut for a batch that uses this share of one of its budgets
+SHORTEST = 16  # the smallest number of tokens in a head or tail of a document that is cut
+OVERDUE = 8  # a document opens the next batch once this many times the pool's number of records were drawn after it
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A document in the pool, from token `start` on, and what it takes of each budget."""
+    """A document in the pool, from token `start` on, and the tokens, media and patches of that part."""
 
-    age: tuple[int, int]  # its position in the stream, and which of the documents there it is
+    age: tuple[int, int]  # its position in the stream, and its number among the documents there
     start: int
     whole: Document
     tokens: int
-    images: int
+    media: int
     patches: int
-    order: tuple[float, int, int]  # by minus the largest share of a budget, then by age
+    order: tuple[float, int, int]  # sort key: minus the largest share of a budget, then age
 
 
 class Loader:
-    """Endless packed batches of a mixture: of every stride-th position, from `first` on.
+    """Yields packed batches of a mixture without end: of every stride-th position, from `first` on.
 
-    buffer: tokens of the pool; decoded pixels wait there too, and it takes in no more when their patches reach the same
-    multiple of the patch budget. quarantine: lists every bad record, and the damage (shard, reason) of whole files.
-    max_bad records of one source in a row raise UserError naming the last one's shard.
+    image_id, patch, slots, empty: as in batch.pack. buffer: tokens of the pool; decoded media wait there too, and
+    no more documents are added when their patches reach the same multiple of the patch budget. quarantine: lists every
+    bad record, and the damage (shard, reason) of whole files. max_bad bad records of one source in a row raise a
+    UserError that names the last one's shard.
     """
 
     def __init__(
         self, mixture: "Mixture", budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int,
         workers: int = 0, max_bad: int = 100, quarantine: Quarantine | None = None,
-        damage: Sequence[tuple[str, str]] = (), first: int = 0, stride: int = 1,
+        damage: Sequence[tuple[str, str]] = (), first: int = 0, stride: int = 1, empty: View = NO_IMAGE,
     ):  # fmt: skip
         self.mixture, self.budget, self.buffer, self.workers = mixture, budget, buffer, workers
-        self.layout = {"image_id": image_id, "patch": patch, "slots": slots}
+        self.image_id, self.patch, self.slots, self.empty = image_id, patch, slots, empty
         self.max_bad, self.quarantine, self.damage = max_bad, quarantine or Quarantine(None), damage
         self.position, self.first, self.stride = first, first, stride
         self.waiting: list[_Waiting] = []  # largest first, of equal ones the oldest
-        self.shares: dict[str, float] = {}  # of each budget that the last batch used
+        self.shares: dict[str, float] = {}  # the share of each budget that the last batch used
         self.skipped = 0
         self.in_a_row: dict[int, int] = {}
         self._stream: Iterator[Drawn] | None = None
@@ -71,7 +74,7 @@ class Loader:
         return (self.position - self.first) // self.stride
 
     def state(self) -> dict[str, Any]:
-        """Return everything that decides the batches to come, as plain values."""
+        """Return all that determines the following batches, as plain values for JSON."""
         return {
             "position": self.position,
             "waiting": [[*w.age, w.start] for w in self.waiting],
@@ -80,7 +83,10 @@ class Loader:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue behind `state`. The records that waited are decoded again, each once, by several threads."""
+        """Continue after `state`. The records that waited are decoded again, each once, by several threads.
+
+        Raises UserError for a record that is not the one that waited.
+        """
         self.position, self.skipped, self._stream = state["position"], state["skipped"], None
         self.in_a_row = dict(state["in_a_row"])
         positions = sorted({position for position, _, _ in state["waiting"]})
@@ -91,7 +97,7 @@ class Loader:
             record = drawn[position]
             if piece >= len(record.documents) or start >= len(record.documents[piece].tokens):
                 raise UserError(f"{record.shard}: {record.key} is not what it was when the checkpoint was written")
-            self.waiting.append(self._wait((position, piece), start, record.documents[piece]))
+            self.waiting.append(self._entry((position, piece), start, record.documents[piece]))
 
     def close(self) -> None:
         """End the threads and processes that decode ahead; the next batch starts them again."""
@@ -104,72 +110,73 @@ class Loader:
         self._refill()
         chosen = self._choose()
         chosen.sort(key=lambda document: len(document.tokens))  # equal lengths run as one batch
-        return pack(chosen, self.budget, **self.layout)
+        return pack(
+            chosen, self.budget, image_id=self.image_id, patch=self.patch, slots=self.slots, empty=self.empty
+        )  # fmt: skip
 
     def _choose(self) -> list[Document]:
         """Take the next batch's documents out of the pool.
 
-        What a batch has room for only shrinks, so that one pass over the pool, largest first, finds in each place the
-        largest document that still fits.
+        The room in a batch only shrinks, so that one pass over the pool, largest first, meets at each point the largest
+        document that still fits.
         """
         budget, order = self.budget, self.waiting
-        tokens, images, patches, slots = budget.tokens, budget.images, budget.patches, budget.documents
+        tokens, media, patches, documents = budget.tokens, budget.media, budget.patches, budget.documents
         oldest = min(order, key=attrgetter("age"))
         if (self.position - oldest.age[0]) // self.stride > OVERDUE * len(order):
             order = [oldest, *(w for w in order if w is not oldest)]
         chosen: list[Document] = []
         waiting: list[_Waiting] = []
         for w in order:
-            if slots and w.tokens <= tokens and w.images <= images and w.patches <= patches:
+            if documents and w.tokens <= tokens and w.media <= media and w.patches <= patches:
                 chosen.append(self._section(w.whole, w.start, len(w.whole.tokens)))
-                tokens, images, patches, slots = tokens - w.tokens, images - w.images, patches - w.patches, slots - 1
+                tokens, media, patches = tokens - w.tokens, media - w.media, patches - w.patches
+                documents -= 1
             else:
                 waiting.append(w)
         for i, w in enumerate(waiting):
-            rooms = (tokens / budget.tokens, images / budget.images, patches / budget.patches)
-            if not slots or min(rooms) <= 1 - FULL:
+            rooms = (tokens / budget.tokens, media / budget.media, patches / budget.patches)
+            if not documents or min(rooms) <= 1 - FULL:
                 break
-            if at := self._place_of_cut(w, tokens, images, patches):
-                waiting[i] = tail = self._wait(w.age, at, w.whole)
+            if at := self._place_of_cut(w, tokens, media, patches):
+                waiting[i] = tail = self._entry(w.age, at, w.whole)
                 chosen.append(self._section(w.whole, w.start, at))
-                tokens, images, patches, slots = (
-                    tokens - (w.tokens - tail.tokens),
-                    images - (w.images - tail.images),
-                    patches - (w.patches - tail.patches),
-                    slots - 1,
-                )
+                tokens -= w.tokens - tail.tokens
+                media -= w.media - tail.media
+                patches -= w.patches - tail.patches
+                documents -= 1
         self.waiting = waiting
         self.shares = {
             "tokens": 1 - tokens / budget.tokens,
-            "images": 1 - images / budget.images,
+            "media": 1 - media / budget.media,
             "patches": 1 - patches / budget.patches,
-            "documents": 1 - slots / budget.documents,
+            "documents": 1 - documents / budget.documents,
         }
         return chosen
 
-    def _place_of_cut(self, w: _Waiting, tokens: int, images: int, patches: int) -> int:
+    def _place_of_cut(self, w: _Waiting, tokens: int, media: int, patches: int) -> int:
         """Return the token before which a waiting document may be cut so that its head fits, 0 if there is none.
 
-        A text is cut anywhere, a document with images where an image follows a text, a conversation nowhere: no text
-        loses the image, and no answer the question, that it is about.
+        A text is cut anywhere, a document with media only where a medium follows a text, and a conversation nowhere:
+        no text loses the medium that it is about, and no answer its question.
         """
-        whole, image_id = w.whole, self.layout["image_id"]
+        whole = w.whole
         first, last = w.start + SHORTEST, min(w.start + tokens, len(whole.tokens) - SHORTEST)
-        if whole.given is not None or last < first:
+        if whole.prompt_mask is not None or last < first:
             return 0
-        if not w.images:
+        if not w.media:
             return last
-        is_image = whole.tokens == image_id
-        places = first + np.flatnonzero(is_image[first : last + 1] & ~is_image[first - 1 : last])
+        is_slot = whole.tokens == self.image_id
+        places = first + np.flatnonzero(is_slot[first : last + 1] & ~is_slot[first - 1 : last])
         for at in places[::-1].tolist():
             head = self._section(whole, w.start, at)
-            fits = len(head.images) <= images and head.patches(self.layout["patch"]) <= patches
-            if fits and (~is_image[at:]).sum() > 1:  # the tail has text, not its <eos> alone
+            fits = len(head.media) <= media and head.patches(self.patch) <= patches
+            if fits and (~is_slot[at:]).sum() > 1:  # the tail has text, not its <eos> alone
                 return at
         return 0
 
     def _section(self, whole: Document, start: int, stop: int) -> Document:
-        return whole.section(start, stop, self.layout["image_id"], self.layout["slots"])
+        return whole.section(start, stop, self.image_id, self.slots)
 
     def _refill(self) -> None:
         if self._stream is None:
@@ -184,16 +191,16 @@ class Loader:
             else:
                 self._skip(drawn)
             for piece, document in enumerate(drawn.documents):
-                self.waiting.append(self._wait((self.position, piece), 0, document))
+                self.waiting.append(self._entry((self.position, piece), 0, document))
                 tokens, patches = tokens + self.waiting[-1].tokens, patches + self.waiting[-1].patches
             self.position += self.stride
         self.waiting.sort(key=attrgetter("order"))
 
-    def _wait(self, age: tuple[int, int], start: int, whole: Document) -> _Waiting:
+    def _entry(self, age: tuple[int, int], start: int, whole: Document) -> _Waiting:
         rest, budget = self._section(whole, start, len(whole.tokens)), self.budget
-        tokens, images, patches = len(rest.tokens), len(rest.images), rest.patches(self.layout["patch"])
-        size = max(tokens / budget.tokens, images / budget.images, patches / budget.patches, 1 / budget.documents)
-        return _Waiting(age, start, whole, tokens, images, patches, (-size, *age))
+        tokens, media, patches = len(rest.tokens), len(rest.media), rest.patches(self.patch)
+        size = max(tokens / budget.tokens, media / budget.media, patches / budget.patches, 1 / budget.documents)
+        return _Waiting(age, start, whole, tokens, media, patches, (-size, *age))
 
     def _skip(self, bad: "Drawn") -> None:
         self.skipped += 1

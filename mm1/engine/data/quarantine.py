@@ -1,8 +1,8 @@
-"""The list of bad records of a run: a folder with one file of JSON lines for each process.
+"""The list of a run's bad records: a folder with one file of JSON lines for each process.
 
-The files are the memory of what is listed: a record that is bad in every epoch is listed once by each process that
-meets it, also across resumes, and no checkpoint grows. A line is {"shard", "key", "reason", "position"}, the position
-being where in the run's stream the record first came; damage of a whole file has key "" and position -1.
+A record that is bad in every epoch is listed once by each process that draws it, also after a resume: the files, not
+the checkpoints, store what is listed. A line is {"shard", "key", "reason", "position"}, where the position is the first
+one in the run's stream at which the record was drawn; damage of a whole file has key "" and position -1.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ KINDS = {"shard": str, "key": str, "reason": str, "position": int}
 
 
 class Quarantine:
-    """The bad records of a run. folder: where the files are, None to keep no list; rank: of this process."""
+    """Lists the bad records of a run. folder: of the files, None for no list; rank: of this process."""
 
     def __init__(self, folder: Path | None, rank: int = 0):
         self.folder, self.rank = folder, rank
@@ -23,44 +23,44 @@ class Quarantine:
         self._listed: set[int] | None = None  # hashes of shard and key, 8 bytes in place of two strings
 
     def add(self, shard: str, key: str, reason: str, position: int) -> None:
-        """List a bad record, unless this process's file lists it already."""
+        """Add a bad record, unless this process's file lists it already."""
         if self._file is None:
             return
         if self._listed is None:
             self._listed = {hash((line["shard"], line["key"])) for line in _lines_of(self._file.path)[0]}
-        name = hash((shard, key))
-        if name in self._listed:
+        record = hash((shard, key))
+        if record in self._listed:
             return
         self._file.add({"shard": shard, "key": key, "reason": reason, "position": position})
-        self._listed.add(name)
+        self._listed.add(record)
 
     def trim(self, positions: Mapping[int, int]) -> list[str]:
-        """Drop what a run listed behind its checkpoint, in the files of all processes, and lines that are none.
+        """Delete the lines that a run added after its checkpoint, in the files of all processes, and damaged lines.
 
-        positions: next position of each stream at the checkpoint, empty for a run that begins. What is dropped and is
-        still bad is listed anew. Call it in one process, before any adds a record. Returns a warning for each file in
-        which torn or foreign lines were.
+        positions: next position of each stream at the checkpoint, empty for a run that begins. Records that are drawn
+        again and still bad are listed again. Call it in one process, before any of them adds a record. Return a warning
+        for each file with damaged lines.
         """
         warnings = []
         for path in self._files():
             lines, bad = _lines_of(path)
-            kept: dict[tuple[str, str], dict[str, Any]] = {}
+            lines_by_record: dict[tuple[str, str], dict[str, Any]] = {}
             for line in lines:
                 if 0 <= line["position"] < positions.get(line["position"] % max(len(positions), 1), 0):
-                    kept.setdefault((line["shard"], line["key"]), line)
-            write_lines(path, kept.values())
+                    lines_by_record.setdefault((line["shard"], line["key"]), line)
+            write_lines(path, lines_by_record.values())
             if bad:
                 warnings.append(f"{path}: {bad} lines were not readable and are dropped")
         self._listed = None
         return warnings
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one line for each different bad record that any process listed."""
+        """Return one line for each distinct bad record of all processes."""
         lines = [line for path in self._files() for line in _lines_of(path)[0] if line["position"] >= 0]
         return list({(line["shard"], line["key"]): line for line in lines}.values())
 
     def summary(self) -> dict[str, int]:
-        """Return the number of different bad records for each reason, the most frequent first."""
+        """Return the number of distinct bad records for each reason, the most frequent first."""
         counts: dict[str, int] = {}
         for record in self.records():
             counts[record["reason"]] = counts.get(record["reason"], 0) + 1
@@ -71,7 +71,7 @@ class Quarantine:
 
 
 def _lines_of(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines of a quarantine file that are its own, and how many others there are."""
+    """Return the valid lines of a quarantine file, and the number of others."""
     objects, bad = read_lines(path)
     lines = [line for line in objects if all(type(line.get(name)) is kind for name, kind in KINDS.items())]
     return lines, bad + len(objects) - len(lines)

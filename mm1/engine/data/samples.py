@@ -1,9 +1,10 @@
-"""Samples of a WebDataset tar: which members belong together, and what no sample holds.
+"""Samples of a WebDataset tar: which members belong together, and which members belong to no sample.
 
-Members of the same name but for the extension are one sample. The extension begins at the first dot of the file name,
-as in WebDataset. If that one is not read, it is what follows the last dot: "photo.v1.png" is the image of "photo.v1".
-Such a sample without image or caption is a further member of the sample "photo", if there is one ("photo.mask.png").
-Of several images before a caption the first is taken; what comes behind a whole sample of its name begins another.
+Members whose names differ only in the extension are one sample. The extension begins at the first dot of the file name,
+as in WebDataset. If it is not one of the extensions that are read, it begins at the last dot: "photo.v1.png" is the
+image of "photo.v1". Such a sample without image or caption is a further member of the sample "photo" if there is one
+("photo.mask.png"). Of several images before a caption the first is used; a member after a complete sample of its name
+begins another sample.
 """
 
 import array
@@ -18,19 +19,20 @@ from mm1.errors import Unreadable
 IMAGES = (
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif",
 )  # fmt: skip
-KEY, IMAGE, TEXT, META, NOTE, WIDTH = 0, 2, 4, 6, 8, 9  # columns of a row: start and size of the first four
+KEY, IMAGE, TEXT, META, NOTE, WIDTH = 0, 2, 4, 6, 8, 9  # columns of a row; the first four are start and size
 COLUMNS = {**dict.fromkeys(IMAGES, IMAGE), "txt": TEXT, "json": META}
-KINDS, EXTENSIONS = 8, 3  # of members without a sample, and of further members of one sample, that a line names
-NONE, SPARSE = -1, -2  # in the place of a start; of a size, its start being that of the header
+KINDS, EXTENSIONS = 8, 3  # kinds of members, and extensions of one sample's further members, that a message lists
+NONE, SPARSE = -1, -2  # a start: there is no member; a size: the start is that of the header of a sparse member
 
 
-class PassedOver:
-    """Members that no sample holds: how many of each kind, and the name of the first."""
+class MemberCounts:
+    """Counts members of tars by kinds in words, and keeps the name of the first of each kind."""
 
     def __init__(self):
         self.kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
+        """Count members of a kind, of which `name` is the first."""
         before, first = self.kinds.get(kind, (0, name))
         self.kinds[kind] = before + count, first
 
@@ -43,36 +45,36 @@ class PassedOver:
 
 
 class Samples:
-    """The samples of one tar, 72 bytes each beside their keys.
+    """Indexes the samples of one tar: 72 bytes each, and their keys.
 
-    damage: what is lost, in words. passed: folders, names that begin with a dot, and what samples hold beside image and
-    caption.
+    damage: broken parts of the tar and members that should belong to a sample, in words. ignored: folders, names that
+    begin with a dot, and further members of samples.
     """
 
     def __init__(self, file: File):
-        self.file, self.passed, self.notes = file, PassedOver(), [""]
+        self.file, self.ignored, self.notes = file, MemberCounts(), [""]
         damage: list[str] = []
-        lost = PassedOver()
-        found = _Found(members(file, damage), lost, self.passed)
-        rows = np.array(found.rows, np.int64).reshape(-1, WIDTH)
+        lost = MemberCounts()
+        index = _Index(members(file, damage), lost, self.ignored)
+        rows = np.array(index.rows, np.int64).reshape(-1, WIDTH)
         whole = (rows[:, IMAGE] != NONE) & (rows[:, [TEXT, META]] != NONE).any(1)
-        kept = np.ones(len(rows), bool)
-        for key, row in found.again:
+        keep = np.ones(len(rows), bool)
+        for key, row in index.again:
             if not whole[row]:
-                kept[row] = False
-                lost.add("an image or caption behind a sample of its name", key)
-        for key, (shorter, extension) in found.dotted.items():
-            row = found.row_of[key]
-            if kept[row] and not whole[row] and shorter in found.row_of:
-                kept[row] = False
-                found.unread.append((shorter, extension, "", shorter + extension))
+                keep[row] = False
+                lost.add("an image or caption after a sample of its name", key)
+        for key, (shorter, extension) in index.dotted.items():
+            row = index.row_of[key]
+            if keep[row] and not whole[row] and shorter in index.row_of:
+                keep[row] = False
+                index.unread.append((shorter, extension, "", shorter + extension))
         further = defaultdict[int, list[str]](list)
-        for key, extension, kind, name in found.unread:
-            row, last = found.row_of.get(key), extension.rpartition(".")[2]
+        for key, extension, kind, name in index.unread:
+            row, last = index.row_of.get(key), extension.rpartition(".")[2]
             if row is not None:
                 further[row].append(f"{extension} ({kind})" if kind else extension)
             if not kind:  # links and devices are counted already
-                counts, whose = (lost, "of no sample") if row is None else (self.passed, "beside a sample")
+                counts, whose = (lost, "of no sample") if row is None else (self.ignored, "beside a sample")
                 counts.add(f".{last} {whose}", name)
         numbers: dict[str, int] = {}
         for row, extensions in further.items():
@@ -80,17 +82,19 @@ class Samples:
             note = ", ".join(extensions[:EXTENSIONS]) + (f" and {rest} more" if rest > 0 else "")
             rows[row, NOTE] = numbers.setdefault(note, 1 + len(numbers))
         self.notes += numbers
-        self.keys, self.rows = bytes(found.keys), rows[kept]
+        self.keys, self.rows = bytes(index.keys), rows[keep]
         self.damage = "; ".join([*damage, *([f"passed over: {lost}"] if lost.kinds else [])])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def key(self, row: int) -> str:
+        """Return the name of a sample's members without the extension."""
         start, size = self.rows[row, KEY : KEY + 2].tolist()
         return self.keys[start : start + size].decode()
 
     def image(self, row: int) -> bytes:
+        """Return the bytes of a sample's image. Raises Unreadable."""
         if (image := self._content(row, IMAGE)) is None:
             note = self.notes[self.rows[row, NOTE]]
             endings = ", ".join(f".{ending}" for ending in IMAGES)
@@ -100,13 +104,15 @@ class Samples:
         return image
 
     def text(self, row: int) -> bytes | None:
+        """Return the bytes of a sample's .txt, None if there is none. Raises Unreadable."""
         return self._content(row, TEXT)
 
     def meta(self, row: int) -> bytes | None:
+        """Return the bytes of a sample's .json, None if there is none. Raises Unreadable."""
         return self._content(row, META)
 
     def note(self, row: int) -> str:
-        """Return the further members of a sample by their extensions."""
+        """Return the extensions of a sample's further members, in words."""
         return self.notes[self.rows[row, NOTE]]
 
     def _content(self, row: int, column: int) -> bytes | None:
@@ -116,18 +122,18 @@ class Samples:
         return Member("", start, size, start, sparse=size == SPARSE).read(self.file)
 
 
-class _Found:
-    """Collects the rows of members as they come, and what is decided when all have come."""
+class _Index:
+    """Collects rows of samples in one pass over a tar, and the members that are assigned after it."""
 
-    def __init__(self, tar: Iterable[Member], lost: PassedOver, passed: PassedOver):
+    def __init__(self, tar: Iterable[Member], lost: MemberCounts, ignored: MemberCounts):
         self.keys, self.rows, self.row_of = bytearray(), array.array("q"), dict[str, int]()
-        self.again = list[tuple[str, int]]()  # rows of names that had one
-        self.dotted = dict[str, tuple[str, str]]()  # key with a dot -> the key up to it, the extension behind
-        self.unread = list[tuple[str, str, str, str]]()  # key, extension, kind and name of members that are not read
+        self.again = list[tuple[str, int]]()  # keys and rows of samples whose key had a row
+        self.dotted = dict[str, tuple[str, str]]()  # key with a dot -> the key before the dot, the extension after it
+        self.unread = list[tuple[str, str, str, str]]()  # key, extension, kind and name of further members
         for member in tar:
             folder, slash, base = member.name.rpartition("/")
             if member.kind == FOLDER or base.startswith("."):
-                passed.add(member.kind or "a name that begins with a dot", member.name)
+                ignored.add(member.kind or "a name that begins with a dot", member.name)
                 continue
             stem, _, extension = base.partition(".")
             key, column = folder + slash + stem, COLUMNS.get(extension.lower())
@@ -145,7 +151,7 @@ class _Found:
                 self.dotted[key] = shorter, f".{extension}"
             self._add(member, key, column, lost)
 
-    def _add(self, member: Member, key: str, column: int, lost: PassedOver) -> None:
+    def _add(self, member: Member, key: str, column: int, lost: MemberCounts) -> None:
         row = self.row_of.get(key)
         if row is not None and self.rows[row * WIDTH + column] != NONE:
             if column == IMAGE and self.rows[row * WIDTH + TEXT] == self.rows[row * WIDTH + META] == NONE:

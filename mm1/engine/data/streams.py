@@ -1,4 +1,4 @@
-"""The streams of packed batches that the processes of a run take in turn."""
+"""The streams of packed batches of a run, which its processes read in turn."""
 
 import logging
 import math
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.batch import Batch
+from mm1.engine.data.codecs import codec_of
 from mm1.engine.data.config import Source as SourceSettings
 from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
 from mm1.engine.data.identity import differences, identity, mean_length
-from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import BUFFER, Loader
 from mm1.engine.data.quarantine import Quarantine
@@ -22,18 +22,18 @@ from mm1.errors import UserError
 if TYPE_CHECKING:
     from mm1.engine.run_config import Run
 
-FIRST, HALF = 20, 0.5  # batches of a process after which a smaller mean fill is warned of
-OTHERS = ("images", "patches", "documents")
-FEW, BAD = 100, 0.05  # records drawn after which a larger share of bad ones is warned of
+FILL_BATCHES, MIN_FILL = 20, 0.5  # a smaller mean fill of a process's first batches gives a warning
+SETTINGS = {"media": "images", "patches": "patches", "documents": "documents"}  # budgets beside tokens -> settings
+BAD_RECORDS, MAX_BAD = 100, 0.05  # a larger share of bad records gives a warning once as many were drawn
 log = logging.getLogger(__name__)
 
 
 class Streams:
-    """The run's i-th micro-batch is of packer i mod S, and goes to process i mod R; here are those of one process.
+    """Yields the micro-batches of one process. The run's i-th one is made by packer i mod S for process i mod R.
 
-    Which batches a run sees does therefore not depend on R, as long as R divides S and the micro-batches of a step.
-    identity: the values that decide which data the run sees (see identity.py). warn: is told once if sequences stay
-    half empty, and once if many records are bad.
+    The batches of a run therefore do not depend on R, as long as R divides S and the micro-batches of a step.
+    identity: the values that determine the run's data (see identity.py). warn: is called once if sequences stay half
+    empty, and once if many records are bad.
     """
 
     def __init__(
@@ -43,51 +43,53 @@ class Streams:
     ):  # fmt: skip
         self.loaders, self.streams, self.rank, self.ranks = loaders, streams, rank, ranks
         self.identity, self.quarantine, self.warn = identity or {}, quarantine or Quarantine(None), warn
-        self.taken = 0  # micro-batches, by all processes
-        self._shares: list[dict[str, float]] = []  # of the budgets, by each of this process's first batches
-        self._bad_told = False
+        self.taken = 0  # micro-batches that all processes have taken
+        self._shares: list[dict[str, float]] = []  # shares of the budgets used by this process's first batches
+        self._warned_of_bad = False
 
     def __next__(self) -> Batch:
         loader = self.loaders[(self.taken + self.rank) % self.streams]
         batch = next(loader)
         self.taken += self.ranks
-        if len(self._shares) < FIRST:
+        if len(self._shares) < FILL_BATCHES:
             self._shares.append(loader.shares)
-            if len(self._shares) == FIRST:
+            if len(self._shares) == FILL_BATCHES:
                 self._check_fill()
-        if not self._bad_told and self.drawn >= FEW and self.skipped > BAD * self.drawn:
-            self._bad_told = True
-            self._tell_bad()
+        if not self._warned_of_bad and self.drawn >= BAD_RECORDS and self.skipped > MAX_BAD * self.drawn:
+            self._warned_of_bad = True
+            self._warn_of_bad()
         return batch
 
     @property
     def budget(self) -> Budget:
+        """Return the limits of one packed sequence."""
         return next(iter(self.loaders.values())).budget
 
     @property
     def skipped(self) -> int:
-        """Return the number of bad records that this process drew, each as often as it came."""
+        """Return the number of bad records that this process has drawn, with repetitions."""
         return sum(loader.skipped for loader in self.loaders.values())
 
     @property
     def drawn(self) -> int:
-        """Return the number of records that this process drew, the bad ones among them."""
+        """Return the number of records that this process has drawn, including bad ones."""
         return sum(loader.drawn for loader in self.loaders.values())
 
     def _check_fill(self) -> None:
-        """Warn if the first batches are less than half full of tokens, naming the budget that most exhausted."""
-        fill = sum(shares["tokens"] for shares in self._shares) / FIRST
-        if fill >= HALF:
+        """Warn if the first batches are less than half full of tokens, and name the budget that is used up first."""
+        fill = sum(shares["tokens"] for shares in self._shares) / FILL_BATCHES
+        if fill >= MIN_FILL:
             return
-        # Not the tokens: what is at most half a sequence fits beside what fills less than the other half.
-        fullest = Counter(max(OTHERS, key=lambda name: shares[name]) for shares in self._shares)
+        # Tokens cannot be the limit: a document of at most half a sequence fits into a batch that is not half full.
+        fullest = Counter(max(SETTINGS, key=lambda name: shares[name]) for shares in self._shares)
         name = fullest.most_common(1)[0][0]
+        setting = f"data.{SETTINGS[name]}"
         self.warn(
-            f"the first {FIRST} sequences hold {fill:.0%} of data.tokens ({self.budget.tokens}); data.{name} "
-            f"({getattr(self.budget, name)}) is used up first: raise data.{name} or lower data.tokens"
+            f"the first {FILL_BATCHES} sequences hold {fill:.0%} of data.tokens ({self.budget.tokens}); {setting} "
+            f"({getattr(self.budget, name)}) is used up first: raise {setting} or lower data.tokens"
         )
 
-    def _tell_bad(self) -> None:
+    def _warn_of_bad(self) -> None:
         message = f"{self.skipped} of {self.drawn} records ({self.skipped / self.drawn:.0%}) could not be used"
         if summary := self.quarantine.summary():
             reason, count = next(iter(summary.items()))
@@ -97,15 +99,16 @@ class Streams:
         self.warn(message)
 
     def close(self) -> None:
-        """End what decodes ahead."""
+        """End the threads and processes that decode ahead."""
         for loader in self.loaders.values():
             loader.close()
 
     def state(self) -> dict[str, Any]:
-        """Return the states of this process's packers by their numbers."""
+        """Return the states of this process's packers by their numbers. Checkpoints store it."""
         return {"taken": self.taken, "streams": {str(i): loader.state() for i, loader in self.loaders.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue after a state of all processes (see merged)."""
         self.taken = state["taken"]
         for i, loader in self.loaders.items():
             loader.restore(state["streams"][str(i)])
@@ -115,11 +118,11 @@ def make_streams(
     run: "Run", tokenizer: TextTokenizer, quarantine: Path | None, warn: Callable[[str], None] = print,
     rank: int = 0, ranks: int = 1, count: int = 0, before: dict[str, Any] | None = None,
 ) -> Streams:  # fmt: skip
-    """Return packed batches of the run's sources, those of one of `ranks` processes.
+    """Return the packed batches of the run's sources for one of `ranks` processes.
 
-    quarantine: folder of the lists of bad records. count: packers, if a run had them before. before: identity of the
-    data in the checkpoint that is resumed; if these data are the same, its mean lengths mix the sources as they did, in
-    place of new estimates. Raises UserError for whatever is wrong with the sources.
+    quarantine: folder of the lists of bad records. count: number of packers of the run that is resumed. before:
+    identity of the data in the checkpoint that is resumed; if the data are the same, its mean lengths mix the sources,
+    in place of new estimates. Raises UserError for sources or settings that cannot be used.
     """
     d, m, t = run.data, run.model, run.train
     if count and d.streams not in (0, count):
@@ -128,33 +131,32 @@ def make_streams(
     for name, number in (("data.streams", count), ("train.accumulate", t.accumulate)):
         if number % ranks:
             raise UserError(f"setting {name} is {number}, expected a multiple of the {ranks} processes that take data")
-    policy = ImagePolicy(m.vision.patch, m.image_mode, m.image_size, m.image_patches, m.image_parts)
+    codec = codec_of(m)
     budget = Budget(
         tokens=d.tokens,
-        images=d.images,
-        patches=d.patches or d.images * policy.longest,
+        media=d.images,
+        patches=d.patches or d.images * codec.longest,
         documents=d.documents or max(1, d.tokens // 16),
-        longest=policy.longest,
+        longest=codec.longest,
     )
-    views = 1 if m.image_parts == 1 else 1 + m.image_parts**2
     for name, size, needed in (
-        ("tokens", budget.tokens, views * m.connector.tokens + 2),
-        ("images", budget.images, views),
-        ("patches", budget.patches, views * policy.longest),
+        ("tokens", budget.tokens, codec.count * m.connector.tokens + 2),
+        ("images", budget.media, codec.count),
+        ("patches", budget.patches, codec.count * codec.longest),
     ):
         if size < needed:
-            raise UserError(f"setting data.{name} is {size}, too few for one image, expected {needed} or more")
+            raise UserError(f"setting data.{name} is {size}, too few for one {codec.kind}, expected {needed} or more")
     buffer = d.buffer or BUFFER * d.tokens
     if buffer < d.tokens:
         if rank == 0:
             warn(f"setting data.buffer is {buffer} tokens, less than a sequence: {d.tokens} are taken")
         buffer = d.tokens
-    encode = DocumentEncoder(tokenizer, policy, m.connector.tokens, budget)
+    encode = DocumentEncoder(tokenizer, codec, m.connector.tokens, budget)
     sources = [_opened(i, setting) for i, setting in enumerate(d.sources)]
     names = [mean_length(i) for i in range(len(sources))]
     lengths = [before[name] for name in names] if before and before.keys() >= {*names} else None
     mixture = Mixture(sources, [source.weight for source in d.sources], encode, t.seed, lengths)
-    if not d.documents:  # as many as there are of the source with the shortest ones, and a quarter more
+    if not d.documents:  # a quarter more than fit of the source with the shortest ones
         shortest = min(mixture.mean_lengths)
         budget = replace(budget, documents=max(budget.documents, math.ceil(1.25 * d.tokens / shortest)))
     values = identity(run, tokenizer, budget, buffer, count, sources, mixture.mean_lengths)
@@ -168,20 +170,20 @@ def make_streams(
         i: Loader(
             mixture, budget, image_id=tokenizer.image, patch=m.vision.patch, slots=m.connector.tokens, buffer=buffer,
             workers=d.workers, max_bad=d.max_bad, quarantine=listed, damage=damage if i == 0 else (), first=i,
-            stride=count,
+            stride=count, empty=codec.empty,
         )
         for i in range(rank, count, ranks)
     }  # fmt: skip
     drawn = t.steps * t.accumulate * d.tokens / sum(source.weight for source in d.sources)  # tokens for a weight of 1
     for setting, source, length in zip(d.sources, sources, mixture.mean_lengths):
         log.info(
-            "indexed %s: %d records in %d files, which the run sees about %.3g times", setting.kind, len(source),
+            "indexed %s: %d records in %d files, read for about %.3g epochs", setting.kind, len(source),
             len(source.files), drawn * setting.weight / (len(source) * length),
         )  # fmt: skip
-        if passed := source.passed:
-            log.info("passed over in %s: %s", setting.kind, passed)
-    told = warn if rank == 0 else lambda message: None
-    return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=told)
+        if ignored := source.ignored:
+            log.info("ignored in %s: %s", setting.kind, ignored)
+    warn_once = warn if rank == 0 else lambda message: None  # not once a process
+    return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=warn_once)
 
 
 def _opened(number: int, setting: SourceSettings) -> Source:
@@ -192,5 +194,5 @@ def _opened(number: int, setting: SourceSettings) -> Source:
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the state of all processes from their states."""
+    """Join the states of all processes into one."""
     return {"taken": states[0]["taken"], "streams": {i: s for state in states for i, s in state["streams"].items()}}

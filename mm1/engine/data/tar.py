@@ -1,7 +1,7 @@
-"""Tar archives and plain files by byte offsets: what random access to WebDataset shards stands on.
+"""Random access to tar archives and plain files by byte offsets, as WebDataset shards need it.
 
-Files are opened when first needed and kept per process, so that what refers to them can be pickled. A .gz is unpacked
-to memory: fine for small sets; shards of much data are better left unpacked.
+Files are opened when first needed, once a process, so that objects that refer to them can be pickled. A .gz is unpacked
+to memory: this suits small sets; large shards should not be compressed.
 """
 
 import array
@@ -22,6 +22,7 @@ import numpy as np
 
 from mm1.errors import Unreadable, UserError
 
+TARS = (".tar", ".tar.gz", ".tgz")
 FOLDER = "a folder"
 KINDS = {
     b"0": "", b"\0": "", b"7": "", b"S": "", b"1": "a hard link", b"2": "a symbolic link", b"3": "a character device",
@@ -29,31 +30,34 @@ KINDS = {
     b"V": "a label",
 }  # fmt: skip
 ZEROS = bytes(1 << 16)
-LENGTH_DIGITS = 20  # and its space, of a record of an extended header: more than any file takes
-MOST_HOLES = 1 << 26  # bytes in the holes of a member, of which an archive of a kilobyte can claim any number
+LENGTH_DIGITS = 20  # of the length of a record of an extended header with its space: more than any file needs
+MAX_HOLES = 1 << 26  # bytes in the holes of a sparse member: an archive of a kilobyte can claim any number
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was when indexed: one written anew is another, and no cache mixes the two up."""
+    """A file with the modification time that it had when it was indexed, so that caches distinguish its versions."""
 
     path: str
     version: int
 
     @classmethod
     def at(cls, path: Path) -> "File":
+        """Return the current version of a file. Raises OSError."""
         return cls(str(path), path.stat().st_mtime_ns)
 
     @property
-    def packed(self) -> bool:
+    def is_gzip(self) -> bool:
+        """Return whether the file is a .gz or .tgz."""
         return self.path.lower().endswith("gz")
 
     def read(self, start: int, size: int) -> bytes:
-        return _unpacked(self)[0][start : start + size] if self.packed else _opened(self).read(start, size)
+        """Return `size` bytes from `start` on of the unpacked file, fewer at its end. Raises OSError."""
+        return _unpacked(self)[0][start : start + size] if self.is_gzip else _opened(self).read(start, size)
 
     def whole(self) -> tuple[bytes | mmap.mmap, str | None]:
-        """Return all bytes to index, and what is wrong with them."""
-        if self.packed:
+        """Return all unpacked bytes, and a description of damage or None."""
+        if self.is_gzip:
             return _unpacked(self)
         with open(self.path, "rb") as file:
             empty = not os.fstat(file.fileno()).st_size  # which mmap refuses
@@ -61,7 +65,7 @@ class File:
 
 
 class _Descriptor:
-    """An open file that threads read at any offset. Raises OSError if it cannot be opened."""
+    """An open file that several threads read at any offset. Raises OSError if it cannot be opened."""
 
     def __init__(self, path: str):
         self.file, self.lock = open(path, "rb", buffering=0), Lock()  # noqa: SIM115
@@ -99,10 +103,10 @@ def _unpacked(file: File) -> tuple[bytes, str | None]:
 
 
 class Member(NamedTuple):
-    """What an archive has under a name. Of a regular file, the bytes are at start … start + size.
+    """A member of an archive. The bytes of a regular file are at start … start + size.
 
-    kind: "" for a regular file, else what it is in words. sparse: its bytes are packed without its holes. header: where
-    its first header (of a long name) begins.
+    kind: "" for a regular file, else its type in words. sparse: its bytes are stored without its holes. header: the
+    position of its first header (which may be that of a long name).
     """
 
     name: str
@@ -128,7 +132,7 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
     first, pax, ended = at, {}, False
     while header := data[at : at + 512]:
         if not any(header):
-            at = first = _behind_zeros(data, at)
+            at = first = _skip_zeros(data, at)
             pax, ended = {}, True
             continue
         ended = False
@@ -138,7 +142,7 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
                 raise ValueError
             kind, start = header[156:157], at + 512
             if kind == b"S":
-                start = _behind_map(data, header, start)
+                start = _skip_map(data, header, start)
             size = int(pax.get(b"size", 0)) or _number(header[124:136])
             if b"1" <= kind <= b"6":  # links, folders, devices: no data follows, whatever the size says
                 size = 0
@@ -175,8 +179,8 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
         damage.append(f"cut off at byte {len(data)}: there is no end-of-archive mark")
 
 
-def _behind_zeros(data: bytes | mmap.mmap, at: int) -> int:
-    """Return where the first block of 512 bytes from `at` on begins that is not of zeros, or the end."""
+def _skip_zeros(data: bytes | mmap.mmap, at: int) -> int:
+    """Return the position of the first block of 512 bytes from `at` on that is not all zeros, or the end."""
     step = len(ZEROS)
     while data[at : at + step] == ZEROS:
         at += step
@@ -185,8 +189,8 @@ def _behind_zeros(data: bytes | mmap.mmap, at: int) -> int:
     return min(at, len(data))
 
 
-def _behind_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
-    """Return where the bytes of a sparse member of the old GNU form begin: behind the blocks that continue its map."""
+def _skip_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
+    """Return where the bytes of a sparse member of the old GNU form begin: after the blocks that continue its map."""
     more = header[482]
     while more:
         if at + 512 > len(data):
@@ -198,14 +202,14 @@ def _behind_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
 def read_sparse(file: File, header: int) -> bytes:
     """Return the bytes of a sparse member with its holes, which are zeros. Raises Unreadable."""
     try:
-        with io.BytesIO(_unpacked(file)[0]) if file.packed else open(file.path, "rb") as stream:
+        with io.BytesIO(_unpacked(file)[0]) if file.is_gzip else open(file.path, "rb") as stream:
             stream.seek(header)
             with tarfile.TarFile(fileobj=stream) as tar:
                 stored, whole = next(members(file, [], header), None), tar.next()
                 if stored is None or whole is None:
                     raise Unreadable("a broken sparse member of the tar: it is not where the index has it")
-                if whole.size > stored.size + MOST_HOLES:
-                    counts = f"{stored.size} bytes that stand for {whole.size}, expected at most {MOST_HOLES} more"
+                if whole.size > stored.size + MAX_HOLES:
+                    counts = f"{stored.size} bytes that stand for {whole.size}, expected at most {MAX_HOLES} more"
                     raise Unreadable(f"a sparse member of the tar, {counts}")
                 content = tar.extractfile(whole)
                 return content.read() if content is not None else b""
@@ -234,7 +238,7 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
 
 
 def read_member(tar: File, name: str) -> bytes:
-    """Return the bytes of a member, the last of that name, as tar has it. Raises Unreadable."""
+    """Return the bytes of the last member of a name, as tar would extract it. Raises Unreadable."""
     try:
         hashes, headers, damage = _directory(tar)
         first, last = (int(np.searchsorted(hashes, hash(name), side=side)) for side in ("left", "right"))
@@ -253,8 +257,8 @@ def read_member(tar: File, name: str) -> bytes:
 def _directory(tar: File) -> tuple[np.ndarray, np.ndarray, str]:
     """Return hashes of the member names int64 [n] sorted, bytes of their first headers int64 [n], and the damage.
 
-    16 bytes a member, where a dict of names takes 300: a loader process holds those of all the tars it met. hash() of a
-    string differs between processes, and so the table belongs to one: it is made in each, never pickled.
+    They take 16 bytes a member, where a dict of names takes 300: a loader process keeps those of all tars that it has
+    read. hash() of a string differs between processes, so that each makes a table of its own.
     """
     damage: list[str] = []
     pairs = array.array("q")

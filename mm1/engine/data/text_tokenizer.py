@@ -1,7 +1,7 @@
-"""A tokenizer.json as the engine uses it: no text becomes a control token, and every sequence of ids has one text.
+"""The text tokenizer: a tokenizer.json, used so that no text encodes to a control token and all ids decode to one text.
 
-Control tokens are <pad>, <bos>, <eos>, <image> and whatever else the file calls special, but for the unknown token. A
-text that spells one is encoded like any other text: in pieces, or as the unknown token where the vocabulary has no
+Control tokens are <pad>, <bos>, <eos>, <image> and the other special tokens of the file, except for the unknown token.
+A text that spells one is encoded like any other text: in pieces, or as the unknown token where the vocabulary has no
 pieces for it.
 
 The text of ids is the bytes of all their tokens, joined and decoded as UTF-8 with one U+FFFD for each broken character
@@ -27,7 +27,7 @@ BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a token of byte fallback
 
 
 class TextTokenizer:
-    """Encodes and decodes text. Raises UserError for a file that is missing, no tokenizer.json, or not usable here."""
+    """Encodes and decodes text. Raises UserError for a missing file, and one that is no usable tokenizer.json."""
 
     def __init__(self, path: str | Path):
         self.path = str(path)
@@ -53,7 +53,7 @@ class TextTokenizer:
         return max(self.vocabulary.values()) + 1  # ids may have gaps
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, among which are no control tokens. Raises UserError for what cannot be encoded."""
+        """Return the ids of a text, none of them a control token. Raises UserError if it cannot be encoded."""
         try:
             # A batch, even of one, is encoded without the interpreter's lock: other threads go on.
             ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -65,21 +65,21 @@ class TextTokenizer:
         return ids if unknown is None else [number for number in ids if number != unknown]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, whatever they are."""
+        """Return the text of any ids; control tokens and unknown ids add nothing."""
         return b"".join(self.pieces(ids)).decode("utf-8", "replace")
 
     def pieces(self, ids: Iterable[int], continued: bool = False) -> Iterator[bytes]:
-        """Yield the bytes that each token adds. continued: a token that adds something stands before them."""
+        """Yield the bytes that each token adds. continued: whether a token with text comes before them."""
         for number in ids:
             yield self._bytes_of(number, not continued)
             continued = continued or number in self._file.names
 
     def token_bytes(self, number: int) -> bytes:
-        """Return the bytes that a token adds to a text that it continues."""
+        """Return the bytes that a token adds to a text when it is not the first token."""
         return self._bytes_of(number, False)
 
     def has_text(self, number: int) -> bool:
-        """Say whether a token adds to a text: it is there, and no control token."""
+        """Return whether a token adds to a text: it exists and is no control token."""
         return number in self._file.names
 
     @property
@@ -89,7 +89,7 @@ class TextTokenizer:
 
     @cached_property
     def longest(self) -> int:
-        """Return how many characters one token stands for at most, with a space that a pre-tokenizer may drop."""
+        """Return the largest number of characters of one token, including a space that a pre-tokenizer may drop."""
         return max(map(len, self._file.names.values()), default=0) + 1
 
     @property
@@ -101,17 +101,17 @@ class TextTokenizer:
         return opened(self.text)
 
     @cached_property
-    def _known_bytes(self) -> dict[tuple[int, bool], bytes]:
+    def _bytes_cache(self) -> dict[tuple[int, bool], bytes]:
         return {}
 
     def _bytes_of(self, number: int, first: bool) -> bytes:
         """Return the bytes that a token adds to a text, as its first or a later one."""
-        name, known = self._file.names.get(number), self._known_bytes
+        name, cache = self._file.names.get(number), self._bytes_cache
         if name is None:
             return b""
-        if (number, first) not in known:
-            known[number, first] = self._written(name, first)
-        return known[number, first]
+        if (number, first) not in cache:
+            cache[number, first] = self._written(name, first)
+        return cache[number, first]
 
     def _written(self, name: str, first: bool) -> bytes:
         kinds = self._file.decoders
@@ -120,7 +120,7 @@ class TextTokenizer:
         byte = BYTE.fullmatch(name) if "ByteFallback" in kinds else None
         if byte and int(byte[1], 16) >= 0x80:  # the library decodes it only beside the rest of its character
             return bytes([int(byte[1], 16)])
-        # What the decoder writes for this token beside one whose text is known.
+        # The decoder's text of this token beside another token, whose text is cut off.
         anchor, before, after = self._anchor
         text = self._decode([name, anchor] if first else [anchor, name, anchor])
         return text[0 if first else len(before) : len(text) - len(after)].encode()
@@ -139,11 +139,11 @@ class TextTokenizer:
 
 
 class Opened(NamedTuple):
-    """Is what a tokenizer.json holds.
+    """Holds the content of a tokenizer.json.
 
-    encoder: in which the control tokens have names that nobody knows, so that no text, normalizer or pre-tokenizer
-    spells one, and which neither cuts, fills nor frames a text. vocabulary: the id of each token. names: the tokens
-    that have a text, by id. decoders: their kinds. unknown: the id of a control token that is the unknown token too.
+    encoder: has secret random names for the control tokens, so that no text, normalizer or pre-tokenizer spells one,
+    and does not truncate, pad or add to a text. vocabulary: the id of each token. names: the tokens that have a text,
+    by id. decoders: the types of its decoders. unknown: the id of a control token that is also the unknown token.
     """
 
     encoder: "Tokenizer"
@@ -154,7 +154,7 @@ class Opened(NamedTuple):
 
 
 def opened(text: str) -> Opened:
-    """Open the content of a tokenizer.json; all ids are the file's."""
+    """Parse the content of a tokenizer.json; all ids are those of the file."""
     from tokenizers import Tokenizer
 
     spec = json.loads(text) | {"truncation": None, "padding": None, "post_processor": None}
@@ -162,7 +162,7 @@ def opened(text: str) -> Opened:
     prefix = secrets.token_hex(16)
     private = {token: f"{prefix}{i}" for i, token in enumerate(sorted(special)) if token != unknown or token in SPECIAL}
     encoder = Tokenizer.from_str(json.dumps(renamed(spec, private)))
-    encoder.encode_special_tokens = True  # of the special tokens the unknown one alone has kept its name
+    encoder.encode_special_tokens = True  # only the unknown token has its name still
     looks_up = spec["model"]["type"] == "Unigram" or spec["model"].get("ignore_merges")
     if looks_up and spec["model"].get("byte_fallback"):
         _keep_spelled_bytes_apart(encoder)
@@ -178,9 +178,10 @@ def opened(text: str) -> Opened:
 
 
 def _keep_spelled_bytes_apart(encoder: "Tokenizer") -> None:
-    """Cut a text that spells a token of byte fallback, such as "<0x41>", behind its "<".
+    """Make the encoder split a text that spells a token of byte fallback, such as "<0x41>", after its "<".
 
-    The model looks whole pieces up, and finds bytes by the names of their tokens, which therefore cannot be renamed.
+    The model looks whole pieces up in the vocabulary, and bytes by the names of their tokens, so that these cannot be
+    renamed.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -195,13 +196,13 @@ def special_tokens(spec: dict[str, Any]) -> list[str]:
 
 
 def unknown_token(model: dict[str, Any]) -> str | None:
-    """Return the token that a model writes for what it does not know."""
+    """Return the token that a model uses for unknown pieces of text, None if it has none."""
     number = model.get("unk_id")  # Unigram's
     return model.get("unk_token") if number is None else model["vocab"][number][0]
 
 
 def renamed(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """Return a tokenizer.json in which tokens have other names and the same ids, and in which no merge makes one."""
+    """Return a tokenizer.json in which tokens have other names and the same ids, without merges that produce one."""
     model = dict(spec["model"])
     vocabulary, unknown = model["vocab"], model.get("unk_token")
     if isinstance(vocabulary, dict):
@@ -209,7 +210,7 @@ def renamed(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         model |= {"unk_token": names.get(unknown, unknown)} if unknown else {}
     else:  # Unigram's: its unknown token is a number
         model["vocab"] = [(names.get(token, token), score) for token, score in vocabulary]
-    if "merges" in model:  # some files can merge "<" and "s>" of a text into what is meant to begin one
+    if "merges" in model:  # some files merge "<" and "s>" of a text into <s>, their <bos>
         prefix = model.get("continuing_subword_prefix") or ""
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [(a, b) for a, b in pairs if names.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
@@ -219,7 +220,7 @@ def renamed(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def bytes_of_characters(token: str) -> bytes:
-    """Return the bytes that the characters of a token of byte-level BPE stand for.
+    """Return the bytes of a token of byte-level BPE.
 
     Source: Radford et al. 2019 (GPT-2): printable bytes of Latin-1 stand for themselves, all others for the characters
     from U+0100 on. A token with a character beyond these, such as an added one, is its own UTF-8.

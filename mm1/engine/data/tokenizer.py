@@ -10,14 +10,15 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mm1.engine.data.paths import expand
 from mm1.engine.data.record import Choice
-from mm1.engine.data.sources import KINDS, Source, expand, open_source
+from mm1.engine.data.sources import KINDS, Source, open_source
 from mm1.engine.data.text_tokenizer import SPECIAL, renamed
 from mm1.errors import Unreadable, UserError
 
-ROWS = 64  # the vocabulary is a multiple of it: whole tiles of tensor cores in products with the head
-LEAST = 256 + len(SPECIAL)  # tokens: each byte is one, so that any text can be written
-TRIED = 16  # records of a file that have to be unreadable before it counts as of another kind
+ROWS = 64  # the vocabulary is a multiple of it, so that products with the head have whole tiles of tensor cores
+MIN_TOKENS = 256 + len(SPECIAL)  # each byte is a token, so that any text can be encoded
+TRIED = 16  # a file is not of a kind of data if this number of its first records are unreadable
 
 
 def vocabulary_size(tokens: int) -> int:
@@ -26,12 +27,14 @@ def vocabulary_size(tokens: int) -> int:
 
 
 def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Return a tokenizer of at most `vocabulary` tokens that writes any UTF-8 text; ids 0 to 3 are the special tokens.
+    """Return a tokenizer of at most `vocabulary` tokens that encodes any text; ids 0 to 3 are the special tokens.
 
-    Raises UserError if there is no text, or if `vocabulary` has no room for all bytes and the special tokens.
+    Raises UserError if there is no text, or if `vocabulary` is smaller than MIN_TOKENS.
     """
-    if vocabulary < LEAST:
-        raise UserError(f"--vocabulary is {vocabulary}, expected at least {LEAST}: 256 bytes and {len(SPECIAL)} marks")
+    if vocabulary < MIN_TOKENS:
+        raise UserError(
+            f"--vocabulary is {vocabulary}, expected at least {MIN_TOKENS}: 256 bytes and {len(SPECIAL)} marks"
+        )
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -39,22 +42,22 @@ def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    counted = 0
+    count = 0
 
-    def texts_counted() -> Iterator[str]:
-        nonlocal counted
+    def counted_texts() -> Iterator[str]:
+        nonlocal count
         for text in texts:
-            counted += 1
+            count += 1
             yield text
 
-    trained.train_from_iterator(texts_counted(), trainer)
-    if not counted:
+    trained.train_from_iterator(counted_texts(), trainer)
+    if not count:
         raise UserError("no text to train a tokenizer on")
     return trained
 
 
 def texts_of(files: Iterable[str]) -> Iterator[str]:
-    """Yield every text of the files, which may be patterns; records that cannot be read are left out and counted.
+    """Yield every text of the files, which may be patterns; unreadable records are counted and skipped.
 
     Raises UserError for a file of none of the kinds of data.
     """
@@ -73,7 +76,7 @@ def texts_of(files: Iterable[str]) -> Iterator[str]:
 
 
 def _source(path: Path) -> Source:
-    """Return the file as the first kind of data as which one of its first records can be read."""
+    """Return a file as a source of the first kind of data of which one of its first TRIED records can be read."""
     kinds = [kind for kind, source in KINDS.items() if path.name.lower().endswith(tuple(source.readers))]
     if not kinds:
         endings = dict.fromkeys(ending for source in KINDS.values() for ending in source.readers)
@@ -96,10 +99,10 @@ def _source(path: Path) -> Source:
 
 
 def with_special_tokens(path: Path) -> tuple[str, int, int]:
-    """Return a tokenizer.json with the special tokens that it lacked, and the number of its ids before and after.
+    """Return a tokenizer.json with the missing special tokens added, and the number of its ids before and after.
 
-    What tokenizer_config.json calls bos and eos becomes <bos> and <eos>, under its id, whose row is trained.
-    Raises UserError for a file that is no tokenizer.json.
+    The tokens that tokenizer_config.json calls bos and eos are renamed to <bos> and <eos>, and keep their ids, whose
+    embeddings are trained. Raises UserError for a file that is no tokenizer.json.
     """
     text, settings = json.dumps(json_object(path)), path.with_name("tokenizer_config.json")
     try:
@@ -108,17 +111,17 @@ def with_special_tokens(path: Path) -> tuple[str, int, int]:
         raise UserError(f"{path} is not a tokenizer.json: {error}") from None
     names = _our_names(old, json_object(settings) if settings.is_file() else {})
     spec = renamed(json.loads(old.to_str()), names)
-    known, vocabulary = id_count(old), spec["model"]["vocab"]
+    count, vocabulary = id_count(old), spec["model"]["vocab"]
     if isinstance(vocabulary, dict) and len(vocabulary) <= max(vocabulary.values(), default=-1):
         # The library counts tokens to find the next id, which in a vocabulary with gaps belongs to another token.
         ids = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary
-        new_ids = {token: known + i for i, token in enumerate(token for token in SPECIAL if token not in ids)}
+        new_ids = {token: count + i for i, token in enumerate(token for token in SPECIAL if token not in ids)}
         spec["model"]["vocab"] = ids | new_ids
-    # Documents are encoded whole and get bos and eos elsewhere; a template would name tokens that are gone.
+    # The engine adds <bos> and <eos> itself; a template could refer to tokens that were renamed.
     spec["truncation"] = spec["padding"] = spec["post_processor"] = None
     new = Tokenizer.from_str(json.dumps(spec))
     new.add_special_tokens(list(SPECIAL))
-    return new.to_str(), known, id_count(new)
+    return new.to_str(), count, id_count(new)
 
 
 def id_count(tokenizer: Tokenizer) -> int:
@@ -127,7 +130,7 @@ def id_count(tokenizer: Tokenizer) -> int:
 
 
 def _our_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Token of `tokenizer` -> our name for it. One that is bos and eos both is eos, without which no text ends."""
+    """Return new names for tokens of `tokenizer`. One that is both bos and eos becomes <eos>, which ends texts."""
     names: dict[str, str] = {}
     for ours, field in (("<eos>", "eos_token"), ("<bos>", "bos_token")):
         theirs = settings.get(field)
@@ -138,7 +141,7 @@ def _our_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, s
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises UserError where there is none."""
+    """Return the JSON object in a file. Raises UserError if the file is missing or has another value."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

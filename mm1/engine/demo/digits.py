@@ -13,7 +13,9 @@ from PIL import Image
 
 from mm1.engine.data.images import decode
 from mm1.engine.data.lines import read_lines
-from mm1.engine.data.sources import open_source, read_image
+from mm1.engine.data.record import Media
+from mm1.engine.data.references import read_image
+from mm1.engine.data.sources import open_source
 from mm1.engine.infer.generate import generate
 from mm1.engine.infer.prompts import Prompt
 from mm1.engine.models.mm1 import MM1
@@ -69,7 +71,7 @@ def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:
     """Unseen images, their captions, and the model's."""
     source = open_source("captions", str(DIGITS_FOLDER / "test-captions.tar.gz"), Path())
     pairs = [source[i].parts for i in range(len(source))]
-    images = [decode(image) for image, _ in pairs if isinstance(image, bytes)]
+    images = [decode(image.data) for image, _ in pairs if isinstance(image, Media)]
     truths = [str(text) for _, text in pairs]
     return images, truths, _answer(model, [[image] for image in images])
 

@@ -25,7 +25,7 @@ from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.evaluation.choices import LETTERS
 from mm1.engine.evaluation.fewshot import fingerprint
 from mm1.engine.evaluation.log import Counter, Log
-from mm1.engine.evaluation.prompts import Asked, How, Prompts, views
+from mm1.engine.evaluation.prompts import Asked, How, Prompts
 from mm1.engine.evaluation.samples import Images, Key, Sample
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.request import Request
@@ -202,11 +202,11 @@ def _engine(
     """
     slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
     high = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
-    images = high * views(prompts.high) + (n + 1 - high) * views(prompts.low)
+    images = high * prompts.high.count + (n + 1 - high) * prompts.low.count
     length = images * slots + (n + 1) * TEXT + beams * prompts.benchmark.max_tokens
     many = max((len(sample.images) for sample in samples), default=1)
     text = max((len("".join((sample.question, *sample.options)).encode()) for sample in samples), default=0)  # ≥ tokens
-    longest = (n + 1) * (many * views(prompts.high) * slots + TEXT + text) + beams * (sampling.max_tokens + 2 * TEXT)
+    longest = (n + 1) * (many * prompts.high.count * slots + TEXT + text) + beams * (sampling.max_tokens + 2 * TEXT)
     options = max((len(sample.options) for sample in samples), default=1)
     return Engine(
         prompts.model, tokens=max(max(batch, 4) * length, longest), batch=max(batch, options) * beams,

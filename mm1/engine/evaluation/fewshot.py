@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mm1.engine.data.document import Document, image_digest
+from mm1.engine.data.document import Document, document_of, joined_texts
+from mm1.engine.data.record import Media, View, view_digest
 from mm1.engine.evaluation.vqa import normalize
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import several
-from mm1.engine.infer.prompts import Prompt, checked, encoder_of, interleave, last_text, one_text, policy_of
+from mm1.engine.infer.prompts import Prompt, interleave, last_text, policy_of, tokenizer_of, with_views
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
 from mm1.errors import UserError
@@ -48,11 +49,12 @@ def multiple_choice(
 ) -> "list[str | Image.Image]":
     """A question with its options, in the layout of ScienceQA (Lu et al. 2022); without options in that of `question`.
 
-    `<image>` marks in text and options where images stand; images without a mark stand before the text.
+    `<image>` marks in text and options where images stand; images without a mark stand before the text, and marks
+    beyond the number of images are text.
     """
     shown = " ".join(f"({letter}) {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options))
     asked = f" Question: {text}\nOptions: {shown}\nAnswer:" if options else f" Question: {text} Short answer:"
-    (parts,) = interleave([asked if images else asked.lstrip()], images)
+    (parts,) = interleave([asked if images else asked.lstrip()], images, strict=False)
     return parts
 
 
@@ -76,23 +78,22 @@ class Shot:
         return Shot(tuple(part.lstrip() for part in self.parts if isinstance(part, str)), self.answer)
 
 
-def few_shot(shots: Iterable[Shot], query: Prompt) -> "list[str | Image.Image]":
+def few_shot(shots: Iterable[Shot], query: Prompt) -> "list[str | Media | Image.Image]":
     return [part for shot in shots for part in shot.shown] + list(query)
 
 
-Piece = list["str | list[np.ndarray]"]  # part of a prompt with the views of its images, which serves in many prompts
+Piece = list["str | list[View]"]  # part of a prompt with the views of its images, which serves in many prompts
 
 
 def piece(model: MM1, parts: Prompt, policy: "ImagePolicy | None" = None) -> Piece:
     """policy: how images become patches, if not as the model was trained."""
-    policy = policy or policy_of(model)
-    return [part if isinstance(part, str) else policy.views(part) for part in checked(parts)]
+    return with_views(policy or policy_of(model), parts)
 
 
 def joined(model: MM1, pieces: Iterable[Piece]) -> tuple[Document, str]:
     """Return a prompt and its last text. Texts of adjacent pieces are encoded as one."""
-    parts = one_text(part for piece in pieces for part in piece)
-    return encoder_of(model).prompt(parts), last_text(parts)
+    parts = joined_texts(part for piece in pieces for part in piece)
+    return document_of(tokenizer_of(model), model.config.connector.tokens, parts), last_text(parts)
 
 
 def encode_mixed(
@@ -142,7 +143,7 @@ class Retrieval:
         """Digests, and features float32 [N, Dv] of length 1."""
         views, digests = map(self.policy.resize, images), []
         while some := list(islice(views, self.batch)):
-            names = [image_digest(view) for view in some]
+            names = [view_digest(View("image", view)) for view in some]
             fresh = {name: view for name, view in zip(names, some) if name not in self.known}
             if fresh:
                 self.known.update(zip(fresh, self._encoded(list(fresh.values()))))

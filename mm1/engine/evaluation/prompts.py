@@ -1,4 +1,4 @@
-"""Prompts of shots and a query: which shots are chosen, and how they are shown."""
+"""Few-shot prompts of benchmarks: chooses the shots, and encodes shots and query as a document."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm1.engine.data.document import Document
-from mm1.engine.data.images import ImagePolicy
 from mm1.engine.evaluation.benchmarks import Benchmark
 from mm1.engine.evaluation.fewshot import Piece, Retrieval, joined, piece
 from mm1.engine.evaluation.samples import Key, Picture, Sample, picture
@@ -18,16 +17,16 @@ from mm1.errors import UserError, at_least
 
 CHOICES = ("random", "fixed", "similar")
 CACHED = 1 << 30  # bytes of shots' pixels
-SPARE = 64  # candidates beyond the shots, for those that cannot be read or are of the query's image
+SPARE = 64  # extra candidates, in place of shots that cannot be read or show the query's image
 
 
 @dataclass(frozen=True)
 class How:
-    """Says how shots are chosen and shown.
+    """Settings of shots: how they are chosen and shown.
 
-    choose: at random for each query, the same for all, or those whose images are most like its own, one of each image.
-    text_shots: zero-shot prompts begin with two shots without their images, as Flamingo's do and MM1's do not. high:
-    only so many of a prompt's last images as the model was trained, the others without sub-images.
+    choose: "random" for each query, "fixed" for all queries, or "similar": those whose images are most like the
+    query's, one of each image. text_shots: zero-shot prompts begin with two shots without their images, as Flamingo's
+    do and MM1's do not. high: number of a prompt's last images that have sub-images (None: all).
     """
 
     choose: str = "random"
@@ -50,21 +49,21 @@ class Asked(NamedTuple):
 
 
 class Prompts:
-    """Makes documents of shots and a query. What a shot comes to is kept: it is read, resized and encoded once."""
+    """Makes documents of shots and a query. Shots are cached, so that each is read and resized once."""
 
     def __init__(self, model: MM1, benchmark: Benchmark, pool: Sequence[Sample], how: How, features: Path):
         self.model, self.benchmark, self.pool, self.how, self.features = model, benchmark, pool, how, features
         self.high = policy_of(model)
         self.low = self.high if how.high is None else policy_of(model, parts=1)
         self.retrieval: Retrieval | None = None
-        self.candidates: list[int] = []  # shots, by their number in it
-        self.near: dict[Picture, list[int]] = {}  # shots like an image, the most alike last
-        self.unreadable: dict[Picture, str] = {}  # shots
-        shots = CACHED // (views(self.high) * self.high.longest * self.high.patch**2 * 3)
+        self.candidates: list[int] = []  # numbers in the pool of the shots that `retrieval` has
+        self.near: dict[Picture, list[int]] = {}  # numbers of shots that resemble an image, the most similar last
+        self.unreadable: dict[Picture, str] = {}  # images of shots, and why they cannot be read
+        shots = CACHED // self.high.max_bytes
         self.piece = lru_cache(shots)(self._piece)
 
     def check(self, n: int, samples: Sequence[Sample]) -> None:
-        """Find the shots that are like these samples, if they are to be. Raises UserError if there are not enough."""
+        """Raise UserError if there are fewer than n shots; find similar shots of these samples if they are wanted."""
         n = n or 2 * self.how.text_shots
         if n and len({sample.images or sample.key for sample in self.pool}) <= n:
             raise UserError(f"{len(self.pool)} answered samples to draw shots from, expected over {n}")
@@ -81,11 +80,14 @@ class Prompts:
         self.near = {path: [self.candidates[i] for i in of] for path, of in zip(queries, near)}
 
     def seeded(self, n: int) -> bool:
-        """Say whether prompts of n shots depend on the seed."""
+        """Return whether prompts of n shots depend on the seed."""
         return bool(n or self.how.text_shots) and self.how.choose != "similar"
 
     def ask(self, n: int, sample: Sample, seed: int | None = None) -> Asked | str:
-        """Return the prompt; or why the query's image cannot be read. seed: of the drawing (default: that of `how`)."""
+        """Return the prompt of n shots, or the reason why the query's image cannot be read.
+
+        seed: of random shots (default: that of `how`). Raises UserError if too few shots can be read.
+        """
         try:
             images = [picture(where) for where in sample.images]
         except UserError as error:
@@ -110,13 +112,13 @@ class Prompts:
         return Asked(*continued(tokenizer_of(self.model), document, end, texts), keys)
 
     def _order(self, sample: Sample, n: int, seed: int) -> Sequence[int]:
-        """Return the numbers of the shots to try, with spare ones behind."""
+        """Return the numbers of candidates for shots in order, with SPARE more than n."""
         if not n:
             return []
         if self.how.choose == "similar":
             if sample.image in self.near:
                 return self.near[sample.image]
-            seed = 0  # without an image nothing is like it
+            seed = 0  # a query without an image gets random shots
         draw = random.Random(seed if self.how.choose == "fixed" else f"{seed} {sample.key}")
         return draw.sample(range(len(self.pool)), min(len(self.pool), n + SPARE))
 
@@ -134,13 +136,8 @@ class Prompts:
         return piece(self.model, (shot.text if bare else shot).shown, self.high if high else self.low)
 
 
-def views(policy: ImagePolicy) -> int:
-    """Return how many views an image becomes."""
-    return 1 if policy.parts == 1 else 1 + policy.parts**2
-
-
 def _readable(paths: Iterable[Picture], found: list[Picture], missed: dict[Picture, str]) -> Iterator[Any]:
-    """Yield the images that can be read, each once, and add where they are to `found`, the others to `missed`."""
+    """Yield each readable image once. Add its place to `found`; add places of others with the reason to `missed`."""
     for path in dict.fromkeys(paths):
         try:
             image = picture(path)

@@ -34,10 +34,11 @@ Picture = Path | Embedded
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds one question to a model.
+    """Holds one question of a benchmark.
 
     key: its name in submissions. image: the first image; None without images. question: `<image>` marks the place of an
-    image; images without a mark come before the text. references: captions, the answers of ten people, or the letter
+    image; images without a mark come before the text, and a mark without an image is text. references: captions, the
+    answers of ten people, or the letter
     of the right option; empty in test splits. options: of a multiple choice. groups: parts of the benchmark whose
     scores it counts for. others: the images after the first.
     """

@@ -1,14 +1,15 @@
-"""Keys and values of every layer in pages of PAGE tokens: who has which, and what one forward sees of them.
+"""The paged cache of keys and values: allocates pages of PAGE tokens, and keeps full ones as a prefix cache.
 
-Full pages, of prompts and of what was generated, stay known by what they hold, token ids and contents of images alike,
-and by all before them: a later prompt that begins the same shares them. Known pages that nobody uses any more are
-evicted when pages are needed, least recently used first.
+A full page of a prompt or a generated text is registered under a name, the hash of its token ids, of the views of media
+in it (kind and values) and of the name of the page before it. A later prompt that begins the same shares these pages.
+Registered pages without a user are evicted when pages are needed, the least recently used first.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -24,18 +25,21 @@ PAGE = 16
 
 
 class Rows(NamedTuple):
-    """New rows of B documents in one forward. behind: some have more before them than they bring."""
+    """New rows of B documents in one forward pass."""
 
     cu_seqlens: Tensor  # int32 [B + 1]
-    tables: Tensor  # int32 [B, M]
-    lengths: Tensor  # int32 [B], with the new rows
+    tables: Tensor  # int32 [B, M], the pages of each document
+    lengths: Tensor  # int32 [B], rows of each document including the new ones
     slots: Tensor  # int64 [T], place of each new row among all pages' tokens
-    most: int  # new rows of one document
-    behind: bool
+    most: int  # the largest number of new rows of one document
+    behind: bool  # whether some documents have cached rows before the new ones
 
 
 class Cache:
-    """Allocates `pages` pages. A document takes those of its prompt, and one more whenever it has filled its last."""
+    """Allocates `pages` pages: to a document those of its prompt, and one more whenever it has filled its last.
+
+    Raises UserError if the device has no memory for them.
+    """
 
     def __init__(self, c: Decoder, pages: int, device: torch.device, dtype: torch.dtype):
         shape = (c.layers, pages, PAGE, c.kv_heads, c.head_width)
@@ -44,23 +48,25 @@ class Cache:
         except RuntimeError as error:
             raise UserError(f"no memory for a cache of {pages * PAGE} tokens ({error})") from None
         self.pages = pages
-        self.users = [0] * pages
+        self.users = [0] * pages  # documents that use each page
         self.free = bytearray(b"\1") * pages  # 1 where a page is free: runs are found by a search for bytes
-        self.empty = pages  # free pages
-        self.cursor = 0  # where a run for the next document is looked for
-        self.dropped = 0  # pages that became free or idle, since the beginning
-        self.known: dict[bytes, int] = {}  # page by what it and all before it hold
-        self.names: dict[int, bytes] = {}
-        self.idle: OrderedDict[int, None] = OrderedDict()  # known pages without a user, last used last
+        self.free_count = pages
+        self.cursor = 0  # the search for the next document's run begins here
+        self.released = 0  # pages that became free or idle since the beginning
+        self.page_of: dict[bytes, int] = {}  # registered pages by their names
+        self.name_of: dict[int, bytes] = {}  # and their names
+        self.idle: OrderedDict[int, None] = OrderedDict()  # registered pages without a user, least recently used first
 
     @property
     def room(self) -> int:
-        """Return how many pages can be taken."""
-        return self.empty + len(self.idle)
+        """Return the number of pages that can be allocated."""
+        return self.free_count + len(self.idle)
 
-    def take(self, count: int, shared: Sequence[int] = (), *, leave: int = 0, ahead: int = 0) -> list[int] | None:
-        """Allocate `count` pages for a document that begins with `shared` ones; None where fewer than `leave` would
-        remain. They lie side by side if they can, with `ahead` pages for all before the next document's begin.
+    def allocate(self, count: int, shared: Sequence[int] = (), *, leave: int = 0, ahead: int = 0) -> list[int] | None:
+        """Return `count` pages for a document that begins with the pages `shared`, None if fewer than `leave` remain.
+
+        New pages are contiguous where possible, with room for the document to grow to `ahead` pages before the next
+        document's begin.
         """
         fresh = count - len(shared)
         if fresh + leave > self.room - sum(page in self.idle for page in shared):
@@ -69,15 +75,15 @@ class Cache:
             self.users[page] += 1
             self.idle.pop(page, None)
         self._evict(fresh)
-        taken = self._run(fresh)
-        if taken:
-            self.cursor = taken[-1] + 1 + max(ahead - count, 0)
-        for page in taken:
+        new = self._run(fresh)
+        if new:
+            self.cursor = new[-1] + 1 + max(ahead - count, 0)
+        for page in new:
             self._use(page)
-        return [*shared, *taken]
+        return [*shared, *new]
 
-    def grow(self, last: int) -> int | None:
-        """Allocate one page more for a document whose last page is `last`: the next one if it is free."""
+    def extend(self, last: int) -> int | None:
+        """Return one more page for a document whose last page is `last`, if possible the next one; None if full."""
         if not self.room:
             return None
         self._evict(1)
@@ -86,14 +92,14 @@ class Cache:
         return page
 
     def _evict(self, count: int) -> None:
-        """Forget known pages until so many are free."""
-        while self.empty < count:
+        """Evict idle pages until `count` pages are free."""
+        while self.free_count < count:
             page, _ = self.idle.popitem(last=False)
-            del self.known[self.names.pop(page)]
-            self._release(page)
+            del self.page_of[self.name_of.pop(page)]
+            self._free(page)
 
     def _run(self, count: int) -> list[int]:
-        """Return free pages side by side, or else any."""
+        """Return contiguous free pages, or else any free pages."""
         run = b"\1" * count
         at = self.free.find(run, self.cursor)
         at = self.free.find(run) if at < 0 else at
@@ -102,70 +108,65 @@ class Cache:
     def _use(self, page: int) -> None:
         self.users[page] += 1
         self.free[page] = 0
-        self.empty -= 1
+        self.free_count -= 1
 
-    def _release(self, page: int) -> None:
+    def _free(self, page: int) -> None:
         self.free[page] = 1
-        self.empty += 1
+        self.free_count += 1
 
-    def drop(self, pages: Sequence[int]) -> None:
-        """Take note that a document is done with its pages."""
-        for page in reversed(pages):  # a beginning without its first page is of no use
+    def release(self, pages: Sequence[int]) -> None:
+        """Release the pages of a document: registered ones become idle when their last user releases them."""
+        for page in reversed(pages):  # first pages are evicted last: a prefix without its first page is of no use
             self.users[page] -= 1
             if not self.users[page]:
-                self.dropped += 1
-                if page in self.names:
+                self.released += 1
+                if page in self.name_of:
                     self.idle[page] = None
                 else:
-                    self._release(page)
+                    self._free(page)
 
-    def known_of(self, names: Sequence[bytes], before: int) -> int:
-        """Return how many of these names, from the first on, are known. before: how many were when last asked.
+    def count_registered(self, names: Sequence[bytes], before: int) -> int:
+        """Return how many of these names, from the first on, are registered. before: the result of the last call.
 
-        Only what has changed takes time: a prefix loses its last pages first.
+        The time depends only on the difference to `before`, since a prefix loses its last pages first.
         """
-        count = before if before <= len(names) and before and names[before - 1] in self.known else 0
-        while count < len(names) and names[count] in self.known:
+        count = before if before <= len(names) and before and names[before - 1] in self.page_of else 0
+        while count < len(names) and names[count] in self.page_of:
             count += 1
         return count
 
-    def shared(self, names: Sequence[bytes]) -> list[int]:
-        """Pages that hold the beginning of what these are the names of."""
-        found = []
-        for name in names:
-            if name not in self.known:
-                break
-            found.append(self.known[name])
-        return found
+    def find(self, names: Sequence[bytes]) -> list[int]:
+        """Return the pages with these names, up to the first name that is not registered."""
+        return [self.page_of[name] for name in takewhile(self.page_of.__contains__, names)]
 
-    def remember(self, pages: Sequence[int], names: Sequence[bytes]) -> None:
-        """What these pages hold by now; one whose name is taken already stays unknown."""
+    def register(self, pages: Sequence[int], names: Sequence[bytes]) -> None:
+        """Register full pages under their names, except for those whose name another page has."""
         for page, name in zip(pages, names):
-            if name not in self.known:
-                self.known[name], self.names[page] = page, name
+            if name not in self.page_of:
+                self.page_of[name], self.name_of[page] = page, name
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy keys and values of pages, (from, to); none is both."""
+        """Copy keys and values between pages, each pair (source, target); no page is both."""
         if pairs:
             source, target = torch.tensor(pairs, device=self.k.device).unbind(1)
-            for held in (self.k, self.v):
-                held.index_copy_(1, target, held.index_select(1, source))
+            for cached in (self.k, self.v):
+                cached.index_copy_(1, target, cached.index_select(1, source))
 
-    def forget(self) -> None:
-        """Forget what pages hold; those in use stay with their users."""
+    def clear(self) -> None:
+        """Drop the prefix cache: free idle pages; pages in use stay with their users, unregistered."""
         for page in self.idle:
-            self._release(page)
-        self.known, self.names = {}, {}
+            self._free(page)
+        self.page_of, self.name_of = {}, {}
         self.idle.clear()
 
     def attends(self, rows: Rows) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
-        """A layer's attention, by layers."""
+        """Return each layer's attention function of q, k and v of the new rows."""
         return [partial(_attend, keys, values, rows) for keys, values in zip(self.k.unbind(), self.v.unbind())]
 
     def rows(self, tables: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int], ends: Sequence[int]) -> Rows:
-        """Of documents whose pages are `tables`, the rows from `starts` to `ends`."""
-        device, most = self.k.device, max(map(len, tables), default=0)
-        table = np.zeros((len(tables), most), np.int32)
+        """Return rows `starts` to `ends` of the documents whose pages are `tables` as one forward pass's Rows."""
+        device, width = self.k.device, max(map(len, tables), default=0)
+        table = np.zeros((len(tables), width), np.int32)
         for b, pages in enumerate(tables):
             table[b, : len(pages)] = pages
         slots = [table[b, np.arange(s, e) // PAGE].astype(np.int64) * PAGE + np.arange(s, e) % PAGE
@@ -178,7 +179,10 @@ class Cache:
 
 
 def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """New rows q [T, H, Dh], k and v [T, G, Dh] are kept, and see all of their document up to themselves."""
+    """Store k and v [T, G, Dh] of the new rows, and return their causal attention over all of their documents.
+
+    q and the result [T, H, Dh].
+    """
     keys.flatten(0, 1).index_copy_(0, rows.slots, k)
     values.flatten(0, 1).index_copy_(0, rows.slots, v)
     if not rows.behind:
@@ -186,20 +190,20 @@ def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: T
     return paged_attention(q, keys, values, rows.cu_seqlens, rows.tables, rows.lengths, rows=rows.most)
 
 
-def names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: int) -> list[bytes]:
-    """Return names of a prompt's full pages, but of one that ends with it: what each and all before it hold.
+def page_names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: int) -> list[bytes]:
+    """Return the names of a prompt's full pages, except for a last one that ends with the prompt.
 
-    digests: of its images.
+    digests: of its views of media (record.view_digest), each of which has `slots` tokens image_id.
     """
-    found, name = [], b""
-    images = np.cumsum(tokens == image_id)  # tokens of images up to each row
+    names, name = [], b""
+    counts = np.cumsum(tokens == image_id)  # slots of media up to each row
     for start in range(0, len(tokens) - PAGE, PAGE):
-        first, last = (int(images[start - 1]) if start else 0) // slots, cdiv(int(images[start + PAGE - 1]), slots)
+        first, last = (int(counts[start - 1]) if start else 0) // slots, cdiv(int(counts[start + PAGE - 1]), slots)
         name = page_name(name, tokens[start : start + PAGE], digests[first:last])
-        found.append(name)
-    return found
+        names.append(name)
+    return names
 
 
 def page_name(before: bytes, tokens: np.ndarray, digests: Sequence[bytes]) -> bytes:
-    """Return the name of a page of these tokens behind the page named `before`, with a part of these images."""
+    """Return the name of a page of these tokens after the page named `before`, in which these views have slots."""
     return hashlib.sha256(before + np.asarray(tokens, np.int32).tobytes() + b"".join(digests)).digest()

@@ -7,6 +7,7 @@ rows are prefilled, and their features are cached by the images' content.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mm1.engine.data.document import Document
 from mm1.engine.infer.beams import Beams, tokens_of
-from mm1.engine.infer.cache import PAGE, Cache, Rows, names
+from mm1.engine.infer.cache import PAGE, Cache, Rows, page_names
 from mm1.engine.infer.decode import step_of
 from mm1.engine.infer.detokenizer import Text
 from mm1.engine.infer.features import Features
@@ -112,7 +113,7 @@ class Engine:
         if not len(answer):
             raise UserError("an answer to score is empty")
         tokens = np.array([*prompt.tokens, *answer], np.int32)
-        document = Document(tokens, prompt.images, prompt.key)
+        document = replace(prompt, tokens=tokens)
         return self._enqueue(Request(document, Sampling(), Text(self.tokenizer, (), None), len(answer), limit=0))
 
     def _enqueue(self, request: Request) -> Request:
@@ -131,14 +132,14 @@ class Engine:
         if len(self.waiting) + len(self.running) >= self.capacity:
             raise Busy(f"{len(self.waiting)} requests wait already")
         request.places = np.flatnonzero(tokens == self.tokenizer.image)
-        request.cached = names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)
+        request.page_names = page_names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)
         self.schedule.add(request)
         return request
 
     def forget(self) -> None:
-        """Empty the prefix cache and the cache of image features. After a change of weights make a new Engine."""
-        self.cache.forget()
-        self.features.forget()
+        """Forget earlier prompts and images. After a change of weights make a new Engine."""
+        self.cache.clear()
+        self.features.clear()
 
     def cancel(self, request: Request) -> None:
         """End a waiting or running request; it keeps its text so far. Then raises what its on_text raises."""
@@ -297,7 +298,7 @@ class Engine:
                     if request.beams.done:
                         self._end(request, "stop" if request._text.ends(request.beams.best.tokens) else "length")
                     continue
-                request.take(*choice[:3])
+                request.append(*choice[:3])
                 if request.finish:  # cancelled by its own on_text
                     continue
                 if request._text.done:

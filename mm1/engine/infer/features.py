@@ -1,7 +1,7 @@
-"""Features of images: encoded when the rows of a prompt that show them are due, and kept by content.
+"""Cache of media features: a view is encoded when its rows of a prompt are due, and its features are kept by digest.
 
-What requests have in common is encoded once. Features that were used longest ago are dropped when all together have
-more than so many bytes.
+A digest names a view by its kind and values, so that requests with the same views share their features. The least
+recently used features are evicted when all together exceed a number of bytes.
 """
 
 from collections import OrderedDict
@@ -11,88 +11,91 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm1.engine.data.record import View
 from mm1.engine.infer.request import Request
 from mm1.engine.models.mm1 import MM1
 from mm1.kernels.patches.grids import Grids
 
 
 class Features:
-    """Holds features [n, D] of images by their digests.
+    """Holds features [n, D] of views by their digests.
 
-    patches: that one call encodes at most, but for one image that has more; most: bytes that are kept.
+    patches: the number that one call encodes at most, except for one view that has more; max_bytes: of the cache.
     """
 
-    def __init__(self, model: MM1, patches: int, most: int):
-        self.model, self.patches, self.most = model, patches, most
-        self.known: OrderedDict[bytes, Tensor] = OrderedDict()  # used last last
-        self.bytes = self.encoded = 0  # encoded: images, since the beginning
+    def __init__(self, model: MM1, patches: int, max_bytes: int):
+        self.model, self.patches, self.max_bytes = model, patches, max_bytes
+        self.cached: OrderedDict[bytes, Tensor] = OrderedDict()  # the least recently used first
+        self.bytes = 0
+        self.encoded = 0  # views that were encoded since the beginning
 
     def rows(self, requests: Sequence[Request]) -> tuple[np.ndarray, Tensor] | None:
-        """Return the rows that images have among all that are due of these prompts, int64, and features [rows, D].
+        """Return the places of media among all rows that are due, int64 [rows], and their features [rows, D].
 
-        It returns None where no image is due. Where the images are more than one call encodes, it lowers `due` of the
-        requests that have to wait for the next, to 0 if need be.
+        Return None where no row of a medium is due. If the views have more patches than one call encodes, `due` is
+        lowered for the requests whose views are encoded in a later call, to 0 if need be.
         """
-        found: dict[bytes, Tensor] = {}
-        missing: dict[bytes, np.ndarray] = {}
-        patch, left = self.model.config.vision.patch, self.patches
+        features: dict[bytes, Tensor] = {}
+        missing: dict[bytes, View] = {}
+        patch, room = self.model.config.vision.patch, self.patches
         for request in requests:
-            first, last = request.images(request.computed, request.computed + request.due)
+            first, last = request.media_range(request.computed, request.computed + request.due)
             for i in range(first, last):
-                digest, image = request.digests[i], request.document.images[i]
-                kept = request.features.get(digest, self.known.get(digest))
-                if kept is not None:
-                    found[digest] = kept
+                digest, view = request.digests[i], request.document.media[i]
+                cached = request.features.get(digest, self.cached.get(digest))
+                if cached is not None:
+                    features[digest] = cached
                 elif digest not in missing:
-                    size = image.shape[0] * image.shape[1] // patch**2
-                    if missing and size > left:
+                    size = view.patches(patch)
+                    if missing and size > room:
                         request.due = max(int(request.places[i * request.slots]) - request.computed, 0)
                         break
-                    missing[digest], left = image, left - size
-        found.update(self._encode(missing))
-        self._keep(found)
-        return self._gather(requests, found)
+                    missing[digest], room = view, room - size
+        features.update(self._encode(missing))
+        self._cache(features)
+        return self._gather(requests, features)
 
-    def _gather(self, requests: Sequence[Request], found: dict[bytes, Tensor]) -> tuple[np.ndarray, Tensor] | None:
+    def _gather(self, requests: Sequence[Request], features: dict[bytes, Tensor]) -> tuple[np.ndarray, Tensor] | None:
         places, parts, offset = [], [], 0
         for request in requests:
             start, end = request.computed, request.computed + request.due
-            first, last = request.images(start, end)
-            begin, stop = np.searchsorted(request.places, [start, end]).tolist()  # its rows among those of all images
-            shown = [request.digests[i] for i in range(first, last)]
-            if shown:
-                skipped = begin - first * request.slots  # rows of the first image before `start`
-                parts.append(torch.cat([found[digest] for digest in shown])[skipped : skipped + stop - begin])
+            first, last = request.media_range(start, end)
+            begin, stop = np.searchsorted(request.places, [start, end]).tolist()  # its rows among those of all views
+            digests = request.digests[first:last]
+            if digests:
+                skipped = begin - first * request.slots  # rows of the first view before `start`
+                parts.append(torch.cat([features[digest] for digest in digests])[skipped : skipped + stop - begin])
                 places.append(request.places[begin:stop] + (offset - start))
-            # An image that goes on in the next step is kept for it, whatever else is encoded until then.
-            again = shown and stop < last * request.slots
-            request.features = {shown[-1]: found[shown[-1]]} if again else {}
+            # The features of a view that goes on in the next step are kept for it, whatever is evicted until then.
+            unfinished = digests and stop < last * request.slots
+            request.features = {digests[-1]: features[digests[-1]]} if unfinished else {}
             offset += request.due
         return (np.concatenate(places), torch.cat(parts)) if places else None
 
-    def _encode(self, missing: dict[bytes, np.ndarray]) -> dict[bytes, Tensor]:
-        """Encode images together, equal sizes side by side."""
+    def _encode(self, missing: dict[bytes, View]) -> dict[bytes, Tensor]:
+        """Encode views in one call, equal sizes side by side."""
         if not missing:
             return {}
-        order = sorted(missing, key=lambda digest: missing[digest].shape)
-        images, patch = [missing[digest] for digest in order], self.model.config.vision.patch
+        order = sorted(missing, key=lambda digest: missing[digest].values.shape)
+        arrays, patch = [missing[digest].values for digest in order], self.model.config.vision.patch
         device = self.model.decoder.embedding.weight.device
-        pixels = np.concatenate([np.ascontiguousarray(image).reshape(-1, 3) for image in images])
-        grids = Grids([(h // patch, w // patch) for h, w, _ in (image.shape for image in images)], device=device)
-        encoded = self.model.encode(torch.from_numpy(pixels).to(device), grids).unflatten(0, (len(images), -1))
-        self.encoded += len(images)
-        return {digest: x.clone() for digest, x in zip(order, encoded.unbind())}  # none holds the others
+        values = np.concatenate([np.ascontiguousarray(x).reshape(-1, x.shape[-1]) for x in arrays])
+        grids = Grids([(x.shape[0] // patch, x.shape[1] // patch) for x in arrays], device=device)
+        encoded = self.model.encode(torch.from_numpy(values).to(device), grids).unflatten(0, (len(arrays), -1))
+        self.encoded += len(arrays)
+        return {digest: x.clone() for digest, x in zip(order, encoded.unbind())}  # copies: none keeps the others alive
 
-    def _keep(self, found: dict[bytes, Tensor]) -> None:
-        """Keep these as the last that were used, and drop what is too much."""
-        for digest, x in found.items():
-            self.bytes += 0 if digest in self.known else x.nbytes
-            self.known[digest] = x
-            self.known.move_to_end(digest)
-        while self.bytes > self.most:
-            _, x = self.known.popitem(last=False)
+    def _cache(self, features: dict[bytes, Tensor]) -> None:
+        """Add features as the most recently used ones, and evict until max_bytes are not exceeded."""
+        for digest, x in features.items():
+            self.bytes += 0 if digest in self.cached else x.nbytes
+            self.cached[digest] = x
+            self.cached.move_to_end(digest)
+        while self.bytes > self.max_bytes:
+            _, x = self.cached.popitem(last=False)
             self.bytes -= x.nbytes
 
-    def forget(self) -> None:
-        self.known.clear()
+    def clear(self) -> None:
+        """Drop all features."""
+        self.cached.clear()
         self.bytes = 0

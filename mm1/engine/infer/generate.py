@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mm1.engine.data.document import Document
+from mm1.engine.data.document import Document, joined_texts
 from mm1.engine.infer.beams import pages_of
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.engine import TOKENS, Engine
-from mm1.engine.infer.prompts import Prompt, continued, encode_prompts, last_text, one_text, tokenizer_of
+from mm1.engine.infer.prompts import Prompt, continued, encode_prompts, last_text, tokenizer_of
 from mm1.engine.infer.request import Request, fitted
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
@@ -81,7 +81,7 @@ def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]
     for document, parts, texts in zip(encoded, prompts, answers):
         if not all(texts):
             raise UserError("an answer to score is empty")
-        document, ids = continued(tokenizer_of(model), document, last_text(one_text(parts)), texts)
+        document, ids = continued(tokenizer_of(model), document, last_text(joined_texts(parts)), texts)
         documents.append([(document, tokens) for tokens in ids])
     flat = [pair for pairs in documents for pair in pairs]
     pages = [cdiv(len(prompt.tokens) + len(ids), PAGE) for prompt, ids in flat]

@@ -36,7 +36,7 @@ class Graphs:
     def __init__(self, decoder: Any, head: nn.Module, cache: Cache, batch: int):
         self.decoder, self.head, self.cache = twin(decoder), head, cache
         self._compile()
-        spare = cache.take(1)
+        spare = cache.allocate(1)
         assert spare, "a cache of no pages"
         self.spare, self.captured, self.pool = spare[0], {}, None
         self.whole = np.zeros((power_of_2(batch), 2 + PAGES), np.int32)

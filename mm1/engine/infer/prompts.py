@@ -1,11 +1,12 @@
-"""Prompts of texts and images, encoded as a model was trained to see them."""
+"""Prompts of texts and media, encoded as a model was trained to see them."""
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mm1.engine.data.batch import exact_budget
-from mm1.engine.data.document import Document, DocumentEncoder, TextTokenizer
+from mm1.engine.data.codecs import Codec, codec_of
+from mm1.engine.data.document import Document, TextTokenizer, document_of, joined_texts
+from mm1.engine.data.record import Media, View
 from mm1.engine.models.mm1 import MM1
 from mm1.errors import Unreadable, UserError
 
@@ -14,39 +15,50 @@ if TYPE_CHECKING:
 
     from mm1.engine.data.images import ImagePolicy
 
-Prompt = Sequence["str | Image.Image"]
-CHARACTERS = 64  # to a token, at most, unless the vocabulary has longer ones: a tokenizer may drop spaces
+Prompt = Sequence["str | Media | Image.Image"]  # texts, and media that are encoded, or decoded as by their codec
+CHARACTERS = 64  # of one token, at most, unless the vocabulary has longer ones: a tokenizer may drop spaces
+MARK = "<image>"
 
 
-def interleave(texts: Sequence[str], images: "Sequence[Image.Image]") -> "list[list[str | Image.Image]]":
-    """Prompts of texts in which `<image>` marks the place of the next image; images without a mark open the first."""
-    marks = sum(text.count("<image>") for text in texts)
-    if marks > len(images):
-        raise UserError(f"the prompt has {marks} <image> marks for {len(images)} images")
-    spare, rest = list(images[: len(images) - marks]), iter(images[len(images) - marks :])
+def interleave(
+    texts: Sequence[str], images: "Sequence[Image.Image]", *, strict: bool = True
+) -> "list[list[str | Image.Image]]":
+    """Return one prompt a text, with the next image in the place of each `<image>`.
+
+    Images without a mark open the first prompt. Marks beyond the number of images raise UserError, or are text where
+    `strict` is false.
+    """
+    marks = sum(text.count(MARK) for text in texts)
+    if strict and marks > len(images):
+        raise UserError(f"the prompt has {marks} {MARK} marks for {len(images)} images")
+    unmarked = max(len(images) - marks, 0)
+    opening, following = list(images[:unmarked]), list(images[unmarked:])
     prompts: list[list[str | Image.Image]] = []
     for text in texts:
-        parts: list[str | Image.Image] = [*spare]
-        spare = []
-        for i, piece in enumerate(text.split("<image>")):
-            parts += [next(rest)] if i else []
+        parts: list[str | Image.Image] = [*opening]
+        opening = []
+        for i, piece in enumerate(text.split(MARK, len(following))):
+            parts += [following.pop(0)] if i else []
             parts += [piece] if piece else []
         prompts.append(parts)
     return prompts
 
 
-def encode_prompts(model: MM1, prompts: Sequence[Prompt], context: int | None = None) -> list[Document]:
-    """Return prompts as documents. Raises UserError for one that is longer than the model's context, or than this.
+def encode_prompts(
+    model: MM1, prompts: Sequence[Prompt], context: int | None = None, codec: Codec | None = None
+) -> list[Document]:
+    """Return prompts as documents. codec: of their media (default: the model's).
 
-    One whose text cannot be that short is refused before it is encoded, which takes time in proportion to its length.
+    Raises UserError for a prompt that is longer than the model's context or than `context` tokens. A text that cannot
+    fit is refused before it is encoded, which takes time in proportion to its length.
     """
-    c, encode = model.config, encoder_of(model)
-    known = [tokens for tokens in (context, c.context) if tokens]
+    c, tokenizer, codec = model.config, tokenizer_of(model), codec or codec_of(model.config)
+    limit = min((tokens for tokens in (context, c.context) if tokens), default=None)
     documents = []
-    for parts in map(checked, prompts):
-        if known:
-            refuse_long_text(encode.tokenizer, parts, min(known))
-        documents.append(encode.prompt(parts))
+    for parts in prompts:
+        if limit:
+            refuse_long_text(tokenizer, parts, limit)
+        documents.append(document_of(tokenizer, c.connector.tokens, with_views(codec, parts)))
         refuse_long(len(documents[-1].tokens), c.context, context)
     return documents
 
@@ -64,71 +76,72 @@ def refuse_long_text(tokenizer: TextTokenizer, parts: Iterable[object], tokens: 
     return size
 
 
+def with_views(codec: Codec, parts: Prompt) -> "list[str | list[View]]":
+    """Return a prompt's parts as document_of takes them: adjacent texts joined, and each medium as its views.
+
+    Raises UserError for a part that is neither text nor a medium of the codec's kind, or cannot be decoded.
+    """
+    if isinstance(parts, str):
+        raise UserError("a prompt is a sequence of texts and media, not str")
+    return [part if isinstance(part, str) else _views(codec, part) for part in joined_texts(parts)]
+
+
+def _views(codec: Codec, part: Any) -> list[View]:
+    if isinstance(part, Media):
+        if part.kind != codec.kind:
+            raise UserError(f"the prompt has a medium of kind {part.kind!r}, expected {codec.kind!r}")
+        try:
+            medium = codec.decode(part.data)
+        except Unreadable as error:
+            raise UserError(str(error)) from None
+    else:
+        medium = codec.check(part)
+    return [View(codec.kind, values) for values in codec.views(medium)]
+
+
 def refuse_long(tokens: int, trained: int | None, cache: int | None) -> None:
-    """Raise UserError for a prompt, with its answer if that is scored, that the model or the cache has no room for."""
+    """Raise UserError for a prompt that is longer than the model's context or the cache.
+
+    tokens: of the prompt, and of its answer where that is scored. trained, cache: tokens, None for no limit.
+    """
     if trained and tokens > trained:
         raise UserError(f"the prompt has {tokens} tokens, the model was trained on at most {trained}")
     if cache and tokens > cache:
         raise UserError(f"the prompt has {tokens} tokens, the cache holds at most {cache}")
 
 
-def refuse_malformed(document: Document, slots: int, image: int, vocabulary: int) -> None:
-    """Raise UserError for ids that are not in the vocabulary, or whose image tokens are not those of the images."""
-    tokens, images = document.tokens, len(document.images)
+def refuse_malformed(document: Document, slots: int, image_id: int, vocabulary: int, kind: str = "image") -> None:
+    """Raise UserError for a document of ids outside the vocabulary, or whose slots are not those of its views.
+
+    slots: tokens of one view. kind: of the media that the model takes.
+    """
+    tokens, views = document.tokens, len(document.media)
     if not len(tokens):
         raise UserError("the prompt has no tokens, expected at least begin-of-text")
     if (wrong := tokens[(tokens < 0) | (tokens >= vocabulary)]).size:
         raise UserError(f"the prompt has the token id {wrong[0]}, expected 0 to {vocabulary - 1}")
-    if (found := int((tokens == image).sum())) != slots * images:
-        raise UserError(f"the prompt has {found} image tokens, expected {slots * images} of its {images} images")
-
-
-def encoder_of(model: MM1) -> DocumentEncoder:
-    c = model.config
-    return DocumentEncoder(tokenizer_of(model), policy_of(model), c.connector.tokens, exact_budget([], c.vision.patch))
-
-
-def checked(parts: Prompt) -> "list[str | Image.Image]":
-    """Return adjacent texts as one, and images in RGB and upright, whatever they were.
-
-    Raises UserError for what is neither text nor image.
-    """
-    from PIL import Image
-
-    from mm1.engine.data.images import upright
-
-    wrong = [parts] if isinstance(parts, str) else [p for p in parts if not isinstance(p, str | Image.Image)]
-    if wrong:
-        raise UserError(f"a prompt is a sequence of texts and PIL images, not {type(wrong[0]).__name__}")
-    try:
-        return [part if isinstance(part, str) else upright(part) for part in one_text(parts)]
-    except Unreadable as error:
-        raise UserError(str(error)) from None
-
-
-def one_text(parts: Iterable[Any]) -> list[Any]:
-    """Join adjacent texts, because many a tokenizer begins each text with a space, and leave out empty ones."""
-    found: list[Any] = []
-    for is_text, some in groupby(parts, key=lambda part: isinstance(part, str)):
-        run = list(some)
-        found += filter(None, ["".join(run)]) if is_text else run
-    return found
+    if (count := int((tokens == image_id).sum())) != slots * views:
+        raise UserError(f"the prompt has {count} {kind} tokens, expected {slots * views} of its {views} {kind}s")
+    if other := next((view.kind for view in document.media if view.kind != kind), None):
+        raise UserError(f"the prompt has media of kind {other!r}, expected {kind!r}")
 
 
 def last_text(parts: Sequence[object]) -> str:
-    """Return the text that the parts end with, "" if they end with an image."""
+    """Return the text that the parts end with, "" if they end with a medium."""
     return parts[-1] if parts and isinstance(parts[-1], str) else ""
 
 
 def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":
-    """How the model was trained to see an image; parts: with other sub-images, 1 for none."""
+    """Return the codec of images as the model was trained. parts: k x k sub-images instead of its own, 1 for none."""
     from mm1.engine.data.images import ImagePolicy
 
-    c = model.config
-    return ImagePolicy(c.vision.patch, c.image_mode, c.image_size, c.image_patches, parts or c.image_parts)
+    policy = codec_of(model.config, "image")
+    assert isinstance(policy, ImagePolicy)
+    return replace(policy, parts=parts) if parts else policy
 
 
 def tokenizer_of(model: MM1) -> TextTokenizer:
+    """Return the model's tokenizer. Raises UserError where there is none."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: generate from a trained checkpoint")
     return model.tokenizer
@@ -137,18 +150,18 @@ def tokenizer_of(model: MM1) -> TextTokenizer:
 def continued(
     tokenizer: TextTokenizer, prompt: Document, end: str, answers: Sequence[str]
 ) -> tuple[Document, list[list[int]]]:
-    """Return the prompt and each answer's tokens, as they are when `end`, its last text, and the answer are one text.
+    """Return the prompt and each answer's tokens, as `end` (the prompt's last text) and the answer are encoded as one.
 
-    Encoded alone an answer may begin with a token that never follows a text ("▁" in Llama's). Tokens of `end` that
-    change before one of the answers are taken from the prompt and stand at the beginning of every answer.
+    An answer that is encoded alone may begin with a token that never follows a text ("▁" in Llama's vocabulary).
+    Tokens of `end` that an answer changes are moved from the prompt to the beginning of every answer.
     """
     before = tokenizer.encode(end)
     whole = [tokenizer.encode(end + answer) if answer else before for answer in answers]
-    kept = min((_common(before, ids) for ids in whole), default=len(before))
-    tokens = prompt.tokens[: len(prompt.tokens) - len(before) + kept]
-    return Document(tokens, prompt.images, prompt.key), [ids[kept:] for ids in whole]
+    shared = min((_common_length(before, ids) for ids in whole), default=len(before))
+    tokens = prompt.tokens[: len(prompt.tokens) - len(before) + shared]
+    return replace(prompt, tokens=tokens), [ids[shared:] for ids in whole]
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many tokens both begin with."""
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""A request of the Engine: its prompt, its pages, and the tokens that it has so far."""
+"""A request of the Engine: its prompt, its pages, and the tokens that were generated so far."""
 
 import random
 from collections import Counter
@@ -17,18 +17,18 @@ from mm1.kernels.dispatch import cdiv
 
 
 def fitted(sampling: Sampling, prompt: int, context: int | None) -> Sampling:
-    """Return the settings with max_tokens cut to what a context of so many tokens has room for behind a prompt.
+    """Return the settings with max_tokens cut to the room that `context` tokens have after `prompt` tokens.
 
-    Behind a prompt that fills it there is one token, which is never computed itself.
+    After a prompt that fills the context there is room for one token, whose own row is never computed.
     """
     room = max(context - prompt, 1) if context else sampling.max_tokens
     return sampling if sampling.max_tokens <= room else replace(sampling, max_tokens=room)
 
 
 class Alternatives(Sequence[list[tuple[int, float]]]):
-    """Holds the `width` likeliest tokens in each of `count` places, with log-probabilities: 8 bytes for each.
+    """Holds the `width` likeliest tokens at each of `count` places with their log-probabilities, in 8 bytes each.
 
-    It is as long as the places that are filled; each is a list of pairs.
+    Its length is the number of places that are filled; each is a list of pairs (token, log-probability).
     """
 
     def __init__(self, count: int, width: int):
@@ -57,8 +57,8 @@ class Request:
     """Holds a prompt, its pages and the new tokens.
 
     finish: None while it waits or runs, then "stop", "length", "scored", "cancelled", or "failed" if its on_text or a
-    step that it was in raised `error`. to_score: how many last tokens of the prompt get log-probabilities; limit: of
-    new tokens, where it is not the sampling's.
+    step that computed it raised `error`. to_score: the number of last tokens of the prompt whose log-probabilities are
+    wanted. limit: the largest number of new tokens (default: max_tokens of the sampling).
     """
 
     def __init__(
@@ -68,102 +68,105 @@ class Request:
         self.limit = sampling.max_tokens if limit is None else limit
         self.prompt = len(document.tokens)
         self.digests = document.digests
-        self.cached: list[bytes] = []  # names of its first full pages
-        self.known = 0  # of those that it may share, so many the cache knew when the schedule last looked
-        self.short: tuple[int, int, int] | None = None  # of pages: in which state of the cache (Schedule.admit)
+        self.page_names: list[bytes] = []  # of its first full pages
+        self.registered = 0  # pages of its prefix that were in the cache when the schedule last looked
+        self.short: tuple[int, int, int] | None = None  # the state of the cache that had too few pages (Schedule.admit)
         self.tokens: list[int] = []
-        self.logprobs: list[float] = []  # of tokens, or of an answer's that is scored
-        self.scores: list[float] = []  # of the prompt's last tokens
-        self.score_top: Sequence[list[tuple[int, float]]] = []  # the likeliest tokens in their places
-        self.top: list[list[tuple[int, float]]] = []  # at each new token the likeliest ones
+        self.logprobs: list[float] = []  # of tokens, or of the answer that is scored
+        self.scores: list[float] = []  # log-probabilities of the prompt's last tokens
+        self.score_top: Sequence[list[tuple[int, float]]] = []  # the likeliest tokens at their places
+        self.top: list[list[tuple[int, float]]] = []  # the likeliest tokens at each new token's place
         self.counts: Counter[int] = Counter()  # of new tokens, for the frequency and presence penalties
         self.grammar = sampling.grammar.begin() if sampling.grammar else None
         self.finish: str | None = None
         self.error: BaseException | None = None
         self._text = text
-        self.number = 0  # in the order of arrival
-        self.overtaken = 0  # by so many later ones, while it waited for pages
-        self.preempted = 0  # so often
+        self.number = 0  # order of arrival
+        self.overtaken = 0  # later requests that were admitted while it waited for pages
+        self.preempted = 0  # how often
         self.pages: list[int] = []
         self.table = np.empty(0, np.int32)  # the same pages
-        self.shared = 0  # pages that were known when it first began
-        self.computed = 0  # rows that the cache holds, without those of beams
-        self.due = 0  # rows that the next step computes of its prompt
-        self.places = np.empty(0, np.int64)  # rows of the prompt that belong to images
-        self.features: dict[bytes, Tensor] = {}  # of an image of which a step computed some rows and not all
+        self.shared = 0  # pages that it shared when it was first admitted
+        self.computed = 0  # rows in the cache, without those of beams
+        self.due = 0  # rows of its prompt that the next step computes
+        self.places = np.empty(0, np.int64)  # rows of the prompt that are slots of media
+        self.features: dict[bytes, Tensor] = {}  # of a view of which a step computed some rows but not all
         self.random = random.Random(sampling.seed) if sampling.temperature else None
         self.beams: Beams | None = None  # while it runs, if it searches
         self._seen = np.empty(0, np.int64)
         self._seen_set: set[int] = set()  # the same
-        self._counted = 0  # of tokens, those that are in both
+        self._counted = 0  # new tokens that both contain
 
     def fit(self, context: int) -> None:
-        """Cut max_tokens to what a context of so many tokens has room for behind the prompt (`fitted`)."""
+        """Cut max_tokens to the room that `context` tokens have after the prompt (`fitted`)."""
         self.sampling = fitted(self.sampling, self.prompt, context)
         self.limit = min(self.limit, self.sampling.max_tokens)
 
     def silence(self) -> None:
-        """Tell its listener nothing more."""
+        """Call its on_text no more."""
         self._text.emit = None
 
     @property
     def text(self) -> str:
+        """Return the generated text so far."""
         return self._text.text
 
     @property
     def sharable(self) -> list[bytes]:
-        """Return the names of the pages that it may take as they are: those before the first row that is yet to say
-        how likely a token is, because the logits of that row have to be computed."""
+        """Return the names of the pages that it may share: those before the first row whose logits are still needed."""
         if len(self.scores) >= self.to_score:
-            return self.cached
-        return self.cached[: (self.prompt - 1 - self.to_score + len(self.scores)) // PAGE]
+            return self.page_names
+        return self.page_names[: (self.prompt - 1 - self.to_score + len(self.scores)) // PAGE]
 
     @property
     def room(self) -> int:
-        """Return how many pages it needs at most, with those for all that is to come."""
+        """Return the largest number of pages that it needs until its end."""
         return pages_of(self.prompt, self.sampling) if self.limit else cdiv(self.prompt, PAGE)
 
     @property
     def pending(self) -> int:
-        """Return how many rows of prompt and new tokens the cache does not hold."""
+        """Return the number of rows of prompt and new tokens that are not in the cache."""
         return self.prompt + len(self.tokens) - self.computed
 
     @property
     def prefilling(self) -> bool:
-        """Say whether it is at its prompt, or at tokens that were dropped from the cache when it was preempted."""
+        """Return whether its prompt is being computed, or tokens that preemption has dropped from the cache."""
         return self.computed + 1 < self.prompt + len(self.tokens) or self.computed < self.prompt
 
     def ids(self, start: int, end: int) -> np.ndarray:
-        """Return tokens int32 of rows `start` to `end`, of prompt and text."""
+        """Return the tokens of rows `start` to `end` of prompt and generated text, int32."""
         prompt = self.document.tokens
         new = self.tokens[max(start - self.prompt, 0) : max(end - self.prompt, 0)]
         return np.concatenate([prompt[start:end], np.array(new, np.int32)])
 
     @property
     def slots(self) -> int:
-        """Return how many rows an image has, 1 where there is none."""
+        """Return the number of rows of one view, 1 where there is none."""
         return max(len(self.places) // max(len(self.digests), 1), 1)
 
-    def images(self, start: int, end: int) -> tuple[int, int]:
-        """Return the first image with a row in `start` to `end`, and one past the last; of no rows none."""
+    def media_range(self, start: int, end: int) -> tuple[int, int]:
+        """Return the number of the first view with a row in `start` to `end`, and one past the last; equal if none."""
         first, last = np.searchsorted(self.places, [start, end]).tolist()
         return first // self.slots, cdiv(last, self.slots) if last > first else first // self.slots
 
     def scoring_rows(self, start: int, end: int) -> tuple[int, int] | None:
-        """Return which rows of `start` to `end` say how likely the tokens are that are to be scored."""
+        """Return the range of rows in `start` to `end` whose logits score a token, None where there is none."""
         last = self.prompt - 1
         first, end = max(last - self.to_score + len(self.scores), start), min(end, last)
         return (first, end) if first < end else None
 
     def score(self, logprobs: list[float], top: Sequence[np.ndarray] | None) -> None:
-        """Add log-probabilities of the next n tokens to score. top: the likeliest tokens and theirs, [n, k] each."""
+        """Add the log-probabilities of the next n tokens to score.
+
+        top: the likeliest tokens and their log-probabilities, [n, k] each.
+        """
         if top:
             if not isinstance(self.score_top, Alternatives):
                 width = min(self.sampling.top_logprobs, top[0].shape[1])
                 self.score_top = Alternatives(self.to_score, width)
             self.score_top.extend(*top)
         self.scores += logprobs
-        if self.limit == 0:  # nothing else will have one
+        if self.limit == 0:  # no new tokens will have log-probabilities
             self.logprobs = self.scores
 
     @property
@@ -180,38 +183,38 @@ class Request:
         return self._seen
 
     def admit(self, pages: list[int], shared: int) -> None:
-        """Begin on these pages, of which the first `shared` are computed already."""
+        """Assign its pages, of which the first `shared` are computed already."""
         if not self.preempted:
             self.shared = shared
         self.pages, self.table, self.computed = pages, np.array(pages, np.int32), shared * PAGE
         if self.sampling.num_beams > 1:
             self.beams = Beams(self.prompt, pages, self.sampling, self._text.ends)
 
-    def grow(self, page: int) -> None:
-        """Take one page more."""
+    def add_page(self, page: int) -> None:
+        """Assign one more page."""
         self.pages.append(page)
         self.table = np.append(self.table, np.int32(page))
 
     def advance(self, rows: int) -> range:
-        """Take note that the cache holds so many rows more; return which pages they fill."""
+        """Count `rows` more rows in the cache; return the numbers of its pages that are full with them."""
         full = range(self.computed // PAGE, (self.computed + rows) // PAGE)
         self.computed += rows
         for page in full:
             start, end = page * PAGE, page * PAGE + PAGE
-            if page == len(self.cached) and end >= self.prompt:  # the prompt's have their names
-                first, last = self.images(start, end)
-                before = self.cached[-1] if page else b""
-                self.cached.append(page_name(before, self.ids(start, end), self.digests[first:last]))
+            if page == len(self.page_names) and end >= self.prompt:  # pages of the prompt are named before it begins
+                first, last = self.media_range(start, end)
+                before = self.page_names[-1] if page else b""
+                self.page_names.append(page_name(before, self.ids(start, end), self.digests[first:last]))
         return full
 
     def preempt(self) -> None:
-        """Go on without pages; what it has emitted and how it draws stay."""
+        """Give up its pages; the text so far and the state of its random draws stay."""
         self.preempted += 1
         self.pages, self.table, self.computed, self.due = [], np.empty(0, np.int32), 0, 0
-        self.features, self.known, self.short = {}, 0, None
+        self.features, self.registered, self.short = {}, 0, None
 
-    def take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
-        """Add the next token to the text. Raises what its listener or its grammar raises."""
+    def append(self, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        """Add the next token to the text. Raises what its on_text or its grammar raises."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.counts[token] += 1
@@ -222,14 +225,14 @@ class Request:
         self._text.add(token)
 
     def heads(self) -> list[tuple[int, int, np.ndarray]]:
-        """Return the rows that a step computes: the last token, its place in the document, the pages."""
+        """Return the rows that a decoding step computes: each its token, its place in the document, and the pages."""
         place = self.prompt - 1
         if self.beams:
             return [(beam.tokens[-1], place + len(beam.tokens), beam.table) for beam in self.beams.live]
         return [(self.tokens[-1], place + len(self.tokens), self.table)]
 
     def end(self, why: str) -> None:
-        """Keep what it has so far; of a search its best text."""
+        """End the request for the reason `why`, with the text so far; a beam search ends with its best text."""
         self.finish, self.features = why, {}
         if self.beams:
             best = self.beams.best
@@ -240,7 +243,7 @@ class Request:
 
 
 def drawn(request: Request) -> Draw:
-    """Return how the next token of a request is drawn."""
+    """Return the settings and the random number by which a request's next token is drawn."""
     how = request.sampling
     u = request.random.random() if request.random else 0.0
     return Draw(how.temperature, how.top_p, how.top_k, u, how.min_p)

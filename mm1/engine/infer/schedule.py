@@ -52,7 +52,7 @@ class Schedule:
             return
         growing = sum(len(request.pages) < request.room for request in self.running)
         prompts = [request for request in self.running if request.prefilling]
-        computing = {name for request in prompts for name in request.cached[request.computed // PAGE :]}
+        computing = {name for request in prompts for name in request.page_names[request.computed // PAGE :]}
         part = cdiv(self.prefill, PARTS)
         long = sum(request.pending > part for request in prompts)
         short: list[Request] = []  # requests that lack pages
@@ -62,21 +62,21 @@ class Schedule:
             if short and (short[0].preempted or short[0].overtaken >= OVERTAKEN or len(short) > SHORT):
                 return
             names = request.sharable
-            known = request.known = self.cache.known_of(names, request.known)
+            known = request.registered = self.cache.count_registered(names, request.registered)
             if known < len(names) and names[known] in computing:
                 continue
             is_long = request.pending - known * PAGE > part
             if is_long and long >= PARTS and not request.preempted:  # a preempted request resumes as soon as it can
                 continue
-            state = (self.cache.dropped, known)
+            state = (self.cache.released, known)
             if request.short and request.short[:2] == state and growing >= request.short[2]:
                 short.append(request)  # no page has become free since pages were last lacking
                 continue
-            shared = self.cache.shared(names[:known])
+            shared = self.cache.find(names[:known])
             whole = request.sampling.num_beams > 1
             count = request.room if whole else cdiv(request.pending, PAGE)
             ahead = min(request.room, self.cache.pages // self.batch)
-            pages = self.cache.take(count, shared, leave=growing, ahead=ahead)
+            pages = self.cache.allocate(count, shared, leave=growing, ahead=ahead)
             if pages is None:
                 request.short = (*state, growing)
                 short.append(request)
@@ -86,7 +86,7 @@ class Schedule:
             self.waiting.remove(request)
             request.admit(pages, len(shared))
             insort(self.running, request, key=attrgetter("number"))
-            computing.update(request.cached[len(shared) :])
+            computing.update(request.page_names[len(shared) :])
             width += request.sampling.num_beams
             growing += len(request.pages) < request.room
             long += is_long
@@ -119,9 +119,9 @@ class Schedule:
         if request.beams or request.computed < len(request.pages) * PAGE:
             return True
         while request.pages:
-            page = self.cache.grow(request.pages[-1])
+            page = self.cache.extend(request.pages[-1])
             if page is not None:
-                request.grow(page)
+                request.add_page(page)
                 return True
             self.preempt(next(r for r in reversed(self.running) if r.sampling.num_beams == 1))
         return False
@@ -129,7 +129,7 @@ class Schedule:
     def preempt(self, request: Request) -> None:
         """Take a running request's pages, and put it back to its place in the queue."""
         self.running.remove(request)
-        self.cache.drop(request.pages)
+        self.cache.release(request.pages)
         request.preempt()
         at = next((i for i, other in enumerate(self.waiting) if other.number > request.number), len(self.waiting))
         self.waiting.insert(at, request)
@@ -139,13 +139,13 @@ class Schedule:
         full = request.advance(rows)
         if full:
             places = slice(full.start, full.stop)
-            self.cache.remember(request.pages[places], request.cached[places])
+            self.cache.register(request.pages[places], request.page_names[places])
 
     def end(self, request: Request, why: str) -> None:
         """Remove a request from the queue or from the running ones, and set why it has ended."""
         if request in self.running:
             self.running.remove(request)
-            self.cache.drop(request.pages)
+            self.cache.release(request.pages)
         elif request in self.waiting:
             self.waiting.remove(request)
         request.end(why)

@@ -1,7 +1,7 @@
 """MM1: a ViT encoder, a connector, a decoder; image tokens take their slots among the text tokens.
 
     features = connector(vision(pixels))                 [N·n, D]
-    x = embed(tokens);  x[image_slots] = features        [T, D]
+    x = embed(tokens);  x[media.slots] = features        [T, D]
     loss = mean over targets of -log p(target), + 0.01 · load balance + 0.001 · router z
 Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
 """
@@ -66,11 +66,12 @@ class MM1(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """[T, D], text and images."""
         x = self.decoder.embedding(batch.tokens)
-        if not batch.grids.images:
+        media = batch.media
+        if not media.grids.images:
             return x
         # Absent images point one past the end, at a row that is dropped again.
         x = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        return x.index_copy(0, batch.image_slots, self.encode(batch.pixels, batch.grids).to(x.dtype))[:-1]
+        return x.index_copy(0, media.slots, self.encode(media.values, media.grids).to(x.dtype))[:-1]
 
     def encode(self, pixels: Tensor, grids) -> Tensor:
         """Image tokens [N·n, D]."""

@@ -15,12 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from mm1.engine.data.document import Document, TextTokenizer
+from mm1.engine.data.document import Document, TextTokenizer, joined_texts
 from mm1.engine.data.record import Answer
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.grammar import Grammar
@@ -105,13 +103,13 @@ def _prompt(messages: Any, template: Any) -> list[str | Picture]:
     if not turns:
         raise WrongField("messages", "messages is empty")
     if template == "none":
-        return _joined([part for _, parts in turns for part in parts])
+        return joined_texts(part for _, parts in turns for part in parts)
     if turns[-1][0] != "user":
         message = f"the last message is of role {turns[-1][0]}, expected user (or template 'none')"
         raise WrongField(f"messages[{len(turns) - 1}].role", message)
     prompt: list[str | Picture] = []
     for i, (role, parts) in enumerate(turns):
-        parts = _stripped(_joined(parts))
+        parts = _stripped(joined_texts(parts))
         if role == "user":
             prompt += ["USER: ", *parts, " ASSISTANT:"]
         elif role in ("system", "developer"):
@@ -121,7 +119,7 @@ def _prompt(messages: Any, template: Any) -> list[str | Picture]:
             raise WrongField(f"messages[{i}].content", message)
         else:
             prompt.append(Answer(f" {''.join(map(str, parts))}"))
-    return _joined(prompt)
+    return joined_texts(prompt)
 
 
 def _turn(where: str, message: Any) -> tuple[str, list[str | Picture]]:
@@ -162,37 +160,12 @@ def _part(where: str, part: Any) -> str | Picture:
     return Picture(text_of(f"{where}.{source}", inner.get(source)))
 
 
-def _joined(parts: Sequence[str | Picture]) -> list[str | Picture]:
-    """Drop empty texts and join adjacent ones, as in a document; each Answer stays separate."""
-    joined: list[str | Picture] = []
-    for plain, run in groupby((part for part in parts if part), lambda part: type(part) is str):
-        run = list(run)
-        joined += ["".join(map(str, run))] if plain else run
-    return joined
-
-
 def _stripped(parts: list[str | Picture]) -> list[str | Picture]:
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
     if parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     return parts
-
-
-def encode(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[np.ndarray]]) -> Document:
-    """Encode texts and images' views as DocumentEncoder does in training: bos first, and eos after each answer.
-
-    slots: tokens of a view.
-    """
-    tokens, images = [tokenizer.bos], []
-    for part in parts:
-        if isinstance(part, str):
-            tokens += tokenizer.encode(part)
-            tokens += [tokenizer.eos] if isinstance(part, Answer) else []
-        else:
-            tokens += [tokenizer.image] * slots * len(part)
-            images += part
-    return Document(np.array(tokens, np.int32), tuple(images), "chat")
 
 
 class Reply:

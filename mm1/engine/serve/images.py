@@ -150,7 +150,7 @@ class Decoder:
         try:
             worker = worker or await self.start_worker()
             async with asyncio.timeout(SECONDS):
-                answer = await worker.send(data, HEAD_BYTES + self.policy.most_bytes)
+                answer = await worker.send(data, HEAD_BYTES + self.policy.max_bytes)
             healthy = True
             return self._read(answer)
         except TimeoutError:

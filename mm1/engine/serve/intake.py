@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mm1.engine.data.document import Document
-from mm1.engine.data.sources import read_image
+from mm1.engine.data.document import Document, document_of
+from mm1.engine.data.record import View
+from mm1.engine.data.references import read_image
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.prompts import policy_of, refuse_long_text
 from mm1.engine.serve import chat, urls
@@ -47,7 +48,7 @@ class Intake:
         self.decoder, self.metrics = decoder, metrics
         self.max_images, self.max_bytes, self.allow_urls = max_images, max_bytes, allow_urls
         self.context = engine.context
-        self.image_bytes = policy_of(engine.model).most_bytes
+        self.image_bytes = policy_of(engine.model).max_bytes
         self.files: LRUCache[bytes] = LRUCache(8 * max_bytes)
         self.long, self.pictures = Turns(total=2, each=1), Turns(total=8, each=4)
         self.room = Room(max(VIEW_BYTES, max_images * self.image_bytes))
@@ -157,6 +158,7 @@ class Intake:
         return views
 
     def _encode(self, parts: list[Any]) -> Document:
-        document = chat.encode(self.tokenizer, self.slots, parts)
+        parts = [part if isinstance(part, str) else [View("image", pixels) for pixels in part] for part in parts]
+        document = document_of(self.tokenizer, self.slots, parts, "chat")
         document.digests  # noqa: B018, computed here, not on the engine's thread
         return document

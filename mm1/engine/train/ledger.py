@@ -57,8 +57,8 @@ class Load:
         """Return the sizes of a packed batch; this waits for its device."""
         documents = [n for n in batch.cu_seqlens.diff().tolist() if n]
         return cls(
-            documents, batch.grids.sizes or (), batch.target_count, len(batch.tokens), batch.grids.images,
-            batch.grids.patches,
+            documents, batch.media.grids.sizes or (), batch.target_count, len(batch.tokens), batch.media.grids.images,
+            batch.media.grids.patches,
         )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ class MarkedFeed:
     def __next__(self) -> Batch:
         self.marks("data")
         batch = next(self.feed)
-        self.marks.batches.append(replace(batch, pixels=batch.pixels[:0]))
+        self.marks.batches.append(replace(batch, media=replace(batch.media, values=batch.media.values[:0])))
         self.marks("between")
         return batch
 

@@ -280,7 +280,7 @@ class Trainer:
             losses_sum += torch.stack([losses.nll, losses.load_balance, losses.z_loss]).detach()
             slots = losses.slots + slots
             tokens, targets, images = (
-                tokens + batch.used_tokens, targets + batch.target_count, images + len(batch.grids.sizes or ())
+                tokens + batch.used_tokens, targets + batch.target_count, images + len(batch.media.grids.sizes or ())
             )  # fmt: skip
             data += batch.digest
             keys += batch.keys
@@ -340,7 +340,7 @@ class Trainer:
                 "grad_norm": sums["norm"],
                 **{name: int(sums[name]) for name in ("tokens", "targets", "images")},
                 "fill": sums["tokens"] / (budget.tokens * accumulate),
-                "image_fill": sums["images"] / (budget.images * accumulate),
+                "image_fill": sums["images"] / (budget.media * accumulate),
                 "data": int(sums["data"]),
                 **load(done.sums[len(SUMS) :].view(-1, self.run.model.decoder.experts + 1)),
                 **done.known,

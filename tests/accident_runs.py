@@ -17,23 +17,20 @@ import torch
 from small import small_run
 
 from mm1.engine.train.replay import replay
-from mm1.engine.train.trainer import Trainer, train
+from mm1.engine.train.step import Observer
+from mm1.engine.train.trainer import train
 
 SETTINGS = {"train": {"steps": 4000, "save_every": 30}, "full": {"steps": 16, "save_every": 4},
             "one": {"steps": 12, "save_every": 4}}  # fmt: skip
 
 
-def full_at_step_8(step):
-    """Let the first and the last process write no file of more than 1000 bytes in the steps 8 to 9."""
-    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+class FullDisk(Observer):
+    """Lets the first and the last process write no file of more than 1000 bytes in the steps 8 to 9."""
 
-    def limited(trainer):
-        if trainer.world.rank in (0, trainer.world.size - 1):
-            limit = 1000 if trainer.step in (7, 8) else whole[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, whole[1]))
-        return step(trainer)
-
-    return limited
+    def step_begins(self, step):
+        whole, last = resource.getrlimit(resource.RLIMIT_FSIZE)[1], int(os.environ.get("WORLD_SIZE", 1)) - 1
+        if int(os.environ.get("RANK", 0)) in (0, last):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if step in (8, 9) else whole, whole))
 
 
 def main(what: str, folder: Path, *step: str) -> None:
@@ -45,11 +42,11 @@ def main(what: str, folder: Path, *step: str) -> None:
             path.write_text(json.dumps(report))
         return
     run = small_run(accumulate=4, **SETTINGS[what])
-    if what == "full":
-        Trainer._step = full_at_step_8(Trainer._step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.with_name(f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
-    train(dataclasses.replace(run, data=dataclasses.replace(run.data, streams=4)), folder, resume=True)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, streams=4))
+    observers = [FullDisk()] if what == "full" else []
+    train(run, folder, resume=True, observers=observers)
 
 
 if __name__ == "__main__":

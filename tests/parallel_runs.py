@@ -20,7 +20,7 @@ from mm1.engine.layers.experts import Router
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.run_config import Run
 from mm1.engine.train.config import Parallel
-from mm1.engine.train.parallel import World, put
+from mm1.engine.train.parallel import World
 from mm1.engine.train.recompute import recompute_blocks
 from mm1.engine.train.trainer import Trainer
 
@@ -75,10 +75,10 @@ def gradients(job, run, world):
         model = MM1(run.model)
     if run.train.float8 != "none":
         with patch.object(float8, "WIDE", 32):
-            float8.float8_linears(model.decoder, run.train.float8)
+            float8.float8_linears(model.decoder.blocks, run.train.float8)
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
-    world.place(model, dtype)
-    model.to_empty(device="cpu").initialize(0, put)
+    world.shard_model(model, dtype)
+    model.to_empty(device="cpu").init_weights(0)
     bias_router(model, job.get("bias"))
     if run.train.recompute != "none":
         recompute_blocks(model, run.train.recompute)
@@ -86,9 +86,9 @@ def gradients(job, run, world):
     for batch in batches()[world.data_rank :: world.data_size]:
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             losses = model(batch)
-        model.objective(losses, batch.target_count).backward()
-        nll += losses.nll.detach()
-        slots = losses.slots + slots
+        losses.objective.backward()
+        nll += losses.loss.detach()
+        slots = losses.counts + slots
     whole = {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
     }

@@ -14,6 +14,7 @@ from mm1.engine.models.mm1_config import DIGITS, Model
 from mm1.engine.run_config import DIGITS_FOLDER as FOLDER
 from mm1.engine.run_config import Run
 from mm1.engine.train.config import Train
+from mm1.engine.train.step import Observer
 
 SLOTS, IMAGE, PATCH = 4, 3, 4
 
@@ -29,7 +30,7 @@ def small_model(**decoder) -> Model:
 
 
 def small_mm1(seed=0, **decoder) -> MM1:
-    model = MM1(small_model(**decoder)).initialize(seed)
+    model = MM1(small_model(**decoder)).init_weights(seed)
     model.tokenizer = TextTokenizer(FOLDER / "tokenizer.json")
     return model
 
@@ -77,3 +78,16 @@ def small_run(**train) -> Run:
     warmup = min(2, train.get("steps", 12) - 1)
     recipe = {"steps": 12, "accumulate": 2, "warmup": warmup, "peak_lr": 2e-3, "compile": False, "save_every": 4}
     return Run(small_model(), data, Train(**(recipe | train)))
+
+
+class At(Observer):
+    """Call functions as steps begin or end, by their numbers: At(begins={3: f}, ends={5: g})."""
+
+    def __init__(self, begins=None, ends=None):
+        self.begins, self.ends = begins or {}, ends or {}
+
+    def step_begins(self, step):
+        self.begins.get(step, lambda: None)()
+
+    def step_ends(self, result):
+        self.ends.get(result.step, lambda: None)()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import FOLDER, small_model, small_run
+from small import FOLDER, At, small_model, small_run
 from test_train import Poison, Told, assert_same
 
 from mm1.engine.data.config import Source
@@ -65,7 +65,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_resumed(
     DAMAGE[damage](copy / "step-00000012" / name)
     told = Told()
     trainer = Trainer(small_run(), copy, told, True)
-    assert trainer.step == 8
+    assert trainer.steps_done == 8
     assert not (copy / "step-00000012").exists()
     assert (copy / "damaged-step-00000012").is_dir()
     (warning,) = told.warnings
@@ -155,15 +155,8 @@ def test_a_second_run_in_the_same_folder_is_refused_with_host_and_process(tmp_pa
 def test_nothing_is_saved_while_steps_are_bad_and_the_good_checkpoint_stays(tmp_path):
     """The weights break in step 6; steps 7 to 12 are bad, of which 8 and 12 would be saved, and keep is 1."""
     trainer = Trainer(small_run(save_every=4, keep=1, skips=20, rewinds=0), tmp_path / "run", Told(), False)
-    step = trainer._step
-
-    def breaks():
-        done = step()
-        if trainer.step == 5:
-            trainer.model.decoder.norm.weight.data[0] = float("inf")
-        return done
-
-    trainer._step = breaks
+    weight = trainer.model.decoder.norm.weight
+    trainer.observers.append(At(ends={6: lambda: weight.data[0].fill_(float("inf"))}))
     with pytest.raises(FloatingPointError, match="step 12 left weights that are not finite"):
         trainer.fit()
     assert [path.name for path in checkpoint.numbered(tmp_path / "run")] == ["step-00000004"]
@@ -176,20 +169,18 @@ def test_a_checkpoint_never_holds_a_value_that_is_not_finite(where, value, tmp_p
     """The step that is to be saved breaks a value itself, with a loss that was still finite."""
     run = small_run(save_every=4, skips=1, rewinds=1)
     trainer = Trainer(run, tmp_path / "run", Told(), False)
-    step, broken = trainer._step, []
+    broken = []
 
     def breaks():
-        done = step()
-        if trainer.step == 7 and not broken:
+        if not broken:
             broken.append(True)
-            parameter = trainer.held["decoder.norm.weight"]
-            target = parameter.data if where == "weight" else trainer.optimizer.state[parameter]["exp_avg"]
+            parameter = trainer.state.local_parameters["decoder.norm.weight"]
+            target = parameter.data if where == "weight" else trainer.state.optimizer.state[parameter]["exp_avg"]
             target[0] = float(value)
-        return done
 
-    trainer._step = breaks
+    trainer.observers.append(At(ends={8: breaks}))
     trainer.fit()
-    assert trainer.step == 12
+    assert trainer.steps_done == 12
     for folder in checkpoint.numbered(tmp_path / "run"):
         for file in ("model.safetensors", "optimizer.safetensors"):
             for name, tensor in checkpoint.read_tensors(folder, file).items():
@@ -214,7 +205,7 @@ def test_a_checkpoint_behind_which_no_step_is_good_is_set_aside(tmp_path):
     trainer.fit()
     assert [w.partition(": ")[2].split(",")[0] for w in trainer.display.warnings if "back to" in w][-1].endswith("04")
     assert (tmp_path / "run" / "damaged-step-00000008").is_dir()
-    assert trainer.step == 14
+    assert trainer.steps_done == 14
 
 
 def test_a_full_disk_is_tried_again_and_the_last_good_checkpoint_stays(tmp_path, monkeypatch):
@@ -228,8 +219,8 @@ def test_a_full_disk_is_tried_again_and_the_last_good_checkpoint_stays(tmp_path,
     trainer = Trainer(small_run(steps=16, save_every=4), tmp_path / "run", Told(), False)
 
     def full(tensors, path):
-        if trainer.step in errors and path.name.startswith("optimizer"):
-            raise errors[trainer.step]
+        if trainer.steps_done in errors and path.name.startswith("optimizer"):
+            raise errors[trainer.steps_done]
         save(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
@@ -246,14 +237,14 @@ def test_a_disk_that_stays_full_ends_the_run_after_the_retries(tmp_path, monkeyp
     save = checkpoint.save_file
 
     def full(tensors, path):
-        if trainer.step > 4:
+        if trainer.steps_done > 4:
             raise OSError(28, "No space left on device", str(path))
         save(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match=r"No space left.*3 saves in a row failed, .*step-00000004 is the newest"):
         trainer.fit()
-    assert trainer.step == 16
+    assert trainer.steps_done == 16
     checkpoint.check(tmp_path / "run" / "checkpoint")
     assert not list((tmp_path / "run").glob(".step-*"))
 
@@ -280,21 +271,18 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(tmp_path, mo
 
 def test_an_error_that_ends_a_run_waits_for_the_save_that_is_on_its_way(tmp_path):
     trainer, waited = Trainer(small_run(), tmp_path / "run", Told(), False), []
-    step = trainer._step
 
     class Saving:
         done = False
 
         def wait(self):
-            waited.append(trainer.step)
+            waited.append(trainer.steps_done)
 
     def fails():
-        if trainer.step == 2:
-            trainer.saving = Saving()
-            raise UserError("100 unreadable records in a row")
-        return step()
+        trainer.saver.under_way = Saving()
+        raise UserError("100 unreadable records in a row")
 
-    trainer._step = fails
+    trainer.observers.append(At(begins={3: fails}))
     with pytest.raises(UserError, match="100 unreadable"):
         trainer.fit()
     assert waited == [2]
@@ -380,7 +368,7 @@ def test_a_checkpoint_without_an_identity_is_continued_only_when_told_to(texts, 
     checkpoint.write(folder / "step-00000004", tensors, texts_of | {"state.json": json.dumps(state)})
     with pytest.raises(UserError, match="the checkpoint does not say on which"):
         Trainer(of_texts(texts, "a"), folder, Told(), True)
-    assert Trainer(of_texts(texts, "a"), folder, Told(), True, accept_other_data=True).step == 4
+    assert Trainer(of_texts(texts, "a"), folder, Told(), True, accept_other_data=True).steps_done == 4
 
 
 def test_settings_that_do_not_change_the_data_may_change(texts, trained_on_a, tmp_path):
@@ -392,7 +380,7 @@ def test_settings_that_do_not_change_the_data_may_change(texts, trained_on_a, tm
     run = changed(run, "train", save_every=2, peak_lr=1e-4, keep=1, log_every=2)
     trainer = Trainer(run, folder, Told(), True)
     trainer.fit()
-    assert trainer.step == 8
+    assert trainer.steps_done == 8
 
 
 def test_another_model_is_refused_by_the_names_of_its_settings(texts, trained_on_a):
@@ -436,6 +424,23 @@ def test_without_a_tokenizer_that_of_the_checkpoint_is_taken(texts, trained_on_a
 
 
 # Signals, to the command as users start it.
+
+
+def toml(table: dict, name: str = "") -> list[str]:
+    """Return the lines of nested settings as a TOML file has them; values that are None are left out."""
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    lists = {
+        key: value
+        for key, value in table.items()
+        if isinstance(value, list | tuple) and isinstance([*value, 0][0], dict)
+    }
+    plain = {key: value for key, value in table.items() if value is not None and key not in tables | lists}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+    for key, value in tables.items():
+        lines += [f"[{name}{key}]", *toml(value, f"{name}{key}.")]
+    return lines + [
+        line for key, values in lists.items() for value in values for line in (f"[[{name}{key}]]", *toml(value))
+    ]
 
 
 class Command:
@@ -502,15 +507,8 @@ def test_a_ctrl_c_of_another_process_is_not_this_ones_first(monkeypatch):
 
 def test_a_stop_amid_bad_steps_saves_nothing_and_says_where_the_run_continues(tmp_path):
     trainer = Trainer(small_run(save_every=4, skips=20), tmp_path / "run", Told(), False)
-    poison = Poison(trainer, set(range(6, 20)))
-    step = poison.step
-
-    def signalled():
-        if trainer.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step()
-
-    poison.step = signalled
+    Poison(trainer, set(range(6, 20)))
+    trainer.observers.append(At(begins={7: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
     with pytest.raises(safety.Stopped, match=r"stopped at step 7; --resume continues from .*step-00000004") as stopped:
         trainer.fit()
     assert stopped.value.status == 143

@@ -42,9 +42,9 @@ tokens = np.concatenate([[3] * c.connector.tokens, random.integers(4, 384, 9)]).
 image = random.integers(256, size=(8, 12, 3), dtype=np.uint8)
 documents = [Document(tokens, (View("image", image),), ""), Document(tokens[-5:], (), "")]
 batch = pack(documents, exact_budget(documents, 4), image_id=3, patch=4, slots=c.connector.tokens)
-model = MM1(c).initialize()
+model = MM1(c).init_weights()
 with torch.no_grad():
-    print(*model.hidden(batch)[0].shape, float(model(batch).nll) > 0)
+    print(*model.hidden(batch)[0].shape, float(model(batch).loss) > 0)
 """
 
 

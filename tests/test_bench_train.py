@@ -16,7 +16,7 @@ from mm1.bench import mix, plain, train
 from mm1.bench.peer_models import Abstractor, TransformersModel
 from mm1.bench.record import Record
 from mm1.engine.layers import connector, decoder, vision
-from mm1.engine.train.ledger import Load
+from mm1.engine.train.ledger import workload
 from mm1.errors import UserError
 
 MIXTURE = small_model(experts=4)
@@ -82,7 +82,7 @@ def test_rungs_give_the_same_gradient_of_every_parameter(c):
     truth = None
     for rung in eager(c):
         with bench.running(rung):
-            nll = sum(bench.model(batch).nll for batch in bench.sets[rung.packed][0])
+            nll = sum(bench.model(batch).loss for batch in bench.sets[rung.packed][0])
         grads = torch.autograd.grad(nll, list(bench.model.parameters()))
         truth = truth or grads
         for (name, _), found, expected in zip(bench.model.named_parameters(), grads, truth):
@@ -144,7 +144,7 @@ def test_the_peer_computes_our_loss_and_our_gradient_of_every_part(c):
         assert way.found == pytest.approx(plain_way.found, rel=1e-5), name
 
     def norms(model, inputs):
-        sum(model(x).nll for x in inputs).backward()
+        sum(model(x).loss for x in inputs).backward()
         parts = [getattr(model, part) for part in ("vision", "connector", "image_norm", "decoder")]
         found = [[p.grad.norm() for p in part.parameters() if p.grad is not None] for part in parts]
         model.zero_grad(set_to_none=True)
@@ -191,10 +191,10 @@ def test_packed_and_padded_documents_cost_the_peer_what_they_cost_it_alone():
     peer = TransformersModel(bench.model)
     alone = [mix.packed(MIXTURE, [[d]], len(d.tokens))([d])[0] for d in bench.documents]
     with torch.no_grad():
-        truth = sum(peer(peer.inputs(batch, packed=True)).nll for batch in alone)
+        truth = sum(peer(peer.inputs(batch, packed=True)).loss for batch in alone)
         for packed, sets in bench.sets.items():
             inputs = [peer.inputs(batch, packed) for batch in sets[0]]
-            assert sum(peer(x).nll for x in inputs).item() == pytest.approx(truth.item(), rel=1e-5)
+            assert sum(peer(x).loss for x in inputs).item() == pytest.approx(truth.item(), rel=1e-5)
     (row,) = (peer.inputs(batch, packed=True) for batch in bench.sets[True][0])
     lengths = sorted(len(d.tokens) for d in bench.documents)
     assert row.tokens.shape == (1, sum(lengths))
@@ -401,7 +401,7 @@ def test_padded_batches_hold_the_same_documents():
     rows = torch.cat([batch.tokens.view(-1, longest) for batch in batches])
     for row, d in zip(rows, docs, strict=True):
         assert row.tolist() == d.tokens.tolist() + [mix.PAD] * (longest - len(d.tokens))
-    load, packed = mix.load_of_padded(docs, batches), Load.of(one)
+    load, packed = mix.load_of_padded(docs, batches), workload(one)
     assert sorted(load.documents) == sorted(packed.documents)
     assert sorted(load.grids) == sorted(packed.grids)
     assert load.targets == packed.targets

@@ -227,7 +227,7 @@ def test_help_of_train_lists_every_setting_with_its_range_and_default(monkeypatc
 
     def names(cls, prefix):
         for field, hint in hints(cls).items():
-            yield from names(hint, f"{prefix}{field}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{field}"]
+            yield from names(table_of(hint), f"{prefix}{field}.") if table_of(hint) else [f"{prefix}{field}"]
 
     for name in names(Run, ""):
         assert f"--{name.replace('_', '-')} " in text

@@ -224,7 +224,7 @@ def test_loss_and_its_gradients_are_transformers(name):
     ours = of_decoder(model.config, model.state_dict())
     documents, batch = packed([9, 17])
     each = [F.cross_entropy(model(t[None]).logits[0, :-1], t[1:], reduction="sum") for t in documents]
-    truth, found = torch.stack(each).sum(), ours(batch).nll
+    truth, found = torch.stack(each).sum(), ours(batch).loss
     assert relative_error(found, truth) < 1e-4
     truth.backward()
     found.backward()

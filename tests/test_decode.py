@@ -80,7 +80,7 @@ def test_a_documents_bits_do_not_depend_on_who_else_is_there():
 def test_narrow_weights_are_used_as_they_are(how, experts, monkeypatch):
     """int8 by rows, in fp32; what torchao packs goes by torch."""
     pytest.importorskip("torchao")
-    monkeypatch.setattr(quantize, "LEAST", 1)
+    monkeypatch.setattr(quantize, "MIN_NUMBERS", 1)
     decoder = small_mm1(experts=experts, moe_every=1).eval().decoder
     narrow, head = quantized(decoder, how)
     caches = [Cache(decoder.config, 1, torch.device("cpu"), torch.float32) for _ in range(2)]

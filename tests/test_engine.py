@@ -23,8 +23,8 @@ from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.infer.sampling import Draw, Sampling, penalized
 from mm1.engine.layers import blocked as packing
 from mm1.engine.layers import quantize
-from mm1.engine.layers.blocked import PackedLinear
-from mm1.engine.layers.blocked import packed as packed_weights
+from mm1.engine.layers.blocked import BlockedLinear
+from mm1.engine.layers.blocked import blocked as blocked_weights
 from mm1.errors import Busy, UserError
 
 LONG = "seven and two and one and nine make nineteen and not eighteen, "
@@ -252,7 +252,7 @@ def test_what_is_forgotten_is_computed_again(model):
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_narrow_weights_generate_and_leave_the_model_alone(model, how, monkeypatch):
     pytest.importorskip("torchao")
-    monkeypatch.setattr(quantize, "LEAST", 1)
+    monkeypatch.setattr(quantize, "MIN_NUMBERS", 1)
     before = {name: p.clone() for name, p in model.named_parameters()}
     engine = Engine(model, weights=how)
     assert (engine.one_step is None) == (how == "int4")
@@ -375,18 +375,18 @@ def test_settings_that_cannot_be_are_told(settings, message):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_weights_give_the_decoder_itself_and_leave_it_alone(tied, monkeypatch):
-    monkeypatch.setattr(packing, "LEAST", 1)
+    monkeypatch.setattr(packing, "MIN_NUMBERS", 1)
     decoder = small_mm1(experts=4, tied=tied).eval().decoder
     names = [name for name, _ in decoder.named_parameters()]
-    twin, head = packed_weights(decoder)
+    twin, head = blocked_weights(decoder)
     x, positions, cu = torch.randn(11, 32), torch.arange(11), torch.tensor([0, 11], dtype=torch.int32)
     with torch.inference_mode():
         truth, found = (d(x, positions, cu)[0] for d in (decoder, twin))
         assert relative_error(found, truth) < 1e-5
-        assert sum(type(m) is PackedLinear for m in (*twin.modules(), head)) == 8
+        assert sum(type(m) is BlockedLinear for m in (*twin.modules(), head)) == 8
         assert relative_error(head(found), truth @ decoder.head_weight.T) < 1e-5
     assert [name for name, _ in decoder.named_parameters()] == names
-    assert all(type(m) is not PackedLinear for m in decoder.modules())
+    assert all(type(m) is not BlockedLinear for m in decoder.modules())
     mine, other = (dict(d.named_parameters()) for d in (decoder, twin))
     assert all(mine[name] is p for name, p in other.items())
 

@@ -40,7 +40,7 @@ def model():
 def parted():
     """Sees an image whole and in 2 × 2 parts."""
     c = dataclasses.replace(small_model(), image_mode="squash", image_size=12, image_parts=2)
-    model = MM1(c).initialize(5).eval()
+    model = MM1(c).init_weights(5).eval()
     model.tokenizer = TextTokenizer(small_mm1().tokenizer.path)
     return model
 

@@ -1,6 +1,5 @@
 """Wide linears of the decoder compute in float8, near enough, and everything else of the model is as it was."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -13,7 +12,9 @@ from mm1.engine.layers import float8
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.run_config import load_run
 from mm1.engine.train import checkpoint
-from mm1.engine.train.config import Parallel
+from mm1.engine.train.config import Parallel, Train
+from mm1.engine.train.parallel import World
+from mm1.engine.train.prepare import compile_blocks, prepare
 from mm1.engine.train.trainer import Trainer, train
 from mm1.errors import UserError
 
@@ -28,21 +29,21 @@ def _narrow(monkeypatch):
 def losses_and_gradients(model: MM1, batch) -> dict[str, torch.Tensor]:
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(batch)
-    losses.nll.backward()
-    return {name: p.grad for name, p in model.named_parameters()} | {"loss": losses.nll.detach()}
+    losses.loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()} | {"loss": losses.loss.detach()}
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_losses_and_gradients_are_near_those_of_bf16(recipe):
     torch.manual_seed(0)
     batch = packed([document((6, 6), 20, (8, 8), 30) for _ in range(4)])
-    model = MM1(small_model(experts=4)).initialize()
+    model = MM1(small_model(experts=4)).init_weights()
     names = list(dict(model.named_parameters()))
     truth = losses_and_gradients(model, batch)
     model.zero_grad(set_to_none=True)
     before = truth["loss"]
     truth = {name: x.clone() for name, x in truth.items()}
-    float8.float8_linears(model.decoder, recipe)
+    float8.float8_linears(model.decoder.blocks, recipe)
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert {name for name, kind in kinds.items() if kind == "Float8Linear"} == {
         f"decoder.blocks.{at}" for at in ("0.attention.qkv", "0.attention.out", "1.attention.qkv", "1.attention.out",
@@ -72,25 +73,26 @@ def test_it_compiles_whole():
     torch.compiler.reset()
     torch.manual_seed(0)
     batch = packed([document((6, 6), 20)])
-    model = MM1(small_model(experts=0)).initialize()
-    float8.float8_linears(model.decoder, "tensorwise")
+    model = MM1(small_model(experts=0)).init_weights()
+    float8.float8_linears(model.decoder.blocks, "tensorwise")
     truth = losses_and_gradients(model, batch)["loss"]
-    model.compile_blocks(fullgraph=True, backend="aot_eager")
+    compile_blocks(model, fullgraph=True, backend="aot_eager")
     assert abs(losses_and_gradients(model, batch)["loss"] - truth) < 1e-3 * truth
 
 
 def test_what_it_cannot_do_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train\.float8 is 'fp4', expected one of none, tensorwise, rowwise"):
         load_run("digits", ["train.float8=fp4"])
-    sharded = dataclasses.replace(small_run(float8="rowwise"), parallel=Parallel(tensor=2))
+    world = World()
+    world.config = Parallel(tensor=2)
     with pytest.raises(UserError, match=r"parallel\.tensor is 2, expected 1 beside train\.float8"):
-        Trainer(sharded, tmp_path, Quiet(), False)
+        prepare(small_model(), Train(float8="rowwise"), world, torch.float32)
     monkeypatch.setattr(float8, "WIDE", 2048)
     with pytest.raises(UserError, match="no linear of the decoder is 2048 wide"):
         Trainer(small_run(float8="rowwise"), tmp_path, Quiet(), False)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(UserError, match=r"needs torchao: pip install"):
-        float8.float8_linears(MM1(small_model()).decoder, "rowwise")
+        float8.float8_linears(MM1(small_model()).decoder.blocks, "rowwise")
 
 
 def test_the_ladder_has_its_rung_where_it_may_win(monkeypatch):

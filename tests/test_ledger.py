@@ -17,10 +17,11 @@ from mm1.engine.layers import connector, vision
 from mm1.engine.layers import decoder as decoder_module
 from mm1.engine.layers.config import Connector
 from mm1.engine.layers.experts import Experts
+from mm1.engine.layers.workload import Workload
 from mm1.engine.models import mm1 as model_module
 from mm1.engine.models.mm1 import MM1, parameter_counts
 from mm1.engine.models.mm1_config import D_1B, MODELS, Model
-from mm1.engine.train.ledger import Load, ledger
+from mm1.engine.train.ledger import ledger, workload
 from mm1.kernels.attention import Causal
 
 ROOMY = Budget(tokens=120, media=9, patches=80, documents=8)
@@ -126,7 +127,7 @@ def plain(monkeypatch):
         monkeypatch.setattr(connector, "conv_block", plain_block)
         monkeypatch.setattr(connector, "adaptive_pool", plain_pool)
         monkeypatch.setattr(model_module, "linear_cross_entropy", plain_head)
-        model = MM1(c).initialize()
+        model = MM1(c).init_weights()
         for module in model.modules():
             if isinstance(module, Experts):
                 module.backend = plain_experts
@@ -138,7 +139,7 @@ def plain(monkeypatch):
 def counted(model: MM1, batch, backward: bool) -> dict[str, int]:
     """FlopCounterMode's operations by room; attention's products are the only batched ones of encoder and decoder."""
     with FlopCounterMode(display=False, depth=2) as counter:
-        loss = model(batch).nll
+        loss = model(batch).loss
         if backward:
             loss.backward()
     found = {room: {str(op): n for op, n in ops.items()} for room, ops in counter.get_flop_counts().items()}
@@ -180,9 +181,9 @@ NAMES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) f
 def test_forward_and_backward_are_what_torch_counts(name, budget, plain):
     c, batch = VARIANTS[name], packed(documents(), budget)
     model = plain(c)
-    lengths = Load.of(batch).documents
+    lengths = workload(batch).documents
     found = ledger(c, batch)
-    executed = {part: found.forward[part] + found.backward[part] + found.padding[part] for part in found.forward}
+    executed = found.forward + found.backward + found.padding
     expected = counted(model, batch, backward=True)
     expected["decoder attention"] -= 3 * full_squares(c, lengths)
     assert by_room(executed) == pytest.approx(expected, rel=0.01)
@@ -194,16 +195,16 @@ def test_forward_alone_is_what_torch_counts(name, plain):
     c, batch = VARIANTS[name], packed(documents())
     model, found = plain(c), ledger(c, batch)
     expected = counted(model, batch, backward=False)
-    expected["decoder attention"] -= full_squares(c, Load.of(batch).documents)
+    expected["decoder attention"] -= full_squares(c, workload(batch).documents)
     assert by_room(found.forward) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plain_model_computes_the_same(name, plain, monkeypatch):
     batch = packed(documents(), ROOMY)
-    truth = plain(VARIANTS[name])(batch).nll
+    truth = plain(VARIANTS[name])(batch).loss
     monkeypatch.undo()
-    assert relative_error(MM1(VARIANTS[name]).initialize()(batch).nll, truth) < 1e-5
+    assert relative_error(MM1(VARIANTS[name]).init_weights()(batch).loss, truth) < 1e-5
 
 
 def test_useful_work_does_not_depend_on_budgets():
@@ -225,8 +226,8 @@ def test_useful_work_is_the_sum_of_each_document_alone():
 
 def test_documents_padded_to_the_longest_cost_what_the_longest_costs():
     c, lengths = MODELS["mm1-1b"], [200, 150, 1000]
-    padded = Load(lengths, [], 1347, 3000, 0, 0, pairs=3 * 1000 * 1001 // 2, routed=3000, heads=3000)
-    longest = ledger(c, Load([1000] * 3, [], 3000, 3000, 0, 0))
+    padded = Workload(lengths, [], 1347, 3000, 0, 0, pairs=3 * 1000 * 1001 // 2, routed=3000, heads=3000)
+    longest = ledger(c, Workload([1000] * 3, [], 3000, 3000, 0, 0))
     assert ledger(c, padded).executed == longest.executed
     assert ledger(c, padded).useful < longest.useful / 2
 
@@ -237,7 +238,7 @@ def test_a_dense_text_model_by_the_published_formula():
     d = c.decoder
     N = parameter_counts(c)["decoder_non_embedding"] + d.vocabulary * d.width
     per_token = 6 * N + 12 * d.layers * d.heads * d.head_width * T
-    found = ledger(c, Load([T], [], T, T, 0, 0))
+    found = ledger(c, Workload([T], [], T, T, 0, 0))
     causal = 12 * d.layers * d.heads * d.head_width * (T - 1) // 2  # of them hidden, a token
     assert found.useful == pytest.approx(T * (per_token - causal), rel=1e-3)  # N has norms, which are no products
     # By hand: 24 layers of 4 · 2048² + 3 · 2048 · 5376 and a head of 49152 · 2048 are 1.296e9 parameters; six times

@@ -9,6 +9,7 @@ from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Budget
 from mm1.engine.models.mm1 import MM1, parameter_counts
 from mm1.engine.models.mm1_config import MODELS, peak_lr
+from mm1.engine.train.prepare import compile_blocks
 
 ROOMY = Budget(tokens=120, media=9, patches=80, documents=8)
 
@@ -19,10 +20,10 @@ def test_packed_equals_each_document_alone(options, budget):
     model, docs = small_mm1(**options), documents()
     parameters = list(model.parameters())
     losses = model(packed(docs, budget))
-    grads = torch.autograd.grad(losses.nll, parameters)
-    alone = [model(packed([doc])).nll for doc in docs]
+    grads = torch.autograd.grad(losses.loss, parameters)
+    alone = [model(packed([doc])).loss for doc in docs]
     truth = torch.autograd.grad(torch.stack(alone).sum(), parameters, allow_unused=True)
-    assert relative_error(losses.nll, torch.stack(alone).sum()) < 1e-5
+    assert relative_error(losses.loss, torch.stack(alone).sum()) < 1e-5
     for (name, _), found, expected in zip(model.named_parameters(), grads, truth):
         assert expected is not None, name
         assert relative_error(found, expected) < 1e-5 or (found - expected).abs().max() < 1e-6, name
@@ -30,7 +31,7 @@ def test_packed_equals_each_document_alone(options, budget):
 
 def test_the_order_of_documents_changes_nothing():
     model, docs = small_mm1(), documents()
-    assert relative_error(model(packed(docs[::-1])).nll, model(packed(docs)).nll) < 1e-6
+    assert relative_error(model(packed(docs[::-1])).loss, model(packed(docs)).loss) < 1e-6
 
 
 def test_no_token_sees_a_later_one_or_another_document():
@@ -57,7 +58,7 @@ def test_loss_is_on_text_only_and_not_across_documents():
 
 def test_text_only_batch_runs_and_gives_the_encoder_zero_gradients():
     model = small_mm1()
-    loss = model(packed([document(5)], ROOMY)).nll
+    loss = model(packed([document(5)], ROOMY)).loss
     grads = gradients(loss, list(model.parameters()))
     for (name, _), grad in zip(model.named_parameters(), grads):
         if name.startswith(("vision", "connector", "image_norm")):
@@ -66,12 +67,12 @@ def test_text_only_batch_runs_and_gives_the_encoder_zero_gradients():
 
 def test_compiled_blocks_equal_eager_ones():
     eager, compiled = small_mm1(), small_mm1()
-    compiled.compile_blocks()
+    compile_blocks(compiled)
     batch = packed(documents(), ROOMY)
     a, b = eager(batch), compiled(batch)
-    assert relative_error(b.nll, a.nll) < 1e-5
+    assert relative_error(b.loss, a.loss) < 1e-5
     for found, expected in zip(
-        gradients(b.nll, list(compiled.parameters())), gradients(a.nll, list(eager.parameters()))
+        gradients(b.loss, list(compiled.parameters())), gradients(a.loss, list(eager.parameters()))
     ):
         assert relative_error(found, expected) < 1e-4 or (found - expected).abs().max() < 1e-6
 
@@ -85,10 +86,10 @@ def test_other_connectors_and_a_class_token_train(kind):
         vision=dataclasses.replace(c.vision, class_token=True, pre_norm=True, activation="quick_gelu"),
         decoder=dataclasses.replace(c.decoder, tied=False, qk_norm=False),
     )
-    model, docs = MM1(c).initialize(), documents()
-    alone = sum(model(packed([doc])).nll for doc in docs)
-    assert relative_error(model(packed(docs, ROOMY)).nll, alone) < 1e-5
-    grads = gradients(model(packed(docs)).nll, list(model.parameters()))
+    model, docs = MM1(c).init_weights(), documents()
+    alone = sum(model(packed([doc])).loss for doc in docs)
+    assert relative_error(model(packed(docs, ROOMY)).loss, alone) < 1e-5
+    grads = gradients(model(packed(docs)).loss, list(model.parameters()))
     assert all(grad.any() for grad in grads)
 
 

@@ -11,13 +11,15 @@ from small import small_model, small_run
 from torch import nn
 
 from mm1.engine.layers.config import Connector
+from mm1.engine.layers.layer import learned_vectors
+from mm1.engine.layers.sharding import local_part
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import Model
 from mm1.engine.run_config import load_run
 from mm1.engine.train.config import Parallel, Train
 from mm1.engine.train.display import Silent
 from mm1.engine.train.optim import adamw, decays, learning_rate
-from mm1.engine.train.parallel import World, local
+from mm1.engine.train.parallel import World
 from mm1.engine.train.trainer import Trainer
 
 DENSE = small_model(experts=0)
@@ -47,12 +49,12 @@ def matrices(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("c", MODELS.values(), ids=MODELS)
 def test_a_run_of_zero_gradients_shrinks_matrices_by_the_rates_and_nothing_else(c: Model):
-    model, t, peak = MM1(c).initialize(), Train(steps=40, warmup=4), 0.01
+    model, t, peak = MM1(c).init_weights(), Train(steps=40, warmup=4), 0.01
     for parameter in model.parameters():
         parameter.data.add_(0.5)  # no zeros, which would hide a decay
         parameter.grad = torch.zeros_like(parameter)
     before = {name: p.detach().double() for name, p in model.named_parameters()}
-    optimizer = adamw(model.named_parameters(), t, peak)
+    optimizer = adamw(model.named_parameters(), t, peak, learned_vectors(model))
     factor = 1.0
     for step in range(t.steps):
         for group in optimizer.param_groups:
@@ -103,10 +105,10 @@ def test_every_layout_decays_the_same_parameters(layout, four_ranks):
     whole = MM1(c)
     with torch.device("meta"):
         model = MM1(c)
-    World(Parallel(**LAYOUTS[layout])).place(model, torch.float32)
-    parts = {name: nn.Parameter(local(p.detach())) for name, p in model.named_parameters()}
+    World(Parallel(**LAYOUTS[layout])).shard_model(model, torch.float32)
+    parts = {name: nn.Parameter(local_part(p.detach())) for name, p in model.named_parameters()}
     assert any(part.shape != whole.get_parameter(name).shape for name, part in parts.items())
-    assert {name for name, part in parts.items() if decays(name, part)} == matrices(whole)
+    assert {name for name, part in parts.items() if decays(name, part, learned_vectors(model))} == matrices(whole)
 
 
 def test_schedule_warms_up_and_ends_at_a_tenth():
@@ -129,5 +131,5 @@ def test_the_warm_up_is_three_percent_of_a_short_run_and_the_papers_of_a_long_on
 def test_a_run_of_a_hundred_steps_is_at_its_peak_rate_after_three(tmp_path):
     run = small_run(steps=100, accumulate=1, save_every=100, peak_lr=2e-3, warmup=None)
     trainer = Trainer(run, tmp_path / "run", Silent(), False)
-    assert [trainer._step().known["lr"] for trainer.step in range(3)][-1] == 2e-3
+    assert [trainer.step().host["lr"] for _ in range(3)][-1] == 2e-3
     trainer.feed.close()

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -307,8 +306,8 @@ def test_a_run_shows_its_experts_load_and_warns_once_of_drops(tmp_path):
     for step in range(3):
         served = torch.zeros_like(asked)
         asked.zero_()
-        trainer._settle(trainer._step(), deque())
-        trainer.step += 1
+        trainer.step()
+        trainer.settle()
         load = served.amax(1) / served.double().mean(1)
         assert shown.lines[step]["expert_load"] == pytest.approx(load.tolist())
         assert shown.lines[step]["dropped"] == pytest.approx(1 - float(served.sum() / asked.sum()))
@@ -345,4 +344,4 @@ def test_experts_of_a_dense_model_are_not_divided(monkeypatch):
     world = World()
     world.size, world.config = 2, Parallel(expert=2)
     with pytest.raises(UserError, match=r"setting parallel\.expert is 2, expected 1 for a model without experts"):
-        world.place(MM1(small_model(experts=0)), torch.float32)
+        world.shard_model(MM1(small_model(experts=0)), torch.float32)

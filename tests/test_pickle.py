@@ -24,9 +24,10 @@ from mm1.engine.infer.graphs import Graphs
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.layers import blocked as packing
 from mm1.engine.layers import quantize
-from mm1.engine.layers.blocked import Head, PackedLinear
+from mm1.engine.layers.blocked import BlockedLinear, Head
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.train import checkpoint
+from mm1.engine.train.prepare import compile_blocks
 from mm1.engine.train.recompute import recompute_blocks
 from mm1.kernels.patches.grids import Grids
 
@@ -51,7 +52,7 @@ def other_connector() -> MM1:
         dataclasses.replace(c.connector, kind="attention"),
         dataclasses.replace(c.vision, class_token=True),
     )
-    return MM1(dataclasses.replace(c, connector=connector, vision=vision)).initialize()
+    return MM1(dataclasses.replace(c, connector=connector, vision=vision)).init_weights()
 
 
 def loaded() -> MM1:
@@ -72,7 +73,7 @@ def generated() -> MM1:
 
 def compiled() -> MM1:
     model = small_mm1()
-    model.compile_blocks(backend="eager")
+    compile_blocks(model, backend="eager")
     model.logits(packed(documents()))
     return model
 
@@ -85,7 +86,7 @@ def recomputing() -> MM1:
 
 def both() -> MM1:
     model = recomputing()
-    model.compile_blocks(backend="eager")
+    compile_blocks(model, backend="eager")
     return model
 
 
@@ -112,9 +113,9 @@ def test_a_copy_of_a_model_has_the_same_logits_and_weights_of_its_own(name, way)
         other = way(model)
         assert torch.equal(other.logits(batch), truth)
         assert (other.config, other.training) == (model.config, model.training)
-        other.initialize(seed=1)
+        other.init_weights(seed=1)
         assert torch.equal(model.logits(batch), truth), "the original has changed"
-        model.initialize(seed=1)
+        model.init_weights(seed=1)
         assert torch.equal(other.logits(batch), model.logits(batch)), "it computes with the original's weights"
 
 
@@ -124,9 +125,9 @@ def test_a_copy_of_a_model_generates_trains_and_is_compiled_as_the_original(way)
     other = way(model)
     texts = generate(model, [["a"], ["b c"]], max_tokens=5)
     assert generate(other, [["a"], ["b c"]], max_tokens=5) == texts
-    grads = [torch.autograd.grad(m(batch).nll, list(m.parameters())) for m in (model, other)]
+    grads = [torch.autograd.grad(m(batch).loss, list(m.parameters())) for m in (model, other)]
     assert all(map(torch.equal, *grads))
-    other.compile_blocks(backend="eager")
+    compile_blocks(other, backend="eager")
     assert torch.equal(other.logits(batch), model.logits(batch))
 
 
@@ -145,8 +146,8 @@ def test_another_process_reads_a_saved_model(tmp_path):
 @way
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_a_copy_of_an_engine_goes_on_with_what_it_knows_and_a_cache_of_its_own(way, weights, monkeypatch):
-    monkeypatch.setattr(packing, "LEAST", 1)
-    monkeypatch.setattr(quantize, "LEAST", 1)
+    monkeypatch.setattr(packing, "MIN_NUMBERS", 1)
+    monkeypatch.setattr(quantize, "MIN_NUMBERS", 1)
     if weights:
         pytest.importorskip("torchao")
     prompt, sampling = ["a b c d e f g h i j k l m n o p q r s t u v w x y z"], Sampling(max_tokens=4)
@@ -172,7 +173,7 @@ def test_a_copy_of_an_engine_goes_on_with_what_it_knows_and_a_cache_of_its_own(w
 @way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_linear_is_packed_anew(way, dtype):
-    linear, x = PackedLinear(torch.randn(40, 24).to(dtype)), torch.randn(3, 24).to(dtype)
+    linear, x = BlockedLinear(torch.randn(40, 24).to(dtype)), torch.randn(3, 24).to(dtype)
     assert torch.equal(way(linear)(x), linear(x))
 
 
@@ -199,7 +200,7 @@ def test_graphs_are_captured_anew_by_a_copy_of_its_own_weights(way, monkeypatch)
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_narrow_weights_are_kept_as_they_are(way, how, monkeypatch):
     pytest.importorskip("torchao")
-    monkeypatch.setattr(quantize, "LEAST", 1)
+    monkeypatch.setattr(quantize, "MIN_NUMBERS", 1)
     decoder, head = quantize.quantized(small_mm1().eval().decoder, how)
     other, other_head = way((decoder, head))
     x, positions, ends = torch.randn(3, 32), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32)

@@ -21,12 +21,13 @@ from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.record import Record
 from mm1.engine.layers.decoder import Attention
 from mm1.engine.layers.experts import Experts
+from mm1.engine.layers.workload import Layout, Workload
 from mm1.engine.models.mm1 import MM1, parameter_counts
 from mm1.engine.run_config import Run, load_run
 from mm1.engine.train import checkpoint, command, host
 from mm1.engine.train.config import Parallel, Train
 from mm1.engine.train.display import Silent
-from mm1.engine.train.ledger import Load, ledger
+from mm1.engine.train.ledger import ledger, workload
 from mm1.engine.train.plan import HARDWARE, activations, fullest, memory, plan, shares, show, to_dict, traffic, typical
 from mm1.engine.train.recompute import recompute_blocks
 from mm1.engine.train.trainer import train
@@ -41,7 +42,7 @@ def run_of(model=DENSE, train=Train(accumulate=16), **parallel) -> Run:
 
 
 def held(run: Run, gpus: int) -> int:
-    return sum(s.held for s in shares(run, gpus))
+    return sum(s.stored for s in shares(run, gpus))
 
 
 def elements(*parameters: nn.Parameter) -> int:
@@ -83,7 +84,7 @@ def test_the_fullest_gpu_holds_the_first_of_torchs_chunks():
     with torch.device("meta"):
         across = lambda p: p.ndim == 3 and p.shape[1] % gpus == 0  # noqa: E731
         expected = [p.chunk(gpus, dim=int(across(p)))[0].numel() for p in MM1(run.model).parameters()]
-    assert [s.held for s in shares(run, gpus)] == expected
+    assert [s.stored for s in shares(run, gpus)] == expected
     assert 1 < plan(run, gpus).uneven < 1.01
 
 
@@ -137,7 +138,7 @@ def kept(model: MM1, batch) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         losses = model(batch)
     head = 4 * model.decoder.head_weight.numel()
-    assert losses.nll.requires_grad
+    assert losses.loss.requires_grad
     return sum(storage.nbytes() for at, storage in found.items() if at not in weights) - head
 
 
@@ -164,33 +165,34 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_activations_are_those_that_autograd_keeps(name):
-    model = MM1(CASES[name]).initialize()
+    model = MM1(CASES[name]).init_weights()
     batch = packed([document((6, 6), 20, (8, 8), 30) for _ in range(4)])
-    estimate = activations(CASES[name], Load.of(batch), 4)
+    estimate = activations(CASES[name], workload(batch), Layout(4))
     # A CPU's RMSNorm keeps its normalised input as well, a GPU's does not.
     assert 0.75 < sum(estimate.values()) / kept(model, batch) < 1.1
-    again = activations(CASES[name], Load.of(batch), 4, recompute="blocks")
+    again = activations(CASES[name], workload(batch), Layout(4), recompute="blocks")
     recompute_blocks(model, "blocks")
     assert 0.75 < (sum(again.values()) - again["a block computed again"]) / kept(model, batch) < 1.25
 
 
 def test_a_block_that_is_computed_again_is_the_largest():
-    load = Load([160], [], 160, 160, 0, 0)
-    whole, again = (activations(DENSE, load, 2, recompute=what) for what in ("none", "blocks"))
+    load = Workload([160], [], 160, 160, 0, 0)
+    whole, again = (activations(DENSE, load, Layout(2), recompute=what) for what in ("none", "blocks"))
     assert again["a block computed again"] == whole["activations of blocks"] / DENSE.decoder.layers
 
 
 def test_a_tensor_group_shares_what_lies_between_its_cuts():
-    load = Load([160], [], 160, 160, 0, 0)
-    whole, half = (activations(DENSE, load, 2, tensor=t)["activations of blocks"] for t in (1, 2))
+    load = Workload([160], [], 160, 160, 0, 0)
+    whole, half = (activations(DENSE, load, Layout(2, tensor=t))["activations of blocks"] for t in (1, 2))
     d = DENSE.decoder
     projections = (3 * 2 + 4) * (d.heads + d.kv_heads) * d.head_width + 2 * 4 * d.ffn  # bytes of a token, q and k fp32
     assert whole - half == d.layers * 160 * projections / 2
 
 
 def test_tokens_that_travel_take_their_room():
-    d, load = MIXTURE.decoder, Load([160], [], 160, 160, 0, 0)
-    stay, travel = (activations(MIXTURE, load, 2, taken=rows)["activations of blocks"] for rows in (0.0, 1.5))
+    d, load = MIXTURE.decoder, Workload([160], [], 160, 160, 0, 0)
+    layouts = (Layout(2, received=rows) for rows in (0.0, 1.5))
+    stay, travel = (activations(MIXTURE, load, layout)["activations of blocks"] for layout in layouts)
     slots = 160 * d.experts_per_token * d.layers
     # Half as many products again, the rows that are taken in, and in fp32 the results that come back.
     assert travel - stay == slots * (0.5 * 2 * 2 * d.ffn + 1.5 * 2 * d.width + 4 * d.width)
@@ -250,7 +252,7 @@ def test_groups_that_leave_the_node_are_as_fast_as_all_their_ports():
 @pytest.mark.parametrize("recompute", ["none", "selective", "blocks"])
 def test_what_tensor_and_expert_parallelism_send(recompute):
     train, passes = Train(accumulate=16, recompute=recompute), 3 if recompute == "blocks" else 2
-    load = Load([160], [], 160, 160, 0, 0)
+    load = Workload([160], [], 160, 160, 0, 0)
     x = 2 * 160 * 32  # bytes of the hidden state; two layers, each of them with two sums a pass
     sums = traffic(run_of(DENSE, train, tensor=2), 2, load, 1.0, 1.0)["tensor"]
     assert sums * 0.8e9 == pytest.approx(passes * 2 * 2 * x)
@@ -423,7 +425,7 @@ def test_a_checkpoint_of_two_processes_is_as_large_as_planned_and_so_is_its_copy
 
 def test_one_process_waits_for_all_of_a_save():
     saved = host.checkpoint(
-        Train(steps=100, save_every=10, keep=3), 1, parameters=10**9, held=10**9, tensors=0, step=2.0, storage=1e9
+        Train(steps=100, save_every=10, keep=3), 1, parameters=10**9, stored=10**9, tensors=0, step=2.0, storage=1e9
     )  # fmt: skip
     assert saved.size == saved.process == pytest.approx(12e9, rel=1e-4)
     assert saved.disk == 4 * saved.size, "three, and one being written"
@@ -436,7 +438,7 @@ def test_one_process_waits_for_all_of_a_save():
 def test_many_processes_write_beside_the_steps():
     def save(step, storage):
         t = Train(steps=100, save_every=10)
-        return host.checkpoint(t, 16, parameters=10**9, held=10**9 // 16, tensors=0, step=step, storage=storage)
+        return host.checkpoint(t, 16, parameters=10**9, stored=10**9 // 16, tensors=0, step=step, storage=storage)
 
     slow, fast = save(0.1, 1e9), save(1.0, 1e9)
     assert fast.seconds["copying to host memory"] == pytest.approx(0.25)
@@ -456,7 +458,7 @@ def test_host_memory_of_a_node():
     run = Run(DENSE, Data(tokens=160, images=4, patches=240, streams=32, workers=3, buffer=1600), Train(accumulate=16))
     load, pixels = typical(run, 80), 4 * 60 * 4 * 4 * 3
     token = pixels / 160 + 4
-    assert host.memory(run, 16, load, held=1000, document=80) == {
+    assert host.memory(run, 16, load, stored=1000, document=80) == {
         "training processes": 8 * 3e9,
         "copy of the checkpoint": 8 * 12 * 1000,
         "loader processes": 8 * 2 * 3 * 0.2e9,
@@ -464,7 +466,7 @@ def test_host_memory_of_a_node():
         "documents waiting in packers": 8 * 2 * 1600 * token,
         "batches": 8 * 2 * 3 * 160 * token,
     }
-    alone = host.memory(replace(run, data=replace(run.data, streams=1)), 1, load, held=1000, document=80)
+    alone = host.memory(replace(run, data=replace(run.data, streams=1)), 1, load, stored=1000, document=80)
     assert alone["copy of the checkpoint"] == 8 * 1000, "of one file, of which the optimizer's is the larger"
     assert alone["documents waiting in packers"] == 1600 * token
     text = show(plan(run, 16, host_memory=100))

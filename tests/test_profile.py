@@ -11,18 +11,19 @@ from test_train import Quiet, assert_same, trained
 
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.train import profile as profiling
-from mm1.engine.train.ledger import Load, ledger
-from mm1.engine.train.profile import STEPS, Marks, profile
+from mm1.engine.train.ledger import ledger
+from mm1.engine.train.profile import STEPS, Profile
 from mm1.engine.train.safety import WARM
+from mm1.engine.train.step import Observer
 from mm1.engine.train.trainer import Trainer
 from mm1.errors import UserError
 
 RUN = small_run(steps=6)
 
 
-def profiled(run, folder) -> Trainer:
-    trainer = Trainer(run, folder, Quiet(), False)
-    profile(trainer, folder / "profile")
+def profiled(run, folder, *observers, **options) -> Trainer:
+    trainer = Trainer(run, folder, Quiet(), observers=observers, **options)
+    trainer.observers.append(Profile(trainer.run, trainer.model, trainer.world, folder / "profile"))
     trainer.fit()
     return trainer
 
@@ -32,30 +33,36 @@ def test_weights_and_metrics_are_those_of_a_run_that_nobody_watches(tmp_path):
     found = {name: p.detach() for name, p in trainer.model.named_parameters()}
     assert_same(found, trained(tmp_path / "run", small_run(steps=8), display=Quiet()))
     assert len(trainer.display.metrics) == trainer.run.train.steps
-    assert "_step" not in vars(trainer) or trainer._step.__func__ is Trainer._step
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
+
+
+class Drawn(Observer):
+    """Keeps the batches of a run."""
+
+    def __init__(self):
+        self.batches = []
+
+    def batch_drawn(self, batch):
+        self.batches.append(batch)
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """A folder of a run, its marks, and the batches that its model saw."""
-    folder, seen, drawn = tmp_path_factory.mktemp("run"), [], []
-    init, forward = Marks.__init__, MM1.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Marks, "__init__", lambda self, trainer: (seen.append(self), init(self, trainer))[1])
-        patch.setattr(MM1, "forward", lambda self, batch: (drawn.append(batch), forward(self, batch))[1])
-        profiled(RUN, folder)
-    return folder, seen[0], drawn
+    folder, drawn = tmp_path_factory.mktemp("run"), Drawn()
+    trainer = profiled(RUN, folder, drawn)
+    return folder, trainer.observers[-1].marks, drawn.batches
 
 
 def test_every_millisecond_is_a_parts_and_operations_are_the_ledgers(watched):
     _, marks, drawn = watched
     seconds = marks.seconds()
     assert sum(seconds.values()) == pytest.approx((marks.marks[-1][1] - marks.marks[0][1]) / STEPS)
-    assert set(seconds) == {*profiling.PARTS, *(f"{part} backward" for part in profiling.PARTS), *profiling.OTHER}
+    parts = {*MM1.PROFILE, *(f"{part} backward" for part in MM1.PROFILE)}
+    assert set(seconds) == {*parts, *profiling.OTHER}
     assert all(taken > 0 for taken in seconds.values())
     batches = drawn[2 * WARM : 2 * (WARM + STEPS)]
-    assert [c.useful for c in marks.operations()] == [ledger(RUN.model, Load.of(batch)).useful for batch in batches]
+    assert [c.useful for c in marks.operations()] == [ledger(RUN.model, batch).useful for batch in batches]
 
 
 def test_marks_stand_in_the_order_of_the_work(watched):
@@ -76,15 +83,14 @@ def test_what_it_leaves_can_be_read(watched):
     assert "aten::mm" in table
 
 
-def test_compiled_blocks_are_not_compiled_again(tmp_path, monkeypatch):
-    compile_blocks = MM1.compile_blocks
-    monkeypatch.setattr(MM1, "compile_blocks", lambda self, **options: compile_blocks(self, backend="eager", **options))
+def test_compiled_blocks_are_not_compiled_again(tmp_path):
     torch.compiler.reset()
-    profiled(small_run(steps=6, compile=True, recompute="selective"), tmp_path)  # where that is an error
+    run = small_run(steps=6, compile=True, recompute="selective")  # where that is an error
+    profiled(run, tmp_path, backend="eager")
     torch.compiler.reset()
     assert (tmp_path / "profile" / "table.txt").exists()
 
 
 def test_a_run_that_is_too_short_is_told_at_once(tmp_path):
     with pytest.raises(UserError, match="a profile needs 6 steps, and 5 are left of the run"):
-        profile(Trainer(small_run(steps=5), tmp_path, Quiet(), False), tmp_path / "profile")
+        profiled(small_run(steps=5), tmp_path)

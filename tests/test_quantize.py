@@ -162,7 +162,7 @@ def test_its_code_fits_every_gpu(kind, device):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(quantize, "LEAST", 1)
+    monkeypatch.setattr(quantize, "MIN_NUMBERS", 1)
 
 
 def decoder_of(**settings):
@@ -296,7 +296,7 @@ def test_the_original_is_as_it_was_and_what_stays_is_shared(tied):
 
 @not_interpreted
 def test_wide_weights_alone_are_rounded(monkeypatch):
-    monkeypatch.setattr(quantize, "LEAST", 32 * 64)  # of qkv
+    monkeypatch.setattr(quantize, "MIN_NUMBERS", 32 * 64)  # of qkv
     decoder = decoder_of(experts=0)
     decoder.blocks[1].attention.qkv.bias = nn.Parameter(torch.zeros(64))
     twin, _ = quantized(decoder, "int8")

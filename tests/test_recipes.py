@@ -81,7 +81,7 @@ def png(image):
 
 def test_a_run_begins_with_the_weights_of_a_checkpoint_and_its_own_resolution(tmp_path):
     run = small_run(steps=2)
-    model = MM1(run.model).initialize(seed=5)
+    model = MM1(run.model).init_weights(seed=5)
     texts = {"config.json": json.dumps({"model": to_dict(run.model)}), "tokenizer.json": Path(TOKENIZER).read_text()}
     checkpoint.write(tmp_path / "base", {"model.safetensors": dict(model.state_dict())}, texts)
     lines = [
@@ -102,12 +102,12 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint_and_its_own_resolution(tm
     for name, parameter in trainer.model.named_parameters():
         assert (parameter == model.get_parameter(name)).all(), name
     trainer.fit()
-    assert trainer.step == 1
+    assert trainer.steps_done == 1
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     run = small_run()
-    model = MM1(small_model(qk_norm=False)).initialize()
+    model = MM1(small_model(qk_norm=False)).init_weights()
     texts = {"config.json": json.dumps({"model": to_dict(run.model)}), "tokenizer.json": Path(TOKENIZER).read_text()}
     checkpoint.write(tmp_path / "base", {"model.safetensors": dict(model.state_dict())}, texts)
     begun = dataclasses.replace(run, train=dataclasses.replace(run.train, init=str(tmp_path / "base")))

@@ -10,10 +10,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm1.engine.layers.workload import Layout
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.train import recompute
-from mm1.engine.train.ledger import Load
+from mm1.engine.train.ledger import workload
 from mm1.engine.train.plan import activations
+from mm1.engine.train.prepare import compile_blocks
 from mm1.engine.train.recompute import recompute_blocks
 
 WAYS = ["none", "selective", "blocks"]
@@ -41,16 +43,16 @@ class Alive(TorchDispatchMode):
 
 def made(what: str, experts: int, compiled: bool = False):
     torch.manual_seed(0)
-    model = MM1(small_model(experts=experts)).initialize()
+    model = MM1(small_model(experts=experts)).init_weights()
     if what != "none":
         recompute_blocks(model, what)
     if compiled:
-        model.compile_blocks(fullgraph=True, backend="aot_eager")
+        compile_blocks(model, fullgraph=True, backend="aot_eager")
     return model, packed([document((6, 6), 20, (8, 8), 30) for _ in range(4)])
 
 
 def gradients(model: MM1, batch) -> dict[str, torch.Tensor]:
-    model.objective(model(batch), batch.target_count).backward()
+    model(batch).objective.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -97,8 +99,8 @@ def test_what_is_kept_is_what_the_plan_says(experts):
         with Alive() as alive:
             losses = model(batch)
         found[what] = alive.bytes - 4 * model.decoder.head_weight.numel()  # whose gradient forward made
-        assert losses.nll.requires_grad
-        estimate = activations(small_model(experts=experts), Load.of(batch), 4, recompute=what)
+        assert losses.loss.requires_grad
+        estimate = activations(small_model(experts=experts), workload(batch), Layout(4), recompute=what)
         expected[what] = sum(estimate.values()) - estimate.get("a block computed again", 0)
     assert found["blocks"] < found["selective"] < found["none"]
     for what in WAYS:

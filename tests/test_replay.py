@@ -5,13 +5,11 @@ import json
 
 import pytest
 import torch
-from small import FOLDER, small_run
-from test_train import Quiet
+from small import FOLDER, At, small_run
 
 from mm1.engine.data.config import Source
-from mm1.engine.train import replay as module
 from mm1.engine.train.display import Display
-from mm1.engine.train.replay import replay, show
+from mm1.engine.train.replay import Result, replay, show, verdict
 from mm1.engine.train.trainer import Trainer, train
 from mm1.errors import UserError
 
@@ -62,39 +60,41 @@ def test_another_result_of_the_same_data_is_hardware(folder):
     assert replay(folder, 11)["verdict"] == ["hardware: step 10 gives another result than the run wrote down"]
 
 
-def test_results_that_vary_are_hardware(folder, monkeypatch):
-    compute, count = module._compute, iter(range(9))
-    monkeypatch.setattr(module, "_compute", lambda *a: compute(*a)._replace(loss=1.0 + next(count)))
-    assert replay(folder, 10)["verdict"][0].startswith("hardware: two computations of the same step differ")
+SOUND = Result(2.0, 0.5)
 
 
-def test_what_fp32_does_not_confirm_is_a_kernel(folder, monkeypatch):
-    compute = module._compute
+def test_results_that_vary_are_hardware():
+    lines = verdict(None, None, SOUND, SOUND._replace(loss=2.5), SOUND, torch.float32)
+    assert lines == ["hardware: two computations of the same step differ by 0.2"]
 
-    def wrong(trainer, batches, dtype):
-        result = compute(trainer, batches, dtype)
-        return result._replace(norm=result.norm * 1.01) if trainer.folder.name == "exact" else result
 
-    monkeypatch.setattr(module, "_compute", wrong)
-    assert replay(folder, 10)["verdict"] == ["kernel: float32 and fp32 differ by 0.01"]
+def test_what_fp32_does_not_confirm_is_a_kernel():
+    assert verdict(None, None, SOUND, SOUND, SOUND._replace(norm=0.495), torch.float32) == [
+        "kernel: float32 and fp32 differ by 0.01"
+    ]
+    assert verdict(None, None, SOUND, SOUND, SOUND._replace(norm=0.495), torch.bfloat16) == ["nothing differs"]
+
+
+def test_another_layout_is_named_and_data_outweigh_it():
+    lines = verdict(None, 7, SOUND, SOUND, SOUND, torch.bfloat16, "4 processes on cuda")
+    assert lines[0].startswith("layout: step 7 gives another result")
+    assert "by more than 0.03; the run had 4 processes on cuda" in lines[0]
+    assert verdict(5, 7, SOUND, SOUND, SOUND, torch.bfloat16, "4 processes on cuda") == [
+        "data: that of step 5 is not what it was"
+    ]
 
 
 def test_a_step_left_out_is_not_finite_again(tmp_path):
-    trainer = Trainer(small_run(steps=6, save_every=3, skips=1), tmp_path / "run", Quiet(), False)
-    trainer.display = Display(tmp_path / "run", trainer.run.train)
-    step = trainer._step
+    run = small_run(steps=6, save_every=3, skips=1)
+    trainer = Trainer(run, tmp_path / "run", Display(tmp_path / "run", run.train))
+    weight = trainer.model.decoder.norm.weight
+    kept = weight.detach().clone()
 
-    def poisoned():
-        weight = trainer.model.decoder.norm.weight
-        if trainer.step == 3:
-            kept = weight.detach().clone()
-            weight.data[0] = float("nan")
-            done = step()
-            weight.data.copy_(kept)
-            return done
-        return step()
+    def poison():
+        kept.copy_(weight.detach())
+        weight.data[0] = float("nan")
 
-    trainer._step = poisoned
+    trainer.observers.append(At(begins={4: poison}, ends={4: lambda: weight.data.copy_(kept)}))
     trainer.fit()
     found = replay(tmp_path / "run", 4)
     assert found["recorded"]["loss"] != found["recorded"]["loss"]

@@ -18,13 +18,12 @@ from pathlib import Path
 import pytest
 import resume_runs
 import torch
-from small import FOLDER, small_model, small_run
+from small import FOLDER, At, small_model, small_run
 
 from mm1.engine.data import feed
 from mm1.engine.data.config import Source
 from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.streams import make_streams
-from mm1.engine.models.mm1 import MM1
 from mm1.engine.run_config import DIGITS_RUN, Run, to_dict
 from mm1.engine.train import checkpoint
 from mm1.engine.train.config import Parallel
@@ -114,15 +113,8 @@ def quiet(folder: Path, run: Run) -> Display:
 
 def go_on(run: Run, folder: Path, stop: int | None = None, number: int = signal.SIGTERM) -> dict:
     """Resumed, or begun, to its end; or until a signal that comes amid step `stop`, whose state is given then."""
-    trainer = Trainer(run, folder, quiet(folder, run), True)
-    step = trainer._step
-
-    def signalled():
-        if trainer.step + 1 == stop:
-            os.kill(os.getpid(), number)
-        return step()
-
-    trainer._step = signalled
+    signalled = At(begins={stop: lambda: os.kill(os.getpid(), number)})
+    trainer = Trainer(run, folder, quiet(folder, run), True, observers=[signalled], backend="eager")
     if stop is None:
         trainer.fit()
     else:
@@ -210,9 +202,7 @@ def test_a_mixture_of_experts_resumed_ends_with_the_same_bits(undisturbed, tmp_p
     assert_same(left_by(tmp_path), undisturbed(run))
 
 
-def test_a_compiled_run_resumed_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
-    compile_blocks = MM1.compile_blocks
-    monkeypatch.setattr(MM1, "compile_blocks", lambda self, **options: compile_blocks(self, backend="eager", **options))
+def test_a_compiled_run_resumed_ends_with_the_same_bits(undisturbed, tmp_path):
     run = small_run(**SHORT, compile=True)
     torch.compiler.reset()
     go_on(run, tmp_path, 3)
@@ -347,10 +337,7 @@ def test_killed_at_each_change_of_a_file_a_run_ends_with_the_same_bits_and_loses
     run, killed = changed(small_run(steps=6, save_every=2, keep=1), sources=tiny, buffer=160), tmp_path / "killed"
 
     def dies_amid_step_4():
-        trainer = Trainer(run, killed, quiet(killed, run), True)
-        step = trainer._step
-        trainer._step = lambda: resume_runs.die() if trainer.step == 3 else step()
-        trainer.fit()
+        Trainer(run, killed, quiet(killed, run), True, observers=[At(begins={4: resume_runs.die})]).fit()
 
     assert not resume_runs.forked(dies_amid_step_4)
     process = Process(run, tmp_path / "runs" / "all", 1, str(killed))

@@ -22,7 +22,7 @@ from mm1.engine.models import mm1_config
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import DIGITS, MODELS
 from mm1.engine.run_config import DIGITS_RUN, Run, changes, from_dict, load_run, to_dict
-from mm1.engine.settings import help_texts, hints, nested, to_toml, toml_value
+from mm1.engine.settings import help_texts, hints, nested, table_of, to_toml, toml_value
 from mm1.engine.train import checkpoint, settings_page
 from mm1.engine.train import config as train_config
 from mm1.engine.train.config import Parallel, Train
@@ -213,7 +213,7 @@ def classes_of_settings(cls=Run):
 def test_every_setting_has_a_help_text_that_names_each_special_value(cls):
     texts = help_texts(cls)
     for field, hint in hints(cls).items():
-        if not dataclasses.is_dataclass(hint):
+        if not table_of(hint):
             text = texts[field]
             assert 10 < len(text) < 250, field
             assert text.endswith("."), field
@@ -236,7 +236,7 @@ def test_the_page_of_settings_is_current():
 def test_the_page_of_settings_has_a_row_for_each_with_its_range_and_default():
     rows = [line.split(" | ") for line in settings_page.page().splitlines() if line.startswith("| `")]
     names = [row[0].strip("|*` ") for row in rows]
-    plain = sum(not dataclasses.is_dataclass(hint) for cls in classes_of_settings() for hint in hints(cls).values())
+    plain = sum(not table_of(hint) for cls in classes_of_settings() for hint in hints(cls).values())
     assert len(set(names)) == len(names) == plain
     for part, config in (("data", Data()), ("train", Train()), ("parallel", Parallel())):
         for field, value in to_dict(config).items():
@@ -260,7 +260,7 @@ def test_changes_are_those_of_settings_that_have_to_stay():
 def test_the_smallest_and_the_largest_seed_train(seed, tmp_path):
     trainer = Trainer(small_run(steps=2, seed=seed), tmp_path / "run", Silent(), False)
     trainer.fit()
-    assert trainer.step == 2
+    assert trainer.steps_done == 2
 
 
 # The demo's settings belong to the demo.
@@ -332,7 +332,7 @@ def elsewhere(tmp_path, monkeypatch):
         "config.json": json.dumps({"model": to_dict(small_model())}),
         "tokenizer.json": (FOLDER / "tokenizer.json").read_text(),
     }
-    model = MM1(small_model()).initialize()
+    model = MM1(small_model()).init_weights()
     checkpoint.write(folder / "base", {"model.safetensors": dict(model.state_dict())}, texts)
     toml(
         folder,
@@ -406,5 +406,6 @@ def test_a_checkpoint_of_an_older_version_still_loads(tmp_path):
     """Settings other than the model's are not read: runs of 100 steps were once stored with a warm-up of 2000."""
     old = {"model": to_dict(small_model()), "train": {"steps": 100, "warmup": 2000, "gone": 1}}
     texts = {"config.json": json.dumps(old), "tokenizer.json": (FOLDER / "tokenizer.json").read_text()}
-    checkpoint.write(tmp_path / "old", {"model.safetensors": dict(MM1(small_model()).initialize().state_dict())}, texts)
+    weights = dict(MM1(small_model()).init_weights().state_dict())
+    checkpoint.write(tmp_path / "old", {"model.safetensors": weights}, texts)
     assert checkpoint.load(tmp_path / "old").config == small_model()

@@ -2,16 +2,15 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import relative_error
-from small import document, packed, small_model, small_run
+from small import At, document, packed, small_model, small_run
 
-from mm1.engine.models.mm1 import MM1
 from mm1.engine.train import checkpoint
+from mm1.engine.train.step import Observer
 from mm1.engine.train.trainer import Trainer, train
 from mm1.errors import UserError
 
@@ -70,12 +69,21 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, options):
     checkpoint_8 = tmp_path / "run" / "step-00000008"
     assert checkpoint_8.is_dir()
     run = Trainer(small_run(**options), tmp_path / "long", Quiet(), False)
-    while run.step < 7:
-        run._step()
-        run.step += 1
+    while run.steps_done < 7:
+        run.step()
     run.save()
     found = trained(tmp_path / "long", small_run(**options), resume=True)
     assert_same(found, truth)
+
+
+class Gradients(Observer):
+    """Copies the gradients of a step, summed over its target tokens, into `into`."""
+
+    def __init__(self, model, into):
+        self.model, self.into = model, into
+
+    def gradients_complete(self):
+        self.into.update({name: p.grad.clone() for name, p in self.model.named_parameters()})
 
 
 def test_accumulated_batches_weigh_every_target_token_the_same(tmp_path):
@@ -87,17 +95,16 @@ def test_accumulated_batches_weigh_every_target_token_the_same(tmp_path):
     assert batches[0].target_count != batches[1].target_count
     model = trainer.model
     targets = sum(b.target_count for b in batches)
-    nll = sum(model(b).nll for b in batches) / targets
+    nll = sum(model(b).loss for b in batches) / targets
     truth = torch.autograd.grad(nll, list(model.decoder.blocks[0].parameters()))
     trainer.streams.restore(state)
     grads = {}
-    trainer.optimizer.step = lambda: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    trainer.observers.append(Gradients(model, grads))
     object.__setattr__(model.config.decoder, "load_balance", 0.0)
     object.__setattr__(model.config.decoder, "z_loss", 0.0)
-    trainer.run = dataclasses.replace(run, train=dataclasses.replace(run.train, clip=1e9))
-    trainer._step()
+    trainer.step()
     for (name, _), expected in zip(model.decoder.blocks[0].named_parameters(), truth):
-        assert relative_error(grads[f"decoder.blocks.0.{name}"], expected) < 1e-5
+        assert relative_error(grads[f"decoder.blocks.0.{name}"] / targets, expected) < 1e-5
 
 
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "mixture"])
@@ -106,14 +113,16 @@ def test_four_micro_batches_equal_one_batch_four_times_as_large(experts, tmp_pat
     model = small_model(experts=experts, load_balance=0.0, z_loss=0.0)  # which each batch has of its own
     trainer = Trainer(dataclasses.replace(run, model=model), tmp_path / "run", Quiet(), False)
     documents = [document((2, 3), 5), document(9), document((3, 3), (1, 2), 4), document(3, (2, 2), 7)]
-    found = {}
+    weights = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    found, grads = {}, {}
+    trainer.observers.append(Gradients(trainer.model, grads))
     for name, batches in {"four": [packed([d]) for d in documents], "one": [packed(documents)]}.items():
         given = dataclasses.replace(run.train, accumulate=len(batches))
         trainer.run = dataclasses.replace(trainer.run, train=given)
         trainer.feed = iter_of(batches, trainer.streams)
-        gradients = lambda: torch.cat([p.grad.flatten() for p in trainer.held.values()])  # noqa: E731
-        trainer.optimizer.step = lambda name=name, gradients=gradients: found.update({name: gradients()})
-        found[f"{name} loss"] = trainer._step().sums[0]
+        trainer.state.model.load_state_dict(weights)
+        found[f"{name} loss"] = torch.tensor(trainer.step().sums["loss"])
+        found[name] = torch.cat([grad.flatten() for grad in grads.values()])
     assert relative_error(found["four loss"], found["one loss"]) < 1e-6
     assert relative_error(found["four"], found["one"]) < 2e-6  # roundings of fp32
 
@@ -129,22 +138,16 @@ def test_the_golden_curve_is_reproduced(name, experts, tmp_path):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_what_is_compiled_again_is_an_error_that_names_the_guard(tmp_path, monkeypatch):
-    compile_blocks = MM1.compile_blocks
-    monkeypatch.setattr(MM1, "compile_blocks", lambda self, **options: compile_blocks(self, backend="eager", **options))
+def test_what_is_compiled_again_is_an_error_that_names_the_guard(tmp_path):
     torch.compiler.reset()
 
     def run(recompile):
-        trainer = Trainer(small_run(compile=True, recompile=recompile), tmp_path / recompile, Quiet(), False)
-        step = trainer._step
-
         def grow():
-            if trainer.step == 4:
-                loader = trainer.streams.loaders[0]
-                loader.budget = dataclasses.replace(loader.budget, tokens=loader.budget.tokens + 8)
-            return step()
+            loader = trainer.streams.loaders[0]
+            loader.budget = dataclasses.replace(loader.budget, tokens=loader.budget.tokens + 8)
 
-        trainer._step = grow
+        compiled = small_run(compile=True, recompile=recompile)
+        trainer = Trainer(compiled, tmp_path / recompile, Quiet(), backend="eager", observers=[At(begins={5: grow})])
         trainer.fit()
 
     run("warn")
@@ -154,24 +157,23 @@ def test_what_is_compiled_again_is_an_error_that_names_the_guard(tmp_path, monke
     assert not torch._dynamo.config.error_on_recompile
 
 
-class Poison:
-    """Makes the gradients of some steps NaN."""
+class Poison(Observer):
+    """Makes the gradients of some steps NaN, counted as they are taken."""
 
     def __init__(self, trainer, steps):
-        self.trainer, self.steps, self.taken = trainer, steps, 0
-        self.step, trainer._step = trainer._step, self
+        self.steps, self.taken, self.weight = steps, 0, trainer.model.decoder.norm.weight
+        trainer.observers.append(self)
 
-    def __call__(self):
+    def step_begins(self, step):
         self.taken += 1
-        weight = self.trainer.model.decoder.norm.weight
-        kept = weight.detach().clone()
+        self.kept = self.weight.detach().clone()
         if self.taken in self.steps:
-            weight.data[0] = float("nan")
-        done = self.step()
+            self.weight.data[0] = float("nan")
+
+    def step_ends(self, result):
         if self.taken in self.steps:
-            assert weight[0].isnan()  # the step wrote nothing
-            weight.data.copy_(kept)
-        return done
+            assert self.weight[0].isnan()  # the step wrote nothing
+            self.weight.data.copy_(self.kept)
 
 
 class Told(Quiet):
@@ -187,19 +189,13 @@ class Told(Quiet):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_written_down(tmp_path):
-    trainer, before, after = Trainer(small_run(), tmp_path / "run", Told(), False), {}, {}
-    poison = Poison(trainer, {3})
-    step = poison.step
+    trainer, before, after = Trainer(small_run(), tmp_path / "run", Told()), {}, {}
 
-    def watched():
-        snapshot = lambda: {n: x.clone() for n, x in trainer._tensors().items() if n != "decoder.norm.weight"}  # noqa: E731
-        at = poison.taken == 3
-        before.update(snapshot() if at else {})
-        done = step()
-        after.update(snapshot() if at else {})
-        return done
+    def snapshot(into):
+        into.update({n: x.clone() for n, x in trainer.state.tensors().items() if n != "decoder.norm.weight"})
 
-    poison.step = watched
+    Poison(trainer, {3})
+    trainer.observers.append(At(begins={3: lambda: snapshot(before)}, ends={3: lambda: snapshot(after)}))
     trainer.fit()
     assert_same(after, before)
     assert trainer.display.skipped == [3]
@@ -208,7 +204,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_written_down(tmp_path)
     assert "nan" in note["why"]
     assert note["keys"]
     assert note["data"]["taken"] == 4  # two micro-batches a step
-    assert trainer.step == 12
+    assert trainer.steps_done == 12
 
 
 def test_too_many_in_a_row_rewind_and_go_on_with_other_data(tmp_path):
@@ -217,7 +213,7 @@ def test_too_many_in_a_row_rewind_and_go_on_with_other_data(tmp_path):
     trainer.fit()
     assert trainer.display.skipped == [6, 7]
     assert "back to step-00000004" in trainer.display.warnings[0]
-    assert (trainer.step, trainer.rewinds, poison.taken) == (12, 1, 7 + 8)
+    assert (trainer.steps_done, trainer.rewinds, poison.taken) == (12, 1, 7 + 8)
     assert trainer.streams.taken >= 2 * 15  # no batch was taken again
 
 
@@ -233,12 +229,13 @@ def test_a_run_that_rewinds_too_often_stops_with_one_line(tmp_path):
 def test_a_step_without_targets_changes_nothing(tmp_path):
     trainer = Trainer(small_run(steps=2), tmp_path / "run", Told(), False)
     trainer.fit()
-    before = {n: x.clone() for n, x in trainer._tensors().items()}
+    before = {n: x.clone() for n, x in trainer.state.tensors().items()}
     batch = next(trainer.feed)
     empty = dataclasses.replace(batch, target_rows=batch.target_rows[:0], target_count=0)
     trainer.feed = iter_of([empty, empty], trainer.feed)
-    trainer._settle(trainer._step(), deque())
-    assert_same(dict(trainer._tensors()), before)
+    trainer.step()
+    trainer.settle()
+    assert_same(dict(trainer.state.tensors()), before)
     assert trainer.display.skipped == [3]
 
 

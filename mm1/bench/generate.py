@@ -38,11 +38,12 @@ from mm1.engine.infer.decode import step_of
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.graphs import Graphs
 from mm1.engine.infer.sampling import Draw, Sampling
-from mm1.engine.layers.blocked import Head, packed
+from mm1.engine.layers.blocked import Head, blocked
 from mm1.engine.layers.quantize import quantized
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.layers.workload import Workload
 from mm1.engine.models.mm1_config import DIGITS, MODELS, Model, named
-from mm1.engine.train.ledger import Load, ledger
+from mm1.engine.models.registry import model_class
+from mm1.engine.train.ledger import ledger
 from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost, cdiv
 
@@ -176,16 +177,16 @@ class Bench:
         self.config, self.device, self.dtype, self.limits = size, device, dtype, limits
 
     @cached_property
-    def model(self) -> MM1:
+    def model(self) -> Any:
         """Return the model."""
         with torch.device(self.device):
-            model = MM1(self.config)
-        return model.initialize().to(DTYPES[self.dtype]).eval()
+            model = model_class(self.config.kind)(self.config)
+        return model.init_weights().to(DTYPES[self.dtype]).eval()
 
     @cached_property
     def packed(self) -> tuple[nn.Module, nn.Module]:
         """Return decoder and head in the layout in which the engine runs them."""
-        return packed(self.model.decoder)
+        return blocked(self.model.decoder)
 
     @cached_property
     def int8(self) -> tuple[nn.Module, nn.Module]:
@@ -452,7 +453,7 @@ def operations(c: Model, lengths: list[int], grids: Sequence[tuple[int, int]] = 
 
     lengths: tokens of each document; grids: (h, w) of each image; heads: rows of logits.
     """
-    load = Load(lengths, grids, heads, sum(lengths), len(grids), sum(h * w for h, w in grids))
+    load = Workload(lengths, grids, heads, sum(lengths), len(grids), sum(h * w for h, w in grids))
     return sum(ledger(c, load).forward.values())
 
 

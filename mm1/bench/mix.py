@@ -14,8 +14,8 @@ import torch
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.record import View
+from mm1.engine.layers.workload import Workload
 from mm1.engine.models.mm1_config import Model
-from mm1.engine.train.ledger import Load
 from mm1.kernels.linear_cross_entropy import IGNORED
 
 PAD, BOS, EOS, IMAGE = range(4)  # token ids that do not occur in texts
@@ -93,10 +93,10 @@ def _padded(c: Model, docs: Documents, longest: int) -> Batch:
     return replace(batch, targets=targets, target_rows=rows, target_count=len(rows))
 
 
-def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Load:
+def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Workload:
     """Return the load of documents, and of the padded batches that are computed for them."""
     tokens, longest = sum(len(batch.tokens) for batch in batches), int(batches[0].cu_seqlens[1])
-    return Load(
+    return Workload(
         documents=[len(d.tokens) for d in docs],
         grids=[size for batch in batches for size in batch.media.grids.sizes or ()],
         targets=sum(batch.target_count for batch in batches),

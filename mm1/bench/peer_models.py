@@ -16,8 +16,8 @@ from mm1.engine.layers.config import Vision
 from mm1.engine.layers.connector import readout
 from mm1.engine.layers.decoder import DecoderLM
 from mm1.engine.layers.vision import VisionEncoder
-from mm1.engine.models.mm1 import MM1, Losses
 from mm1.engine.models.mm1_config import Model
+from mm1.engine.models.spec import Losses, Sum
 from mm1.integrations.torchvision import declare_operators
 
 
@@ -191,7 +191,7 @@ class TransformersModel(nn.Module):
     Its decoder computes no loss that balances experts, which transformers does only on request, so it has less work.
     """
 
-    def __init__(self, model: MM1):
+    def __init__(self, model: Any):
         super().__init__()
         c = model.config
         self.decoder = transformers_decoder(model.decoder).train()
@@ -234,7 +234,7 @@ class TransformersModel(nn.Module):
             tokens = self.image_norm(self.connector(self.vision(*inputs.images)).float()).flatten(0, 1)
             x = x.flatten(0, 1).index_copy(0, inputs.image_slots, tokens.to(x.dtype)).view_as(x)
         nll = self.decoder(inputs_embeds=x, **inputs.decoder).loss
-        return Losses(nll, nll.new_zeros(()), nll.new_zeros(()), nll.new_zeros((0, 1)))
+        return Losses(nll, {"loss": Sum(nll, "targets")}, nll.new_zeros(0, dtype=torch.int64))
 
     def attend_by(self, implementation: str) -> None:
         """Choose one of transformers' attention implementations. Raises ImportError if its package is missing."""
@@ -247,10 +247,6 @@ class TransformersModel(nn.Module):
         On one core a packed step of digits-dense took 113 ms of CPU time so, 124 ms layer by layer, 130 ms eager.
         """
         return [self.vision.model.encoder, self.decoder.model]
-
-    def objective(self, losses: Losses, targets: int) -> Tensor:
-        """Return the loss to minimise, summed over targets, as MM1.objective does."""
-        return losses.nll
 
 
 def _sizes(c: Vision) -> dict[str, Any]:

@@ -23,18 +23,18 @@ from mm1.bench import mix, plain
 from mm1.bench.peer_models import TransformersModel
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import ceilings
+from mm1.bench.rungs import FULL, Rung, ladder, peers
 from mm1.bench.timing import interleaved, noise, ratio, reason, summary
 from mm1.engine.data.batch import Batch
-from mm1.engine.layers import connector, decoder, float8, vision
-from mm1.engine.layers.connector import ConvBlock
-from mm1.engine.layers.decoder import Block
-from mm1.engine.layers.experts import Experts
+from mm1.engine.layers import connector, decoder, vision
 from mm1.engine.layers.float8 import converted
-from mm1.engine.layers.vision import VisionBlock
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.layers.layer import BlockLayer, learned_vectors
+from mm1.engine.layers.workload import Workload
+from mm1.engine.models import spec
 from mm1.engine.models.mm1_config import MODELS, Model, named
+from mm1.engine.models.registry import model_class
 from mm1.engine.train.config import Train
-from mm1.engine.train.ledger import Ledger, Load, ledger
+from mm1.engine.train.ledger import Ledger, ledger, workload
 from mm1.engine.train.optim import adamw
 from mm1.engine.train.recompute import recomputed
 from mm1.errors import UserError
@@ -64,75 +64,8 @@ SIZES = {name: Size(model, 768 if name == "digits" else 4096) for name, model in
 DEFAULTS = {"cpu": ("digits", "digits-dense"), "cuda": ("mm1-1b", "mm1-3b-moe-4x8")}
 
 
-class Rung(NamedTuple):
-    """A way to take a step.
-
-    plain: what torch does by itself, of CHANGES. baseline: stands beside the ladder. peer: transformers' model takes
-    the step instead of ours, by this one of its attention implementations.
-    """
-
-    name: str
-    change: str
-    plain: frozenset[str] = frozenset()
-    compiled: bool = False
-    recompute: str = "none"
-    float8: bool = False
-    baseline: bool = False
-    peer: str = ""
-
-    @property
-    def packed(self) -> bool:
-        return "documents" not in self.plain
-
-
-CHANGES = {
-    "documents": Rung("packing", "documents end to end, not padded to the longest; a dense mask keeps them apart"),
-    "attention": Rung("attention", "inside each document and image, without padding or mask"),
-    "vision": Rung("vision kernels", "patch embedding and C-Abstractor of images of any size at once"),
-    "experts": Rung("experts", "instead of torch's grouped_mm"),
-    "optimizer": Rung("fused AdamW", "one pass over weights, gradients and state"),
-}
-FULL = Rung("torch.compile", "each kind of block compiled", compiled=True)
-
-
-def peers(device: str) -> list[Rung]:
-    """Return transformers' ways to take the same step, eager and compiled; a GPU adds two kinds of attention."""
-    padded = frozenset(CHANGES)
-    packed = padded - {"documents"}
-    ways = [
-        ("packed", "its modules and timm's; documents in one row, a mask keeps them apart; eager", packed, "sdpa"),
-        ("padded", "the same, documents padded to the longest, which needs no mask; eager", padded, "sdpa"),
-        ("flash", "packed, flash-attn inside each document; eager", packed, "flash_attention_2"),
-        ("flex", "packed, flex_attention with a mask of blocks; eager", packed, "flex_attention"),
-    ]
-    rungs = [
-        Rung(f"transformers {name}", about, plain, baseline=True, peer=attention)
-        for name, about, plain, attention in ways
-        if device == "cuda" or attention == "sdpa"
-    ]
-    compiled = {"compiled": True, "change": "the same by torch.compile"}
-    return [way for rung in rungs for way in (rung, rung._replace(name=f"{rung.name} compiled", **compiled))]
-
-
-def ladder(c: Model, dtype: str = "fp32") -> list[Rung]:
-    """From plain to full, what float8 wins and recomputing costs, and the plain one with torch.compile alone."""
-    left = [part for part in CHANGES if part != "experts" or c.decoder.experts]
-    every = frozenset(left)
-    rungs = [Rung("plain", "documents padded to the longest, torch's attention, all eager", every)]
-    while left:
-        rungs.append(CHANGES[left.pop(0)]._replace(plain=frozenset(left)))
-    wide = dtype == "bf16" and c.decoder.width >= float8.WIDE
-    return [
-        *rungs, FULL,
-        *[FULL._replace(name="float8", change="the decoder's wide linears by torchao, tensorwise", float8=True)] * wide,
-        FULL._replace(name="recompute selective", change="all but products again in backward", recompute="selective"),
-        FULL._replace(name="recompute blocks", change="blocks again in backward, for least memory", recompute="blocks"),
-        Rung("torch.compile only", "plain, with its blocks compiled", every, compiled=True, baseline=True),
-    ]  # fmt: skip
-
-
 def measure(record: Record, models: Sequence[str] = (), rounds: int | None = None, budget: float = 30.0) -> None:
-    """Adds a row a model that the record lacks, and prints it.
+    """Add a row for each model that the record lacks, and print it.
 
     models: of SIZES, none for some that suit the machine. rounds: of turns, or as many as `budget` seconds a model
     allow. A variant's "ratio" is its time over the first rung's; compiling takes longer where "cache_hits" is 0. Raises
@@ -187,7 +120,7 @@ class Steps:
         self.layouts = {True: mix.packed(c, sets, tokens), False: mix.padded(c, tokens)}
         self.sets = {packed: [self._moved(layout(docs)) for docs in sets] for packed, layout in self.layouts.items()}
         torch.compiler.reset()  # the model before may have had the same blocks
-        self.model = MM1(c).initialize().to(device)
+        self.model = model_class(c.kind)(c).init_weights().to(device)
         self.optimizers = _optimizers(self.model)
         self.compiled: dict[tuple[nn.Module, str, bool], Callable] = {}
 
@@ -268,7 +201,7 @@ class Steps:
         data = self.data_seconds(rung)
         return Way(rung, step, self.ledger(rung), data, found, first, recompiles, on_disk, peak)
 
-    def _model(self, rung: Rung) -> MM1 | TransformersModel:
+    def _model(self, rung: Rung) -> spec.Model | TransformersModel:
         return self.peer if rung.peer else self.model
 
     def _loss(self, rung: Rung, batches: Sequence[Any]) -> dict[str, float]:
@@ -277,7 +210,7 @@ class Steps:
         with self.running(rung):
             for batch in batches:
                 with self.autocast():
-                    nll = model(batch).nll / total
+                    nll = model(batch).loss / total
                 nll.backward()
                 loss += nll.item()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -290,13 +223,13 @@ class Steps:
         with self.running(rung):
             for batch in batches:
                 with self.autocast():
-                    objective = model.objective(model(batch), batch.target_count)
-                objective.backward()
+                    losses = model(batch)
+                losses.objective.backward()
             finish(model, optimizer, sum(batch.target_count for batch in batches))
 
     @contextmanager
     def running(self, rung: Rung) -> Iterator[None]:
-        """Within, the model computes as the rung says."""
+        """Let the model compute as the rung says."""
         # Every way's variants of a block count together.
         with torch._dynamo.config.patch(recompile_limit=64), ExitStack() as stack:
             swap = lambda *args: stack.enter_context(patch.object(*args))  # noqa: E731
@@ -306,7 +239,7 @@ class Steps:
                     swap(block, "forward", self._compiled(block, rung))
             else:
                 self._change(rung, swap)
-            for parent, name, linear in converted(self.model.decoder, "tensorwise") if rung.float8 else ():
+            for parent, name, linear in converted(self.float8_blocks, "tensorwise") if rung.float8 else ():
                 stack.enter_context(patch.dict(parent._modules, {name: linear}))
             yield
 
@@ -318,16 +251,16 @@ class Steps:
         if "vision" in rung.plain:
             swap(vision, "patch_embed", patch_embed)
             swap(connector, "conv_block", plain.conv_block)
-        for block in _blocks(self.model):
-            if isinstance(mlp := getattr(block, "mlp", None), Experts) and "experts" in rung.plain:
-                swap(mlp, "backend", find("torch"))
+        for block in self.model.blocks():
+            for experts in block.expert_layers().values() if "experts" in rung.plain else ():
+                swap(experts, "backend", find("torch"))
             if rung.compiled and self._compilable(block, rung):
                 swap(block, "forward", self._compiled(block, rung))
 
     def _compiled(self, block: nn.Module, rung: Rung) -> Callable:
         key = (block, rung.recompute, rung.baseline)
         if key not in self.compiled:
-            again = rung.recompute != "none" and not isinstance(block, ConvBlock)
+            again = rung.recompute != "none" and not getattr(block, "compiled_only", False)
             forward = recomputed(block.forward, rung.recompute) if again else block.forward
             # Where batches are of several shapes, as torch chooses: from the second on with shapes as variables. A peer
             # is compiled for each of its shapes, which makes it fastest.
@@ -335,16 +268,20 @@ class Steps:
             self.compiled[key] = torch.compile(forward, dynamic=dynamic)
         return self.compiled[key]
 
-    def _compilable(self, module: nn.Module, rung: Rung) -> bool:
-        if isinstance(module, ConvBlock):  # of images of several sizes a loop over sizes, another one each batch
+    @property
+    def float8_blocks(self) -> list[BlockLayer]:
+        return [block for block in self.model.blocks() if block.float8]
+
+    def _compilable(self, block: BlockLayer, rung: Rung) -> bool:
+        if block.compiled_only:  # of images of several sizes a loop over sizes, another one each batch
             return self.same_size or "vision" not in rung.plain
-        mixture = isinstance(module, Block) and isinstance(module.mlp, Experts)
-        return not (mixture and "experts" in rung.plain and self.dtype == "fp32")  # torch's grouped_mm wants bf16
+        # torch's grouped_mm wants bf16.
+        return not (block.expert_layers() and "experts" in rung.plain and self.dtype == "fp32")
 
     def ledger(self, rung: Rung) -> Ledger:
         """Return the operations of a step on the first set."""
         batches = self.sets[rung.packed][0]
-        load = Load.of(batches[0]) if rung.packed else mix.load_of_padded(self.documents, batches)
+        load = workload(batches[0]) if rung.packed else mix.load_of_padded(self.documents, batches)
         if rung.peer:
             load = self._peer_load(rung, load, batches)
         elif "attention" in rung.plain:
@@ -353,7 +290,7 @@ class Steps:
             load = replace(load, pairs=pairs, patch_pairs=load.images * rows**2)
         return ledger(self.config, load, recompute=rung.recompute)
 
-    def _peer_load(self, rung: Rung, load: Load, batches: Sequence[Batch]) -> Load:
+    def _peer_load(self, rung: Rung, load: Workload, batches: Sequence[Batch]) -> Workload:
         """Return what transformers computes: no rows beyond the documents' (packed) and the images' own, but all pairs
         behind a mask, and, of padded documents, the head on every row."""
         tokens = sum(load.documents) if rung.packed else load.tokens
@@ -424,9 +361,9 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, targets: int) -> 
     optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizers(model: MM1) -> dict[bool, torch.optim.Optimizer]:
-    """The engine's, and, True, torch's AdamW as it comes; they share their moments."""
-    fused = adamw(model.named_parameters(), Train(), 0.0)
+def _optimizers(model: spec.Model) -> dict[bool, torch.optim.Optimizer]:
+    """Return AdamW by whether it is plain: the engine's, and torch's as it comes; they share their moments."""
+    fused = adamw(model.named_parameters(), Train(), 0.0, learned_vectors(model))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     fused.step()
@@ -449,17 +386,13 @@ def _sharing_moments(peer: TransformersModel, ours: torch.optim.Optimizer) -> to
     return optimizer
 
 
-def _blocks(model: MM1) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, VisionBlock | ConvBlock | Block)]
-
-
 def _graphs() -> int:
-    """How many torch has compiled."""
+    """Return how many graphs torch has compiled."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _cache_hits() -> int:
-    """How many of them Inductor or AOTAutograd had on disk."""
+    """Return how many graphs Inductor or AOTAutograd had on disk."""
     counters = torch._dynamo.utils.counters
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 

@@ -7,10 +7,11 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mm1.engine.data.config import Data, Source
 from mm1.engine.models.mm1_config import DIGITS, Model, named
+from mm1.engine.models.registry import Registered, config_class
 from mm1.engine.settings import assign, build, check, dotted, hints, may_change, parse_value, require_names
 from mm1.engine.train.config import Parallel, Train
 from mm1.errors import UserError, require
@@ -20,7 +21,7 @@ from mm1.errors import UserError, require
 class Run:
     """The settings of a training run."""
 
-    model: Model
+    model: Annotated[Model, Registered()]
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)
@@ -115,7 +116,11 @@ def from_dict(table: dict[str, Any]) -> Run:
         if not (folder / "config.json").is_file() and (folder / "checkpoint").is_dir():  # the folder of a run
             folder = folder / "checkpoint"
         base = Run(_model_of(folder), Data(tokenizer=str(folder / "tokenizer.json")))
-    return build(Run, _merged(RECIPES[recipe], {**table, "model": changes}), base=base)
+    table = _merged(RECIPES[recipe], {**table, "model": changes})
+    default = Model.kind if base is None else base.model.kind
+    cls = config_class(table["model"].get("kind", default))
+    table["model"] = build(cls, table["model"], "model", None if base is None else base.model)
+    return build(Run, table, base=base)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -193,6 +193,12 @@ def may_change(hint: Any) -> bool:
     return any(isinstance(mark, MayChange) for mark in getattr(hint, "__metadata__", ()))
 
 
+def table_of(hint: Any) -> type | None:
+    """Return the dataclass whose fields are the settings below a field with this hint, or None."""
+    kind = _parts(hint)[0]
+    return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
+
+
 def nested(hint: Any) -> type | None:
     """Return the dataclass that a hint names, alone or as the items of a tuple; None for other hints."""
     kind, _ = _parts(hint)
@@ -230,7 +236,7 @@ def _checked(hint: Any, value: Any, name: str, base: Any = None) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             return build(typing.cast(type, kind), value, name, base)
-        if isinstance(value, typing.cast(type, kind)):
+        if isinstance(value, typing.cast(type, kind)) or (legal is not None and value in legal):
             return value
     elif typing.get_origin(kind) is tuple:
         if isinstance(value, list | tuple):
@@ -248,11 +254,11 @@ def _checked(hint: Any, value: Any, name: str, base: Any = None) -> Any:
 
 
 def _parts(hint: Any) -> tuple[Any, Any]:
-    """Return the type and the Range or OneOf, if there is one, of a field's hint."""
+    """Return the type and the legal values, if they are restricted, of a field's hint."""
     if typing.get_origin(hint) is not Annotated:
         return hint, None
     kind, *marks = typing.get_args(hint)
-    return kind, next((mark for mark in marks if isinstance(mark, Range | OneOf)), None)
+    return kind, next((mark for mark in marks if not isinstance(mark, MayChange)), None)
 
 
 def _is_union(kind: Any) -> bool:

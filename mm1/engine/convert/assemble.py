@@ -119,7 +119,7 @@ def _extended(old: Tensor, old_tokens: int, tokens: int, rows: int) -> Tensor:
 
 
 def _upcycle(state: State, dense: Decoder, sparse: Decoder, seed: int) -> None:
-    """Replace dense MLPs in `state` by experts that are copies of them, with random routers as in MM1.initialize.
+    """Replace dense MLPs in `state` by experts that are copies of them, with random routers as in MM1.init_weights.
 
     The weights of a token's experts sum to one, so the mixture computes the same as the MLP, whatever the router does.
     Raises UserError for a decoder that has experts already.

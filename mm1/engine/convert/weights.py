@@ -115,7 +115,7 @@ def from_hf(
     if d_state is not None and (trained := _config_of(decoder).get("max_position_embeddings")):
         limits.append(trained)
     whole = Model(v, c, d, "squash", size, math.prod(v.table), context=min(limits, default=None))
-    model = MM1(whole).initialize(seed)
+    model = MM1(whole).init_weights(seed)
     if v_state is not None:
         (_load_aim if v.patch_norm else _load_clip)(model.vision, v_state)
     if c_state is not None:

@@ -110,7 +110,7 @@ def pack(
     # The encoder takes the views in order of their size, because equal ones side by side run as one batch.
     arrays = [view.values for view in views]
     by_size = sorted(range(len(arrays)), key=lambda i: (arrays[i].size, arrays[i].shape))
-    slot_rows[: len(media_rows)] = media_rows.reshape(-1, slots)[by_size].ravel()
+    slot_rows[: len(media_rows)] = media_rows.reshape(len(arrays), slots)[by_size].ravel()
     channels = empty.values.shape[2]
     values = [np.ascontiguousarray(arrays[i]).reshape(-1, channels) for i in by_size]
     sizes = [(arrays[i].shape[0] // patch, arrays[i].shape[1] // patch) for i in by_size]

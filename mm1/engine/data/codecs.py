@@ -11,7 +11,7 @@ from mm1.engine.data.record import View
 if TYPE_CHECKING:
     import numpy as np
 
-    from mm1.engine.models.mm1_config import Model
+    from mm1.engine.models.spec import ModelConfig
 
 
 class Codec(Protocol):
@@ -48,17 +48,16 @@ class Codec(Protocol):
         ...
 
 
-def _image(config: "Model") -> Codec:
+def _image(config: "ModelConfig") -> Codec:
     from mm1.engine.data.images import ImagePolicy  # imports PIL
 
-    return ImagePolicy(
-        config.vision.patch, config.image_mode, config.image_size, config.image_patches, config.image_parts
-    )
+    images = config.images
+    return ImagePolicy(images.patch, images.mode, images.size, images.patches, images.parts)
 
 
-CODECS: "dict[str, Callable[[Model], Codec]]" = {"image": _image}
+CODECS: "dict[str, Callable[[ModelConfig], Codec]]" = {"image": _image}
 
 
-def codec_of(config: "Model", kind: str = "image") -> Codec:
+def codec_of(config: "ModelConfig", kind: str = "image") -> Codec:
     """Return the codec of a kind of media with a model's settings."""
     return CODECS[kind](config)

@@ -21,7 +21,7 @@ def identity(
     mean_lengths: Sequence[float],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the identity of a run's data, of its resolved settings, as plain values for JSON."""
-    m = run.model
+    m = run.model.images
     values = {
         "train.seed": run.train.seed,
         "data.tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
@@ -31,12 +31,12 @@ def identity(
         "data.documents": budget.documents,
         "data.buffer": buffer,
         "data.streams": streams,
-        "model.vision.patch": m.vision.patch,
-        "model.image_mode": m.image_mode,
-        "model.image_size": m.image_size,
-        "model.image_patches": m.image_patches,
-        "model.image_parts": m.image_parts,
-        "model.connector.tokens": m.connector.tokens,
+        "model.vision.patch": m.patch,
+        "model.image_mode": m.mode,
+        "model.image_size": m.size,
+        "model.image_patches": m.patches,
+        "model.image_parts": m.parts,
+        "model.connector.tokens": m.slots,
     }
     for i, (setting, source) in enumerate(zip(run.data.sources, sources)):
         values |= {

@@ -124,14 +124,14 @@ def make_streams(
     identity of the data in the checkpoint that is resumed; if the data are the same, its mean lengths mix the sources,
     in place of new estimates. Raises UserError for sources or settings that cannot be used.
     """
-    d, m, t = run.data, run.model, run.train
+    d, m, t = run.data, run.model.images, run.train
     if count and d.streams not in (0, count):
         raise UserError(f"setting data.streams is {d.streams}, expected {count} as in the checkpoint, or 0")
     count = count or d.streams or (4 * ranks if ranks > 1 else 1)
     for name, number in (("data.streams", count), ("train.accumulate", t.accumulate)):
         if number % ranks:
             raise UserError(f"setting {name} is {number}, expected a multiple of the {ranks} processes that take data")
-    codec = codec_of(m)
+    codec = codec_of(run.model)
     budget = Budget(
         tokens=d.tokens,
         media=d.images,
@@ -140,7 +140,7 @@ def make_streams(
         longest=codec.longest,
     )
     for name, size, needed in (
-        ("tokens", budget.tokens, codec.count * m.connector.tokens + 2),
+        ("tokens", budget.tokens, codec.count * m.slots + 2),
         ("images", budget.media, codec.count),
         ("patches", budget.patches, codec.count * codec.longest),
     ):
@@ -151,7 +151,7 @@ def make_streams(
         if rank == 0:
             warn(f"setting data.buffer is {buffer} tokens, less than a sequence: {d.tokens} are taken")
         buffer = d.tokens
-    encode = DocumentEncoder(tokenizer, codec, m.connector.tokens, budget)
+    encode = DocumentEncoder(tokenizer, codec, m.slots, budget)
     sources = [_opened(i, setting) for i, setting in enumerate(d.sources)]
     names = [mean_length(i) for i in range(len(sources))]
     lengths = [before[name] for name in names] if before and before.keys() >= {*names} else None
@@ -168,7 +168,7 @@ def make_streams(
     listed = Quarantine(quarantine, rank)
     loaders = {
         i: Loader(
-            mixture, budget, image_id=tokenizer.image, patch=m.vision.patch, slots=m.connector.tokens, buffer=buffer,
+            mixture, budget, image_id=tokenizer.image, patch=m.patch, slots=m.slots, buffer=buffer,
             workers=d.workers, max_bad=d.max_bad, quarantine=listed, damage=damage if i == 0 else (), first=i,
             stride=count, empty=codec.empty,
         )

@@ -26,9 +26,9 @@ from mm1.engine.infer.request import Request, drawn
 from mm1.engine.infer.sampler import Choice, alternatives, choose
 from mm1.engine.infer.sampling import Draw, Sampling
 from mm1.engine.infer.schedule import Schedule
-from mm1.engine.layers.blocked import Head, packed
+from mm1.engine.layers.blocked import Head, blocked
 from mm1.engine.layers.quantize import quantized
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.spec import LanguageModel
 from mm1.errors import Busy, UserError, at_least
 from mm1.kernels.dispatch import cdiv
 
@@ -58,8 +58,9 @@ class Engine:
     """
 
     def __init__(
-        self, model: MM1, *, tokens: int = TOKENS, batch: int = 64, queue: int = 1024, prefill: int | None = None,
-        image_patches: int | None = None, feature_bytes: int = 1 << 28, weights: str | None = None,
+        self, model: LanguageModel, *, tokens: int = TOKENS, batch: int = 64, queue: int = 1024,
+        prefill: int | None = None, image_patches: int | None = None, feature_bytes: int = 1 << 28,
+        weights: str | None = None,
     ):  # fmt: skip
         weight = model.decoder.embedding.weight
         self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
@@ -67,7 +68,7 @@ class Engine:
         image_patches = PATCHES.get(self.device.type, PATCHES["cpu"]) if image_patches is None else image_patches
         at_least(1, tokens=tokens, batch=batch, queue=queue, prefill=prefill, image_patches=image_patches)
         at_least(0, feature_bytes=feature_bytes)
-        self.decoder, self.head = quantized(model.decoder, weights) if weights else packed(model.decoder)
+        self.decoder, self.head = quantized(model.decoder, weights) if weights else blocked(model.decoder)
         graphs = self.device.type == "cuda"
         self.pages = cdiv(tokens, PAGE)
         self.context = min(self.pages * PAGE, model.config.context or self.pages * PAGE)
@@ -119,7 +120,7 @@ class Engine:
     def _enqueue(self, request: Request) -> Request:
         tokens, c = request.document.tokens, self.model.config
         width, vocabulary, cache = request.sampling.num_beams, c.decoder.vocabulary, self.pages * PAGE
-        refuse_malformed(request.document, c.connector.tokens, self.tokenizer.image, vocabulary)
+        refuse_malformed(request.document, c.images.slots, self.tokenizer.image, vocabulary)
         refuse_long(len(tokens), c.context, cache)
         request.fit(min(c.context or cache, tokens_of(len(tokens), width, self.pages)))
         if request.room > self.pages:
@@ -132,7 +133,7 @@ class Engine:
         if len(self.waiting) + len(self.running) >= self.capacity:
             raise Busy(f"{len(self.waiting)} requests wait already")
         request.places = np.flatnonzero(tokens == self.tokenizer.image)
-        request.page_names = page_names(tokens, request.digests, self.tokenizer.image, c.connector.tokens)
+        request.page_names = page_names(tokens, request.digests, self.tokenizer.image, c.images.slots)
         self.schedule.add(request)
         return request
 

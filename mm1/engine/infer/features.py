@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm1.engine.data.record import View
 from mm1.engine.infer.request import Request
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.spec import LanguageModel
 from mm1.kernels.patches.grids import Grids
 
 
@@ -23,7 +23,7 @@ class Features:
     patches: the number that one call encodes at most, except for one view that has more; max_bytes: of the cache.
     """
 
-    def __init__(self, model: MM1, patches: int, max_bytes: int):
+    def __init__(self, model: LanguageModel, patches: int, max_bytes: int):
         self.model, self.patches, self.max_bytes = model, patches, max_bytes
         self.cached: OrderedDict[bytes, Tensor] = OrderedDict()  # the least recently used first
         self.bytes = 0
@@ -37,7 +37,7 @@ class Features:
         """
         features: dict[bytes, Tensor] = {}
         missing: dict[bytes, View] = {}
-        patch, room = self.model.config.vision.patch, self.patches
+        patch, room = self.model.config.images.patch, self.patches
         for request in requests:
             first, last = request.media_range(request.computed, request.computed + request.due)
             for i in range(first, last):
@@ -77,7 +77,7 @@ class Features:
         if not missing:
             return {}
         order = sorted(missing, key=lambda digest: missing[digest].values.shape)
-        arrays, patch = [missing[digest].values for digest in order], self.model.config.vision.patch
+        arrays, patch = [missing[digest].values for digest in order], self.model.config.images.patch
         device = self.model.decoder.embedding.weight.device
         values = np.concatenate([np.ascontiguousarray(x).reshape(-1, x.shape[-1]) for x in arrays])
         grids = Grids([(x.shape[0] // patch, x.shape[1] // patch) for x in arrays], device=device)

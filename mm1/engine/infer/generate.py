@@ -16,14 +16,14 @@ from mm1.engine.infer.engine import TOKENS, Engine
 from mm1.engine.infer.prompts import Prompt, continued, encode_prompts, last_text, tokenizer_of
 from mm1.engine.infer.request import Request, fitted
 from mm1.engine.infer.sampling import Sampling
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.spec import LanguageModel
 from mm1.errors import Busy, UserError
 from mm1.kernels.dispatch import cdiv
 
 
 @torch.inference_mode()
 def generate(
-    model: MM1,
+    model: LanguageModel,
     prompts: Sequence[Prompt],
     *,
     max_tokens: int = 64,
@@ -67,7 +67,7 @@ def generate(
 
 
 @torch.inference_mode()
-def score(model: MM1, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+def score(model: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[list[float]]:
     """Return the log-probability of each answer after its prompt, summed over its tokens: for multiple choice.
 
     Prompt and answer are encoded as one text, which is then cut after the prompt (`continued`). A prompt's answers

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mm1.engine.data.codecs import Codec, codec_of
 from mm1.engine.data.document import Document, TextTokenizer, document_of, joined_texts
 from mm1.engine.data.record import Media, View
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.models.spec import LanguageModel
 from mm1.errors import Unreadable, UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def interleave(
 
 
 def encode_prompts(
-    model: MM1, prompts: Sequence[Prompt], context: int | None = None, codec: Codec | None = None
+    model: LanguageModel, prompts: Sequence[Prompt], context: int | None = None, codec: Codec | None = None
 ) -> list[Document]:
     """Return prompts as documents. codec: of their media (default: the model's).
 
@@ -58,7 +58,7 @@ def encode_prompts(
     for parts in prompts:
         if limit:
             refuse_long_text(tokenizer, parts, limit)
-        documents.append(document_of(tokenizer, c.connector.tokens, with_views(codec, parts)))
+        documents.append(document_of(tokenizer, c.images.slots, with_views(codec, parts)))
         refuse_long(len(documents[-1].tokens), c.context, context)
     return documents
 
@@ -131,7 +131,7 @@ def last_text(parts: Sequence[object]) -> str:
     return parts[-1] if parts and isinstance(parts[-1], str) else ""
 
 
-def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":
+def policy_of(model: LanguageModel, parts: int | None = None) -> "ImagePolicy":
     """Return the codec of images as the model was trained. parts: k x k sub-images instead of its own, 1 for none."""
     from mm1.engine.data.images import ImagePolicy
 
@@ -140,7 +140,7 @@ def policy_of(model: MM1, parts: int | None = None) -> "ImagePolicy":
     return replace(policy, parts=parts) if parts else policy
 
 
-def tokenizer_of(model: MM1) -> TextTokenizer:
+def tokenizer_of(model: LanguageModel) -> TextTokenizer:
     """Return the model's tokenizer. Raises UserError where there is none."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: generate from a trained checkpoint")

@@ -1,4 +1,4 @@
-"""A decoder whose weights lie as a CPU reads them best.
+"""Store a decoder's weights in the order in which a CPU reads them fastest.
 
 Products of few rows are bound by reading the weights once. torch's product of a row and a matrix on a CPU reached 8 to
 20 GB/s of 35 here, of eight rows 5 to 16; oneDNN's with weights in its own blocked order 19 to 32 (fp32, two cores).
@@ -12,30 +12,31 @@ from torch import Tensor, nn
 
 from mm1.engine.layers.decoder import DecoderLM
 
-ROWS = 8  # that the order of the weights is chosen for; others work as well
-LEAST = 1 << 17  # numbers in a weight; a smaller one stays in the cores' caches, and the call costs more than it saves
+ROWS = 8  # the number of rows for which oneDNN chooses the order; it serves other numbers too
+MIN_NUMBERS = 1 << 17  # a smaller weight stays in the cores' caches, and the call costs more than it saves
 _linear = torch.ops.mkldnn._linear_pointwise.default
 
 
-class PackedLinear(nn.Module):
-    """x [T, in] -> [T, out] of a frozen linear; no gradient."""
+class BlockedLinear(nn.Module):
+    """Multiply x [T, in] by a frozen weight: [T, out], without gradient."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The blocked order is of this processor and has no bytes to save, so that a copy packs the weight anew."""
-        return PackedLinear, (self.packed.to_dense(),)
+        """Let a copy reorder the weight anew: the blocked order depends on the processor and cannot be saved."""
+        return BlockedLinear, (self.blocked.to_dense(),)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, self.packed, None, "none", [], "")
+        return _linear(x, self.blocked, None, "none", [], "")
 
 
-def packed(decoder: DecoderLM) -> tuple[nn.Module, nn.Module]:
-    """The decoder and its head: on a CPU copies, wide linears packed as they are now, all else shared.
+def blocked(decoder: DecoderLM) -> tuple[nn.Module, nn.Module]:
+    """Return the decoder and its head with the weights of wide linears in blocked order, on a CPU.
 
-    Elsewhere they are themselves. A copy takes the memory of its linears once more.
+    They are copies that share everything else, and take the memory of these linears once more. On other devices they
+    are the decoder itself and its head.
     """
     weight = decoder.head_weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -43,18 +44,18 @@ def packed(decoder: DecoderLM) -> tuple[nn.Module, nn.Module]:
     other = twin(decoder)
     for module in list(other.blocks.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.bias is None and child.weight.numel() >= LEAST:
-                setattr(module, name, PackedLinear(child.weight))
-    return other, PackedLinear(weight) if weight.numel() >= LEAST else Head(decoder)
+            if type(child) is nn.Linear and child.bias is None and child.weight.numel() >= MIN_NUMBERS:
+                setattr(module, name, BlockedLinear(child.weight))
+    return other, BlockedLinear(weight) if weight.numel() >= MIN_NUMBERS else Head(decoder)
 
 
 def twin(decoder: DecoderLM) -> DecoderLM:
-    """Other modules of the same parameters."""
+    """Return a copy of the decoder's modules that shares its parameters and buffers."""
     return copy.deepcopy(decoder, {id(x): x for x in (*decoder.parameters(), *decoder.buffers())})
 
 
 class Head(nn.Module):
-    """Hidden states [T, D] -> logits [T, V]."""
+    """Compute logits [T, V] of hidden states [T, D]."""
 
     def __init__(self, decoder: DecoderLM):
         super().__init__()

@@ -5,6 +5,9 @@ AttentionPool   n learned queries attend to the image's features
 CAbstractor     blocks → adaptive mean → blocks → readout: Cha et al. 2024 (Honeybee), section 3.2, MM1's choice
 
 Each maps features [P, Dv] of packed images and their grids to [N·n, D].
+
+`encoder_layers` scales initial values of the attention pool's output and of the abstractor's gates, as of products that
+write into the encoder's residual stream; 0 does not.
 """
 
 import math
@@ -13,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine.layers.config import POOL_HEADS, Connector
-from mm1.engine.layers.replaceable import Replaceable
+from mm1.engine.layers.layer import LEARNED, BlockLayer, Fill, Layer, fan_in, normal
+from mm1.engine.layers.workload import Layout, Operations, Workload, attention_operations
 from mm1.kernels.abstractor.bottleneck import conv_block
+from mm1.kernels.abstractor.bottleneck import cost as block_cost
 from mm1.kernels.abstractor.pooling import adaptive_pool
 from mm1.kernels.attention import Full, attention
 from mm1.kernels.patches.grids import Grids, as_grids
@@ -28,28 +33,47 @@ def _side(tokens: int) -> int:
 
 
 def readout(in_width: int, out_width: int, depth: int) -> nn.Sequential:
+    """Return `depth` linears with SiLU between them."""
     layers: list[nn.Module] = [nn.Linear(in_width, out_width)]
     for _ in range(depth - 1):
         layers += [nn.SiLU(), nn.Linear(out_width, out_width)]
     return nn.Sequential(*layers)
 
 
-class AveragePool(nn.Module):
+def readout_operations(rows: int, in_width: int, out_width: int, depth: int) -> int:
+    """Return the operations of a readout's linears, forward."""
+    return 2 * rows * (in_width * out_width + (depth - 1) * out_width**2)
+
+
+class AveragePool(Layer):
     def __init__(self, in_width: int, out_width: int, *, tokens: int = 144, readout_depth: int = 1):
         super().__init__()
+        self.in_width, self.out_width, self.readout_depth = in_width, out_width, readout_depth
         self.out = (_side(tokens), _side(tokens))
         self.readout = readout(in_width, out_width, readout_depth)
 
     def forward(self, tokens: Tensor, grids) -> Tensor:
         return self.readout(adaptive_pool(tokens, grids, self.out))
 
+    def operations(self, workload: Workload) -> list[Operations]:
+        rows = workload.images * math.prod(self.out)
+        return [Operations("connector", readout_operations(rows, self.in_width, self.out_width, self.readout_depth))]
 
-class AttentionPool(nn.Module):
-    """One cross-attention layer with residual and one MLP, pre-norm; the shape of axlearn's AttentionPooling."""
+    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
+        rows = workload.images * math.prod(self.out)
+        return layout.itemsize * rows * (self.in_width + 2 * (self.readout_depth - 1) * self.out_width)
 
-    def __init__(self, in_width: int, out_width: int, *, tokens: int = 144, heads: int = POOL_HEADS):
+
+class AttentionPool(Layer):
+    """Pool by one cross-attention layer with residual and one MLP, pre-norm, shaped as axlearn's AttentionPooling."""
+
+    vectors = ("queries",)
+
+    def __init__(
+        self, in_width: int, out_width: int, *, tokens: int = 144, heads: int = POOL_HEADS, encoder_layers: int = 0
+    ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.encoder_layers = heads, encoder_layers
         self.queries = nn.Parameter(torch.randn(tokens, out_width) * 0.02)
         self.norm_queries = nn.LayerNorm(out_width)
         self.norm_features = nn.LayerNorm(in_width)
@@ -75,9 +99,24 @@ class AttentionPool(nn.Module):
         x = self.queries.repeat(grids.images, 1) + self.out(pooled)
         return x + self.mlp(self.norm_mlp(x))
 
+    def initial_values(self) -> dict[str, Fill]:
+        return {"queries": normal(LEARNED), "out.weight": fan_in(self.out.weight.shape[1], self.encoder_layers)}
+
+    def operations(self, workload: Workload) -> list[Operations]:
+        n, width = self.queries.shape
+        queries = 2 * n * width**2 * min(workload.images, 1)  # the same for all images
+        keys = 4 * workload.patches * self.kv.in_features * width
+        pairs = attention_operations(workload.image_patches * n, 1, width)
+        return [Operations("connector", queries + keys + pairs + 2 * workload.images * n * 9 * width**2)]
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
+        n, width = self.queries.shape
+        keys = workload.patches * (self.kv.in_features + 2 * width)
+        return layout.itemsize * (keys + workload.images * n * 13 * width)
+
 
 class _Conv(nn.Module):
-    """Convolution without bias and LayerNorm; they are called conv and bn as in timm, so that its weights load."""
+    """Groups a convolution without bias and a LayerNorm, under timm's names conv and bn, so that its weights load."""
 
     def __init__(self, in_width: int, width: int, size: int):
         super().__init__()
@@ -85,8 +124,13 @@ class _Conv(nn.Module):
         self.bn = nn.LayerNorm(width, eps=1e-5)
 
 
-class ConvBlock(Replaceable):
-    """Parameters of one block under timm's names; the work is mm1.kernels.abstractor.bottleneck's."""
+class ConvBlock(BlockLayer):
+    """Holds the parameters of one block under timm's names; mm1.kernels.abstractor.bottleneck computes it.
+
+    Its operations and what it keeps are counted with the connector's.
+    """
+
+    compiled_only = True
 
     def __init__(self, in_width: int, width: int):
         super().__init__()
@@ -103,7 +147,7 @@ class ConvBlock(Replaceable):
 
 
 class Stage(nn.Module):
-    """`depth` blocks named b1, b2, … on packed images of any grids; pool: the last one's result is pooled."""
+    """Apply `depth` blocks named b1, b2, … to packed images of any grids; the last pools its result to `pool`."""
 
     def __init__(self, in_width: int, width: int, depth: int):
         super().__init__()
@@ -117,11 +161,13 @@ class Stage(nn.Module):
         return last(x, grids, pool)
 
 
-class CAbstractor(nn.Module):
-    """Honeybee's module and parameter names (`net.0.b1.conv1.conv.weight` …, `readout.…`, `pos_emb [1, h·w, Dv]`).
+class CAbstractor(Layer):
+    """Has Honeybee's module and parameter names (`net.0.b1.conv1.conv.weight` …, `readout.…`, `pos_emb [1, h·w, Dv]`).
 
     position_grid: (h, w) of pos_emb, which is resampled to other grids; None for none.
     """
+
+    vectors = ("pos_emb",)
 
     def __init__(
         self,
@@ -133,8 +179,11 @@ class CAbstractor(nn.Module):
         tokens: int = 144,
         readout_depth: int = 2,
         position_grid: tuple[int, int] | None = None,
+        encoder_layers: int = 0,
     ):
         super().__init__()
+        self.in_width, self.out_width, self.hidden, self.depth = in_width, out_width, hidden, depth
+        self.readout_depth, self.encoder_layers = readout_depth, encoder_layers
         self.out = (_side(tokens), _side(tokens))
         self.position_grid = position_grid
         if position_grid is not None:
@@ -157,22 +206,48 @@ class CAbstractor(nn.Module):
             x = adaptive_pool(x, grids, self.out)
         return self.readout(x)
 
+    def initial_values(self) -> dict[str, Fill]:
+        values: dict[str, Fill] = {} if self.position_grid is None else {"pos_emb": normal(LEARNED)}
+        for name, block in self.named_modules():
+            if isinstance(block, ConvBlock):
+                squeezed = block.get_parameter("se.fc2.weight").shape[1]
+                values[f"{name}.se.fc2.weight"] = fan_in(squeezed, self.encoder_layers)
+        return values
+
+    def operations(self, workload: Workload) -> list[Operations]:
+        rows, hidden, images = workload.images * math.prod(self.out), self.hidden, workload.images
+        width, blocks = self.in_width, 0
+        if self.depth:
+            widths = [width] + [hidden] * (self.depth - 1)
+            blocks = sum(block_cost(workload.patches, images, before, hidden).flops for before in widths)
+            blocks += self.depth * block_cost(rows, images, hidden, hidden).flops
+            width = hidden
+        return [Operations("connector", blocks + readout_operations(rows, width, self.out_width, self.readout_depth))]
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
+        rows, hidden = workload.images * math.prod(self.out), self.hidden
+        # x, W1 x and W3 c of each block, as conv_block keeps them.
+        blocks = 3 * self.depth * hidden * (workload.patches + rows)
+        readout = rows * (hidden + 2 * (self.readout_depth - 1) * self.out_width)
+        return layout.itemsize * (workload.patches * self.in_width + blocks + readout)
+
 
 def _pooled(images: int, out: tuple[int, int], device: torch.device) -> Grids:
-    """The grids after the pool."""
+    """Return the grids of images that are all pooled to `out`."""
     first = torch.arange(images, device=device) * (out[0] * out[1])
     rows, h, w = (torch.full_like(first, n) for n in (out[0] * out[1], *out))
     return Grids.of_tensors(first, rows, h, w, images * out[0] * out[1])
 
 
-def build(c: Connector, in_width: int, out_width: int) -> nn.Module:
+def build(c: Connector, in_width: int, out_width: int, encoder_layers: int = 0) -> Layer:
+    """Return the connector of these settings between an encoder and a decoder of these widths."""
     if c.kind == "average":
         return AveragePool(in_width, out_width, tokens=c.tokens, readout_depth=c.readout_depth)
     if c.kind == "attention":
-        return AttentionPool(in_width, out_width, tokens=c.tokens)
+        return AttentionPool(in_width, out_width, tokens=c.tokens, encoder_layers=encoder_layers)
     if c.kind == "c-abstractor":
         return CAbstractor(
             in_width, out_width, hidden=c.hidden, depth=c.depth, tokens=c.tokens, readout_depth=c.readout_depth,
-            position_grid=c.position_grid,
+            position_grid=c.position_grid, encoder_layers=encoder_layers,
         )  # fmt: skip
     raise ValueError(f"connector: kind is {c.kind!r}, expected 'c-abstractor', 'attention' or 'average'")

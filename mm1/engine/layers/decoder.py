@@ -5,7 +5,7 @@ Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 3
 """
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from mm1.engine.layers.config import Decoder, is_moe
 from mm1.engine.layers.experts import Experts
-from mm1.engine.layers.replaceable import Replaceable
+from mm1.engine.layers.layer import BlockLayer, Fill, Layer, fan_in, prefixed, product_dtype
+from mm1.engine.layers.sharding import DeviceMesh, share_input, share_norm, split_linear
+from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Traffic, Workload, attention_operations
 from mm1.kernels.attention import Causal, attention
+from mm1.kernels.linear_cross_entropy import CHUNK, linear_cross_entropy
+from mm1.kernels.linear_cross_entropy import cost as head_cost
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -26,25 +30,26 @@ class Rope(NamedTuple):
 
 
 def rope(positions: Tensor, width: int, theta: float) -> Rope:
-    """Angles of rotary positions int [T]; pairs are (i, i + Dh/2), as in Llama's released code for transformers."""
+    """Return the angles of rotary positions int [T]; pairs are (i, i + Dh/2), as in Llama's code for transformers."""
     frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
     angles = positions.float()[:, None, None] * frequencies
     return Rope(angles.cos(), angles.sin())
 
 
 def rotate(x: Tensor, angles: Rope) -> Tensor:
-    """x fp32 [T, H, Dh]"""
+    """Rotate each pair of x fp32 [T, H, Dh] by its angle."""
     # Halves as a dimension of their own: Inductor's CPU code for a chunk of the last one, and its gradient, is scalar.
     a, b = x.unflatten(-1, (2, -1)).unbind(-2)
     return torch.stack([a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin], dim=-2).flatten(-2)
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """qkv's rows stand by key-value head, its query heads, its key, its value, so that any share of the heads is a
     share of the rows."""
 
     def __init__(self, c: Decoder):
         super().__init__()
+        self.config = c
         self.shared, self.head_width = c.heads // c.kv_heads, c.head_width
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_width, bias=False)
         self.out = nn.Linear(c.heads * c.head_width, c.width, bias=False)
@@ -58,10 +63,43 @@ class Attention(nn.Module):
         y = attention(q, k, v, cu_seqlens, mask=Causal()) if attend is None else attend(q, k, v)
         return self.out(y.flatten(1))
 
+    def initial_values(self) -> dict[str, Fill]:
+        return {"out.weight": fan_in(self.out.weight.shape[1], self.config.layers)}
 
-class MLP(nn.Module):
+    def operations(self, workload: Workload) -> list[Operations]:
+        c = self.config
+        projections = 2 * c.width * (c.heads + c.kv_heads) * c.head_width
+        pairs = attention_operations(workload.causal_pairs, c.heads, c.head_width)
+        return [
+            Operations("decoder linear", 2 * workload.tokens * projections, split=True),
+            Operations("decoder attention", pairs, attention=True, split=True),
+        ]
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> tuple[float, float]:
+        """Return the bytes of everything that is kept for backward, and of them the results of products and attention.
+
+        q and k are kept before their norms in fp32, and rotated.
+        """
+        c, itemsize = self.config, layout.itemsize
+        pairs = (c.heads + c.kv_heads) * c.head_width / layout.tensor
+        kept = 4 * pairs + itemsize * (2 * c.width + 3 * pairs)
+        return workload.tokens * kept, workload.tokens * itemsize * (2 * pairs + 2 * c.width)
+
+    def axes(self) -> dict[str, int]:
+        return {"qkv.weight": 0, "out.weight": 1}
+
+    def split(self, mesh: DeviceMesh) -> None:
+        split_linear(self.qkv, mesh, 0)
+        split_linear(self.out, mesh, 1)
+        share_norm(self.q_norm, mesh)
+        share_norm(self.k_norm, mesh)
+        share_input(self, mesh, product_dtype)
+
+
+class MLP(Layer):
     def __init__(self, c: Decoder):
         super().__init__()
+        self.config = c
         self.gate = nn.Linear(c.width, c.ffn, bias=False)
         self.up = nn.Linear(c.width, c.ffn, bias=False)
         self.down = nn.Linear(c.ffn, c.width, bias=False)
@@ -70,10 +108,37 @@ class MLP(nn.Module):
         zero = x.new_zeros((), dtype=torch.float32)
         return self.down(F.silu(self.gate(x)) * self.up(x)), zero, zero, None
 
+    def initial_values(self) -> dict[str, Fill]:
+        return {"down.weight": fan_in(self.down.weight.shape[1], self.config.layers)}
 
-class Block(Replaceable):
+    def operations(self, workload: Workload) -> list[Operations]:
+        c = self.config
+        return [Operations("decoder linear", 2 * workload.tokens * 3 * c.width * c.ffn, split=True)]
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> tuple[float, float]:
+        """Return the bytes of gate, up, silu(gate) and their product, and of the first two alone."""
+        rows = workload.tokens * layout.itemsize * self.config.ffn / layout.tensor
+        return 4 * rows, 2 * rows
+
+    def axes(self) -> dict[str, int]:
+        return {"gate.weight": 0, "up.weight": 0, "down.weight": 1}
+
+    def divisible(self) -> dict[str, int]:
+        return {"ffn": self.config.ffn}
+
+    def split(self, mesh: DeviceMesh) -> None:
+        for name, linear in self.named_children():
+            assert isinstance(linear, nn.Linear)
+            split_linear(linear, mesh, self.axes()[f"{name}.weight"])
+        share_input(self, mesh, product_dtype)
+
+
+class Block(BlockLayer):
+    float8 = True
+
     def __init__(self, c: Decoder, moe: bool):
         super().__init__()
+        self.config = c
         self.norm1 = nn.RMSNorm(c.width, c.eps)
         self.attention = Attention(c)
         self.norm2 = nn.RMSNorm(c.width, c.eps)
@@ -84,8 +149,35 @@ class Block(Replaceable):
         y, load_balance, z_loss, slots = self.mlp(self.norm2(x), mask)
         return x + y, load_balance, z_loss, slots
 
+    def operations(self, workload: Workload) -> list[Operations]:
+        return [*self.attention.operations(workload), *self.mlp.operations(workload)]
 
-class DecoderLM(nn.Module):
+    def kept_bytes(self, workload: Workload, layout: Layout) -> KeptBytes:
+        rows = layout.residual * workload.tokens * self.config.width
+        parts = [part.kept_bytes(workload, layout) for part in (self.attention, self.mlp)]
+        everything, results = (sum(column) for column in zip(*parts))
+        return KeptBytes(2 * rows + everything, results, rows)  # 2: inputs of the norms
+
+    def axes(self) -> dict[str, int]:
+        return {**dict(prefixed("attention", self.attention.axes())), **dict(prefixed("mlp", self.mlp.axes()))}
+
+    def divisible(self) -> dict[str, int]:
+        return {"kv_heads": self.config.kv_heads, **self.mlp.divisible()}
+
+    def split(self, mesh: DeviceMesh) -> None:
+        """Divide heads, and the MLP's width or experts: two all-reduces a layer forward, two backward."""
+        self.attention.split(mesh)
+        self.mlp.split(mesh)
+
+    def expert_layers(self) -> dict[str, Experts]:
+        return {"mlp": self.mlp} if isinstance(self.mlp, Experts) else {}
+
+    def traffic(self, workload: Workload) -> Traffic:
+        rows = 2 * workload.tokens * self.config.width
+        return Traffic(2 * rows, self.config.experts_per_token * rows if self.expert_layers() else 0.0)
+
+
+class DecoderLM(Layer):
     def __init__(self, c: Decoder):
         super().__init__()
         self.config = c
@@ -97,18 +189,18 @@ class DecoderLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]"""
+        """Return the weight of the head [V, D], which is the embedding's where they are tied."""
         return self.embedding.weight if self.config.tied else self.head.weight
 
     def forward(
         self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None,
         attends: Sequence[Attend] = (),
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        """x [T, D] embedded tokens of packed documents, positions int [T], mask bool [T] (False: padding).
+        """Compute hidden states of embedded tokens x [T, D] of packed documents.
 
-        attends: of each layer (q, k, v) -> y, if the documents have more before these tokens, such as a Cache's.
-        Returns hidden [T, D] after the final norm, the mean over mixture layers of load-balance and z-loss, and of each
-        mixture layer its slots (see Experts).
+        positions int [T]; mask bool [T], False: padding. attends: the attention (q, k, v) -> y of each layer, where the
+        documents have earlier tokens, such as those in a Cache. Returns hidden [T, D] after the final norm, the mean
+        over mixture layers of load-balance and z-loss, and each mixture layer's slots (see Experts).
         """
         c = self.config
         angles = rope(positions, c.head_width, c.rope_theta)
@@ -120,3 +212,29 @@ class DecoderLM(nn.Module):
             slots += [] if routed is None else [routed]
         mixtures = max(1, len(slots))
         return self.norm(x), load_balance / mixtures, z_loss / mixtures, slots
+
+    def document_losses(self, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Return the mean loss fp32 [B] of each document's targets, NaN where it has none.
+
+        hidden [T, D] after the final norm, targets int [T], cu_seqlens int32 [B + 1].
+        """
+        bounds = pairwise(cu_seqlens.tolist())
+        return torch.stack([linear_cross_entropy(hidden[a:b], self.head_weight, targets[a:b]) for a, b in bounds])
+
+    def operations(self, workload: Workload) -> list[Operations]:
+        c = self.config
+        return [Operations("head", head_cost(workload.head_rows, c.width, c.vocabulary).flops)]
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
+        return (layout.residual * workload.tokens + layout.itemsize * workload.targets) * self.config.width
+
+    def temporary_bytes(self, workload: Workload, layout: Layout) -> dict[str, float]:
+        """Return the bytes of what is there for a moment as backward begins, by purpose; products are in bf16."""
+        c, received = self.config, layout.received
+        logits = 2 * workload.targets * c.vocabulary
+        rows = 2 * workload.tokens * c.experts_per_token * c.width * 2 * (1 + received) * (received > 0)
+        return {
+            "logits": min(logits, CHUNK["cuda"]),
+            "gradient of the head": 4 * c.vocabulary * c.width * (1 + (logits > CHUNK["cuda"])),  # and a later chunk's
+            "tokens sent to experts": rows,  # of one layer, in the experts' order and their results, sent and received
+        }

@@ -8,24 +8,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm1.engine.layers.config import Decoder
+from mm1.engine.layers.layer import Fill, Layer, fan_in, product_dtype
+from mm1.engine.layers.sharding import DeviceMesh, expert_parallel, split_parameter, tensor_parallel_experts
+from mm1.engine.layers.workload import Layout, Operations, Workload
+from mm1.kernels.moe import experts as experts_op
 from mm1.kernels.moe.backends import Backend, find
 from mm1.kernels.moe.routing import route
 
 
-class Router(nn.Module):
-    """Logits of the experts, in fp32 whatever else is not."""
+class Router(Layer):
+    """Compute the logits of the experts in fp32, also under autocast: x [T, D] -> fp32 [T, E]."""
+
+    fp32 = True
 
     def __init__(self, width: int, experts: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def initial_values(self) -> dict[str, Fill]:
+        return {"weight": fan_in(self.weight.shape[1])}
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
 
-class Experts(nn.Module):
-    """Mixture of experts with a top-k router in fp32.
+class Experts(Layer):
+    """Routes each token to k experts by a router in fp32.
 
     capacity: at most so many times an even share of a sequence's T·K slots go to one expert, first choices before
     second ones, and the others are dropped; None drops nothing. Each sequence is cut by itself, so that every layout
@@ -36,14 +45,18 @@ class Experts(nn.Module):
 
     def __init__(self, c: Decoder):
         super().__init__()
-        self.k = c.experts_per_token
+        self.config, self.k = c, c.experts_per_token
         self.router = Router(c.width, c.experts)
         self.gate_up = nn.Parameter(torch.empty(c.experts, 2 * c.ffn, c.width))
         self.down = nn.Parameter(torch.empty(c.experts, c.width, c.ffn))
         self.backend: Backend = find(c.moe_backend)
 
+    def initial_values(self) -> dict[str, Fill]:
+        width, ffn = self.gate_up.shape[2], self.down.shape[2]
+        return {"gate_up": fan_in(width), "down": fan_in(ffn, self.config.layers)}
+
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [T, D], mask bool [T] -> y [T, D], load-balance and z-loss fp32 [], slots int64 [E + 1].
+        """Compute x [T, D], mask bool [T] -> y [T, D], load-balance and z-loss fp32 [], slots int64 [E + 1].
 
         slots: the end of each expert's slots in their order by expert, then the number of dropped ones; see `load`.
         """
@@ -56,10 +69,41 @@ class Experts(nn.Module):
         slots = torch.cat([routing.offsets, routing.dropped[None]])
         return y, routing.load_balance, routing.z_loss, slots
 
+    def operations(self, workload: Workload) -> list[Operations]:
+        c = self.config
+        routed = experts_op.cost(workload.routed_rows, self.k, c.experts, c.width, c.ffn).flops
+        return [
+            Operations("router", 2 * workload.tokens * c.width * c.experts),
+            Operations("experts", routed, split=True, routed=True),
+        ]
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a product with x is computed: autocast's, or that of x without autocast."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    def kept_bytes(self, workload: Workload, layout: Layout) -> tuple[float, float]:
+        """Return the bytes of everything that is kept for backward, and of them the results of products."""
+        c, itemsize, received = self.config, layout.itemsize, layout.received
+        # Gate and up of each slot, on a tensor group of all experts' slots; logits, and their fp32 input if that is a
+        # copy. Of tokens that travel also the rows that were received, and in fp32 what came back.
+        products = itemsize * self.k * (received or 1) * 2 * c.ffn
+        kept = products + 4 * (c.experts + c.width * (itemsize < 4))
+        kept += self.k * c.width * (itemsize * received + 4 * (received > 0))
+        return workload.tokens * kept, workload.tokens * (products + 4 * c.experts)
+
+    def axes(self) -> dict[str, int]:
+        return {"gate_up": 0, "down": 0}
+
+    def divisible(self) -> dict[str, int]:
+        return {"experts": self.config.experts}
+
+    def split(self, mesh: DeviceMesh) -> None:
+        """Divide the experts among the processes of a tensor group, which all see the same tokens."""
+        for name, axis in self.axes().items():
+            split_parameter(self, name, mesh, axis)
+        self.backend = tensor_parallel_experts(self.backend, mesh)
+
+    def split_by_expert(self, mesh: DeviceMesh) -> None:
+        """Divide the experts among processes with tokens of their own, which travel to their experts."""
+        for name, axis in self.axes().items():
+            split_parameter(self, name, mesh, axis)
+        self.backend = expert_parallel(self.backend, mesh)
 
 
 def load(slots: Tensor) -> dict[str, Any]:

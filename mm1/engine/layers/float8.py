@@ -5,29 +5,28 @@ A GPU's float8 units have twice the rate of bf16's, but scaling costs passes ove
 Experts, router, embedding and head stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from mm1.engine.layers.decoder import DecoderLM
-from mm1.engine.layers.experts import product_dtype
+from mm1.engine.layers.layer import product_dtype
 from mm1.engine.layers.quantize import importing_torchao
 from mm1.errors import UserError
 
 WIDE = 2048  # both sides of a weight; under it scaling costs what the products win, as torchao's tables for H100 show
 
 
-def float8_linears(decoder: DecoderLM, recipe: str) -> None:
-    """Put torchao's linears in the place of the wide ones of the decoder's blocks, with their parameters.
+def float8_linears(blocks: Iterable[nn.Module], recipe: str) -> None:
+    """Put torchao's linears in the place of the wide ones of these blocks, with their parameters.
 
     recipe: "tensorwise", one scale a tensor, faster; or "rowwise", closer. Raises UserError without torchao, or where
     no linear is wide.
     """
-    for parent, name, linear in converted(decoder, recipe):
+    for parent, name, linear in converted(blocks, recipe):
         setattr(parent, name, linear)
 
 
-def converted(decoder: DecoderLM, recipe: str) -> Sequence[tuple[nn.Module, str, nn.Module]]:
+def converted(blocks: Iterable[nn.Module], recipe: str) -> Sequence[tuple[nn.Module, str, nn.Module]]:
     """Return the parent, the name and the replacement of each wide linear."""
     with importing_torchao("setting train.float8"):
         from torchao.float8 import Float8LinearConfig, float8_linear
@@ -45,14 +44,14 @@ def converted(decoder: DecoderLM, recipe: str) -> Sequence[tuple[nn.Module, str,
             )
 
     options = Float8LinearConfig.from_recipe_name(recipe)  # pyright: ignore[reportArgumentType]
-    linears = [(parent, name, Float8Linear.from_float(old, options)) for parent, name, old in _wide(decoder)]
+    linears = [(parent, name, Float8Linear.from_float(old, options)) for parent, name, old in _wide(blocks)]
     if not linears:
         raise UserError(f"setting train.float8: no linear of the decoder is {WIDE} wide on both sides")
     return linears
 
 
-def _wide(decoder: DecoderLM) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    for parent in decoder.blocks.modules():
+def _wide(blocks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    for parent in (module for block in blocks for module in block.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and min(child.weight.shape) >= WIDE:
                 yield parent, name, child

@@ -1,4 +1,4 @@
-"""A decoder whose weights are of fewer bits: decoding is bound by reading them.
+"""Store a decoder's weights in fewer bits: decoding is bound by reading them.
 
 "int8": a scale a row, rounded by torchao and multiplied by kernels/quantized.py, because torchao's own product writes
 the whole weight out in x's dtype at each call (33 ms of 2048 × 8192 on a CPU, where reading it takes 1.3). "float8",
@@ -8,7 +8,7 @@ read within one kernel, which knows rows of whole bytes; and a head's error goes
 
 Rounding normal weights changes a product by 0.8 % (int8, 2048 wide) and 9 % (int4 in groups of 64). On a CPU decode.cpp
 reads int8 itself: a token of 30 M parameters takes 2.7 ms, in bf16 3.9, in fp32 5.8 (two threads). int4 goes by torch
-there: of 78 M parameters in fp32, one thread, 22 ms a token and 50 for eight, where packed.py takes 50 and 56, but a
+there: of 78 M parameters in fp32, one thread, 22 ms a token and 50 for eight, where blocked.py takes 50 and 56, but a
 prompt of 256 takes 501 in place of 391.
 """
 
@@ -28,12 +28,12 @@ from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
 from mm1.kernels.moe.routing import route
 
 HOW = ("int8", "int4", "float8")
-LEAST = 1 << 17  # numbers in a weight; a smaller one saves nothing that is felt
+MIN_NUMBERS = 1 << 17  # a smaller weight saves too little to matter
 GROUPS = (128, 64, 32)  # of int4
 
 
 class Linear8(nn.Module):
-    """x [T, in] -> [T, out] of a frozen weight [out, in]."""
+    """Multiply x [T, in] by a frozen 8-bit weight [out, in]: [T, out]."""
 
     def __init__(self, weight: Tensor, how: str):
         super().__init__()
@@ -44,7 +44,7 @@ class Linear8(nn.Module):
 
 
 class Linear4(nn.Module):
-    """The same; its weight is torchao's."""
+    """Multiply x [T, in] by a frozen 4-bit weight of torchao's packing: [T, out]."""
 
     def __init__(self, weight: Tensor, group: int):
         super().__init__()
@@ -55,7 +55,7 @@ class Linear4(nn.Module):
 
 
 class Experts8(nn.Module):
-    """In the place of Experts."""
+    """Stand in for Experts, with frozen 8-bit weights."""
 
     def __init__(self, experts: Experts, how: str):
         super().__init__()
@@ -71,9 +71,10 @@ class Experts8(nn.Module):
 
 @torch.no_grad()
 def quantized(decoder: DecoderLM, how: str) -> tuple[nn.Module, nn.Module]:
-    """A copy of the decoder with wide linears and experts in "int8", "int4" or "float8", and its head [T, D] -> [T, V].
+    """Return a copy of the decoder with wide linears and experts in 8 or 4 bits, and its head [T, D] -> [T, V].
 
-    All else is shared. Raises UserError without torchao, or for what the device does not have.
+    how: "int8", "int4" or "float8". All else is shared. Raises UserError without torchao, or where the device does not
+    have the products.
     """
     if how not in HOW:
         raise UserError(f"weights are {how!r}, expected one of {', '.join(HOW)}")
@@ -83,7 +84,7 @@ def quantized(decoder: DecoderLM, how: str) -> tuple[nn.Module, nn.Module]:
         for name, child in module.named_children():
             if isinstance(child, Experts):
                 setattr(module, name, Experts8(child, how))
-            elif type(child) is nn.Linear and child.bias is None and child.weight.numel() >= LEAST:
+            elif type(child) is nn.Linear and child.bias is None and child.weight.numel() >= MIN_NUMBERS:
                 setattr(module, name, _linear(child.weight, how))
     head = Linear8(decoder.head_weight, "int8" if how == "int4" else how)
     if not decoder.config.tied:
@@ -92,11 +93,11 @@ def quantized(decoder: DecoderLM, how: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _check(device: torch.device, how: str) -> None:
-    least = {"int8": (0, 0), "int4": (8, 0), "float8": (8, 9)}[how]
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if how == "float8" if found is None else found < least:
-        has = device.type if found is None else "one of {}.{}".format(*found)
-        raise UserError(f'weights "{how}" need a GPU of compute capability {least[0]}.{least[1]} or more, not {has}')
+    needed = {"int8": (0, 0), "int4": (8, 0), "float8": (8, 9)}[how]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if how == "float8" if capability is None else capability < needed:
+        has = device.type if capability is None else "one of {}.{}".format(*capability)
+        raise UserError(f'weights "{how}" need a GPU of compute capability {needed[0]}.{needed[1]} or more, not {has}')
 
 
 def _linear(weight: Tensor, how: str) -> nn.Module:
@@ -108,19 +109,19 @@ def _linear(weight: Tensor, how: str) -> nn.Module:
 
 
 def rounded(weight: Tensor, how: str) -> tuple[Tensor, Tensor]:
-    """weight [..., N, K] in 8 bits, and its scales fp32 [..., N]."""
+    """Return weight [..., N, K] in 8 bits, and its scales fp32 [..., N]."""
     with importing_torchao('weights "int8" or "float8"'):
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
     if weight.ndim == 3:  # one by one, because rounding takes several copies
         data, scale = zip(*(rounded(w, how) for w in weight))
         return torch.stack(data), torch.stack(scale)
     kind = Float8Tensor if how == "float8" else Int8Tensor
-    found = kind.from_hp(weight.detach().float(), granularity=PerRow())
-    return found.qdata, found.scale[:, 0].contiguous()
+    tensor = kind.from_hp(weight.detach().float(), granularity=PerRow())
+    return tensor.qdata, tensor.scale[:, 0].contiguous()
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:
-    """weight [N, K] in 4 bits, as torchao packs it for the device."""
+    """Return weight [N, K] in 4 bits, as torchao packs it for the device."""
     with importing_torchao('weights "int4"'):
         from torchao.prototype.quantization.int4 import Int4OpaqueTensor
         from torchao.quantization import Int4TilePackedTo4dTensor
@@ -132,7 +133,7 @@ def grouped(weight: Tensor, group: int) -> Tensor:
 
 @contextmanager
 def importing_torchao(what: str) -> Iterator[None]:
-    """Without its warnings of libraries for other machines. Raises UserError if it is not there."""
+    """Hide torchao's warnings of libraries for other machines. Raises UserError if torchao is not installed."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm1.engine.layers.config import Vision
-from mm1.engine.layers.replaceable import Replaceable
+from mm1.engine.layers.layer import LEARNED, BlockLayer, Fill, Layer, fan_in, normal, zeros
+from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Workload, attention_operations
 from mm1.kernels.attention import Full, attention
+from mm1.kernels.patches.embedding import cost as embedding_cost
 from mm1.kernels.patches.embedding import patch_embed
 from mm1.kernels.patches.grids import Grids
 from mm1.kernels.patches.position_tables import positions
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+    """Return x · sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -29,7 +31,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 def sincos(grids: Grids, width: int) -> Tensor:
-    """AIM's positions fp32 [P, width] of patches at (row, column) of their image, whatever its grid.
+    """Return AIM's positions fp32 [P, width] of patches at (row, column) of their image, whatever its grid.
 
         [sin(column · f) | cos(column · f) | sin(row · f) | cos(row · f)],  f_i = 10000^(-i / q), i < q = width / 4
 
@@ -44,9 +46,23 @@ def sincos(grids: Grids, width: int) -> Tensor:
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
 
 
-class VisionBlock(Replaceable):
+def sincos_table(rows: int, columns: int, width: int) -> Tensor:
+    """Return 2-D sine-cosine positions fp32 [rows, columns, width], with which a learned table begins.
+
+    A table that is smooth from the start keeps its meaning when it is resampled to another grid; white noise would
+    average out. Source: Chen et al. 2021 (MoCo v3).
+    """
+    frequencies = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
+    r, c = torch.arange(rows)[:, None] * frequencies, torch.arange(columns)[:, None] * frequencies
+    parts = [r.sin()[:, None], r.cos()[:, None], c.sin()[None], c.cos()[None]]
+    table = torch.cat([part.expand(rows, columns, -1) for part in parts], dim=-1)
+    return F.pad(table, (0, width - table.shape[-1]))
+
+
+class VisionBlock(BlockLayer):
     def __init__(self, c: Vision):
         super().__init__()
+        self.config = c
         self.heads, self.activation = c.heads, ACTIVATIONS[c.activation]
         self.norm1 = nn.LayerNorm(c.width, c.eps)
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=c.bias)
@@ -60,8 +76,33 @@ class VisionBlock(Replaceable):
         x = x + self.out(attention(q, k, v, cu_seqlens, mask=Full(), max_length=longest).flatten(1))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
+    def initial_values(self) -> dict[str, Fill]:
+        products = {"out.weight": self.out.weight, "fc2.weight": self.fc2.weight}  # into the residual stream
+        return {name: fan_in(weight.shape[1], self.config.layers) for name, weight in products.items()}
 
-class VisionEncoder(nn.Module):
+    def operations(self, workload: Workload) -> list[Operations]:
+        c, rows = self.config, workload.visual_rows(self.config.class_token)
+        pairs = workload.visual_pairs(c.class_token)
+        return [
+            Operations("vision linear", 2 * rows * (4 * c.width**2 + 2 * c.width * c.ffn)),
+            Operations("vision attention", attention_operations(pairs, c.heads, c.width // c.heads), attention=True),
+        ]
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> KeptBytes:
+        c, rows = self.config, workload.visual_rows(self.config.class_token)
+        gelu = 3 if c.activation == "quick_gelu" else 2  # quick_gelu keeps its sigmoid too
+        # Inputs of the norms; their outputs, q k v, y, and the MLP's.
+        everything = layout.residual * 2 * c.width + layout.itemsize * (6 * c.width + gelu * c.ffn)
+        results = layout.itemsize * (6 * c.width + c.ffn)
+        return KeptBytes(rows * everything, rows * results, layout.residual * rows * c.width)
+
+    def axes(self) -> dict[str, int]:
+        return {}  # each process of a tensor group computes the whole encoder
+
+
+class VisionEncoder(Layer):
+    vectors = ("positions", "class_token")
+
     def __init__(self, c: Vision):
         super().__init__()
         self.config = c
@@ -76,8 +117,26 @@ class VisionEncoder(nn.Module):
         self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.layers))
 
+    def initial_values(self) -> dict[str, Fill]:
+        c = self.config
+        values: dict[str, Fill] = {"patch_weight": fan_in(self.patch_weight.shape[1])}
+        if c.positions == "table":
+            values["positions"] = lambda table, generator: table.copy_(sincos_table(*table.shape))
+        values |= {"patch_bias": zeros} if c.patch_norm else {}
+        return values | ({"class_token": normal(LEARNED)} if c.class_token else {})
+
+    def operations(self, workload: Workload) -> list[Operations]:
+        c = self.config
+        flops = embedding_cost(workload.patches, c.width, 3 * c.patch**2).flops
+        return [Operations("patch embedding", flops, backward=1)]  # pixels have no gradient
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
+        c = self.config
+        rows = workload.visual_rows(c.class_token)
+        return 3 * c.patch**2 * workload.patches + layout.residual * rows * c.width
+
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
-        """pixels uint8 [ΣHW, 3], grids of the batch -> [P, Dv]."""
+        """Encode pixels uint8 [ΣHW, 3] of images of these grids: [P, Dv]."""
         c = self.config
         learned = self.positions if c.positions == "table" else None
         bias, table = (self.patch_bias, None) if c.patch_norm else (None, learned)

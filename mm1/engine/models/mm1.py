@@ -1,4 +1,4 @@
-"""MM1: a ViT encoder, a connector, a decoder; image tokens take their slots among the text tokens.
+"""MM1: a ViT encoder, a connector and a decoder, in which image tokens stand among the text tokens.
 
     features = connector(vision(pixels))                 [N·n, D]
     x = embed(tokens);  x[media.slots] = features        [T, D]
@@ -7,55 +7,55 @@ Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mm1.engine.data.batch import Batch
-from mm1.engine.data.document import TextTokenizer
-from mm1.engine.layers.connector import ConvBlock, build
-from mm1.engine.layers.decoder import Block, DecoderLM
-from mm1.engine.layers.vision import VisionBlock, VisionEncoder
-from mm1.engine.models.mm1_config import Model
+from mm1.engine.layers.connector import build
+from mm1.engine.layers.decoder import DecoderLM
+from mm1.engine.layers.experts import load
+from mm1.engine.layers.layer import BlockLayer
+from mm1.engine.layers.vision import VisionEncoder
+from mm1.engine.layers.workload import Layout, Operations, Workload
+from mm1.engine.models import mm1_config
+from mm1.engine.models.mm1_config import peak_lr
+from mm1.engine.models.registry import on_meta
+from mm1.engine.models.spec import Losses, Model, Sum
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 
-LEARNED_VECTORS = ("class_token", "pos_emb", "positions", "queries")  # and tables of them
-INTO_RESIDUAL = (".out.weight", ".down.weight", ".down", ".fc2.weight")
 
+class MM1(Model):
+    PROFILE: ClassVar = {
+        "vision": ("patch embedding", "vision linear", "vision attention"),
+        "connector": ("connector",),
+        "decoder": ("decoder linear", "decoder attention", "router", "experts"),
+        "head": ("head",),
+    }
 
-class Losses(NamedTuple):
-    nll: Tensor  # fp32 [], summed over target tokens
-    load_balance: Tensor  # fp32 [], mean over mixture layers
-    z_loss: Tensor
-    slots: Tensor  # int64 [mixture layers, E + 1], see Experts
-
-
-class MM1(nn.Module):
-    def __init__(self, c: Model):
-        super().__init__()
-        self.config = c
-        self.tokenizer: TextTokenizer | None = None  # comes with a checkpoint
-        self.conversations: bool | None = None  # whether it was trained on conversations; None: not known
+    def __init__(self, c: mm1_config.Model):
+        super().__init__(c)
         self.vision = VisionEncoder(c.vision)
-        self.connector = build(c.connector, c.vision.width, c.decoder.width)
+        self.connector = build(c.connector, c.vision.width, c.decoder.width, c.vision.layers)
         width, eps = c.decoder.width, c.decoder.eps
         self.image_norm = nn.RMSNorm(width, eps) if c.connector.output_norm else nn.Identity()
         self.decoder = DecoderLM(c.decoder)
 
-    def forward(self, batch: Batch) -> Losses:
+    def forward(self, batch: Batch, by_document: bool = False) -> Losses | Tensor:
         hidden, load_balance, z_loss, slots = self.hidden(batch)
+        if by_document:
+            return self.decoder.document_losses(hidden, batch.targets, batch.cu_seqlens)
         rows = batch.target_rows
         nll = linear_cross_entropy(hidden[rows], self.decoder.head_weight, batch.targets[rows], reduction="sum")
-        routed = torch.stack(slots) if slots else batch.tokens.new_zeros(0, 1, dtype=torch.int64)
-        return Losses(nll, load_balance, z_loss, routed)
-
-    def objective(self, losses: Losses, targets: int) -> Tensor:
-        """Loss of one batch summed over its target tokens; over a step, divide by the step's targets."""
         c = self.config.decoder
-        return losses.nll + targets * (c.load_balance * losses.load_balance + c.z_loss * losses.z_loss)
+        objective = nll + batch.target_count * (c.load_balance * load_balance + c.z_loss * z_loss)
+        sums = {
+            "loss": Sum(nll, "targets"),
+            "load_balance": Sum(load_balance, "batches"),
+            "z_loss": Sum(z_loss, "batches"),
+        }
+        return Losses(objective, sums, torch.stack(slots) if slots else batch.tokens.new_zeros(0, dtype=torch.int64))
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Return the final hidden states [T, D] of the packed batch, the auxiliary losses and the slots by layer."""
@@ -64,7 +64,7 @@ class MM1(nn.Module):
         return self.decoder(x, batch.positions, batch.cu_seqlens, mask)
 
     def embed(self, batch: Batch) -> Tensor:
-        """[T, D], text and images."""
+        """Return the rows [T, D] of text and images that enter the decoder."""
         x = self.decoder.embedding(batch.tokens)
         media = batch.media
         if not media.grids.images:
@@ -74,68 +74,48 @@ class MM1(nn.Module):
         return x.index_copy(0, media.slots, self.encode(media.values, media.grids).to(x.dtype))[:-1]
 
     def encode(self, pixels: Tensor, grids) -> Tensor:
-        """Image tokens [N·n, D]."""
+        """Return the rows [N·n, D] that stand for packed images in the decoder."""
         return self.image_norm(self.connector(self.vision(pixels, grids), grids).float())
 
     def logits(self, batch: Batch) -> Tensor:
-        """[T, V]"""
+        """Return the logits [T, V] of a packed batch."""
         return self.hidden(batch)[0] @ self.decoder.head_weight.T
 
-    def compile_blocks(self, fullgraph: bool = False, **options: Any) -> None:
-        """Compile each kind of block once; shapes are the packed budgets, so they never change.
+    def blocks(self) -> list[BlockLayer]:
+        return [module for module in self.modules() if isinstance(module, BlockLayer)]
 
-        fullgraph: a graph break is an error. options: of torch.compile. Their forward, not their call: what gathers a
-        block's parameters before it stays outside. Copies and pickles of the model are not compiled.
-        """
-        for module in self.modules():
-            if isinstance(module, VisionBlock | ConvBlock | Block):
-                module.replace_forward(torch.compile(module.forward, dynamic=False, fullgraph=fullgraph, **options))
+    def metrics(self, counts: Tensor) -> dict[str, Any]:
+        """Return the load of the experts, and the share of slots that were dropped; nothing of a dense model."""
+        return load(counts) if len(counts) else {}
 
-    def initialize(self, seed: int = 0, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> "MM1":
-        """Normal weights of variance 1 / fan-in, into the residual stream scaled by depth as in GPT-2; zero biases.
+    def default_peak_lr(self) -> float:
+        """Return the law's rate for the dense decoder without embeddings, also of a mixture (paper, section 3.4)."""
+        counts = parameter_counts(self.config)
+        return peak_lr(counts.get("decoder_dense_non_embedding", counts["decoder_non_embedding"]))
 
-        put(parameter, value) keeps what of a value belongs into a parameter.
-        """
-        device = self.decoder.embedding.weight.device
-        generator = torch.Generator(device).manual_seed(seed)
-        for name, parameter in sorted(self.named_parameters()):
-            last, value = name.rpartition(".")[2], torch.empty(parameter.shape, device=device)
-            if last in ("bias", "patch_bias"):
-                value.zero_()
-            elif last == "weight" and parameter.ndim == 1:
-                value.fill_(1.0)
-            elif last == "positions":
-                value = sincos(*parameter.shape).to(device)
-            else:
-                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim == 4 else parameter.shape[-1]
-                std = 0.02 if last in LEARNED_VECTORS else fan_in**-0.5
-                if name.endswith(INTO_RESIDUAL):
-                    layers = self.config.decoder.layers if name.startswith("decoder") else self.config.vision.layers
-                    std /= (2 * layers) ** 0.5
-                value.normal_(0.0, std, generator=generator)
-            with torch.no_grad():
-                put(parameter, value)
-        return self
+    def operations(self, workload: Workload) -> list[Operations]:
+        parts = (self.vision, self.connector, self.decoder)
+        return [operations for part in parts for operations in part.operations(workload)]
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
+        kept = sum(part.kept_bytes(workload, layout) for part in (self.vision, self.connector, self.decoder))
+        slots = workload.images * self.config.connector.tokens
+        return kept + 4 * slots * self.config.decoder.width  # the input of the image norm, in fp32
+
+    def temporary_bytes(self, workload: Workload, layout: Layout) -> dict[str, float]:
+        return self.decoder.temporary_bytes(workload, layout)
 
 
-def sincos(rows: int, columns: int, width: int) -> Tensor:
-    """2-D sine-cosine positions [rows, columns, width] (Chen et al. 2021, MoCo v3): a table that is smooth from the
-    start keeps its meaning when it is resampled to another grid; white noise would average out."""
-    frequencies = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
-    r, c = torch.arange(rows)[:, None] * frequencies, torch.arange(columns)[:, None] * frequencies
-    parts = [r.sin()[:, None], r.cos()[:, None], c.sin()[None], c.cos()[None]]
-    table = torch.cat([part.expand(rows, columns, -1) for part in parts], dim=-1)
-    return nn.functional.pad(table, (0, width - table.shape[-1]))
+def parameter_counts(c: mm1_config.Model) -> dict[str, int]:
+    """Return the parameters of vision, connector and decoder, and decoder_non_embedding, without allocating any.
 
-
-def parameter_counts(c: Model) -> dict[str, int]:
-    """Parameters by part, without allocating any: vision, connector, decoder, and decoder_non_embedding."""
-    with torch.device("meta"):
-        model = MM1(c)
+    A mixture also has decoder_dense_non_embedding, those of the decoder whose experts are one dense MLP a layer.
+    """
+    model = on_meta(c)
     counts = {
         part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("vision", "connector", "decoder")
     }
-    embeddings = model.decoder.embedding.weight.numel() * (1 if c.decoder.tied else 2)
+    embeddings = c.decoder.vocabulary * c.decoder.width * (1 if c.decoder.tied else 2)
     dense = dataclasses.replace(c, decoder=dataclasses.replace(c.decoder, experts=0))
     counts["decoder_non_embedding"] = counts["decoder"] - embeddings
     if c.decoder.experts:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mm1.engine.layers.config import POOL_HEADS, Connector, Decoder, Vision
+from mm1.engine.models.image_input import ImageInput
 from mm1.engine.settings import Count, MayChange, OneOf, check
 from mm1.errors import UserError, require
 
@@ -33,6 +34,8 @@ class Model:
     context: Annotated[Count | None, MayChange()] = None
     """Tokens of the longest document that the model was trained on, prompt and answer together, beyond which it does
     not generate. A run writes its data.tokens here, or those of train.init if they are more; none: unknown."""
+    kind: Annotated[str, OneOf("mm1")] = "mm1"
+    """The kind of model, which has its class in mm1/engine/models/registry.py."""
 
     def __post_init__(self):
         check(self, "model")
@@ -44,6 +47,17 @@ class Model:
         pooled, width = self.connector.kind == "attention", self.decoder.width
         require(not pooled or width % POOL_HEADS == 0, "setting model.decoder.width", width,
                 f"a multiple of the attention connector's {POOL_HEADS} heads")  # fmt: skip
+
+    @property
+    def images(self) -> ImageInput:
+        return ImageInput(
+            self.vision.patch, self.image_mode, self.image_size, self.image_patches, self.image_parts,
+            self.connector.tokens,
+        )  # fmt: skip
+
+    @property
+    def vocabulary(self) -> int:
+        return self.decoder.vocabulary
 
 
 def peak_lr(parameters: int) -> float:

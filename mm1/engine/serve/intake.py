@@ -44,7 +44,7 @@ class Intake:
     def __init__(
         self, engine: Engine, decoder: Decoder, metrics: Metrics, *, max_images: int, max_bytes: int, allow_urls: bool
     ):
-        self.tokenizer, self.slots = engine.tokenizer, engine.model.config.connector.tokens
+        self.tokenizer, self.slots = engine.tokenizer, engine.model.config.images.slots
         self.decoder, self.metrics = decoder, metrics
         self.max_images, self.max_bytes, self.allow_urls = max_images, max_bytes, allow_urls
         self.context = engine.context

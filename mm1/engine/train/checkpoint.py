@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm1.engine.data.document import TextTokenizer
-from mm1.engine.models.mm1 import MM1
-from mm1.engine.models.mm1_config import named
-from mm1.engine.run_config import saw_conversations, stored_model
-from mm1.engine.train.parallel import World, put
+from mm1.engine.layers.sharding import copy_to_part
+from mm1.engine.models.registry import model_class, on_meta
+from mm1.engine.models.spec import Model, ModelConfig
+from mm1.engine.run_config import from_dict, saw_conversations, stored_model
+from mm1.engine.train.parallel import World
 from mm1.errors import UserError
 
 MARKER = "COMPLETE"
@@ -37,11 +38,11 @@ SHARDS = "shards"  # folder of torch.distributed.checkpoint, where a run had man
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, incomplete or damaged."""
+    """Says that a checkpoint is missing, incomplete or damaged."""
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written, such as to a full disk; nothing of it is left."""
+    """Says that a checkpoint could not be written, such as to a full disk; nothing of it remains."""
 
 
 def write(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
@@ -63,7 +64,7 @@ def write(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, 
 
 
 class Saving:
-    """A checkpoint of several processes that is being written while the run continues.
+    """Writes a checkpoint of several processes while the run continues.
 
     Each process writes, flushes and hashes its own shards in a thread. The first process then completes the folder and
     calls `after`. The outcome is the same on all processes, but they learn it at different moments: whoever acts on
@@ -157,8 +158,8 @@ def _finish(partial: Path, folder: Path, texts: dict[str, str], sums: dict[str, 
 
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> MM1:
-    """A model for inference: a checkpoint folder (or a run's), or a named size with random weights.
+) -> Any:  # the class that is registered for its kind
+    """Return a model for inference: a checkpoint folder (or a run's), or a named size with random weights.
 
     device: the GPU if there is one. dtype: fp32 on a CPU, bf16 on a GPU. A checkpoint's tokenizer comes along as
     `model.tokenizer`, and whether it was trained on conversations as `model.conversations`. Raises CheckpointError for
@@ -170,15 +171,23 @@ def load(
     if not folder.exists():
         if len(folder.parts) > 1:
             raise CheckpointError(f"no checkpoint at {folder}")
-        return MM1(named(str(path_or_name))).initialize().to(device, dtype).eval()
+        return _random(from_dict({"model": str(path_or_name)}).model).to(device, dtype).eval()
     folder = newest_in(folder)
     check(folder)
     with torch.device("meta"):
-        model = MM1(stored_model(stored := read_json(folder, "config.json")))
+        c = stored_model(stored := read_json(folder, "config.json"))
+        model = model_class(c.kind)(c)
     model.load_state_dict(weights(folder), assign=True)
+    model.init_buffers("cpu")
     model.conversations = saw_conversations(stored)
     model.tokenizer = TextTokenizer(folder / "tokenizer.json")
     return model.to(device, dtype).eval()
+
+
+def _random(c: ModelConfig) -> Model:
+    model = model_class(c.kind)(c).init_weights()
+    model.init_buffers("cpu")
+    return model
 
 
 def check(folder: Path, part: int = 0, parts: int = 1) -> None:
@@ -283,23 +292,22 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
         dcp.load(cast(dict[str, Any], tensors), checkpoint_id=folder / SHARDS, no_dist=not dist.is_initialized())
         return
     files = (folder / file for file in ("model.safetensors", "optimizer.safetensors"))
-    found = {n: x for file in files if file.exists() for n, x in read_tensors(folder, file.name).items()}
+    stored = {n: x for file in files if file.exists() for n, x in read_tensors(folder, file.name).items()}
     for name, tensor in tensors.items():
-        if name not in found or found[name].shape != tensor.shape:
-            has = f"of shape {tuple(found[name].shape)}" if name in found else "missing"
+        if name not in stored or stored[name].shape != tensor.shape:
+            has = f"of shape {tuple(stored[name].shape)}" if name in stored else "missing"
             raise CheckpointError(f"{folder}: {name} is {has}, expected {tuple(tensor.shape)}")
-        put(tensor, found[name].to(tensor.device))
+        copy_to_part(tensor, stored[name].to(tensor.device))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
     """Return all weights of the model, of a checkpoint of one process or of many."""
     if not (folder / SHARDS).is_dir():
         return read_tensors(folder, "model.safetensors")
-    with torch.device("meta"):
-        model = MM1(stored_model(read_json(folder, "config.json")))
-    found = {name: torch.empty_like(p, device="cpu") for name, p in model.state_dict().items()}
-    read_into(folder, found)
-    return found
+    model = on_meta(stored_model(read_json(folder, "config.json")))
+    tensors = {name: torch.empty_like(p, device="cpu") for name, p in model.state_dict().items()}
+    read_into(folder, tensors)
+    return tensors
 
 
 def export(folder: Path, out: Path) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,18 @@ from typing import Annotated, Any
 import tyro
 
 from mm1.engine.run_config import Run, load_run, to_dict
-from mm1.engine.settings import allows_none, default, described, dotted, help_texts, hints, nested, to_toml, toml_value
+from mm1.engine.settings import (
+    allows_none,
+    default,
+    described,
+    dotted,
+    help_texts,
+    hints,
+    nested,
+    table_of,
+    to_toml,
+    toml_value,
+)
 
 METAVARS = (("an integer", "INT"), ("a number", "FLOAT"), ("true or false", "{true,false}"), ("a list", "LIST"))
 KeyValues = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
@@ -25,8 +35,8 @@ def options(cls: type) -> type:
     """
     fields, texts = [], help_texts(cls)
     for field, hint in hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            inner = options(typing.cast(type, hint))
+        if table := table_of(hint):
+            inner = options(table)
             fields.append((field, inner, dataclasses.field(default_factory=inner)))
         else:
             values, initial = described(hint), default(cls, field)
@@ -47,8 +57,8 @@ def chosen(settings: Any, cls: type, name: str = "") -> Iterator[str]:
     """Yield "key=value", as load_run takes it, for each option of `settings`, an options(cls), that has a value."""
     for field, hint in hints(cls).items():
         value, full = getattr(settings, field), dotted(name, field)
-        if dataclasses.is_dataclass(hint):
-            yield from chosen(value, typing.cast(type, hint), full)
+        if table := table_of(hint):
+            yield from chosen(value, table, full)
         elif value is not None:
             is_text = described(hint).startswith(("a string", "one of"))
             yield f"{full}={toml_value(value) if is_text else value}"

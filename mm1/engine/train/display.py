@@ -1,4 +1,4 @@
-"""What a training run shows: a live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
+"""Show a training run: a live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ from mm1.engine.train.config import Train
 
 
 class _Shown(logging.Handler):
-    """Prints records on a console, between the updates of its live line."""
+    """Prints log records on a console, between the updates of its live line."""
 
     def __init__(self, console: Console):
         super().__init__(logging.INFO)
@@ -45,7 +45,7 @@ def logged(console: Console):
 
 
 class Silent:
-    """The display of all processes but the first."""
+    """Shows nothing: the display of all processes but the first."""
 
     @contextmanager
     def run(self, step: int):
@@ -62,6 +62,8 @@ class Silent:
 
 
 class Display:
+    """Shows the steps of a run in `folder` and appends their metrics to its metrics.jsonl, whatever their names."""
+
     def __init__(self, folder: Path, t: Train, *, out: TextIO = sys.stderr):
         self.folder, self.train = folder, t
         self.metrics = Appended(folder / "metrics.jsonl")
@@ -93,6 +95,7 @@ class Display:
         self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record the metrics of a step that is complete."""
         self.recent.append(metrics)
         if self.board and step <= self.last:  # the run went back
             self.board.close()
@@ -113,19 +116,19 @@ class Display:
             self.live.update(self._panel(metrics, rates))
         elif time.monotonic() - self.printed > 5 or step == self.train.steps:
             self.printed = time.monotonic()
-            left = self.progress.tasks[0].time_remaining or rates["step"] * (self.train.steps - step)
+            remaining = self.progress.tasks[0].time_remaining or rates["step"] * (self.train.steps - step)
             line = (
                 f"step {step}/{self.train.steps} loss {metrics['loss']:.4f} lr {metrics['lr']:.2e} "
                 f"tokens/s {rates['tokens']:.0f} images/s {rates['images']:.0f} "
                 f"fill {metrics['fill']:.1%}, images {metrics['image_fill']:.1%} "
-                f"data {rates['data']:.1%} left {left:.0f}s"
+                f"data {rates['data']:.1%} left {remaining:.0f}s"
             )
             line += f" skipped {metrics['skipped']}" if metrics["skipped"] else ""
             line += f" dropped {metrics['dropped']:.1%}" if metrics.get("dropped") else ""
             print(line, file=self.console.file, flush=True)
 
     def left_out(self, step: int, why: str) -> None:
-        """A step that changed nothing."""
+        """Record a step that changed nothing, and why."""
         self._write({"step": step, "left_out": why})
         self.warn(f"step {step}: {why}")
 

@@ -1,4 +1,4 @@
-"""What a run needs of its nodes beside GPUs: the bytes and seconds of a checkpoint, and the hosts' memory.
+"""Estimate what a run needs of its nodes beside GPUs: the bytes and seconds of a checkpoint, and the hosts' memory.
 
 A checkpoint holds each parameter and both of AdamW's moments in fp32, 12 bytes a parameter. One process copies a file
 at a time to its host, writes it and reads it back for its checksum while the run waits. Of several processes each
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from mm1.engine.data import feed
 from mm1.engine.data.document import DECODED_AHEAD
+from mm1.engine.layers.workload import Workload
 from mm1.engine.run_config import Run
 from mm1.engine.train.config import Train
-from mm1.engine.train.ledger import Load
 
 NODE = 8  # GPUs, and so processes, of a node
 COPIED = 3e9  # bytes/s that one GPU sends to pageable host memory, into which async_save copies; not measured
@@ -37,11 +37,11 @@ class Checkpoint:
 
 
 def checkpoint(
-    t: Train, gpus: int, *, parameters: int, held: int, tensors: int, step: float, storage: float
+    t: Train, gpus: int, *, parameters: int, stored: int, tensors: int, step: float, storage: float
 ) -> Checkpoint:
     """Return size and time of a checkpoint.
 
-    parameters: of the model; held: on the fullest GPU. tensors: stored tensors, or parts of tensors where several
+    parameters: of the model; stored: on the fullest GPU. tensors: stored tensors, or parts of tensors where several
     processes write. step: seconds of a step. storage: bytes/s that a node writes or reads.
     """
     alone = gpus == 1
@@ -49,7 +49,7 @@ def checkpoint(
     largest = 8 * parameters if alone else size / gpus  # the optimizer's file; the file of one process
     rate = storage * -(-gpus // NODE)
     seconds = {
-        "copying to host memory": 12 * held / COPIED,
+        "copying to host memory": 12 * stored / COPIED,
         "writing": size / rate,
         "reading back for checksums": max(size / rate, largest / CHECKSUM),
     }
@@ -62,20 +62,20 @@ def checkpoint(
     )
 
 
-def memory(run: Run, gpus: int, load: Load, *, held: int, document: int) -> dict[str, float]:
+def memory(run: Run, gpus: int, load: Workload, *, stored: int, document: int) -> dict[str, float]:
     """Return bytes of a node's host memory by purpose, all of them at once: during a save.
 
-    held: parameters on the fullest GPU. document: tokens of a typical document.
+    stored: parameters on the fullest GPU. document: tokens of a typical document.
     """
     d, processes = run.data, min(gpus, NODE)
     data_processes = gpus // run.parallel.tensor
     packers = (d.streams or (4 * data_processes if data_processes > 1 else 1)) // data_processes
-    pixels = 3 * run.model.vision.patch**2 * sum(rows * columns for rows, columns in load.grids)
+    pixels = 3 * run.model.images.patch**2 * sum(rows * columns for rows, columns in load.grids)
     token = pixels / d.tokens + 4  # bytes, with its share of the pixels
     ahead = max(1, d.workers) * DECODED_AHEAD
     return {
         "training processes": processes * PROCESS,
-        "copy of the checkpoint": processes * (8 if gpus == 1 else 12) * held,
+        "copy of the checkpoint": processes * (8 if gpus == 1 else 12) * stored,
         "loader processes": processes * packers * d.workers * LOADER,
         "documents decoded ahead": processes * packers * ahead * min(document, d.tokens) * token,
         "documents waiting in packers": processes * packers * (d.buffer or WAITING * d.tokens) * token,

@@ -5,12 +5,11 @@ Regularization, arXiv 1711.05101), Algorithm 2.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 from torch import nn
 
-from mm1.engine.models.mm1 import LEARNED_VECTORS
 from mm1.engine.train.config import Train
 
 
@@ -23,25 +22,29 @@ def learning_rate(step: int, t: Train, peak: float) -> float:
     return peak * (t.final_lr + (1 - t.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def adamw(parameters: Iterable[tuple[str, nn.Parameter]], t: Train, peak: float) -> torch.optim.AdamW:
-    """Return fused AdamW over named parameters, whole or sharded, that shrinks those that `decays` names.
+def adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], t: Train, peak: float, vectors: Set[str] = frozenset()
+) -> torch.optim.AdamW:
+    """Return fused AdamW over named parameters, whole or sharded, that shrinks those for which `decays` is true.
+
+    vectors: names of the learned vectors (layer.py, `learned_vectors`).
 
     A step at rate r multiplies them by 1 - r · weight_decay. MM1's λ = 0.1 η is that of Algorithm 2, in which the
     schedule scales both η and λ but η does not scale λ: with torch's r = η · schedule this is weight_decay = 0.1.
     """
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for name, p in trained if decays(name, p)], "weight_decay": t.weight_decay},
-        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if decays(name, p, vectors)], "weight_decay": t.weight_decay},
+        {"params": [p for name, p in trained if not decays(name, p, vectors)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=peak, betas=t.betas, eps=t.eps, fused=True)
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def decays(name: str, parameter: nn.Parameter, vectors: Set[str]) -> bool:
     """Say whether weight decay applies: to matrices, experts, convolutions and embeddings.
 
     It does not apply to norms, biases, positions, class token and learned queries. Sharding keeps names and the number
     of axes, so every layout decides the same. The embedding is decayed, as in AXLearn's GPT recipe and in torchtitan:
     where it is tied, it is the head's matrix too.
     """
-    return parameter.ndim >= 2 and name.rpartition(".")[2] not in LEARNED_VECTORS
+    return parameter.ndim >= 2 and name not in vectors

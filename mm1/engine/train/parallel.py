@@ -19,12 +19,12 @@ Every layout computes what one process computes, also in bf16. The policy of dty
 So the matrices of each block are gathered in autocast's dtype. All other parameters (norms, biases, routers, embedding,
 head, connector) are one group that is gathered in fp32 when the model is called.
 
-Sources: Shoeybi et al. 2019 (Megatron-LM), Zhao et al. 2023 (FSDP), Lepikhin et al. 2020 (GShard).
+Each layer says itself how it is divided (layers/sharding.py). Source: Zhao et al. 2023 (FSDP).
 """
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -32,24 +32,20 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
-from mm1.engine.layers.config import Decoder
-from mm1.engine.layers.decoder import Block
-from mm1.engine.layers.experts import Backend, Experts, product_dtype
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.layers.layer import blocks_to_shard
+from mm1.engine.layers.sharding import local_part
+from mm1.engine.models.spec import Model
 from mm1.engine.train.config import Parallel
 from mm1.errors import UserError
-from mm1.kernels.moe.routing import Routing, sort_by_expert
 
 
 class World:
-    """The processes of a run as one of them sees them; alone it communicates nothing."""
+    """Knows the processes of a run as one of them sees them; alone it communicates nothing."""
 
     def __init__(self, c: Parallel = Parallel(), hang: float = 1800.0):
         """hang: seconds without a step after which stacks are printed (safety.Watch); 0: never."""
@@ -99,30 +95,28 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def place(self, model: MM1, dtype: torch.dtype) -> None:
+    def shard_model(self, model: Model, dtype: torch.dtype) -> None:
         """Replace each parameter by this process's part of it. dtype: autocast's, in which products are computed."""
-        c = self.config
-        mixtures = [block.mlp for block in model.decoder.blocks if isinstance(block.mlp, Experts)]
+        c, blocks = self.config, blocks_to_shard(model)
+        mixtures = [experts for block in blocks for experts in block.expert_layers().values()]
         for experts in mixtures:
             experts.capacity = c.capacity
         if self.size == 1:
             return
         if c.tensor > 1:
-            _check_divisors(model.config.decoder, c.tensor, "tensor")
-            for block in model.decoder.blocks:
-                _split_layer(cast(Block, block), self.mesh["tensor"])
+            for block in blocks:
+                _check_divisors(block.divisible(), c.tensor, "tensor")
+                block.split(self.mesh["tensor"])
         if c.expert > 1:
             if c.tensor > 1:
                 raise UserError("settings parallel.tensor and parallel.expert are both above 1, expected one of them")
             if not mixtures:
                 raise UserError(f"setting parallel.expert is {c.expert}, expected 1 for a model without experts")
-            _check_divisors(model.config.decoder, c.expert, "expert")
             for experts in mixtures:
-                _divide_experts(experts, self.expert_mesh["expert"])
+                _check_divisors(experts.divisible(), c.expert, "expert")
+                experts.split_by_expert(self.expert_mesh["expert"])
         narrow = None if dtype == torch.float32 else dtype
         over = partial(_mesh, replicate=c.replicate)
-        blocks = [*model.vision.blocks, *model.decoder.blocks]
-        matrices = {p for block in blocks for p in _matrices(block)}
 
         def shard(module: nn.Module, mesh: DeviceMesh, parts: int, dtype: torch.dtype | None, ignored: set) -> None:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -133,11 +127,14 @@ class World:
             cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
         # The root comes first: what a block ignores would otherwise belong to no group.
+        matrices = {parameter for block in blocks for parameter in block.matrices().values()}
         shard(model, self.mesh, self.shard, None, matrices)
         for experts in mixtures if c.expert > 1 else ():
-            shard(experts, self.expert_mesh, self.shard // c.expert, narrow, {experts.router.weight})
+            own = {parameter for name, parameter in experts.named_parameters() if name in experts.axes()}
+            ignored = set(experts.parameters()) - own
+            shard(experts, self.expert_mesh, self.shard // c.expert, narrow, ignored)
         for block in blocks:
-            shard(block, self.mesh, self.shard, narrow, set(block.parameters()) - _matrices(block))
+            shard(block, self.mesh, self.shard, narrow, set(block.parameters()) - set(block.matrices().values()))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum `values` over all processes, in place. Those of a tensor group hold the same values, which count once."""
@@ -150,7 +147,7 @@ class World:
         """Return this process's part of Σ g², fp32 []: its `sum` is the square of the norm of all gradients."""
         locals_, shares = [], []
         for gradient in gradients:
-            locals_.append(local(gradient))
+            locals_.append(local_part(gradient))
             shares.append(self.config.tensor * _shards(gradient) / self.size)
         norms = torch._foreach_norm(locals_)
         # As scalars: a tensor of them would have to be copied to the device, for which the host waits.
@@ -193,33 +190,8 @@ class World:
                 dist.destroy_process_group()
 
 
-def local(x: Tensor) -> Tensor:
-    """Return this process's part of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def put(target: Tensor, whole: Tensor) -> None:
-    """Copy into `target` its part of a tensor that every process has whole."""
-    if isinstance(target, DTensor):
-        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
-    local(target).copy_(whole)
-
-
-def cut_like(part: Tensor, target: Tensor) -> Tensor:
-    """Return a local tensor as a DTensor that is divided among processes as `target` is."""
-    if not isinstance(target, DTensor):
-        return part
-    return DTensor.from_local(
-        part, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
-    )
-
-
-def _matrices(block: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of a block's products, which are gathered in autocast's dtype."""
-    return {p for name, p in block.named_parameters() if p.ndim > 1 and not name.endswith("router.weight")}
-
-
 def _mesh(mesh: DeviceMesh, replicate: int) -> DeviceMesh:
+    """Return the dimensions of a mesh over which parameters are sharded, and replicated if there are copies."""
     return mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
 
 
@@ -235,122 +207,7 @@ def _shards(x: Tensor) -> int:
     return math.prod(n for n, place in zip(x.device_mesh.shape, x.placements) if not place.is_replicate())
 
 
-def _check_divisors(c: Decoder, parts: int, name: str) -> None:
-    counts = {"experts": c.experts} if c.experts else {}
-    if name == "tensor":
-        counts |= {"kv_heads": c.kv_heads, "ffn": c.ffn}
+def _check_divisors(counts: Mapping[str, int], parts: int, name: str) -> None:
     for field, count in counts.items():
         if count % parts:
             raise UserError(f"setting parallel.{name} is {parts}, expected a divisor of the {count} {field}")
-
-
-def _enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return x, which all processes of `mesh` hold, so that its gradient is the sum of theirs."""
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-def _leave(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the sum of the processes' x, in the dtype of x."""
-    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
-
-
-def _cut(module: nn.Module, name: str, mesh: DeviceMesh, axis: int) -> None:
-    whole = getattr(module, name).detach()
-    setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(axis)], src_data_rank=None)))
-
-
-def _cut_linear(linear: nn.Linear, mesh: DeviceMesh, axis: int) -> None:
-    _cut(linear, "weight", mesh, axis)
-    linear.forward = lambda input: F.linear(input, local(linear.weight))
-
-
-def _split_layer(block: Block, mesh: DeviceMesh) -> None:
-    """Divide heads, and the MLP's width or experts, among the processes of `mesh`: two all-reduces a layer forward,
-    two backward."""
-    attention, mlp = block.attention, block.mlp
-    _cut_linear(attention.qkv, mesh, 0)
-    _cut_linear(attention.out, mesh, 1)
-    for norm in (attention.q_norm, attention.k_norm):
-        if isinstance(norm, nn.RMSNorm):  # seen by the heads that are here
-            norm.forward = lambda x, norm=norm: F.rms_norm(
-                x, norm.normalized_shape, _enter(norm.weight, mesh), norm.eps
-            )
-    _enclose(attention, mesh)
-    if isinstance(mlp, Experts):
-        for name in ("gate_up", "down"):
-            _cut(mlp, name, mesh, 0)
-        mlp.backend = _sharing(mlp.backend, mesh)
-    else:
-        for linear, axis in ((mlp.gate, 0), (mlp.up, 0), (mlp.down, 1)):
-            _cut_linear(linear, mesh, axis)
-        _enclose(mlp, mesh)
-
-
-def _enclose(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Sum the module's (first) result over the processes of `mesh`, and the gradient of its first argument."""
-
-    def enter(_module: nn.Module, arguments: Any) -> Any:
-        return _enter(arguments[0].to(product_dtype(arguments[0])), mesh), *arguments[1:]
-
-    def leave(_module: nn.Module, _arguments: Any, result: Any) -> Any:
-        return (_leave(result[0], mesh), *result[1:]) if isinstance(result, tuple) else _leave(result, mesh)
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
-
-
-def _sharing(backend: Backend, mesh: DeviceMesh) -> Backend:
-    """Return a back-end that applies this process's experts to all tokens and adds the results of the others."""
-
-    def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate_up, down = local(gate_up), local(down)
-        here = _own(r.index, mesh.get_local_rank(), len(down))
-        sent = r._replace(index=here, weight=_enter(r.weight, mesh), order=sort_by_expert(here, len(down)))
-        return _leave(backend(_enter(x, mesh), sent, gate_up, down), mesh)
-
-    return run
-
-
-def _own(index: Tensor, part: int, experts: int) -> Tensor:
-    """Count experts from the first of this part; those of other parts become `experts`, which is no expert."""
-    index = index - part * experts
-    return torch.where((index >= 0) & (index < experts), index, experts)
-
-
-def _divide_experts(experts: Experts, mesh: DeviceMesh) -> None:
-    """Leave each process of `mesh` its share of the experts, to which tokens travel."""
-    for name in ("gate_up", "down"):
-        _cut(experts, name, mesh, 0)
-    experts.backend = _exchanging(experts.backend, mesh)
-
-
-def _exchanging(backend: Backend, mesh: DeviceMesh) -> Backend:
-    """Return a back-end that sends each routed slot to the process with its expert, and takes the result back.
-
-    Processes first tell each other how many slots each expert gets, then send exactly those rows: none is dropped or
-    padded, and the result is that of one process. The host must read the counts to size the messages: once a layer
-    forward, and again where the layer is recomputed. Rows leave sorted by expert, so that the counts alone tell the
-    receiver which row is for which expert.
-    """
-    group, parts = mesh.get_group(), mesh.size()
-
-    def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate_up, down = local(gate_up), local(down)
-        slots, position, offsets = r.order
-        (T, K), here = position.shape, len(down)
-        counts = offsets.diff(prepend=offsets.new_zeros(1))
-        arriving = all_to_all_single(counts, None, None, group).view(parts, here)
-        sent, received = torch.stack([counts.view(parts, here).sum(1), arriving.sum(1)]).tolist()
-
-        # A copy for each choice first: its gradient is a sum, where that of a gather would be added with atomics.
-        rows = x[:, None].expand(-1, K, -1).reshape(T * K, -1).index_select(0, slots[: sum(sent)])
-        rows = all_to_all_single_autograd(rows, received, sent, group)
-        expert = torch.arange(here, dtype=torch.int32, device=x.device).repeat(parts)
-        index = expert.repeat_interleave(arriving.flatten(), output_size=len(rows))[:, None]
-        one = torch.ones(index.shape, device=x.device)
-        y = backend(rows, r._replace(index=index, weight=one, order=sort_by_expert(index, here)), gate_up, down)
-        y = all_to_all_single_autograd(y, sent, received, group)
-        y = F.pad(y, (0, 0, 0, 1))[position.clamp(max=sum(sent)).long()]  # slots of no expert read the row of zeros
-        return (y.float() * r.weight[..., None]).sum(1).to(x.dtype)
-
-    return cast(Backend, torch.compiler.disable(run))  # sizes change with every step

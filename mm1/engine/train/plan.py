@@ -17,19 +17,17 @@ from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
-import torch
-
 from mm1.engine.data.document import DECODED_AHEAD
-from mm1.engine.layers.config import is_moe
-from mm1.engine.models.mm1 import MM1
-from mm1.engine.models.mm1_config import Model
+from mm1.engine.layers.layer import blocks_to_shard, prefixed
+from mm1.engine.layers.workload import Layout, Workload
+from mm1.engine.models.registry import on_meta
+from mm1.engine.models.spec import Model, ModelConfig
 from mm1.engine.run_config import Run
 from mm1.engine.train import host
 from mm1.engine.train.host import NODE
-from mm1.engine.train.ledger import Load, ledger
+from mm1.engine.train.ledger import ledger
 from mm1.errors import UserError
 from mm1.kernels.device import DEVICES
-from mm1.kernels.linear_cross_entropy import CHUNK
 
 USABLE = 0.92  # of the memory: the rest is CUDA's, NCCL's, and gaps that the allocator cannot fill
 REACHED = 0.8  # of a link's rate
@@ -53,21 +51,14 @@ HARDWARE = {
     "h100": Hardware(80e9, 450), "h200": Hardware(141e9, 450), "b200": Hardware(180e9, 900),
     "rtx5090": Hardware(32e9, 64), "mi300x": Hardware(192e9, 448),
 }  # fmt: skip
-# Axis along which `tensor` cuts a weight of a decoder layer; `expert` cuts the experts' along the same.
-AXES = {
-    "attention.qkv.weight": 0, "attention.out.weight": 1, "mlp.gate.weight": 0, "mlp.up.weight": 0,
-    "mlp.down.weight": 1, "mlp.gate_up": 0, "mlp.down": 0,
-}  # fmt: skip
-EXPERTS = ("mlp.gate_up", "mlp.down")
-CUT_OPERATIONS = ("decoder linear", "decoder attention", "experts")  # of the ledger; a tensor group repeats the others
 
 
 class Share(NamedTuple):
-    """A parameter on one GPU, in elements."""
+    """Describes a parameter on one GPU, in elements."""
 
     block: str  # whose matrices are gathered together, in bf16; "": gathered once a call, in fp32
     used: int  # that the GPU computes with
-    held: int  # that the fullest GPU keeps: FSDP cuts the first axis, so three rows among two are two and one
+    stored: int  # that the fullest GPU keeps: FSDP cuts the first axis, so three rows among two are two and one
     ranks: int  # that keep the rest, `stride` GPUs apart
     stride: int
     parts: int  # different ones on all GPUs, as a checkpoint stores them
@@ -108,9 +99,9 @@ def plan(
     storage: GB/s that a node writes or reads. host_memory: GB that a node has (None: not compared).
     Raises UserError with one line for settings or rates that cannot be.
     """
-    c, t, tensor = run.model, run.train, run.parallel.tensor
+    t, tensor = run.train, run.parallel.tensor
     _expect(device in HARDWARE, f"device is {device!r}, expected one of {', '.join(HARDWARE)}")
-    share = SHARES["mixture" if c.decoder.experts else "dense"] if share is None else share
+    share = SHARES["mixture" if _experts(run.model) else "dense"] if share is None else share
     _expect(0 < share <= 1, f"share of peak is {share}, expected above 0 and at most 1")
     _expect(1 <= imbalance < math.inf, f"imbalance is {imbalance}, expected 1 or more")
     positive = {"network": network, "document": document, "storage": storage, "host memory": host_memory}
@@ -118,30 +109,30 @@ def plan(
         _expect(value is None or 0 < value < math.inf, f"{name} is {value}, expected above 0")
     parts, load, hardware = shares(run, gpus), typical(run, document), HARDWARE[device]
     used, usable = memory(run, gpus, load, imbalance), USABLE * hardware.memory
-    counted, sequences = ledger(c, load, recompute=t.recompute), t.accumulate * tensor // gpus
+    counted, sequences = ledger(run.model, load, recompute=t.recompute), t.accumulate * tensor // gpus
     executed = sum(
-        n * (fullest(run, imbalance) if part == "experts" else 1) / (tensor if part in CUT_OPERATIONS else 1)
+        n * (fullest(run, imbalance) if part in counted.routed else 1) / (tensor if part in counted.split else 1)
         for kind in (counted.forward, counted.backward, counted.padding, counted.recompute)
         for part, n in kind.items()
     )
-    peak, held = DEVICES[device].tflops * 1e12, sum(s.held for s in parts)
+    peak, stored = DEVICES[device].tflops * 1e12, sum(s.stored for s in parts)
     each = {"operations": executed / (share * peak), **traffic(run, gpus, load, hardware.link, network, imbalance)}
     seconds = {part: sequences * n for part, n in each.items()}
-    seconds["AdamW"] = ADAMW * held / (DEVICES[device].bandwidth * 1e9)
+    seconds["AdamW"] = ADAMW * stored / (DEVICES[device].bandwidth * 1e9)
     step = sum(seconds.values()) - min(seconds["operations"], seconds["FSDP"])
     where = "them" if run.data.workers else "the packers"
-    parameters = sum(math.prod(shape) for shape in _parameters(c).values())
+    parameters = sum(parameter.numel() for parameter in on_meta(run.model).parameters())
     saved = host.checkpoint(
-        t, gpus, parameters=parameters, held=held, tensors=sum(3 * s.parts + 1 for s in parts), step=step,
+        t, gpus, parameters=parameters, stored=stored, tensors=sum(3 * s.parts + 1 for s in parts), step=step,
         storage=storage * 1e9,
     )  # fmt: skip
     return Plan(
-        gpus, device, parameters, _shard(run, gpus), held / sum(s.used / s.ranks for s in parts), used, usable,
+        gpus, device, parameters, _shard(run, gpus), stored / sum(s.used / s.ranks for s in parts), used, usable,
         () if sum(used.values()) <= usable else _remedies(run, gpus, usable, document, imbalance),
         t.accumulate * counted.useful, seconds, step, t.accumulate * load.tokens / step,
         t.accumulate * len(load.grids) / step, t.accumulate * counted.useful / (step * gpus * peak),
         t.steps * step / (1 - saved.share) / 86_400, t.save_every, saved,
-        host.memory(run, gpus, load, held=held, document=document),
+        host.memory(run, gpus, load, stored=stored, document=document),
         None if host_memory is None else host_memory * 1e9,
         (
             f"executed operations, recomputed ones too, run at {share:.0%} of {peak / 1e12:.0f} TFLOP/s",
@@ -167,7 +158,7 @@ def plan(
 
 def _expert_assumption(run: Run, imbalance: float) -> tuple[str, ...]:
     """Return the line on experts' load, if processes share experts."""
-    if not run.model.decoder.experts or max(run.parallel.tensor, run.parallel.expert) == 1:
+    if not _experts(run.model) or max(run.parallel.tensor, run.parallel.expert) == 1:
         return ()
     bound = run.parallel.capacity
     why = "no token is dropped" if bound is None else f"parallel.capacity is {bound:g}"
@@ -182,66 +173,67 @@ def fullest(run: Run, imbalance: float) -> float:
     mean; an explicit parallel.capacity, which bounds each expert, bounds them too.
     """
     p = run.parallel
-    if not run.model.decoder.experts:
+    if not _experts(run.model):
         return 1.0
     return min(imbalance, max(p.tensor, p.expert), math.inf if p.capacity is None else max(p.capacity, 1.0))
 
 
-def typical(run: Run, document: int) -> Load:
+def typical(run: Run, document: int) -> Workload:
     """Return a full sequence: documents of `document` tokens, as many images as the budgets hold, text as targets."""
-    d, m = run.data, run.model
-    few = f"setting data.tokens is {d.tokens}, too few for one image of {m.connector.tokens} tokens"
-    _expect(d.tokens >= m.connector.tokens + 2, few)
-    full = m.image_patches if m.image_mode == "native" else (m.image_size // m.vision.patch) ** 2
-    patches, images = d.patches or d.images * full, min(d.images, d.tokens // m.connector.tokens)
+    d, m = run.data, run.model.images
+    few = f"setting data.tokens is {d.tokens}, too few for one image of {m.slots} tokens"
+    _expect(d.tokens >= m.slots + 2, few)
+    patches, images = d.patches or d.images * m.longest, min(d.images, d.tokens // m.slots) if m.slots else 0
     lengths = [document] * (d.tokens // document) + [d.tokens % document] * (d.tokens % document > 0)
-    grids = [(1, max(1, min(full, patches // d.images)))] * images
-    return Load(lengths, grids, d.tokens - images * m.connector.tokens, d.tokens, d.images, patches)
+    grids = [(1, max(1, min(m.longest, patches // d.images)))] * images
+    return Workload(lengths, grids, d.tokens - images * m.slots, d.tokens, d.images, patches)
 
 
 @cache
-def _parameters(c: Model) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in MM1(c).named_parameters()}
+def _experts(c: ModelConfig) -> int:
+    """Return the number of experts of a layer that has most; 0 of a dense model."""
+    blocks = blocks_to_shard(on_meta(c))
+    return max((n.divisible()["experts"] for block in blocks for n in block.expert_layers().values()), default=0)
 
 
 def shares(run: Run, gpus: int) -> list[Share]:
     """Return the share of every parameter. Raises UserError for settings of `parallel` that do not go together."""
-    p, result = run.parallel, []
-    shard = _shard(run, gpus)
-    for name, (rows, *columns) in _parameters(run.model).items():
-        path = name.split(".", 3)
-        block = ".".join(path[:3]) if path[1] == "blocks" else ""
-        axis = AXES.get(path[-1]) if path[0] == "decoder" and block else None
+    p, result, shard = run.parallel, [], _shard(run, gpus)
+    model = on_meta(run.model)
+    paths = {block: path for path, block in model.named_modules() if block in blocks_to_shard(model)}
+    axes = {name: axis for block, path in paths.items() for name, axis in prefixed(path, block.axes())}
+    gathered = {name: path for block, path in paths.items() for name, _ in prefixed(path, block.matrices())}
+    layers = {f"{path}.{name}": layer for block, path in paths.items() for name, layer in block.expert_layers().items()}
+    experts = {name for path, layer in layers.items() for name, _ in prefixed(path, layer.axes())}
+    for name, parameter in model.named_parameters():
+        (rows, *columns), axis = parameter.shape, axes.get(name)
         # Experts are cut among `expert` neighbours first, and each of these parts among the others that shard.
-        apart = p.expert if axis is not None and path[-1] in EXPERTS else 1
+        apart = p.expert if name in experts else 1
         cuts, ranks, stride = 1 if axis is None else p.tensor * apart, shard // apart, p.tensor * apart
         used = rows * math.prod(columns) // cuts
         across = len(columns) == 2 and columns[0] % ranks == 0  # as parallel cuts experts
         here = columns[0] if across else rows if axis else rows // cuts
         chunk = -(-here // ranks)
-        group = block if columns and path[-1] != "mlp.router.weight" else ""
+        group = gathered.get(name, "")
         result.append(Share(group, used, chunk * (used // here), ranks, stride, cuts * -(-here // chunk)))
     return result
 
 
 def _shard(run: Run, gpus: int) -> int:
-    p, d, t = run.parallel, run.model.decoder, run.train
-    shard, left = divmod(gpus, p.replicate * p.tensor)
+    p, t, experts = run.parallel, run.train, _experts(run.model)
+    shard, rest = divmod(gpus, p.replicate * p.tensor)
     _expect(
-        shard > 0 and not left,
+        shard > 0 and not rest,
         f"settings parallel.replicate {p.replicate} × parallel.tensor {p.tensor} do not divide {gpus} GPUs",
     )
     _expect(p.tensor == 1 or p.expert == 1, "settings parallel.tensor and parallel.expert are both above 1")
     dense = f"setting parallel.expert is {p.expert}, expected 1 for a model without experts"
-    _expect(p.expert == 1 or d.experts > 0, dense)
-    for setting, count, what in (
-        ("expert", shard, f"{shard} GPUs that shard"), ("expert", d.experts, f"{d.experts} experts"),
-        ("tensor", d.experts, f"{d.experts} experts"), ("tensor", d.kv_heads, f"{d.kv_heads} kv_heads"),
-        ("tensor", d.ffn, f"{d.ffn} ffn"),
-    ):  # fmt: skip
+    _expect(p.expert == 1 or experts > 0, dense)
+    counts = {("tensor", name, count) for block in blocks_to_shard(on_meta(run.model))
+              for name, count in block.divisible().items()}  # fmt: skip
+    for setting, name, count in [("expert", "GPUs that shard", shard), ("expert", "experts", experts), *sorted(counts)]:
         value = getattr(p, setting)
-        _expect(count % value == 0, f"setting parallel.{setting} is {value}, expected a divisor of the {what}")
+        _expect(count % value == 0, f"setting parallel.{setting} is {value}, expected a divisor of the {count} {name}")
     data = gpus // p.tensor
     for name, count in (("data.streams", run.data.streams), ("train.accumulate", t.accumulate)):
         _expect(
@@ -251,95 +243,61 @@ def _shard(run: Run, gpus: int) -> int:
     return shard
 
 
-def memory(run: Run, gpus: int, load: Load, imbalance: float = IMBALANCE) -> dict[str, float]:
+def memory(run: Run, gpus: int, load: Workload, imbalance: float = IMBALANCE) -> dict[str, float]:
     """Return bytes on the fullest GPU by part, where all are at once: as backward begins.
 
     Weights, gradients and moments are fp32, products bf16. imbalance: as for plan().
     """
-    d, p, alone, parts = run.model.decoder, run.parallel, gpus == 1, shares(run, gpus)
-    held, blocks = sum(s.held for s in parts), dict.fromkeys((s.block for s in parts), 0)
+    p, alone, parts = run.parallel, gpus == 1, shares(run, gpus)
+    stored, blocks = sum(s.stored for s in parts), dict.fromkeys((s.block for s in parts), 0)
     for s in parts:
         blocks[s.block] += s.used
     outside, sizes = blocks.pop(""), [*blocks.values()]
     # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; autocast
     # copies the fp32 weights outside of blocks. While the gradients of one block are copied to fp32 to be summed, the
     # others' are gone.
-    gathered = 2 * held if alone else 6 * outside + 2 * max(map(sum, zip(sizes, [*sizes[1:], 0])))
-    taken = fullest(run, imbalance) if p.expert > 1 and d.experts else 0.0
-    kept = activations(run.model, load, 2, tensor=p.tensor, taken=taken, recompute=run.train.recompute)
-    logits = 2 * load.targets * d.vocabulary
+    gathered = 2 * stored if alone else 6 * outside + 2 * max(map(sum, zip(sizes, [*sizes[1:], 0])))
+    received = fullest(run, imbalance) if p.expert > 1 and _experts(run.model) else 0.0
+    layout = Layout(2, tensor=p.tensor, received=received)
     return {
-        "parameters": 4 * held,
-        "gradients": 4 * held,
-        "moments of AdamW": 8 * held,
+        "parameters": 4 * stored,
+        "gradients": 4 * stored,
+        "moments of AdamW": 8 * stored,
         "gathered weights": gathered,
         "gradients being summed": 0 if alone else max(8 * outside, 6 * max(sizes)),
-        "logits": min(logits, CHUNK["cuda"]),
-        "gradient of the head": 4 * d.vocabulary * d.width * (1 + (logits > CHUNK["cuda"])),  # and a later chunk's
-        # Of one layer: rows in the experts' order and their results, as sent and as taken in.
-        "tokens sent to experts": 2 * load.tokens * d.experts_per_token * d.width * 2 * (1 + taken) * (taken > 0),
-    } | kept  # fmt: skip
+    } | on_meta(run.model).temporary_bytes(load, layout) | activations(
+        run.model, load, layout, recompute=run.train.recompute
+    )  # fmt: skip
 
 
-def activations(
-    c: Model, load: Load, itemsize: int, *, residual: int = 4, tensor: int = 1, taken: float = 0.0,
-    recompute: str = "none",
-) -> dict[str, float]:  # fmt: skip
+def activations(c: ModelConfig, load: Workload, layout: Layout, *, recompute: str = "none") -> dict[str, float]:
     """Return bytes kept for backward of one sequence.
 
-    itemsize: bytes of an element of products; residual: of the residual stream. taken: rows that the fullest process
-    takes in for its experts, over the rows it sends; 0 where tokens stay. recompute: as train.recompute. "blocks" keeps
-    the input of each block, "selective" also results of products, attention and experts; both add one block that is
-    computed again.
+    recompute: as train.recompute. "blocks" keeps the input of each block, "selective" also results of products,
+    attention and experts; both add one block that is computed again.
     """
-    v, k, d = c.vision, c.connector, c.decoder
-    rows, slots, routed = load.patches + v.class_token * load.images, load.images * k.tokens, d.experts_per_token
-    # Inputs of the norms; their outputs, q k v, y and the MLP's, of which quick_gelu keeps its sigmoid too.
-    gelu = 3 if v.activation == "quick_gelu" else 2
-    vision = rows * (residual * 2 * v.width + itemsize * (6 * v.width + gelu * v.ffn))
-    # The same; q and k before their norms in fp32, and rotated. gate, up, silu(gate), their product.
-    pairs = (d.heads + d.kv_heads) * d.head_width / tensor
-    attention = residual * 2 * d.width + 4 * pairs + itemsize * (2 * d.width + 3 * pairs)
-    dense = attention + itemsize * 4 * d.ffn / tensor
-    # Gate and up of each slot, on a tensor group of all experts' slots; logits, and their fp32 input if that is a copy.
-    # Of tokens that travel also the rows that were taken in, and in fp32 what came back.
-    mixture = attention + itemsize * routed * (taken or 1) * 2 * d.ffn + 4 * (d.experts + d.width * (itemsize < 4))
-    mixture += routed * d.width * (itemsize * taken + 4 * (taken > 0))
-    kinds = [is_moe(d, layer) for layer in range(d.layers)]
-    layers = [load.tokens * (mixture if moe else dense) for moe in kinds]
-    # Results of products, of attention and of experts, which selective recomputing keeps.
-    attended = 2 * (d.heads + d.kv_heads) * d.head_width / tensor + 2 * d.width
-    of_dense = itemsize * (attended + 2 * d.ffn / tensor)
-    of_mixture = itemsize * (attended + routed * (taken or 1) * 2 * d.ffn) + 4 * d.experts
-    results = v.layers * rows * itemsize * (6 * v.width + v.ffn)
-    results += load.tokens * sum(of_mixture if moe else of_dense for moe in kinds)
-    readout = 2 * (k.readout_depth - 1) * d.width
-    connector = {  # x, W1 x and W3 c of each block, as kernels/conv_block.py keeps them; k, v; rows of the pool
-        "c-abstractor": load.patches * v.width + 3 * k.depth * k.hidden * (load.patches + slots)
-        + slots * (k.hidden + readout),
-        "attention": load.patches * (v.width + 2 * d.width) + slots * 13 * d.width,
-        "average": slots * (v.width + readout),
-    }[k.kind]  # fmt: skip
+    model: Model = on_meta(c)
+    blocks = [block.kept_bytes(load, layout) for block in blocks_to_shard(model)]
     kept = {
-        "activations outside of blocks": 3 * v.patch**2 * load.patches + itemsize * connector + 4 * slots * d.width
-        + residual * (rows * v.width + load.tokens * d.width) + itemsize * load.targets * d.width,
-        "activations of blocks": v.layers * vision + sum(layers),
-    }  # fmt: skip
+        "activations outside of blocks": model.kept_bytes(load, layout),
+        "activations of blocks": sum(block.everything for block in blocks),
+    }
     if recompute != "none":
-        inputs = residual * (v.layers * rows * v.width + d.layers * load.tokens * d.width)
-        kept["activations of blocks"] = inputs + (results if recompute == "selective" else 0.0)
-        kept["a block computed again"] = max(vision, *layers)
+        kept["activations of blocks"] = sum(
+            block.input + (block.results if recompute == "selective" else 0.0) for block in blocks
+        )
+        kept["a block computed again"] = max(block.everything for block in blocks)
     return kept
 
 
 def traffic(
-    run: Run, gpus: int, load: Load, link: float, network: float, imbalance: float = IMBALANCE
+    run: Run, gpus: int, load: Workload, link: float, network: float, imbalance: float = IMBALANCE
 ) -> dict[str, float]:
     """Return seconds of sending for one sequence, by kind. link, network: GB/s inside a node and out of it.
 
     imbalance: as for plan().
     """
-    p, d, t = run.parallel, run.model.decoder, run.train
+    p, t = run.parallel, run.train
 
     def ring(ranks: int, stride: int) -> float:
         """Return bytes/s of a GPU. A group with several GPUs in a node leaves it by the ports of all of them."""
@@ -349,23 +307,22 @@ def traffic(
     fsdp = 0.0
     for s in shares(run, gpus) if gpus > 1 else ():
         # fp32 gradients, and weights: matrices of blocks in bf16 forward and backward, all others in fp32 once.
-        fsdp += 8 * s.held * (s.ranks - 1) / ring(s.ranks, s.stride)
-        copies = 8 * s.held * (p.replicate - 1) / p.replicate
+        fsdp += 8 * s.stored * (s.ranks - 1) / ring(s.ranks, s.stride)
+        copies = 8 * s.stored * (p.replicate - 1) / p.replicate
         fsdp += copies / ring(p.replicate, gpus // p.replicate)
     passes = 3 if t.recompute == "blocks" else 2  # forward, backward, and forward again
-    state = 2 * load.tokens * d.width  # bytes
-    sums = 2 * passes * d.layers * 2 * (p.tensor - 1) / p.tensor * state
+    sent = [block.traffic(load) for block in blocks_to_shard(on_meta(run.model))]
+    reduced = 2 * passes * (p.tensor - 1) / p.tensor * sum(block.reduced for block in sent)
     near = min(p.expert, NODE)
     slowest = max((near - 1) / link, (p.expert - near) / network) / (p.expert * REACHED * 1e9)
-    mixtures = sum(is_moe(d, layer) for layer in range(d.layers))
-    # There and back: exactly the rows asked for, and the fullest process takes in more than it sends.
-    sent = 2 * passes * mixtures * d.experts_per_token * fullest(run, imbalance) * state
-    return {"FSDP": fsdp, "tensor": sums / ring(p.tensor, 1), "expert": sent * slowest}
+    # There and back: exactly the rows asked for, and the fullest process receives more than it sends.
+    routed = 2 * passes * fullest(run, imbalance) * sum(block.routed for block in sent)
+    return {"FSDP": fsdp, "tensor": reduced / ring(p.tensor, 1), "expert": routed * slowest}
 
 
 def _remedies(run: Run, gpus: int, usable: float, document: int, imbalance: float) -> tuple[str, ...]:
     """Return up to three changes that fit, those of fewest settings first."""
-    p, t, experts = run.parallel, run.train, run.model.decoder.experts
+    p, t, experts = run.parallel, run.train, _experts(run.model)
     ways = [(1, p.expert), *((2**n, 1) for n in range(1, 4)), *((1, 2**n) for n in range(1, experts.bit_length()))]
     ways = {replace(p, replicate=r, tensor=a, expert=b) for r in (p.replicate, 1) for a, b in ways} | {p}
     fitting: dict[str, int] = {}

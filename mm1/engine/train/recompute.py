@@ -1,4 +1,4 @@
-"""Activation checkpointing: what backward needs of a block is computed again instead of kept.
+"""Recompute blocks in backward (activation checkpointing) instead of keeping what backward needs of them.
 
 "blocks" keeps a block's input alone and runs the whole block again. "selective" also keeps what is dear to compute and
 small to hold, results of matrix products and of this project's own operations (attention, experts), so that norms,
@@ -12,24 +12,25 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mm1.engine.models.mm1 import MM1
+from mm1.engine.layers.layer import blocks_to_shard
+from mm1.engine.models.spec import Model
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default}
 
 
 def recomputed(forward: Callable, what: str) -> Callable:
-    """`forward`, of which backward computes again what `what` says: "blocks" or "selective"."""
+    """Return `forward`, of which backward computes again what `what` says: "blocks" or "selective"."""
     options: dict[str, Any] = {"use_reentrant": False}
     if what == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
     return lambda *args: checkpoint(forward, *args, **options)
 
 
-def recompute_blocks(model: MM1, what: str) -> None:
-    """Those of encoder and decoder; before they are compiled, so that the choice is in their graphs."""
-    for block in [*model.vision.blocks, *model.decoder.blocks]:
-        block.replace_forward(recomputed(block.forward, what))  # pyright: ignore[reportCallIssue]
+def recompute_blocks(model: Model, what: str) -> None:
+    """Recompute the model's blocks in backward; call it before they are compiled, so that their graphs do it."""
+    for block in blocks_to_shard(model):
+        block.replace_forward(recomputed(block.forward, what))
 
 
 def _keeps(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -13,7 +13,6 @@ then computed twice as the run did, and in fp32 without torch.compile, recomputa
 
 import math
 import os
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,15 +24,14 @@ import torch
 
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.lines import read_lines
-from mm1.engine.layers.decoder import DecoderLM
+from mm1.engine.layers.sharding import local_part
 from mm1.engine.run_config import from_dict
 from mm1.engine.train import checkpoint
 from mm1.engine.train.config import Parallel
 from mm1.engine.train.display import Silent
-from mm1.engine.train.parallel import World, local
+from mm1.engine.train.parallel import World
 from mm1.engine.train.trainer import Trainer
 from mm1.errors import UserError
-from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 
 # Of loss and gradient norm: against fp32, and of one layout against another after the steps since a checkpoint.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -93,33 +91,49 @@ def replay(folder: Path, step: int) -> dict[str, Any]:
             trainer.world.together(lambda: checkpoint.check(earlier[-1], world.rank, world.size))
             trainer.resume_from(earlier[-1])
         allowed = SAME if same_layout else TOLERANCE[trainer.dtype]
-        first_other, other_data = _repeat(trainer, step, records, allowed)
+        other_result, other_data = _repeat(trainer, step, records, allowed)
         batches = [next(trainer.feed) for _ in range(run.train.accumulate // world.data_size)]
         written, digest = records[step], _total(trainer, sum(batch.digest for batch in batches))[0]
         results = [_compute(trainer, batches, trainer.dtype) for _ in range(2)]
         exact = _compute(_exact(trainer, scratch / "exact"), batches, torch.float32)
         then = Result(written.get("loss", math.nan), written.get("grad_norm", math.nan))
-        if first_other is None and results[0].differs(then) > allowed:
-            first_other = step
-        verdict = []
-        if other_data is not None or written.get("data") not in (None, digest):
-            verdict.append(f"data: that of step {other_data or step} is not what it was")
-        elif (again := results[0].differs(results[1])) > 0:
-            verdict.append(f"hardware: two computations of the same step differ by {again:.1g}")
-        elif first_other is not None and same_layout:
-            verdict.append(f"hardware: step {first_other} gives another result than the run wrote down")
-        elif first_other is not None:
-            verdict.append(
-                f"layout: step {first_other} gives another result than the run wrote down, by more than {allowed:g}; "
-                f"the run had {state['processes']} processes on {state['device']}: replay it there to know why"
-            )
-        if (difference := results[0].differs(exact)) > TOLERANCE[trainer.dtype]:
-            verdict.append(f"kernel: {str(trainer.dtype).removeprefix('torch.')} and fp32 differ by {difference:.1g}")
+        if other_data is None and written.get("data") not in (None, digest):
+            other_data = step
+        if other_result is None and results[0].differs(then) > allowed:
+            other_result = step
+        run_layout = None if same_layout else f"{state['processes']} processes on {state['device']}"
+        lines = verdict(other_data, other_result, results[0], results[1], exact, trainer.dtype, run_layout)
         return {
             "step": step, "from": earlier[-1].name if earlier else "the start", "layout": str(world),
             "same_layout": same_layout, "recorded": then._asdict(), "again": results[0]._asdict(),
-            "fp32": exact._asdict(), "documents": _worst(trainer, batches), "verdict": verdict or ["nothing differs"],
+            "fp32": exact._asdict(), "documents": _worst(trainer, batches), "verdict": lines,
         }  # fmt: skip
+
+
+def verdict(
+    other_data: int | None, other_result: int | None, first: Result, second: Result, exact: Result, dtype: torch.dtype,
+    run_layout: str | None = None,
+) -> list[str]:  # fmt: skip
+    """Return one line for each thing that made a step what it was, or that nothing differs.
+
+    other_data, other_result: the first steps whose data and whose result are not those of the run. first, second: two
+    computations of the step in `dtype`; exact: one in fp32. run_layout: the run's processes, if this is another layout.
+    """
+    lines = []
+    if other_data is not None:
+        lines.append(f"data: that of step {other_data} is not what it was")
+    elif (again := first.differs(second)) > 0:
+        lines.append(f"hardware: two computations of the same step differ by {again:.1g}")
+    elif other_result is not None and run_layout is None:
+        lines.append(f"hardware: step {other_result} gives another result than the run wrote down")
+    elif other_result is not None:
+        lines.append(
+            f"layout: step {other_result} gives another result than the run wrote down, by more than "
+            f"{TOLERANCE[dtype]:g}; the run had {run_layout}: replay it there to know why"
+        )
+    if (difference := first.differs(exact)) > TOLERANCE[dtype]:
+        lines.append(f"kernel: {str(dtype).removeprefix('torch.')} and fp32 differ by {difference:.1g}")
+    return lines or ["nothing differs"]
 
 
 def _records(folder: Path) -> dict[int, dict[str, Any]]:
@@ -146,16 +160,15 @@ def _world(parallel: Parallel, state: dict[str, Any]) -> tuple[World, bool]:
 def _repeat(trainer: Trainer, step: int, records: dict[int, Any], allowed: float) -> tuple[int | None, int | None]:
     """Train to just before `step`; return the first steps on the way whose result, and whose data, are others."""
     first = data = None
-    while trainer.step < step - 1:
-        done = trainer._step()
-        trainer.step += 1
-        trainer._settle(done, deque())
-        then, sums = records.get(trainer.step, {}), done.named()
+    while trainer.steps_done < step - 1:
+        done = trainer.step()
+        trainer.settle()
+        then, sums = records.get(done.step, {}), done.sums
         if "data" in then and then["data"] != int(sums["data"]):
-            data = data or trainer.step
+            data = data or done.step
         result = Result(sums["loss"] / max(sums["targets"], 1), sums["norm"])
         if "loss" in then and result.differs(Result(then["loss"], then["grad_norm"])) > allowed:
-            first = first or trainer.step
+            first = first or done.step
     return first, data
 
 
@@ -165,7 +178,7 @@ def _exact(trainer: Trainer, folder: Path) -> Trainer:
     exact = Trainer(replace(trainer.run, train=plain), folder, Silent(), False, trainer.world)
     with torch.no_grad():
         for mine, theirs in zip(exact.model.parameters(), trainer.model.parameters(), strict=True):
-            local(mine).copy_(local(theirs))
+            local_part(mine).copy_(local_part(theirs))
     return exact
 
 
@@ -179,9 +192,8 @@ def _compute(trainer: Trainer, batches: Sequence[Batch], dtype: torch.dtype) -> 
     for batch in batches:
         with torch.autocast(trainer.device.type, dtype, enabled=dtype != torch.float32):
             losses = model(batch)
-            objective = model.objective(losses, batch.target_count)
-        objective.backward()
-        nll += losses.nll.double().item()
+        losses.objective.backward()
+        nll += losses.loss.double().item()
     square = trainer.world.square_norm(p.grad for p in model.parameters() if p.grad is not None).double().item()
     model.zero_grad(set_to_none=True)
     nll, square, targets = _total(trainer, nll, square, sum(batch.target_count for batch in batches))
@@ -192,18 +204,8 @@ def _compute(trainer: Trainer, batches: Sequence[Batch], dtype: torch.dtype) -> 
 def _worst(trainer: Trainer, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     """Return the documents of the highest loss a token, those first whose loss is not finite."""
     losses: list[tuple[float, str]] = []
-
-    def add(decoder: DecoderLM, _: Any, result: tuple[torch.Tensor, ...]) -> None:
-        # Inside of the model's forward, where a sharded head is whole.
-        for i, key in enumerate(batch.keys):
-            rows = slice(int(batch.cu_seqlens[i]), int(batch.cu_seqlens[i + 1]))
-            loss = linear_cross_entropy(result[0][rows], decoder.head_weight, batch.targets[rows])
-            losses.append((loss.item(), key))
-
-    hook = trainer.model.decoder.register_forward_hook(add)
     for batch in batches:
-        trainer.model(batch)
-    hook.remove()
+        losses += zip(trainer.model(batch, by_document=True).tolist(), batch.keys)
     losses = [pair for part in trainer.world.gather(losses) for pair in part]
     losses.sort(key=lambda pair: (math.isfinite(pair[0]), -pair[0]))
     return [{"key": key, "loss": loss} for loss, key in dict.fromkeys(losses)][:WORST]

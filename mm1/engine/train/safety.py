@@ -1,4 +1,4 @@
-"""What keeps a long run safe: a lock on its folder, signals, a watchdog, a ban on recompiling, kept compiled code."""
+"""Keep a long run safe: a lock on its folder, signals, a watchdog, a ban on recompiling, kept compiled code."""
 
 import ctypes
 import faulthandler
@@ -148,10 +148,10 @@ def no_recompiles(policy: str, compiles: bool) -> Iterator[Callable[[], None]]:
 
 def save_compiled(folder: Path) -> None:
     """Keep what torch compiled, for a start of the same run on another machine; here torch's own cache has it."""
-    found = torch.compiler.save_cache_artifacts()
-    if found is not None and not (folder / COMPILED).exists():
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is not None and not (folder / COMPILED).exists():
         part = folder / f".{COMPILED}"
-        part.write_bytes(found[0])
+        part.write_bytes(artifacts[0])
         os.replace(part, folder / COMPILED)
 
 

@@ -1,0 +1,143 @@
+"""Compute one training step: micro-batches forward and backward, sums over processes, clipping, AdamW.
+
+A step reads nothing back from the device: whether its gradients are finite decides there if AdamW changes anything.
+Its results are read when the next step is on its way, so that a GPU never waits for the host.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm1.engine.data.batch import Batch
+from mm1.engine.data.feed import Feed
+from mm1.engine.train.config import Train
+from mm1.engine.train.parallel import World
+from mm1.engine.train.state import State
+
+COUNTS = ("tokens", "targets", "images", "stop", "interrupted", "saved", "data", "norm")  # behind the model's sums
+
+
+class Observer:
+    """Is told of the moments of each step, in this order. A subclass defines those that it needs."""
+
+    def step_begins(self, step: int) -> None:
+        """Called before a step. step: its number, from 1."""
+
+    def batch_awaited(self) -> None:
+        """Called when a micro-batch is asked for."""
+
+    def batch_drawn(self, batch: Batch) -> None:
+        """Called when it is there; its forward and backward follow, then the next one or `gradients_complete`."""
+
+    def gradients_complete(self) -> None:
+        """Called when parameters have the gradients of all micro-batches, summed over target tokens."""
+
+    def step_ends(self, result: "StepResult") -> None:
+        """Called when the work of the step is on its way; on a GPU it may not be done."""
+
+
+@dataclass
+class MicroBatches:
+    """Adds up what the micro-batches of a step were on this process."""
+
+    totals: Tensor | None = None  # fp64 [sums], on the device
+    per: dict[str, str] = field(default_factory=dict)  # the model's sums, and what each is divided by
+    counts: Tensor | None = None  # the model's
+    tokens: int = 0
+    targets: int = 0
+    images: int = 0
+    digest: int = 0  # sum of the batches' checksums
+    keys: list[str] = field(default_factory=list)  # of the documents
+    waited: float = 0.0  # seconds for data
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Holds the results of a step, which may still be under way."""
+
+    step: int
+    values: Tensor  # the named sums, COUNTS and the model's counts, on the host once `arrived`
+    arrived: Any  # CUDA event, or None
+    per: dict[str, str]  # the model's sums by name, and what each is divided by: "targets" or "batches"
+    counts_shape: torch.Size
+    keys: list[str]  # of its documents on this process
+    data_before: dict[str, Any]  # this process's data position before the step
+    host: dict[str, Any]  # metrics that do not come from the device
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Return the model's sums and COUNTS by name; this waits for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip((*self.per, *COUNTS), self.values.tolist()))
+
+    @property
+    def counts(self) -> Tensor:
+        """Return the model's counts, fp64 on the CPU, summed over the step; call `sums` before, which waits."""
+        return self.values[len(self.per) + len(COUNTS) :].view(self.counts_shape)
+
+
+def run_micro_batches(
+    state: State, feed: Feed, count: int, dtype: torch.dtype, observers: Sequence[Observer]
+) -> MicroBatches:
+    """Draw `count` micro-batches, and add the gradients of their objectives to the parameters'."""
+    done, device = MicroBatches(), state.world.device
+    for _ in range(count):
+        for observer in observers:
+            observer.batch_awaited()
+        asked = time.perf_counter()
+        batch = next(feed)
+        done.waited += time.perf_counter() - asked
+        for observer in observers:
+            observer.batch_drawn(batch)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses = state.model(batch)
+        losses.objective.backward()
+        totals = torch.stack([part.total for part in losses.sums.values()]).detach().double()
+        done.totals = totals if done.totals is None else done.totals + totals
+        done.counts = losses.counts if done.counts is None else done.counts + losses.counts
+        done.per = {name: part.per for name, part in losses.sums.items()}
+        done.tokens += batch.used_tokens
+        done.targets += batch.target_count
+        done.images += len(batch.media.grids.sizes or ())
+        done.digest += batch.digest
+        done.keys += batch.keys
+    return done
+
+
+def sum_and_update(
+    state: State, done: MicroBatches, t: Train, rate: float, flags: Sequence[bool]
+) -> tuple[Tensor, Any, torch.Size]:
+    """Sum what the processes computed, clip the gradients and let AdamW step; a bad step changes nothing.
+
+    flags: "stop", "interrupted" and "saved" of this process. Returns the values of a StepResult, the event of their
+    arrival on the host or None, and the shape of the model's counts.
+    """
+    world: World = state.world
+    assert done.totals is not None
+    assert done.counts is not None
+    gradients = state.local_gradients()
+    host = torch.tensor([done.tokens, done.targets, done.images, *flags, done.digest], dtype=torch.float64)
+    square = world.square_norm(p.grad for p in state.model.parameters() if p.grad is not None)
+    host = host.to(world.device, non_blocking=True)
+    parts = [done.totals, host, square.double()[None], done.counts.flatten().double()]
+    values = world.sum(torch.cat(parts))
+    names = [*done.per, *COUNTS]
+    loss, targets, norm = (names.index(name) for name in ("loss", "targets", "norm"))
+    # Gradients were summed over target tokens: the mean is that of the whole step, whoever had how many.
+    mean = 1 / values[targets].clamp(min=1)
+    values[norm] = norm_of_mean = values[norm].sqrt() * mean
+    bad = ~(values[loss] + norm_of_mean).isfinite() | (values[targets] == 0)
+    factor = torch.where(bad, 0.0, mean * (t.clip / (norm_of_mean + 1e-6)).clamp(max=1))
+    torch._foreach_mul_(gradients, factor.float())
+    state.update(rate, bad)
+    arrived = None
+    if world.device.type == "cuda":
+        values = values.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return values, arrived, done.counts.shape

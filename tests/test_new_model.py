@@ -1,0 +1,123 @@
+"""A model that is added as models/spec.py says: a decoder of text alone, its settings, a line of the registry."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import pytest
+import torch
+from small import FOLDER, small_model
+from test_train import Quiet, assert_same, trained
+
+import mm1
+from mm1.engine.data.config import Data, Source
+from mm1.engine.infer.generate import generate
+from mm1.engine.layers.config import Decoder
+from mm1.engine.layers.decoder import DecoderLM
+from mm1.engine.models import registry
+from mm1.engine.models.image_input import NO_IMAGES
+from mm1.engine.models.spec import Losses, Model, Sum
+from mm1.engine.run_config import Run, from_dict, to_dict
+from mm1.engine.settings import Count, OneOf, check
+from mm1.engine.train import checkpoint
+from mm1.engine.train.config import Train
+from mm1.engine.train.ledger import ledger
+from mm1.engine.train.plan import plan, typical
+from mm1.engine.train.trainer import Trainer, train
+from mm1.errors import UserError
+from mm1.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    decoder: Decoder
+    context: Count | None = None
+    kind: Annotated[str, OneOf("text")] = "text"
+    images = NO_IMAGES
+    vocabulary = property(lambda self: self.decoder.vocabulary)
+
+    def __post_init__(self):
+        check(self, "model")
+
+
+class TextModel(Model):
+    PROFILE: ClassVar = {"decoder": ("decoder linear", "decoder attention"), "head": ("head",)}
+
+    def __init__(self, c: TextConfig):
+        super().__init__(c)
+        self.decoder = DecoderLM(c.decoder)
+        self.blocks = lambda: list(self.decoder.blocks)
+        self.operations, self.kept_bytes = self.decoder.operations, self.decoder.kept_bytes
+
+    def forward(self, batch, by_document=False):
+        x = self.decoder.embedding(batch.tokens)
+        hidden = self.decoder(x, batch.positions, batch.cu_seqlens)[0]
+        rows = batch.target_rows
+        loss = linear_cross_entropy(hidden[rows], self.decoder.head_weight, batch.targets[rows], reduction="sum")
+        return Losses(loss, {"loss": Sum(loss, "targets")}, batch.tokens.new_zeros(0, dtype=torch.int64))
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    monkeypatch.setitem(registry.KINDS, "text", registry.Entry(f"{__name__}:TextModel", f"{__name__}:TextConfig"))
+
+
+def text_run(**changes) -> Run:
+    data = Data((Source("text", (str(FOLDER / "text.txt"),)),), tokenizer=str(FOLDER / "tokenizer.json"), tokens=96)
+    settings = {"steps": 8, "accumulate": 1, "warmup": 1, "peak_lr": 1e-2, "compile": False, "save_every": 4}
+    return Run(TextConfig(small_model(experts=0).decoder), data, Train(**settings | changes))
+
+
+def test_it_is_trained_resumed_loaded_and_generated_from(tmp_path):
+    shown = Quiet()
+    truth = trained(tmp_path / "run", text_run(), display=shown)
+    losses = [metrics["loss"] for metrics in shown.metrics]
+    assert losses[-1] < losses[0] - 0.5
+    assert "load_balance" not in shown.metrics[0], "which is a sum of MM1's"
+
+    first = Trainer(text_run(), tmp_path / "resumed", Quiet())
+    while first.steps_done < 5:
+        first.step()
+    first.save()
+    assert_same(trained(tmp_path / "resumed", text_run(), resume=True), truth)
+
+    model = mm1.load(tmp_path / "run", dtype=torch.float32)
+    assert type(model) is TextModel
+    assert model.config == dataclasses.replace(text_run().model, context=96)
+    assert_same(dict(model.named_parameters()), truth)
+    texts = generate(model, [["one two"], ["three"]], max_tokens=4)
+    assert len(texts) == 2
+
+
+def test_its_settings_are_read_as_they_were_written():
+    run = text_run()
+    assert from_dict(to_dict(run)) == run
+    with pytest.raises(UserError, match=r"setting model\.decoder\.kv_heads is 2, expected a divisor of the 3"):
+        from_dict({**to_dict(run), "model": {"kind": "text", "decoder": {**to_dict(run.model.decoder), "heads": 3}}})
+    with pytest.raises(UserError, match=r"setting model\.kind is 'tex', expected one of mm1, text"):
+        from_dict({"model": {"kind": "tex"}})
+
+
+def test_it_is_counted_and_planned():
+    run = text_run(accumulate=8)
+    counted = ledger(run.model, typical(run, 96))
+    same = ledger(small_model(experts=0), typical(run, 96))  # of MM1 with this decoder, without images
+    assert all(counted.forward[part] == same.forward[part] > 0 for part in counted.forward)
+    assert set(counted.totals()) == {"decoder linear", "decoder attention", "head", "useful", "padding", "recompute"}
+    assert plan(run, 2).parameters == sum(p.numel() for p in TextModel(run.model).parameters())
+
+
+def test_a_record_with_an_image_is_bad_and_another_kind_of_model_is_not_resumed(tmp_path):
+    images = Source("captions", (str(FOLDER / "test-captions.tar.gz"),))
+    run = text_run()
+    with pytest.raises(UserError, match="an image, but the model takes none"):
+        train(dataclasses.replace(run, data=dataclasses.replace(run.data, sources=(images,))), tmp_path / "images")
+    trained(tmp_path / "run", run)
+    folder = checkpoint.newest_in(tmp_path / "run")
+    with pytest.raises(UserError, match="holds a model of kind text, expected this run's mm1"):
+        Trainer(dataclasses.replace(run, model=small_model()), tmp_path / "other", Quiet()).resume_from(folder)
+
+
+def test_a_model_without_a_law_of_its_own_asks_for_a_rate(tmp_path):
+    with pytest.raises(UserError, match=r"setting train\.peak_lr is None, expected a number: TextModel has no default"):
+        Trainer(text_run(peak_lr=None), tmp_path / "run", Quiet())

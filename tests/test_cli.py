@@ -1,6 +1,5 @@
 """The command as users meet it: what works, its help, and one line with status 2 for wrong arguments and input."""
 
-import dataclasses
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from small import FOLDER
 from mm1 import __version__
 from mm1.cli import COMMANDS, main
 from mm1.engine.run_config import Run, load_run
-from mm1.engine.settings import hints
+from mm1.engine.settings import hints, table_of
 
 TRAIN = f"""
 [model]

@@ -1,4 +1,4 @@
-"""The demo's data: small, true, split without leaks, and made again the same."""
+"""The demo's data is small, true, split without leaks, and reproduced exactly by its script."""
 
 import gzip
 import io
@@ -16,11 +16,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 import mm1
+from mm1.engine.demo.digits import notation_prompt
 
 FOLDER = Path(mm1.__file__).parent / "engine/data/digits"
 SHARDS = ("train-captions.tar.gz", "test-captions.tar.gz")
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PLACES = ["first", "second", "third", "fourth", "fifth", "sixth"]
+WRITINGS = {"words": NUMBERS, "numerals": "0123456789", "letters": "abcdefghij"}
+SYMBOLS = {symbol: (writing, i) for writing, symbols in WRITINGS.items() for i, symbol in enumerate(symbols)}
 PACKED = 3714355114  # checksum of a long list as the zlib that packed the files packs it
 
 
@@ -40,14 +43,14 @@ def glyphs() -> dict[str, list[list[int]]]:
 
 
 def caption(reference: str) -> str:
-    """Of an image named like train-captions.tar.gz/000123.png; KeyError if there is no such image."""
+    """Return the caption of an image named like train-captions.tar.gz/000123.png; KeyError if it does not exist."""
     name, member = reference.split("/")
     assert shard(name)[member]
     return shard(name)[member.replace(".png", ".txt")].decode()
 
 
 def answer(question: str, seen: str) -> str:
-    """What is true of the digits `seen`, read off the question itself."""
+    """Return the true answer about the digits of the caption `seen`, worked out from the question's text."""
     digits = [NUMBERS.index(word) for word in seen.split()]
     if match := re.fullmatch(r"how many (\w+)\?", question):
         singular = {"sixes": "six"}.get(match[1], match[1].removesuffix("s"))
@@ -58,6 +61,16 @@ def answer(question: str, seen: str) -> str:
     pick = {"which is largest?": max, "which is smallest?": min}
     pick |= {"what is first?": lambda d: d[0], "what is last?": lambda d: d[-1]}
     return NUMBERS[pick[question](digits)]
+
+
+def notation(written: str, seen: str) -> tuple[str, str, str]:
+    """Return the writing, separator and ending of a text; fail unless it says the digits of the caption `seen`."""
+    body, ending = groups(r"(.*?)([.!;]?)", written)
+    (separator,) = set(re.findall(r"[^a-z0-9]", body))
+    symbols = body.split(separator)
+    (writing,) = {SYMBOLS[symbol][0] for symbol in symbols}
+    assert [SYMBOLS[symbol][1] for symbol in symbols] == [NUMBERS.index(digit) for digit in seen.split()]
+    return writing, separator, ending
 
 
 def groups(pattern: str, text: str) -> tuple[str, ...]:
@@ -80,7 +93,7 @@ def test_no_test_glyph_is_in_training():
     assert len(test) == 359
     assert not train & test
     assert train | test == set(range(1797))
-    for name in ("train-interleaved.jsonl.gz", "train-questions.jsonl.gz"):
+    for name in ("train-interleaved.jsonl.gz", "train-questions.jsonl.gz", "train-notations.jsonl.gz"):
         assert "test-captions" not in json.dumps(records(name))
 
 
@@ -146,6 +159,52 @@ def test_questions_are_true_and_hard_to_guess(name, part):
     assert sum(max(counter.values()) for counter in answers.values()) < 0.25 * 400
 
 
+def test_a_document_keeps_to_one_notation():
+    trained = Counter()
+    for record in records("train-notations.jsonl.gz"):
+        texts, images = record["texts"], record["images"]
+        assert all((text is None) != (image is None) for text, image in zip(texts, images, strict=True))
+        assert texts[0] == "write\n"
+        shown, written = images[1::2], [text.removesuffix("\n") for text in texts[2::2]]
+        assert len(set(shown)) == len(shown) == len(written)
+        assert len(shown) in range(5, 13)
+        (used,) = set(map(notation, written, map(caption, shown)))
+        trained[used] += 1
+    assert len(trained) == 48
+    assert min(trained.values()) > 30  # 62 on average
+
+
+def test_notations_of_the_test_are_never_trained_though_any_two_of_their_parts_are():
+    trained, tested = set(), Counter()
+    for record in records("train-notations.jsonl.gz"):
+        trained.add(notation(record["texts"][2].removesuffix("\n"), caption(record["images"][1])))
+    for item in records("test-notations.jsonl.gz"):
+        shown = [shot["image"] for shot in item["shots"]] + [item["image"]]
+        assert len(set(shown)) == len(shown) == 9
+        assert all(image.startswith("test-captions.tar.gz/") for image in shown)
+        (used,) = {notation(shot["answer"], caption(shot["image"])) for shot in (*item["shots"], item)}
+        tested[used] += 1
+    assert set(tested.values()) == {25}
+    assert len(tested) == 12
+    assert not trained & tested.keys()
+    for absent in range(3):
+        tested_pairs, trained_pairs = ({n[:absent] + n[absent + 1 :] for n in some} for some in (tested, trained))
+        assert tested_pairs <= trained_pairs
+
+
+def test_a_prompt_in_a_notation_is_laid_out_as_its_training_documents():
+    item = records("test-notations.jsonl.gz")[7]
+    for shots in (0, 4, 8):
+        prompt = notation_prompt(item, shots)
+        texts = [f"{shot['answer']}\n" for shot in item["shots"][:shots]]
+        assert prompt[0::2] == ["write\n", *texts]
+        images = [shot["image"] for shot in item["shots"][:shots]] + [item["image"]]
+        for image, reference in zip(prompt[1::2], images, strict=True):
+            name, member = reference.split("/")
+            expected = Image.open(io.BytesIO(shard(name)[member])).convert("RGB")
+            assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
 def test_sentences_are_true():
     lines = (FOLDER / "text.txt").read_text().splitlines()
     assert len(set(lines)) == len(lines) == 600
@@ -203,11 +262,11 @@ def made(tmp_path_factory) -> Path:
 
 
 def names() -> set[str]:
-    return {path.name for path in FOLDER.iterdir() if path.is_file()} - {"README.md", "make.py"}
+    return {path.name for path in FOLDER.iterdir() if path.is_file()} - {"README.md", "make.py", "notations.py"}
 
 
 def same(path: Path, other: Path) -> bool:
-    """Whether two files hold the same, however it is packed."""
+    """Return whether two files hold the same content, however it is compressed."""
     if path.read_bytes() == other.read_bytes():
         return True
     if path.name in SHARDS:

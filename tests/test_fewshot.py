@@ -1,4 +1,4 @@
-"""Shots in prompts: layouts, likeness, two resolutions, votes; and what the Engine computes once."""
+"""Shots in prompts: layouts, retrieval by similarity, two resolutions, votes; the Engine computes shared shots once."""
 
 import dataclasses
 
@@ -19,6 +19,7 @@ from mm1.engine.evaluation.fewshot import (
     few_shot,
     final_answer,
     joined,
+    majority,
     piece,
     question,
     vote,
@@ -38,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def parted():
-    """Sees an image whole and in 2 × 2 parts."""
+    """Return a model that sees each image whole and in 2 × 2 parts."""
     c = dataclasses.replace(small_model(), image_mode="squash", image_size=12, image_parts=2)
     model = MM1(c).init_weights(5).eval()
     model.tokenizer = TextTokenizer(small_mm1().tokenizer.path)
@@ -61,11 +62,11 @@ def test_pieces_join_to_what_the_prompt_encodes_to(model):
     shots = [Shot(question(picture(seed=i), f"how many {i}?"), str(i)) for i in range(3)]
     query = question(picture(24, 12, 9), "what?")
     whole = encode_prompts(model, [few_shot(shots, query)])[0]
-    found, end = joined(model, [*(piece(model, shot.shown) for shot in shots), piece(model, query)])
-    assert np.array_equal(found.tokens, whole.tokens)
+    document, end = joined(model, [*(piece(model, shot.shown) for shot in shots), piece(model, query)])
+    assert np.array_equal(document.tokens, whole.tokens)
     assert end == query[-1]
-    assert len(found.media) == len(whole.media) == 4
-    assert all(np.array_equal(a.values, b.values) for a, b in zip(found.media, whole.media))
+    assert len(document.media) == len(whole.media) == 4
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(document.media, whole.media))
 
 
 def test_shots_that_queries_share_are_computed_once_and_change_nothing(model):
@@ -77,13 +78,13 @@ def test_shots_that_queries_share_are_computed_once_and_change_nothing(model):
         truth.append(alone.submit(prompt, Sampling(max_tokens=5)))
         alone.run()
     engine = Engine(model)
-    found = [engine.submit(prompt, Sampling(max_tokens=5)) for prompt in prompts]
+    together = [engine.submit(prompt, Sampling(max_tokens=5)) for prompt in prompts]
     engine.run()
-    assert [r.tokens for r in found] == [r.tokens for r in truth]
-    for a, b in zip(found, truth):
+    assert [r.tokens for r in together] == [r.tokens for r in truth]
+    for a, b in zip(together, truth):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     common = len(encode_prompts(model, [few_shot(shots, [])])[0].tokens) // PAGE * PAGE
-    lengths = [len(r.document.tokens) for r in found]
+    lengths = [len(r.document.tokens) for r in together]
     assert common > 80
     assert engine.computed <= lengths[0] + sum(n - common for n in lengths[1:])
     assert engine.encoded == 4 + 5
@@ -94,12 +95,12 @@ def test_mixed_resolution_is_each_image_encoded_by_hand(parted):
     a, b, c = picture(24, 24, 1), picture(30, 12, 2), picture(12, 30, 3)
     parts = [a, "one", b, c, "two"]
     for last, many in {0: (1, 1, 1), 1: (1, 1, 5), 2: (1, 5, 5), 3: (5, 5, 5), 9: (5, 5, 5)}.items():
-        found = encode_mixed(parted, parts, last)
+        document = encode_mixed(parted, parts, last)
         slots = [[t.image] * SLOTS * n for n in many]
-        assert found.tokens.tolist() == [t.bos, *slots[0], *t.encode("one"), *slots[1], *slots[2], *t.encode("two")]
+        assert document.tokens.tolist() == [t.bos, *slots[0], *t.encode("one"), *slots[1], *slots[2], *t.encode("two")]
         views = [v for x, n in zip((a, b, c), many) for v in (whole if n == 5 else single).views(x)]
-        assert len(found.media) == len(views) == sum(many)
-        assert all(np.array_equal(x.values, y) for x, y in zip(found.media, views))
+        assert len(document.media) == len(views) == sum(many)
+        assert all(np.array_equal(x.values, y) for x, y in zip(document.media, views))
     assert np.array_equal(encode_mixed(parted, parts, 3).tokens, encode_prompts(parted, [parts])[0].tokens)
     engine = Engine(parted)
     request = engine.submit(encode_mixed(parted, parts, 1), Sampling(max_tokens=3))
@@ -108,10 +109,10 @@ def test_mixed_resolution_is_each_image_encoded_by_hand(parted):
     assert request.tokens
 
 
-def test_resolutions_may_be_given(parted):
+def test_resolutions_can_be_chosen(parted):
     high, low = ImagePolicy(4, "squash", 24), ImagePolicy(4, "squash", 8)
-    found = encode_mixed(parted, [picture(seed=1), picture(seed=2)], 1, high=high, low=low)
-    assert [view.values.shape for view in found.media] == [(8, 8, 3), (24, 24, 3)]
+    document = encode_mixed(parted, [picture(seed=1), picture(seed=2)], 1, high=high, low=low)
+    assert [view.values.shape for view in document.media] == [(8, 8, 3), (24, 24, 3)]
 
 
 def noisy(image, amount, seed=0):
@@ -121,35 +122,35 @@ def noisy(image, amount, seed=0):
     return Image.fromarray((np.array(image) + noise).clip(0, 255).astype(np.uint8))
 
 
-def test_retrieval_finds_what_is_alike_and_puts_it_last(model):
+def test_retrieval_finds_similar_images_and_puts_the_most_similar_last(model):
     from PIL import Image
 
     kinds = [Image.fromarray(np.full((24, 24, 3), v, np.uint8)) for v in ((250, 10, 10), (10, 250, 10), (10, 10, 250))]
     pool = [noisy(kind, 12, 10 * i + k) for k, kind in enumerate(kinds) for i in range(3)]
-    found = Retrieval(model, pool, batch=4)
-    assert found.features.shape == (9, model.config.vision.width)
-    assert np.linalg.norm(found.features, axis=1) == pytest.approx(np.ones(9), abs=1e-5)
+    retrieval = Retrieval(model, pool, batch=4)
+    assert retrieval.features.shape == (9, model.config.vision.width)
+    assert np.linalg.norm(retrieval.features, axis=1) == pytest.approx(np.ones(9), abs=1e-5)
     queries = [noisy(kind, 12, 99) for kind in kinds]
-    for k, near in enumerate(found.nearest(queries, 3)):
+    for k, near in enumerate(retrieval.nearest(queries, 3)):
         assert set(near) == {3 * k, 3 * k + 1, 3 * k + 2}
-    likeness = found.features @ Retrieval(model, queries).features.T
-    for q, near in enumerate(found.nearest(queries, 9)):
-        assert likeness[near, q].tolist() == sorted(likeness[:, q])
-    assert found.nearest([], 3) == []
+    similarity = retrieval.features @ Retrieval(model, queries).features.T
+    for q, near in enumerate(retrieval.nearest(queries, 9)):
+        assert similarity[near, q].tolist() == sorted(similarity[:, q])
+    assert retrieval.nearest([], 3) == []
 
 
 def test_retrieval_is_the_cosine_of_mean_outputs_whatever_the_batch(model):
     from mm1.kernels.patches.grids import Grids
 
     pool = [picture(12 * (1 + i % 2), 12 * (1 + i % 3), i) for i in range(7)]
-    found = Retrieval(model, pool, batch=3)
-    for image, feature in zip(pool, found.features):
+    retrieval = Retrieval(model, pool, batch=3)
+    for image, feature in zip(pool, retrieval.features):
         pixels = torch.from_numpy(policy_of(model).resize(image))
         with torch.inference_mode():
             grids = Grids([(pixels.shape[0] // 4, pixels.shape[1] // 4)])
             mean = model.vision(pixels.reshape(-1, 3), grids).mean(0)
         assert feature == pytest.approx((mean / mean.norm()).numpy(), abs=1e-5)
-    assert Retrieval(model, pool, batch=7).features == pytest.approx(found.features, abs=1e-5)
+    assert Retrieval(model, pool, batch=7).features == pytest.approx(retrieval.features, abs=1e-5)
 
 
 def test_an_image_is_never_its_own_shot(model):
@@ -160,20 +161,17 @@ def test_an_image_is_never_its_own_shot(model):
     assert all(not {i, 2 if i == 5 else i, 5 if i == 2 else i} & set(of) for i, of in enumerate(near))
 
 
-def test_features_are_kept_by_content_and_by_weights(model, tmp_path, monkeypatch):
+def test_features_are_cached_by_content_and_by_weights(model, tmp_path):
     file, pool = tmp_path / "some" / "features.npz", [picture(seed=i) for i in range(4)]
-    truth = Retrieval(model, pool, file=file).features
-    counted = []
-    encoded = Retrieval._encoded
-    monkeypatch.setattr(Retrieval, "_encoded", lambda self, views: counted.append(len(views)) or encoded(self, views))
-    assert np.array_equal(Retrieval(model, pool[::-1], file=file).features, truth[::-1])
-    assert counted == []
-    Retrieval(model, [*pool, picture(seed=9)], file=file)
-    Retrieval(model, [picture(seed=9)], file=file)
-    assert counted == [1]
-    other = small_mm1(seed=4).eval()
-    assert not np.allclose(Retrieval(other, pool, file=file).features, truth)
-    assert sum(counted) == 5
+    first = Retrieval(model, pool, file=file)
+    again = Retrieval(model, pool[::-1], file=file)
+    assert np.array_equal(again.features, first.features[::-1])
+    assert (first.encoded, again.encoded) == (4, 0)
+    assert Retrieval(model, [*pool, picture(seed=9)], file=file).encoded == 1
+    assert Retrieval(model, [picture(seed=9)], file=file).encoded == 0
+    other = Retrieval(small_mm1(seed=4).eval(), pool, file=file)
+    assert other.encoded == 4
+    assert not np.allclose(other.features, first.features)
     file.write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="is not a file of image features"):
         Retrieval(model, pool, file=file)
@@ -190,29 +188,29 @@ def test_answers_stand_behind_the_last_marker():
     assert final_answer("") == ""
 
 
-def test_a_vote_counts_normalised_answers_and_takes_the_first_of_equals(model, monkeypatch):
-    def says(*texts):
-        left = iter(texts)
-        monkeypatch.setattr("mm1.engine.evaluation.fewshot.final_answer", lambda text, markers: next(left))
-        return vote(Engine(model), ["how many?"], len(texts), max_tokens=3)
+def test_a_majority_counts_normalised_answers_and_takes_the_first_of_equals():
+    def of(*answers):
+        return majority([f"so it goes. The answer is {answer}." for answer in answers])
 
-    found = says("The 7", "eight", "seven", "8", "Seven!")
-    assert found[:2] == ("7", 0.6)
-    assert len(found.texts) == 5
-    assert says("two", "three", "3", "2")[:2] == ("2", 0.5)
-    assert says("", "", "red")[:2] == ("red", pytest.approx(1 / 3))
-    assert says("", "")[:2] == ("", 0)
+    vote = of("The 7", "eight", "seven", "8", "Seven!")
+    assert vote[:2] == ("7", 0.6)
+    assert len(vote.texts) == 5
+    assert of("two", "three", "3", "2")[:2] == ("2", 0.5)
+    assert of("", "", "red")[:2] == ("red", pytest.approx(1 / 3))
+    assert of("", "")[:2] == ("", 0)
+    assert majority([])[:2] == ("", 0)
+    assert majority(["5 => 6", "6"], markers=("=>",))[:2] == ("6", 1)
 
 
 def test_votes_share_the_prompt_and_repeat_with_their_seed(model):
     prompt = few_shot([Shot(question(picture(24, 24, i), "how many are there?"), "two") for i in range(5)], ["what?"])
     engine = Engine(model, queue=2)
-    found = vote(engine, prompt, 6, temperature=1.2, max_tokens=8, seed=3)
-    assert isinstance(found, Vote)
-    assert len(set(found.texts)) > 1
+    result = vote(engine, prompt, 6, temperature=1.2, max_tokens=8, seed=3)
+    assert isinstance(result, Vote)
+    assert len(set(result.texts)) > 1
     length = len(encode_prompts(model, [prompt])[0].tokens)
     assert engine.encoded == 5
     assert engine.computed <= length + 5 * (PAGE + 1)
     assert not engine.running
-    assert vote(Engine(model), prompt, 6, temperature=1.2, max_tokens=8, seed=3) == found
-    assert vote(Engine(model), prompt, 6, temperature=1.2, max_tokens=8, seed=4).texts != found.texts
+    assert vote(Engine(model), prompt, 6, temperature=1.2, max_tokens=8, seed=3) == result
+    assert vote(Engine(model), prompt, 6, temperature=1.2, max_tokens=8, seed=4).texts != result.texts

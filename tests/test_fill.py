@@ -102,7 +102,7 @@ def test_the_fullest_budget_is_filled_whatever_the_lengths(draw):
 @pytest.mark.parametrize("tokens, count", [(768, 40), (4096, 12), pytest.param(16384, 100, marks=pytest.mark.slow)])
 def test_sequences_of_the_demos_documents_are_full_at_any_length(tokens, count):
     data = dataclasses.replace(
-        DIGITS_RUN.data, tokens=tokens, images=tokens // 24, patches=tokens * 400 // 768, documents=0
+        DIGITS_RUN.data, tokens=tokens, images=tokens // 16, patches=tokens * 460 // 768, documents=0
     )
     streams = make_streams(dataclasses.replace(DIGITS_RUN, data=data), TextTokenizer(data.tokenizer), None)
     fills = [next(streams).used_tokens / tokens for _ in range(count)]

@@ -20,7 +20,7 @@ MAY_IMPORT = {
 # A part of the engine imports what stands before it, and itself. The settings of a part stand before all.
 ENGINE_ORDER = [
     {"settings"}, {"layers", "data"}, {"models"}, {"run_config"}, {"infer", "train"},
-    {"evaluation", "listen", "serve", "convert", "demo"},
+    {"evaluation", "listen", "serve", "convert"}, {"demo"},
 ]  # fmt: skip
 OPTIONAL = {"transformers", "timm", "flash_attn", "xformers", "megablocks", "pynvml", "pyarrow", "matplotlib",
             "sklearn", "tensorboard", "wandb", "torchvision", "starlette", "uvicorn", "prometheus_client",

@@ -399,8 +399,8 @@ def test_two_hundred_batches_of_the_demo_are_full_and_hold_each_document_once():
         images += len(batch.media.grids.sizes)
     fill, image_fill = tokens / batches / run.tokens, images / batches / run.images
     print(f"{fill:.1%} of the tokens, {image_fill:.1%} of the images")
-    assert fill >= 0.97
-    assert image_fill > 0.9  # 94 %
+    assert fill >= 0.96  # captions and notations, of 22 tokens an image, exhaust the images first
+    assert image_fill >= 0.97
     assert_each_once_an_epoch(came + drawn(loader), run.sources, loader.position)
 
 

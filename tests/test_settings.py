@@ -293,7 +293,7 @@ def test_the_bare_name_is_the_demo():
     assert changed.data == dataclasses.replace(DIGITS_RUN.data, images=8)
     assert changed.train == dataclasses.replace(DIGITS_RUN.train, steps=100)
     assert changed.model == dataclasses.replace(DIGITS, image_patches=30)
-    assert DIGITS_RUN.train.warmup_steps == 36
+    assert DIGITS_RUN.train.warmup_steps == 54
 
 
 def test_fine_tuning_warms_up_for_the_recipes_300_steps_and_less_in_a_short_run():

@@ -36,15 +36,16 @@ DIGITS_RUN = Run(
     DIGITS,
     Data(
         sources=(
-            Source("captions", (str(DIGITS_FOLDER / "train-captions.tar.gz"),), 45),
-            Source("interleaved", (str(DIGITS_FOLDER / "train-interleaved.jsonl.gz"),), 45),
-            Source("text", (str(DIGITS_FOLDER / "text.txt"),), 10),
+            Source("captions", (str(DIGITS_FOLDER / "train-captions.tar.gz"),), 42),
+            Source("interleaved", (str(DIGITS_FOLDER / "train-interleaved.jsonl.gz"),), 28),
+            Source("interleaved", (str(DIGITS_FOLDER / "train-notations.jsonl.gz"),), 25),
+            Source("text", (str(DIGITS_FOLDER / "text.txt"),), 5),
         ),
         tokenizer=str(DIGITS_FOLDER / "tokenizer.json"),
         tokens=768, images=32, patches=400, documents=32,
     ),
     # The law's rate for so few parameters is 2.6e-3. Compiling takes longer than it saves in so short a run.
-    Train(steps=1200, accumulate=1, compile=False, save_every=100, peak_lr=1.5e-3),
+    Train(steps=1800, accumulate=1, compile=False, save_every=100, peak_lr=1.5e-3),
 )  # fmt: skip
 
 

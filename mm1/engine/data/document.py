@@ -88,6 +88,8 @@ def units_of(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[Vi
     for part in parts:
         if isinstance(part, str):
             units.append(Unit(tokenizer.encode(part) + [tokenizer.eos] * isinstance(part, Answer), []))
+        elif not slots:
+            raise UserError(f"an {part[0].kind}, but the model takes none")
         else:
             units.append(Unit([tokenizer.image] * slots * len(part), part))
     return units

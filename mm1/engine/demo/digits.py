@@ -1,4 +1,4 @@
-"""`mm1 demo`: train a small MM1 on the shipped handwritten digits, then look at what it says about unseen ones."""
+"""`mm1 demo`: train a small MM1 on the shipped handwritten digits, then evaluate it on images it has not seen."""
 
 import gzip
 import json
@@ -11,11 +11,13 @@ from typing import Any
 
 from PIL import Image
 
+from mm1.engine.data.digits.notations import TITLE
 from mm1.engine.data.images import decode
 from mm1.engine.data.lines import read_lines
 from mm1.engine.data.record import Media
 from mm1.engine.data.references import read_image
 from mm1.engine.data.sources import open_source
+from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.infer.generate import generate
 from mm1.engine.infer.prompts import Prompt
 from mm1.engine.models.mm1 import MM1
@@ -28,17 +30,21 @@ SHOTS = (0, 4, 8)
 
 
 def demo(out: Path) -> dict[str, Any]:
-    """Train into `out` (or continue, or reuse what is there), evaluate, write loss.png, samples.png, summary.json."""
+    """Train in the folder `out`, evaluate, write loss.png, samples.png and summary.json; return the summary.
+
+    A run that was interrupted goes on; one that is complete is only evaluated. Raises UserError if the folder holds
+    another run.
+    """
     run = DIGITS_RUN
     if _is_trained(out, run.train.steps):
-        print(f"{out} is trained already; delete it to train again")
+        print(f"{out} holds the trained model already; delete the folder to train again")
     else:
         try:
             train(run, out, resume=True)
         except UserError as error:
             raise UserError(f"{error} (delete {out} to train the demo anew)") from None
     model = checkpoint.load(out)
-    metrics = [line for line in read_lines(out / "metrics.jsonl")[0] if "seconds" in line]  # not of steps left out
+    metrics = [line for line in read_lines(out / "metrics.jsonl")[0] if "seconds" in line]  # a skipped step has none
     seconds = sum(m["seconds"] for m in metrics)
     begin = time.perf_counter()
     images, truths, guesses = captions(model)
@@ -46,7 +52,8 @@ def demo(out: Path) -> dict[str, Any]:
         "train_seconds": round(seconds, 1),
         "tokens_per_second": round(sum(m["tokens"] for m in metrics) / seconds, 1),
         "exact_match": _by_count(truths, guesses),
-        "question_answering": {f"{shots}-shot": questions(model, shots) for shots in SHOTS},
+        "questions": _score(questions(model)),
+        "notations": {f"{shots}-shot": _score(notations(model, shots)) for shots in SHOTS},
         "evaluate_seconds": round(time.perf_counter() - begin, 1),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -56,7 +63,7 @@ def demo(out: Path) -> dict[str, Any]:
 
 
 def _is_trained(out: Path, steps: int) -> bool:
-    """Whether the newest checkpoint is whole and that of the last step."""
+    """Return whether the newest checkpoint is intact and that of the last step."""
     newest = checkpoint.latest(out)
     if newest is None:
         return False
@@ -68,7 +75,7 @@ def _is_trained(out: Path, steps: int) -> bool:
 
 
 def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:
-    """Unseen images, their captions, and the model's."""
+    """Return the images of the test, their captions, and the model's captions."""
     source = open_source("captions", str(DIGITS_FOLDER / "test-captions.tar.gz"), Path())
     pairs = [source[i].parts for i in range(len(source))]
     images = [decode(image.data) for image, _ in pairs if isinstance(image, Media)]
@@ -76,36 +83,56 @@ def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:
     return images, truths, _answer(model, [[image] for image in images])
 
 
-def questions(model: MM1, shots: int, seed: int = 0) -> float:
-    """Share of questions about unseen images answered right, after `shots` examples drawn from the training images."""
-    items, examples = (
-        _items(DIGITS_FOLDER / name) for name in ("test-interleaved.jsonl.gz", "train-questions.jsonl.gz")
-    )
-    draw = random.Random(seed)
-    prompts: list[Prompt] = []
-    for image, question, _ in items:
-        parts: list[str | Image.Image] = ["quiz\n"]
-        for example, asked, answer in draw.sample(examples, shots):
-            parts += [example, f"question: {asked} answer: {answer}\n"]
-        prompts.append([*parts, image, f"question: {question} answer:"])
-    answers = _answer(model, prompts)
-    return round(sum(a == answer for a, (_, _, answer) in zip(answers, items)) / len(items), 4)
+def questions(model: MM1) -> list[bool]:
+    """Return for each question about an image of the test whether the model answers it right, without shots."""
+    items = _items("test-interleaved.jsonl.gz")
+    prompts = [["quiz\n", _image(item), f"question: {item['question']} answer:"] for item in items]
+    return [answer == item["answer"] for answer, item in zip(_answer(model, prompts), items)]
 
 
-def _items(path: Path) -> list[tuple[Image.Image, str, str]]:
-    with gzip.open(path, "rt") as file:
-        items = [json.loads(line) for line in file]
-    return [(decode(read_image(item["image"], path.parent)), item["question"], item["answer"]) for item in items]
+def notations(model: MM1, shots: int) -> list[bool]:
+    """Return for each image of the test whether the model writes it in the notation of `shots` shots (0 to 8).
+
+    The notations of the test never occur in training documents: the shots alone tell which is asked for.
+    """
+    items = _items("test-notations.jsonl.gz")
+    answers = _answer(model, [notation_prompt(item, shots) for item in items])
+    return [answer == item["answer"] for answer, item in zip(answers, items)]
 
 
-def _answer(model: MM1, prompts: Sequence[Prompt], at_once: int = 128) -> list[str]:
+def notation_prompt(item: dict[str, Any], shots: int) -> Prompt:
+    """Return the prompt of a line of test-notations.jsonl.gz with its first `shots` shots, laid out as in training."""
+    parts: list[str | Image.Image] = [TITLE]
+    for shot in item["shots"][:shots]:
+        parts += [_image(shot), shot["answer"] + "\n"]
+    return [*parts, _image(item)]
+
+
+def _items(name: str) -> list[dict[str, Any]]:
+    with gzip.open(DIGITS_FOLDER / name, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def _image(item: dict[str, Any]) -> Image.Image:
+    return decode(read_image(item["image"], DIGITS_FOLDER))
+
+
+def _answer(model: MM1, prompts: Sequence[Prompt], batch: int = 128) -> list[str]:
+    """Return the line that the model writes behind each prompt, `batch` prompts at a time."""
     answers: list[str] = []
-    for first in range(0, len(prompts), at_once):
-        answers += generate(model, prompts[first : first + at_once], max_tokens=12, stop=("\n",))
+    for first in range(0, len(prompts), batch):
+        answers += generate(model, prompts[first : first + batch], max_tokens=12, stop=("\n",))
     return [answer.strip() for answer in answers]
 
 
+def _score(right: Sequence[bool]) -> dict[str, float]:
+    """Return the share of right answers with its 95 % bootstrap interval."""
+    low, high = interval(right)
+    return {"share": round(sum(right) / len(right), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
 def _by_count(truths: list[str], guesses: list[str]) -> dict[str, float]:
+    """Return the share of exact captions by the number of digits of the image."""
     right = defaultdict(list)
     for truth, guess in zip(truths, guesses):
         right[str(len(truth.split()))].append(truth == guess)
@@ -113,7 +140,7 @@ def _by_count(truths: list[str], guesses: list[str]) -> dict[str, float]:
 
 
 def _draw(out: Path, metrics: list[dict], images: list[Image.Image], truths: list[str], guesses: list[str]) -> bool:
-    """loss.png and samples.png; False without matplotlib."""
+    """Draw loss.png and samples.png; return False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -139,11 +166,13 @@ def _draw(out: Path, metrics: list[dict], images: list[Image.Image], truths: lis
 
 
 def _tell(out: Path, summary: dict[str, Any], pictures: bool) -> None:
+    """Print the summary and the commands to try next."""
     print(f"\ntrained in {summary['train_seconds']:.0f} s at {summary['tokens_per_second']:.0f} tokens/s")
     print("exact captions of unseen images, by number of digits:")
     print("   ".join(f"{count}: {share:.1%}" for count, share in summary["exact_match"].items()))
-    print("questions about unseen images answered right:")
-    print("   ".join(f"{shots}: {share:.1%}" for shots, share in summary["question_answering"].items()))
+    print(f"questions about unseen images answered right: {_shown(summary['questions'])}")
+    print("unseen images written in a notation that only the shots of the prompt tell, with 95 % intervals:")
+    print("   ".join(f"{shots}: {_shown(score)}" for shots, score in summary["notations"].items()))
     files = "loss.png, samples.png, summary.json" if pictures else "summary.json (pictures need mm1-engine[report])"
     print(f"\n{out}/ holds checkpoint/, metrics.jsonl, {files}. Try next:")
     print(f"  mm1 generate {out}/checkpoint --image photo.png")
@@ -151,3 +180,7 @@ def _tell(out: Path, summary: dict[str, Any], pictures: bool) -> None:
         f"  mm1 generate {out}/checkpoint --image photo.png --prompt 'quiz\n<image>question: how many sevens? answer:'"
     )
     print("  mm1 train your-run.toml      (the README shows the three formats)")
+
+
+def _shown(score: dict[str, float]) -> str:
+    return f"{score['share']:.1%} ({score['low']:.1%} to {score['high']:.1%})"

@@ -1,6 +1,7 @@
 """Few-shot prompts: their layouts, shots that resemble the query, images of two resolutions, majority votes.
 
-Prompts that begin with the same shots share their pages and image features in the Engine: it computes the shots once.
+Prompts that begin with the same shots share pages of the prefix cache and image features: the Engine computes the
+shots once.
 """
 
 import hashlib
@@ -35,22 +36,22 @@ MARKERS = ("answer is", "Answer:")
 
 
 def caption(image: "Image.Image") -> "tuple[Image.Image, str]":
-    """MM1's prompt for a caption."""
+    """Return MM1's prompt for a caption."""
     return image, " A photo of"
 
 
 def question(image: "Image.Image", text: str) -> "tuple[Image.Image, str]":
-    """MM1's prompt for a short answer."""
+    """Return MM1's prompt for a short answer."""
     return image, f" Question: {text} Short answer:"
 
 
 def multiple_choice(
     images: "Sequence[Image.Image]", text: str, options: Sequence[str] = ()
 ) -> "list[str | Image.Image]":
-    """A question with its options, in the layout of ScienceQA (Lu et al. 2022); without options in that of `question`.
+    """Return a prompt with lettered options in the layout of ScienceQA (Lu et al. 2022).
 
-    `<image>` marks in text and options where images stand; images without a mark stand before the text, and marks
-    beyond the number of images are text.
+    Without options it has the layout of `question`. Each `<image>` in text and options is replaced by the next image;
+    images without a mark stand before the text, and marks beyond the number of images are text.
     """
     shown = " ".join(f"({letter}) {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options))
     asked = f" Question: {text}\nOptions: {shown}\nAnswer:" if options else f" Question: {text} Short answer:"
@@ -60,99 +61,110 @@ def multiple_choice(
 
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """A prompt, images and texts in reading order, whose answer is known."""
+    """A question, images and texts in reading order, together with its answer."""
 
     parts: "tuple[str | Image.Image, ...]"
     answer: str
 
     @property
     def shown(self) -> "tuple[str | Image.Image, ...]":
-        """With its answer, as it stands in a prompt."""
-        said = f" {' '.join(self.answer.split())}\n"
+        """Return the parts followed by the answer and a line break, as they stand in a prompt."""
+        answer = f" {' '.join(self.answer.split())}\n"
         *before, last = self.parts
-        return (*before, last + said) if isinstance(last, str) else (*before, last, said)
+        return (*before, last + answer) if isinstance(last, str) else (*before, last, answer)
 
     @property
     def text(self) -> "Shot":
-        """Without its images: what Flamingo's "zero-shot" prompts begin with two of (Alayrac et al. 2022)."""
+        """Return the shot without its images; two such begin Flamingo's "zero-shot" prompts (Alayrac et al. 2022)."""
         return Shot(tuple(part.lstrip() for part in self.parts if isinstance(part, str)), self.answer)
 
 
 def few_shot(shots: Iterable[Shot], query: Prompt) -> "list[str | Media | Image.Image]":
+    """Return the prompt of all shots with their answers, then the query."""
     return [part for shot in shots for part in shot.shown] + list(query)
 
 
-Piece = list["str | list[View]"]  # part of a prompt with the views of its images, which serves in many prompts
+Piece = list["str | list[View]"]  # part of a prompt with the views of its images, used in many prompts
 
 
 def piece(model: MM1, parts: Prompt, policy: "ImagePolicy | None" = None) -> Piece:
-    """policy: how images become patches, if not as the model was trained."""
+    """Return prompt parts with each image resized to its views, by the model's own policy unless one is passed."""
     return with_views(policy or policy_of(model), parts)
 
 
 def joined(model: MM1, pieces: Iterable[Piece]) -> tuple[Document, str]:
-    """Return a prompt and its last text. Texts of adjacent pieces are encoded as one."""
+    """Return the prompt that the pieces form, encoded, and its last text. Adjacent texts are encoded as one."""
     parts = joined_texts(part for piece in pieces for part in piece)
-    return document_of(tokenizer_of(model), model.config.connector.tokens, parts), last_text(parts)
+    return document_of(tokenizer_of(model), model.config.images.slots, parts), last_text(parts)
 
 
 def encode_mixed(
     model: MM1, parts: Prompt, last: int, *, high: "ImagePolicy | None" = None, low: "ImagePolicy | None" = None
 ) -> Document:
-    """The last `last` images by the policy `high`, those before by `low`.
+    """Encode a prompt with its last `last` images in high resolution and the images before them in low resolution.
 
-    Default: high is the model's own, low the same without sub-images, so that of a fine-tuned MM1 only the last images
-    take 5 · 144 tokens and the shots 144 each.
+    high: how these last images become patches; default: the model's own policy. low: the same for the others; default:
+    `high` without sub-images, so that in a prompt of a fine-tuned MM1 the last images take 5 · 144 tokens each and the
+    shots 144.
     """
     high = high or policy_of(model)
     low = low or replace(high, parts=1)
-    left = sum(not isinstance(part, str) for part in parts)
+    images_to_go = sum(not isinstance(part, str) for part in parts)
     pieces = []
     for part in parts:
-        pieces.append(piece(model, [part], high if left <= last else low))
-        left -= not isinstance(part, str)
+        pieces.append(piece(model, [part], high if images_to_go <= last else low))
+        images_to_go -= not isinstance(part, str)
     return joined(model, pieces)[0]
 
 
 class Retrieval:
-    """Images by likeness: cosine of the mean output of the model's own encoder (RICES, Yang et al. 2022)."""
+    """Finds the images that resemble a query: cosine similarity of the encoder's mean output (RICES, Yang et al. 2022).
+
+    features: float32 [N, Dv], one row of length 1 for each image of the pool, in its order. encoded: how many images
+    the encoder has processed, which those of the cache are not.
+    """
 
     def __init__(self, model: MM1, images: "Iterable[Image.Image]", *, batch: int = 32, file: Path | None = None):
-        """batch: images encoded at once. file: of features by content, which is read and added to.
+        """Encode the pool `images`, `batch` at a time.
 
-        Features of other weights in `file` are replaced.
+        file: a cache of features by image content. It is read first, and written if images were missing in it; features
+        that other weights computed are replaced. Raises UserError if the file is something else.
         """
-        self.model, self.policy, self.batch = model, policy_of(model), batch
+        self.model, self.policy, self.batch, self.encoded = model, policy_of(model), batch, 0
         weights = fingerprint(model)
-        self.known = _read_features(file, weights) if file else {}
-        before = len(self.known)
-        self.digests, self.features = self._of(images)
-        if file and len(self.known) > before:
-            _write_features(file, weights, self.known)
+        self.cache = _read_features(file, weights) if file else {}
+        before = len(self.cache)
+        self.digests, self.features = self._encode(images)
+        if file and len(self.cache) > before:
+            _write_features(file, weights, self.cache)
 
     def nearest(self, images: "Iterable[Image.Image]", n: int) -> list[list[int]]:
-        """For each of these the numbers of the n images most like it, the most alike last; never itself."""
-        found = []
-        for digest, feature in zip(*self._of(images)):
-            likeness = self.features @ feature
-            order = np.argsort(-likeness, kind="stable").tolist()
-            found.append([i for i in order if self.digests[i] != digest][:n][::-1])
-        return found
+        """Return for each query image the indices of the n most similar pool images, the most similar last.
 
-    def _of(self, images: "Iterable[Image.Image]") -> tuple[list[bytes], np.ndarray]:
-        """Digests, and features float32 [N, Dv] of length 1."""
+        An image of the same content as the query is left out.
+        """
+        neighbours = []
+        for digest, feature in zip(*self._encode(images)):
+            order = np.argsort(-(self.features @ feature), kind="stable").tolist()
+            neighbours.append([i for i in order if self.digests[i] != digest][:n][::-1])
+        return neighbours
+
+    def _encode(self, images: "Iterable[Image.Image]") -> tuple[list[bytes], np.ndarray]:
+        """Return the images' digests and features float32 [N, Dv] of length 1, computing those not in the cache."""
         views, digests = map(self.policy.resize, images), []
-        while some := list(islice(views, self.batch)):
-            names = [view_digest(View("image", view)) for view in some]
-            fresh = {name: view for name, view in zip(names, some) if name not in self.known}
-            if fresh:
-                self.known.update(zip(fresh, self._encoded(list(fresh.values()))))
+        while chunk := list(islice(views, self.batch)):
+            names = [view_digest(View("image", view)) for view in chunk]
+            missing = {name: view for name, view in zip(names, chunk) if name not in self.cache}
+            if missing:
+                self.cache.update(zip(missing, self._encode_views(list(missing.values()))))
+                self.encoded += len(missing)
             digests += names
         width = self.model.config.vision.width
-        return digests, np.array([self.known[digest] for digest in digests], np.float32).reshape(-1, width)
+        return digests, np.array([self.cache[digest] for digest in digests], np.float32).reshape(-1, width)
 
     @torch.inference_mode()
-    def _encoded(self, views: Sequence[np.ndarray]) -> np.ndarray:
+    def _encode_views(self, views: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the features float32 [N, Dv] of resized images uint8 [H, W, 3]."""
         device, patch = self.model.decoder.embedding.weight.device, self.policy.patch
         sizes = [(view.shape[0] // patch, view.shape[1] // patch) for view in views]
         pixels = torch.from_numpy(np.concatenate([view.reshape(-1, 3) for view in views])).to(device)
@@ -161,37 +173,44 @@ class Retrieval:
 
 
 def fingerprint(model: MM1) -> str:
-    """Of the weights: of the first values of each, because a training step changes all."""
-    found = hashlib.sha256()
+    """Return 16 hexadecimal digits that identify the weights.
+
+    Only the first 1,024 values of each parameter are hashed: a training step changes all.
+    """
+    digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
-        found.update(name.encode() + weight.detach().flatten()[:1024].float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(name.encode() + weight.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _read_features(file: Path, weights: str) -> dict[bytes, np.ndarray]:
+    """Return the features in a cache file by image digest; none if it is missing or of other weights."""
     if not file.exists():
         return {}
     try:
-        with np.load(file) as held:
-            if str(held["weights"]) != weights:
+        with np.load(file) as stored:
+            if str(stored["weights"]) != weights:
                 return {}
-            return {row.tobytes(): feature for row, feature in zip(held["digests"], held["features"], strict=True)}
+            return {row.tobytes(): feature for row, feature in zip(stored["digests"], stored["features"], strict=True)}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is not a file of image features: {error}") from None
 
 
-def _write_features(file: Path, weights: str, known: dict[bytes, np.ndarray]) -> None:
+def _write_features(file: Path, weights: str, features: dict[bytes, np.ndarray]) -> None:
+    """Replace a cache file; a reader sees the old one or the new one, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    digests = np.frombuffer(b"".join(known), np.uint8).reshape(len(known), -1)
+    digests = np.frombuffer(b"".join(features), np.uint8).reshape(len(features), -1)
     with partial.open("wb") as out:
-        np.savez(out, weights=np.array(weights), digests=digests, features=np.stack(list(known.values())))
+        np.savez(out, weights=np.array(weights), digests=digests, features=np.stack(list(features.values())))
     os.replace(partial, file)
 
 
 class Vote(NamedTuple):
-    answer: str  # normalised
-    share: float  # of the samples
+    """The result of a vote: the winning answer, normalised; the share of samples that gave it; all samples' texts."""
+
+    answer: str
+    share: float
     texts: list[str]
 
 
@@ -199,21 +218,29 @@ def vote(
     engine: Engine, prompt: Prompt | Document, samples: int, *, temperature: float = 0.7, max_tokens: int = 256,
     stop: Sequence[str] = (), seed: int = 0, markers: Sequence[str] = MARKERS,
 ) -> Vote:  # fmt: skip
-    """The answer that most of `samples` chains of thought end with; of equals the first (Wang et al. 2022).
+    """Sample `samples` chains of thought and return the answer that most of them end with (Wang et al. 2022).
 
-    The chains share the prompt's pages; chain i draws with seed + i. One that ends with nothing has no vote.
+    The chains share the prompt's pages; chain i draws with seed + i.
     """
-    how = Sampling(max_tokens, temperature, stop=stop, seed=seed)
-    texts = [request.text for request in several(engine, prompt, samples, how)]
+    sampling = Sampling(max_tokens, temperature, stop=stop, seed=seed)
+    return majority([request.text for request in several(engine, prompt, samples, sampling)], markers)
+
+
+def majority(texts: Sequence[str], markers: Sequence[str] = MARKERS) -> Vote:
+    """Return the answer that most of the texts end with; of answers with as many votes the first one.
+
+    Answers are compared as VQA compares them (`normalize`). A text that ends without an answer has no vote, but counts
+    in the share.
+    """
     votes = Counter(answer for text in texts if (answer := normalize(final_answer(text, markers))))
     winner, count = votes.most_common(1)[0] if votes else ("", 0)
-    return Vote(winner, count / samples, texts)
+    return Vote(winner, count / max(len(texts), 1), list(texts))
 
 
 def final_answer(text: str, markers: Sequence[str] = MARKERS) -> str:
-    """What follows the last marker, in any case, to the end of its line; the last line if there is none."""
+    """Return the rest of the line behind the last marker, or the last line if no marker occurs. Case does not count."""
     lower = text.lower()
-    ends = [at + len(m) for m in markers if (at := lower.rfind(m.lower())) >= 0]
+    ends = [start + len(m) for m in markers if (start := lower.rfind(m.lower())) >= 0]
     rest = text[max(ends) :] if ends else (text.strip().splitlines() or [""])[-1]
     line = (rest.strip().splitlines() or [""])[0]
     return line.strip(" .:")

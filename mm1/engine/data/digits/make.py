@@ -1,10 +1,10 @@
-"""Writes the demo's data beside this file, from the 1,797 handwritten digits that scikit-learn ships.
+"""Write the demo's data beside this file, from the 1,797 handwritten digits that scikit-learn ships.
 
     python -m mm1.engine.data.digits.make [folder]
 
 An image is a grid of 1 to 6 digits, 8 x 8 pixels a digit, read like a page. Glyphs are split into train and
 test before anything is drawn, so no test image holds a glyph that training has seen. The same libraries write
-the same bytes on each run; another zlib may pack the same content into other bytes.
+the same bytes on each run; another zlib may compress the same content to other bytes.
 """
 
 import gzip
@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mm1.engine.data.digits import notations
+from mm1.engine.data.digits.notations import WORDS
 from mm1.engine.data.tokenizer import byte_level_bpe
 
 SEED = 1998  # the year the digits were given to the UCI repository
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURALS = tuple("sixes" if word == "six" else word + "s" for word in WORDS)
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
@@ -39,7 +40,7 @@ LAYOUTS = {  # digits -> (rows, columns)
 }
 TRAIN_IMAGES = {1: 3600, 2: 3600, 3: 3000, 4: 2600, 5: 1400, 6: 1200}
 TEST_IMAGES = {2: 200, 3: 200, 4: 200, 5: 200, 6: 200}  # and each test glyph once, alone
-DOCUMENTS, ITEMS, STATEMENTS = 3000, 400, 600
+DOCUMENTS, ITEMS, STATEMENTS, NOTATION_ITEMS = 3000, 400, 600, 300
 TURNS = (12, 17, 19, 17, 12, 9, 7, 4, 3)  # weights of 1 to 9 turns in a document: mean 4
 LISTS = 0.4  # share of documents that caption instead of asking
 
@@ -48,7 +49,7 @@ COUNTS: dict[str, int] = dict(zip(WORDS, (2, 3, 3, 2, 2, 1, 1)))  # weights of t
 
 
 def split(labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
-    """Glyph indices for train and test, a fifth of each class for test."""
+    """Return the glyph indices for train and for test. A fifth of each class goes to test."""
     test: list[int] = []
     for digit in range(10):
         of_class = [i for i, label in enumerate(labels) if label == digit]
@@ -57,7 +58,10 @@ def split(labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
 
 
 def deal(glyphs: list[int], labels: list[int], counts: dict[int, int], rng: random.Random) -> list[list[int]]:
-    """Glyphs of each image. A class is a deck, shuffled anew when empty: its glyphs come equally often."""
+    """Return the glyph indices of each image. counts: how many images of each size, in digits.
+
+    The glyphs of a class are drawn like cards of a deck that is shuffled again when empty, so all occur equally often.
+    """
     decks: dict[int, list[int]] = defaultdict(list)
 
     def draw(digit: int) -> int:
@@ -77,7 +81,10 @@ def deal(glyphs: list[int], labels: list[int], counts: dict[int, int], rng: rand
 
 
 def render(glyphs: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Glyphs of 0 to 16 [n, 8, 8] -> image uint8 [H, W] of 0 to 15, light on dark, dimmer or brighter."""
+    """Return an image uint8 [H, W] of 0 to 15 that shows glyphs [n, 8, 8] of 0 to 16.
+
+    Digits are light on dark; layout, brightness and contrast are drawn at random.
+    """
     rows, columns = rng.choice(LAYOUTS[len(glyphs)])
     ink = glyphs.reshape(rows, columns, CELL, CELL).swapaxes(1, 2).reshape(rows * CELL, columns * CELL)
     dark, light = rng.randint(0, 3), rng.randint(11, 15)
@@ -85,7 +92,10 @@ def render(glyphs: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def png(image: np.ndarray) -> bytes:
-    """uint8 [H, W] of 0 to 15 -> PNG in 4-bit grey, a third smaller; Pillow reads it but cannot write it."""
+    """Return an image uint8 [H, W] of 0 to 15 as PNG in 4-bit grey, which Pillow reads but cannot write.
+
+    The file is a third smaller than with 8 bits.
+    """
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -99,11 +109,12 @@ def png(image: np.ndarray) -> bytes:
 
 
 def caption(digits: Iterable[int]) -> str:
+    """Return the digits as words."""
     return " ".join(WORDS[digit] for digit in digits)
 
 
 def questions(digits: list[int]) -> Iterator[tuple[str, str, str]]:
-    """All that can be asked about an image: kind, question, answer."""
+    """Yield (kind, question, answer) for every question about an image of these digits."""
     for digit in range(10):
         yield "count", f"how many {PLURALS[digit]}?", WORDS[digits.count(digit)]
     yield "first", "what is first?", WORDS[digits[0]]
@@ -118,7 +129,7 @@ def questions(digits: list[int]) -> Iterator[tuple[str, str, str]]:
 
 
 class Quiz:
-    """Questions drawn by their answer first, so that no answer is a good guess."""
+    """Draws questions about images. The answer is drawn first, so that no answer is a good guess."""
 
     def __init__(self, images: list[list[int]], rng: random.Random):
         self.rng = rng
@@ -128,25 +139,27 @@ class Quiz:
                 self.pairs[kind][answer].append((image, question))
 
     def draw(self, kind: str) -> tuple[int, str, str]:
-        """Image, question, answer."""
+        """Return the index of an image, a question of this kind about it, and the answer."""
         answers = sorted(self.pairs[kind])
         weights = [COUNTS[answer] for answer in answers] if kind == "count" else None
         answer = self.rng.choices(answers, weights)[0]
         return *self.rng.choice(self.pairs[kind][answer]), answer
 
     def items(self, shard: str, count: int) -> list[dict]:
+        """Return `count` questions about images of a shard, the kinds in turn."""
         drawn = [self.draw(KINDS[i % len(KINDS)]) for i in range(count)]
         return [{"image": member(shard, i), "question": question, "answer": a} for i, question, a in drawn]
 
 
 def member(shard: str, image: int) -> str:
+    """Return the name of an image as documents refer to it: shard and member."""
     return f"{shard}/{image:06d}.png"
 
 
 def document(shard: str, images: list[list[int]], quiz: Quiz, rng: random.Random) -> dict:
-    """A document as OBELICS has them: at each position either a text or an image."""
+    """Return an interleaved document in the form of OBELICS: at each position either a text or an image."""
     turns = rng.choices(range(1, 10), TURNS)[0]
-    said: dict[int, str] = {}  # image -> what is said of it; no image twice
+    said: dict[int, str] = {}  # the text behind each image; no image occurs twice
     if rng.random() < LISTS:
         title = "list\n"
         said = {image: caption(images[image]) + "\n" for image in rng.sample(range(len(images)), turns)}
@@ -163,7 +176,7 @@ def document(shard: str, images: list[list[int]], quiz: Quiz, rng: random.Random
 
 
 def statements(rng: random.Random) -> list[str]:
-    """True sentences in the vocabulary of the quiz: every short one, then drawn ones about lists."""
+    """Return true sentences in the vocabulary of the quiz: every short one, then random ones about lists of digits."""
     said = [f"after {WORDS[a]} comes {WORDS[a + 1]}." for a in range(9)]
     said += [f"before {WORDS[a + 1]} comes {WORDS[a]}." for a in range(9)]
     said += [f"between {WORDS[a]} and {WORDS[a + 2]} is {WORDS[a + 1]}." for a in range(8)]
@@ -189,13 +202,13 @@ def statements(rng: random.Random) -> list[str]:
 
 
 def write_gzip(path: Path, data: bytes) -> None:
-    # Neither name nor time in the header; gzip.compress would leave the rest of it to the platform.
+    """Write a gzip file without name and time in its header; the rest of gzip.compress's depends on the platform."""
     with path.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
         packed.write(data)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[bytes, str]]) -> None:
-    """WebDataset: 000000.png, 000000.txt, 000001.png, ..."""
+    """Write a WebDataset shard of images and their captions: 000000.png, 000000.txt, 000001.png, ..."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, (image, text) in enumerate(samples):
@@ -207,12 +220,13 @@ def write_shard(path: Path, samples: Iterable[tuple[bytes, str]]) -> None:
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write records as gzipped lines of JSON."""
     lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
     write_gzip(path, lines.encode())
 
 
 def make(folder: Path) -> None:
-    """Writes all files but the README into `folder`."""
+    """Write all data files into `folder`."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
@@ -244,6 +258,18 @@ def make(folder: Path) -> None:
     texts = [caption(image) for image in digits["train-captions.tar.gz"]]
     texts += [text for record in documents for text in record["texts"] if text] + lines
     (folder / "tokenizer.json").write_text(byte_level_bpe(texts, 384).to_str(pretty=True) + "\n")
+    _make_notations(folder, digits)
+
+
+def _make_notations(folder: Path, digits: dict[str, list[list[int]]]) -> None:
+    """Write the training documents and test questions in notations. digits: the digits of each image, by shard."""
+    rng = random.Random(SEED)  # a generator of their own: the other files do not depend on them
+    train, test = (
+        {member(shard, i): seen for i, seen in enumerate(digits[shard])}
+        for shard in ("train-captions.tar.gz", "test-captions.tar.gz")
+    )
+    write_lines(folder / "train-notations.jsonl.gz", notations.documents(train, DOCUMENTS, rng))
+    write_lines(folder / "test-notations.jsonl.gz", notations.items(test, NOTATION_ITEMS, rng))
 
 
 if __name__ == "__main__":

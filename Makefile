@@ -1,4 +1,5 @@
-# Every target does the set-up it needs; .venv is made again when pyproject.toml or constraints.txt change.
+# Every target does the set-up that it needs: `demo` a light one (stamp .venv/demo), all others everything (stamp
+# .venv/ready). Packages are installed again when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,9 +9,9 @@ GPU_PYTHON ?= $(BIN)/python
 TUNE_SECONDS ?= 240
 GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
 
-.PHONY: demo test test-slow chaos test-gpu lint bench bench-gpu tune-gpu tables check-tables clean
+.PHONY: demo test test-slow chaos test-gpu lint docs bench bench-gpu tune-gpu tables check-tables clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/mm1 demo
 
 # Twice for the kernels: what a CPU runs, and then their Triton source itself, interpreted.
@@ -43,9 +44,13 @@ tables: .venv/ready
 check-tables: .venv/ready
 	$(BIN)/mm1 tune --check
 
+# The site of docs/, in site/; fails on a broken link.
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
+
 lint: .venv/ready
-	$(BIN)/ruff format --check mm1 tests
-	$(BIN)/ruff check mm1 tests
+	$(BIN)/ruff format --check mm1 tests examples docs/hooks.py
+	$(BIN)/ruff check mm1 tests examples docs
 	$(BIN)/basedpyright --level error
 
 # Kept in .benchmarks, and compared with the run before. OMP_NUM_THREADS and the machine should be the same.
@@ -53,11 +58,17 @@ bench: .venv/ready
 	$(BIN)/python -m pytest -q mm1/bench/suite --benchmark-autosave --benchmark-compare --benchmark-group-by=group \
 		--benchmark-columns=min,median,iqr,rounds
 
-.venv/ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,integrations,report,serve,dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchtitan spmd_types   # for one test of one module
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report,serve]'
 	touch $@
 
+.venv/ready: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,docs,integrations,report,serve,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchtitan spmd_types   # for one test of one module
+	touch .venv/demo $@
+
 clean:
-	rm -rf .venv runs dist build .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv runs dist build site .pytest_cache .ruff_cache .benchmarks

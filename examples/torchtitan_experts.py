@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import derive, override
 from torchtitan.models.common.moe import GroupedExperts
 
-from mm1.kernels.moe.experts import moe_mlp
+from mm1.kernels.moe import moe_mlp
 from mm1.kernels.moe.routing import Order
 
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -306,9 +305,9 @@ def test_damage_in_data_is_warned_of_listed_and_survived(folder):
         assert reason in reasons
 
 
-def test_the_readmes_run_and_document_train_as_written(folder, tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    run, document = (re.search(rf"```{kind}\n(.*?)```", readme, re.S)[1] for kind in ("toml", "json"))
+def test_the_run_and_the_document_of_the_pages_train_as_written(folder, tmp_path):
+    pages = ((FOLDER.parents[3] / "docs" / page, kind) for page, kind in (("train.md", "toml"), ("data.md", "json")))
+    run, document = (re.search(rf"```{kind}\n(.*?)```", page.read_text(), re.S)[1] for page, kind in pages)
     for name in ("captions", "documents", "text"):
         (tmp_path / name).mkdir()
     for shard in range(2):

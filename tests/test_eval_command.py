@@ -1,4 +1,4 @@
-"""`mm1 eval`: files of a benchmark in, a table and one line of JSON out; README's commands run as they stand."""
+"""`mm1 eval`: files of a benchmark in, a table and one line of JSON out; docs/evaluate.md's commands run as written."""
 
 import gzip
 import io
@@ -95,9 +95,9 @@ def karpathy(folder, tests, shots):
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
 
 
-def test_the_readmes_commands_run_as_written(checkpoint, tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    commands = re.findall(r"^    mm1 (eval .*)$", readme, re.M)
+def test_the_commands_of_the_page_run_as_written(checkpoint, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "evaluate.md").read_text()
+    commands = re.findall(r"^    mm1 (eval .*)$", page, re.M)
     assert len(commands) >= 4
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

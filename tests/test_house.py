@@ -126,18 +126,23 @@ def test_reading_data_needs_no_torch():
     assert result.stdout == "set()\n"
 
 
-def test_wheel_holds_every_file_once(tmp_path):
+def test_wheel_holds_every_file_but_the_records_once_and_its_licences(tmp_path):
     pytest.importorskip("hatchling")
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT,
                    check=True, capture_output=True)  # fmt: skip
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    archive = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    names = archive.namelist()
     assert len(names) == len(set(names))
-    held = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    assert "License-Expression: Apache-2.0" in metadata
+    assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names if ".dist-info/licenses/" in name}
+    packed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert {"mm1/py.typed", "mm1/engine/data/digits/README.md"} <= packed
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "mm1"], cwd=ROOT, capture_output=True,
                              text=True).stdout.split()  # fmt: skip
     if not tracked:
         pytest.skip("not a git checkout")
-    assert held == set(tracked)
+    assert packed == {name for name in tracked if not name.startswith("mm1/bench/results/")}
 
 
 def test_public_names_are_there_and_lazy():

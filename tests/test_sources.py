@@ -204,8 +204,8 @@ pq.write_table(pa.Table.from_pylist(rows), folder + ".parquet")
 
 
 def test_the_recipe_of_obelics_makes_documents_of_one_file_after_the_other(tmp_path, monkeypatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    recipe = readme.partition("**OBELICS**")[2].partition("```python\n")[2].partition("```")[0]
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    recipe = page.partition("### OBELICS")[2].partition("```python\n")[2].partition("```")[0]
     (tmp_path / "obelics").mkdir()
     for i in range(2):
         table = {

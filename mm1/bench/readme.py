@@ -1,60 +1,72 @@
-"""README's tables of measurements, from the records: python -m mm1.bench.readme writes them anew.
+"""Write the tables of measurements in README.md and docs/benchmarks.md from the records: python -m mm1.bench.readme.
 
-<!-- table: BENCH MACHINE SUBJECT [PATTERN] --> and <!-- end --> hold a table: of the newest record of that machine with
-rows of that op or model; with a pattern, a regular expression, of the rows whose case or direction holds it.
+Each table stands between two comments, `<!-- table: BENCH MACHINE SUBJECT [PATTERN] -->` and `<!-- end -->`. It shows
+the newest record of that machine with rows of that op or model. PATTERN is a regular expression that selects rows by
+case and direction. `<!-- table: summary all all -->` has one line for each op and model, from the newest record of any
+machine.
 """
 
-import os
 import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm1.bench.chart import digits, percent
-from mm1.bench.comparison import DENSE, Result, fastest, gather, label, newest, peers, verdict
+from mm1.bench.comparison import DENSE, OWN, Result, fastest, gather, label, newest, peers, verdict
+from mm1.bench.page import digits, percent
 from mm1.bench.record import RESULTS, Row
 from mm1.bench.timing import CONTROL
 from mm1.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) (\S+)(?: (?!-->)([^\n]+?))? -->\n)(.*?)(<!-- end -->)", re.S)
+NAMES = {"forward": "forward", "forward+backward": "forward + backward", "step": "training step"}
+
+Lines = tuple[list[str], list[list[str]], list[str]]  # head, rows of cells, sentences below the table
 
 
-def rewrite(readme: Path = ROOT / "README.md") -> None:
-    """Raises UserError for a table that no record gives."""
-    readme.write_text(current(readme))
+def rewrite(pages: Sequence[Path] = PAGES, records: Sequence[Path] = (RESULTS,)) -> None:
+    """Write the tables of the pages anew. Raises UserError for a table without a record."""
+    for page in pages:
+        page.write_text(current(page, records))
 
 
-def current(readme: Path = ROOT / "README.md") -> str:
-    """What the README is to say, by the records of this package."""
-    text = readme.read_text()
-    return tables(text, gather([RESULTS])) if "<!-- table:" in text else text
+def current(page: Path, records: Sequence[Path] = (RESULTS,)) -> str:
+    """Return the text of a page with its tables made from these records (default: the project's). Raises UserError."""
+    text = page.read_text()
+    return tables(text, gather(records)) if "<!-- table:" in text else text
 
 
-def tables(readme: str, results: Sequence[Result]) -> str:
-    """With each table as the results, oldest first, give it. Raises UserError."""
-    found = list(TABLE.finditer(readme))
-    if readme.count("<!-- table:") != len(found) or any("<!-- table:" in match[6] for match in found):
-        raise UserError("a table of the README is not <!-- table: BENCH MACHINE SUBJECT --> … <!-- end -->")
-    return TABLE.sub(lambda match: match[1] + _table(results, *match.group(2, 3, 4, 5)) + match[7], readme)
+def tables(page: str, results: Sequence[Result]) -> str:
+    """Return the text with each table made from the results, oldest first. Raises UserError."""
+    markers = list(TABLE.finditer(page))
+    if page.count("<!-- table:") != len(markers) or any("<!-- table:" in match[6] for match in markers):
+        raise UserError("a table of the page is not <!-- table: BENCH MACHINE SUBJECT --> … <!-- end -->")
+    return TABLE.sub(lambda match: match[1] + _table(results, *match.group(2, 3, 4, 5)) + match[7], page)
 
 
 def _table(results: Sequence[Result], bench: str, machine: str, name: str, pattern: str | None) -> str:
-    of = newest([result for result in results if result.machine == machine], bench)
-    result, rows = of.get(name, (None, []))
+    if bench == "summary":
+        return _markdown(*_summary(results))
+    results = [result for result in results if result.machine == machine]
+    result, rows = newest(results, bench).get(name, (None, []))
     rows = [row for row in rows if row["variants"] and re.search(pattern or "", label(row))]
     if result is None or not rows:
         raise UserError(f"no record has rows of {bench} {machine} {' '.join(filter(None, (name, pattern)))}")
     head, lines, notes = (_ladder if bench == "train" else _compared)(rows)
-    counts = sorted({found["n"] for row in rows for found in row["variants"].values() if "n" in found})
+    counts = sorted({times["n"] for row in rows for times in row["variants"].values() if "n" in times})
     about = f"{result.header.get('device')}, {'/'.join(dict.fromkeys(str(row.get('dtype')) for row in rows))}"
     rounds = (
         f"medians of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} rounds in turns" if counts else ""
     )
-    link = f"[record]({Path(os.path.relpath(result.path, ROOT)).as_posix()})"
+    path = result.path.relative_to(ROOT) if result.path.is_relative_to(ROOT) else result.path
     failed = dict.fromkeys(f"{way}: {why}" for row in rows for way, why in (row.get("failed") or {}).items())
-    words = [f"{about}, {rounds}, {result.date}, commit {result.commit} ({link}).", *notes]
+    words = [f"{about}, {rounds}, {result.date}, commit {result.commit} (`{path.as_posix()}`).", *notes]
     words += [f"Not measured: {'; '.join(failed)}."] if failed else []
+    return _markdown(head, lines, words)
+
+
+def _markdown(head: list[str], lines: list[list[str]], words: list[str]) -> str:
     body = [_line(head), _line(["---"] * len(head)), *map(_line, lines)]
     text = textwrap.fill(" ".join(words), 120, break_long_words=False, break_on_hyphens=False)
     return "\n".join(["", *body, "", text, ""])
@@ -64,8 +76,8 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
-def _compared(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Milliseconds of mm1 and of the others, and the ratio to the fastest."""
+def _compared(rows: list[Row]) -> Lines:
+    """Return milliseconds of mm1 and of the other ways, and the fastest peer's time over mm1's."""
     ways = dict.fromkeys(["mm1", *(way for row in rows for way in peers(row))])
     ways |= dict.fromkeys(way for row in rows for way in row["variants"] if way not in (*ways, CONTROL))
     rates = {"tokens_per_s": ("tokens/s", digits), "bandwidth_share": ("of the bandwidth", percent)}
@@ -78,25 +90,60 @@ def _compared(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]]:
         slower += kind == "slower"
         says = {"faster": f"{times} faster", "slower": f"**slower: {times}**", "even": f"{times}, within noise", "": ""}
         lines.append([
-            str(row.get("case")), label({**row, "gpu": None}, "what"),
+            str(row.get("case")), label({**row, "gpu": None}, "what"), says[kind],
             *(digits(1e3 * variants[way]["median"]) if way in variants else "" for way in ways),
-            *(how(variants.get("mm1", {}).get(field)) for field, (_, how) in rates.items()), says[kind],
+            *(how(variants.get("mm1", {}).get(field)) for field, (_, how) in rates.items()),
         ])  # fmt: skip
-    notes = ["Milliseconds; last, the fastest peer's time over mm1's."]
-    notes += ["dense: products of as many operations, a yardstick."] if DENSE in ways else []
+    notes = ["Milliseconds; `mm1 is` is the fastest peer's time over mm1's."]
+    notes += ["dense: matrix products of as many operations, a yardstick."] if DENSE in ways else []
     notes += [f"**mm1 is slower than the fastest peer in {slower} of {len(rows)} rows.**"] if slower else []
     hot = sum(bool((row.get("gpu") or {}).get("throttled")) for row in rows)
     notes += [f"The GPU throttled in {hot} of {len(rows)} rows."] if hot else []
-    return ["", "", *ways, *(name for name, _ in rates.values()), "mm1 is"], lines, notes
+    return ["", "", "mm1 is", *ways, *(name for name, _ in rates.values())], lines, notes
 
 
-def _ladder(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Of training: the rungs, and other ways."""
+def _ladder(rows: list[Row]) -> Lines:
+    """Return the rungs of the training ladder, and other ways to train the same model."""
     lines = [[
-        name, found.get("change") or found.get("about") or "another way", digits(1e3 * found["median"]),
-        digits(found.get("tokens_per_s")), percent(found.get("mfu")), percent(found.get("hfu")),
-    ] for row in rows for name, found in row["variants"].items() if name != CONTROL]  # fmt: skip
+        name, times.get("change") or times.get("about") or "another way", digits(1e3 * times["median"]),
+        digits(times.get("tokens_per_s")), percent(times.get("mfu")), percent(times.get("hfu")),
+    ] for row in rows for name, times in row["variants"].items() if name != CONTROL]  # fmt: skip
     return ["", "adds", "ms a step", "tokens/s", "MFU", "HFU"], lines, [f"A step: {row.get('case')}." for row in rows]
+
+
+def _summary(results: Sequence[Result]) -> Lines:
+    """Return a line for each op, trained model and part of generation that was compared with a peer."""
+    lines, devices = [], {}
+    for bench in ("kernels", "train", "generate"):
+        for name, (result, rows) in newest(results, bench).items():
+            groups: dict[str, list[tuple[float, str]]] = {}
+            for row in rows:
+                if best := _trained(row) if bench == "train" else fastest(row):
+                    title = f"`{name}`" if bench == "kernels" else f"{NAMES.get(row['what'], row['what'])}, {name}"
+                    groups.setdefault(title, []).append((best[1], verdict(best[1], row.get("noise"))))
+            for title, ratios in groups.items():
+                low, high = min(ratios)[0], max(ratios)[0]
+                kinds = [kind for _, kind in ratios]
+                device = devices.setdefault(str(result.header.get("device")), chr(ord("A") + len(devices)))
+                lines.append([
+                    title, f"{digits(low)}×" if low == high else f"{digits(low)}× … {digits(high)}×",
+                    *(str(kinds.count(kind)) if kind in kinds else "" for kind in ("faster", "even", "slower")), device,
+                ])  # fmt: skip
+    notes = ["The first column of numbers is the fastest peer's time over mm1's, its range over all cases: above 1 mm1",
+             "is faster. The next three count cases; `within noise` means that two runs of mm1 differ by as much.",
+             "Machines: " + "; ".join(f"{letter} is {name}" for name, letter in devices.items()) + "."]  # fmt: skip
+    return ["", "peer's time / mm1's", "faster", "within noise", "slower", "machine"], lines, notes
+
+
+def _trained(row: Row) -> tuple[str, float] | None:
+    """Return the fastest other way to train the model of a ladder, and its time over that of mm1's fastest rung."""
+    ways = {name: times for name, times in row["variants"].items() if name != CONTROL and not name.startswith(OWN)}
+    rungs = [times["median"] for times in ways.values() if times.get("change")]
+    others = {name: times["median"] for name, times in ways.items() if not times.get("change")}
+    if not rungs or not others:
+        return None
+    name = min(others, key=others.__getitem__)
+    return name, others[name] / min(rungs)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", {block.page for block in BLOCKS if block.kind == "python"}, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in BLOCKS if block.kind == "python"}), ids=lambda page: page.stem
+)
 def test_programs_run(page, place, monkeypatch):
     """Programs of one page run one after another, as a reader would type them."""
     monkeypatch.chdir(place)

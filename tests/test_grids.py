@@ -35,7 +35,7 @@ def test_longest_is_exact_or_a_bound_that_does_not_depend_on_the_batch():
     assert Grids([]).longest == 0
     assert Grids(SIZES, patches=120).longest == 120
     assert Grids(SIZES, patches=120, longest=110).longest == 110
-    with pytest.raises(ValueError, match="grids: an image of 100 patches exceeds the longest there may be, 99"):
+    with pytest.raises(ValueError, match="grids: an image of 100 patches exceeds longest = 99"):
         Grids(SIZES, patches=120, longest=99)
 
 

@@ -72,7 +72,7 @@ LAUNCH = """
 import torch
 from mm1.kernels import dispatch
 from mm1.kernels.abstractor.pooling import _pool_kernel
-dispatch.launch(_pool_kernel, 1, torch.zeros(3))
+dispatch.launch(_pool_kernel, 1, x_ptr=torch.zeros(3))
 """
 
 

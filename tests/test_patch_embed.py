@@ -365,7 +365,7 @@ def test_refuses_bad_arguments():
         "grids: a side is not positive": lambda: Grids([(2, 3), (0, 3)]),
         "grids: a side is no multiple of merge 2": lambda: Grids([(2, 3)], merge=2),
         "grids: 1 images of 6 patches exceed": lambda: Grids([(2, 3)], patches=5),
-        "grids: an image of 6 patches exceeds the longest": lambda: Grids([(2, 3)], longest=5),
+        "grids: an image of 6 patches exceeds longest = 5": lambda: Grids([(2, 3)], longest=5),
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=match):
             run()

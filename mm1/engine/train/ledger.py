@@ -17,13 +17,19 @@ them; but their 6N + 12LHQT a token counts all n² pairs of causal attention, ma
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from mm1.engine.data.batch import Batch
-from mm1.engine.layers.layer import blocks_to_shard
+from mm1.engine.layers.layer import BlockLayer, blocks_to_shard
 from mm1.engine.layers.workload import Operations, Workload
 from mm1.engine.models.registry import on_meta
 from mm1.engine.models.spec import Model, ModelConfig
+
+
+@cache
+def blocks_of(c: ModelConfig) -> list[BlockLayer]:
+    """Return the blocks of a model without memory; a search for a layout asks for them thousands of times."""
+    return blocks_to_shard(on_meta(c))
 
 
 def workload(batch: Batch) -> Workload:
@@ -85,7 +91,7 @@ def ledger(c: ModelConfig, sizes: Workload | Batch, *, recompute: str = "none") 
         counted.padding[part] += (1 + useful.backward) * (executed.forward - n)
         if executed.attention:
             counted.recompute[part] += executed.forward // 2
-    for block in blocks_to_shard(model) if recompute == "blocks" else ():
+    for block in blocks_of(c) if recompute == "blocks" else ():
         for executed in block.operations(sizes):
             counted.recompute[executed.part] += executed.forward
     return counted
@@ -93,7 +99,7 @@ def ledger(c: ModelConfig, sizes: Workload | Batch, *, recompute: str = "none") 
 
 def _operations(model: Model, sizes: Workload) -> list[Operations]:
     """Return the operations of the whole model, part by part."""
-    blocks = (block.operations(sizes) for block in blocks_to_shard(model))
+    blocks = (block.operations(sizes) for block in blocks_of(model.config))
     return [*model.operations(sizes), *(operations for block in blocks for operations in block)]
 
 

@@ -18,14 +18,14 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from mm1.engine.data.document import DECODED_AHEAD
-from mm1.engine.layers.layer import blocks_to_shard, prefixed
+from mm1.engine.layers.layer import prefixed
 from mm1.engine.layers.workload import Layout, Workload
 from mm1.engine.models.registry import on_meta
 from mm1.engine.models.spec import Model, ModelConfig
 from mm1.engine.run_config import Run
 from mm1.engine.train import host
 from mm1.engine.train.host import NODE
-from mm1.engine.train.ledger import ledger
+from mm1.engine.train.ledger import blocks_of, ledger
 from mm1.errors import UserError
 from mm1.kernels.device import DEVICES
 
@@ -192,20 +192,35 @@ def typical(run: Run, document: int) -> Workload:
 @cache
 def _experts(c: ModelConfig) -> int:
     """Return the number of experts of a layer that has most; 0 of a dense model."""
-    blocks = blocks_to_shard(on_meta(c))
+    blocks = blocks_of(c)
     return max((n.divisible()["experts"] for block in blocks for n in block.expert_layers().values()), default=0)
+
+
+class _Names(NamedTuple):
+    """Says how the parameters of a model are divided: names to axes and to blocks, and those of experts."""
+
+    axes: dict[str, int]  # along which a tensor group or the processes with experts divide it
+    blocks: dict[str, str]  # the block with which it is gathered
+    experts: set[str]
+
+
+@cache
+def _names(c: ModelConfig) -> _Names:
+    model, blocks = on_meta(c), set(blocks_of(c))
+    paths = {block: path for path, block in model.named_modules() if block in blocks}
+    layers = {f"{path}.{name}": layer for block, path in paths.items() for name, layer in block.expert_layers().items()}
+    return _Names(
+        {name: axis for block, path in paths.items() for name, axis in prefixed(path, block.axes())},
+        {name: path for block, path in paths.items() for name, _ in prefixed(path, block.matrices())},
+        {name for path, layer in layers.items() for name, _ in prefixed(path, layer.axes())},
+    )
 
 
 def shares(run: Run, gpus: int) -> list[Share]:
     """Return the share of every parameter. Raises UserError for settings of `parallel` that do not go together."""
     p, result, shard = run.parallel, [], _shard(run, gpus)
-    model = on_meta(run.model)
-    paths = {block: path for path, block in model.named_modules() if block in blocks_to_shard(model)}
-    axes = {name: axis for block, path in paths.items() for name, axis in prefixed(path, block.axes())}
-    gathered = {name: path for block, path in paths.items() for name, _ in prefixed(path, block.matrices())}
-    layers = {f"{path}.{name}": layer for block, path in paths.items() for name, layer in block.expert_layers().items()}
-    experts = {name for path, layer in layers.items() for name, _ in prefixed(path, layer.axes())}
-    for name, parameter in model.named_parameters():
+    axes, blocks, experts = _names(run.model)
+    for name, parameter in on_meta(run.model).named_parameters():
         (rows, *columns), axis = parameter.shape, axes.get(name)
         # Experts are cut among `expert` neighbours first, and each of these parts among the others that shard.
         apart = p.expert if name in experts else 1
@@ -214,7 +229,7 @@ def shares(run: Run, gpus: int) -> list[Share]:
         across = len(columns) == 2 and columns[0] % ranks == 0  # as parallel cuts experts
         here = columns[0] if across else rows if axis else rows // cuts
         chunk = -(-here // ranks)
-        group = gathered.get(name, "")
+        group = blocks.get(name, "")
         result.append(Share(group, used, chunk * (used // here), ranks, stride, cuts * -(-here // chunk)))
     return result
 
@@ -229,7 +244,7 @@ def _shard(run: Run, gpus: int) -> int:
     _expect(p.tensor == 1 or p.expert == 1, "settings parallel.tensor and parallel.expert are both above 1")
     dense = f"setting parallel.expert is {p.expert}, expected 1 for a model without experts"
     _expect(p.expert == 1 or experts > 0, dense)
-    counts = {("tensor", name, count) for block in blocks_to_shard(on_meta(run.model))
+    counts = {("tensor", name, count) for block in blocks_of(run.model)
               for name, count in block.divisible().items()}  # fmt: skip
     for setting, name, count in [("expert", "GPUs that shard", shard), ("expert", "experts", experts), *sorted(counts)]:
         value = getattr(p, setting)
@@ -277,7 +292,7 @@ def activations(c: ModelConfig, load: Workload, layout: Layout, *, recompute: st
     attention and experts; both add one block that is computed again.
     """
     model: Model = on_meta(c)
-    blocks = [block.kept_bytes(load, layout) for block in blocks_to_shard(model)]
+    blocks = [block.kept_bytes(load, layout) for block in blocks_of(c)]
     kept = {
         "activations outside of blocks": model.kept_bytes(load, layout),
         "activations of blocks": sum(block.everything for block in blocks),
@@ -311,7 +326,7 @@ def traffic(
         copies = 8 * s.stored * (p.replicate - 1) / p.replicate
         fsdp += copies / ring(p.replicate, gpus // p.replicate)
     passes = 3 if t.recompute == "blocks" else 2  # forward, backward, and forward again
-    sent = [block.traffic(load) for block in blocks_to_shard(on_meta(run.model))]
+    sent = [block.traffic(load) for block in blocks_of(run.model)]
     reduced = 2 * passes * (p.tensor - 1) / p.tensor * sum(block.reduced for block in sent)
     near = min(p.expert, NODE)
     slowest = max((near - 1) / link, (p.expert - near) / network) / (p.expert * REACHED * 1e9)

@@ -61,7 +61,7 @@ class Grids:
                 f"{images} images and {patches} patches"
             )
         if largest > self.longest:
-            raise ValueError(f"grids: an image of {largest} patches exceeds longest, {self.longest}")
+            raise ValueError(f"grids: an image of {largest} patches exceeds longest = {self.longest}")
         table += [first, 0, 0, 0] * (images - len(self.sizes))
         with torch.inference_mode(False):  # tensors made in inference mode could not be trained with later
             self._fill(

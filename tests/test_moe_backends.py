@@ -38,7 +38,7 @@ def layer(backend: str) -> Experts:
     return experts
 
 
-@pytest.mark.parametrize("tokens, experts", [(23, 5), (1, 3), (7, 1), (3, 40)])
+@pytest.mark.parametrize("tokens, experts", [(23, 5), (1, 3), (7, 1), (3, 40), (23, 8)])
 @pytest.mark.parametrize("backend, dtype", installed())
 def test_each_computes_the_reference_and_its_gradients(backend, dtype, tokens, experts):
     def random(*shape):

@@ -89,6 +89,17 @@ def test_it_is_trained_resumed_loaded_and_generated_from(tmp_path):
     assert len(texts) == 2
 
 
+def test_documents_and_prompts_longer_than_a_page_need_no_slots_of_images(tmp_path):
+    """Documents are cut to fill a sequence, and full pages of a prompt have names: both count tokens of images."""
+    lines = [" ".join(["one two three"] * (12 + i)) for i in range(12)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    run = text_run(steps=6)
+    sources = (Source("text", (str(tmp_path / "text.txt"),)),)
+    trained(tmp_path / "run", dataclasses.replace(run, data=dataclasses.replace(run.data, sources=sources)))
+    model = mm1.load(tmp_path / "run", dtype=torch.float32)
+    assert generate(model, [[" ".join(["one two three"] * 10)]], max_tokens=4)
+
+
 def test_its_settings_are_read_as_they_were_written():
     run = text_run()
     assert from_dict(to_dict(run)) == run
@@ -96,6 +107,8 @@ def test_its_settings_are_read_as_they_were_written():
         from_dict({**to_dict(run), "model": {"kind": "text", "decoder": {**to_dict(run.model.decoder), "heads": 3}}})
     with pytest.raises(UserError, match=r"setting model\.kind is 'tex', expected one of mm1, text"):
         from_dict({"model": {"kind": "tex"}})
+    with pytest.raises(UserError, match=r"setting model\.kind is \[1\], expected one of mm1, text"):
+        from_dict({"model": {"kind": [1]}})
 
 
 def test_it_is_counted_and_planned():

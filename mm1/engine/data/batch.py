@@ -1,4 +1,4 @@
-"""The packed Batch: the only form in which data enters the model, for training, evaluation and prefill."""
+"""Define the packed Batch, in which data enters a model in training and in benchmarks of it."""
 
 import zlib
 from collections.abc import Sequence

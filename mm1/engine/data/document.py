@@ -47,10 +47,13 @@ class Document:
         return text if self.prompt_mask is None else text & ~self.prompt_mask[1:]
 
     def section(self, start: int, stop: int, image_id: int, slots: int) -> "Document":
-        """Return tokens start to stop as a document; neither end lies inside the slots of a view."""
+        """Return tokens start to stop as a document; neither end lies inside the slots of a view.
+
+        slots: tokens of one view; 0 of a model of text alone.
+        """
         if start == 0 and stop == len(self.tokens):
             return self
-        first, last = (int((self.tokens[:end] == image_id).sum()) // slots for end in (start, stop))
+        first, last = (int((self.tokens[:end] == image_id).sum()) // max(slots, 1) for end in (start, stop))
         key = f"{self.key}@{start}" if start else self.key
         mask = None if self.prompt_mask is None else self.prompt_mask[start:stop]
         return Document(self.tokens[start:stop], self.media[first:last], key, mask)
@@ -89,7 +92,7 @@ def units_of(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[Vi
         if isinstance(part, str):
             units.append(Unit(tokenizer.encode(part) + [tokenizer.eos] * isinstance(part, Answer), []))
         elif not slots:
-            raise UserError(f"an {part[0].kind}, but the model takes none")
+            raise UserError(f"an {part[0].kind if part else 'image'}, but the model takes none")
         else:
             units.append(Unit([tokenizer.image] * slots * len(part), part))
     return units

@@ -88,7 +88,7 @@ def read_image(name: Any, folder: Path) -> bytes:
     if re.match(r"[A-Za-z][\w.+-]*://", name):
         raise Unreadable(
             f"image {name[:200]!r} is a URL, which is never fetched: download the images and name their files, "
-            "as the README says under OBELICS"
+            "as docs/data.md says under OBELICS"
         )
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:

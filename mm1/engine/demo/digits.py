@@ -179,7 +179,7 @@ def _tell(out: Path, summary: dict[str, Any], pictures: bool) -> None:
     print(
         f"  mm1 generate {out}/checkpoint --image photo.png --prompt 'quiz\n<image>question: how many sevens? answer:'"
     )
-    print("  mm1 train your-run.toml      (the README shows the three formats)")
+    print("  mm1 train your-run.toml      (docs/data.md shows the formats of data)")
 
 
 def _shown(score: dict[str, float]) -> str:

@@ -193,9 +193,10 @@ def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: T
 def page_names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: int) -> list[bytes]:
     """Return the names of a prompt's full pages, except for a last one that ends with the prompt.
 
-    digests: of its views of media (record.view_digest), each of which has `slots` tokens image_id.
+    digests: of its views of media (record.view_digest), each of which has `slots` tokens image_id; slots is 0 where the
+    model takes text alone.
     """
-    names, name = [], b""
+    names, name, slots = [], b"", max(slots, 1)
     counts = np.cumsum(tokens == image_id)  # slots of media up to each row
     for start in range(0, len(tokens) - PAGE, PAGE):
         first, last = (int(counts[start - 1]) if start else 0) // slots, cdiv(int(counts[start + PAGE - 1]), slots)

@@ -228,7 +228,8 @@ class CAbstractor(Layer):
         rows, hidden = workload.images * math.prod(self.out), self.hidden
         # x, W1 x and W3 c of each block, as conv_block keeps them.
         blocks = 3 * self.depth * hidden * (workload.patches + rows)
-        readout = rows * (hidden + 2 * (self.readout_depth - 1) * self.out_width)
+        read = hidden if self.depth else self.in_width
+        readout = rows * (read + 2 * (self.readout_depth - 1) * self.out_width)
         return layout.itemsize * (workload.patches * self.in_width + blocks + readout)
 
 

@@ -55,7 +55,9 @@ def split_parameter(module: nn.Module, name: str, mesh: DeviceMesh, axis: int) -
 
 
 def split_linear(linear: nn.Linear, mesh: DeviceMesh, axis: int) -> None:
-    """Let a linear without bias multiply by this process's part of its weight along `axis`."""
+    """Let a linear multiply by this process's part of its weight along `axis`. Raises ValueError if it has a bias."""
+    if linear.bias is not None:
+        raise ValueError("a linear with a bias cannot be split: the sum over processes would add the bias to each part")
     split_parameter(linear, "weight", mesh, axis)
     linear.forward = lambda input: F.linear(input, local_part(linear.weight))
 

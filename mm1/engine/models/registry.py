@@ -48,7 +48,7 @@ def on_meta(config: Any) -> "Model":
 
 
 def _entry(kind: str) -> Entry:
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"setting model.kind is {kind!r}, expected one of {', '.join(KINDS)}")
     return KINDS[kind]
 

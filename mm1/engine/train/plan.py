@@ -4,7 +4,7 @@
     time     max(operations / (share of peak · peak), FSDP's traffic) + tensor and expert parallelism's traffic + AdamW
     host     bytes and seconds of a checkpoint, host memory of a node (host.py)
 
-Parameters, operations and bytes sent are counted as parallel.py shards and train.py steps. Rates are assumed; `show`
+Parameters, operations and bytes sent are counted as parallel.py shards and step.py computes. Rates are assumed; `show`
 prints every assumption. Sources: Rajbhandari et al. 2020 (ZeRO) for 16 bytes of state a parameter, Zhao et al. 2023
 (FSDP) for what is gathered, Korthikanti et al. 2023 for activations.
 """

@@ -54,8 +54,8 @@ def attention(
     _check(q, k, v, **integers)
     expect(backend == "auto" or backend in BACKENDS, "attention", "backend", backend, ("auto", *BACKENDS))
     if prefix is not None:
-        # Lengths past 32 bits mean full masks and must not wrap round.
-        mask = Prefix((prefix.clamp(max=2**31 - 1) if prefix.dtype == torch.int64 else prefix).int())
+        # Lengths past 32 bits must not wrap round.
+        mask = Prefix((prefix.clamp(0, 2**31 - 1) if prefix.dtype == torch.int64 else prefix).int())
     cu_q, cu_k = (x.int() for x in (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k))
     inputs = Inputs(q, k, v, cu_q, cu_k, None if used_k is None else used_k.int(), mask, max_length)
     if backend == "auto":

@@ -67,7 +67,7 @@ def _megablocks(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     K, E = r.index.shape[1], len(down)
     with torch.no_grad():
         index = r.index.flatten()
-        bin_ids, order = ops.sort(index, max((E - 1).bit_length(), 1))
+        bin_ids, order = ops.sort(index, E.bit_length())  # index E is that of padding
         counts = ops.histogram(index, E)
         bins = ops.inclusive_cumsum(counts, 0).reshape(-1)  # with one expert it has no dimension
         sizes = counts.cpu().long()  # its grouped GEMM takes them on the host

@@ -379,7 +379,7 @@ def test_a_path_without_a_link_is_not_resolved(data_folder, tmp_path, monkeypatc
 def test_a_url_is_told_with_what_to_do(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"texts": [None, "x"], "images": ["https://a.b/c.png", None]}))
     with pytest.raises(
-        Unreadable, match="never fetched: download the images and name their files, as docs/data.md says"
+        Unreadable, match=r"never fetched: download the images and name their files, as docs/data\.md says"
     ):
         Interleaved("d.jsonl", tmp_path)[0]
 

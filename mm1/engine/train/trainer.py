@@ -246,7 +246,7 @@ class Trainer:
         }
 
     def _leave_out(self, done: StepResult, sums: dict[str, float]) -> None:
-        """Write down a step that changed nothing; after more than train.skips in a row go back to the last checkpoint."""
+        """Write down a step that changed nothing; after more than train.skips in a row rewind to a checkpoint."""
         why = "no target tokens" if not sums["targets"] else f"loss {sums['loss']}, gradient norm {sums['norm']}"
         note = {"step": done.step, "why": why, "keys": done.keys, "data": done.data_before, "sums": repr(sums)}
         path = self.folder / "left-out" / f"step-{done.step:08d}-{self.world.rank}.json"

@@ -187,6 +187,20 @@ def test_a_checkpoint_never_holds_a_value_that_is_not_finite(where, value, tmp_p
                 assert tensor.isfinite().all(), (folder.name, name)
 
 
+def test_a_weight_that_no_loss_reads_and_is_not_finite_is_told_once(tmp_path):
+    """The embedding of a token that the data do not contain breaks in step 2; a tied head would read it."""
+    told = Told()
+    run = dataclasses.replace(small_run(save_every=4, rewinds=0), model=small_model(tied=False))
+    trainer = Trainer(run, tmp_path / "run", told, False)
+    weight = trainer.state.local_parameters["decoder.embedding.weight"]
+    trainer.observers.append(At(ends={2: lambda: weight.data[-1].fill_(float("nan"))}))
+    with pytest.raises(FloatingPointError):
+        trainer.fit()
+    assert [text for text in told.warnings if "not finite" in text] == [
+        "step 4: weights are not finite, so no checkpoint is written"]  # fmt: skip
+    assert not checkpoint.numbered(tmp_path / "run")
+
+
 def test_after_a_rewind_no_step_is_in_the_metrics_twice(tmp_path):
     run = small_run(skips=1, save_every=4)
     told = Display(tmp_path / "run", run.train, out=open(os.devnull, "w"))  # noqa: SIM115

@@ -100,3 +100,8 @@ def test_megablocks_says_what_it_lacks():
 def test_another_name_is_refused():
     with pytest.raises(UserError, match="moe_backend is 'fast', expected one of mm1, torch, megablocks"):
         load_run("digits", ["model.decoder.moe_backend=fast"])
+
+
+def test_an_unknown_name_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match="moe_backend is 'x', expected one of mm1, torch, megablocks"):
+        find("x")

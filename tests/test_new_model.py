@@ -100,6 +100,20 @@ def test_documents_and_prompts_longer_than_a_page_need_no_slots_of_images(tmp_pa
     assert generate(model, [[" ".join(["one two three"] * 10)]], max_tokens=4)
 
 
+@pytest.mark.parametrize("name", ["tokens", "norm", "nll"])
+def test_sums_without_a_loss_or_with_a_name_of_the_trainers_own_are_refused(name, tmp_path, monkeypatch):
+    forward = TextModel.forward
+
+    def other(self, batch):
+        losses = forward(self, batch)
+        names = {"loss": losses.sums["loss"]} if name != "nll" else {}
+        return losses._replace(sums=names | {name: losses.sums["loss"]})
+
+    monkeypatch.setattr(TextModel, "forward", other)
+    with pytest.raises(ValueError, match=rf"TextModel returned the sums .*{name}, expected \"loss\" among them"):
+        Trainer(text_run(), tmp_path / "run", Quiet()).step()
+
+
 def test_its_settings_are_read_as_they_were_written():
     run = text_run()
     assert from_dict(to_dict(run)) == run

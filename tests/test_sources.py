@@ -374,6 +374,23 @@ def turns(*texts):
     return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
 
 
+def test_an_image_without_bytes_and_path_is_told_where_no_text_stands(tmp_path):
+    empty = {"bytes": None, "path": None}  # the form in which data sets store that there is no image, beside a text
+    rows = [{"texts": ["a", "b"], "images": [empty, None]}, {"texts": ["a", None], "images": [None, empty]}]
+    source = Interleaved(str(write_lines(tmp_path / "a.jsonl", rows)), tmp_path)
+    assert source[0].parts == ("a", "b")
+    with pytest.raises(Unreadable, match="an image with neither bytes nor a path"):
+        source[1]
+
+
+def test_images_of_a_conversation_may_stand_beside_an_image_that_is_null(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"file")
+    turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "one"}]
+    rows = [{"conversations": turns, "image": None, "images": ["a.png"]}]
+    source = Conversations(str(write_lines(tmp_path / "a.jsonl", rows)), tmp_path)
+    assert Media("image", b"file") in source[0].parts
+
+
 def test_conversations_are_asked_and_answered(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(PNG + name.encode())

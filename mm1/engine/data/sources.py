@@ -171,6 +171,8 @@ class Interleaved(Source):
         for text, image in zip(texts, images):
             if isinstance(image, dict):  # Hugging Face datasets
                 image = image.get("path") if image.get("bytes") is None else image["bytes"]
+                if image is None and text is None:
+                    raise Unreadable("an image with neither bytes nor a path")
             if text is not None and image is not None:
                 raise Unreadable("text and image at the same position")
             if image is not None:
@@ -183,7 +185,8 @@ class Interleaved(Source):
 
 
 class Conversations(Source):
-    """LLaVA's form: "conversations" of {"from": "human" | "gpt", "value": text}, and "image", one or a list.
+    """LLaVA's form: "conversations" of {"from": "human" | "gpt", "value": text}, and "image" or "images", one
+    or a list.
 
     Each <image> in a human's text is replaced by the next image, which is named as in Interleaved. A human's text
     becomes "USER: … ASSISTANT:", and only the answers are trained on.
@@ -199,7 +202,7 @@ class Conversations(Source):
         turns = item.get("conversations") if isinstance(item, dict) else None
         if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
             raise Unreadable('expected a list "conversations" of objects')
-        named = item.get("image", item.get("images"))
+        named = item.get("images") if item.get("image") is None else item["image"]
         images = named if isinstance(named, list) else [] if named is None else [named]
         texts = [checked_text(turn.get("value"), "turn").strip() for turn in turns]
         speakers = [turn.get("from") for turn in turns]

@@ -50,8 +50,10 @@ def generate(
     together reach the length that the model was trained on. Raises UserError for a prompt that is longer.
     """
     sampling = Sampling(
-        max_tokens, temperature, top_p, top_k, repetition_penalty, stop, None, num_beams, length_penalty,
-        early_stopping, min_p, frequency_penalty, presence_penalty, logit_bias or {},
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
+        logit_bias=logit_bias or {}, stop=stop, num_beams=num_beams, length_penalty=length_penalty,
+        early_stopping=early_stopping,
     )  # fmt: skip
     documents = encode_prompts(model, prompts)
     lengths = [len(document.tokens) for document in documents]

@@ -96,6 +96,11 @@ def run_micro_batches(
             observer.batch_drawn(batch)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = state.model(batch)
+        if "loss" not in losses.sums or losses.sums.keys() & set(COUNTS):
+            raise ValueError(
+                f'{type(state.model).__name__} returned the sums {", ".join(losses.sums)}, expected "loss" among '
+                f"them and none of the trainer's own {', '.join(COUNTS)}"
+            )
         losses.objective.backward()
         totals = torch.stack([part.total for part in losses.sums.values()]).detach().double()
         done.totals = totals if done.totals is None else done.totals + totals

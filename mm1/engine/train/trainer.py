@@ -89,7 +89,7 @@ class Trainer:
         self.pending: deque[StepResult] = deque()  # steps whose results were not read
         self.steps_done = self.rewinds = 0
         self.bad_steps = 0  # in a row, up to the last one, whose loss or gradient was not finite
-        self.drops_shown = False
+        self.drops_shown = self.unsound_shown = False
         self.rewound_to: Path | None = None  # until a step is good
         self.settled = time.perf_counter()  # when the results of the step before were read
         self._begin(start, accept_other_data)
@@ -298,6 +298,9 @@ class Trainer:
             self.save()
         elif last and not self.stop.agreed:
             self._rewind(f"step {self.steps_done} left weights that are not finite")
+        elif not finite and not self.bad_steps and not self.unsound_shown:
+            self.unsound_shown = True
+            self.display.warn(f"step {self.steps_done}: weights are not finite, so no checkpoint is written")
 
     def save(self) -> None:
         """Write a checkpoint of the steps done; one of several processes is written while the next steps run."""

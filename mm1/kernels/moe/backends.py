@@ -31,7 +31,9 @@ class Library(NamedTuple):
 
 
 def find(name: str) -> Backend:
-    """Return the implementation of this name, which can be pickled. Raises UserError if its library is missing."""
+    """Return the implementation of this name, which can be pickled. Raises UserError if it is unknown or missing."""
+    if name not in BACKENDS:
+        raise UserError(f"moe_backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if how := BACKENDS[name].missing():
         raise UserError(f'moe_backend "{name}" needs {how}')
     return partial(_run, name)

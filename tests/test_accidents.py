@@ -190,7 +190,7 @@ def test_a_checkpoint_never_holds_a_value_that_is_not_finite(where, value, tmp_p
 def test_a_weight_that_no_loss_reads_and_is_not_finite_is_told_once(tmp_path):
     """The embedding of a token that the data do not contain breaks in step 2; a tied head would read it."""
     told = Told()
-    run = dataclasses.replace(small_run(save_every=4, rewinds=0), model=small_model(tied=False))
+    run = dataclasses.replace(small_run(save_every=4, rewinds=0), model=small_model(tied=False, vocabulary=512))
     trainer = Trainer(run, tmp_path / "run", told, False)
     weight = trainer.state.local_parameters["decoder.embedding.weight"]
     trainer.observers.append(At(ends={2: lambda: weight.data[-1].fill_(float("nan"))}))

@@ -64,7 +64,7 @@ def bias_router(model, bias):
 def batches():
     """Eight batches: the second has no images, the third no target, the fourth no document."""
     torch.manual_seed(0)
-    budget = Budget(tokens=96, media=8, patches=64, documents=8, longest=9)
+    budget = Budget(tokens=96, media=8, patches=64, documents=8, max_patches=9)
     odd = {1: [document(7), document(30, 5)], 2: [document((2, 3)), document((1, 1))], 3: []}
     return [packed(odd[i] if i in odd else documents(), budget) for i in range(8)]
 

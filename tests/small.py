@@ -7,8 +7,9 @@ import torch
 
 from mm1.engine.data.batch import Batch, exact_budget, pack
 from mm1.engine.data.config import Data, Source
-from mm1.engine.data.document import Budget, Document, TextTokenizer
+from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.record import View
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import DIGITS, Model
 from mm1.engine.run_config import DIGITS_FOLDER as FOLDER

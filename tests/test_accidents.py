@@ -16,8 +16,8 @@ from small import FOLDER, At, small_model, small_run
 from test_train import Poison, Told, assert_same
 
 from mm1.engine.data.config import Source
-from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.streams import make_streams
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.run_config import to_dict
 from mm1.engine.settings import to_toml
 from mm1.engine.train import checkpoint, safety

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import mm1
 from mm1.engine.convert.assemble import assemble
 from mm1.engine.data.batch import exact_budget, pack
-from mm1.engine.data.document import SPECIAL, Document, TextTokenizer
+from mm1.engine.data.document import Document
+from mm1.engine.data.text_tokenizer import SPECIAL, TextTokenizer
 from mm1.engine.layers.connector import CAbstractor
 from mm1.engine.models.mm1_config import DIGITS, MODELS
 from mm1.engine.run_config import DIGITS_FOLDER

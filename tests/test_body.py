@@ -11,8 +11,8 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.references import BASE64_PIECE, decode_base64, decode_percent, read_image
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.run_config import DIGITS_FOLDER
 from mm1.engine.serve import body
 from mm1.engine.serve.body import DEPTH, DIGITS, LONG, SLICE, TEXT, VALUES, TooLarge, dumps, end_of_string, loads

@@ -357,7 +357,7 @@ def test_answers_are_scored_as_the_tokens_that_they_have_behind_their_prompt(tmp
     """A tokenizer that puts "▁" before every text, as Llama 2's; and one whose tokens cross the boundary."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    from mm1.engine.data.document import TextTokenizer
+    from mm1.engine.data.text_tokenizer import TextTokenizer
     from mm1.engine.infer.prompts import continued
 
     vocab, pieces = {}, ["▁", *"onetwhra:", "▁a", "▁o", "▁on", "▁one", "▁t", "▁tw", "▁two", ":o", "<unk>"]

@@ -17,8 +17,9 @@ import mm1
 from mm1.cli import main
 from mm1.engine.convert.assemble import assemble
 from mm1.engine.convert.weights import from_hf
-from mm1.engine.data.document import Document, TextTokenizer
+from mm1.engine.data.document import Document
 from mm1.engine.data.record import View
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.evaluation.evaluate import evaluate
 from mm1.engine.evaluation.samples import Sample
 from mm1.engine.infer.asynchronous import AsyncEngine

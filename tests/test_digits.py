@@ -1,4 +1,4 @@
-"""The demo's data is small, true, split without leaks, and reproduced exactly by its script."""
+"""Show that the demo's data is small, true, split without leaks, and reproduced exactly by its script."""
 
 import gzip
 import io

@@ -1,14 +1,14 @@
-"""Micro-batches dealt to processes, and made ready by a thread."""
+"""Show that micro-batches are divided among processes, and loaded in advance by a thread."""
 
 import dataclasses
 
 import pytest
 import torch
-from small import small_run
+from small import document, packed, small_run
 
-from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.feed import Feed
 from mm1.engine.data.streams import Streams, make_streams, merged
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.errors import UserError
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_other_processes_go_on_with_what_is_next(before, after):
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_state_is_that_behind_the_last_batch_taken(ahead):
+def test_the_state_is_that_after_the_last_batch_taken(ahead):
     truth = keys(streams(), 8)
     feed = Feed(streams(), CPU, ahead)
     assert keys(feed, 5) == truth[:5]
@@ -62,8 +62,30 @@ class Broken(Streams):
         raise UserError("shard-1: 100 unreadable records in a row")
 
 
+class FailsOnce(Streams):
+    """Raise an error for the second batch alone."""
+
+    taken = 0
+
+    def __next__(self):
+        self.taken += 1
+        if self.taken == 2:
+            raise UserError("shard-1 is unreadable")
+        return packed([document(3)])
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_no_later_batch_is_yielded_after_an_error(ahead):
+    feed = Feed(FailsOnce({}, 1), CPU, ahead)
+    next(feed)
+    for _ in range(3):
+        with pytest.raises(UserError, match="shard-1"):
+            next(feed)
+    feed.close()
+
+
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_what_is_wrong_with_the_data_is_told_where_a_batch_is_taken(ahead):
+def test_an_error_of_the_data_is_raised_where_a_batch_is_taken(ahead):
     feed = Feed(Broken({}, 1), CPU, ahead)
     for _ in range(2):
         with pytest.raises(UserError, match="shard-1"):

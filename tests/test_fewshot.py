@@ -8,8 +8,9 @@ import torch
 from small import SLOTS, small_mm1, small_model
 from test_generate import picture
 
-from mm1.engine.data.document import TextTokenizer
+from mm1.engine.data.codecs import codec_of
 from mm1.engine.data.images import ImagePolicy
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.evaluation.fewshot import (
     Retrieval,
     Shot,
@@ -26,7 +27,7 @@ from mm1.engine.evaluation.fewshot import (
 )
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.engine import Engine
-from mm1.engine.infer.prompts import encode_prompts, policy_of
+from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
 from mm1.errors import UserError
@@ -91,7 +92,7 @@ def test_shots_that_queries_share_are_computed_once_and_change_nothing(model):
 
 
 def test_mixed_resolution_is_each_image_encoded_by_hand(parted):
-    t, whole, single = parted.tokenizer, policy_of(parted), policy_of(parted, parts=1)
+    t, whole, single = parted.tokenizer, codec_of(parted.config), dataclasses.replace(codec_of(parted.config), parts=1)
     a, b, c = picture(24, 24, 1), picture(30, 12, 2), picture(12, 30, 3)
     parts = [a, "one", b, c, "two"]
     for last, many in {0: (1, 1, 1), 1: (1, 1, 5), 2: (1, 5, 5), 3: (5, 5, 5), 9: (5, 5, 5)}.items():
@@ -145,7 +146,7 @@ def test_retrieval_is_the_cosine_of_mean_outputs_whatever_the_batch(model):
     pool = [picture(12 * (1 + i % 2), 12 * (1 + i % 3), i) for i in range(7)]
     retrieval = Retrieval(model, pool, batch=3)
     for image, feature in zip(pool, retrieval.features):
-        pixels = torch.from_numpy(policy_of(model).resize(image))
+        pixels = torch.from_numpy(codec_of(model.config).resize(image))
         with torch.inference_mode():
             grids = Grids([(pixels.shape[0] // 4, pixels.shape[1] // 4)])
             mean = model.vision(pixels.reshape(-1, 3), grids).mean(0)

@@ -1,4 +1,4 @@
-"""How full batches are whatever the documents' lengths, which documents they take, and what is said if they are not."""
+"""Show how full batches are for documents of any lengths, which documents they take, and how a run warns."""
 
 import collections
 import dataclasses
@@ -11,11 +11,12 @@ import torch
 from small import IMAGE, PATCH, small_run
 
 from mm1.engine.data.config import Source
-from mm1.engine.data.document import Budget, Document, TextTokenizer
+from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.mixture import Drawn
 from mm1.engine.data.packing import BUFFER, Loader
 from mm1.engine.data.record import View
 from mm1.engine.data.streams import Streams, make_streams
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.run_config import DIGITS_RUN
 from mm1.errors import UserError
 
@@ -23,9 +24,9 @@ T, SLOTS = 1024, 16
 
 
 class Stream:
-    """A mixture whose records are what `draw` makes of a generator and a position: documents as lists of parts.
+    """Yield the records that `draw` makes from a generator and a position: documents as lists of parts.
 
-    Numbers are that many text tokens, pairs an image of so many patches.
+    A number is a text of that many tokens, a pair an image of that many patches.
     """
 
     def __init__(self, draw):
@@ -54,7 +55,7 @@ class Stream:
 
 
 def text(length, limit=T):
-    """A text of so many tokens, cut as the encoder cuts what is longer than a sequence."""
+    """Return a text of `length` tokens, cut into sequences as the encoder cuts it."""
     lengths = [limit] * (length // limit) + ([length % limit] if length % limit > 2 else [])
     return [[n - 2] for n in lengths]
 
@@ -117,10 +118,10 @@ def test_as_many_documents_fit_as_the_shortest_need(tmp_path):
 
 
 def test_each_batch_takes_the_largest_that_fits_then_the_next_largest():
-    """By the rule itself, applied to copies of the pool."""
+    """The rule itself is applied to copies of the pool."""
     batches = loader(lambda r, p: caption(r, (2, int(r.integers(1, 9)))) if p % 2 else text(int(r.lognormal(4, 1)) + 3))
     for _ in range(50):
-        batches._refill()
+        batches.fill_pool()
         pool, budget = list(batches.waiting), batches.budget
         room, keys = np.array([budget.tokens, budget.media, budget.patches]), []
         total = room.copy()
@@ -144,8 +145,8 @@ def test_documents_stay_whole_where_that_fills_the_batch():
 def test_of_a_document_that_is_cut_every_token_and_image_comes_once_and_in_order(name):
     batches, parts = loader(CASES[name]), collections.defaultdict(list)
     for _ in range(60):
-        batches._refill()
-        for document in batches._choose():
+        batches.fill_pool()
+        for document in batches.take_documents():
             key, _, start = document.key.partition("@")
             parts[key].append((int(start or 0), document))
     waiting = {w.whole.key for w in batches.waiting}
@@ -171,7 +172,7 @@ def test_no_caption_loses_its_image_and_no_answer_its_question():
 
 
 def test_a_document_that_others_always_outdo_comes_all_the_same():
-    """Two of half a sequence fill it, of which there is no end, and one is smaller."""
+    """Pairs of documents of half a sequence always fill it, and one document is smaller."""
     batches = loader(lambda r, p: text(400 if p == 0 else 512))
     keys = [key for _ in range(200) for key in next(batches).keys]
     assert "0+0" in keys
@@ -190,7 +191,7 @@ def test_the_state_restores_the_batches_to_come_also_amid_documents_that_are_cut
 
 
 def test_a_restored_pool_reads_each_record_once():
-    """Also one of many pieces, which would else be decoded for each of them."""
+    """A record of many pieces would otherwise be decoded for each of them."""
     first = loader(lambda r, p: text(50 * T) if p == 0 else text(100))
     for _ in range(5):
         next(first)
@@ -201,11 +202,11 @@ def test_a_restored_pool_reads_each_record_once():
 
 
 def test_pixels_that_wait_are_bounded_by_the_patches_of_as_many_batches():
-    """Small text beside large images: by tokens alone 4,096 / 26 documents would wait, with 20 times the patches."""
+    """With small texts and large images, a limit of tokens alone would let 20 times the patches wait."""
     batches = loader(lambda r, p: [[(10, 10), 8]])
     for _ in range(20):
         next(batches)
-        batches._refill()
+        batches.fill_pool()
         assert 3 * 384 < sum(w.patches for w in batches.waiting) < BUFFER * 384 + 100
 
 
@@ -263,7 +264,7 @@ def test_many_bad_records_are_warned_of_once_with_reason_example_and_list(tmp_pa
 def test_a_buffer_of_less_than_a_sequence_is_one_sequence():
     warnings: list[str] = []
     streams = streams_of(warnings.append, buffer=64)
-    assert warnings == ["setting data.buffer is 64 tokens, less than a sequence: 160 are taken"]
+    assert warnings == ["setting data.buffer is 64 tokens, less than a sequence: 160 are used"]
     assert torch.equal(next(streams).tokens, next(streams_of(print, buffer=160)).tokens)
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 pytest.importorskip("llguidance", reason="serving is an extra")
 
-from mm1.engine.data.document import SPECIAL, TextTokenizer
+from mm1.engine.data.text_tokenizer import SPECIAL, TextTokenizer
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.grammar import Grammars, SchemaError, refuse_costly
 from mm1.engine.infer.sampling import Sampling

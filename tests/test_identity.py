@@ -1,4 +1,4 @@
-"""The identity of a run's data says whether another run would see the same documents."""
+"""Show that the identity of a run's data tells whether another run would see the same documents."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ import pytest
 from small import FOLDER, small_run
 
 from mm1.engine.data.config import Source
-from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.identity import differences, mean_length
 from mm1.engine.data.streams import make_streams
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.run_config import Run
 
 
@@ -72,7 +72,7 @@ def test_another_setting_is_named_with_both_values(folder, data, line):
 
 
 def test_the_order_of_few_records_is_another_than_in_older_checkpoints(folder):
-    """Grain's cipher shuffled them then; those of many records are shuffled as ever."""
+    """Grain's cipher shuffled them then, as it still shuffles sources of many records."""
     before = streams(run_in(folder)).identity
     assert [name for name in before if name.endswith(".order")] == ["data.sources[1].order"]  # of 200 lines
     del before["data.sources[1].order"]
@@ -131,7 +131,7 @@ def test_another_tokenizer_of_the_same_size_is_named(folder):
 
 
 def test_stored_mean_lengths_mix_the_sources_whatever_is_estimated_now(folder):
-    """As a version stored them that estimated otherwise: captions of 1 token, texts of 100."""
+    """An older version may have estimated other lengths: captions of 1 token, texts of 100."""
     run = run_in(folder)
     estimated = streams(run)
     stored = estimated.identity | {mean_length(0): 1.0, mean_length(1): 100.0}

@@ -115,7 +115,7 @@ def test_a_decompression_bomb_is_unreadable_whatever_pil_allows(monkeypatch, lim
 
 
 def test_pil_warns_no_one(monkeypatch):
-    """Nor where all warnings were asked for since the last image."""
+    """This holds also after a program has enabled all warnings since the last image."""
     decode(encode(Image.new("RGB", (4, 4))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with warnings.catch_warnings(record=True) as caught:
@@ -125,9 +125,9 @@ def test_pil_warns_no_one(monkeypatch):
     assert [str(w.message) for w in caught] == ["another's warning"]
 
 
-def test_the_longest_image_a_policy_gives():
-    assert ImagePolicy(14, size=672).longest == 48 * 48
-    assert ImagePolicy(14, mode="native", max_patches=300).longest == 300
+def test_a_policy_knows_the_patches_of_its_largest_view():
+    assert ImagePolicy(14, size=672).max_patches == 48 * 48
+    assert ImagePolicy(14, mode="native", patches=300).max_patches == 300
 
 
 def test_squash_is_pils_bicubic_to_a_square():
@@ -164,17 +164,17 @@ def test_native_gives_a_legal_grid_near_the_aspect_ratio(height, width, grid):
 def test_native_keeps_its_promises_for_any_shape():
     rng = np.random.default_rng(0)
     for _ in range(3000):
-        policy = ImagePolicy(int(rng.integers(1, 33)), "native", max_patches=int(rng.integers(1, 1000)))
+        policy = ImagePolicy(int(rng.integers(1, 33)), "native", patches=int(rng.integers(1, 1000)))
         height, width = (int(side) for side in np.exp(rng.uniform(0, 9, 2)))
         rows, columns = policy._grid(height / policy.patch, width / policy.patch)
         assert min(rows, columns) >= 1
-        assert rows * columns <= policy.max_patches
+        assert rows * columns <= policy.patches
         assert rows <= max(1, height / policy.patch + 0.5)
         assert columns <= max(1, width / policy.patch + 0.5)
         assert policy._grid(width / policy.patch, height / policy.patch) == (columns, rows)
         if min(rows, columns) >= 8:
             assert abs(np.log((rows / columns) / (height / width))) < 0.13
-            assert rows * columns > 0.8 * min(policy.max_patches, height * width / policy.patch**2)
+            assert rows * columns > 0.8 * min(policy.patches, height * width / policy.patch**2)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_native_keeps_its_promises_for_any_shape():
         ({"size": 380}, "size is 380"),
         ({"size": 0}, "size is 0"),
         ({"patch": 0}, "patch=0"),
-        ({"max_patches": 0}, "max_patches=0"),
+        ({"patches": 0}, "patches=0"),
     ],
 )
 def test_a_wrong_policy_is_refused(options, why):

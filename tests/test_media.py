@@ -1,4 +1,4 @@
-"""A second kind of media, by a codec of some twenty lines, goes through everything that images go through."""
+"""Show that a second kind of media, with a codec of some twenty lines, passes through everything that images do."""
 
 import json
 import subprocess
@@ -33,18 +33,18 @@ from mm1.engine.infer.sampling import Sampling
 from mm1.errors import Unreadable, UserError
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
-BUDGET = Budget(tokens=64, media=4, patches=16, documents=8, longest=8)
+BUDGET = Budget(tokens=64, media=4, patches=16, documents=8, max_patches=8)
 
 
 @dataclass(frozen=True)
 class Tones:
-    """The codec of tones: bytes of loudness, 4 x 4 of them a patch, at most 8 patches side by side in one view."""
+    """Decode tones: bytes of loudness, 4 x 4 for each patch, at most 8 patches side by side in one view."""
 
     kind: ClassVar[str] = "tone"
     empty: ClassVar[View] = View("tone", np.zeros((0, 0, 1), np.float32))
     patch: int = PATCH
-    count: int = 1
-    longest: int = 8
+    max_views: int = 1
+    max_patches: int = 8
 
     def decode(self, data):
         if not data or len(data) % 16:
@@ -61,7 +61,7 @@ class Tones:
 
 
 class Sounds(Source):
-    """A format of data of its own: a list of {"tone": hexadecimal digits, "is": text}."""
+    """Read another format of data: a list of {"tone": hexadecimal digits, "is": text}."""
 
     readers: ClassVar = {".json": JsonShard}
 
@@ -154,7 +154,7 @@ def test_media_of_two_kinds_with_the_same_bytes_share_neither_pages_nor_features
 
 def test_media_of_another_kind_are_refused_in_one_line():
     model, tone = small_mm1().eval(), Media("tone", samples(1))
-    with pytest.raises(Unreadable, match="a medium of kind 'tone', expected 'image'"):
+    with pytest.raises(Unreadable, match="a medium of kind 'tone', expected 'image': batches have one kind of media"):
         encoder(ImagePolicy(PATCH, "native", 24, 64))(Record((tone, "a"), "0", "a.json"))
     with pytest.raises(UserError, match="the prompt has a medium of kind 'tone', expected 'image'"):
         encode_prompts(model, [[tone, "a"]])

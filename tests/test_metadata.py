@@ -1,4 +1,4 @@
-"""Broken or huge metadata costs no picture; damage of pixels does."""
+"""Show that an image with broken or huge metadata is decoded, and one with damaged pixels is not."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ MEBIBYTE = 1 << 20
 
 
 def exif(orientation=6, kind=3):
-    """EXIF of one entry, an orientation of TIFF's type `kind`, behind JPEG's header."""
+    """Return EXIF of one entry, an orientation of TIFF's type `kind`, after JPEG's header."""
     value = struct.pack({3: "<HH", 4: "<I", 2: "<4s", 11: "<f", 5: "<I"}[kind], *([orientation, 0] if kind == 3 else [
         orientation]))  # fmt: skip
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHI", 1, 0x0112, kind, 1) + value + bytes(4)
@@ -39,10 +39,10 @@ def chunk(kind, data, crc=None):
     )
 
 
-def png(*chunks, behind=()):
-    """The picture with chunks before its pixels and behind them."""
+def png(*chunks, after=()):
+    """Return the picture with chunks before and after its pixels."""
     data = file("PNG")
-    return data[:33] + b"".join(chunks) + data[33:-12] + b"".join(behind) + data[-12:]
+    return data[:33] + b"".join(chunks) + data[33:-12] + b"".join(after) + data[-12:]
 
 
 def segment(marker, content, length=None):
@@ -55,7 +55,7 @@ def jpeg(*segments):
 
 
 def webp(*chunks, flags=0x2C):
-    """Lossless, in the extended form, with chunks behind the pixels."""
+    """Return a lossless WebP in the extended form, with chunks after the pixels."""
     simple = file("WEBP", lossless=True)[12:]
     vp8x = b"VP8X" + struct.pack("<IIHBHB", 10, flags, 23, 0, 15, 0)
     body = b"WEBP" + vp8x + simple + b"".join(chunks)
@@ -73,7 +73,7 @@ def gif(*extensions):
 
 
 def tiff(**entries):
-    """An uncompressed one, of which entries of its directory become (type, count, value or offset)."""
+    """Return an uncompressed TIFF with entries of its directory replaced by (type, count, value or offset)."""
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[270], tags[305], tags[700] = "a description", "a program", XMP.replace(b"6", b"1")
     data = bytearray(file("TIFF", tiffinfo=tags, icc_profile=bytes(300), dpi=(72, 72)))
@@ -93,7 +93,7 @@ def avif(**options):
 
 
 def avif_with_exif(header):
-    """The picture with a text in its EXIF, whose first eight bytes are `header`."""
+    """Return the picture with a text in its EXIF, whose first eight bytes are `header`."""
     block = Image.Exif()
     block[0x010E] = "a description"
     data = avif(exif=block)
@@ -114,7 +114,7 @@ BROKEN = {
     "PNG, EXIF of a wrong checksum": lambda: png(chunk(b"eXIf", exif()[6:], crc=1)),
     "PNG, EXIF as broken text": lambda: png(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 8\nno hex")),
     "PNG, huge compressed text": lambda: png(chunk(b"zTXt", b"Comment\0\0" + HUGE)),
-    "PNG, huge compressed text behind": lambda: png(behind=[chunk(b"zTXt", b"Comment\0\0" + HUGE)]),
+    "PNG, huge compressed text after": lambda: png(after=[chunk(b"zTXt", b"Comment\0\0" + HUGE)]),
     "PNG, huge text of Unicode": lambda: png(chunk(b"iTXt", b"Comment\0\1\0\0\0" + HUGE)),
     "PNG, texts of 80 MiB": lambda: png(*[chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(MEBIBYTE)))] * 80),
     "PNG, text of a wrong checksum": lambda: png(chunk(b"tEXt", b"Comment\0text", crc=0)),
@@ -127,8 +127,8 @@ BROKEN = {
     "PNG, gamma, density and chromaticities cut off": lambda: png(
         *(chunk(kind, b"\0") for kind in (b"gAMA", b"pHYs", b"cHRM", b"sRGB"))
     ),
-    "PNG, bytes behind the end": lambda: png(chunk(b"tEXt", b"a", crc=0)) + b"\r\n",
-    "PNG, another one behind the end": lambda: png(chunk(b"tEXt", b"a", crc=0)) + file("PNG")[:60],
+    "PNG, bytes after the end": lambda: png(chunk(b"tEXt", b"a", crc=0)) + b"\r\n",
+    "PNG, another one after the end": lambda: png(chunk(b"tEXt", b"a", crc=0)) + file("PNG")[:60],
     "PNG, an animation's header cut off": lambda: png(chunk(b"acTL", b"\0")),
     "JPEG, EXIF that is no TIFF": lambda: jpeg(segment(0xE1, b"Exif\0\0garbage!")),
     "JPEG, EXIF cut off": lambda: jpeg(segment(0xE1, exif(1)[:20])),
@@ -170,14 +170,14 @@ def test_broken_metadata_costs_no_picture(name):
 
 
 TURNED = {
-    "PNG beside a huge profile": lambda: png(chunk(b"iCCP", b"icc\0\0" + HUGE), chunk(b"eXIf", exif()[6:])),
-    "PNG behind its pixels": lambda: png(chunk(b"tEXt", b"a", crc=0), behind=[chunk(b"eXIf", exif()[6:])]),
+    "PNG with a huge profile": lambda: png(chunk(b"iCCP", b"icc\0\0" + HUGE), chunk(b"eXIf", exif()[6:])),
+    "PNG after its pixels": lambda: png(chunk(b"tEXt", b"a", crc=0), after=[chunk(b"eXIf", exif()[6:])]),
     "PNG, headers of JPEG": lambda: png(chunk(b"eXIf", b"Exif\0\0Exif\0\0" + exif())),
     "PNG by XMP": lambda: png(chunk(b"tEXt", b"a", crc=0), chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
-    "JPEG beside a broken one": lambda: jpeg(segment(0xE0, b"JFIF"), segment(0xE1, exif())),
+    "JPEG with a broken one": lambda: jpeg(segment(0xE0, b"JFIF"), segment(0xE1, exif())),
     "JPEG by XMP": lambda: jpeg(segment(0xEE, b"Adobe"), segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)),
     "WebP": lambda: webp(riff(b"EXIF", exif())),
-    "WebP beside XMP past the end": lambda: webp(riff(b"EXIF", exif()), riff(b"XMP ", b"<", size=4000)),
+    "WebP with XMP past the end": lambda: webp(riff(b"EXIF", exif()), riff(b"XMP ", b"<", size=4000)),
     "WebP without its last byte": lambda: webp(riff(b"EXIF", exif() + b"a"))[:-1],
     "WebP by XMP": lambda: webp(riff(b"XMP ", XMP), riff(b"EXIF", b"II*\0", size=4000)),
     "a long integer": lambda: png(chunk(b"eXIf", exif(6, kind=4)[6:])),
@@ -196,7 +196,7 @@ def test_an_orientation_that_is_none_leaves_the_picture_as_it_lies(orientation, 
 
 
 def test_an_orientation_turns_whatever_else_its_block_holds():
-    """A value that Pillow reads and cannot write again."""
+    """Pillow reads this value, but cannot write it."""
     block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     block += struct.pack("<HHII", 0x0131, 7, 4, 0xFFFFFFFF) + bytes(4)
     assert np.array_equal(np.asarray(decode(png(chunk(b"eXIf", block)))), np.rot90(PIXELS, 3))
@@ -253,7 +253,7 @@ def test_memory_grows_with_the_bytes_of_a_file_whatever_numbers_stand_in_it(name
 
 
 def test_what_decides_pixels_stays_byte_for_byte():
-    assert without_metadata(png(chunk(b"tEXt", b"a\0b"), behind=[chunk(b"tIME", bytes(7))])) == png()
+    assert without_metadata(png(chunk(b"tEXt", b"a\0b"), after=[chunk(b"tIME", bytes(7))])) == png()
     assert without_metadata(gif(b"\x21\xfe\1a\0")) == gif()
     assert without_metadata(jpeg(segment(0xFE, b"comment"), segment(0xE2, b"MPF\0"))) == jpeg()
     assert without_metadata(b"BM no file") == b"BM no file"
@@ -283,7 +283,7 @@ def test_every_cut_of_a_file_is_a_picture_or_an_error():
 
 
 def grey_png(bits, colour, row, *chunks):
-    """One row of samples of `bits` bits, packed."""
+    """Return one row of samples of `bits` bits, packed."""
     width = len(row) * 8 // bits // {0: 1, 2: 3, 4: 2}[colour]
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0))
     idat = chunk(b"IDAT", zlib.compress(b"\0" + row))

@@ -1,4 +1,4 @@
-"""The order of a source's records, and which of several captions a pass has."""
+"""Show the order of a source's records, and which of several captions an epoch uses."""
 
 import dataclasses
 import io
@@ -13,12 +13,13 @@ from PIL import Image
 from small import FOLDER, IMAGE, PATCH, SLOTS, small_run
 
 from mm1.engine.data.config import Source
-from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer, Unit
+from mm1.engine.data.document import Budget, DocumentEncoder, Unit
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture, shuffled
 from mm1.engine.data.packing import Loader
-from mm1.engine.data.record import SMALL_SOURCE, Choice, Record
+from mm1.engine.data.record import SMALL_SOURCE, Alternatives, Record
 from mm1.engine.data.streams import make_streams
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.data.tokenizer import texts_of
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
@@ -75,15 +76,15 @@ def test_many_records_keep_the_order_of_grains_shuffle(records):
 
 
 def test_a_cut_document_is_a_linear_number_of_copies():
-    """Of a text of n tokens only what a piece holds is copied, not what is left."""
+    """Only the tokens of a piece are copied, not the rest of the text."""
 
     class Ids(list):
         copied = 0
 
         def __getitem__(self, part):
-            found = super().__getitem__(part)
-            Ids.copied += len(found)
-            return found
+            ids = super().__getitem__(part)
+            Ids.copied += len(ids)
+            return ids
 
     ids = Ids([5] * 20_000)
     ENCODE.cut([Unit([1], []), Unit(ids, []), Unit([2], [])], Record(("x",), "0", "s"))
@@ -94,7 +95,7 @@ CAPTIONS = ("one", "two two", "three three three")
 
 
 def test_a_pass_has_one_of_several_captions_and_as_many_passes_all():
-    mixture = Mixture([Records(*(Choice(CAPTIONS) for _ in range(12)))], [1.0], ENCODE, 5)
+    mixture = Mixture([Records(*(Alternatives(CAPTIONS) for _ in range(12)))], [1.0], ENCODE, 5)
     keys = [[mixture[12 * n + i].key for i in range(12)] for n in range(3)]
     drawn = [dict(zip(keys[n], texts(mixture, range(12 * n, 12 * n + 12)))) for n in range(3)]
     for record in map(str, range(12)):
@@ -104,7 +105,7 @@ def test_a_pass_has_one_of_several_captions_and_as_many_passes_all():
 
 def test_the_caption_depends_on_seed_pass_and_record_alone():
     def drawn(seed, number=40):
-        mixture = Mixture([Records(*(Choice(CAPTIONS) for _ in range(20)))], [1.0], ENCODE, seed)
+        mixture = Mixture([Records(*(Alternatives(CAPTIONS) for _ in range(20)))], [1.0], ENCODE, seed)
         return {(mixture[i].key, i // 20): texts(mixture, [i])[0] for i in range(number)}
 
     assert drawn(3) == drawn(3)
@@ -113,13 +114,13 @@ def test_the_caption_depends_on_seed_pass_and_record_alone():
 
 
 def test_a_choice_is_its_first_text_and_survives_pickling():
-    choice = pickle.loads(pickle.dumps(Choice(CAPTIONS)))
-    assert (choice, type(choice), choice.texts) == ("one", Choice, CAPTIONS)
+    choice = pickle.loads(pickle.dumps(Alternatives(CAPTIONS)))
+    assert (choice, type(choice), choice.texts) == ("one", Alternatives, CAPTIONS)
 
 
 @pytest.fixture
 def captions(tmp_path):
-    """A tar of images with three captions each."""
+    """Write a tar of images with three captions each."""
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for i in range(30):
             image = io.BytesIO()
@@ -148,9 +149,9 @@ def test_captions_drawn_are_part_of_the_exact_resume(captions, workers):
     resumed = loader(workers)
     resumed.restore(state)
     for expected in truth:
-        found = next(resumed)
-        assert found.keys == expected.keys
-        assert found.tokens.equal(expected.tokens)
+        batch = next(resumed)
+        assert batch.keys == expected.keys
+        assert batch.tokens.equal(expected.tokens)
     assert len({tuple(batch.tokens.tolist()) for batch in truth}) == 4
     assert IMAGE in truth[0].tokens.tolist()
 

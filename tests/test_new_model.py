@@ -15,7 +15,7 @@ from mm1.engine.infer.generate import generate
 from mm1.engine.layers.config import Decoder
 from mm1.engine.layers.decoder import DecoderLM
 from mm1.engine.models import registry
-from mm1.engine.models.image_input import NO_IMAGES
+from mm1.engine.models.image_input import TEXT_ONLY
 from mm1.engine.models.spec import Losses, Model, Sum
 from mm1.engine.run_config import Run, from_dict, to_dict
 from mm1.engine.settings import Count, OneOf, check
@@ -33,7 +33,7 @@ class TextConfig:
     decoder: Decoder
     context: Count | None = None
     kind: Annotated[str, OneOf("text")] = "text"
-    images = NO_IMAGES
+    images = TEXT_ONLY
     vocabulary = property(lambda self: self.decoder.vocabulary)
 
     def __post_init__(self):
@@ -137,7 +137,7 @@ def test_it_is_counted_and_planned():
 def test_a_record_with_an_image_is_bad_and_another_kind_of_model_is_not_resumed(tmp_path):
     images = Source("captions", (str(FOLDER / "test-captions.tar.gz"),))
     run = text_run()
-    with pytest.raises(UserError, match="an image, but the model takes none"):
+    with pytest.raises(UserError, match="media of kind 'image', but the model takes text alone"):
         train(dataclasses.replace(run, data=dataclasses.replace(run.data, sources=(images,))), tmp_path / "images")
     trained(tmp_path / "run", run)
     folder = checkpoint.newest_in(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Data states of older checkpoints are read as ever: a run continues with the same batches after an update.
+"""Show that data states of older checkpoints are still read: a run continues with the same batches after an update.
 
 STATE, IDENTITY and DIGESTS were written by the version that knew images only, before media had a kind.
 """
@@ -42,7 +42,7 @@ DIGESTS = [2533922900, 217436801, 2377600212, 1677211889, 1028655463, 786061062,
 
 
 def run_in(folder):
-    """Captions, conversations and text whose bytes depend on no library: images are PPM files of whole patches."""
+    """Write captions, conversations and text whose bytes depend on no library: images are PPM of whole patches."""
     draw = np.random.default_rng(0)
     with tarfile.open(folder / "captions.tar", "w") as archive:
         for i in range(40):

@@ -8,13 +8,14 @@ from small import FOLDER, IMAGE, PATCH, SLOTS, small_run
 
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.config import Source
-from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
+from mm1.engine.data.document import Budget, DocumentEncoder
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
 from mm1.engine.data.quarantine import Quarantine
 from mm1.engine.data.record import Answer, Media, Record
 from mm1.engine.data.streams import make_streams
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.errors import Unreadable, UserError
 
 TOKENIZER = TextTokenizer(FOLDER / "tokenizer.json")
@@ -84,10 +85,10 @@ def test_state_restores_the_exact_batches_to_come(workers):
     second = loader(workers=workers)  # another number of workers gives the same stream
     second.restore(state)
     for expected in truth:
-        found = next(second)
-        assert found.keys == expected.keys
-        assert found.tokens.equal(expected.tokens)
-        assert found.media.values.equal(expected.media.values)
+        batch = next(second)
+        assert batch.keys == expected.keys
+        assert batch.tokens.equal(expected.tokens)
+        assert batch.media.values.equal(expected.media.values)
 
 
 def test_the_seed_decides_the_order():
@@ -132,7 +133,7 @@ def test_an_image_larger_than_the_budget_is_unreadable():
 
 
 class Flaky:
-    """Every third record is broken."""
+    """Have records of which every third is broken."""
 
     def __len__(self):
         return 30
@@ -183,19 +184,19 @@ def test_a_hundred_in_a_row_of_one_source_stop_the_run_and_name_the_shard(tmp_pa
 
 @pytest.mark.parametrize("parts", [(png(),), (png(), png()), tuple(png() for _ in range(7))], ids=["1", "2", "7"])
 def test_a_document_of_images_alone_is_unreadable_and_never_trains_on_its_end(parts):
-    with pytest.raises(Unreadable, match="no text to learn beside its media"):
+    with pytest.raises(Unreadable, match="no target text besides its media"):
         encode(*parts)
 
 
 def test_pieces_of_which_the_end_alone_could_be_learned_are_left_out():
-    """A text's end stays a target; one behind the images of a piece of their own does not."""
+    """The end after a text is a target; the end after images in their own piece is not."""
     first, *rest = encode("one ", *(png() for _ in range(7)))
     assert first.targets(IMAGE).any()
     assert not rest
     (text,) = encode("one")
     assert text.tokens[1:][text.targets(IMAGE)].tolist() == [*TOKENIZER.encode("one"), TOKENIZER.eos]
-    (behind,) = encode("one ", png())  # an end behind an image of a document with text
-    assert behind.tokens[1:][behind.targets(IMAGE)].tolist() == [*TOKENIZER.encode("one "), TOKENIZER.eos]
+    (document,) = encode("one ", png())  # an end after an image in a document with text
+    assert document.tokens[1:][document.targets(IMAGE)].tolist() == [*TOKENIZER.encode("one "), TOKENIZER.eos]
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
@@ -229,7 +230,7 @@ def test_of_a_conversation_answers_and_their_ends_alone_are_targets():
     assert (document.tokens == eos).sum() == 2
 
 
-def test_pieces_of_a_long_conversation_know_what_was_given():
+def test_pieces_of_a_long_conversation_keep_questions_from_being_targets():
     long = "why? " * 30
     pieces = encode(f"USER: {long} ASSISTANT:", Answer(f" {long}"), tokens=40)
     learned = [t for piece in pieces for t in piece.tokens[1:][piece.targets(IMAGE)].tolist()]

@@ -1,4 +1,4 @@
-"""The list of bad records: each once, across epochs and resumes, whatever a kill or a user left in its files."""
+"""Show that bad records are listed once, across epochs and resumes, also in files damaged by kills or users."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ GARBAGE = {
 
 
 def listing(folder, rank=0):
-    """What a process lists that draws the records 0 to 9 of three streams twice, every other one bad."""
+    """List what a process draws: the records 0 to 9 of three streams twice, every other one bad."""
     quarantine = Quarantine(folder, rank)
     for position in range(20):
         key = position % 10
@@ -57,7 +57,7 @@ def test_lines_that_are_none_are_dropped_with_a_warning_and_the_others_stay(tmp_
 
 
 def test_a_torn_last_line_does_not_swallow_what_is_listed_next(tmp_path):
-    """As a process leaves it that is killed amid a write, in a run that begins anew or goes on."""
+    """A process that is killed during a write leaves such a line, in a new or resumed run."""
     listing(tmp_path)
     path = tmp_path / "rank-00000.jsonl"
     path.write_bytes(path.read_bytes()[:-1])  # all but the line's end was written
@@ -70,7 +70,7 @@ def test_a_torn_last_line_does_not_swallow_what_is_listed_next(tmp_path):
 def test_trimming_drops_what_each_stream_had_not_reached_in_the_files_of_all_processes(tmp_path):
     for rank in (0, 1):
         listing(tmp_path, rank)
-    Quarantine(tmp_path).add("cut.tar", "", "cut off", -1)  # damage is found anew whenever files are indexed
+    Quarantine(tmp_path).add("cut.tar", "", "cut off", -1)  # damage is detected again whenever files are indexed
     quarantine = Quarantine(tmp_path)
     quarantine.trim({0: 9, 1: 4, 2: 5})  # positions 3 and 9 are of stream 0, 1 and 7 of 1, 5 of 2
     assert keys_of(tmp_path, 0) == keys_of(tmp_path, 1) == ["1", "3"]

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from small import small_model, small_run
 
-from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
+from mm1.engine.data.document import Budget, DocumentEncoder
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.record import Media, Record
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.run_config import load_run, to_dict
 from mm1.engine.train import checkpoint

@@ -15,8 +15,8 @@ from small import FOLDER, small_model, small_run
 from mm1.engine import run_config
 from mm1.engine.data import config as data_config
 from mm1.engine.data.config import Data, Source
-from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.streams import make_streams
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.layers import config as layers_config
 from mm1.engine.models import mm1_config
 from mm1.engine.models.mm1 import MM1

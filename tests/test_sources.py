@@ -18,7 +18,7 @@ from mm1.engine.data import tar
 from mm1.engine.data.paths import expand
 from mm1.engine.data.record import Answer, Media
 from mm1.engine.data.references import read_image
-from mm1.engine.data.sources import Captions, Conversations, Interleaved, Text, open_source
+from mm1.engine.data.sources import Captions, Conversations, Interleaved, TextSource, open_source
 from mm1.errors import Unreadable, UserError
 
 PNG = b"\x89PNG any bytes: sources do not look inside images"
@@ -233,7 +233,7 @@ def test_members_whose_names_have_the_same_hash_are_told_apart(tmp_path, monkeyp
     read = [read_image(f"a.tar/{name}", tmp_path) for name in names]
     assert read == [b"new", *(name.encode() for name in names[1:])]  # tar takes the last of a name
     for missing in ("d.png", "a", ""):
-        with pytest.raises(Unreadable, match=f"there is no member {missing!r} in {path}"):
+        with pytest.raises(Unreadable, match=f"no member {missing!r} in {path}"):
             tar.read_member(tar.File.at(path), missing)
 
 
@@ -250,7 +250,7 @@ def test_parquet_rows_are_found_across_row_groups(tmp_path):
     source = Interleaved(tmp_path / "a.parquet")
     assert [source[i].parts for i in (24, 0, 10, 9)] == [(image(b"%d" % i), f"text {i}") for i in (24, 0, 10, 9)]
     pq.write_table(pa.table({"text": ["a", "", "c"]}), tmp_path / "t.parquet", row_group_size=2)
-    source = Text(tmp_path / "t.parquet")
+    source = TextSource(tmp_path / "t.parquet")
     assert (source[2].parts, source[2].key) == (("c",), "2")
     assert "empty text" in reason(source, 1)
     with pytest.raises(UserError, match="no column 'texts'"):
@@ -261,7 +261,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'mm1-engine\[data\]'"):
-        Text(tmp_path / "a.parquet")
+        TextSource(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -300,14 +300,14 @@ def test_a_malformed_document_is_refused(tmp_path):
 
 def test_text_has_one_document_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufefffirst\r\n\r\n  \nné é".encode() + b"\n\xff\n")
-    source = Text(tmp_path / "a.txt")
+    source = TextSource(tmp_path / "a.txt")
     assert [(source[i].parts, source[i].key) for i in (0, 1)] == [(("first",), "1"), (("né é",), "4")]
     assert (len(source), "not UTF-8" in reason(source, 2)) == (3, True)
     texts = [f"line {i}\n" * (i % 7 + 1) for i in range(500)]
     for name in ("b.jsonl", "b.jsonl.gz"):
         path = write_lines(tmp_path / name, [{"text": text} for text in texts])
-        assert [record.parts[0] for record in Text(path)] == texts
-    source = Text(write_lines(tmp_path / "c.jsonl", [{"text": ""}, {}, [3]]))
+        assert [record.parts[0] for record in TextSource(path)] == texts
+    source = TextSource(write_lines(tmp_path / "c.jsonl", [{"text": ""}, {}, [3]]))
     assert ["empty text" in reason(source, 0), "empty text" in reason(source, 1)] == [True, True]
     assert "of type list" in reason(source, 2)
 
@@ -316,7 +316,7 @@ def test_a_source_survives_pickling_into_another_process(tmp_path):
     sources = [
         Captions(write_tar(tmp_path / "a.tar", pairs(9))),
         Captions(write_tar(tmp_path / "b.tar.gz", pairs(9))),
-        Text(write_lines(tmp_path / "c.jsonl", [{"text": "x" * 10_000}] * 9)),
+        TextSource(write_lines(tmp_path / "c.jsonl", [{"text": "x" * 10_000}] * 9)),
     ]
     truth = [source[8] for source in sources]  # with descriptors open and gz unpacked
     pickled = pickle.dumps(sources)
@@ -356,7 +356,7 @@ def test_expand_knows_ranges_and_globs(tmp_path):
         ("text", "text.tar", "expected a file ending in .jsonl, .jsonl.gz, .txt, .parquet"),
         ("text", "empty.txt", "no records in .*empty.txt"),
         ("interleaved", "empty.txt", "expected a file ending in .json, "),
-        ("video", "a.mp4", "unknown kind of data 'video'; known: captions, interleaved, text"),
+        ("video", "a.mp4", "the kind of data is 'video', expected one of captions, interleaved, text"),
     ],
 )
 def test_a_wrong_path_or_kind_is_one_clear_line(tmp_path, kind, path, why):
@@ -370,12 +370,12 @@ def test_a_wrong_path_or_kind_is_one_clear_line(tmp_path, kind, path, why):
 
 
 def turns(*texts):
-    """By turns of human and gpt."""
+    """Return texts as turns of human and gpt alternately."""
     return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
 
 
-def test_an_image_without_bytes_and_path_is_told_where_no_text_stands(tmp_path):
-    empty = {"bytes": None, "path": None}  # the form in which data sets store that there is no image, beside a text
+def test_an_image_without_bytes_and_path_is_unreadable_at_a_position_without_text(tmp_path):
+    empty = {"bytes": None, "path": None}  # data sets store a missing image in this form at the position of a text
     rows = [{"texts": ["a", "b"], "images": [empty, None]}, {"texts": ["a", None], "images": [None, empty]}]
     source = Interleaved(str(write_lines(tmp_path / "a.jsonl", rows)), tmp_path)
     assert source[0].parts == ("a", "b")
@@ -383,7 +383,7 @@ def test_an_image_without_bytes_and_path_is_told_where_no_text_stands(tmp_path):
         source[1]
 
 
-def test_images_of_a_conversation_may_stand_beside_an_image_that_is_null(tmp_path):
+def test_images_of_a_conversation_are_read_although_image_is_null(tmp_path):
     (tmp_path / "a.png").write_bytes(b"file")
     turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "one"}]
     rows = [{"conversations": turns, "image": None, "images": ["a.png"]}]
@@ -427,14 +427,14 @@ def test_conversations_are_asked_and_answered(tmp_path):
         ([], "expected a list"),
         ({"conversations": []}, "expected a list"),
         ({"conversations": ["hello"]}, "of objects"),
-        ({"conversations": turns("<image>", "a box")}, "0 images for 1 marks"),
-        ({"conversations": turns("what?", "a box"), "image": "a.png"}, "1 images for 0 marks"),
-        ({"conversations": turns("what?")}, "the last turn is no answer"),
+        ({"conversations": turns("<image>", "a box")}, "has 0 images, expected 1, one for each <image>"),
+        ({"conversations": turns("what?", "a box"), "image": "a.png"}, "has 1 images, expected 0"),
+        ({"conversations": turns("what?")}, "the last turn is from 'human', expected 'gpt'"),
         ({"conversations": turns("what?", " ")}, "empty turn"),
         ({"conversations": turns("what?", 5)}, "turn is of type int"),
         ({"conversations": [{"from": "system", "value": "be kind"}, *turns("what?", "a box")]}, "from 'system'"),
         ({"conversations": turns("<image>", "a box"), "image": "../a.png"}, "not a path inside"),
     ],
 )
-def test_conversations_that_cannot_be_used_are_told(tmp_path, talk, why):
+def test_conversations_that_cannot_be_used_are_unreadable(tmp_path, talk, why):
     assert why in reason(Conversations(write_lines(tmp_path / "bad.jsonl", [talk])))

@@ -1,4 +1,4 @@
-"""Tars as people make them: no member is lost without a word, and none leads out of the folder."""
+"""Show that tars as people make them lose no member silently, and that no member leads out of the folder."""
 
 import gzip
 import io
@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mm1.engine.data import samples as sources
-from mm1.engine.data import tar
-from mm1.engine.data.record import Choice, Media
+from mm1.engine.data import samples, tar
+from mm1.engine.data.record import Alternatives, Media
 from mm1.engine.data.references import read_image
 from mm1.engine.data.sources import Captions, Interleaved, open_source
 from mm1.engine.data.tar import File, members
@@ -26,7 +25,7 @@ GNU_TAR = shutil.which("tar") and b"GNU tar" in subprocess.run(["tar", "--versio
 
 
 def packed(*entries, **options):
-    """A tar of (name, bytes), and of TarInfos as they are."""
+    """Return a tar of entries: (name, bytes), or TarInfos as they are."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", **options) as archive:
         for entry in entries:
@@ -55,7 +54,7 @@ def contents(record):
 
 
 def read(folder, data, name="a.tar"):
-    """Good records as {key: (bytes of the image, caption)}, reasons of the others as {key: reason}, and the source."""
+    """Return good records as {key: (image bytes, caption)}, the others as {key: reason}, and the source."""
     (folder / name).write_bytes(data)
     source = open_source("captions", name, folder)
     good, bad = {}, {}
@@ -83,9 +82,12 @@ def test_a_further_member_is_counted_and_spares_its_sample(tmp_path):
     data = packed(*pair("a"), ("a.mask.png", b"no"), ("a.cls", b"3"), ("._a.png", b"no"), special("d", tarfile.DIRTYPE))
     good, bad, source = read(tmp_path, data)
     assert (good, bad, source.damage) == ({"a": (b"pixels", "a")}, {}, ())
-    for said in ("1 × .cls beside a sample (first: a.cls in ", "1 × .png beside a sample (first: a.mask.png in ",
-                 "1 × a folder (first: d", "1 × a name that begins with a dot (first: ._a.png in "):  # fmt: skip
-        assert said in source.ignored
+    for count in (
+        "1 × .cls in addition to a sample (first: a.cls in ", "1 × a folder (first: d",
+        "1 × .png in addition to a sample (first: a.mask.png in ",
+        "1 × a name that begins with a dot (first: ._a.png in ",
+    ):  # fmt: skip
+        assert count in source.ignored
 
 
 def test_a_dotted_image_alone_is_a_record_that_lacks_its_caption(tmp_path):
@@ -100,43 +102,43 @@ def test_a_dotted_image_alone_is_a_record_that_lacks_its_caption(tmp_path):
 def test_an_extension_that_is_not_read_is_the_reason(tmp_path, extension):
     name = f"b.{extension}"
     _, bad, _ = read(tmp_path, packed(*pair("a"), (name, b"x"), ("b.txt", b"b")))
-    assert bad == {"b": f".{extension} is not read as an image, expected " + ", ".join(f".{e}" for e in sources.IMAGES)}
+    assert bad == {"b": f".{extension} is not read as an image, expected " + ", ".join(f".{e}" for e in samples.IMAGES)}
     _, bad, _ = read(tmp_path, packed(*pair("a"), ("b.png", b"x"), (f"b.caption.{extension}", b"b")))
     assert bad["b"].endswith(f"of the same name, found .caption.{extension}")
 
 
 def test_members_of_no_sample_are_counted(tmp_path):
     (tmp_path / "a.tar").write_bytes(packed(("a.heic", b"x"), ("b.heic", b"x")))
-    with pytest.raises(UserError, match=r"no records in .*2 × \.heic of no sample \(first: a\.heic\)"):
+    with pytest.raises(UserError, match=r"no records in .*2 × \.heic in no sample \(first: a\.heic\)"):
         Captions(tmp_path / "a.tar")
     _, _, source = read(tmp_path, packed(*pair("a"), ("README", b"x"), ("b.npy", b"x")))
-    assert damage(source) == "passed over: 1 × . of no sample (first: README), 1 × .npy of no sample (first: b.npy)"
+    assert damage(source) == "skipped: 1 × . in no sample (first: README), 1 × .npy in no sample (first: b.npy)"
 
 
 @pytest.mark.parametrize("name", ["b.jpg(1)", "b (copy).heic", "b.(a symbolic link)"])
 def test_a_parenthesis_in_a_name_is_no_link(tmp_path, name):
     _, _, source = read(tmp_path, packed(*pair("a"), (name, b"x")))
-    assert damage(source) == f"passed over: 1 × .{name.rpartition('.')[2]} of no sample (first: {name})"
+    assert damage(source) == f"skipped: 1 × .{name.rpartition('.')[2]} in no sample (first: {name})"
 
 
 @pytest.mark.parametrize("first", ["the link", "the member"])
 def test_a_link_hides_no_member_of_its_name(tmp_path, first):
     members = [special("b.png", tarfile.SYMTYPE, "a.png"), ("b.heic", b"x"), ("b.npy", b"x")]
     _, _, source = read(tmp_path, packed(*pair("a"), *members[:: 1 if first == "the link" else -1]))
-    for said in ("1 × a symbolic link (first: b.png)", "1 × .heic of no sample", "1 × .npy of no sample"):
+    for said in ("1 × a symbolic link (first: b.png)", "1 × .heic in no sample", "1 × .npy in no sample"):
         assert said in damage(source)
     _, bad, source = read(tmp_path, packed(*members, ("b.txt", b"b")))
     assert bad["b"].startswith(".png (a symbolic link), .heic, .npy is not read as an image")
-    assert damage(source) == "passed over: 1 × a symbolic link (first: b.png)"
-    assert "1 × .heic beside a sample (first: b.heic in " in source.ignored
+    assert damage(source) == "skipped: 1 × a symbolic link (first: b.png)"
+    assert "1 × .heic in addition to a sample (first: b.heic in " in source.ignored
 
 
 def test_members_are_counted_whatever_their_keys(tmp_path):
     arrays = [(f"v1.0_{i:06}.npy", b"") for i in range(500)]
     _, _, source = read(tmp_path, packed(*pair("a"), *arrays))
-    assert damage(source) == "passed over: 500 × .npy of no sample (first: v1.0_000000.npy)"
+    assert damage(source) == "skipped: 500 × .npy in no sample (first: v1.0_000000.npy)"
     _, bad, source = read(tmp_path, packed(*pair("a"), *arrays, ("v1.txt", b"a caption")))
-    assert source.ignored.startswith("500 × .npy beside a sample (first: v1.0_000000.npy in ")
+    assert source.ignored.startswith("500 × .npy in addition to a sample (first: v1.0_000000.npy in ")
     assert bad["v1"].startswith(".0_000000.npy, .0_000001.npy, .0_000002.npy and 497 more is not read as an image")
 
 
@@ -147,19 +149,19 @@ def test_thousands_of_extensions_are_one_short_line(tmp_path, captions):
     _, bad, source = read(tmp_path, packed(*pair("a"), *members, *texts))
     line = source.ignored if captions else damage(source)
     assert ("3992 members of 3992 further kinds" if captions else "3993 members of 3993 further kinds") in line
-    assert "2 × .cls of no sample (first: y.cls)" in damage(source)
+    assert "2 × .cls in no sample (first: y.cls)" in damage(source)
     assert len(line) < 2000
     assert all(bad[str(i)].startswith(f".x{i} is not read") for i in range(4000) if captions)
 
 
-def test_of_two_images_under_one_key_the_first_is_read_and_the_second_told(tmp_path):
+def test_of_two_images_under_one_key_the_first_is_read_and_the_second_reported(tmp_path):
     data = packed(("a.jpg", b"first"), ("a.png", b"second"), ("a.txt", b"a"), *pair("b"))
     good, bad, source = read(tmp_path, data)
     assert (good, bad) == ({"a": (b"first", "a"), "b": (b"pixels", "b")}, {})
-    assert damage(source) == "passed over: 1 × a second image of a sample (first: a.png)"
-    good, bad, source = read(tmp_path, packed(*pair("a"), ("a.webp", b"behind")))
+    assert damage(source) == "skipped: 1 × a second image of a sample (first: a.png)"
+    good, bad, source = read(tmp_path, packed(*pair("a"), ("a.webp", b"later")))
     assert (good, bad) == ({"a": (b"pixels", "a")}, {})
-    assert "1 × an image or caption after a sample of its name (first: a)" in damage(source)
+    assert "1 × an image or caption after a complete sample of the same name (first: a)" in damage(source)
 
 
 def test_links_and_devices_are_counted_and_never_followed(tmp_path):
@@ -210,7 +212,7 @@ def test_any_number_of_zeros_may_stand_between_archives(tmp_path, zeros):
 
 
 def test_an_extended_header_of_many_records_is_read_once(tmp_path):
-    """To copy what follows each record would take minutes."""
+    """Copying the rest of the header for each record would take minutes."""
     records = b"6 a=b\n" * (1 << 18) + b"14 path=b.png\n"
     header = special("x", tarfile.XHDTYPE)
     header.size = len(records)
@@ -221,7 +223,7 @@ def test_an_extended_header_of_many_records_is_read_once(tmp_path):
     assert [member.name for member in members(File.at(tmp_path / "a.tar"), [])] == ["b.png", "b.txt"]
 
 
-def test_what_is_no_archive_behind_the_end_is_told(tmp_path):
+def test_junk_after_the_end_of_an_archive_is_reported(tmp_path):
     good, _, source = read(tmp_path, packed(*pair("a")) + b"junk" * 200)
     assert list(good) == ["a"]
     assert "broken header at byte 10240" in damage(source)
@@ -266,14 +268,14 @@ def test_a_sparse_member_of_terabytes_is_refused_before_it_is_made(tmp_path):
                         "GNU.sparse.map": f"{(1 << 42) - 1},0"}  # fmt: skip
     _, bad, _ = read(tmp_path, packed(info, ("a.txt", b"a"), *pair("b"), format=tarfile.PAX_FORMAT))
     assert bad["a"] == (
-        "a sparse member of the tar, 0 bytes that stand for 4398046511104, expected at most 67108864 more"
+        "a sparse member of the tar has 0 stored bytes of 4398046511104, expected at most 67108864 in holes"
     )
 
 
 @pytest.mark.parametrize("holes, fits", [(1 << 16, True), ((1 << 16) + 1, False)])
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_holes_are_bounded_and_what_is_stored_is_not(tmp_path, monkeypatch, name, holes, fits):
-    """A tar of a kilobyte would cost a gibibyte at each draw."""
+    """Otherwise a tar of a kilobyte would need a gibibyte each time it is read."""
     monkeypatch.setattr(tar, "MAX_HOLES", 1 << 16)
     info, stored = tarfile.TarInfo("a.bmp"), b"pixels" * 20_000
     info.size, size = len(stored), str(holes + len(stored))
@@ -290,7 +292,7 @@ def test_holes_are_bounded_and_what_is_stored_is_not(tmp_path, monkeypatch, name
 
 
 def test_members_are_read_where_the_system_has_no_pread(tmp_path, monkeypatch):
-    """As on Windows; threads share the offset of a file there."""
+    """Windows has no pread, and its threads share the offset of a file."""
     names = [f"{i}" for i in range(64)]
     data = packed(*(member for name in names for member in pair(name, name.encode() * 500)))
     monkeypatch.delattr(os, "pread")
@@ -306,17 +308,17 @@ def test_members_are_those_of_tarfile(tmp_path):
     (tmp_path / "a.tar").write_bytes(data)
     with tarfile.open(tmp_path / "a.tar") as archive:
         truth = [(m.name, m.isreg()) for m in archive]
-    found = [(m.name.rstrip("/"), not m.kind) for m in members(File.at(tmp_path / "a.tar"), [])]
-    assert found == truth
+    names = [(m.name.rstrip("/"), not m.kind) for m in members(File.at(tmp_path / "a.tar"), [])]
+    assert names == truth
 
 
 @pytest.mark.parametrize("field", ["caption", "captions", "text"])
-def test_several_captions_are_a_choice(tmp_path, field):
+def test_several_captions_are_alternatives(tmp_path, field):
     meta = [["one", " two ", "", None], ["only"], [], [None], ["fine", 3]]
     entries = [(f"{i}.{end}", json.dumps({field: m}).encode() if end == "json" else b"x")
                for i, m in enumerate(meta) for end in ("png", "json")]  # fmt: skip
     good, bad, _ = read(tmp_path, packed(*entries))
-    assert isinstance(good["0"][1], Choice)
+    assert isinstance(good["0"][1], Alternatives)
     assert (good["0"][1], good["0"][1].texts) == ("one", ("one", "two"))
     assert good["1"] == (b"x", "only")
     assert {key: reason.split(",")[0] for key, reason in bad.items()} == {
@@ -326,7 +328,7 @@ def test_several_captions_are_a_choice(tmp_path, field):
 
 @pytest.fixture
 def data_folder(tmp_path):
-    """A data folder beside a private one."""
+    """Make a data folder next to a private one."""
     for name in ("data", "private"):
         (tmp_path / name).mkdir()
     (tmp_path / "private" / "secret.png").write_bytes(b"secret")
@@ -363,7 +365,7 @@ def test_links_inside_the_folder_and_to_the_folder_are_followed(data_folder, tmp
 
 
 def test_a_path_without_a_link_is_not_resolved(data_folder, tmp_path, monkeypatch):
-    """Which takes longer than reading a small image."""
+    """Resolving takes longer than reading a small image."""
     (tmp_path / "alias").symlink_to(data_folder)
     (data_folder / "real" / "b.tar").write_bytes(packed(*pair("b")))
 
@@ -376,7 +378,7 @@ def test_a_path_without_a_link_is_not_resolved(data_folder, tmp_path, monkeypatc
         assert read_image("real/b.tar/b.png", folder) == b"pixels"
 
 
-def test_a_url_is_told_with_what_to_do(tmp_path):
+def test_a_url_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"texts": [None, "x"], "images": ["https://a.b/c.png", None]}))
     with pytest.raises(
         Unreadable, match=r"never fetched: download the images and name their files, as docs/data\.md says"

@@ -1,4 +1,4 @@
-"""No text becomes a control token, whatever a tokenizer.json holds; and bytes of tokens are those of their text."""
+"""Show that no text becomes a control token, with any tokenizer.json, and that tokens have the bytes of their text."""
 
 import json
 import pickle
@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from vocabularies import BYTES, KINDS, LLAMA, byte_fallback, byte_level, saved, unigram, unigram_bytes, word_level
 
 from mm1.engine.data.batch import exact_budget
-from mm1.engine.data.document import DocumentEncoder, TextTokenizer
+from mm1.engine.data.document import DocumentEncoder
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.record import Record
-from mm1.engine.data.text_tokenizer import SPECIAL
+from mm1.engine.data.text_tokenizer import SPECIAL, TextTokenizer
 from mm1.engine.data.tokenizer import with_special_tokens
 from mm1.engine.infer.request import Request
 from mm1.engine.serve.chat import Reply
@@ -137,7 +137,7 @@ def test_a_token_has_the_bytes_that_it_adds_to_a_text(make, tmp_path):
 
 @pytest.mark.parametrize("make", KINDS)
 def test_the_bytes_of_logprobs_joined_are_those_of_the_text(make, tmp_path):
-    """Whole and as they are streamed, in pieces that end inside characters."""
+    """This holds for the whole text and for streamed pieces that end inside characters."""
     tokenizer, draw = make(tmp_path), random.Random(0)
     reply = Reply("model", tokenizer)
     for ids in sequences(tokenizer, 200, draw):
@@ -185,7 +185,7 @@ def test_a_text_that_cannot_be_encoded_is_one_record_left_out(tmp_path):
 
 
 def test_a_poisoned_document_and_a_poisoned_prompt_harm_nobody(tmp_path):
-    """Text documents that spell <image> pack as text."""
+    """Documents that spell <image> are packed as text."""
     from mm1.engine.data.batch import pack
 
     for make in (unigram, word_level):

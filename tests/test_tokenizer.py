@@ -1,4 +1,4 @@
-"""`mm1 tokenizer`: what it makes is what a run needs."""
+"""Show that `mm1 tokenizer` makes the file that a run needs."""
 
 import gzip
 import json
@@ -11,13 +11,13 @@ from small import FOLDER, small_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mm1.cli import main
-from mm1.engine.data.document import SPECIAL, TextTokenizer
+from mm1.engine.data.text_tokenizer import SPECIAL, TextTokenizer
 
 TEXTS = ["the light of the lighthouse lights the night\n", "naïve 日本語 <image> \t end"]
 
 
 def mm1(monkeypatch, capsys, *arguments):
-    """Run a command; returns its status and what it said."""
+    """Run a command; return its status and its output."""
     monkeypatch.setattr(sys, "argv", ["mm1", *map(str, arguments)])
     status = 0
     try:
@@ -30,7 +30,7 @@ def mm1(monkeypatch, capsys, *arguments):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The same texts in every form that a run reads, and this as the working directory."""
+    """Write the same texts in every form that a run reads, and change to their folder."""
     monkeypatch.chdir(tmp_path)
     words = [f"{word} {word}" for word in ("lighthouse", "keeper", "harbour")] * 20
     (tmp_path / "a.txt").write_text("\n".join(words))
@@ -92,7 +92,10 @@ BAD = {
     "no text": (["images.jsonl"], "images.jsonl has no text that can be read; as interleaved: expected lists"),
     "no room": (["a.txt", "--vocabulary", 200], "--vocabulary is 200, expected at least 260"),
     "not one": (["--from", "a.txt"], "a.txt: Expecting value"),
-    "both sizes": (["--from", "a.txt", "--vocabulary", 300], "--vocabulary is 300, expected none beside --from"),
+    "both sizes": (
+        ["--from", "a.txt", "--vocabulary", 300],
+        "--vocabulary is 300, expected none with --from",
+    ),
 }
 
 

@@ -31,8 +31,9 @@ from mm1.bench.record import Record, Row
 from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
 from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
 from mm1.engine.data.batch import exact_budget, pack
-from mm1.engine.data.document import Document, TextTokenizer
+from mm1.engine.data.document import Document
 from mm1.engine.data.record import View
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.infer.cache import PAGE, Cache
 from mm1.engine.infer.decode import step_of
 from mm1.engine.infer.engine import Engine

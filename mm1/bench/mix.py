@@ -13,7 +13,7 @@ import torch
 
 from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
-from mm1.engine.data.record import View
+from mm1.engine.data.record import View, max_patches
 from mm1.engine.layers.workload import Workload
 from mm1.engine.models.mm1_config import Model
 from mm1.kernels.linear_cross_entropy import IGNORED
@@ -115,7 +115,7 @@ def _budget(c: Model, parts: Sequence[Documents], tokens: int) -> Budget:
         media=max(sum(len(d.media) for d in docs) for docs in parts),
         patches=max(sum(d.patches(c.vision.patch) for d in docs) for docs in parts),
         documents=max(map(len, parts)),
-        longest=c.image_patches if c.image_mode == "native" else (c.image_size // c.vision.patch) ** 2,
+        max_patches=max_patches(c.images),
     )
 
 

@@ -1,1 +1,1 @@
-"""Sources, media, documents, the mixture and packing. Only the batch and what uses it import torch."""
+"""Read sources and media, make documents, mix and pack them. Only the batch and its users import torch."""

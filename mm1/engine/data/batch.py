@@ -3,14 +3,14 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mm1.engine.data.document import Budget, Document
-from mm1.engine.data.record import NO_IMAGE, View
+from mm1.engine.data.record import EMPTY_IMAGE, View
 from mm1.kernels.linear_cross_entropy import IGNORED
 from mm1.kernels.patches.grids import Grids, moved_to
 
@@ -19,12 +19,12 @@ TENSORS = ("tokens", "targets", "positions", "cu_seqlens", "target_rows")
 
 @dataclass(frozen=True)
 class PackedMedia:
-    """The N views of a batch, all of one kind, one after the other."""
+    """Hold the N views of a batch, all of one kind, one after the other."""
 
     kind: str
     values: Tensor  # [ΣHW, C], view after view in the order of grids, row by row; of images uint8 pixels [ΣHW, 3]
     grids: Grids
-    slots: Tensor  # int64 [N·n], the token row of each slot, T for views that are absent
+    slots: Tensor  # int64 [N·n], the token row of each slot, T for absent views
 
     def to(self, device: torch.device | str) -> "PackedMedia":
         """Copy to a GPU from pinned memory, without waiting."""
@@ -32,25 +32,20 @@ class PackedMedia:
             self.kind, moved_to(self.values, device), self.grids.to(device), moved_to(self.slots, device)
         )
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors."""
-        return self.values, self.slots, *self.grids.tensors
-
 
 @dataclass(frozen=True)
 class Batch:
-    """B documents in T packed tokens with N views of media; rows after the last of each are padding."""
+    """Hold B documents in T packed tokens with N views of media; rows after the last of each are padding."""
 
     tokens: Tensor  # int32 [T]
     targets: Tensor  # int32 [T], the next token, -100 where there is no loss: media, prompts, padding
-    positions: Tensor  # int32 [T], place inside its document
+    positions: Tensor  # int32 [T], position inside the document
     cu_seqlens: Tensor  # int32 [B+1]; documents past the last are empty
     media: PackedMedia
-    target_rows: Tensor  # int64 [target_count], rows with a target: the head sees no others
+    target_rows: Tensor  # int64 [target_count], rows with a target: the output head computes only these
     target_count: int
-    used_tokens: int  # of T
-    digest: int  # CRC-32 of tokens and media: tells whether data changed
+    used_tokens: int  # tokens without padding
+    digest: int  # CRC-32 of tokens and media, which shows whether data changed
     keys: tuple[str, ...]  # the origin of each document
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -60,12 +55,13 @@ class Batch:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that this stream uses the tensors, if they were made on another."""
-        for x in (*(getattr(self, name) for name in TENSORS), *self.media.tensors):
+        media = self.media
+        for x in (*(getattr(self, name) for name in TENSORS), media.values, media.slots, *media.grids.tensors):
             x.record_stream(stream)
 
 
 def exact_budget(documents: Sequence[Document], patch: int) -> Budget:
-    """Return the budget that holds just these documents, for evaluation and prompts."""
+    """Return the budget that exactly holds these documents, for batches without padding."""
     return Budget(
         tokens=sum(len(d.tokens) for d in documents),
         media=sum(len(d.media) for d in documents),
@@ -74,8 +70,20 @@ def exact_budget(documents: Sequence[Document], patch: int) -> Budget:
     )
 
 
+def packed_views(
+    views: Sequence[np.ndarray], patch: int, empty: np.ndarray = EMPTY_IMAGE.values, **options: Any
+) -> tuple[Tensor, Grids]:
+    """Return the values of views [H, W, C] end to end as one tensor [ΣHW, C], and their grids in patches.
+
+    empty: values without rows, of the C and dtype to return where there are no views. options: passed to Grids.
+    """
+    rows = [np.ascontiguousarray(x).reshape(-1, x.shape[-1]) for x in views] or [empty.reshape(-1, empty.shape[-1])]
+    sizes = [(x.shape[0] // patch, x.shape[1] // patch) for x in views]
+    return torch.from_numpy(np.concatenate(rows)), Grids(sizes, **options)
+
+
 def pack(
-    documents: Sequence[Document], budget: Budget, *, image_id: int, patch: int, slots: int, empty: View = NO_IMAGE
+    documents: Sequence[Document], budget: Budget, *, image_id: int, patch: int, slots: int, empty: View = EMPTY_IMAGE
 ) -> Batch:
     """Return documents end to end as one batch of the budget's size.
 
@@ -88,7 +96,7 @@ def pack(
     if used > budget.tokens or len(documents) > budget.documents:
         raise ValueError(f"pack: {len(documents)} documents of {used} tokens exceed {budget}")
     if other := next((view for view in views if view.kind != empty.kind), None):
-        raise ValueError(f"pack: media of kind {other.kind!r}, expected {empty.kind!r}")
+        raise ValueError(f"pack: media of kind {other.kind!r}, expected {empty.kind!r}: a batch has one kind of media")
     tokens = np.zeros(budget.tokens, np.int32)
     targets = np.full(budget.tokens, IGNORED, np.int32)
     positions = np.zeros(budget.tokens, np.int32)
@@ -111,23 +119,19 @@ def pack(
     arrays = [view.values for view in views]
     by_size = sorted(range(len(arrays)), key=lambda i: (arrays[i].size, arrays[i].shape))
     slot_rows[: len(media_rows)] = media_rows.reshape(len(arrays), slots)[by_size].ravel()
-    channels = empty.values.shape[2]
-    values = [np.ascontiguousarray(arrays[i]).reshape(-1, channels) for i in by_size]
-    sizes = [(arrays[i].shape[0] // patch, arrays[i].shape[1] // patch) for i in by_size]
+    values, grids = packed_views(
+        [arrays[i] for i in by_size], patch, empty.values, images=budget.media, patches=budget.patches,
+        longest=budget.max_patches,
+    )  # fmt: skip
     return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        media=PackedMedia(
-            empty.kind,
-            torch.from_numpy(np.concatenate([*values, empty.values.reshape(-1, channels)])),
-            Grids(sizes, images=budget.media, patches=budget.patches, longest=budget.longest),
-            torch.from_numpy(slot_rows),
-        ),
+        media=PackedMedia(empty.kind, values, grids, torch.from_numpy(slot_rows)),
         target_rows=torch.from_numpy(rows_with_target),
         target_count=len(rows_with_target),
-        used_tokens=int(cu_seqlens[-1]),
-        digest=reduce(lambda crc, array: zlib.crc32(array.data, crc), values, zlib.crc32(tokens.data)),
+        used_tokens=used,
+        digest=zlib.crc32(values.numpy().tobytes(), zlib.crc32(tokens.data)),
         keys=tuple(d.key for d in documents),
     )

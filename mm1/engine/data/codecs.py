@@ -1,24 +1,25 @@
-"""The codecs of media: for each kind the one that turns encoded bytes into the views that a model takes.
+"""Define the codecs of media: for each kind, the one that turns encoded bytes into the views that a model takes.
 
 To add a medium, write a class with the members of Codec in a file of its own, and add a line to CODECS.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
 
 from mm1.engine.data.record import View
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mm1.engine.data.images import ImagePolicy
     from mm1.engine.models.spec import ModelConfig
 
 
 class Codec(Protocol):
-    """Decodes one kind of media with the settings of a model. It can be pickled: loader processes have copies."""
+    """Decode one kind of media with the settings of a model. A codec can be pickled: loader processes have copies."""
 
-    kind: ClassVar[str]  # as in Media and View; errors call a medium by it
-    empty: ClassVar[View]  # a view without values, which has the kind, channels and dtype of all others
+    kind: ClassVar[str]  # as in Media and View; error messages use it
+    empty: ClassVar[View]  # a view without values, with the kind, channels and dtype of all others
 
     @property
     def patch(self) -> int:
@@ -26,12 +27,12 @@ class Codec(Protocol):
         ...
 
     @property
-    def count(self) -> int:
+    def max_views(self) -> int:
         """Return the largest number of views of one medium."""
         ...
 
     @property
-    def longest(self) -> int:
+    def max_patches(self) -> int:
         """Return the largest number of patches of one view."""
         ...
 
@@ -48,7 +49,7 @@ class Codec(Protocol):
         ...
 
 
-def _image(config: "ModelConfig") -> Codec:
+def _image(config: "ModelConfig") -> "ImagePolicy":
     from mm1.engine.data.images import ImagePolicy  # imports PIL
 
     images = config.images
@@ -58,6 +59,10 @@ def _image(config: "ModelConfig") -> Codec:
 CODECS: "dict[str, Callable[[ModelConfig], Codec]]" = {"image": _image}
 
 
-def codec_of(config: "ModelConfig", kind: str = "image") -> Codec:
-    """Return the codec of a kind of media with a model's settings."""
+@overload
+def codec_of(config: "ModelConfig", kind: Literal["image"] = "image") -> "ImagePolicy": ...
+@overload
+def codec_of(config: "ModelConfig", kind: str) -> Codec: ...
+def codec_of(config, kind="image"):
+    """Return the codec of a kind of media, a key of CODECS, with a model's settings."""
     return CODECS[kind](config)

@@ -1,4 +1,4 @@
-"""The command `mm1 tokenizer`."""
+"""Define the command `mm1 tokenizer`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ def tokenizer(
     if bool(files) == (source is not None):
         raise UserError("expected either FILES to train on or --from an existing tokenizer.json")
     if source is not None and vocabulary is not None:
-        raise UserError(f"--vocabulary is {vocabulary}, expected none beside --from, whose tokens stay as they are")
+        raise UserError(f"--vocabulary is {vocabulary}, expected none with --from, which keeps its tokens")
     from tokenizers import Tokenizer
 
     from mm1.engine.data.tokenizer import byte_level_bpe, id_count, texts_of, vocabulary_size, with_special_tokens

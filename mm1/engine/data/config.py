@@ -1,4 +1,4 @@
-"""Settings of the data of a run."""
+"""Define the settings of a run's data."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +10,7 @@ from mm1.errors import require
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of the mixture; in a TOML file each has its own [[data.sources]]."""
+    """Set one data set of the mixture; in a TOML file each has its own [[data.sources]]."""
 
     kind: Annotated[str, OneOf(*KINDS)]
     """Format of the files: "captions" (WebDataset tars), "interleaved" (documents as in OBELICS: json, jsonl or
@@ -27,7 +27,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """The data sets, the tokenizer, and the fixed sizes of a packed sequence."""
+    """Set the data sets, the tokenizer, and the fixed sizes of a packed sequence."""
 
     sources: tuple[Source, ...] = ()
     """Data sets that are mixed; training needs at least one."""
@@ -36,22 +36,22 @@ class Data:
     tokens: Count = 4096
     """Tokens of a packed sequence, image slots included; MM1's pre-training has 4096."""
     images: Count = 16
-    """Images that a packed sequence has room for; MM1's pre-training has up to 16."""
+    """Maximum number of images in a packed sequence; MM1's pre-training has up to 16."""
     patches: CountOrZero = 0
-    """Image patches that a packed sequence has room for; 0: data.images times the patches of a full image."""
+    """Maximum number of image patches in a packed sequence; 0: data.images times the patches of a full image."""
     documents: CountOrZero = 0
-    """Documents that a packed sequence has room for; 0: a sixteenth of data.tokens, or what the source with the
-    shortest documents needs if that is more."""
+    """Maximum number of documents in a packed sequence; 0: a sixteenth of data.tokens, or as many as the source with
+    the shortest documents needs if that is more."""
     buffer: CountOrZero = 0
-    """Tokens of the documents that the packer chooses from, at least data.tokens; more fill sequences better and use
-    more host memory; 0: four sequences."""
+    """Tokens of the documents that the packer chooses from, at least data.tokens; a larger buffer fills sequences
+    better and uses more host memory; 0: four sequences."""
     workers: CountOrZero = 0
     """Processes that load and decode data, for each training process; 0: threads of the training process."""
     streams: CountOrZero = 0
-    """Packers that the records are dealt to. A run can continue on any number of data-parallel processes that divides
-    it; 0: one for a single process, else four for each process at the start."""
+    """Packers among which the records are divided. A run can continue on any number of data-parallel processes that
+    divides it; 0: one for a single process, else four for each process at the start."""
     max_bad: Count = 100
-    """Unreadable records of one source in a row that stop the run; single ones are skipped and listed."""
+    """Unreadable records of one source in a row that stop the run; fewer are skipped and listed."""
 
     def __post_init__(self):
         check(self, "data")

@@ -1,7 +1,7 @@
-"""Documents of tokens and views of media, made of records and of prompts, ready to pack.
+"""Define documents of tokens and views of media, made of records and of prompts, ready to pack.
 
-This module imports no torch, so that loader processes start fast. PIL and tokenizers are imported when the first image
-or text comes: a program that packs documents of ready tokens needs neither.
+This module imports no torch, so that loader processes start fast. PIL and tokenizers are imported with the first image
+or text: a program that packs documents of ready tokens needs neither.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,6 @@ import numpy as np
 
 from mm1.engine.data.codecs import Codec
 from mm1.engine.data.record import Answer, Media, Record, View, view_digest
-from mm1.engine.data.text_tokenizer import SPECIAL as SPECIAL
 from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.errors import Unreadable, UserError
 
@@ -22,10 +21,10 @@ DECODED_AHEAD = 64  # documents that a packer's thread, or each of its worker pr
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens and the views of media among them.
+    """Hold tokens and the views of media among them.
 
-    tokens: int32 [n], in which each view has its slots. media: the views in reading order. key: names its origin in
-    logs. prompt_mask: bool [n], the tokens that are given and never a target, or None where there are none.
+    tokens: int32 [n], in which each view has its slots. media: the views in reading order. key: names the origin in
+    logs. prompt_mask: bool [n], True for tokens that are never a target; None if there are none.
     """
 
     tokens: np.ndarray
@@ -35,21 +34,21 @@ class Document:
 
     @property
     def digests(self) -> list[bytes]:
-        """Return the digest of each view. They are computed once: 5 MB of values take 4 ms."""
-        cache = self.__dict__  # cached_property would let one document at a time compute them
+        """Return the digest of each view. Digests are computed once: 5 MB of values take 4 ms."""
+        cache = self.__dict__  # the lock of cached_property would let only one document at a time compute them
         if "_digests" not in cache:
             cache["_digests"] = [view_digest(view) for view in self.media]
         return cache["_digests"]
 
     def targets(self, image_id: int) -> np.ndarray:
-        """Return bool [n - 1]: which of the tokens after the first are targets."""
+        """Return bool [n - 1], True for each token after the first that is a target."""
         text = self.tokens[1:] != image_id
         return text if self.prompt_mask is None else text & ~self.prompt_mask[1:]
 
     def section(self, start: int, stop: int, image_id: int, slots: int) -> "Document":
-        """Return tokens start to stop as a document; neither end lies inside the slots of a view.
+        """Return tokens start to stop as a document; neither may lie inside the slots of a view.
 
-        slots: tokens of one view; 0 of a model of text alone.
+        slots: tokens of one view; 0 for a model of text alone.
         """
         if start == 0 and stop == len(self.tokens):
             return self
@@ -59,23 +58,23 @@ class Document:
         return Document(self.tokens[start:stop], self.media[first:last], key, mask)
 
     def patches(self, patch: int) -> int:
-        """Return the number of patches of all its views."""
+        """Return the number of patches of all views."""
         return sum(view.patches(patch) for view in self.media)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of one packed sequence. media and patches: of all views together."""
+    """Hold the limits of one packed sequence. media and patches: of all views together."""
 
     tokens: int
     media: int
     patches: int
     documents: int
-    longest: int | None = None  # patches of one view; None: no limit but that of all
+    max_patches: int | None = None  # patches of one view; None: only `patches` limits it
 
 
 class Unit(NamedTuple):
-    """The tokens of one part of a document, and the views whose slots they are. is_target: whether it is learned."""
+    """Hold the tokens of one part of a document, and the views in their slots. is_target: whether texts are learned."""
 
     ids: list[int]
     views: list[View]
@@ -92,7 +91,8 @@ def units_of(tokenizer: TextTokenizer, slots: int, parts: Sequence[str | list[Vi
         if isinstance(part, str):
             units.append(Unit(tokenizer.encode(part) + [tokenizer.eos] * isinstance(part, Answer), []))
         elif not slots:
-            raise UserError(f"an {part[0].kind if part else 'image'}, but the model takes none")
+            kind = part[0].kind if part else "image"
+            raise UserError(f"the record or prompt has media of kind {kind!r}, but the model takes text alone")
         else:
             units.append(Unit([tokenizer.image] * slots * len(part), part))
     return units
@@ -108,9 +108,9 @@ def document_of(
 
 
 def joined_texts(parts: Iterable[Any]) -> list[Any]:
-    """Return parts with adjacent texts joined, as many tokenizers begin each text with a space, and without empty ones.
+    """Return parts with adjacent texts joined, because many tokenizers begin a text with a space.
 
-    Answers stay apart from other texts.
+    Empty texts are dropped, and answers are not joined with other texts.
     """
     joined: list[Any] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str) and not isinstance(part, Answer)):
@@ -121,9 +121,9 @@ def joined_texts(parts: Iterable[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Encodes records as documents for training: <bos>, the parts, <eos>, cut in pieces that fit the budget.
+    """Encode records as documents for training: <bos>, the parts, <eos>, cut into pieces that fit the budget.
 
-    In a record with answers each of them ends with <eos>, and all else is no target. slots: tokens of one view.
+    In a record with answers each answer ends with <eos>, and nothing else is a target. slots: tokens of one view.
     """
 
     tokenizer: TextTokenizer
@@ -147,11 +147,14 @@ class DocumentEncoder:
 
     def _decoded(self, medium: Media, record: Record) -> list[View]:
         if medium.kind != self.codec.kind:
-            raise Unreadable(f"a medium of kind {medium.kind!r}, expected {self.codec.kind!r}", record.shard)
+            raise Unreadable(
+                f"a medium of kind {medium.kind!r}, expected {self.codec.kind!r}: batches have one kind of media",
+                record.shard,
+            )
         return [View(medium.kind, values) for values in self.codec.views(self.codec.decode(medium.data))]
 
     def cut(self, units: Sequence[Unit], record: Record) -> list[Document]:
-        """Return pieces of whole media and as much text as fits; the next piece begins with the first that does not.
+        """Return pieces of whole media and as much text as fits; the next piece begins with what does not fit.
 
         Raises Unreadable for a medium that is larger than the budget, and where no piece has a target.
         """
@@ -162,38 +165,38 @@ class DocumentEncoder:
         budget, patches = self.budget, 0  # patches: of the piece's media
 
         def close():
-            nonlocal tokens, media, mask, patches
+            nonlocal patches
             key = record.key if not pieces else f"{record.key}+{len(pieces)}"
             prompt_mask = np.array(mask) if any(mask) else None
             pieces.append(Document(np.array(tokens, np.int32), tuple(media), f"{record.shard}:{key}", prompt_mask))
-            tokens, media, mask, patches = [], [], [], 0
+            patches = 0
+            for part in (tokens, media, mask):
+                part.clear()
 
         for ids, views, is_target in units:
+            area = sum(view.patches(self.codec.patch) for view in views)
             if views:
-                area = sum(view.patches(self.codec.patch) for view in views)
                 if area > budget.patches or len(views) > budget.media or len(ids) > budget.tokens - 1:
                     size = f"one {self.codec.kind} of {len(views)} views and {area} patches"
                     raise Unreadable(f"{size} exceeds the packing budget", record.shard)
                 full = len(media) + len(views) > budget.media or patches + area > budget.patches
                 if full or len(tokens) + len(ids) > budget.tokens:
                     close()
-                tokens += ids
-                media += views
-                mask += [not is_target] * len(ids)
-                patches += area
-                continue
-            start = 0  # of the rest of the text, which is not copied for every piece: that would take quadratic time
+            start = 0  # the rest of a text is not copied for every piece, which would take quadratic time
             while len(tokens) + len(ids) - start > budget.tokens:
-                room = budget.tokens - len(tokens)
-                tokens += ids[start : start + room]
-                mask += [not is_target] * room
-                start += room
+                end = start + budget.tokens - len(tokens)
+                tokens += ids[start:end]
+                mask += [not is_target] * (end - start)
+                start = end
                 close()
             tokens += ids[start:]
             mask += [not is_target] * (len(ids) - start)
+            media += views
+            patches += area
         close()
         # A piece whose only target is <eos> is dropped: it would teach that a document ends after any image.
-        useful = [p for p in pieces if (p.targets(self.tokenizer.image) & (p.tokens[1:] != self.tokenizer.eos)).any()]
-        if not useful:
-            raise Unreadable("no text to learn beside its media", record.shard)
-        return useful
+        image, eos = self.tokenizer.image, self.tokenizer.eos
+        pieces = [piece for piece in pieces if (piece.targets(image) & (piece.tokens[1:] != eos)).any()]
+        if not pieces:
+            raise Unreadable("no target text besides its media", record.shard)
+        return pieces

@@ -1,4 +1,4 @@
-"""The codec of images: encoded bytes -> RGB images -> pixels uint8 [H, W, 3], both sides multiples of a patch."""
+"""Define the codec of images: encoded bytes → RGB images → pixels uint8 [H, W, 3], both sides multiples of a patch."""
 
 import math
 import re
@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from mm1.engine.data.metadata import without_metadata
-from mm1.engine.data.record import NO_IMAGE, View
+from mm1.engine.data.record import EMPTY_IMAGE, View, max_patches
 from mm1.errors import Unreadable, UserError
 
 # PIL hands some formats, such as EPS, to an interpreter: files from the web must not choose that.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
-MAX_PIXELS = 178_956_970  # PIL's own limit, which holds here also where a program has lifted PIL's
+MAX_PIXELS = 178_956_970  # PIL's default limit, which applies here even if a program has raised PIL's
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -31,22 +31,20 @@ _PIL_WARNS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 def decode(data: bytes, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the first frame as RGB, turned upright by its EXIF, on white where it is transparent. Raises Unreadable.
 
-    An image with broken or huge metadata is decoded all the same; where its orientation cannot be read, it is not
-    turned.
+    An image with broken or huge metadata is decoded too; if its orientation cannot be read, it is not turned.
     """
-    # Not catch_warnings: that is global too, and a data thread would race with the training thread for it.
+    # catch_warnings would change global state too, and a data thread would race with the training thread for it.
     if warnings.filters[:1] != [_PIL_WARNS]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return _decoded(data, formats, max_pixels)
     except Unreadable:
         raise
-    except Exception as error:  # PIL's codecs raise nearly every type there is on bad bytes
-        bare = without_metadata(data)
-        if bare != data:
+    except Exception as error:  # PIL's codecs raise many types of errors on bad bytes
+        if (bare := without_metadata(data)) != data:
             with suppress(Exception):
                 return _decoded(bare, formats, max_pixels)
-        if isinstance(error, UnidentifiedImageError):  # PIL's own words name a buffer at a memory address
+        if isinstance(error, UnidentifiedImageError):  # PIL's message contains a memory address
             raise Unreadable(f"not an image in one of the formats {', '.join(formats)}") from None
         raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
 
@@ -56,23 +54,13 @@ def _decoded(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Im
     if not 0 < image.width * image.height <= max_pixels:
         raise Unreadable(f"image of {image.width} x {image.height} pixels, expected at most {max_pixels}, at least 1")
     key = image.info.get("transparency")
-    if image.format == "PNG" and not isinstance(key, bytes | None):  # PIL scales samples to 8 bits, this colour not
+    if image.format == "PNG" and not isinstance(key, bytes | None):  # PIL scales samples to 8 bits, but not this colour
         bits = data[24]
         if bits == 16 and image.mode == "RGB":
             image.info["transparency"] = tuple(value >> 8 for value in key)
         elif bits in (2, 4) and image.mode == "L":
             image.info["transparency"] = key * 255 // ((1 << bits) - 1)
     return _upright(image)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Return a PIL image in the form in which decode() returns one. Raises Unreadable."""
-    try:
-        return _upright(image)
-    except Unreadable:
-        raise
-    except Exception as error:
-        raise Unreadable(f"broken image: {type(error).__name__}: {error}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -84,10 +72,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the orientation in EXIF or XMP, 1 to 8; 1 (not turned) if none can be read."""
+    """Return the orientation in EXIF or XMP, from 1 to 8; 1 (not turned) if none can be read."""
     try:
         value = image.getexif().get(ORIENTATION)
-    except Exception:  # no TIFF after its header, which some programs write several times
+    except Exception:  # no TIFF after the header, which some programs write several times
         exif, value = Image.Exif(), None
         with suppress(Exception):
             exif.load(re.sub(rb"^(Exif\0\0)+", b"", image.info["exif"]))
@@ -96,7 +84,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read(path: str | Path) -> Image.Image:
-    """Return the image in a file that the user names. Raises UserError."""
+    """Return the image in a file that the user names, as decode does. Raises UserError."""
     try:
         return decode(Path(path).read_bytes())
     except OSError as error:
@@ -111,7 +99,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         scaled = ((values + 128) // 257).clip(0, 255).astype(np.uint8)
         scaled[values == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(scaled)
-    elif image.mode == "F":  # written as 0..1 or as 0..255: the file does not say
+    elif image.mode == "F":  # values are 0..1 or 0..255, which the file does not declare
         values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
         values = values * 255 if values.max() <= 1 else values
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
@@ -124,69 +112,70 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """The codec of images with a model's settings: how an image is resized to whole patches (bicubic).
+    """Decode images and resize them (bicubic) to whole patches, as a model's settings say.
 
     mode "squash": to size x size, which changes the aspect ratio, as DFN5B-CLIP ViT-H-14-378 was trained.
-    mode "native": to at most max_patches, with the aspect ratio as near as whole patches allow; an image is enlarged
-    only by rounding its sides to whole patches, and not resized at all if it fits.
-    parts: k > 1 adds k x k parts of the image to the whole one, each of size x size, row by row (MM1, section 5: four
-    of 672 pixels beside an overview of an image of 1344).
+    mode "native": to at most `patches` patches, with the aspect ratio as near as whole patches allow; an image is
+    enlarged only by rounding its sides to whole patches, and not resized at all if it fits.
+    parts: k > 1 adds k x k parts of the image to the whole one, each of size x size, row by row (MM1, section 5: an
+    image of 1344 pixels becomes an overview and four parts of 672).
     """
 
     kind: ClassVar[str] = "image"
-    empty: ClassVar[View] = NO_IMAGE
+    empty: ClassVar[View] = EMPTY_IMAGE
 
     patch: int
     mode: str = "squash"
     size: int = 378
-    max_patches: int = 729
+    patches: int = 729
     parts: int = 1
 
     def __post_init__(self):
         if self.mode not in ("squash", "native"):
             raise ValueError(f"ImagePolicy: mode is {self.mode!r}, expected 'squash' or 'native'")
-        if self.patch < 1 or self.max_patches < 1:
-            raise ValueError(f"ImagePolicy: patch={self.patch} max_patches={self.max_patches}, expected positive")
+        if self.patch < 1 or self.patches < 1:
+            raise ValueError(f"ImagePolicy: patch={self.patch} patches={self.patches}, expected positive")
         if self.mode == "squash" and (self.size < 1 or self.size % self.patch):
             raise ValueError(f"ImagePolicy: size is {self.size}, expected a multiple of patch {self.patch}")
 
     @property
-    def longest(self) -> int:
+    def max_patches(self) -> int:
         """Return the largest number of patches of one view."""
-        return (self.size // self.patch) ** 2 if self.mode == "squash" else self.max_patches
+        return max_patches(self)
 
     @property
-    def count(self) -> int:
+    def max_views(self) -> int:
         """Return the number of views of an image."""
         return 1 + self.parts**2 if self.parts > 1 else 1
 
     @property
     def max_bytes(self) -> int:
         """Return the largest number of bytes of an image's views."""
-        return 3 * self.count * self.longest * self.patch**2
+        return 3 * self.max_views * self.max_patches * self.patch**2
 
     def decode(self, data: bytes) -> Image.Image:
         """Return the first frame of an image file (see the function decode). Raises Unreadable."""
         return decode(data)
 
     def check(self, medium: Any) -> Image.Image:
-        """Return a PIL image in RGB and upright. Raises UserError for anything else."""
+        """Return a PIL image in the form in which decode returns it. Raises UserError for anything else."""
         if not isinstance(medium, Image.Image):
             raise UserError(f"a prompt is a sequence of texts and PIL images, not {type(medium).__name__}")
         try:
-            return upright(medium)
+            return _upright(medium)
         except Unreadable as error:
             raise UserError(str(error)) from None
+        except Exception as error:
+            raise UserError(f"broken image: {type(error).__name__}: {error}") from None
 
     def views(self, medium: Image.Image) -> list[np.ndarray]:
-        """Return the resized RGB image, and its parts if there are any: uint8 [H, W, 3] each."""
-        image = medium
+        """Return the resized RGB image, then its parts: uint8 [H, W, 3] each."""
         if self.parts == 1:
-            return [self.resize(image)]
+            return [self.resize(medium)]
         n, k = self.size, self.parts
-        large = np.array(image.resize((k * n, k * n), Image.Resampling.BICUBIC))
-        rows = large.reshape(k, n, k, n, 3).swapaxes(1, 2).reshape(k * k, n, n, 3)
-        return [self.resize(image), *map(np.ascontiguousarray, rows)]
+        large = np.array(medium.resize((k * n, k * n), Image.Resampling.BICUBIC))
+        parts = large.reshape(k, n, k, n, 3).swapaxes(1, 2).reshape(k * k, n, n, 3)
+        return [self.resize(medium), *map(np.ascontiguousarray, parts)]
 
     def resize(self, image: Image.Image) -> np.ndarray:
         """Return an RGB image as uint8 [H, W, 3], H and W multiples of patch."""
@@ -197,17 +186,17 @@ class ImagePolicy:
             size = (columns * self.patch, rows * self.patch)
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
-        return np.array(image)  # a copy: PIL's own view is read-only, which torch.from_numpy warns about
+        return np.array(image)  # a copy: torch.from_numpy warns about PIL's read-only array
 
     def _grid(self, height: float, width: float) -> tuple[int, int]:
         """Return whole rows and columns for sides in patches, which may be fractions."""
-        scale = min(1.0, math.sqrt(self.max_patches / (height * width)))
+        limit = self.patches
+        scale = min(1.0, math.sqrt(limit / (height * width)))
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-        if rows * columns <= self.max_patches:
+        if rows * columns <= limit:
             return rows, columns
         # Rounding, or a side of at least one patch, has exceeded the limit: shorten either side, or drop one row or
         # column and shorten the other side as needed, whichever changes the aspect ratio least.
-        limit = self.max_patches
         fits = [(r, min(columns, limit // r)) for r in (rows, rows - 1) if r]
         fits += [(min(rows, limit // c), c) for c in (columns, columns - 1) if c]
         return min((g for g in fits if all(g)), key=lambda g: abs(math.log(g[0] * width / (g[1] * height))))

@@ -1,4 +1,4 @@
-"""Files of JSON lines that survive killed processes, full disks and edits by users."""
+"""Read and write files of JSON lines that survive killed processes, full disks and edits by users."""
 
 import json
 from collections.abc import Iterable
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Appended:
-    """Appends objects to a file of JSON lines. Objects that cannot be written are written with the next one."""
+    """Append objects to a file of JSON lines. Objects that cannot be written are written with the next one."""
 
     def __init__(self, path: Path):
         self.path, self.pending, self.failing = path, list[str](), False
 
     def add(self, value: dict[str, Any]) -> str | None:
-        """Append an object. Return an error message where this write is the first that fails, else None."""
+        """Append an object. Return an error message if this write is the first that fails, else None."""
         self.pending.append(json.dumps(value))
         # A write that failed may have left a part of a line: a newline ends it, and readers skip it.
         text = "\n" * self.failing + "".join(f"{line}\n" for line in self.pending)
@@ -29,23 +29,24 @@ class Appended:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects of a JSON-lines file, and the number of other lines; of a missing file none."""
+    """Return the objects of a JSON-lines file, and the number of other lines; a missing file has none of either."""
     if not path.exists():
         return [], 0
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    objects = [value for line in lines if isinstance(value := _parsed(line), dict)]
-    return objects, len(lines) - len(objects)
+    objects, others = [], 0
+    for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
+        try:
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            others += 1
+    return objects, others
 
 
 def write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
-    """Replace a JSON-lines file atomically: a killed process leaves the old file or the new one."""
+    """Replace a JSON-lines file atomically: after a kill the file is the old one or the new one."""
     fresh = path.with_name(f".{path.name}.kept")
     fresh.write_text("".join(f"{json.dumps(value)}\n" for value in objects))
     fresh.replace(path)
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None

@@ -1,15 +1,14 @@
-"""Removes metadata from image files, so that an image whose metadata are broken can be decoded.
+"""Remove metadata from image files, so that an image with broken metadata can be decoded.
 
 Pillow refuses a whole file for a text of over 1 MiB, an EXIF block that is no TIFF or a wrong checksum of a comment.
-Browsers, OpenCV and GIMP show such pictures. The parts that determine the pixels and the orientation are kept, with
-their bytes and order unchanged; damaged pixels stay damaged.
+Browsers, OpenCV and GIMP show such images. The parts that determine the pixels and the orientation are kept, with their
+bytes and order unchanged; damaged pixels stay damaged.
 Sources: PNG (W3C, third edition), JPEG (T.81, annex B), WebP container, GIF89a, TIFF 6.0, HEIF (ISO 23008-12).
 """
 
 import re
 import struct
 import zlib
-from collections.abc import Iterator
 
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # chunk -> its flag in VP8X
@@ -21,9 +20,9 @@ TIFF_PIXELS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 281), 284,
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a file without the parts that neither pixels nor orientation need, or an unknown or broken one unchanged.
+    """Return a file without the parts that neither pixels nor orientation need; an unknown or broken file as it is.
 
-    Time and memory are linear in the bytes of the file, whatever sizes it claims.
+    Time and memory are linear in the bytes of the file, whatever sizes its headers claim.
     """
     for start, strip in STRIPPED.items():
         if re.match(start, data, re.DOTALL):
@@ -35,26 +34,17 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _png(data: bytes) -> bytes:
-    parts, at = [data[:8]], 8
-    kind = b""
-    while at + 8 <= len(data) and kind != b"IEND":  # data after the end does not belong to the picture
+    parts, at, kind = [data[:8]], 8, b""
+    while at + 8 <= len(data) and kind != b"IEND":  # data after the end does not belong to the image
         size, kind = struct.unpack_from(">I4s", data, at)
         chunk = data[at : at + 12 + size]
-        if kind in PNG_PIXELS or (_whole(chunk) and _may_turn(kind, chunk[8:-4])):
+        content, checksum = chunk[8:-4], chunk[-4:]
+        is_xmp = kind == b"iTXt" and content.startswith(XMP_KEYWORD + b"\0") and len(content) < LARGEST_XMP
+        has_orientation = (kind == b"eXIf" or is_xmp) and checksum == zlib.crc32(chunk[4:-4]).to_bytes(4, "big")
+        if kind in PNG_PIXELS or has_orientation:
             parts.append(chunk)
         at += 12 + size
     return b"".join(parts)
-
-
-def _whole(chunk: bytes) -> bool:
-    return chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4, "big")
-
-
-def _may_turn(kind: bytes, content: bytes) -> bool:
-    """Return whether a chunk may hold an orientation: an EXIF block, or XMP that is not compressed."""
-    return kind == b"eXIf" or (
-        kind == b"iTXt" and content.startswith(XMP_KEYWORD + b"\0") and len(content) < LARGEST_XMP
-    )
 
 
 def _jpeg(data: bytes) -> bytes:
@@ -67,20 +57,16 @@ def _jpeg(data: bytes) -> bytes:
         if kind == 0xDA:  # the scan, which is the rest of the file
             break
         size = 0 if kind == 0x01 or 0xD0 <= kind <= 0xD9 else struct.unpack_from(">H", data, at + 2)[0]
-        if _decides_pixels(kind, size):
+        is_metadata = 0xE0 <= kind <= 0xEF or kind == 0xFE
+        # JFIF's and Adobe's segments determine the colours, EXIF and XMP the orientation.
+        if not is_metadata or (kind == 0xE0 and size >= 16) or kind == 0xE1 or (kind == 0xEE and size >= 14):
             parts.append(data[at : at + 2 + size])
         at += 2 + size
     return b"".join(parts) + (data[at:] if at >= 0 else b"")
 
 
-def _decides_pixels(kind: int, size: int) -> bool:
-    """Return whether a segment stays: JFIF's and Adobe's name the colours, EXIF and XMP the orientation."""
-    application = 0xE0 <= kind <= 0xEF or kind == 0xFE
-    return not application or (kind == 0xE0 and size >= 16) or kind == 0xE1 or (kind == 0xEE and size >= 14)
-
-
 def _webp(data: bytes) -> bytes:
-    """Return a WebP without ICCP, and without EXIF and XMP if they are cut off: else they may hold the orientation."""
+    """Return a WebP without ICCP, and without EXIF and XMP that are cut off: others may have the orientation."""
     chunks, at = [], 12
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, at)
@@ -129,20 +115,17 @@ def _tiff(data: bytes) -> bytes:
 
 
 def _avif(data: bytes) -> bytes:
-    """Return an AVIF whose EXIF item has an unknown type. Nothing is removed, since boxes point to positions."""
-    boxes = {kind: (at, size) for at, size, kind in _boxes(data)}
-    at, size = boxes.get(b"meta", (0, 0))
-    return data[:at] + re.sub(rb"(infe.{8})Exif", rb"\1skip", data[at : at + size], flags=re.DOTALL) + data[at + size :]
-
-
-def _boxes(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Return an AVIF whose EXIF item has an unknown type. Nothing is removed, because boxes refer to positions."""
     at = 0
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
-        if size < 8:  # to the end, or of 64 bits: none that is looked for
-            return
-        yield at, size, kind
+        if size < 8:  # a box up to the end, or with a size of 64 bits: "meta" is neither
+            break
+        if kind == b"meta":
+            meta = re.sub(rb"(infe.{8})Exif", rb"\1skip", data[at : at + size], flags=re.DOTALL)
+            return data[:at] + meta + data[at + size :]
         at += size
+    return data
 
 
 STRIPPED = {

@@ -1,4 +1,4 @@
-"""Paths of data files: patterns of shells, and ranges of numbered files."""
+"""Expand paths of data files: patterns as in a shell, and ranges of numbered files."""
 
 import glob
 import os
@@ -10,7 +10,7 @@ from mm1.errors import UserError
 
 
 def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:
-    """Return the files that match paths, patterns such as "*.tar" and ranges such as "a-{00..12}.tar", from base on.
+    """Return the files that match paths relative to `base`: names, patterns ("*.tar") and ranges ("a-{00..12}.tar").
 
     Raises UserError for a path without a file, for a folder, and if there are no paths.
     """
@@ -18,18 +18,19 @@ def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:
     for path in [paths] if isinstance(paths, str | Path) else paths:
         for pattern in _braces(str(base / Path(path).expanduser())):
             # A file of that name comes before a pattern: it may be called a[1].tar.
-            hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-            if not hits:
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not matches:
                 raise UserError(f"no such file: {pattern}")
-            if folders := [hit for hit in hits if os.path.isdir(hit)]:
-                raise UserError(f"{folders[0]} is a directory: name its files, as in {folders[0]}/*.tar")
-            files += map(Path, hits)
+            if folder := next(filter(os.path.isdir, matches), None):
+                raise UserError(f"{folder} is a directory: name its files, as in {folder}/*.tar")
+            files += map(Path, matches)
     if not files:
         raise UserError("the data has no paths, expected at least one")
     return files
 
 
 def _braces(pattern: str) -> Iterator[str]:
+    """Yield the pattern with each number of its ranges in their place."""
     if not (braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)):
         yield pattern
         return
@@ -37,5 +38,4 @@ def _braces(pattern: str) -> Iterator[str]:
     if int(first) > int(last):
         raise UserError(f"{pattern}: the range {braces[0]} is empty")
     for number in range(int(first), int(last) + 1):
-        name = str(number).zfill(len(first))
-        yield from _braces(pattern[: braces.start()] + name + pattern[braces.end() :])
+        yield from _braces(pattern[: braces.start()] + str(number).zfill(len(first)) + pattern[braces.end() :])

@@ -1,10 +1,11 @@
-"""The list of a run's bad records: a folder with one file of JSON lines for each process.
+"""Keep the list of a run's bad records: a folder with one file of JSON lines for each process.
 
-A record that is bad in every epoch is listed once by each process that draws it, also after a resume: the files, not
-the checkpoints, store what is listed. A line is {"shard", "key", "reason", "position"}, where the position is the first
-one in the run's stream at which the record was drawn; damage of a whole file has key "" and position -1.
+A record that is bad in every epoch is listed once by each process that draws it, also after a resume, because the list
+is stored in these files and not in checkpoints. A line is {"shard", "key", "reason", "position"}, where the position is
+the first one in the run's stream at which the record was drawn; damage of a whole file has key "" and position -1.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ KINDS = {"shard": str, "key": str, "reason": str, "position": int}
 
 
 class Quarantine:
-    """Lists the bad records of a run. folder: of the files, None for no list; rank: of this process."""
+    """List the bad records of a run. folder: of the files, None for no list; rank: of this process."""
 
     def __init__(self, folder: Path | None, rank: int = 0):
-        self.folder, self.rank = folder, rank
+        self.folder = folder
         self._file = None if folder is None else Appended(folder / f"rank-{rank:05d}.jsonl")
-        self._listed: set[int] | None = None  # hashes of shard and key, 8 bytes in place of two strings
+        self._listed: set[int] | None = None  # hashes of shard and key, 8 bytes instead of two strings
 
     def add(self, shard: str, key: str, reason: str, position: int) -> None:
         """Add a bad record, unless this process's file lists it already."""
@@ -29,17 +30,16 @@ class Quarantine:
         if self._listed is None:
             self._listed = {hash((line["shard"], line["key"])) for line in _lines_of(self._file.path)[0]}
         record = hash((shard, key))
-        if record in self._listed:
-            return
-        self._file.add({"shard": shard, "key": key, "reason": reason, "position": position})
-        self._listed.add(record)
+        if record not in self._listed:
+            self._file.add({"shard": shard, "key": key, "reason": reason, "position": position})
+            self._listed.add(record)
 
     def trim(self, positions: Mapping[int, int]) -> list[str]:
         """Delete the lines that a run added after its checkpoint, in the files of all processes, and damaged lines.
 
-        positions: next position of each stream at the checkpoint, empty for a run that begins. Records that are drawn
-        again and still bad are listed again. Call it in one process, before any of them adds a record. Return a warning
-        for each file with damaged lines.
+        positions: next position of each stream at the checkpoint, empty for a new run. Records that are drawn again and
+        still bad are listed again. Call it in one process, before any of them adds a record. Return a warning for each
+        file with damaged lines.
         """
         warnings = []
         for path in self._files():
@@ -61,10 +61,7 @@ class Quarantine:
 
     def summary(self) -> dict[str, int]:
         """Return the number of distinct bad records for each reason, the most frequent first."""
-        counts: dict[str, int] = {}
-        for record in self.records():
-            counts[record["reason"]] = counts.get(record["reason"], 0) + 1
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        return dict(Counter(record["reason"] for record in self.records()).most_common())
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("rank-*.jsonl")) if self.folder is not None else []

@@ -1,4 +1,4 @@
-"""References to media in documents: paths, members of tars, and data: URLs.
+"""Read the media that documents refer to: paths, members of tars, and data: URLs.
 
 Documents are not trusted: no other URL is fetched, and no reference leads out of the folder of its document.
 """
@@ -17,7 +17,7 @@ from mm1.errors import Unreadable
 
 BASE64_PIECE = 1 << 18  # characters that one call decodes
 PERCENT_PIECE = 1 << 16
-URL_HEAD = 1000  # characters of a data: URL before its data, at most
+URL_HEAD = 1000  # maximum number of characters of a data: URL before its data
 HEX = np.full(256, 255, np.uint8)  # values of hexadecimal digits by their codes
 for _code in b"0123456789abcdefABCDEF":
     HEX[_code] = int(chr(_code), 16)
@@ -26,7 +26,7 @@ for _code in b"0123456789abcdefABCDEF":
 def decode_base64(text: str) -> bytes:
     """Decode base64 that may contain white space. Raises ValueError.
 
-    It is decoded in pieces: one call on 30 MB would hold the interpreter's lock, and so all other threads, for 0.2 s.
+    It is decoded in pieces: one call on 30 MB would hold the GIL, and so block all other threads, for 0.2 s.
     """
     pieces: list[bytes] = []
     rest = ""
@@ -41,10 +41,10 @@ def decode_base64(text: str) -> bytes:
 
 
 def decode_percent(text: str, piece: int = PERCENT_PIECE) -> bytes:
-    """Decode ASCII text with percent-encoded bytes; a percent sign without two hexadecimal digits stands for itself.
+    """Decode ASCII text with percent-encoded bytes; a percent sign without two hexadecimal digits is kept.
 
-    It is decoded in pieces of `piece` characters (at least 3), for the reason that decode_base64 has, and in arrays,
-    because urllib makes an object of each percent sign.
+    It is decoded in pieces of `piece` characters (at least 3), like base64, and in arrays: urllib makes an object for
+    each percent sign, which takes seconds for a few megabytes.
     """
     pieces: list[bytes] = []
     at = 0
@@ -57,7 +57,7 @@ def decode_percent(text: str, piece: int = PERCENT_PIECE) -> bytes:
         keep[places + 1] = keep[places + 2] = False
         cut = len(codes)
         if at + cut < len(text) and (rest := text.find("%", at + cut - 2, at + cut)) >= 0 and keep[rest - at]:
-            cut = rest - at  # the next piece has the digits of this sign
+            cut = rest - at  # the digits of this sign are in the next piece
         pieces.append(codes[:cut][keep[:cut]].tobytes())
         at += cut
     return b"".join(pieces)
@@ -97,14 +97,14 @@ def read_image(name: Any, folder: Path) -> bytes:
         if tar.name.lower().endswith(TARS) and (folder / tar).is_file():
             return read_member(File.at(_inside(tar, folder)), path.relative_to(tar).as_posix())
     if not (folder / path).is_file():
-        raise Unreadable(f"there is no image {name!r} in {folder}")
+        raise Unreadable(f"no image {name!r} in {folder}")
     return _inside(path, folder).read_bytes()
 
 
 def _inside(path: PurePosixPath, folder: Path) -> Path:
     """Return the file at a path below the folder. Raises Unreadable if a symbolic link leads out of the folder."""
-    # A path without links is not resolved, which takes longer than reading a small image. Only on POSIX systems do the
-    # parts of a path show all of it.
+    # A path without links is not resolved, because that takes longer than reading a small image. Only on POSIX systems
+    # do the parts of a path show all links.
     steps = islice(accumulate(path.parts, os.path.join, initial=str(folder)), 1, None)
     if os.name == "posix" and not any(map(os.path.islink, steps)):
         return folder / path

@@ -1,8 +1,8 @@
-"""Samples of a WebDataset tar: which members belong together, and which members belong to no sample.
+"""Index the samples of a WebDataset tar: which members belong together, and which belong to no sample.
 
 Members whose names differ only in the extension are one sample. The extension begins at the first dot of the file name,
-as in WebDataset. If it is not one of the extensions that are read, it begins at the last dot: "photo.v1.png" is the
-image of "photo.v1". Such a sample without image or caption is a further member of the sample "photo" if there is one
+as in WebDataset. If mm1 does not read that extension, it begins at the last dot: "photo.v1.png" is the image of
+"photo.v1". Such a sample without image or caption is a further member of the sample "photo" if that exists
 ("photo.mask.png"). Of several images before a caption the first is used; a member after a complete sample of its name
 begins another sample.
 """
@@ -10,29 +10,32 @@ begins another sample.
 import array
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
+from mm1.engine.data.shards import Shard, decode_utf8, parse_json
 from mm1.engine.data.tar import FOLDER, File, Member, members
 from mm1.errors import Unreadable
 
 IMAGES = (
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif",
 )  # fmt: skip
+CAPTIONS = ("caption", "captions", "text")  # fields of a sample's .json: a text, or a list of texts
 KEY, IMAGE, TEXT, META, NOTE, WIDTH = 0, 2, 4, 6, 8, 9  # columns of a row; the first four are start and size
 COLUMNS = {**dict.fromkeys(IMAGES, IMAGE), "txt": TEXT, "json": META}
-KINDS, EXTENSIONS = 8, 3  # kinds of members, and extensions of one sample's further members, that a message lists
-NONE, SPARSE = -1, -2  # a start: there is no member; a size: the start is that of the header of a sparse member
+KINDS, EXTENSIONS = 8, 3  # maximum numbers of kinds of members, and of extensions of further members, in a message
+NONE, SPARSE = -1, -2  # a start: no member; a size: the start is that of the header of a sparse member
 
 
 class MemberCounts:
-    """Counts members of tars by kinds in words, and keeps the name of the first of each kind."""
+    """Count members of tars by kind, and store the name of the first of each kind."""
 
     def __init__(self):
         self.kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
-        """Count members of a kind, of which `name` is the first."""
+        """Add `count` members of a kind, of which `name` is the first."""
         before, first = self.kinds.get(kind, (0, name))
         self.kinds[kind] = before + count, first
 
@@ -44,25 +47,26 @@ class MemberCounts:
         return ", ".join(words)
 
 
-class Samples:
-    """Indexes the samples of one tar: 72 bytes each, and their keys.
+class TarShard(Shard):
+    """Read the samples of one tar: an image, and its caption from .txt or else from .json. A sample takes 72 bytes.
 
-    damage: broken parts of the tar and members that should belong to a sample, in words. ignored: folders, names that
-    begin with a dot, and further members of samples.
+    damage: broken parts of the tar, and members that should belong to a sample. ignored: folders, names that begin with
+    a dot, and further members of samples.
     """
 
     def __init__(self, file: File):
-        self.file, self.ignored, self.notes = file, MemberCounts(), [""]
+        super().__init__(file)
+        self.ignored, self.notes = MemberCounts(), [""]
         damage: list[str] = []
         lost = MemberCounts()
         index = _Index(members(file, damage), lost, self.ignored)
         rows = np.array(index.rows, np.int64).reshape(-1, WIDTH)
         whole = (rows[:, IMAGE] != NONE) & (rows[:, [TEXT, META]] != NONE).any(1)
         keep = np.ones(len(rows), bool)
-        for key, row in index.again:
+        for key, row in index.repeated:
             if not whole[row]:
                 keep[row] = False
-                lost.add("an image or caption after a sample of its name", key)
+                lost.add("an image or caption after a complete sample of the same name", key)
         for key, (shorter, extension) in index.dotted.items():
             row = index.row_of[key]
             if keep[row] and not whole[row] and shorter in index.row_of:
@@ -74,48 +78,41 @@ class Samples:
             if row is not None:
                 further[row].append(f"{extension} ({kind})" if kind else extension)
             if not kind:  # links and devices are counted already
-                counts, whose = (lost, "of no sample") if row is None else (self.ignored, "beside a sample")
-                counts.add(f".{last} {whose}", name)
+                counts, where = (lost, "in no sample") if row is None else (self.ignored, "in addition to a sample")
+                counts.add(f".{last} {where}", name)
         numbers: dict[str, int] = {}
         for row, extensions in further.items():
             rest = len(extensions) - EXTENSIONS
             note = ", ".join(extensions[:EXTENSIONS]) + (f" and {rest} more" if rest > 0 else "")
             rows[row, NOTE] = numbers.setdefault(note, 1 + len(numbers))
         self.notes += numbers
-        self.keys, self.rows = bytes(index.keys), rows[keep]
-        self.damage = "; ".join([*damage, *([f"passed over: {lost}"] if lost.kinds else [])])
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.keys, self.rows, self.count = bytes(index.keys), rows[keep], int(keep.sum())
+        self.damage = "; ".join([*damage, *([f"skipped: {lost}"] if lost.kinds else [])])
 
     def key(self, row: int) -> str:
         """Return the name of a sample's members without the extension."""
         start, size = self.rows[row, KEY : KEY + 2].tolist()
         return self.keys[start : start + size].decode()
 
-    def image(self, row: int) -> bytes:
-        """Return the bytes of a sample's image. Raises Unreadable."""
+    def item(self, row: int) -> tuple[bytes, Any]:
+        """Return the bytes of the image, and the caption or a list of several, as the file has it."""
+        note = self.notes[self.rows[row, NOTE]]  # the extensions of further members
         if (image := self._content(row, IMAGE)) is None:
-            note = self.notes[self.rows[row, NOTE]]
             endings = ", ".join(f".{ending}" for ending in IMAGES)
             raise Unreadable(
                 f"{note} is not read as an image, expected {endings}" if note else "caption without an image"
             )
-        return image
-
-    def text(self, row: int) -> bytes | None:
-        """Return the bytes of a sample's .txt, None if there is none. Raises Unreadable."""
-        return self._content(row, TEXT)
-
-    def meta(self, row: int) -> bytes | None:
-        """Return the bytes of a sample's .json, None if there is none. Raises Unreadable."""
-        return self._content(row, META)
-
-    def note(self, row: int) -> str:
-        """Return the extensions of a sample's further members, in words."""
-        return self.notes[self.rows[row, NOTE]]
+        if (text := self._content(row, TEXT)) is not None:
+            return image, decode_utf8(text)
+        if (meta := self._content(row, META)) is not None and isinstance(fields := parse_json(meta), dict):
+            for name in CAPTIONS:
+                if (caption := fields.get(name)) is not None:
+                    return image, caption
+        further = f", found {note}" if note else ""
+        raise Unreadable(f'image without a caption: expected a .txt or .json ("caption") of the same name{further}')
 
     def _content(self, row: int, column: int) -> bytes | None:
+        """Return the bytes of a member of a sample, None if the sample has none."""
         start, size = self.rows[row, column : column + 2].tolist()
         if start == NONE:
             return None
@@ -123,11 +120,11 @@ class Samples:
 
 
 class _Index:
-    """Collects rows of samples in one pass over a tar, and the members that are assigned after it."""
+    """Collect rows of samples in one pass over a tar, and the members that can only be assigned after it."""
 
     def __init__(self, tar: Iterable[Member], lost: MemberCounts, ignored: MemberCounts):
         self.keys, self.rows, self.row_of = bytearray(), array.array("q"), dict[str, int]()
-        self.again = list[tuple[str, int]]()  # keys and rows of samples whose key had a row
+        self.repeated = list[tuple[str, int]]()  # keys and rows of samples whose key has an earlier row
         self.dotted = dict[str, tuple[str, str]]()  # key with a dot -> the key before the dot, the extension after it
         self.unread = list[tuple[str, str, str, str]]()  # key, extension, kind and name of further members
         for member in tar:
@@ -155,15 +152,15 @@ class _Index:
         row = self.row_of.get(key)
         if row is not None and self.rows[row * WIDTH + column] != NONE:
             if column == IMAGE and self.rows[row * WIDTH + TEXT] == self.rows[row * WIDTH + META] == NONE:
-                return lost.add("a second image of a sample", member.name)
+                lost.add("a second image of a sample", member.name)
+                return
             row = None
         if row is None:
             row, encoded = len(self.rows) // WIDTH, key.encode()
             if key in self.row_of:
-                self.again.append((key, row))
+                self.repeated.append((key, row))
             self.row_of[key] = row
             self.rows.extend((len(self.keys), len(encoded), NONE, 0, NONE, 0, NONE, 0, 0))
             self.keys += encoded
         self.rows[row * WIDTH + column] = member.header if member.sparse else member.start
         self.rows[row * WIDTH + column + 1] = SPARSE if member.sparse else member.size
-        return None

@@ -1,35 +1,38 @@
-"""Shards: files of records with random access, each indexed once.
+"""Read shards: files of records with random access, each indexed once.
 
 Open descriptors, unpacked .gz files and parquet row groups are cached in the process, not in the shard, so that a shard
-can be pickled. A .gz is unpacked to memory and a .json is parsed whole: suitable for small sets only.
+can be pickled. A .gz is unpacked to memory and a .json is parsed as a whole: suitable for small sets only.
 """
 
 import array
+import io
 import json
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm1.engine.data.samples import MemberCounts, Samples
 from mm1.engine.data.tar import File
 from mm1.errors import Unreadable, UserError
 
-CAPTIONS = ("caption", "captions", "text")  # fields of a sample's .json: a text, or a list of texts
+if TYPE_CHECKING:
+    from mm1.engine.data.samples import MemberCounts
+
 PARQUET_ROWS = 16  # rows of a batch of a row group that is too large to be read at once
 
 
 class Shard:
-    """The records of one file. A subclass indexes the file once, and reads any item by its row.
+    """Hold the records of one file. A subclass indexes the file once, and reads any item by its row.
 
-    count: number of records. damage: what is broken in the file, in words. ignored: members that no record contains.
+    count: number of records. damage: a description of broken parts of the file. ignored: members that no record
+    contains.
     """
 
     count: int
     damage: str | None = None
-    ignored: MemberCounts | None = None
+    ignored: "MemberCounts | None" = None
 
     def __init__(self, file: File):
         self.file = file
@@ -43,59 +46,34 @@ class Shard:
         raise NotImplementedError
 
 
-class TarShard(Shard):
-    """The samples of a WebDataset tar: each an image, and its caption from .txt or else from .json."""
-
-    def __init__(self, file: File):
-        super().__init__(file)
-        self.samples = Samples(file)
-        self.count, self.damage, self.ignored = len(self.samples), self.samples.damage, self.samples.ignored
-
-    def key(self, row: int) -> str:
-        return self.samples.key(row)
-
-    def item(self, row: int) -> tuple[bytes, Any]:
-        """Return the bytes of the image, and the caption, or a list of several, as the file has it."""
-        image, caption = self.samples.image(row), None
-        if (text := self.samples.text(row)) is not None:
-            caption = decode_utf8(text)
-        elif (meta := self.samples.meta(row)) is not None and isinstance(fields := parse_json(meta), dict):
-            caption = next((fields[name] for name in CAPTIONS if fields.get(name) is not None), None)
-        if caption is None:
-            further = f", found {note}" if (note := self.samples.note(row)) else ""
-            raise Unreadable(f'image without a caption: expected a .txt or .json ("caption") of the same name{further}')
-        return image, caption
-
-
 class LinesShard(Shard):
-    """Documents of one line each, without blank lines; a line is parsed when it is read."""
+    """Read documents of one line each, without blank lines; a line is parsed when it is read."""
 
     def __init__(self, file: File, parse: Callable[[bytes], Any]):
         super().__init__(file)
         self.parse = parse
         data, self.damage = file.whole()
-        places = array.array("q")
-        start = number = 0
-        while start < len(data):
-            end = data.find(b"\n", start)
-            end = len(data) if end < 0 else end
-            number += 1
-            if data[start:end].strip():
-                places.extend((start, end - start, number))
-            start = end + 1
+        places, start = array.array("q"), 0
+        lines = io.BytesIO(data) if isinstance(data, bytes) else data
+        for number, line in enumerate(iter(lines.readline, b""), 1):
+            if line.strip():
+                places.extend((start, len(line), number))
+            start += len(line)
         self.lines = np.array(places, np.int64).reshape(-1, 3)
         self.count = len(self.lines)
 
     def key(self, row: int) -> str:
+        """Return the number of the line."""
         return str(self.lines[row, 2])
 
     def item(self, row: int) -> Any:
+        """Return the parsed line."""
         start, size, _ = self.lines[row].tolist()
-        return self.parse(self.file.read(start, size).rstrip(b"\r"))
+        return self.parse(self.file.read(start, size).rstrip(b"\r\n"))
 
 
 class JsonShard(Shard):
-    """A JSON file with a list of documents, or with a single one."""
+    """Read a JSON file with a list of documents, or with a single one."""
 
     def __init__(self, file: File):
         super().__init__(file)
@@ -105,16 +83,21 @@ class JsonShard(Shard):
             self.count, self.damage = 0, error.reason
 
     def item(self, row: int) -> Any:
+        """Return a document of the list."""
         return _documents(self.file)[row]
 
 
 class ParquetShard(Shard):
-    """Documents of one row each. Whole row groups are read and cached: small groups make a shuffled read faster."""
+    """Read documents of one row each. Whole row groups are read and cached: shuffling is faster with small ones."""
 
     def __init__(self, file: File, columns: tuple[str, ...]):
         super().__init__(file)
         self.columns = columns
-        pa, pq = _pyarrow()
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise UserError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
         try:
             parquet = pq.ParquetFile(file.path)
         except (pa.ArrowException, ValueError) as error:
@@ -125,8 +108,10 @@ class ParquetShard(Shard):
         self.ends, self.count = np.cumsum(sizes), sum(sizes)
 
     def item(self, row: int) -> Any:
+        """Return a row as a dict of its columns."""
+        import pyarrow as pa
+
         group, inside = locate(self.ends, row)
-        pa, _ = _pyarrow()
         try:
             rows = _row_group(self.file, group, self.columns)
             if rows is None:
@@ -137,19 +122,12 @@ class ParquetShard(Shard):
             raise Unreadable(f"parquet: {error}") from None
 
 
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
-    return pyarrow, pyarrow.parquet
-
-
 @lru_cache(maxsize=4)
 def _row_group(file: File, group: int, columns: tuple[str, ...]) -> Any:
     """Return a group's rows as a table; None if they take more than 2 GiB, the limit of Arrow's nested columns."""
-    pa, pq = _pyarrow()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         return pq.ParquetFile(file.path).read_row_group(group, columns=list(columns), use_threads=False)
     except pa.ArrowNotImplementedError:
@@ -159,8 +137,12 @@ def _row_group(file: File, group: int, columns: tuple[str, ...]) -> Any:
 @lru_cache(maxsize=1)
 def _parts_of_group(file: File, group: int, columns: tuple[str, ...]) -> list[Any]:
     """Return a large group's rows in batches of PARQUET_ROWS. Only one group is cached, because of its size."""
-    parquet = _pyarrow()[1].ParquetFile(file.path)
-    return list(parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=list(columns), use_threads=False))
+    import pyarrow.parquet as pq
+
+    batches = pq.ParquetFile(file.path).iter_batches(
+        PARQUET_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+    )
+    return list(batches)
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
-"""Sources: the formats of training data. A source reads files of records with random access.
+"""Define sources, the formats of training data. A source reads files of records with random access.
 
-A position always is the same record: a shuffle is a permutation of numbers, and resuming is exact. To add a format,
-write a subclass of Source and add a line to KINDS.
+The same position always is the same record: a shuffle is a permutation of numbers, and resuming is exact. To add a
+format, write a subclass of Source and add a line to KINDS.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,57 +12,51 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mm1.engine.data.paths import expand
-from mm1.engine.data.record import Answer, Choice, Media, Record
+from mm1.engine.data.record import Alternatives, Answer, Media, Record
 from mm1.engine.data.references import read_image
-from mm1.engine.data.samples import MemberCounts
-from mm1.engine.data.shards import (
-    JsonShard,
-    LinesShard,
-    ParquetShard,
-    Shard,
-    TarShard,
-    decode_utf8,
-    locate,
-    parse_json,
-)
+from mm1.engine.data.samples import MemberCounts, TarShard
+from mm1.engine.data.shards import JsonShard, LinesShard, ParquetShard, Shard, decode_utf8, locate, parse_json
 from mm1.engine.data.tar import TARS, File
 from mm1.errors import Unreadable, UserError
 
+LINES_OF_JSON = partial(LinesShard, parse=parse_json)
+JSON_LINES: dict[str, Callable[[File], Shard]] = {".jsonl": LINES_OF_JSON, ".jsonl.gz": LINES_OF_JSON}
+
 
 def is_blank(text: Any) -> bool:
-    """Return whether a text is missing, or empty but for white space."""
+    """Return whether a text is None, or only white space."""
     return text is None or (isinstance(text, str) and not text.strip())
 
 
 def _caption(value: Any) -> str:
-    """Return a caption, or the Choice of several. Raises Unreadable."""
+    """Return a caption, or the Alternatives of several. Raises Unreadable."""
     if not isinstance(value, list):
         return checked_text(value, "caption").strip()
     texts = [checked_text(text, "caption").strip() for text in value if not is_blank(text)]
     if not texts:
         raise Unreadable("empty caption")
-    return texts[0] if len(texts) == 1 else Choice(texts)
+    return texts[0] if len(texts) == 1 else Alternatives(texts)
 
 
-def checked_text(text: Any, what: str) -> str:
-    """Return the text itself. Raises Unreadable for a value that no tokenizer can encode. what: its name in errors."""
+def checked_text(text: Any, name: str) -> str:
+    """Return the text itself. Raises Unreadable, with the text's name, for a value that no tokenizer can encode."""
     if is_blank(text):
-        raise Unreadable(f"empty {what}")
+        raise Unreadable(f"empty {name}")
     if not isinstance(text, str):
-        raise Unreadable(f"{what} is of type {type(text).__name__}, expected a string")
+        raise Unreadable(f"{name} is of type {type(text).__name__}, expected a string")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can hold half a surrogate pair
-        raise Unreadable(f"{what} is not valid Unicode") from None
+        raise Unreadable(f"{name} is not valid Unicode") from None
     return text
 
 
 class Source:
-    """The records of all files of `paths` in order. source[i] raises Unreadable for a record that cannot be used.
+    """Read the records of all files of `paths` in order. source[i] raises Unreadable for a record that cannot be used.
 
-    A subclass is one format of data: `readers` maps the endings of its files to shards, and `parts` makes the parts of
-    a record of a shard's item. damage: (file, reason) of the files in which the index met damage. Raises UserError for
-    a path or file that this format does not read, and if there is not a single record.
+    A subclass is one format of data: `readers` maps the endings of its files to shards, and `parts` converts an item of
+    a shard to the parts of a record. damage: (file, reason) of the files with damage. Raises UserError for a path or
+    file that this format does not read, and if there are no records.
     """
 
     readers: ClassVar[dict[str, Callable[[File], Shard]]]
@@ -72,8 +66,8 @@ class Source:
         self._ends = np.cumsum([shard.count for shard in self._shards])
         self.damage = tuple((shard.file.path, shard.damage) for shard in self._shards if shard.damage)
         if not len(self):
-            why = "; ".join(f"{shard}: {reason}" for shard, reason in self.damage[:1])
-            raise UserError(f"no records in {self._shards[0].file.path}" + (f" ({why})" if why else ""))
+            reason = " ({}: {})".format(*self.damage[0]) if self.damage else ""
+            raise UserError(f"no records in {self._shards[0].file.path}{reason}")
 
     def _index(self, path: Path) -> Shard:
         suffix = next((s for s in self.readers if path.name.lower().endswith(s)), None)
@@ -86,7 +80,7 @@ class Source:
 
     @property
     def ignored(self) -> str:
-        """Return the counts of members of tars that no record contains, such as folders, in words."""
+        """Return a description of the members of tars that no record contains, such as folders, with their counts."""
         total = MemberCounts()
         for shard in self._shards:
             for kind, (count, first) in (shard.ignored.kinds if shard.ignored else {}).items():
@@ -107,13 +101,13 @@ class Source:
             raise IndexError(f"record {i} of {len(self)}")
         which, row = locate(self._ends, i)
         shard = self._shards[which]
-        key = shard.key(row)
+        path, key = shard.file.path, shard.key(row)
         try:
-            return Record(self.parts(shard.item(row), Path(shard.file.path).parent), key, shard.file.path)
+            return Record(self.parts(shard.item(row), Path(path).parent), key, path)
         except Unreadable as error:
-            raise Unreadable(error.reason, shard.file.path, key) from None
+            raise Unreadable(error.reason, path, key) from None
         except OSError as error:
-            raise Unreadable(str(error.strerror or error), shard.file.path, key) from None
+            raise Unreadable(str(error.strerror or error), path, key) from None
 
     def parts(self, item: Any, folder: Path) -> tuple[str | Media, ...]:
         """Return the texts and media of a shard's item, whose file is in `folder`. Raises Unreadable."""
@@ -121,9 +115,9 @@ class Source:
 
 
 class Captions(Source):
-    """WebDataset tars: an image, then its caption from .txt, or from .json under "caption", "captions" or "text".
+    """Read WebDataset tars: an image, then its caption from .txt, or from .json under "caption", "captions" or "text".
 
-    Of a list of captions one is drawn each epoch (Choice).
+    Each epoch uses one caption of a list (Alternatives).
     """
 
     readers: ClassVar = dict.fromkeys(TARS, TarShard)
@@ -133,12 +127,10 @@ class Captions(Source):
         return Media("image", image), _caption(caption)
 
 
-class Text(Source):
-    """Text documents: under "text" in .jsonl and .parquet, one a line in .txt."""
+class TextSource(Source):
+    """Read text documents: under "text" in .jsonl and .parquet, one per line in .txt."""
 
-    readers: ClassVar = {
-        ".jsonl": partial(LinesShard, parse=parse_json),
-        ".jsonl.gz": partial(LinesShard, parse=parse_json),
+    readers: ClassVar = JSON_LINES | {
         ".txt": partial(LinesShard, parse=decode_utf8),
         ".parquet": partial(ParquetShard, columns=("text",)),
     }
@@ -150,18 +142,15 @@ class Text(Source):
 
 
 class Interleaved(Source):
-    """Documents in OBELICS form: parallel lists "texts" and "images", one of the two null at each position.
+    """Read documents in OBELICS form: parallel lists "texts" and "images", one of the two null at each position.
 
     An image is a path below the shard's folder, "some.tar/member.png" of a tar there, a data:image/…;base64 URL, bytes,
     or {"bytes": …, "path": …}. Other URLs are never fetched.
     """
 
     readers: ClassVar = {
-        ".json": JsonShard,
-        ".jsonl": partial(LinesShard, parse=parse_json),
-        ".jsonl.gz": partial(LinesShard, parse=parse_json),
-        ".parquet": partial(ParquetShard, columns=("texts", "images")),
-    }
+        ".json": JsonShard, **JSON_LINES, ".parquet": partial(ParquetShard, columns=("texts", "images")),
+    }  # fmt: skip
 
     def parts(self, item, folder):
         texts, images = (item.get("texts"), item.get("images")) if isinstance(item, dict) else (None, None)
@@ -185,51 +174,47 @@ class Interleaved(Source):
 
 
 class Conversations(Source):
-    """LLaVA's form: "conversations" of {"from": "human" | "gpt", "value": text}, and "image" or "images", one
-    or a list.
+    """Read conversations in LLaVA's form: turns {"from": "human" | "gpt", "value": text} under "conversations".
 
-    Each <image> in a human's text is replaced by the next image, which is named as in Interleaved. A human's text
-    becomes "USER: … ASSISTANT:", and only the answers are trained on.
+    "image" or "images" has one image or a list, named as in Interleaved; each <image> in a human's text is replaced by
+    the next one. A human's text becomes "USER: … ASSISTANT:", and only the answers are trained on.
     """
 
-    readers: ClassVar = {
-        ".json": JsonShard,
-        ".jsonl": partial(LinesShard, parse=parse_json),
-        ".jsonl.gz": partial(LinesShard, parse=parse_json),
-    }
+    readers: ClassVar = {".json": JsonShard, **JSON_LINES}
 
     def parts(self, item, folder):
         turns = item.get("conversations") if isinstance(item, dict) else None
         if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
             raise Unreadable('expected a list "conversations" of objects')
-        named = item.get("images") if item.get("image") is None else item["image"]
-        images = named if isinstance(named, list) else [] if named is None else [named]
+        images = item.get("images") if item.get("image") is None else item["image"]
+        images = images if isinstance(images, list) else [] if images is None else [images]
         texts = [checked_text(turn.get("value"), "turn").strip() for turn in turns]
         speakers = [turn.get("from") for turn in turns]
-        if strange := [who for who in speakers if who not in ("human", "gpt")]:
-            raise Unreadable(f"a turn is from {strange[0]!r}, expected human or gpt")
+        for speaker in speakers:
+            if speaker not in ("human", "gpt"):
+                raise Unreadable(f"a turn is from {speaker!r}, expected 'human' or 'gpt'")
         if speakers[-1] != "gpt":
-            raise Unreadable("the last turn is no answer")
-        marks = sum(text.count("<image>") for text, who in zip(texts, speakers) if who == "human")
+            raise Unreadable("the last turn is from 'human', expected 'gpt'")
+        marks = sum(text.count("<image>") for text, speaker in zip(texts, speakers) if speaker == "human")
         if marks != len(images):
-            raise Unreadable(f"{len(images)} images for {marks} marks <image>")
-        following, parts = iter(images), list[str | Media]()
-        for text, who in zip(texts, speakers):
-            if who == "gpt":
+            raise Unreadable(f"the record has {len(images)} images, expected {marks}, one for each <image>")
+        remaining, parts = iter(images), list[str | Media]()
+        for text, speaker in zip(texts, speakers):
+            if speaker == "gpt":
                 parts.append(Answer(f" {text}"))
                 continue
             first, *others = f"USER: {text} ASSISTANT:".split("<image>")
             parts.append(first)
             for text in others:
-                parts += [Media("image", read_image(next(following), folder)), text]
+                parts += [Media("image", read_image(next(remaining), folder)), text]
         return tuple(parts)
 
 
-KINDS = {"captions": Captions, "interleaved": Interleaved, "text": Text, "conversations": Conversations}
+KINDS = {"captions": Captions, "interleaved": Interleaved, "text": TextSource, "conversations": Conversations}
 
 
 def open_source(kind: str, paths: str | Path | Sequence[str | Path], base: Path) -> Source:
     """Return the source of a kind of data, a key of KINDS. Raises UserError."""
     if kind not in KINDS:
-        raise UserError(f"unknown kind of data {kind!r}; known: {', '.join(KINDS)}")
+        raise UserError(f"the kind of data is {kind!r}, expected one of {', '.join(KINDS)}")
     return KINDS[kind](paths, base)

@@ -1,4 +1,4 @@
-"""The streams of packed batches of a run, which its processes read in turn."""
+"""Make the streams of packed batches of a run, which its processes read in turn."""
 
 import logging
 import math
@@ -11,28 +11,29 @@ from typing import TYPE_CHECKING, Any
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.codecs import codec_of
 from mm1.engine.data.config import Source as SourceSettings
-from mm1.engine.data.document import Budget, DocumentEncoder, TextTokenizer
+from mm1.engine.data.document import Budget, DocumentEncoder
 from mm1.engine.data.identity import differences, identity, mean_length
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import BUFFER, Loader
 from mm1.engine.data.quarantine import Quarantine
 from mm1.engine.data.sources import Source, open_source
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.errors import UserError
 
 if TYPE_CHECKING:
     from mm1.engine.run_config import Run
 
-FILL_BATCHES, MIN_FILL = 20, 0.5  # a smaller mean fill of a process's first batches gives a warning
-SETTINGS = {"media": "images", "patches": "patches", "documents": "documents"}  # budgets beside tokens -> settings
-BAD_RECORDS, MAX_BAD = 100, 0.05  # a larger share of bad records gives a warning once as many were drawn
+FILL_BATCHES, MIN_FILL = 20, 0.5  # a smaller mean fill of a process's first FILL_BATCHES batches gives a warning
+SETTINGS = {"media": "images", "patches": "patches", "documents": "documents"}  # budgets other than tokens -> settings
+BAD_RECORDS, MAX_BAD = 100, 0.05  # a larger share of bad records gives a warning after BAD_RECORDS records
 log = logging.getLogger(__name__)
 
 
 class Streams:
-    """Yields the micro-batches of one process. The run's i-th one is made by packer i mod S for process i mod R.
+    """Yield the micro-batches of one process. The run's i-th one is made by packer i mod S for process i mod R.
 
     The batches of a run therefore do not depend on R, as long as R divides S and the micro-batches of a step.
-    identity: the values that determine the run's data (see identity.py). warn: is called once if sequences stay half
+    identity: the values that determine the run's data (see identity.py). warn: called once if sequences stay half
     empty, and once if many records are bad.
     """
 
@@ -76,17 +77,17 @@ class Streams:
         return sum(loader.drawn for loader in self.loaders.values())
 
     def _check_fill(self) -> None:
-        """Warn if the first batches are less than half full of tokens, and name the budget that is used up first."""
+        """Warn if the first batches are less than half full of tokens, and name the budget that limits them."""
         fill = sum(shares["tokens"] for shares in self._shares) / FILL_BATCHES
         if fill >= MIN_FILL:
             return
         # Tokens cannot be the limit: a document of at most half a sequence fits into a batch that is not half full.
         fullest = Counter(max(SETTINGS, key=lambda name: shares[name]) for shares in self._shares)
         name = fullest.most_common(1)[0][0]
-        setting = f"data.{SETTINGS[name]}"
+        setting, budget = f"data.{SETTINGS[name]}", self.budget
         self.warn(
-            f"the first {FILL_BATCHES} sequences hold {fill:.0%} of data.tokens ({self.budget.tokens}); {setting} "
-            f"({getattr(self.budget, name)}) is used up first: raise {setting} or lower data.tokens"
+            f"the first {FILL_BATCHES} sequences hold {fill:.0%} of data.tokens ({budget.tokens}); {setting} "
+            f"({getattr(budget, name)}) is used up first: raise {setting} or lower data.tokens"
         )
 
     def _warn_of_bad(self) -> None:
@@ -99,12 +100,12 @@ class Streams:
         self.warn(message)
 
     def close(self) -> None:
-        """End the threads and processes that decode ahead."""
+        """End the threads and processes that decode in advance."""
         for loader in self.loaders.values():
             loader.close()
 
     def state(self) -> dict[str, Any]:
-        """Return the states of this process's packers by their numbers. Checkpoints store it."""
+        """Return the states of this process's packers by their numbers, for checkpoints."""
         return {"taken": self.taken, "streams": {str(i): loader.state() for i, loader in self.loaders.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -120,11 +121,13 @@ def make_streams(
 ) -> Streams:  # fmt: skip
     """Return the packed batches of the run's sources for one of `ranks` processes.
 
-    quarantine: folder of the lists of bad records. count: number of packers of the run that is resumed. before:
-    identity of the data in the checkpoint that is resumed; if the data are the same, its mean lengths mix the sources,
-    in place of new estimates. Raises UserError for sources or settings that cannot be used.
+    quarantine: folder of the lists of bad records. count: number of packers of the run that is resumed, 0 for a new
+    run. before: identity of the data of the resumed run; if the data are the same, its mean lengths mix the sources
+    instead of new estimates. Raises UserError for sources or settings that cannot be used.
     """
     d, m, t = run.data, run.model.images, run.train
+    if rank:  # only the first process warns
+        warn = lambda message: None  # noqa: E731
     if count and d.streams not in (0, count):
         raise UserError(f"setting data.streams is {d.streams}, expected {count} as in the checkpoint, or 0")
     count = count or d.streams or (4 * ranks if ranks > 1 else 1)
@@ -135,21 +138,20 @@ def make_streams(
     budget = Budget(
         tokens=d.tokens,
         media=d.images,
-        patches=d.patches or d.images * codec.longest,
+        patches=d.patches or d.images * codec.max_patches,
         documents=d.documents or max(1, d.tokens // 16),
-        longest=codec.longest,
+        max_patches=codec.max_patches,
     )
     for name, size, needed in (
-        ("tokens", budget.tokens, codec.count * m.slots + 2),
-        ("images", budget.media, codec.count),
-        ("patches", budget.patches, codec.count * codec.longest),
+        ("tokens", budget.tokens, codec.max_views * m.slots + 2),
+        ("images", budget.media, codec.max_views),
+        ("patches", budget.patches, codec.max_views * codec.max_patches),
     ):
         if size < needed:
             raise UserError(f"setting data.{name} is {size}, too few for one {codec.kind}, expected {needed} or more")
     buffer = d.buffer or BUFFER * d.tokens
     if buffer < d.tokens:
-        if rank == 0:
-            warn(f"setting data.buffer is {buffer} tokens, less than a sequence: {d.tokens} are taken")
+        warn(f"setting data.buffer is {buffer} tokens, less than a sequence: {d.tokens} are used")
         buffer = d.tokens
     encode = DocumentEncoder(tokenizer, codec, m.slots, budget)
     sources = [_opened(i, setting) for i, setting in enumerate(d.sources)]
@@ -162,8 +164,8 @@ def make_streams(
     values = identity(run, tokenizer, budget, buffer, count, sources, mixture.mean_lengths)
     if lengths and before and differences(before, values):
         return make_streams(run, tokenizer, quarantine, warn, rank, ranks, count)
-    damage = [reported for source in sources for reported in source.damage]
-    for shard, reason in damage if rank == 0 else ():
+    damage = [file for source in sources for file in source.damage]
+    for shard, reason in damage:
         warn(f"{shard}: {reason}")
     listed = Quarantine(quarantine, rank)
     loaders = {
@@ -182,8 +184,7 @@ def make_streams(
         )  # fmt: skip
         if ignored := source.ignored:
             log.info("ignored in %s: %s", setting.kind, ignored)
-    warn_once = warn if rank == 0 else lambda message: None  # not once a process
-    return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=warn_once)
+    return Streams(loaders, count, rank, ranks, identity=values, quarantine=listed, warn=warn)
 
 
 def _opened(number: int, setting: SourceSettings) -> Source:
@@ -194,5 +195,5 @@ def _opened(number: int, setting: SourceSettings) -> Source:
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the states of all processes into one."""
+    """Join the states of all processes."""
     return {"taken": states[0]["taken"], "streams": {i: s for state in states for i, s in state["streams"].items()}}

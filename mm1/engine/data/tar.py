@@ -1,6 +1,6 @@
-"""Random access to tar archives and plain files by byte offsets, as WebDataset shards need it.
+"""Read tar archives and plain files at random byte offsets, as WebDataset shards need it.
 
-Files are opened when first needed, once a process, so that objects that refer to them can be pickled. A .gz is unpacked
+Each process opens a file when it first reads it, so that objects that refer to files can be pickled. A .gz is unpacked
 to memory: this suits small sets; large shards should not be compressed.
 """
 
@@ -30,13 +30,13 @@ KINDS = {
     b"V": "a label",
 }  # fmt: skip
 ZEROS = bytes(1 << 16)
-LENGTH_DIGITS = 20  # of the length of a record of an extended header with its space: more than any file needs
+LENGTH_DIGITS = 20  # characters in which the length of a record of an extended header is looked for
 MAX_HOLES = 1 << 26  # bytes in the holes of a sparse member: an archive of a kilobyte can claim any number
 
 
 @dataclass(frozen=True)
 class File:
-    """A file with the modification time that it had when it was indexed, so that caches distinguish its versions."""
+    """Name a file and its modification time when it was indexed, so that caches distinguish its versions."""
 
     path: str
     version: int
@@ -52,28 +52,28 @@ class File:
         return self.path.lower().endswith("gz")
 
     def read(self, start: int, size: int) -> bytes:
-        """Return `size` bytes from `start` on of the unpacked file, fewer at its end. Raises OSError."""
+        """Return up to `size` bytes of the unpacked file from `start` on. Raises OSError."""
         return _unpacked(self)[0][start : start + size] if self.is_gzip else _opened(self).read(start, size)
 
     def whole(self) -> tuple[bytes | mmap.mmap, str | None]:
-        """Return all unpacked bytes, and a description of damage or None."""
+        """Return all unpacked bytes, and a description of the damage or None."""
         if self.is_gzip:
             return _unpacked(self)
         with open(self.path, "rb") as file:
-            empty = not os.fstat(file.fileno()).st_size  # which mmap refuses
-            return (b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), None
+            is_empty = not os.fstat(file.fileno()).st_size  # mmap refuses an empty file
+            return (b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), None
 
 
 class _Descriptor:
-    """An open file that several threads read at any offset. Raises OSError if it cannot be opened."""
+    """Hold an open file that several threads read at any offset. Raises OSError if it cannot be opened."""
 
     def __init__(self, path: str):
         self.file, self.lock = open(path, "rb", buffering=0), Lock()  # noqa: SIM115
 
     def read(self, start: int, size: int) -> bytes:
-        """Return `size` bytes from `start` on, fewer at the end of the file."""
+        """Return up to `size` bytes from `start` on."""
         if hasattr(os, "pread"):
-            return os.pread(self.file.fileno(), size, start)  # no shared offset, and no GIL while the disk is slow
+            return os.pread(self.file.fileno(), size, start)  # without a shared offset, and without the GIL
         with self.lock:  # Windows
             self.file.seek(start)
             return self.file.read(size)
@@ -90,7 +90,7 @@ def _opened(file: File) -> _Descriptor:
 
 @cache
 def _unpacked(file: File) -> tuple[bytes, str | None]:
-    chunks = []
+    chunks, damage = [], None
     try:
         with gzip.open(file.path) as stream:
             while chunk := stream.read1(1 << 20):
@@ -98,15 +98,15 @@ def _unpacked(file: File) -> tuple[bytes, str | None]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         if not chunks:
             raise UserError(f"{file.path} is not a gzip file") from None
-        return b"".join(chunks), f"its gzip stream is broken: {error}"
-    return b"".join(chunks), None
+        damage = f"its gzip stream is broken: {error}"
+    return b"".join(chunks), damage
 
 
 class Member(NamedTuple):
-    """A member of an archive. The bytes of a regular file are at start … start + size.
+    """Locate a member of an archive. The bytes of a regular file are at start … start + size.
 
-    kind: "" for a regular file, else its type in words. sparse: its bytes are stored without its holes. header: the
-    position of its first header (which may be that of a long name).
+    kind: "" for a regular file, else a description of its type. sparse: its holes are not stored. header: the position
+    of its first header (which may be that of a long name).
     """
 
     name: str
@@ -124,8 +124,8 @@ class Member(NamedTuple):
 def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
     """Yield members of a tar from the header at byte `at` on. Appends to `damage`; raises UserError if it is no tar.
 
-    Archives that were appended to one another are read as one (`tar --ignore-zeros`). Not tarfile: it takes a broken
-    header amid the archive for its end, and 27 µs a member where this takes 6.
+    Archives that were appended to one another are read as one (`tar --ignore-zeros`). The standard tarfile would treat
+    a broken header inside the archive as its end, and take 27 µs for a member instead of 6.
     """
     data, broken = file.whole()
     damage += [broken] if broken else []
@@ -144,7 +144,7 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
             if kind == b"S":
                 start = _skip_map(data, header, start)
             size = int(pax.get(b"size", 0)) or _number(header[124:136])
-            if b"1" <= kind <= b"6":  # links, folders, devices: no data follows, whatever the size says
+            if b"1" <= kind <= b"6":  # links, folders, devices: no data follows, whatever the size is
                 size = 0
             if size < 0:
                 raise ValueError
@@ -158,20 +158,20 @@ def members(file: File, damage: list[str], at: int = 0) -> Iterator[Member]:
         except ValueError:
             if at == 0:
                 raise UserError(f"{file.path} is not a tar archive") from None
-            damage.append(f"broken header at byte {at}: what follows is lost")
+            damage.append(f"broken header at byte {at}: the rest is lost")
             return
         at = start + -(-size // 512) * 512
-        if kind in b"xLgK":
-            continue  # about the next member
+        if kind in b"xLgK":  # a header of the next member
+            continue
         name = header[:100].split(b"\0", 1)[0]
         if header[257:263] == b"ustar\0" and header[345]:
             name = header[345:500].split(b"\0", 1)[0] + b"/" + name
         name = pax.get(b"GNU.sparse.name", pax.get(b"path", name)).decode(errors="replace").removeprefix("./")
-        words = FOLDER if name.endswith("/") else KINDS.get(kind)
-        if words is None:
-            words = f"a member of the unknown type {kind.decode('latin-1')!r}"
-        sparse = kind == b"S" or (bool(pax) and any(key.startswith(b"GNU.sparse.") for key in pax))
-        yield Member(name, start, size, first, words, sparse)
+        description = FOLDER if name.endswith("/") else KINDS.get(kind)
+        if description is None:
+            description = f"a member of the unknown type {kind.decode('latin-1')!r}"
+        sparse = kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in pax)
+        yield Member(name, start, size, first, description, sparse)
         first, pax = at, {}
     if not ended:
         if at == 0:
@@ -190,7 +190,7 @@ def _skip_zeros(data: bytes | mmap.mmap, at: int) -> int:
 
 
 def _skip_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
-    """Return where the bytes of a sparse member of the old GNU form begin: after the blocks that continue its map."""
+    """Return the position after the blocks that continue the map of a sparse member of the old GNU form."""
     more = header[482]
     while more:
         if at + 512 > len(data):
@@ -200,27 +200,27 @@ def _skip_map(data: bytes | mmap.mmap, header: bytes, at: int) -> int:
 
 
 def read_sparse(file: File, header: int) -> bytes:
-    """Return the bytes of a sparse member with its holes, which are zeros. Raises Unreadable."""
+    """Return the bytes of a sparse member, with zeros in its holes. Raises Unreadable."""
     try:
         with io.BytesIO(_unpacked(file)[0]) if file.is_gzip else open(file.path, "rb") as stream:
             stream.seek(header)
             with tarfile.TarFile(fileobj=stream) as tar:
                 stored, whole = next(members(file, [], header), None), tar.next()
                 if stored is None or whole is None:
-                    raise Unreadable("a broken sparse member of the tar: it is not where the index has it")
+                    raise Unreadable("a broken sparse member of the tar: it is not at its indexed position")
                 if whole.size > stored.size + MAX_HOLES:
-                    counts = f"{stored.size} bytes that stand for {whole.size}, expected at most {MAX_HOLES} more"
-                    raise Unreadable(f"a sparse member of the tar, {counts}")
+                    sizes = f"{stored.size} stored bytes of {whole.size}, expected at most {MAX_HOLES} in holes"
+                    raise Unreadable(f"a sparse member of the tar has {sizes}")
                 content = tar.extractfile(whole)
                 return content.read() if content is not None else b""
+    except Unreadable:
+        raise
     except (tarfile.TarError, OSError, ValueError) as error:
-        if isinstance(error, Unreadable):
-            raise
         raise Unreadable(f"a broken sparse member of the tar: {error}") from None
 
 
 def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU: too large for octal
+    if field[0] & 0x80:  # GNU's form of numbers that are too large for octal
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
@@ -238,27 +238,27 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
 
 
 def read_member(tar: File, name: str) -> bytes:
-    """Return the bytes of the last member of a name, as tar would extract it. Raises Unreadable."""
+    """Return the bytes of the last member with this name, as tar would extract it. Raises Unreadable."""
     try:
         hashes, headers, damage = _directory(tar)
         first, last = (int(np.searchsorted(hashes, hash(name), side=side)) for side in ("left", "right"))
         for header in reversed(headers[first:last].tolist()):
             member = next(members(tar, [], header), None)
-            if member is not None and member.name == name:  # names of equal hash are told apart by the name itself
+            if member is not None and member.name == name:  # the names of equal hashes may differ
                 if member.kind:
                     raise Unreadable(f"{name!r} in {tar.path} is {member.kind}, which is not followed")
                 return member.read(tar)
     except UserError as error:
         raise Unreadable(str(error)) from None
-    raise Unreadable(f"there is no member {name!r} in {tar.path}" + (f", {damage}" if damage else ""))
+    raise Unreadable(f"no member {name!r} in {tar.path}" + (f", {damage}" if damage else ""))
 
 
 @cache
 def _directory(tar: File) -> tuple[np.ndarray, np.ndarray, str]:
     """Return hashes of the member names int64 [n] sorted, bytes of their first headers int64 [n], and the damage.
 
-    They take 16 bytes a member, where a dict of names takes 300: a loader process keeps those of all tars that it has
-    read. hash() of a string differs between processes, so that each makes a table of its own.
+    A member takes 16 bytes, in a dict of names 300: a loader process keeps the tables of all tars that it has read.
+    hash() of a string differs between processes, so that each makes a table of its own.
     """
     damage: list[str] = []
     pairs = array.array("q")

@@ -1,28 +1,29 @@
-"""The tokenizer.json of a run: byte-level BPE trained on text, or an existing one with the special tokens added.
+"""Make the tokenizer.json of a run: byte-level BPE trained on text, or an existing one with the special tokens added.
 
 Source: Sennrich et al. 2016 (BPE); Radford et al. 2019 (GPT-2) for bytes as its alphabet.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mm1.engine.data.paths import expand
-from mm1.engine.data.record import Choice
+from mm1.engine.data.record import Alternatives
 from mm1.engine.data.sources import KINDS, Source, open_source
 from mm1.engine.data.text_tokenizer import SPECIAL, renamed
 from mm1.errors import Unreadable, UserError
 
-ROWS = 64  # the vocabulary is a multiple of it, so that products with the head have whole tiles of tensor cores
+ROWS = 64  # the vocabulary is a multiple of this, so that products with the head have whole tiles of tensor cores
 MIN_TOKENS = 256 + len(SPECIAL)  # each byte is a token, so that any text can be encoded
 TRIED = 16  # a file is not of a kind of data if this number of its first records are unreadable
 
 
 def vocabulary_size(tokens: int) -> int:
-    """Return the smallest legal size of an embedding for so many tokens."""
+    """Return the smallest multiple of ROWS that holds `tokens` ids."""
     return -(-tokens // ROWS) * ROWS
 
 
@@ -33,7 +34,7 @@ def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """
     if vocabulary < MIN_TOKENS:
         raise UserError(
-            f"--vocabulary is {vocabulary}, expected at least {MIN_TOKENS}: 256 bytes and {len(SPECIAL)} marks"
+            f"--vocabulary is {vocabulary}, expected at least {MIN_TOKENS}: 256 bytes and {len(SPECIAL)} special tokens"
         )
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,24 +43,17 @@ def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    count = 0
-
-    def counted_texts() -> Iterator[str]:
-        nonlocal count
-        for text in texts:
-            count += 1
-            yield text
-
-    trained.train_from_iterator(counted_texts(), trainer)
-    if not count:
+    texts = iter(texts)
+    if (first := next(texts, None)) is None:
         raise UserError("no text to train a tokenizer on")
+    trained.train_from_iterator(chain([first], texts), trainer)
     return trained
 
 
 def texts_of(files: Iterable[str]) -> Iterator[str]:
     """Yield every text of the files, which may be patterns; unreadable records are counted and skipped.
 
-    Raises UserError for a file of none of the kinds of data.
+    Raises UserError for a file that no kind of data can read.
     """
     unreadable = 0
     for path in expand(list(files), Path()):
@@ -68,15 +62,15 @@ def texts_of(files: Iterable[str]) -> Iterator[str]:
             try:
                 for part in source[i].parts:
                     if isinstance(part, str):
-                        yield from part.texts if isinstance(part, Choice) else (str(part),)
+                        yield from part.texts if isinstance(part, Alternatives) else (str(part),)
             except Unreadable:
                 unreadable += 1
     if unreadable:
-        print(f"{unreadable} records could not be read and were left out")
+        print(f"{unreadable} records could not be read and were skipped")
 
 
 def _source(path: Path) -> Source:
-    """Return a file as a source of the first kind of data of which one of its first TRIED records can be read."""
+    """Return a file as a source of the first kind of data that can read one of the first TRIED records."""
     kinds = [kind for kind, source in KINDS.items() if path.name.lower().endswith(tuple(source.readers))]
     if not kinds:
         endings = dict.fromkeys(ending for source in KINDS.values() for ending in source.readers)
@@ -102,14 +96,14 @@ def with_special_tokens(path: Path) -> tuple[str, int, int]:
     """Return a tokenizer.json with the missing special tokens added, and the number of its ids before and after.
 
     The tokens that tokenizer_config.json calls bos and eos are renamed to <bos> and <eos>, and keep their ids, whose
-    embeddings are trained. Raises UserError for a file that is no tokenizer.json.
+    embeddings are trained. Raises UserError if the file is no tokenizer.json.
     """
     text, settings = json.dumps(json_object(path)), path.with_name("tokenizer_config.json")
     try:
         old = Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-    names = _our_names(old, json_object(settings) if settings.is_file() else {})
+    names = _new_names(old, json_object(settings) if settings.is_file() else {})
     spec = renamed(json.loads(old.to_str()), names)
     count, vocabulary = id_count(old), spec["model"]["vocab"]
     if isinstance(vocabulary, dict) and len(vocabulary) <= max(vocabulary.values(), default=-1):
@@ -129,14 +123,14 @@ def id_count(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def _our_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
+def _new_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
     """Return new names for tokens of `tokenizer`. One that is both bos and eos becomes <eos>, which ends texts."""
     names: dict[str, str] = {}
-    for ours, field in (("<eos>", "eos_token"), ("<bos>", "bos_token")):
-        theirs = settings.get(field)
-        theirs = theirs["content"] if isinstance(theirs, dict) else theirs
-        if theirs and tokenizer.token_to_id(theirs) is not None and tokenizer.token_to_id(ours) is None:
-            names.setdefault(theirs, ours)
+    for new, field in (("<eos>", "eos_token"), ("<bos>", "bos_token")):
+        old = settings.get(field)
+        old = old["content"] if isinstance(old, dict) else old
+        if old and tokenizer.token_to_id(old) is not None and tokenizer.token_to_id(new) is None:
+            names.setdefault(old, new)
     return names
 
 

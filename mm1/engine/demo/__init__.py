@@ -1,1 +1,1 @@
-"""The demo: train a small model in minutes and ask it about images it has not seen."""
+"""Train a small model in minutes, and ask it about images that it has not seen."""

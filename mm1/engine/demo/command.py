@@ -1,4 +1,4 @@
-"""The command `mm1 demo`."""
+"""Define the command `mm1 demo`."""
 
 from pathlib import Path
 

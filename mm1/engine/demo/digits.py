@@ -1,4 +1,4 @@
-"""`mm1 demo`: train a small MM1 on the shipped handwritten digits, then evaluate it on images it has not seen."""
+"""Train a small MM1 on the shipped handwritten digits (`mm1 demo`), and evaluate it on images it has not seen."""
 
 import gzip
 import json
@@ -32,19 +32,14 @@ SHOTS = (0, 4, 8)
 def demo(out: Path) -> dict[str, Any]:
     """Train in the folder `out`, evaluate, write loss.png, samples.png and summary.json; return the summary.
 
-    A run that was interrupted goes on; one that is complete is only evaluated. Raises UserError if the folder holds
-    another run.
+    An interrupted run is resumed, a complete one is only evaluated. Raises UserError if the folder has another run.
     """
-    run = DIGITS_RUN
-    if _is_trained(out, run.train.steps):
-        print(f"{out} holds the trained model already; delete the folder to train again")
-    else:
-        try:
-            train(run, out, resume=True)
-        except UserError as error:
-            raise UserError(f"{error} (delete {out} to train the demo anew)") from None
+    try:
+        train(DIGITS_RUN, out, resume=True)
+    except UserError as error:
+        raise UserError(f"{error} (delete {out} to train the demo anew)") from None
     model = checkpoint.load(out)
-    metrics = [line for line in read_lines(out / "metrics.jsonl")[0] if "seconds" in line]  # a skipped step has none
+    metrics = [line for line in read_lines(out / "metrics.jsonl")[0] if "seconds" in line]  # a bad step has none
     seconds = sum(m["seconds"] for m in metrics)
     begin = time.perf_counter()
     images, truths, guesses = captions(model)
@@ -62,20 +57,8 @@ def demo(out: Path) -> dict[str, Any]:
     return summary
 
 
-def _is_trained(out: Path, steps: int) -> bool:
-    """Return whether the newest checkpoint is intact and that of the last step."""
-    newest = checkpoint.latest(out)
-    if newest is None:
-        return False
-    try:
-        checkpoint.check(newest)
-    except checkpoint.CheckpointError:
-        return False
-    return checkpoint.read_json(newest, "state.json")["step"] >= steps
-
-
 def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:
-    """Return the images of the test, their captions, and the model's captions."""
+    """Return the test images, their captions, and the model's captions."""
     source = open_source("captions", str(DIGITS_FOLDER / "test-captions.tar.gz"), Path())
     pairs = [source[i].parts for i in range(len(source))]
     images = [decode(image.data) for image, _ in pairs if isinstance(image, Media)]
@@ -84,16 +67,16 @@ def captions(model: MM1) -> tuple[list[Image.Image], list[str], list[str]]:
 
 
 def questions(model: MM1) -> list[bool]:
-    """Return for each question about an image of the test whether the model answers it right, without shots."""
+    """Return for each question about a test image whether the model answers it correctly, without shots."""
     items = _items("test-interleaved.jsonl.gz")
     prompts = [["quiz\n", _image(item), f"question: {item['question']} answer:"] for item in items]
     return [answer == item["answer"] for answer, item in zip(_answer(model, prompts), items)]
 
 
 def notations(model: MM1, shots: int) -> list[bool]:
-    """Return for each image of the test whether the model writes it in the notation of `shots` shots (0 to 8).
+    """Return for each test image whether the model writes it in the notation of `shots` shots (0 to 8).
 
-    The notations of the test never occur in training documents: the shots alone tell which is asked for.
+    The notations of the test never occur in training documents: only the shots show which one is expected.
     """
     items = _items("test-notations.jsonl.gz")
     answers = _answer(model, [notation_prompt(item, shots) for item in items])
@@ -101,7 +84,7 @@ def notations(model: MM1, shots: int) -> list[bool]:
 
 
 def notation_prompt(item: dict[str, Any], shots: int) -> Prompt:
-    """Return the prompt of a line of test-notations.jsonl.gz with its first `shots` shots, laid out as in training."""
+    """Return the prompt of a line of test-notations.jsonl.gz with `shots` of its shots, in the layout of training."""
     parts: list[str | Image.Image] = [TITLE]
     for shot in item["shots"][:shots]:
         parts += [_image(shot), shot["answer"] + "\n"]
@@ -117,16 +100,16 @@ def _image(item: dict[str, Any]) -> Image.Image:
     return decode(read_image(item["image"], DIGITS_FOLDER))
 
 
-def _answer(model: MM1, prompts: Sequence[Prompt], batch: int = 128) -> list[str]:
-    """Return the line that the model writes behind each prompt, `batch` prompts at a time."""
+def _answer(model: MM1, prompts: Sequence[Prompt]) -> list[str]:
+    """Return the line that the model writes after each prompt, 128 prompts at a time."""
     answers: list[str] = []
-    for first in range(0, len(prompts), batch):
-        answers += generate(model, prompts[first : first + batch], max_tokens=12, stop=("\n",))
+    for first in range(0, len(prompts), 128):
+        answers += generate(model, prompts[first : first + 128], max_tokens=12, stop=("\n",))
     return [answer.strip() for answer in answers]
 
 
 def _score(right: Sequence[bool]) -> dict[str, float]:
-    """Return the share of right answers with its 95 % bootstrap interval."""
+    """Return the share of correct answers with its 95 % bootstrap interval."""
     low, high = interval(right)
     return {"share": round(sum(right) / len(right), 4), "low": round(low, 4), "high": round(high, 4)}
 
@@ -170,15 +153,13 @@ def _tell(out: Path, summary: dict[str, Any], pictures: bool) -> None:
     print(f"\ntrained in {summary['train_seconds']:.0f} s at {summary['tokens_per_second']:.0f} tokens/s")
     print("exact captions of unseen images, by number of digits:")
     print("   ".join(f"{count}: {share:.1%}" for count, share in summary["exact_match"].items()))
-    print(f"questions about unseen images answered right: {_shown(summary['questions'])}")
-    print("unseen images written in a notation that only the shots of the prompt tell, with 95 % intervals:")
+    print(f"questions about unseen images answered correctly: {_shown(summary['questions'])}")
+    print("unseen images written in a notation that only the shots of the prompt show, with 95 % intervals:")
     print("   ".join(f"{shots}: {_shown(score)}" for shots, score in summary["notations"].items()))
     files = "loss.png, samples.png, summary.json" if pictures else "summary.json (pictures need mm1-engine[report])"
     print(f"\n{out}/ holds checkpoint/, metrics.jsonl, {files}. Try next:")
-    print(f"  mm1 generate {out}/checkpoint --image photo.png")
-    print(
-        f"  mm1 generate {out}/checkpoint --image photo.png --prompt 'quiz\n<image>question: how many sevens? answer:'"
-    )
+    command = f"  mm1 generate {out}/checkpoint --image photo.png"
+    print(f"{command}\n{command} --prompt 'quiz\n<image>question: how many sevens? answer:'")
     print("  mm1 train your-run.toml      (docs/data.md shows the formats of data)")
 
 

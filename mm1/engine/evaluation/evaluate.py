@@ -202,11 +202,11 @@ def _engine(
     """
     slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
     high = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
-    images = high * prompts.high.count + (n + 1 - high) * prompts.low.count
+    images = high * prompts.high.max_views + (n + 1 - high) * prompts.low.max_views
     length = images * slots + (n + 1) * TEXT + beams * prompts.benchmark.max_tokens
     many = max((len(sample.images) for sample in samples), default=1)
     text = max((len("".join((sample.question, *sample.options)).encode()) for sample in samples), default=0)  # ≥ tokens
-    longest = (n + 1) * (many * prompts.high.count * slots + TEXT + text) + beams * (sampling.max_tokens + 2 * TEXT)
+    longest = (n + 1) * (many * prompts.high.max_views * slots + TEXT + text) + beams * (sampling.max_tokens + 2 * TEXT)
     options = max((len(sample.options) for sample in samples), default=1)
     return Engine(
         prompts.model, tokens=max(max(batch, 4) * length, longest), batch=max(batch, options) * beams,

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from mm1.engine.data.batch import packed_views
+from mm1.engine.data.codecs import codec_of
 from mm1.engine.data.document import Document, document_of, joined_texts
 from mm1.engine.data.record import Media, View, view_digest
 from mm1.engine.evaluation.vqa import normalize
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import several
-from mm1.engine.infer.prompts import Prompt, interleave, last_text, policy_of, tokenizer_of, with_views
+from mm1.engine.infer.prompts import Prompt, interleave, last_text, tokenizer_of, with_views
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
 from mm1.errors import UserError
-from mm1.kernels.patches.grids import Grids
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,7 +90,7 @@ Piece = list["str | list[View]"]  # part of a prompt with the views of its image
 
 def piece(model: MM1, parts: Prompt, policy: "ImagePolicy | None" = None) -> Piece:
     """Return prompt parts with each image resized to its views, by the model's own policy unless one is passed."""
-    return with_views(policy or policy_of(model), parts)
+    return with_views(policy or codec_of(model.config), parts)
 
 
 def joined(model: MM1, pieces: Iterable[Piece]) -> tuple[Document, str]:
@@ -107,7 +108,7 @@ def encode_mixed(
     `high` without sub-images, so that in a prompt of a fine-tuned MM1 the last images take 5 · 144 tokens each and the
     shots 144.
     """
-    high = high or policy_of(model)
+    high = high or codec_of(model.config)
     low = low or replace(high, parts=1)
     images_to_go = sum(not isinstance(part, str) for part in parts)
     pieces = []
@@ -130,7 +131,7 @@ class Retrieval:
         file: a cache of features by image content. It is read first, and written if images were missing in it; features
         that other weights computed are replaced. Raises UserError if the file is something else.
         """
-        self.model, self.policy, self.batch, self.encoded = model, policy_of(model), batch, 0
+        self.model, self.policy, self.batch, self.encoded = model, codec_of(model.config), batch, 0
         weights = fingerprint(model)
         self.cache = _read_features(file, weights) if file else {}
         before = len(self.cache)
@@ -165,11 +166,11 @@ class Retrieval:
     @torch.inference_mode()
     def _encode_views(self, views: Sequence[np.ndarray]) -> np.ndarray:
         """Return the features float32 [N, Dv] of resized images uint8 [H, W, 3]."""
-        device, patch = self.model.decoder.embedding.weight.device, self.policy.patch
-        sizes = [(view.shape[0] // patch, view.shape[1] // patch) for view in views]
-        pixels = torch.from_numpy(np.concatenate([view.reshape(-1, 3) for view in views])).to(device)
-        rows = self.model.vision(pixels, Grids(sizes, device=device)).float().split([h * w for h, w in sizes])
-        return torch.nn.functional.normalize(torch.stack([x.mean(0) for x in rows]), dim=-1).cpu().numpy()
+        pixels, grids = packed_views(views, self.policy.patch)
+        device = self.model.decoder.embedding.weight.device
+        features = self.model.vision(pixels.to(device), grids.to(device)).float()
+        means = [x.mean(0) for x in features.split([h * w for h, w in grids.sizes or ()])]
+        return torch.nn.functional.normalize(torch.stack(means), dim=-1).cpu().numpy()
 
 
 def fingerprint(model: MM1) -> str:

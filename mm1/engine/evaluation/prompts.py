@@ -2,16 +2,17 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mm1.engine.data.codecs import codec_of
 from mm1.engine.data.document import Document
 from mm1.engine.evaluation.benchmarks import Benchmark
 from mm1.engine.evaluation.fewshot import Piece, Retrieval, joined, piece
 from mm1.engine.evaluation.samples import Key, Picture, Sample, picture
-from mm1.engine.infer.prompts import continued, policy_of, tokenizer_of
+from mm1.engine.infer.prompts import continued, tokenizer_of
 from mm1.engine.models.mm1 import MM1
 from mm1.errors import UserError, at_least
 
@@ -53,8 +54,8 @@ class Prompts:
 
     def __init__(self, model: MM1, benchmark: Benchmark, pool: Sequence[Sample], how: How, features: Path):
         self.model, self.benchmark, self.pool, self.how, self.features = model, benchmark, pool, how, features
-        self.high = policy_of(model)
-        self.low = self.high if how.high is None else policy_of(model, parts=1)
+        self.high = codec_of(model.config)
+        self.low = self.high if how.high is None else replace(self.high, parts=1)
         self.retrieval: Retrieval | None = None
         self.candidates: list[int] = []  # numbers in the pool of the shots that `retrieval` has
         self.near: dict[Picture, list[int]] = {}  # numbers of shots that resemble an image, the most similar last

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm1.engine.data.batch import packed_views
 from mm1.engine.data.record import View
 from mm1.engine.infer.request import Request
 from mm1.engine.models.spec import LanguageModel
-from mm1.kernels.patches.grids import Grids
 
 
 class Features:
@@ -77,12 +77,12 @@ class Features:
         if not missing:
             return {}
         order = sorted(missing, key=lambda digest: missing[digest].values.shape)
-        arrays, patch = [missing[digest].values for digest in order], self.model.config.images.patch
         device = self.model.decoder.embedding.weight.device
-        values = np.concatenate([np.ascontiguousarray(x).reshape(-1, x.shape[-1]) for x in arrays])
-        grids = Grids([(x.shape[0] // patch, x.shape[1] // patch) for x in arrays], device=device)
-        encoded = self.model.encode(torch.from_numpy(values).to(device), grids).unflatten(0, (len(arrays), -1))
-        self.encoded += len(arrays)
+        values, grids = packed_views(
+            [missing[digest].values for digest in order], self.model.config.images.patch, device=device
+        )
+        encoded = self.model.encode(values.to(device), grids).unflatten(0, (len(order), -1))
+        self.encoded += len(order)
         return {digest: x.clone() for digest, x in zip(order, encoded.unbind())}  # copies: none keeps the others alive
 
     def _cache(self, features: dict[bytes, Tensor]) -> None:

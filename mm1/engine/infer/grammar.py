@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from mm1.engine.data.document import TextTokenizer
+    from mm1.engine.data.text_tokenizer import TextTokenizer
 
 SECONDS, BYTES = 5, 2 << 30  # limits of time and memory for trying a schema
 CACHED = 256  # schemas whose grammars or errors are cached

@@ -5,15 +5,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mm1.engine.data.codecs import Codec, codec_of
-from mm1.engine.data.document import Document, TextTokenizer, document_of, joined_texts
+from mm1.engine.data.document import Document, document_of, joined_texts
 from mm1.engine.data.record import Media, View
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.models.spec import LanguageModel
 from mm1.errors import Unreadable, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mm1.engine.data.images import ImagePolicy
 
 Prompt = Sequence["str | Media | Image.Image"]  # texts, and media that are encoded, or decoded as by their codec
 CHARACTERS = 64  # of one token, at most, unless the vocabulary has longer ones: a tokenizer may drop spaces
@@ -65,7 +65,7 @@ def encode_prompts(
 
 def character_limit(tokenizer: TextTokenizer, tokens: int) -> int:
     """Return how many characters a text of so many tokens can have at most."""
-    return max(tokenizer.longest, CHARACTERS) * tokens
+    return max(tokenizer.max_characters, CHARACTERS) * tokens
 
 
 def refuse_long_text(tokenizer: TextTokenizer, parts: Iterable[object], tokens: int) -> int:
@@ -129,15 +129,6 @@ def refuse_malformed(document: Document, slots: int, image_id: int, vocabulary: 
 def last_text(parts: Sequence[object]) -> str:
     """Return the text that the parts end with, "" if they end with a medium."""
     return parts[-1] if parts and isinstance(parts[-1], str) else ""
-
-
-def policy_of(model: LanguageModel, parts: int | None = None) -> "ImagePolicy":
-    """Return the codec of images as the model was trained. parts: k x k sub-images instead of its own, 1 for none."""
-    from mm1.engine.data.images import ImagePolicy
-
-    policy = codec_of(model.config, "image")
-    assert isinstance(policy, ImagePolicy)
-    return replace(policy, parts=parts) if parts else policy
 
 
 def tokenizer_of(model: LanguageModel) -> TextTokenizer:

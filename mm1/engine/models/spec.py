@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from mm1.engine.data.document import TextTokenizer
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.layers.decoder import DecoderLM
 from mm1.engine.layers.layer import BlockLayer, Layer, init_buffers, init_weights
 from mm1.engine.layers.workload import Layout, Workload

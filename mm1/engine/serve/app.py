@@ -15,9 +15,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm1.engine.data.codecs import codec_of
 from mm1.engine.infer.asynchronous import AsyncEngine
 from mm1.engine.infer.engine import Engine
-from mm1.engine.infer.prompts import policy_of
 from mm1.engine.serve import chat, completions, connections
 from mm1.engine.serve.answers import Answers, Parsed, while_connected
 from mm1.engine.serve.arrivals import Arrivals, client_of, read_body, read_form
@@ -61,7 +61,7 @@ class Service:
         at_least(0, max_images=max_images)
         at_least(1, max_pixels=max_pixels, max_bytes=max_bytes)
         self.engine, self.name, self.key, self.max_bytes = AsyncEngine(engine), name, key, max_bytes
-        self.decoder, self.metrics = Decoder(policy_of(engine.model), max_pixels), Metrics(engine)
+        self.decoder, self.metrics = Decoder(codec_of(engine.model.config), max_pixels), Metrics(engine)
         self.intake = Intake(
             engine, self.decoder, self.metrics, max_images=max_images, max_bytes=max_bytes, allow_urls=allow_urls
         )

@@ -18,8 +18,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from mm1.engine.data.document import Document, TextTokenizer, joined_texts
+from mm1.engine.data.document import Document, joined_texts
 from mm1.engine.data.record import Answer
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.grammar import Grammar
 from mm1.engine.infer.request import Request

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mm1.engine.data.document import Document, TextTokenizer
+from mm1.engine.data.document import Document
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.infer.grammar import Grammar
 from mm1.engine.infer.request import Request
 from mm1.engine.serve.chat import ENTRY_BYTES, Job, Picture, finish_of, name_of, pieces_of, tokens_from, usage

@@ -207,14 +207,14 @@ class Decoder:
         shapes = json.loads(head[:HEAD_BYTES])
         if isinstance(shapes, str):
             return shapes
-        patch, count = self.policy.patch, self.policy.count
+        patch, count = self.policy.patch, self.policy.max_views
         if not isinstance(shapes, list) or len(shapes) != count:
             raise ValueError(f"expected {count} views")
         views, at = [], 0
         for height, width in shapes:
             if not (type(height) is type(width) is int and height > 0 and width > 0):
                 raise ValueError("a side is no positive number")
-            if height % patch or width % patch or height * width > self.policy.longest * patch**2:
+            if height % patch or width % patch or height * width > self.policy.max_patches * patch**2:
                 raise ValueError("a view does not consist of patches, or has too many")
             size = math.prod((height, width, 3))
             views.append(np.frombuffer(bytearray(pixels[at : at + size]), np.uint8).reshape(height, width, 3))

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mm1.engine.data.codecs import codec_of
 from mm1.engine.data.document import Document, document_of
 from mm1.engine.data.record import View
 from mm1.engine.data.references import read_image
 from mm1.engine.infer.engine import Engine
-from mm1.engine.infer.prompts import policy_of, refuse_long_text
+from mm1.engine.infer.prompts import refuse_long_text
 from mm1.engine.serve import chat, urls
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.metrics import Metrics
@@ -48,7 +49,7 @@ class Intake:
         self.decoder, self.metrics = decoder, metrics
         self.max_images, self.max_bytes, self.allow_urls = max_images, max_bytes, allow_urls
         self.context = engine.context
-        self.image_bytes = policy_of(engine.model).max_bytes
+        self.image_bytes = codec_of(engine.model.config).max_bytes
         self.files: LRUCache[bytes] = LRUCache(8 * max_bytes)
         self.long, self.pictures = Turns(total=2, each=1), Turns(total=8, each=4)
         self.room = Room(max(VIEW_BYTES, max_images * self.image_bytes))

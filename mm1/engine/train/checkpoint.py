@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm1.engine.data.document import TextTokenizer
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.layers.sharding import copy_to_part
 from mm1.engine.models.registry import model_class, on_meta
 from mm1.engine.models.spec import Model, ModelConfig

@@ -18,6 +18,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from mm1.engine.data.document import DECODED_AHEAD
+from mm1.engine.data.record import max_patches
 from mm1.engine.layers.layer import prefixed
 from mm1.engine.layers.workload import Layout, Workload
 from mm1.engine.models.registry import on_meta
@@ -183,9 +184,10 @@ def typical(run: Run, document: int) -> Workload:
     d, m = run.data, run.model.images
     few = f"setting data.tokens is {d.tokens}, too few for one image of {m.slots} tokens"
     _expect(d.tokens >= m.slots + 2, few)
-    patches, images = d.patches or d.images * m.longest, min(d.images, d.tokens // m.slots) if m.slots else 0
+    view = max_patches(m)
+    patches, images = d.patches or d.images * view, min(d.images, d.tokens // m.slots) if m.slots else 0
     lengths = [document] * (d.tokens // document) + [d.tokens % document] * (d.tokens % document > 0)
-    grids = [(1, max(1, min(m.longest, patches // d.images)))] * images
+    grids = [(1, max(1, min(view, patches // d.images)))] * images
     return Workload(lengths, grids, d.tokens - images * m.slots, d.tokens, d.images, patches)
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mm1.engine.data.document import TextTokenizer
 from mm1.engine.data.identity import differences
 from mm1.engine.data.streams import Streams, make_streams
+from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.data.tokenizer import vocabulary_size
 from mm1.engine.models.spec import Model
 from mm1.engine.run_config import Run, stored_model

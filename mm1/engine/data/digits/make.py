@@ -1,10 +1,10 @@
-"""Write the demo's data beside this file, from the 1,797 handwritten digits that scikit-learn ships.
+"""Write the demo's data next to this file, from the 1,797 handwritten digits that scikit-learn ships.
 
     python -m mm1.engine.data.digits.make [folder]
 
-An image is a grid of 1 to 6 digits, 8 x 8 pixels a digit, read like a page. Glyphs are split into train and
-test before anything is drawn, so no test image holds a glyph that training has seen. The same libraries write
-the same bytes on each run; another zlib may compress the same content to other bytes.
+An image is a grid of 1 to 6 digits of 8 x 8 pixels each, read like a page. Glyphs are split into train and test before
+any image is drawn, so that no test image has a glyph of training. The same libraries write the same bytes in each run;
+another zlib may compress the same content to other bytes.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from mm1.engine.data.digits import notations
-from mm1.engine.data.digits.notations import WORDS
+from mm1.engine.data.digits.notations import WORDS, interleaved
 from mm1.engine.data.tokenizer import byte_level_bpe
 
 SEED = 1998  # the year the digits were given to the UCI repository
@@ -31,13 +31,8 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 CELL = 8  # pixels of a digit: two patches of 4
 LAYOUTS = {  # digits -> (rows, columns)
-    1: [(1, 1)],
-    2: [(1, 2)],
-    3: [(1, 3)],
-    4: [(1, 4), (2, 2)],
-    5: [(1, 5)],
-    6: [(1, 6), (2, 3)],
-}
+    1: [(1, 1)], 2: [(1, 2)], 3: [(1, 3)], 4: [(1, 4), (2, 2)], 5: [(1, 5)], 6: [(1, 6), (2, 3)],
+}  # fmt: skip
 TRAIN_IMAGES = {1: 3600, 2: 3600, 3: 3000, 4: 2600, 5: 1400, 6: 1200}
 TEST_IMAGES = {2: 200, 3: 200, 4: 200, 5: 200, 6: 200}  # and each test glyph once, alone
 DOCUMENTS, ITEMS, STATEMENTS, NOTATION_ITEMS = 3000, 400, 600, 300
@@ -50,15 +45,13 @@ COUNTS: dict[str, int] = dict(zip(WORDS, (2, 3, 3, 2, 2, 1, 1)))  # weights of t
 
 def split(labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
     """Return the glyph indices for train and for test. A fifth of each class goes to test."""
-    test: list[int] = []
-    for digit in range(10):
-        of_class = [i for i, label in enumerate(labels) if label == digit]
-        test += rng.sample(of_class, round(len(of_class) / 5))
-    return sorted(set(range(len(labels))) - set(test)), sorted(test)
+    classes = [[i for i, label in enumerate(labels) if label == digit] for digit in range(10)]
+    test = {i for glyphs in classes for i in rng.sample(glyphs, round(len(glyphs) / 5))}
+    return sorted(set(range(len(labels))) - test), sorted(test)
 
 
 def deal(glyphs: list[int], labels: list[int], counts: dict[int, int], rng: random.Random) -> list[list[int]]:
-    """Return the glyph indices of each image. counts: how many images of each size, in digits.
+    """Return the glyph indices of each image. counts: the number of images by their number of digits.
 
     The glyphs of a class are drawn like cards of a deck that is shuffled again when empty, so all occur equally often.
     """
@@ -92,17 +85,17 @@ def render(glyphs: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def png(image: np.ndarray) -> bytes:
-    """Return an image uint8 [H, W] of 0 to 15 as PNG in 4-bit grey, which Pillow reads but cannot write.
+    """Return an image uint8 [H, W] of 0 to 15 as PNG in 4-bit grey, a third smaller than with 8 bits.
 
-    The file is a third smaller than with 8 bits.
+    Pillow reads this form, but cannot write it.
     """
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     height, width = image.shape
-    packed = image[:, 0::2] << 4 | image[:, 1::2]  # two pixels a byte; the width is a multiple of 12
-    lines = b"".join(b"\0" + line.tobytes() for line in packed)  # filter 0, none: best below 8 bits
+    packed = image[:, 0::2] << 4 | image[:, 1::2]  # two pixels per byte; the width is even
+    lines = b"".join(b"\0" + line.tobytes() for line in packed)  # filter type 0 (none), the best one below 8 bits
     header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -129,7 +122,7 @@ def questions(digits: list[int]) -> Iterator[tuple[str, str, str]]:
 
 
 class Quiz:
-    """Draws questions about images. The answer is drawn first, so that no answer is a good guess."""
+    """Draw questions about images. The answer is drawn first, so that no answer is a good guess."""
 
     def __init__(self, images: list[list[int]], rng: random.Random):
         self.rng = rng
@@ -159,50 +152,41 @@ def member(shard: str, image: int) -> str:
 def document(shard: str, images: list[list[int]], quiz: Quiz, rng: random.Random) -> dict:
     """Return an interleaved document in the form of OBELICS: at each position either a text or an image."""
     turns = rng.choices(range(1, 10), TURNS)[0]
-    said: dict[int, str] = {}  # the text behind each image; no image occurs twice
     if rng.random() < LISTS:
-        title = "list\n"
-        said = {image: caption(images[image]) + "\n" for image in rng.sample(range(len(images)), turns)}
-    else:
-        title = "quiz\n"
-        kinds = [rng.choice(KINDS)] if rng.random() < 0.5 else KINDS
-        while len(said) < turns:
-            image, question, answer = quiz.draw(rng.choice(kinds))
-            said.setdefault(image, f"question: {question} answer: {answer}\n")
-    return {
-        "texts": [title] + [part for text in said.values() for part in (None, text)],
-        "images": [None] + [part for image in said for part in (member(shard, image), None)],
-    }
+        shown = rng.sample(range(len(images)), turns)
+        return interleaved("list\n", {member(shard, image): caption(images[image]) + "\n" for image in shown})
+    texts: dict[str, str] = {}  # no image occurs twice
+    kinds = [rng.choice(KINDS)] if rng.random() < 0.5 else KINDS
+    while len(texts) < turns:
+        image, question, answer = quiz.draw(rng.choice(kinds))
+        texts.setdefault(member(shard, image), f"question: {question} answer: {answer}\n")
+    return interleaved("quiz\n", texts)
 
 
 def statements(rng: random.Random) -> list[str]:
     """Return true sentences in the vocabulary of the quiz: every short one, then random ones about lists of digits."""
-    said = [f"after {WORDS[a]} comes {WORDS[a + 1]}." for a in range(9)]
-    said += [f"before {WORDS[a + 1]} comes {WORDS[a]}." for a in range(9)]
-    said += [f"between {WORDS[a]} and {WORDS[a + 2]} is {WORDS[a + 1]}." for a in range(8)]
-    said += [f"{WORDS[a]} is larger than {WORDS[b]}." for a in range(10) for b in range(a)]
-    said += [f"{WORDS[b]} is smaller than {WORDS[a]}." for a in range(10) for b in range(a)]
-    said += [f"{WORDS[a]} and {WORDS[b]} make {WORDS[a + b]}." for a in range(10) for b in range(10 - a)]
-    while len(said) < STATEMENTS:
+    pairs = [(a, b) for a in range(10) for b in range(a)]
+    sentences = [f"after {WORDS[a]} comes {WORDS[a + 1]}." for a in range(9)]
+    sentences += [f"before {WORDS[a + 1]} comes {WORDS[a]}." for a in range(9)]
+    sentences += [f"between {WORDS[a]} and {WORDS[a + 2]} is {WORDS[a + 1]}." for a in range(8)]
+    sentences += [f"{WORDS[a]} is larger than {WORDS[b]}." for a, b in pairs]
+    sentences += [f"{WORDS[b]} is smaller than {WORDS[a]}." for a, b in pairs]
+    sentences += [f"{WORDS[a]} and {WORDS[b]} make {WORDS[a + b]}." for a in range(10) for b in range(10 - a)]
+    while len(sentences) < STATEMENTS:
         digits = [rng.randrange(10) for _ in range(rng.randint(2, 5))]
         often, times = Counter(digits).most_common(1)[0]
-        end = rng.choice(
-            (
-                f"the largest is {WORDS[max(digits)]}.",
-                f"the smallest is {WORDS[min(digits)]}.",
-                f"the first is {WORDS[digits[0]]}.",
-                f"the last is {WORDS[digits[-1]]}.",
-                f"how many {PLURALS[often]}? {WORDS[times]}.",
-            )
-        )
-        if (line := f"{caption(digits)}: {end}") not in said:
-            said.append(line)
-    rng.shuffle(said)
-    return said
+        ends = {"largest": WORDS[max(digits)], "smallest": WORDS[min(digits)]}
+        ends |= {"first": WORDS[digits[0]], "last": WORDS[digits[-1]]}
+        claims = [f"the {name} is {word}." for name, word in ends.items()]
+        end = rng.choice([*claims, f"how many {PLURALS[often]}? {WORDS[times]}."])
+        if (line := f"{caption(digits)}: {end}") not in sentences:
+            sentences.append(line)
+    rng.shuffle(sentences)
+    return sentences
 
 
 def write_gzip(path: Path, data: bytes) -> None:
-    """Write a gzip file without name and time in its header; the rest of gzip.compress's depends on the platform."""
+    """Write a gzip file without name and time in its header. gzip.compress's header depends on the platform."""
     with path.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
         packed.write(data)
 
@@ -258,18 +242,13 @@ def make(folder: Path) -> None:
     texts = [caption(image) for image in digits["train-captions.tar.gz"]]
     texts += [text for record in documents for text in record["texts"] if text] + lines
     (folder / "tokenizer.json").write_text(byte_level_bpe(texts, 384).to_str(pretty=True) + "\n")
-    _make_notations(folder, digits)
 
-
-def _make_notations(folder: Path, digits: dict[str, list[list[int]]]) -> None:
-    """Write the training documents and test questions in notations. digits: the digits of each image, by shard."""
-    rng = random.Random(SEED)  # a generator of their own: the other files do not depend on them
-    train, test = (
-        {member(shard, i): seen for i, seen in enumerate(digits[shard])}
-        for shard in ("train-captions.tar.gz", "test-captions.tar.gz")
+    rng = random.Random(SEED)  # the other files do not depend on this generator
+    train_images, test_images = (
+        {member(shard, i): image for i, image in enumerate(images)} for shard, images in digits.items()
     )
-    write_lines(folder / "train-notations.jsonl.gz", notations.documents(train, DOCUMENTS, rng))
-    write_lines(folder / "test-notations.jsonl.gz", notations.items(test, NOTATION_ITEMS, rng))
+    write_lines(folder / "train-notations.jsonl.gz", notations.documents(train_images, DOCUMENTS, rng))
+    write_lines(folder / "test-notations.jsonl.gz", notations.items(test_images, NOTATION_ITEMS, rng))
 
 
 if __name__ == "__main__":

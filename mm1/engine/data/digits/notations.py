@@ -1,7 +1,7 @@
-"""Draw documents that write the digits of each image in one notation, which only the document itself tells.
+"""Draw documents that write the digits of each image in one notation, which only the document itself shows.
 
-A notation is a writing, a separator and an ending: 3 x 5 x 4 = 60. Training documents have 48 of them. The 12 others
-are left for the test; any two of their three parts occur together in training, the three never.
+A notation is a set of symbols, a separator and an ending: 3 x 5 x 4 = 60. Training documents use 48 of them, the test
+the 12 others: any two of their three parts occur together in training, but never all three.
 """
 
 import random
@@ -14,13 +14,13 @@ SEPARATORS = (" ", "-", ",", "/", "+")
 ENDINGS = ("", ".", "!", ";")
 
 TITLE = "write\n"
-TURNS = (5, 12)  # fewest and most images of a training document
+TURNS = (5, 12)  # minimum and maximum number of images of a training document
 SIZES = (2, 3)  # digits of an image: one digit needs no separator
 SHOTS = 8  # of a test question
 
 
 class Notation(NamedTuple):
-    """How the digits of an image are written: a symbol for each digit, what separates them, and what ends them."""
+    """Define how the digits of an image are written: a symbol for each digit, the text between and after them."""
 
     symbols: tuple[str, ...]
     separator: str
@@ -48,11 +48,15 @@ def documents(images: dict[str, list[int]], count: int, rng: random.Random) -> I
     for _ in range(count):
         notation = rng.choice(notations(held_out=False))
         shown = rng.sample(names, rng.randint(*TURNS))
-        texts = [notation.write(images[name]) + "\n" for name in shown]
-        yield {
-            "texts": [TITLE] + [part for text in texts for part in (None, text)],
-            "images": [None] + [part for name in shown for part in (name, None)],
-        }
+        yield interleaved(TITLE, {name: notation.write(images[name]) + "\n" for name in shown})
+
+
+def interleaved(title: str, texts: dict[str, str]) -> dict:
+    """Return a document in the form of OBELICS: a title, then each image (by its name) and the text after it."""
+    return {
+        "texts": [title] + [part for text in texts.values() for part in (None, text)],
+        "images": [None] + [part for name in texts for part in (name, None)],
+    }
 
 
 def items(images: dict[str, list[int]], count: int, rng: random.Random) -> Iterator[dict]:

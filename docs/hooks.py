@@ -1,6 +1,6 @@
-"""Let the API pages be made of the four folders of mm1/ that have no __init__.py.
+"""Make API pages of the folders of mm1/ that have no __init__.py.
 
-The tool that reads docstrings takes a folder without that file for no package. It reads a copy that has one instead.
+mkdocstrings does not read folders without this file as packages, so it reads a copy of mm1/ that has the missing files.
 """
 
 import shutil
@@ -15,7 +15,7 @@ COPY = tempfile.TemporaryDirectory(prefix="mm1-docs-")
 
 @event_priority(100)  # before mkdocstrings reads its paths
 def on_config(config):
-    """Copy the sources with the missing files, and let mkdocstrings read the copy."""
+    """Copy the sources, add the missing files, and let mkdocstrings read the copy."""
     package = Path(COPY.name) / "mm1"
     source = Path(config.config_file_path).parent / "mm1"
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("digits", "results", "tables"), dirs_exist_ok=True)

@@ -1,8 +1,8 @@
 """Ask a model with 0, 4 and 8 shots: python examples/few_shot.py runs/demo/checkpoint
 
 A prompt is a list of texts and PIL images in reading order: first the shots, each an image and its answer, and then the
-image that the model is to answer for. Here only the shots tell how: as numerals with hyphens, "3-0-5;". All prompts of
-one engine share the pages of the shots in the cache, so the shots are computed once.
+image that the model should answer for. Here only the shots define the form of an answer: digits with hyphens, "3-0-5;".
+All prompts of one engine share the pages of the shots in the cache, so the shots are computed once.
 """
 
 import io
@@ -20,7 +20,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def pictures(first, count):
-    """Return `count` unseen images of two or three digits, from number `first` on, each with its answer: "3-0-5;"."""
+    """Return `count` test images of two or three digits, from number `first` on, each with its answer: "3-0-5;"."""
     with tarfile.open(DIGITS_FOLDER / "test-captions.tar.gz") as tar:
         members = {name: tar.extractfile(name).read() for name in tar.getnames()}
     chosen, number = [], first

@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer, and an embedding of images of any size: python examples/kernels.py
+"""Train a mixture-of-experts layer, and embed images of any size: python examples/kernels.py
 
 Both run on a GPU if there is one.
 """
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Experts(nn.Module):
-    """A SwiGLU MLP of E experts, of which each token uses K. Returns [T, D] and the router's load-balance loss."""
+    """Compute a SwiGLU MLP of E experts, of which each token uses K."""
 
     def __init__(self, width: int, hidden: int, experts: int, k: int):
         super().__init__()
@@ -24,6 +24,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, D] and the load-balance loss of the router."""
         routing = route(self.router(x), self.k)
         return moe_mlp(x, routing.index, routing.weight, self.gate_up, self.down), routing.load_balance
 

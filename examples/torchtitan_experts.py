@@ -1,9 +1,9 @@
-"""torchtitan's GroupedExperts computed by mm1: an override, parameters and checkpoints unchanged.
+"""Let mm1 compute torchtitan's GroupedExperts, with the same parameters and checkpoints.
 
     torchtitan … --override.imports torchtitan_experts.mm1_experts
 
-torchtitan (0.3) hands over rows that its dispatcher has sorted by expert, and applies routing weights itself: each row
-is a token of one slot and weight 1. Rows past the counts come back as zeros, results and gradients.
+torchtitan (0.3) passes rows that its dispatcher has sorted by expert, and applies routing weights itself. So each row
+is a token with one expert and weight 1. Rows beyond the counts become zeros, in results and gradients.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from mm1.kernels.moe.routing import Order
 
 
 class MM1Experts(GroupedExperts):
+    """Replace the forward of torchtitan's experts."""
+
     @dataclass(kw_only=True, slots=True)
     class Config(GroupedExperts.Config):
         pass

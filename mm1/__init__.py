@@ -1,4 +1,4 @@
-"""mm1: train and run MM1-type multimodal models. The public names are imported when they are first used."""
+"""Train and run MM1-type multimodal models. The public names are imported when they are first used."""
 
 from importlib import import_module
 from typing import Any

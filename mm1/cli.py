@@ -1,8 +1,8 @@
-"""The command `mm1`: a table of its commands, and the exit status of each outcome.
+"""Define the command `mm1`: a table of its subcommands, and the exit status of each outcome.
 
-Status 0: success. 2: bad arguments or input, one line on standard error. 130, 143: stopped by a signal, and saved.
-1: whatever else went wrong. Commands are functions in the packages that they belong to; only the module of the command
-that runs is imported.
+Status 0: success. 2: bad arguments or input, with one line on standard error. 130, 143: stopped by a signal, and saved.
+1: any other failure. Subcommands are functions in the packages that they belong to; only the module of the one that
+runs is imported.
 """
 
 import contextlib
@@ -16,37 +16,28 @@ import typing
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from mm1 import __version__
 from mm1.errors import UserError
 from mm1.kernels.tuning import TuneError
 
-
-class Command(NamedTuple):
-    """The module of a command, and its line in `mm1 --help`."""
-
-    module: str
-    summary: str
-
-
+# name: (module with a function or a dict of functions of this name, line in `mm1 --help`)
 COMMANDS = {
-    "demo": Command(
-        "mm1.engine.demo.command", "Train a small MM1 on handwritten digits, and ask it about unseen ones."
-    ),
-    "train": Command("mm1.engine.train.command", "Train a named size or the run of a TOML file."),
-    "replay": Command("mm1.engine.train.command", "Compute one step of a run again, and say why it differs."),
-    "plan": Command("mm1.engine.train.command", "Estimate memory, time and checkpoints of a run on many GPUs."),
-    "convert": Command("mm1.engine.convert.command", "Make a checkpoint of published weights, or add experts to one."),
-    "tokenizer": Command("mm1.engine.data.command", "Make the tokenizer.json that a run needs."),
-    "export": Command("mm1.engine.train.command", "Write a checkpoint as one safetensors file."),
-    "generate": Command("mm1.engine.infer.command", "Continue a prompt of interleaved images and text."),
-    "serve": Command("mm1.engine.serve.command", "Serve OpenAI's chat API, and a page to try the model on."),
-    "eval": Command("mm1.engine.evaluation.command", "Evaluate a model on benchmarks with few-shot prompts."),
-    "bench": Command("mm1.bench.command", "Measure kernels, training and generation."),
-    "tune": Command("mm1.autotune.command", "Find the configurations that kernels run with."),
-    "explain": Command("mm1.autotune.command", "Say which configuration a kernel runs with, and why."),
-    "doctor": Command("mm1.autotune.command", "Say what this machine has, and what is missing."),
+    "demo": ("mm1.engine.demo.command", "Train a small MM1 on handwritten digits, and ask it about unseen ones."),
+    "train": ("mm1.engine.train.command", "Train a named size or the run of a TOML file."),
+    "replay": ("mm1.engine.train.command", "Repeat one step of a run, and explain why its result differs."),
+    "plan": ("mm1.engine.train.command", "Estimate memory, time and checkpoints of a run on many GPUs."),
+    "convert": ("mm1.engine.convert.command", "Make a checkpoint of published weights, or add experts to one."),
+    "tokenizer": ("mm1.engine.data.command", "Make the tokenizer.json that a run needs."),
+    "export": ("mm1.engine.train.command", "Write a checkpoint as one safetensors file."),
+    "generate": ("mm1.engine.infer.command", "Continue a prompt of interleaved images and text."),
+    "serve": ("mm1.engine.serve.command", "Serve OpenAI's chat API, and a page to try the model in a browser."),
+    "eval": ("mm1.engine.evaluation.command", "Evaluate a model on benchmarks with few-shot prompts."),
+    "bench": ("mm1.bench.command", "Measure the speed of kernels, training and generation."),
+    "tune": ("mm1.autotune.command", "Find the fastest configurations of kernels."),
+    "explain": ("mm1.autotune.command", "Print the configuration that a kernel runs with, and why."),
+    "doctor": ("mm1.autotune.command", "Print the GPU, versions and backends of this machine, and which are missing."),
 }
 DESCRIPTION = (
     "Train and run MM1-type multimodal models. `mm1 COMMAND --help` explains a command, "
@@ -56,13 +47,13 @@ METAVARS = {Path: "PATH", str: "STR", int: "INT", float: "FLOAT"}
 
 
 def main() -> None:
-    """Run the command line. Exits with the status that the outcome has."""
+    """Run the command line, and exit with the status of the outcome."""
     try:
         call(sys.argv[1:])
-        sys.stdout.flush()  # or an error in it would come after the status was decided
+        sys.stdout.flush()  # an error in it must decide the status too
     except (UserError, TuneError) as error:
         sys.exit(report(error, 2))
-    except KeyboardInterrupt as error:  # safety.Stopped, of a run that has saved, has a status
+    except KeyboardInterrupt as error:  # safety.Stopped, raised by a run that has saved, has a status
         sys.exit(report(str(error) or "stopped", getattr(error, "status", 1)))
     except (OSError, FloatingPointError) as error:  # a full disk, a closed pipe; a loss that is not finite
         sys.stdout = None  # Python would flush it once more, fail again, and exit with 120
@@ -70,7 +61,7 @@ def main() -> None:
 
 
 def call(arguments: Sequence[str]) -> None:
-    """Parse the arguments and run their command. Raises UserError for arguments that are wrong."""
+    """Parse the arguments and run their command. Raises UserError for wrong arguments."""
     command = arguments[0] if arguments else ""
     if command == "--version":
         print(f"mm1 {__version__}")
@@ -83,19 +74,19 @@ def call(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Return the command of the arguments, ready to be called. Prints help and exits where it is asked for.
+    """Return a function that runs the command of the arguments. Prints help and exits if the arguments ask for it.
 
-    tyro explains a wrong argument in a box of several lines, which becomes one line here: the text of a UserError.
+    tyro explains a wrong argument in a box of several lines. Raises UserError with this explanation in one line.
     """
     import tyro
 
     app = tyro.extras.SubcommandApp()
     chosen = arguments[0] if arguments else ""
-    for name, command in COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         if name == chosen or chosen.startswith("--tyro"):  # --tyro-write-completion needs all
-            register(app, name, getattr(import_module(command.module), name))
+            register(app, name, getattr(import_module(module), name))
         elif chosen not in COMMANDS:
-            app.command(name=name, help=command.summary)(lambda: None)
+            app.command(name=name, help=summary)(lambda: None)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -110,9 +101,9 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def register(app: Any, name: str, target: Any) -> None:
-    """Add a function, or a dict of functions by name, to a tyro app, so that parsing returns the call unmade.
+    """Add a function, or a dict of functions by name, to a tyro app, whose parsing then returns the call unmade.
 
-    A parameter that is None or empty by default says in its help text what that means: tyro adds nothing to it.
+    The help text of a parameter whose default is None or empty explains this default, so tyro adds nothing to it.
     """
     import tyro
 
@@ -147,10 +138,10 @@ def metavar(hint: Any) -> str:
 
 
 def one_line(box: str) -> str:
-    """Return tyro's explanation of a wrong argument as one line, without help texts: what is wrong, and what is meant.
+    """Return tyro's explanation of a wrong argument as one line: the problem and the options that were probably meant.
 
     box: lines in a border, or indented by two columns below a title where the terminal is not UTF-8; horizontal lines
-    separate sections; help texts are indented by eight columns or more.
+    separate sections; help texts, which are omitted, are indented by eight columns or more.
     """
     sections: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines():
@@ -165,7 +156,7 @@ def one_line(box: str) -> str:
 
 
 def report(message: object, status: int) -> int:
-    """Print one line on standard error; returns the status."""
+    """Print one line on standard error, and return the status."""
     print(f"mm1: {' '.join(str(message).split())}", file=sys.stderr)
     return status
 

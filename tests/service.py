@@ -15,7 +15,8 @@ from small import small_mm1
 
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.sampling import Sampling
-from mm1.engine.serve.app import Service, server_of
+from mm1.engine.serve.app import Service
+from mm1.engine.serve.connections import STOP_SECONDS, server_of
 
 for package in ("uvicorn", "starlette", "multipart", "prometheus_client"):
     pytest.importorskip(package, reason="serving is an extra")
@@ -53,13 +54,13 @@ def client_fixture(port):
 
 
 @contextmanager
-def serving(model, *, batch=8, queue=64, tokens=8192, small=False, **options):
+def serving(model, *, batch=8, queue=64, tokens=8192, small=False, stop_seconds=STOP_SECONDS, **options):
     """Yield port and service of a server on its own thread and event loop. small: whether send buffers are small."""
     service = Service(Engine(model, tokens=tokens, batch=batch, queue=queue), "small", **options)
     listener = socket.create_server(("127.0.0.1", 0))
     if small:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    server = server_of(service)
+    server = server_of(service, stop_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -416,7 +416,7 @@ def test_nothing_to_swap():
     assert module(*naflex()) == 7
 
 
-def test_names_the_extra_where_timm_is_missing(monkeypatch):
+def test_names_the_package_where_timm_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r'pip install "mm1-engine\[integrations\]"$'):
+    with pytest.raises(ImportError, match=r'pip install "timm>=1.0.31"$'):
         accelerate(torch.nn.Linear(1, 1))

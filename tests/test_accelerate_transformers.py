@@ -685,7 +685,7 @@ def test_a_module_in_two_places_is_swapped_once():
     assert type(model["b"]) is class_of("qwen2_vl.PatchEmbed")
 
 
-def test_names_the_extra_where_transformers_is_missing(monkeypatch):
+def test_names_the_package_where_transformers_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "mm1-engine\[integrations\]"$'):
+    with pytest.raises(ImportError, match=r'pip install "transformers>=5"$'):
         accelerate(torch.nn.Linear(1, 1))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import mm1
+from mm1.engine.convert import upcycle
 from mm1.engine.convert.assemble import assemble
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
@@ -222,6 +223,27 @@ def test_an_upcycled_decoder_computes_what_the_dense_one_did(dense, tmp_path, k)
     assert after.tokenizer.encode(TEXT) == before.tokenizer.encode(TEXT)
 
 
+@torch.no_grad()
+def test_upcycle_returns_a_copy_that_computes_the_same_as_the_dense_model(dense, tmp_path):
+    before = mm1.load(dense)
+    after = upcycle(before, 5, 2, experts_per_token=3, seed=4)
+    written = load_file(
+        assemble(tmp_path / "out", source=dense, experts=5, experts_per_token=3, seed=4) / "model.safetensors"
+    )
+    assert after.state_dict().keys() == written.keys()
+    assert all(torch.equal(value, written[name]) for name, value in after.state_dict().items())
+    _, packed = batch()
+    truth = before.logits(packed)
+    assert relative_error(after.logits(packed), truth) < 1e-5
+    assert after.tokenizer is before.tokenizer
+    for p in after.parameters():  # an expert is no view of the MLP, nor of another expert
+        p.zero_()
+    assert torch.equal(before.logits(packed), truth)
+    assert upcycle(before.bfloat16(), 4).decoder.blocks[1].mlp.down.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="the decoder has 5 experts already, expected a dense one"):
+        upcycle(after, 2)
+
+
 def test_routers_of_upcycled_layers_are_random_as_a_fresh_models(dense, tmp_path):
     one, same, other = (
         load_file(assemble(tmp_path / name, source=dense, experts=64, moe_every=1, seed=seed) / "model.safetensors")
@@ -350,8 +372,8 @@ def renamed(name, other):
 WEIGHTS, INDEX = "decoder/model.safetensors", "decoder/model.safetensors.index.json"
 BOTH = {"vision": "clip", "decoder": "decoder"}
 REFUSED = {
-    "no folder": (None, BOTH | {"vision": "nowhere"}, r"vision: \S+nowhere is no folder, no file and no named size \("),
-    "one part alone": (None, {"vision": "clip"}, "neither a checkpoint nor both vision and decoder are given"),
+    "no folder": (None, BOTH | {"vision": "nowhere"}, r"vision is '\S+nowhere', expected a folder, a file or a named"),
+    "one part alone": (None, {"vision": "clip"}, "expected either a checkpoint, or both vision and decoder"),
     "no config": (removed("clip/config.json"), BOTH, "no such file: .*clip/config.json"),
     "broken config": (replaced("clip/config.json", "{"), BOTH, "clip/config.json: Expecting"),
     "config of another shape": (replaced("clip/config.json", "[]"), BOTH, "clip/config.json is not a JSON object"),
@@ -364,7 +386,7 @@ REFUSED = {
     ),
     "no weights": (removed(WEIGHTS), BOTH, "no such file of weights: .*decoder/model.safetensors"),
     "weights as code": (
-        renamed(WEIGHTS, "decoder/pytorch_model.bin"), BOTH, "_model.bin: convert it to safetensors; .* can run code",
+        renamed(WEIGHTS, "decoder/pytorch_model.bin"), BOTH, "_model.bin: convert it to safetensors; .* run code",
     ),
     "connector as code": (
         replaced("honeybee.bin", ""), BOTH | {"connector": "honeybee.bin"}, "honeybee.bin: convert it to safetensors",
@@ -387,7 +409,7 @@ REFUSED = {
     ),
     "no tokenizer": (removed("decoder/tokenizer.json"), BOTH, "no such file: .*decoder/tokenizer.json"),
     "broken tokenizer": (replaced("decoder/tokenizer.json", "{}"), BOTH, "tokenizer.json is not a tokenizer"),
-    "size without tokenizer": (None, BOTH | {"decoder": "mm1-1b"}, "the size mm1-1b has no tokenizer: give one"),
+    "size without tokenizer": (None, BOTH | {"decoder": "mm1-1b"}, "the size mm1-1b has no tokenizer: set --tokenizer"),
     "parts beside a checkpoint": (None, {"source": "clip", "vision": "clip"}, "a checkpoint has its own vision"),
     "no checkpoint": (None, {"source": "nowhere"}, "no checkpoint at .*nowhere"),
     "another checkpoint": (None, {"source": "clip"}, "clip is not a complete checkpoint"),

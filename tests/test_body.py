@@ -83,7 +83,7 @@ def test_only_the_values_of_objects_are_taken_out():
         ("[" * (DEPTH + 1) + "]" * (DEPTH + 1), f"nested {DEPTH + 1} deep, expected at most {DEPTH}"),
         ('{"a":' * (DEPTH + 1) + "1" + "}" * (DEPTH + 1), "deep"),
         ("[" * 100_000, "nested 100000 deep"),
-        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' stands twice"),
+        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' occurs twice"),
         ("[1" + "0" * DIGITS + "]", f"{DIGITS + 1} digits"),
         ("[0." + "1" * 5000 + "]", "5002 digits"),
         ("[NaN]", "NaN is not"),
@@ -121,7 +121,7 @@ def test_more_text_than_is_accepted_is_too_large(text):
 
 
 def test_what_is_well_formed_but_too_much_is_not_called_malformed():
-    with pytest.raises(TooLarge, match=f"^the request holds more than {VALUES} values"):
+    with pytest.raises(TooLarge, match=f"^the request has more than {VALUES} values"):
         loads(b"[" + b"[]," * VALUES + b"0]")
     for text in ("[" * 100 + "]" * 100, "[" + "1" * (DIGITS + 1) + "]"):
         with pytest.raises(UserError, match=r"^the request "):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,8 +27,9 @@ from mm1.engine.data.sources import open_source
 from mm1.engine.infer.prompts import encode_prompts
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.run_config import saw_conversations
-from mm1.engine.serve import chat
+from mm1.engine.serve import chat, completions
 from mm1.engine.serve.fields import WrongField
+from mm1.engine.serve.replies import Picture, finish_of
 from mm1.errors import Unreadable
 
 
@@ -42,14 +44,14 @@ def encoder(model):
     return DocumentEncoder(model.tokenizer, policy, SLOTS, exact_budget([], c.vision.patch))
 
 
-def encoded(model, request: chat.ChatRequest):
+def encoded(model, request):
     """As the server encodes it, decoding in this process."""
     codec = encoder(model).codec
 
     def views(picture):
         return [View("image", x) for x in codec.views(codec.decode(base64.b64decode(picture.url.split(",")[1])))]
 
-    parts = [views(part) if isinstance(part, chat.Picture) else part for part in request.parts]
+    parts = [views(part) if isinstance(part, Picture) else part for part in request.prompts[0]]
     return document_of(model.tokenizer, SLOTS, parts)
 
 
@@ -80,7 +82,7 @@ def test_messages_are_laid_out_as_conversations_were_in_training(model, tmp_path
 
 def test_a_systems_words_come_first_on_a_line_of_their_own():
     body = {"messages": [{"role": "system", "content": "Count."}, {"role": "user", "content": " how many? "}]}
-    assert chat.parse(json.dumps(body).encode()).parts == ("Count.\nUSER: how many? ASSISTANT:",)
+    assert chat.parse(json.dumps(body).encode()).prompts[0] == ("Count.\nUSER: how many? ASSISTANT:",)
 
 
 def test_shots_can_be_asked_exactly_as_the_demo_was_trained(model):
@@ -114,7 +116,7 @@ USER = {"role": "user", "content": "how many?"}
 
 
 def test_a_developers_words_are_a_systems():
-    both = [parsed({"role": role, "content": "Count."}, USER).parts for role in ("system", "developer")]
+    both = [parsed({"role": role, "content": "Count."}, USER).prompts[0] for role in ("system", "developer")]
     assert both[0] == both[1] == ("Count.\nUSER: how many? ASSISTANT:",)
 
 
@@ -126,13 +128,13 @@ def test_a_developers_words_are_a_systems():
 ])  # fmt: skip
 def test_an_answer_of_before_may_have_every_form_that_openai_gives(answer, said):
     found = parsed(USER, {"role": "assistant", **answer}, USER)
-    assert found.parts == ("USER: how many? ASSISTANT:", f" {said}", "USER: how many? ASSISTANT:")
+    assert found.prompts[0] == ("USER: how many? ASSISTANT:", f" {said}", "USER: how many? ASSISTANT:")
 
 
 def test_a_message_that_the_openai_client_received_can_be_sent_back():
     openai = pytest.importorskip("openai")
     message = openai.types.chat.ChatCompletionMessage(role="assistant", content="two", refusal=None)
-    assert parsed(USER, message.model_dump(), USER).parts[1] == " two"
+    assert parsed(USER, message.model_dump(), USER).prompts[0][1] == " two"
 
 
 @pytest.mark.parametrize("part, url", [
@@ -143,7 +145,7 @@ def test_a_message_that_the_openai_client_received_can_be_sent_back():
     ({"type": "file", "file": {"file_data": "data:image/png,A", "filename": "a.png"}}, "data:image/png,A"),
 ])  # fmt: skip
 def test_an_image_may_have_every_form_that_openai_documents(part, url):
-    assert parsed({"role": "user", "content": [part]}).parts == ("USER: ", chat.Picture(url), " ASSISTANT:")
+    assert parsed({"role": "user", "content": [part]}).prompts[0] == ("USER: ", Picture(url), " ASSISTANT:")
 
 
 def data_urls(data):
@@ -166,8 +168,8 @@ def test_a_data_url_may_have_every_form_of_its_rfc():
 
 def test_by_default_a_plain_models_messages_stand_as_they_are():
     turns = [{"role": "system", "content": "quiz\n"}, USER, {"role": "assistant", "content": " two"}]
-    assert parsed(*turns, template="none").parts == ("quiz\nhow many? two",)
-    assert chat.parse(json.dumps({"messages": [USER], "template": "conversation"}).encode(), "none").parts == (
+    assert parsed(*turns, template="none").prompts[0] == ("quiz\nhow many? two",)
+    assert chat.parse(json.dumps({"messages": [USER], "template": "conversation"}).encode(), "none").prompts[0] == (
         "USER: how many? ASSISTANT:",
     )
 
@@ -210,6 +212,16 @@ def test_an_error_names_the_field_that_it_is_about(message, param):
     assert told.value.param == "messages[0].role"
 
 
+def test_a_reply_keeps_prompts_only_to_echo_them(model):
+    """A data: URL of many megabytes is not held in memory while the engine answers."""
+    asked = parsed({"role": "user", "content": [image_part("data:image/png;base64,AAAA")]})
+    assert chat.Reply("m", model.tokenizer, asked).parsed.prompts == ()
+    for echo in (False, True):
+        scored = completions.parse(json.dumps({"prompt": "x", "echo": echo}).encode())
+        reply = completions.Reply("m", model.tokenizer, scored)
+        assert reply.parsed.prompts == (scored.prompts if echo else ())
+
+
 def test_every_setting_reaches_the_engine():
     found = parsed(
         USER, min_p=0.1, frequency_penalty=-1, presence_penalty=2, logit_bias={"5": -100, "7": 1.5}, logprobs=True,
@@ -226,8 +238,8 @@ def test_every_setting_reaches_the_engine():
 def test_a_text_that_did_not_come_to_its_end_is_no_answer(model, finish):
     request = SimpleNamespace(finish=finish, text="x", tokens=[], logprobs=[], top=[])
     with pytest.raises(RuntimeError, match=f"ended as {finish}"):
-        chat.Reply("m", model.tokenizer).whole([request])
-    assert [chat.finish_of(SimpleNamespace(finish=why)) for why in ("stop", "length", "scored")] == [
+        chat.Reply("m", model.tokenizer, parsed(USER)).whole([request])
+    assert [finish_of(SimpleNamespace(finish=why)) for why in ("stop", "length", "scored")] == [
         "stop", "length", "length"]  # fmt: skip
 
 
@@ -235,7 +247,7 @@ def test_alternatives_come_with_their_bytes_and_control_tokens_with_their_names(
     t = model.tokenizer
     ids = [*t.encode("a 好"), t.eos]
     request = SimpleNamespace(tokens=ids, logprobs=[-1.0] * len(ids), top=[[(t.eos, -0.5), (i, -1.0)] for i in ids])
-    content = chat.Reply("m", t, logprobs=True, top=2).logprobs(request, 0)["content"]
+    content = chat.Reply("m", t, parsed(USER, logprobs=True, top_logprobs=2)).logprobs(request, Counter())["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == "a 好"
     assert content[-1]["token"] == "<eos>"
     for entry in content:

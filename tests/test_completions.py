@@ -22,7 +22,7 @@ from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import score
 from mm1.engine.infer.sampling import Sampling
-from mm1.engine.serve import completions
+from mm1.engine.serve import completions, replies
 from mm1.errors import UserError
 
 PATH = "/v1/completions"
@@ -180,13 +180,13 @@ def test_one_choice_scores_a_prompt_for_all(model, stream):
 def test_more_scores_than_an_answer_may_tell_are_refused(model):
     body = {"prompt": [[5] * 100] * 3, "echo": True, "logprobs": 20, "n": 2}
     asked = completions.parse(json.dumps(body).encode())
-    assert completions.SCORES > 65_536 * 21  # a whole prompt of a default cache, with all alternatives
+    assert replies.SCORES > 65_536 * 21  # a whole prompt of a default cache, with all alternatives
     told = 3 * 99 * 21 * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(completions, "SCORES", told)
+        patch.setattr(replies, "SCORES", told)
         assert [job.scored for job in asked.jobs(asked.prompts, 200, None)] == [99, 0] * 3
-        patch.setattr(completions, "SCORES", told - 1)
-        with pytest.raises(UserError, match=f"ask for {told} numbers, expected at most {told - 1}") as refused:
+        patch.setattr(replies, "SCORES", told - 1)
+        with pytest.raises(UserError, match=f"logprobs and echo ask for {told} numbers, expected at most") as refused:
             asked.jobs(asked.prompts, 200, None)
     assert refused.value.param == "logprobs"
 
@@ -245,11 +245,12 @@ def test_a_reader_beside_a_growing_text_never_sees_half_a_token(model):
     """Tokens, log-probabilities and alternatives grow one after the other in the engine's thread."""
     asked = completions.parse(b'{"prompt": "one", "logprobs": 1, "stream": true}')
     request = run_alone(model, ["one"], 6, top_logprobs=1)
-    reply, whole = asked.reply("small", model.tokenizer), list(request.tokens)
+    reply, whole = completions.Reply("small", model.tokenizer, asked), list(request.tokens)
+    reply.begin([request])
     top, request.top = request.top, request.top[:3]
-    first = reply.piece(0, request, "")["choices"][0]["logprobs"]
+    first = reply.piece(0, "")["choices"][0]["logprobs"]
     request.top = top
-    second = reply.end(0, request)["choices"][0]["logprobs"]
+    second = reply.end(0)["choices"][0]["logprobs"]
     assert [len(first["tokens"]), len(second["tokens"])] == [3, len(whole) - 3]
 
 

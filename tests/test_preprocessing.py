@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mm1
-from mm1.engine.convert.assemble import _tensors, assemble
+from mm1.engine.convert.assemble import assemble, read_tensors
 from mm1.engine.convert.preprocessing import normalization
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.layers.config import Vision
@@ -130,7 +130,7 @@ def test_the_processor_inside_goes_before_the_file_of_its_own(tmp_path):
 def test_without_a_processor_the_encoders_own_numbers_stand(tmp_path):
     assert normalization(tmp_path, ENCODER) == (ENCODER.mean, ENCODER.std)
     (tmp_path / "video_preprocessor_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has video_preprocessor_config\.json alone"):
+    with pytest.raises(UserError, match=r"has only video_preprocessor_config\.json"):
         normalization(tmp_path, ENCODER)
 
 
@@ -157,7 +157,7 @@ def shards(tmp_path):
 
     def read(**names):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-        return {name: tensor.item() for name, tensor in _tensors(folder).items()}
+        return {name: tensor.item() for name, tensor in read_tensors(folder).items()}
 
     return read
 
@@ -181,7 +181,7 @@ def test_each_tensor_is_that_of_the_file_which_the_index_names(shards):
     (["one.safetensors"], "a is in .*, expected a file of its folder"),
     ("three.safetensors", "no such file of weights: .*three.safetensors"),
     ("deep", "deep: convert it to safetensors"),
-    ("deep/two.safetensors", "two.safetensors: tensor a is missing, expected there by model.safetensors.index.json"),
+    ("deep/two.safetensors", "two.safetensors: tensor a is missing, but model.safetensors.index.json names it"),
     ("model.bin", "model.bin: convert it to safetensors"),
 ])  # fmt: skip
 def test_an_index_names_files_of_its_folder_that_hold_the_tensor(shards, tmp_path, name, message):

@@ -25,7 +25,7 @@ EXPECTED = [
     (TooLarge("long"), 413, "invalid_request_error", None, None, "long", {"connection": "close"}),
     (SchemaError("deep"), 400, "invalid_request_error", "invalid_json_schema", "response_format",
      "response_format: the schema cannot be followed: deep", {}),
-    (WrongField("top_k", "top_k is x"), 400, "invalid_request_error", None, "top_k", "top_k is x", {}),
+    (WrongField("top_k", "is x"), 400, "invalid_request_error", None, "top_k", "top_k is x", {}),
     (UserError("bad"), 400, "invalid_request_error", None, None, "bad", {}),
     (Unreadable("cut"), 400, "invalid_request_error", None, None, "cut", {}),
     (Busy("full"), 429, "rate_limit_error", "rate_limit_exceeded", None, "full", {"retry-after": "1"}),

@@ -104,7 +104,7 @@ def test_images_are_counted_before_any_is_decoded(model):
     with serving(model, max_images=2) as (port, service):
         body = {"messages": [{"role": "user", "content": [image_part("data:image/png;base64,AAAA")] * 3}]}
         assert "3 images, expected at most 2" in refusal_of(port, body)
-        assert not service.decoder.views
+        assert not service.decoder.views.size
         assert http_request(port, "POST", CHAT, plain_chat([picture()] * 2, max_tokens=1))[0] == 200
 
 
@@ -122,9 +122,9 @@ def test_an_image_of_parts_comes_with_them():
 def test_too_little_memory_refuses_one_image():
     async def decoded():
         async with Decoder(ImagePolicy(4, "native", 24, 64), 60_000_000, processes=1) as decoder:
-            process = await decoder.idle.get()
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (200 << 20, 200 << 20))
-            decoder.idle.put_nowait(process)
+            worker = await decoder.idle.get()
+            resource.prlimit(worker.process.pid, resource.RLIMIT_AS, (200 << 20, 200 << 20))
+            decoder.idle.put_nowait(worker)
             with pytest.raises(Unreadable, match="MemoryError"):
                 await decoder.decode(form_of(Image.new("RGB", (7000, 7000)), "PNG"))
             return await decoder.decode(png(picture()))
@@ -147,7 +147,7 @@ def test_a_process_that_breaks_fails_its_own_image(monkeypatch, how):
     async def decoded():
         async with Decoder(ImagePolicy(4, "native", 24, 64), 10_000, processes=2) as decoder:
             ill, well = await decoder.idle.get(), await decoder.idle.get()
-            how(ill.pid)
+            how(ill.process.pid)
             decoder.idle.put_nowait(ill)
             decoder.idle.put_nowait(well)
             with pytest.raises(Unreadable, match="broke" if how is killed else "took more than"):
@@ -155,7 +155,7 @@ def test_a_process_that_breaks_fails_its_own_image(monkeypatch, how):
             monkeypatch.setattr(images, "SECONDS", 30)
             for seed in range(1, 4):
                 assert len(await decoder.decode(png(picture(seed=seed)))) == 1
-            assert await ill.wait() != 0
+            assert await ill.process.wait() != 0
 
     asyncio.run(decoded())
 
@@ -182,7 +182,8 @@ def test_who_leaves_while_an_image_is_decoded_costs_the_others_no_process():
 
     async def decoded():
         async with Decoder(policy, 10_000_000, processes=1) as decoder:
-            [worker] = decoder.idle._queue  # pyright: ignore[reportAttributeAccessIssue]
+            worker = decoder.idle.get_nowait()
+            decoder.idle.put_nowait(worker)
             for seed in range(3):
                 task = asyncio.create_task(decoder.decode(png(picture(800, 800, seed))))
                 while not decoder.idle.empty():
@@ -199,7 +200,7 @@ def test_who_leaves_while_an_image_is_decoded_costs_the_others_no_process():
             while decoder.idle.empty():
                 await asyncio.sleep(0.01)
             other = decoder.idle.get_nowait()
-            assert other.pid != worker.pid
+            assert other.process.pid != worker.process.pid
             decoder.idle.put_nowait(other)
 
     asyncio.run(decoded())
@@ -288,7 +289,7 @@ def test_a_url_is_fetched_once_from_a_public_address_and_within_bounds(monkeypat
         return asyncio.run(urls.Fetcher().fetch(host + path, 1 << 16))
 
     port = int(host.rpartition(":")[2])
-    with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is none of 80, 443"):
+    with pytest.raises(UserError, match=f"the port of 127.0.0.1 is {port}, expected 80 or 443"):
         fetched("/a.png")
     monkeypatch.setattr(urls, "PORTS", (port,))
     for name in ("localhost", "127.0.0.1", "127.1", "0x7f000001", "[::1]"):

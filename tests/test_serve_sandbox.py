@@ -99,7 +99,7 @@ async def waiting_child(worker):
     with ours:
         with theirs:
             socket.send_fds(worker.control, [b"\0"], [theirs.fileno()])
-        children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+        children = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children")
         while not (child := children.read_text().split()):
             await asyncio.sleep(0.005)
         yield int(child[0])
@@ -117,7 +117,11 @@ def test_the_process_of_an_image_has_nothing(monkeypatch):
                 folder = Path(f"/proc/{child}")
                 while "Seccomp:\t2" not in (status := (folder / "status").read_text()):
                     await asyncio.sleep(0.005)
-                found = (folder / "limits").read_text(), Path(f"/proc/{worker.pid}/environ").read_bytes(), status
+                found = (
+                    (folder / "limits").read_text(),
+                    Path(f"/proc/{worker.process.pid}/environ").read_bytes(),
+                    status,
+                )
                 maps = (folder / "maps").read_text() if not os.getuid() else ""
                 files = sorted(os.listdir(folder / "fd")) if not os.getuid() else ["0", "1", "2"]
                 errors = os.readlink(folder / "fd" / "2") if not os.getuid() else os.devnull
@@ -319,9 +323,9 @@ def test_a_child_that_writes_without_end_or_never_ends_is_left(monkeypatch, endi
             await decoder.decode(b"image")
         assert await process.wait() < 0
         worker = await decoder.idle.get()  # another one, started in the background
-        assert worker.pid != process.pid
+        assert worker.process.pid != process.pid
         worker.kill()
-        await worker.wait()
+        await worker.process.wait()
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -357,7 +361,7 @@ def test_a_worker_ends_with_its_server():
         "from mm1.engine.serve.images import Decoder\n"
         "async def main():\n"
         "    worker = await Decoder(ImagePolicy(4, 'native', 24, 64), 1 << 20).start_worker()\n"
-        "    print(worker.pid, flush=True); os.kill(os.getpid(), 9)\n"
+        "    print(worker.process.pid, flush=True); os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

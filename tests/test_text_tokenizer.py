@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import unicodedata
+from collections import Counter
 from types import SimpleNamespace
 from typing import cast
 
@@ -19,7 +20,7 @@ from mm1.engine.data.record import Record
 from mm1.engine.data.text_tokenizer import SPECIAL, TextTokenizer
 from mm1.engine.data.tokenizer import with_special_tokens
 from mm1.engine.infer.request import Request
-from mm1.engine.serve.chat import Reply
+from mm1.engine.serve.chat import Reply, parse
 from mm1.errors import Unreadable, UserError
 
 FULL_WIDTH = str.maketrans({chr(c): chr(c + 0xFEE0) for c in range(0x21, 0x7F)})
@@ -139,13 +140,14 @@ def test_a_token_has_the_bytes_that_it_adds_to_a_text(make, tmp_path):
 def test_the_bytes_of_logprobs_joined_are_those_of_the_text(make, tmp_path):
     """This holds for the whole text and for streamed pieces that end inside characters."""
     tokenizer, draw = make(tmp_path), random.Random(0)
-    reply = Reply("model", tokenizer)
+    asked = b'{"messages": [{"role": "user", "content": "x"}], "logprobs": true}'
+    reply = Reply("model", tokenizer, parse(asked))
     for ids in sequences(tokenizer, 200, draw):
         request = cast(Request, SimpleNamespace(tokens=ids, logprobs=[-1.0] * len(ids)))
-        whole = reply.logprobs(request, 0)["content"]
+        whole = reply.logprobs(request, Counter())["content"]
         assert b"".join(bytes(entry["bytes"]) for entry in whole).decode("utf-8", "replace") == tokenizer.decode(ids)
         start = draw.randrange(len(ids) + 1)
-        assert reply.logprobs(request, start)["content"] == whole[start:]
+        assert reply.logprobs(request, Counter({0: start}))["content"] == whole[start:]
 
 
 def test_ids_may_have_gaps(tmp_path):

@@ -81,9 +81,9 @@ def ours(monkeypatch):
 
 
 @pytest.fixture
-def unwarned(monkeypatch):
-    """As in a process that has not warned yet."""
-    monkeypatch.setattr(integration, "_warned", set())
+def unwarned():
+    """Forget the warnings that this process has shown."""
+    integration.WARNED.clear()
 
 
 def step(model, implementation):
@@ -427,8 +427,8 @@ def test_registering_twice_is_registering_once():
     assert transformers.PreTrainedModel.get_correct_experts_implementation is watched
 
 
-def test_names_the_extra_where_transformers_is_missing():
+def test_names_the_package_where_transformers_is_missing():
     code = "import sys; sys.modules['transformers'] = None; import mm1.integrations.transformers as t; t.register()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert 'pip install "mm1-engine[integrations]"' in result.stderr.splitlines()[-1]
+    assert 'pip install "transformers>=5"' in result.stderr.splitlines()[-1]

@@ -281,9 +281,9 @@ def test_the_last_used_are_kept():
         cache.add(name, name.upper(), 3)
     assert cache.get("a") == "A"
     cache.add("d", "D", 4)
-    assert [name in cache for name in "abcd"] == [True, False, True, True]
-    assert (cache.size, len(cache)) == (10, 3)
+    assert [cache.get(name) for name in "abcd"] == ["A", None, "C", "D"]
+    assert cache.size == 10
     cache.add("a", "AA", 1)
     assert (cache.size, cache.get("a"), cache.get("b")) == (8, "AA", None)
     cache.add("e", "E", 11)
-    assert (len(cache), cache.size) == (0, 0)
+    assert (cache.size, cache.get("a"), cache.get("e")) == (0, None, None)

@@ -1,4 +1,4 @@
-"""Compute vision embeddings of transformers with MM1's kernels: the classes that transformers.accelerate swaps in.
+"""Define the classes that transformers.accelerate swaps in: vision embeddings computed by mm1's kernels.
 
 Interface: transformers 5.23, models/siglip2, models/qwen2_vl, models/qwen3_vl and vision_utils.py.
 """
@@ -16,7 +16,7 @@ from mm1.kernels.patches.position_tables import positions
 
 
 class Siglip2Embeddings(Swapped):
-    """Computes projection and bilinear, antialiased positions of all images in one kernel; never waits for sizes."""
+    """Compute projection and bilinear, antialiased positions of all images in one kernel, without waiting for sizes."""
 
     def forward(self: Any, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
         """Return embeddings [B, N, D] of pixel_values [B, N, K] and spatial_shapes [B, 2], on any device.
@@ -44,7 +44,7 @@ class Siglip2Embeddings(Swapped):
 
 
 def _expect_shapes(shapes: Tensor, rows: int) -> None:
-    """Raise for shapes that the original refuses too, without waiting for a GPU."""
+    """Raise ValueError for shapes that the original refuses too; on a GPU an assertion fails later, without a wait."""
     valid = (shapes > 0).all(1) & (shapes.prod(1) <= rows)
     if shapes.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(valid.all(), "SigLIP 2: spatial_shapes has no patches, or more than pixel_values has rows")
@@ -54,7 +54,7 @@ def _expect_shapes(shapes: Tensor, rows: int) -> None:
 
 
 class Placed(NamedTuple):
-    """Holds patches with the positions to add, which a tower passes to its patch embedding instead of patches."""
+    """Hold patches and the positions to add, which a tower passes to its patch embedding instead of patches."""
 
     patches: Tensor
     grids: Grids
@@ -64,7 +64,7 @@ class Placed(NamedTuple):
 
 
 class PatchEmbed(Swapped):
-    """Computes the convolution, whose kernel is one patch, as a single product."""
+    """Compute the convolution, whose kernel is one patch, as a single product."""
 
     def forward(self: Any, hidden_states: Tensor | Placed) -> Tensor:
         """Return embeddings [P, D] of P·K values in any shape."""
@@ -89,7 +89,7 @@ class PatchEmbed(Swapped):
 
 
 class StillPatchEmbed(PatchEmbed):
-    """Computes at most half of the product: if all frames of a patch are equal, the frames' weights can be added."""
+    """Add the weights of the frames, which saves half of the product or more if all frames of a patch are equal."""
 
     def operands(self: Any, patches: Tensor) -> tuple[Tensor, Tensor]:
         if patches.requires_grad:  # each frame has its own gradient
@@ -99,7 +99,7 @@ class StillPatchEmbed(PatchEmbed):
 
 
 class Tower(Swapped):
-    """Computes patch embedding and positions in one kernel; the original does the rest."""
+    """Compute patch embedding and positions in one kernel; the original computes everything else."""
 
     def forward(self: Any, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """Return the original's result for hidden_states, P·K values in any shape, and grid_thw [n, 3]."""
@@ -108,7 +108,7 @@ class Tower(Swapped):
             return super().forward(hidden_states, grid_thw, **kwargs)
         from transformers.vision_utils import get_vision_cu_seqlens
 
-        # Each frame is an image. The original also waits for the device to count them, unless it gets cu_seqlens.
+        # Each frame is an image. Counting frames synchronises with the device, in the original too without cu_seqlens.
         cu_seqlens = get_vision_cu_seqlens(grid_thw)
         if kwargs.get("cu_seqlens") is None:
             kwargs["cu_seqlens"] = cu_seqlens
@@ -130,46 +130,39 @@ class Tower(Swapped):
         return super().forward(placed, grid_thw, **kwargs)
 
     def fuses(self: Any) -> bool:
-        """Say whether the kernel can compute patch embedding and positions."""
+        """Return whether the kernel can compute patch embedding and positions."""
         embed, table = self.patch_embed, self.pos_embed
         simple = isinstance(embed, PatchEmbed) and untouched(embed) and plain(table, nn.Embedding)
         return simple and plain(self.patch_embed.proj, nn.Conv3d) and self.patch_embed.proj.weight.dtype in FLOATS
 
 
-SWAPS: dict[str, type[Swapped]] = {
+PATCH_EMBEDS = (
+    "qwen2_vl.PatchEmbed", "qwen2_5_vl.Qwen2_5_VisionPatchEmbed", "qwen2_5_omni.Qwen2_5_VisionPatchEmbed",
+    "qwen3_vl.Qwen3VLVisionPatchEmbed", "qwen3_vl_moe.Qwen3VLMoeVisionPatchEmbed",
+    "qwen3_omni_moe.Qwen3OmniMoeVisionPatchEmbed", "qwen3_5.Qwen3_5VisionPatchEmbed",
+    "qwen3_5_moe.Qwen3_5MoeVisionPatchEmbed", "qwen4_exp.Qwen4ExpVisionPatchEmbed",
+    "cohere_compass.CohereCompassVisionPatchEmbed", "exaone4_5.Exaone4_5_PatchEmbed", "glm4v.Glm4vVisionPatchEmbed",
+    "glm4v_moe.Glm4vMoeVisionPatchEmbed", "glm5_next.Glm5NextVisionPatchEmbed", "glm_ocr.GlmOcrVisionPatchEmbed",
+    "minimax_m3_vl.MiniMaxM3VLVisionEmbeddings",
+)  # fmt: skip
+TOWERS = (
+    "qwen3_vl.Qwen3VLVisionModel", "qwen3_vl_moe.Qwen3VLMoeVisionModel", "qwen3_omni_moe.Qwen3OmniMoeVisionEncoder",
+    "qwen3_5.Qwen3_5VisionModel", "qwen3_5_moe.Qwen3_5MoeVisionModel", "qwen4_exp.Qwen4ExpVisionModel",
+    "cohere_compass.CohereCompassVisionModel",
+)  # fmt: skip
+SWAPS: dict[str, type[Swapped]] = {  # by module and class of transformers.models
     "siglip2.Siglip2VisionEmbeddings": Siglip2Embeddings,
-    "qwen2_vl.PatchEmbed": PatchEmbed,
-    "qwen2_5_vl.Qwen2_5_VisionPatchEmbed": PatchEmbed,
-    "qwen2_5_omni.Qwen2_5_VisionPatchEmbed": PatchEmbed,
-    "qwen3_vl.Qwen3VLVisionPatchEmbed": PatchEmbed,
-    "qwen3_vl_moe.Qwen3VLMoeVisionPatchEmbed": PatchEmbed,
-    "qwen3_omni_moe.Qwen3OmniMoeVisionPatchEmbed": PatchEmbed,
-    "qwen3_5.Qwen3_5VisionPatchEmbed": PatchEmbed,
-    "qwen3_5_moe.Qwen3_5MoeVisionPatchEmbed": PatchEmbed,
-    "qwen4_exp.Qwen4ExpVisionPatchEmbed": PatchEmbed,
-    "cohere_compass.CohereCompassVisionPatchEmbed": PatchEmbed,
-    "exaone4_5.Exaone4_5_PatchEmbed": PatchEmbed,
-    "glm4v.Glm4vVisionPatchEmbed": PatchEmbed,
-    "glm4v_moe.Glm4vMoeVisionPatchEmbed": PatchEmbed,
-    "glm5_next.Glm5NextVisionPatchEmbed": PatchEmbed,
-    "glm_ocr.GlmOcrVisionPatchEmbed": PatchEmbed,
-    "minimax_m3_vl.MiniMaxM3VLVisionEmbeddings": PatchEmbed,
-    "qwen3_vl.Qwen3VLVisionModel": Tower,
-    "qwen3_vl_moe.Qwen3VLMoeVisionModel": Tower,
-    "qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": Tower,
-    "qwen3_5.Qwen3_5VisionModel": Tower,
-    "qwen3_5_moe.Qwen3_5MoeVisionModel": Tower,
-    "qwen4_exp.Qwen4ExpVisionModel": Tower,
-    "cohere_compass.CohereCompassVisionModel": Tower,
+    **dict.fromkeys(PATCH_EMBEDS, PatchEmbed),
+    **dict.fromkeys(TOWERS, Tower),
 }
 
 
 def choose(original: type, module: nn.Module, still_images: bool) -> type[Swapped] | None:
-    """Return the class that replaces a class of transformers, None if there is none."""
+    """Return the replacement of a class of transformers, None if there is none."""
     package, _, path = original.__module__.partition(".models.")
     replacement = SWAPS.get(f"{path.partition('.')[0]}.{original.__name__}") if package == "transformers" else None
     if replacement is PatchEmbed and still_images:
         return StillPatchEmbed
-    if replacement is Tower and not hasattr(module, "interpolation_align_corners"):  # in an older transformers
+    if replacement is Tower and not hasattr(module, "interpolation_align_corners"):  # an older transformers
         return None
     return replacement

@@ -1,7 +1,7 @@
 """Swap methods of other frameworks' modules in place, by changing the class of an instance to a subclass, and undo it.
 
-Parameters, buffers, hooks and state-dict keys do not change. The subclass has the original's name, by which frameworks
-identify modules (saved configurations, sharding policies, recorders of outputs).
+Parameters, buffers, hooks and state-dict keys do not change. The subclass has the name of the original, by which
+frameworks identify modules (saved configurations, sharding policies, recorders of outputs).
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from mm1.kernels.dispatch import FLOATS, autocast_dtype
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-ORIGINAL = "_mm1_original"  # attribute of a class made here: the class that it replaces
+ORIGINAL = "_mm1_original"  # attribute of a subclass made here: the class that it replaces
 
 
 class Swapped(nn.Module):
-    """Is the base of classes whose methods replace those of an original class; super() calls the original's methods."""
+    """Define the base of classes whose methods replace those of an original class; super() calls the original's."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Make `forward` call the original's after restore, because a wrapper may have kept the bound method.
+        """Make `forward` call the original's after restore, because a wrapper may have stored the bound method.
 
-        The original's __init_subclass__ runs for classes that others derive, but not for the one that replaces it.
+        The original's __init_subclass__ runs for classes derived from the replacement, but not for the replacement.
         """
         if ORIGINAL not in vars(cls):
             super().__init_subclass__(**keywords)
@@ -31,10 +31,10 @@ class Swapped(nn.Module):
             cls.forward = _while_swapped(cls.forward)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if ORIGINAL not in vars(type(self)):  # a class that torch derived from this one has its own rules for pickling
+        if ORIGINAL not in vars(type(self)):  # a class that torch derived from this one pickles in its own way
             return super().__reduce_ex__(protocol)
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return _blank, type(self).__bases__, *state  # pickle cannot find a class that is made at run time by its name
+        return _blank, type(self).__bases__, *state  # pickle cannot import a class made at run time
 
 
 def _while_swapped(forward: Callable) -> Callable:
@@ -60,8 +60,8 @@ def _blank(replacement: type, original: type) -> Any:
 def swap(model: nn.Module, choose: Callable[[type, nn.Module], type[Swapped] | None]) -> list[str]:
     """Swap each module for which `choose` returns a replacement of its original class; return these modules' names.
 
-    A module whose forward was replaced on the instance is left unchanged, because that one takes precedence. Classes
-    that torch derives from a module's own (FSDPModule, parametrizations) keep what they add.
+    A module whose forward was replaced on the instance does not change, because that one takes precedence. Classes that
+    torch derives from a module's own (FSDPModule, parametrizations) keep their additions.
     """
     names = []
     for name, module in model.named_modules():
@@ -87,7 +87,7 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def _swapped(kind: type) -> type | None:
-    """Return the class made here that `kind` is or derives from, None if there is none."""
+    """Return the subclass made here that `kind` is or derives from, None if there is none."""
     return next((base for base in kind.__mro__ if ORIGINAL in vars(base)), None)
 
 
@@ -107,12 +107,12 @@ def _rebased(kind: type, old: type, new: type) -> type:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Say whether calling a module runs only its class's forward: no hooks, no replaced forward."""
+    """Return whether calling a module runs only the forward of its class: no hooks, no replaced forward."""
     return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def plain(module: nn.Module, kind: type) -> bool:
-    """Say whether a module is exactly of this class, without hooks: no adapter, no quantized or sharded variant."""
+    """Return whether a module is exactly of this class, without hooks: no adapter, no quantized or sharded variant."""
     return type(module) is kind and untouched(module)
 
 
@@ -122,10 +122,10 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def weights(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return weight [D, K] and bias [D] or None, in this dtype, of a layer that is a single product."""
+    """Return weight [D, K] and bias [D] or None of a linear or convolution, in this dtype."""
     return layer.weight.flatten(1).to(dtype), None if layer.bias is None else layer.bias.to(dtype)
 
 
-def missing(package: str, error: ImportError) -> ImportError:
-    """Return an error that says how to install a missing package."""
-    return ImportError(f'mm1.integrations needs {package} ({error}): pip install "mm1-engine[integrations]"')
+def missing(requirement: str, error: ImportError) -> ImportError:
+    """Return an error with the command that installs a missing package."""
+    return ImportError(f'mm1.integrations needs {requirement} ({error}): pip install "{requirement}"')

@@ -1,9 +1,9 @@
-"""Use MM1's patch embedding in timm: one kernel projects NaFlexVit's patches of all images and adds positions.
+"""Use mm1's patch embedding in timm: one kernel projects NaFlexVit's patches of all images and adds positions.
 
     accelerate(model)
     restore(model)    # undoes it
 
-It covers learned positions, bilinear or bicubic. NaFlexEmbeds itself computes every other call.
+This covers learned positions, bilinear or bicubic. NaFlexEmbeds itself computes every other call.
 Interface: timm 1.0.31, models/naflexvit.py.
 """
 
@@ -28,7 +28,7 @@ def accelerate(model: nn.Module) -> list[str]:
     try:
         import timm.models.naflexvit  # noqa: F401
     except ImportError as error:
-        raise missing("timm 1.0.31 or later", error) from error
+        raise missing("timm>=1.0.31", error) from error
     return swap(model, _choose)
 
 
@@ -38,7 +38,7 @@ def _choose(original: type, module: Any) -> "type[Swapped] | None":
 
 
 def _resamples(embeds: Any) -> bool:
-    """Say whether the positions are F.interpolate's over an image's whole grid, which the kernel computes."""
+    """Return whether the positions are F.interpolate's over the whole grid of an image, which the kernel computes."""
     return (
         embeds.pos_embed_type == "learned"
         and embeds.pos_embed_interp_mode in ("bilinear", "bicubic")
@@ -48,7 +48,7 @@ def _resamples(embeds: Any) -> bool:
 
 
 class Embeds(Swapped):
-    """Replaces methods of NaFlexEmbeds."""
+    """Replace methods of NaFlexEmbeds."""
 
     def forward(
         self: Any, x: Tensor, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None
@@ -78,7 +78,7 @@ class Embeds(Swapped):
         return self.pos_drop(torch.cat([*prefix, y], 1) if prefix else y), size
 
     def fuses(self: Any, x: Tensor, of_images: bool) -> bool:
-        """Say whether the kernel can compute this call."""
+        """Return whether the kernel can compute this call."""
         simple = plain(self.proj, nn.Linear if self.is_linear else nn.Conv2d) and plain(self.norm, nn.Identity)
         if not simple or not _resamples(self) or self.proj.weight.dtype not in FLOATS:
             return False

@@ -1,7 +1,7 @@
 """Make torchvision importable with a CPU build of torch.
 
-transformers and timm import torchvision, whose wheels are built against CUDA. With a CPU build of torch the import
-fails because two operators are missing. Declaring them is enough, because neither library calls them.
+transformers and timm import torchvision, whose wheels are built for CUDA. With a CPU build of torch the import fails,
+because two operators are missing. Declaring them is enough, because neither library calls them.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Use MM1's kernels in transformers: its mixture-of-experts MLP, and its patch embedding.
+"""Use mm1's kernels in transformers: the mixture-of-experts MLP, and the patch embedding.
 
     register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="mm1")
@@ -34,7 +34,7 @@ ACTIVATIONS = {  # name of a class or function -> mm1's name
 
 
 class Gate(NamedTuple):
-    """Describes a method _apply_gate of transformers as settings of moe_mlp."""
+    """Describe a method _apply_gate of transformers as settings of moe_mlp."""
 
     limit: str | None = None  # name of the module's attribute with the limit
     activation: str | None = None  # None: the activation of act_fn
@@ -43,7 +43,7 @@ class Gate(NamedTuple):
 
 
 GATES = {  # by class; the default method is Gate()
-    "BeamExperts": Gate(),  # the default method in fp32, in which mm1 always computes it
+    "BeamExperts": Gate(),  # the default method, but in fp32, as mm1 always computes it
     "DeepseekV4Experts": Gate("limit"),
     "Glm5NextTextExperts": Gate("swiglu_limit", "silu"),
     "HYV4Experts": Gate("swiglu_limit", "silu"),
@@ -56,13 +56,12 @@ GATES = {  # by class; the default method is Gate()
 def register() -> None:
     """Register "mm1" as an experts implementation of transformers. Raises ImportError without transformers 5.
 
-    A mixture model whose experts do not use that interface (Llama 4, DBRX) then warns once when "mm1" is requested for
-    it.
+    A request for "mm1" then warns once for a mixture whose experts do not use that interface (Llama 4, DBRX).
     """
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
-        raise missing("transformers 5", error) from error
+        raise missing("transformers>=5", error) from error
     # warnings.warn breaks a graph; a function of constant result runs only while tracing. As a decorator this
     # would import dynamo at once.
     torch.compiler.assume_constant_result(_warn_once)
@@ -74,17 +73,17 @@ def accelerate(model: nn.Module, *, still_images: bool = False) -> list[str]:
     """Swap the vision embeddings of a model in place; return the names of the swapped modules.
 
     These are SigLIP 2's embeddings, padded rows included, and the patch embedding of Qwen2-VL, 2.5-VL, 3-VL and of
-    models that share its code, with Qwen3-VL's positions where the tower computes them. The original computes calls
-    that the kernels cannot: layers replaced by adapters or quantized ones, hooks, precomputed interpolation, fp64.
-    still_images: promises that both temporal halves of every Qwen patch are equal, as its processor makes them for
-    still images; the product is then half as deep, and wrong for a video.
+    models that share its code, with Qwen3-VL's positions where the tower computes them. The original still computes
+    the calls that the kernels cannot: replaced or quantized layers, hooks, precomputed interpolation, fp64.
+    still_images: whether both temporal halves of every Qwen patch are equal, as its processor makes them for still
+    images; the product then has half the depth, and would be wrong for a video.
     Call it before the model is sharded or compiled. Calling it again changes only still_images. Raises ImportError
     without transformers.
     """
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise missing("transformers 5", error) from error
+        raise missing("transformers>=5", error) from error
     return swap(model, partial(embeddings.choose, still_images=still_images))
 
 
@@ -104,7 +103,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.is_transposed:
         first, down = first.transpose(1, 2), down.transpose(1, 2)
     biases = (getattr(self, f"{name}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
-    # moe_mlp refuses weights that a quantizer packed into integers by name; x must not become integers before.
+    # x must not become integers before moe_mlp refuses weights that a quantizer packed into integers.
     x = hidden_states.to(down.dtype) if down.is_floating_point() else hidden_states
     y = moe_mlp(
         x, top_k_index, top_k_weights, first, down, gate_up_bias=biases[0],
@@ -114,9 +113,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def _settings(experts: Any) -> dict[str, Any] | str:
-    """Return moe_mlp's settings for a module, or what moe_mlp cannot express.
+    """Return moe_mlp's settings for a module, or a text that names the part that moe_mlp cannot express.
 
-    Methods are recognised by name, which torch.compile can trace.
+    Methods are recognised by name, because torch.compile can trace that.
     """
     if experts.has_post_expert_norm:
         return "a post_expert_norm"
@@ -140,13 +139,13 @@ def _activation(act_fn: Any) -> str | None:
     return "gelu_tanh" if getattr(act_fn, "approximate", "none") == "tanh" else ACTIVATIONS.get(name)
 
 
-# Names of the number of experts in configurations.
+# Names that configurations use for the number of experts.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @cache
 def _watch_requests() -> None:
-    """Make models warn when "mm1" is requested and has no effect; transformers itself does not warn."""
+    """Make models warn if a request for "mm1" has no effect; transformers itself does not warn."""
     from transformers import PreTrainedModel
 
     original = PreTrainedModel.get_correct_experts_implementation
@@ -167,15 +166,15 @@ def _warn_if_ignored(model: Any) -> None:
     counts = [getattr(fields, name, None) for name in COUNTS]
     if any(isinstance(count, int) and count > 1 for count in counts) and not model._can_set_experts_implementation():
         _warn_once(
-            f"the experts of {model.config.model_type} models do not go through transformers' experts interface: "
+            f"the experts of {model.config.model_type} models do not use transformers' experts interface: "
             'experts_implementation="mm1" changes nothing there'
         )
 
 
-_warned: set[str] = set()
+WARNED: set[str] = set()  # messages of warnings that this process has shown
 
 
 def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
+    if message not in WARNED:
+        WARNED.add(message)
         warnings.warn(message, stacklevel=2)

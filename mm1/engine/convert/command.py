@@ -1,4 +1,4 @@
-"""The command `mm1 convert`."""
+"""Define the command `mm1 convert`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,25 +26,22 @@ def convert(
 
     Args:
         out: folder to write.
-        vision: image encoder: a transformers folder of a CLIP, a .safetensors file with config.json beside it, or a
-            named size, whose weights are random (default: that of --from).
-        decoder: decoder: likewise, of a Llama, Mistral, Mixtral or Qwen3 (default: that of --from).
-        source: checkpoint of this project, instead of --vision and --decoder (default: none).
-        connector: connector: Honeybee's .safetensors file (default: random weights).
-        tokenizer: a tokenizer.json (default: the decoder's).
+        vision: the image encoder, a CLIP or AIM, as a folder of transformers, as a .safetensors file next to its
+            config.json, or as a named size of mm1, which means random weights (default: that of --from).
+        decoder: the decoder, a Llama, Mistral, Mixtral or Qwen3, in the same forms (default: that of --from).
+        source: checkpoint of mm1, instead of --vision and --decoder (default: none).
+        connector: the connector, Honeybee's .safetensors file (default: random weights).
+        tokenizer: tokenizer.json (default: the decoder's).
         image_tokens: tokens of an image (default: 144).
         image_size: side of an image in pixels (default: the encoder's).
-        context: tokens of the longest document, which a sliding window has to hold (default: the decoder's
+        context: limit of the tokens of a document, at most the decoder's sliding window (default: the decoder's
             max_position_embeddings).
-        experts: experts that are copied from the MLP of each MoE layer; 0: none.
-        moe_every: make every so-many-th layer a MoE layer.
+        experts: number of experts of each mixture layer, copies of its MLP; 0: none.
+        moe_every: distance between mixture layers; 2: every second layer is one.
         experts_per_token: experts that each token is routed to.
         seed: seed of random weights.
     """
+    arguments = locals()
     from mm1.engine.convert.assemble import assemble
 
-    print(assemble(
-        out, vision=vision, decoder=decoder, source=source, connector=connector, tokenizer=tokenizer,
-        image_tokens=image_tokens, image_size=image_size, context=context, experts=experts, moe_every=moe_every,
-        experts_per_token=experts_per_token, seed=seed,
-    ))  # fmt: skip
+    print(assemble(**arguments))

@@ -1,10 +1,10 @@
-"""Read the image processor of published weights: adopt its normalization, refuse settings that mm1 cannot follow.
+"""Read the image processor of published weights: adopt its normalization, refuse settings that mm1 does not support.
 
-mm1 squashes an image to the encoder's square, bicubic, and computes (x / 255 - mean) / std. A processor of transformers
+mm1 resizes an image to the encoder's square, bicubic, and computes (x / 255 - mean) / std. A processor of transformers
 computes (x · rescale_factor - image_mean) / image_std, which is the same with other numbers. Resizing and cropping that
-would change a square image are refused; where CLIP's processor crops an image that is not square, mm1 squashes it.
+would change a square image are refused; an image that is not square is cropped by CLIP's processor, squashed by mm1.
 Names and defaults: transformers 5, image_processing_base and CLIPImageProcessor. A null in the file is not replaced by
-a default, because the constructor sets all fields first; a null do_… means that the step is not done.
+a default, because the constructor sets all fields first; a null do_… means that the step is omitted.
 """
 
 import math
@@ -27,9 +27,9 @@ FLAGS = {*SUPPORTED, "do_rescale", "do_normalize", "do_center_crop", "do_convert
 
 
 def normalization(folder: Path, vision: Vision) -> tuple[Numbers, Numbers]:
-    """Return mean and std for pixels in 0..1 that equal a folder's processor; the encoder's own if it has none.
+    """Return mean and std, for pixels in 0..1, of the processor in a folder; the encoder's own if it has none.
 
-    Raises UserError for a field that mm1 cannot follow or that has the wrong type.
+    Raises UserError for a field that mm1 does not support or that has the wrong type.
     """
     file, fields = _fields(folder)
     if not fields:
@@ -43,9 +43,8 @@ def normalization(folder: Path, vision: Vision) -> tuple[Numbers, Numbers]:
     if "resample" not in fields and not _kind(fields).startswith("CLIP"):  # the default of most classes is bilinear
         raise UserError(f"{file}: resample of {_kind(fields)} is missing, expected {BICUBIC}")
     if unsupported := [name for name in fields if name.startswith("do_") and fields[name] and name not in FLAGS]:
-        raise UserError(
-            f"{file}: {unsupported[0]} is {fields[unsupported[0]]!r}, expected False: mm1 does not support it"
-        )
+        name = unsupported[0]
+        raise UserError(f"{file}: {name} is {fields[name]!r}, expected False: mm1 does not support it")
     _expect_one_square(file, fields)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if fields.get("do_normalize", True):
@@ -65,7 +64,7 @@ def normalization(folder: Path, vision: Vision) -> tuple[Numbers, Numbers]:
 
 
 def _fields(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the processor's file and fields; since transformers 5 they can be nested in another processor's file."""
+    """Return the file and the fields of the processor; since transformers 5 they may be in another processor's file."""
     if (file := folder / NESTED).is_file() and (fields := json_object(file).get("image_processor")) is not None:
         if not isinstance(fields, dict):
             raise UserError(f"{file}: image_processor is {fields!r}, expected an object")
@@ -73,17 +72,17 @@ def _fields(folder: Path) -> tuple[Path, dict[str, Any]]:
     if (file := folder / FLAT).is_file():
         return file, json_object(file)
     if (folder / VIDEO).is_file():
-        raise UserError(f"{folder} has {VIDEO} alone, expected {FLAT} or {NESTED} with image_processor")
+        raise UserError(f"{folder} has only {VIDEO}, expected {FLAT} or {NESTED} with image_processor")
     return file, {}
 
 
 def _kind(fields: dict[str, Any]) -> str:
-    """Return the name of the processor's class, whose defaults hold for missing fields."""
+    """Return the name of the processor's class, which has the defaults of missing fields."""
     return str(fields.get("image_processor_type", fields.get("feature_extractor_type", "CLIP")))
 
 
 def _expect_one_square(file: Path, fields: dict[str, Any]) -> None:
-    """Raise UserError for a crop that cuts a border off, and for sizes that are no square."""
+    """Raise UserError for a crop that cuts off a border, and for sizes that are not square."""
     default = CLIP_SIDE if _kind(fields).startswith("CLIP") else None
     sizes = {name: default if fields.get(name) is None else fields[name] for name in ("size", "crop_size")}
     sides = {name: _side(file, name, size) for name, size in sizes.items() if size is not None}

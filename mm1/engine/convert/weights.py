@@ -1,13 +1,13 @@
 """Load published weights into an MM1: CLIP and AIM vision towers, Honeybee's C-Abstractor, Llama-type decoders.
 
 Tables map mm1's parameters to names in the source's state dict, to several names where mm1 fuses parameters. Each name
-gets a view of mm1's parameter in the source's shape, so that loading means comparing shapes and copying.
+gets a view of mm1's parameter in the shape of the source, so that loading compares shapes and copies.
 Names: transformers 5, models clip, llama, mistral, mixtral, qwen3, qwen3_moe; Cha et al. 2024 (Honeybee).
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,13 +69,8 @@ CLIP_SUPPORTED = {
     "quantization_config": (None,),
 }  # fmt: skip
 CLIP_COUNTS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "patch_size",
-    "image_size",
-)
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size",
+)  # fmt: skip
 DECODER_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {"sliding_window": 4096}, "mixtral": {"rope_theta": 1_000_000.0},
     "qwen3": {"use_sliding_window": False, "head_dim": 128},
@@ -91,6 +86,7 @@ DECODER_COUNTS = (
     "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
 )  # fmt: skip
 DECODER_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "norm_topk_prob")
+COUNT, FLAG = "a positive integer", "True or False"
 DECODER_COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
@@ -103,9 +99,10 @@ def from_hf(
 
     vision, decoder: (config, state dict) of transformers, or for AIM a config with the fields of its files: img_size,
     patch_size, embed_dim, num_blocks, num_heads; connector: Honeybee's state dict. A config of mm1 in place of these,
-    or None for the connector, means random weights from `seed`. image_tokens: of the connector, which its tensors do
-    not show. context: limit of a document's tokens, which a sliding window must cover; None: max_position_embeddings.
-    The smaller of both is the model's context. Raises UserError for a missing, unknown or unsupported field or tensor.
+    or None for the connector, means random weights from `seed`. image_tokens: tokens of an image, which the connector's
+    tensors do not show. context: limit of a document's tokens, which a sliding window must cover; None:
+    max_position_embeddings. The smaller of both is the model's context. Raises UserError for a missing, unknown or
+    unsupported field or tensor.
     """
     v, v_state = _part("vision", vision, Vision, _vision)
     d, d_state = _part("decoder", decoder, Decoder, lambda source: _decoder(source, context))
@@ -126,7 +123,7 @@ def from_hf(
 
 
 def _part(part: str, source: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
-    """Return a part's config of mm1, and its state dict, None for random weights. Raises UserError."""
+    """Return the config of mm1 of a part, and its state dict, None for random weights. Raises UserError."""
     if isinstance(source, kind):
         return source, None
     try:
@@ -139,27 +136,26 @@ def _config_of(source: Any) -> dict[str, Any]:
     return dict(source[0]) if isinstance(source[0], Mapping) else source[0].to_dict()
 
 
-def _expect(part: str, source: dict[str, Any], supported: Mapping[str, tuple]) -> None:
-    """Raise UserError for a field whose value is not among the supported ones."""
-    for name, values in supported.items():
-        if name in source and source[name] not in values:
-            expected = " or ".join(map(repr, values))
+def _expect(
+    part: str, source: Mapping[str, Any], names: Iterable[str], valid: Callable[[Any], bool], expected: str
+) -> None:
+    """Raise UserError for a field of these names whose value is not valid."""
+    for name in names:
+        if name in source and not valid(source[name]):
             raise UserError(f"{part} config: {name} is {source[name]!r}, expected {expected}")
 
 
-def _expect_counts(part: str, source: Mapping[str, Any], names: Sequence[str], null: bool = False) -> None:
-    """Raise UserError for a field of these names that is no positive integer. null: whether null is valid too."""
-    for name in names:
-        value = source.get(name)
-        if name in source and not (value is None and null) and (type(value) is not int or value < 1):
-            raise UserError(f"{part} config: {name} is {value!r}, expected a positive integer")
+def _expect_supported(part: str, source: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
+    for name, values in supported.items():
+        _expect(part, source, [name], values.__contains__, " or ".join(map(repr, values)))
 
 
-def _expect_flags(part: str, source: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise UserError for a field of these names that is neither true nor false, such as "false" in quotes."""
-    for name in names:
-        if name in source and type(source[name]) is not bool:
-            raise UserError(f"{part} config: {name} is {source[name]!r}, expected True or False")
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool  # "false" in quotes would count as true
 
 
 def _vision(source: dict[str, Any]) -> Vision:
@@ -171,21 +167,21 @@ def _vision(source: dict[str, Any]) -> Vision:
         if not isinstance(nested, dict):
             raise UserError(f"vision config: vision_config is {nested!r}, expected an object")
         source = {"model_type": "clip_vision_model"} | nested
-    _expect("vision", source, CLIP_SUPPORTED)
+    _expect_supported("vision", source, CLIP_SUPPORTED)
     fields: dict[str, Any] = {name: source.get(*clip_name) for name, clip_name in CLIP_FIELDS.items()}
     side = source.get("image_size", 224)
     names = {clip_name: fields[name] for name, (clip_name, _) in CLIP_FIELDS.items()} | {"image_size": side}
-    _expect_counts("vision", names, CLIP_COUNTS)
+    _expect("vision", names, CLIP_COUNTS, _is_count, COUNT)
     if side % fields["patch"]:
         raise UserError(f"vision config: image_size is {side}, expected a multiple of the patch_size {fields['patch']}")
     return Vision(table=(side // fields["patch"],) * 2, **fields)
 
 
 def _aim(source: dict[str, Any]) -> Vision:
-    _expect_flags("vision", source, ("use_bias",))
-    _expect("vision", source, AIM_SUPPORTED)
+    _expect("vision", source, ["use_bias"], _is_flag, FLAG)
+    _expect_supported("vision", source, AIM_SUPPORTED)
     width, patch, side = source["embed_dim"], source["patch_size"], source["img_size"]
-    _expect_counts("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"))
+    _expect("vision", source, ("embed_dim", "patch_size", "img_size", "num_blocks", "num_heads"), _is_count, COUNT)
     if side % patch:
         raise UserError(f"vision config: img_size is {side}, expected a multiple of the patch_size {patch}")
     return Vision(
@@ -197,18 +193,18 @@ def _aim(source: dict[str, Any]) -> Vision:
 
 def _decoder(source: dict[str, Any], context: int | None) -> Decoder:
     kind = source["model_type"]
-    _expect("decoder", source, {"model_type": tuple(DECODER_DEFAULTS)})
+    _expect_supported("decoder", source, {"model_type": tuple(DECODER_DEFAULTS)})
     # Since transformers 5 theta is part of rope_parameters; the older rope_scaling has precedence there, and so here.
     rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"decoder config: rope_parameters are {rope!r}, expected one set for all layers")
     source = {"rope_theta": 10_000.0} | DECODER_DEFAULTS[kind] | source | rope
-    _expect_flags("decoder", source, DECODER_FLAGS)
-    _expect("decoder", source, DECODER_SUPPORTED)
+    _expect("decoder", source, DECODER_FLAGS, _is_flag, FLAG)
+    _expect_supported("decoder", source, DECODER_SUPPORTED)
     if others := set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
         raise UserError(f"decoder config: layer_types has {min(others)!r}, expected full or sliding attention")
-    _expect_counts("decoder", source, DECODER_COUNTS)
-    _expect_counts("decoder", source, DECODER_COUNTS_OR_NULL, null=True)
+    _expect("decoder", source, DECODER_COUNTS, _is_count, COUNT)
+    _expect("decoder", source, DECODER_COUNTS_OR_NULL, lambda value: value is None or _is_count(value), COUNT)
     window = source.get("sliding_window") if source.get("use_sliding_window", True) else None
     if window and window < (longest := context or source["max_position_embeddings"]):
         raise UserError(f"decoder config: sliding_window is {window}, expected {longest} or more")
@@ -227,7 +223,7 @@ def _decoder(source: dict[str, Any], context: int | None) -> Decoder:
 
 
 def _honeybee(state: State, tokens: int) -> tuple[Connector, State]:
-    """Return config and tensors of a C-Abstractor. Its output norm is off, as in its training."""
+    """Return config and tensors of a C-Abstractor. Like Honeybee's it has no output norm."""
     state = {name.removeprefix("abstractor."): tensor for name, tensor in state.items()}
     names, grid = " ".join(state), None
     if "pos_emb" in state:
@@ -268,10 +264,10 @@ def _load_llama(decoder: DecoderLM, state: State) -> None:
 
 
 def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Return for each name in the source a view of mm1's parameter: equal parts along the first axis.
+    """Return a view of a parameter for each name of the source: equal parts along the first axis.
 
-    table: names by module or parameter. heads: (key-value heads G, head width Dh), if attention.qkv is grouped by
-    key-value head; its views are then [G, …, Dh, D].
+    table: names by module or parameter; heads: (key-value heads G, head width Dh) if attention.qkv is grouped by
+    key-value head, whose views are then [G, …, Dh, D].
     """
     views = {}
     for path, parameter in module.named_parameters():
@@ -292,7 +288,7 @@ def views_of(module: nn.Module, table: Table, heads: tuple[int, int] | None = No
 def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = "", grouped: bool = False) -> None:
     """Copy each tensor of `state` into its view. Raises UserError for one that is missing, mis-shaped or unknown.
 
-    unused: regular expression of names to ignore; grouped: whether the first three axes of views with four axes are
+    unused: regular expression of names to ignore; grouped: whether the first three axes of a view with four axes are
     one axis in `state`.
     """
     for name, view in views.items():
@@ -301,10 +297,9 @@ def _fill(part: str, views: Mapping[str, Tensor], state: State, unused: str = ""
         if actual != (expected := f"of shape {shape}"):
             raise UserError(f"{part}: tensor {name} is {actual}, expected {expected}")
         if state[name].dtype not in FLOATS:  # quantized: its scale may be in another tensor
-            raise UserError(
-                f"{part}: tensor {name} is of dtype {state[name].dtype}, expected floats of 16 bits or more"
-            )
+            dtype = state[name].dtype
+            raise UserError(f"{part}: tensor {name} is of dtype {dtype}, expected floats of 16 bits or more")
         view.copy_(state[name].reshape(view.shape))
     for name in state:
         if name not in views and not re.fullmatch(unused, name):
-            raise UserError(f"{part}: tensor {name} is unknown, expected those that the config implies")
+            raise UserError(f"{part}: tensor {name} is unknown, expected only tensors that the config implies")

@@ -12,6 +12,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,36 +21,37 @@ from mm1.engine.data.codecs import codec_of
 from mm1.engine.infer.asynchronous import AsyncEngine
 from mm1.engine.infer.engine import Engine
 from mm1.engine.serve import chat, completions, connections
-from mm1.engine.serve.answers import Answers, Parsed, while_connected
+from mm1.engine.serve.answers import Answers, while_connected
 from mm1.engine.serve.arrivals import Arrivals, client_of, read_body, read_form
 from mm1.engine.serve.images import Decoder
 from mm1.engine.serve.intake import Intake
 from mm1.engine.serve.metrics import Metrics
-from mm1.engine.serve.privacy import checked_key, forbid_inspection, take_from_environment
+from mm1.engine.serve.privacy import forbid_inspection
 from mm1.engine.serve.refusals import Refusal, exception_handlers, json_response, response
+from mm1.engine.serve.replies import Parsed, Reply
 from mm1.engine.serve.turns import Limit
+from mm1.engine.train.checkpoint import load
 from mm1.errors import UserError, at_least
 
 if TYPE_CHECKING:
-    import uvicorn
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
-STALL_SECONDS = 120  # of one step of the engine; /health then says "stalled"
-STOP_SECONDS = 10  # in which running answers may end when the server stops
+STALL_SECONDS = 120  # limit of one step of the engine; a longer one makes /health report "stalled"
+PACKAGES = ("starlette", "uvicorn", "h11", "python_multipart", "prometheus_client")
 OPEN_PATHS = ("/", "/health")  # answered without a key
 LOOPBACK = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?", re.IGNORECASE)
 PAGE_FILE = Path(__file__).with_name("page.html")
 
 
 class Service:
-    """Serves one engine as an ASGI application; nothing else may use the engine from then on.
+    """Serve one engine as an ASGI application; nothing else may use the engine from then on.
 
     name: the model's name for clients; key: the API key that clients must send; max_images: images of one prompt;
-    max_pixels: of one image; max_bytes: of one request; allow_urls: whether images are fetched from http(s) URLs.
-    Without a key it answers only requests to loopback names, so that no web page reaches it under another name.
-    Raises UserError for a limit below its minimum.
+    max_pixels: pixels of one image; max_bytes: bytes of one request; allow_urls: whether images are fetched from
+    http(s) URLs. Without a key only requests to loopback names are answered, so that no web page can reach the server
+    under another name. Raises UserError for a limit below its minimum.
     """
 
     def __init__(
@@ -66,39 +69,33 @@ class Service:
             engine, self.decoder, self.metrics, max_images=max_images, max_bytes=max_bytes, allow_urls=allow_urls
         )
         self.answers = Answers(self.engine, name, self.intake, self.metrics)
-        self.active = Limit(engine.capacity, "requests are being worked on already")
+        self.active = Limit(engine.capacity, "requests are being processed already")
         self.arrivals = Arrivals(max_bytes)
         room = self.intake.room
         self.metrics.gauge("mm1_body_bytes", "Bytes of request bodies in memory", lambda: self.arrivals.buffered)
         self.metrics.gauge("mm1_view_bytes", "Bytes of decoded images of requests", lambda: room.size - room.free)
         self.created = int(time.time())
-        self.plain, self.warned = engine.model.conversations is False, False
+        self.template = "none" if engine.model.conversations is False else "conversation"
         self.page = PAGE_FILE.read_text()
-        self.app = Starlette(
-            routes=[
-                Route("/", self._page),
-                Route("/health", self._health),
-                Route("/metrics", self._metrics),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
-                Route("/v1/files", self._upload, methods=["POST"]),
-                Route("/v1/chat/completions", self._endpoint(self._parse_chat), methods=["POST"]),
-                Route("/v1/completions", self._endpoint(completions.parse), methods=["POST"]),
-            ],
-            exception_handlers=exception_handlers(),
-            lifespan=self._lifespan,
-        )
-        self.app.router.redirect_slashes = False  # a redirect has no body that says what is wrong
+        post = partial(Route, methods=["POST"])
+        routes = [
+            Route("/", self._page), Route("/health", self._health), Route("/metrics", self._metrics),
+            Route("/v1/models", self._models), Route("/v1/models/{name:path}", self._model),
+            post("/v1/files", self._upload),
+            post("/v1/chat/completions", self._endpoint(self._parse_chat, chat.Reply)),
+            post("/v1/completions", self._endpoint(completions.parse, completions.Reply)),
+        ]  # fmt: skip
+        self.app = Starlette(routes=routes, exception_handlers=exception_handlers(), lifespan=self._lifespan)
+        self.app.router.redirect_slashes = False  # a redirect would have no error message
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status, complete = 499, False  # the status that is counted if the client leaves before it has an answer
+        status, complete = 499, False  # 499 is counted for a client that leaves before its answer begins
+        headers = [(name, value.lower()) for name, value in scope["headers"]]
         # A client that sent "Expect: 100-continue" and is refused sends no body, so there is none to discard.
-        arriving = (b"expect", b"100-continue") not in [(name, value.lower()) for name, value in scope["headers"]]
-        arriving = arriving and any(
-            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
-            for name, value in scope["headers"]
+        arriving = (b"expect", b"100-continue") not in headers and any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers
         )
 
         async def watched_receive() -> "Message":
@@ -111,7 +108,7 @@ class Service:
             nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if arriving:  # the connection discards the rest of the body unread, and closes
+                if arriving:  # the connection discards the rest of the body and closes
                     others = [pair for pair in message["headers"] if pair[0] != b"connection"]
                     message = {**message, "headers": [*others, connections.CLOSE]}
             else:
@@ -126,13 +123,13 @@ class Service:
                 await self.app(scope, watched_receive, watched_send)
         except Exception:
             if not complete:
-                raise  # otherwise Starlette re-raises an error that has been logged and answered
+                raise  # if the answer is complete, Starlette re-raises an error that was logged and answered
         finally:
             if scope["path"].startswith("/v1/"):
                 self.metrics.requests.labels(status).inc()
 
     def _forbid(self, scope: "Scope") -> Refusal | None:
-        """Return why a request may not be answered: no key, or another host than this one; None if it may."""
+        """Return the refusal of a request without the key or, if there is no key, to another host; None if allowed."""
         headers = dict(scope["headers"])
         if self.key:
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
@@ -142,9 +139,7 @@ class Service:
             return Refusal(401, "wrong or missing API key", "invalid_api_key", www_authenticate="Bearer")
         host, origin = headers.get(b"host", b""), headers.get(b"origin")
         if not LOOPBACK.fullmatch(host) or origin not in (None, b"http://" + host):
-            return Refusal(
-                403, "without an API key this server answers only its own page and requests to loopback names"
-            )
+            return Refusal(403, "without an API key this server answers only its page and requests to loopback names")
         return None
 
     @asynccontextmanager
@@ -168,7 +163,7 @@ class Service:
         return response(self.page, 200, "text/html", headers)
 
     async def _health(self, _: "Request") -> "Response":
-        """Return the engine's state. Everybody may ask, so the reason of a failure is in the log alone."""
+        """Return the engine's state. Anybody may ask, so only the log has the reason of a failure."""
         engine = self.engine.engine
         if not self.engine.alive:
             return json_response({"status": "dead", "reason": "the engine has stopped"}, 503)
@@ -176,7 +171,7 @@ class Service:
             return json_response({"status": "stalled", "seconds": round(seconds)}, 503)
         pages = {"total": engine.pages, "free": engine.cache.room}
         load = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
-        limits = {"images": self.intake.max_images, "bytes": self.max_bytes}  # of a request, which the page shows
+        limits = {"images": self.intake.max_images, "bytes": self.max_bytes}  # of a request, for the page
         return json_response({"status": "ok", "model": self.name, **load, "limits": limits})
 
     async def _metrics(self, _: "Request") -> "Response":
@@ -191,7 +186,7 @@ class Service:
         return json_response(self.card())
 
     def card(self) -> dict[str, Any]:
-        """Describe the model. max_model_len is vLLM's extension: the limit of prompt and answer together, in tokens."""
+        """Describe the model. max_model_len, an extension of vLLM: limit of prompt and answer together, in tokens."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "mm1",
                 "max_model_len": self.engine.engine.context}  # fmt: skip
 
@@ -200,12 +195,12 @@ class Service:
         from starlette.datastructures import UploadFile
         from starlette.requests import ClientDisconnect
 
-        client, digest = client_of(request.scope), ""
+        client = client_of(request.scope)
 
-        async def check(data: bytes) -> None:
-            nonlocal digest
+        async def digest_of(data: bytes) -> str:
+            """Return the hash of an image. Raises Unreadable for bytes that are no image."""
             await self.intake.views(data, client)
-            digest = (await self.intake.run(lambda: hashlib.sha256(data), len(data), client)).hexdigest()
+            return (await self.intake.run(lambda: hashlib.sha256(data), len(data), client)).hexdigest()
 
         receiving = self.arrivals.receive(request)
         async with receiving as limited, read_form(limited, self.max_bytes) as form:
@@ -214,8 +209,7 @@ class Service:
                 if not isinstance(file, UploadFile):
                     raise UserError("expected multipart/form-data with an image as its field file")
                 data = await file.read()
-                await while_connected(request.receive, check(data))
-                if not digest:
+                if (digest := await while_connected(request.receive, digest_of(data))) is None:
                     raise ClientDisconnect
                 name = f"file-{digest[:32]}"
                 self.intake.files.add(name, data, len(data))
@@ -224,26 +218,21 @@ class Service:
                     "filename": file.filename, "purpose": str(form.get("purpose", "vision")), "status": "processed",
                 })  # fmt: skip
 
-    def _parse_chat(self, body: bytes) -> chat.ChatRequest:
-        if self.plain and not self.warned:
-            self.warned = True
-            logging.getLogger("mm1").warning(
-                "%s was not trained on conversations: chats are given to it as plain text", self.name
-            )
-        return chat.parse(body, "none" if self.plain else "conversation")
+    def _parse_chat(self, body: bytes) -> Parsed:
+        return chat.parse(body, self.template)
 
-    def _endpoint(self, parse: Callable[[bytes], Parsed]) -> Callable[["Request"], Awaitable[Any]]:
-        """Return a route's handler for requests that `parse` reads."""
+    def _endpoint(self, parse: Callable[[bytes], Parsed], reply: type[Reply]) -> Callable[["Request"], Awaitable[Any]]:
+        """Return the handler of a route that generates text. parse, reply: read a request and build its response."""
 
         async def handle(request: "Request") -> Any:
-            """Return an ASGI application: a response that begins when the engine has taken the request."""
+            """Return an ASGI application, whose response begins when the engine has accepted the request."""
             begun = time.monotonic()
 
             async def respond(scope: "Scope", receive: "Receive", send: "Send") -> None:
                 async with AsyncExitStack() as arrived:
                     body = await read_body(await arrived.enter_async_context(self.arrivals.receive(request)))
                     with self.active:
-                        work = self.answers.send(parse, body, arrived, begun, scope, receive, send)
+                        work = self.answers.send(parse, reply, body, arrived, begun, scope, receive, send)
                         del body
                         await while_connected(receive, work)
 
@@ -255,24 +244,14 @@ class Service:
 def serve(
     checkpoint: Path, *, host: str, port: int, api_key: str | None, engine: dict[str, Any], **limits: Any
 ) -> None:
-    """Serve a checkpoint until SIGTERM or SIGINT; running answers then have STOP_SECONDS to end.
+    """Serve a checkpoint until SIGTERM or SIGINT; see `run`.
 
     engine, limits: settings of Engine and of Service. Raises UserError for wrong settings, for a missing package, and
     for an address that other machines can reach if there is no key.
     """
-    try:
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'mm1-engine[serve]'") from None
-    from mm1.engine.train.checkpoint import load
-
-    environment_key = take_from_environment("MM1_API_KEY")
-    key = api_key or environment_key
-    if key:
-        key = checked_key(key, "--api-key-file" if api_key else "MM1_API_KEY")
-    if not key and not _is_loopback(host):
+    if missing := [name for name in PACKAGES if not find_spec(name)]:
+        raise UserError(f"packages for serving are missing: pip install {' '.join(missing)}")
+    if not api_key and not _is_loopback(host):
         raise UserError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
     forbid_inspection()
     connections.raise_descriptor_limit()
@@ -280,23 +259,29 @@ def serve(
     name = folder.parent.name if folder.name == "checkpoint" else folder.name
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
-        service = Service(Engine(load(checkpoint), **engine), name, key=key, **limits)
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again after it has ended
-            signal.signal(number, lambda *_: None)
+        service = Service(Engine(load(checkpoint), **engine), name, key=api_key, **limits)
+        if service.template == "none":
+            logging.getLogger("mm1").warning("%s was not trained on conversations: chats become plain text", name)
         url_host = f"[{host}]" if ":" in host else host
         print(f"{name}: http://{url_host}:{listener.getsockname()[1]}", flush=True)
-        server = server_of(service)
-        server.run(sockets=[listener])
+        run(service, listener)
+
+
+def run(service: Service, listener: socket.socket, stop_seconds: float = connections.STOP_SECONDS) -> None:
+    """Serve requests to a listening socket until SIGTERM or SIGINT; running answers then have stop_seconds to end.
+
+    A step of the engine that does not end then ends the process with status 1. Raises OSError if the server did not
+    start.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again after it has ended
+        signal.signal(number, lambda *_: None)
+    server = connections.server_of(service, stop_seconds)
+    server.run(sockets=[listener])
     if not server.started:
         raise OSError("the server did not start")
     if service.engine.hangs:  # the interpreter's exit would wait for the thread, whose step does not end
         logging.shutdown()
         os._exit(1)
-
-
-def server_of(service: Service) -> "uvicorn.Server":
-    """Return a server of this application with the limits of connections.py."""
-    return connections.server_of(service, STOP_SECONDS)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,6 @@
-"""Receive request bodies: limit their number, size and time, and drop the right one beyond a limit.
+"""Receive request bodies within limits of number, size and time, beyond which the slowest ones are dropped.
 
-A client with few bodies loses none to a client with many, and a body that is being sent is not dropped for one that
+A client with few bodies loses none to a client with many, and a body that arrives steadily is not dropped for one that
 stalls.
 """
 
@@ -21,18 +21,15 @@ if TYPE_CHECKING:
     from starlette.types import Message, Scope
 
 BODIES = 512  # limit of bodies that arrive at the same time
-BODY_SECONDS = 60  # limit of the time that one body takes to arrive
+BODY_SECONDS = 60  # limit of the time in which one body arrives
 SPEED_SECONDS = 5  # time constant of the average that measures a body's speed
 GRACE_BYTES = 1 << 16  # bytes that a new body is credited with, so that it is not the slowest at once
-BUFFERED_BODIES = 32  # bodies of the largest size that all requests together may occupy
+BUFFERED_BODIES = 32  # limit of the memory of all bodies, in bodies of the largest size
 SMALL = 512  # a body of less than 1/512 of the largest size is never dropped for lack of memory
 
 
 class Body:
-    """Tracks a body that is arriving.
-
-    timeout: the time limit of the task that waits for the next piece, if one waits.
-    """
+    """Track a body that is arriving. timeout: the time limit of the task that waits for the next piece, if any."""
 
     def __init__(self, client: str):
         self.client = client
@@ -45,14 +42,14 @@ class Body:
         return self.recent * math.exp((self.last - asyncio.get_running_loop().time()) / SPEED_SECONDS)
 
     def add(self, count: int) -> None:
-        """Count a piece of so many bytes that has just arrived."""
+        """Count the bytes of a piece that has just arrived."""
         self.recent, self.last = self.speed() + count, asyncio.get_running_loop().time()
         self.size += count
 
     def check(self) -> None:
         """Raise Busy if the body was dropped."""
         if self.dropped:
-            raise Busy("too many requests arrive, and this one came slowest")
+            raise Busy("too many requests are arriving, and this one is the slowest")
 
     def drop(self) -> None:
         """Make the task that reads the body raise Busy, at once if it is waiting."""
@@ -62,9 +59,9 @@ class Body:
 
 
 class Arrivals:
-    """Limits the memory of all request bodies together, from their first byte until their request is encoded.
+    """Limit the memory of all request bodies together, from their first byte until their request is encoded.
 
-    max_bytes: limit of one body. buffered: bytes of all bodies now in memory.
+    max_bytes: limit of one body; buffered: bytes of all bodies now in memory.
     """
 
     def __init__(self, max_bytes: int):
@@ -75,9 +72,9 @@ class Arrivals:
 
     @asynccontextmanager
     async def receive(self, request: "Request") -> AsyncIterator["Request"]:
-        """Yield the request with its body limited as it is read; the body counts as buffered until the context ends.
+        """Yield the request with a limited body, which counts as buffered until the context ends.
 
-        Reading it raises TooLarge beyond max_bytes, Refusal (408) after BODY_SECONDS, and Busy if it is dropped.
+        Reading the body raises TooLarge beyond max_bytes, Refusal (408) after BODY_SECONDS, and Busy if it is dropped.
         """
         from starlette.requests import Request
 
@@ -111,10 +108,12 @@ class Arrivals:
         try:
             yield Request(request.scope, receive)
         finally:
-            self._free(body)
+            self.arriving.discard(body)
+            self.buffered -= body.size
+            self.dropping -= body.size if body.dropped else 0
 
     def begin(self, client: str) -> Body:
-        """Return a new body. Beyond BODIES, the slowest body of the client with most bodies is dropped."""
+        """Return a new body. Beyond BODIES, drop the slowest body of the client with the most bodies."""
         body = Body(client)
         self.arriving.add(body)
         if len(self.arriving) > BODIES:
@@ -123,10 +122,10 @@ class Arrivals:
         return body
 
     def _limit(self, body: Body) -> None:
-        """Drop the slowest body of the client with most bytes if all bodies together exceed their memory.
+        """Drop the slowest body of the client with the most bytes if all bodies together exceed their memory.
 
         Small bodies are not dropped: a client that sends many large ones slowly would otherwise lock everybody out.
-        Raises Busy if `body` is the one that is dropped.
+        Raises Busy if `body` is the one to drop.
         """
         small = self.max_bytes // SMALL
         if self.buffered - self.dropping > BUFFERED_BODIES * self.max_bytes and body.size > small:
@@ -142,16 +141,9 @@ class Arrivals:
         self.dropping += body.size
         body.drop()
 
-    def _free(self, body: Body) -> None:
-        """Count the bytes of a body as no longer in memory."""
-        self.arriving.discard(body)
-        self.buffered -= body.size
-        if body.dropped:
-            self.dropping -= body.size
-
 
 def client_of(scope: "Scope") -> str:
-    """Return the client's address: fairness is between addresses."""
+    """Return the client's address, by which clients share resources."""
     return (scope.get("client") or ("",))[0]
 
 

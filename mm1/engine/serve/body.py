@@ -1,38 +1,39 @@
-"""Parse JSON requests after checking their limits, and write long replies in pieces.
+"""Parse JSON requests within limits, and write long replies in pieces.
 
-`json` holds the interpreter's lock during a call. No call here gets more than a few megabytes or a few thousand values,
-so that the event loop and the engine go on while a thread does this work.
+`json` holds the interpreter's lock during a call. Each call here has at most a few megabytes or a few thousand values,
+so that the event loop and the engine continue while a thread does this work.
 """
 
 import json
 import re
 import secrets
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from typing import Any, NoReturn
 
 from mm1.errors import UserError
 
-TEXT = 4 << 20  # limit of a body's bytes without its long data: URLs
+TEXT = 4 << 20  # limit of the bytes of a body without its long data: URLs
 DEPTH = 64  # limit of nesting
 VALUES = 1 << 18  # limit of brackets and commas: each parsed value takes a hundred bytes
 DIGITS = 100  # limit of a number's digits; 64 bits have 20
-LONG = 4096  # an image's data: URL of more bytes is cut out before the rest is parsed
+LONG = 4096  # limit of the bytes of an image's data: URL that is parsed with the rest; a longer one is cut out
 PIECE = 1 << 20  # bytes of a data: URL that one call decodes
-STRING_PIECE = 1 << 16  # bytes of a string that one call searches for its end: 0.1 µs for each escape
+STRING_PIECE = 1 << 16  # bytes of a string that one call searches for its end, 0.1 µs for each escape
 SLICE = 64  # elements of a list that one call writes
 
 BACKSLASH = ord("\\")
 BRACKETS = b"[]{},"
 OTHERS = bytes(set(range(256)) - set(BRACKETS))
-# The head of an image's data: URL behind its quote; PHP escapes slashes.
+# The head of an image's data: URL, after the quote. PHP escapes slashes.
 IMAGE = re.compile(rb"data: *image(?:/|\\/|\\u002f)[\w.+-]+[^\"\\,]{0,200},", re.IGNORECASE)
 INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # the inside of a string
 STEPS = [1 if code in b"[{" else -1 if code in b"]}" else 0 for code in range(256)]
 
 
 class TooLarge(UserError):
-    """A body has more bytes than are accepted."""
+    """Report a body that exceeds a limit of size."""
 
 
 def loads(body: bytes) -> Any:
@@ -48,7 +49,7 @@ def loads(body: bytes) -> Any:
         members: dict[str, Any] = {}
         for key, value in pairs:
             if key in members:
-                raise UserError(f"malformed JSON: the key {key[:60]!r} stands twice in an object")
+                raise UserError(f"malformed JSON: the key {key[:60]!r} occurs twice in an object")
             if urls and isinstance(value, str) and value.startswith(mark):
                 value = _unescaped(urls[int(value[len(mark) :])])
             members[key] = value
@@ -56,8 +57,8 @@ def loads(body: bytes) -> Any:
 
     try:
         return json.loads(
-            text.decode(), object_pairs_hook=object_of, parse_constant=_refuse_constant, parse_int=_integer,
-            parse_float=_real,
+            text.decode(), object_pairs_hook=object_of, parse_constant=_refuse_constant,
+            parse_int=partial(_number, int), parse_float=partial(_number, float),
         )  # fmt: skip
     except UserError:
         raise
@@ -68,7 +69,7 @@ def loads(body: bytes) -> Any:
 
 
 def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]:
-    """Return the body with `mark` and a number in place of each long data: URL of an object, and these URLs."""
+    """Return the body with `mark` and a number in place of each long data: URL of an object, and the URLs."""
     pieces: list[bytes] = []
     urls: list[memoryview] = []
     brackets: list[bytes] = []
@@ -78,17 +79,17 @@ def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]
         start = len(body) if start < 0 else start
         is_url = start > 0 and body[at:start].rstrip().endswith(b":") and IMAGE.match(body, start + 1) is not None
         end = body.find(b'"', start + 1) + 1 if is_url else 0
-        # An escaped quote or letters beyond ASCII belong to a text that only begins like a URL.
+        # An escaped quote or a letter beyond ASCII means that a text only begins like a URL.
         is_url = end - start > LONG and body[end - 2] != BACKSLASH and body[start:end].isascii()
         end = end if is_url else end_of_string(body, start)
         size += start - at if is_url else end - at
         if size > TEXT:
-            raise TooLarge(f"the request has more than {TEXT} bytes besides its data: URLs")
+            raise TooLarge(f"the request has more than {TEXT} bytes without its data: URLs")
         between = body[at:start].translate(None, OTHERS)
         brackets.append(between)
         values += len(between)
         if values > VALUES:
-            raise TooLarge(f"the request holds more than {VALUES} values")
+            raise TooLarge(f"the request has more than {VALUES} values")
         if is_url:
             pieces.append(body[at:start] + f'"{mark}{len(urls)}"'.encode())
             urls.append(view[start + 1 : end - 1])
@@ -102,7 +103,7 @@ def _without_long_urls(body: bytes, mark: str) -> tuple[bytes, list[memoryview]]
 
 
 def end_of_string(body: bytes, start: int) -> int:
-    """Return the index after the string that begins with the quote at `start`, at most the body's length."""
+    """Return the index after the string whose opening quote is at `start`, at most the length of the body."""
     at = start + 1
     while at < len(body):
         end = INSIDE.match(body, at, at + STRING_PIECE).end()  # type: ignore[union-attr]  it also matches the empty string
@@ -115,7 +116,7 @@ def end_of_string(body: bytes, start: int) -> int:
 
 
 def _unescaped(url: memoryview) -> str:
-    """Return the text that a JSON string's inside stands for, decoded in pieces that do not cut an escape."""
+    """Return the text of the inside of a JSON string, decoded in pieces that do not cut an escape."""
     pieces, at = [], 0
     while at < len(url):
         piece = bytes(url[at : at + PIECE])
@@ -124,7 +125,7 @@ def _unescaped(url: memoryview) -> str:
         try:
             pieces.append(json.loads(b'"%b"' % piece) if b"\\" in piece else piece.decode("ascii"))
         except ValueError:
-            raise UserError("malformed JSON: a data: URL holds a wrong escape") from None
+            raise UserError("malformed JSON: a data: URL has a wrong escape") from None
         at += len(piece)
     return "".join(pieces)
 
@@ -133,22 +134,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise UserError(f"malformed JSON: {name} is not a number of JSON")
 
 
-def _integer(digits: str) -> int:
-    return int(_short(digits))
-
-
-def _real(digits: str) -> float:
-    return float(_short(digits))
-
-
-def _short(digits: str) -> str:
+def _number(kind: type, digits: str) -> Any:
     if len(digits) > DIGITS:
         raise UserError(f"the request has a number of {len(digits)} digits, expected at most {DIGITS}")
-    return digits
+    return kind(digits)
 
 
 def dumps(value: Any) -> bytes:
-    """Return the JSON that json.dumps would write; long lists are written in slices."""
+    """Return the JSON of json.dumps as bytes; long lists are written in slices."""
     return "".join(_pieces(value)).encode()
 
 

@@ -1,6 +1,6 @@
-"""Limit a server's connections: their number, and the time of each stage below HTTP.
+"""Limit the number of a server's connections, and the time that each stage of a connection takes.
 
-uvicorn alone would wait without limit for a request's head and for a client to read a complete answer.
+uvicorn alone would wait without limit for the head of a request and for a client to read a complete answer.
 """
 
 import asyncio
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 HEAD_SECONDS = 10  # limit from a connection, or the first byte of its next request, to a complete head
 IDLE_SECONDS = 30  # limit between requests: longer than clients reuse a connection, so that they close it first
 SEND_SECONDS = 60  # limit of the time in which a client reads nothing of an answer
-SEND_BYTES = 1 << 16  # minimum that a client reads of a complete answer in each second after that
+SEND_BYTES = 1 << 16  # minimum that a client must read of a complete answer in each second after that
 UNSENT_BYTES = 1 << 28  # limit of all complete answers in memory; beyond it the oldest are aborted
-LINGER_SECONDS = 20  # limit for the rest of a body that was answered before it had arrived
+LINGER_SECONDS = 20  # limit of the time to receive and discard the rest of a body after an early answer
 QUIET_SECONDS = 2  # limit of a pause in that rest
 PROBE_SECONDS = 2  # between probes of a client that has closed its sending side and waits for an answer
-READ_BYTES = 1 << 14  # that one connection reads before the others have their turn
-ACCEPT = 16  # connections accepted in one turn of the event loop
-BACKLOG = 512  # connections that wait in the kernel to be accepted
+STOP_SECONDS = 10  # limit of the time for running answers to end when the server stops
+READ_BYTES = 1 << 14  # limit of bytes read from one connection before the others have their turn
+ACCEPT = 16  # limit of connections accepted in one turn of the event loop
+BACKLOG = 512  # limit of connections that wait in the kernel to be accepted
 CONNECTIONS = 2048  # limit of open connections
 SPARE = 96  # descriptors reserved for image workers, URLs and files
 CLOSE = (b"connection", b"close")
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the process's soft limit of file descriptors to the hard one, where the system has such limits."""
+    """Raise the process's soft limit of file descriptors to the hard limit, where the system has such limits."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -42,7 +43,7 @@ def raise_descriptor_limit() -> None:
 
 
 def connection_limit() -> int:
-    """Return how many connections may be open so that enough descriptors remain for everything else."""
+    """Return the limit of open connections that leaves enough descriptors for everything else."""
     try:
         import resource
 
@@ -53,10 +54,10 @@ def connection_limit() -> int:
     return CONNECTIONS if limit == resource.RLIM_INFINITY else max(8, min(CONNECTIONS, limit - used - SPARE))
 
 
-def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
+def server_of(app: Any, stop_seconds: float = STOP_SECONDS) -> "uvicorn.Server":
     """Return a server of an ASGI application with these limits; uvicorn is imported here because it is optional.
 
-    stop_seconds: time for running answers when it stops.
+    stop_seconds: limit of the time for running answers to end when the server stops.
     """
     import h11
     import uvicorn
@@ -67,7 +68,7 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
     max_connections = connection_limit()
 
     class Transport:
-        """Wraps asyncio's transport. Closed while a body arrives, it stays open until the client has read the answer.
+        """Wrap asyncio's transport so that closing it while a body arrives lets the client read the answer first.
 
         The system would otherwise send a reset at once, which can overtake the answer (RFC 9112, 9.6).
         """
@@ -95,9 +96,9 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                     self.transport.resume_reading()
 
     class Connection(H11Protocol):
-        """Records which stage a connection is in, and since when.
+        """Record the stage of a connection and when it began, and end a stage that takes too long.
 
-        lingers: whether it has been answered and discards what still arrives. discarded: bytes of that.
+        lingers: whether the answer was sent and arriving bytes are discarded; discarded: number of these bytes.
         """
 
         def __init__(self, *args: Any, **kwargs: Any):
@@ -108,21 +109,21 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(cast("Any", Transport(transport, self)))
-            self.since = self.begun = self.loop.time()  # begin of the stage, and of the run of stages with its name
-            self.patience = math.inf
+            self.since = self.begun = self.loop.time()  # beginning of the stage, and of all stages of its name in a row
+            self.patience = math.inf  # seconds, limit of the latter
             self.stage = self._stage()
             if len(self.connections) > max_connections:
-                last = self._least_needed()
-                last.transport.abort()
-                last.forget()  # at once: others may connect before the loop reports it as lost
+                dropped = self._least_needed()
+                dropped.transport.abort()
+                dropped.forget()  # at once: others may connect before the loop reports it as lost
             if self in self.connections:
                 waiting[self] = None
 
         def _least_needed(self) -> "Connection":
             """Return the connection to drop: the one that has waited longest without a request.
 
-            A connection with an answer to send is returned only if no other waits; if all have a request that arrives
-            or is being answered, it is the new one.
+            A connection that still has to send an answer is dropped only if no other waits. If all are receiving or
+            answering a request, the new connection is dropped.
             """
             others = [c for c in chain(waiting, cast("set[Connection]", self.connections)) if c is not self]
             for stages in (("head", "idle", "linger"), ("flush",)):
@@ -146,18 +147,18 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
 
         @property
         def arrived(self) -> bool:
-            """Say whether a complete request has arrived whose answer is not complete."""
+            """Return whether a complete request has arrived whose answer is not complete."""
             return bool(self.cycle) and not self.cycle.more_body and not self.cycle.response_complete
 
         @property
         def sending(self) -> bool:
-            """Say whether the client has yet to send the rest of a request, or of bytes that are no request."""
+            """Return whether the client may still be sending a request, or bytes that are no valid request."""
             return not self.half_closed and self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
         def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
             """Keep the connection open for the answer to a client that has closed its sending side.
 
-            A client of HTTP/1.0 counts as disconnected, because it cannot be probed before its response (see _probe).
+            An HTTP/1.0 client counts as disconnected, because it cannot be probed before its response (see _probe).
             """
             if self.arrived and not self.lingers and self.scope["http_version"] == "1.1":
                 self.half_closed, self.probed = True, self.loop.time()
@@ -165,7 +166,7 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             return self.half_closed
 
         def on_response_complete(self) -> None:
-            super().on_response_complete()  # which begins with the next request if that is here
+            super().on_response_complete()  # it also begins to answer the next request if that has arrived
             if self.half_closed and not self.transport.is_closing():
                 if self.arrived:
                     self._close_after_last()
@@ -181,10 +182,10 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
         def _stage(self) -> tuple[str, Any]:
             """Return the stage: a name and a value; a change of either begins a new stage.
 
-            linger: an answer was sent before its request had arrived, and the client is still sending.
-            flush: an answer is complete, was aborted or cannot go on, and the client has yet to read its bytes.
-            work: a request's body is arriving or the request is being answered.
-            head: a request's head is arriving.
+            linger: an answer was sent before its whole request had arrived, and the client is still sending.
+            flush: an answer is complete, aborted or blocked, and the client has not read all of its bytes.
+            work: the body of a request is arriving or the request is being answered.
+            head: the head of a request is arriving.
             idle: nothing has arrived since the last answer.
             """
             answered = self.cycle is None or self.cycle.response_complete
@@ -199,7 +200,7 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
             return "head" if arriving or not self.cycle else "idle", self.cycle
 
         def check(self, now: float) -> None:
-            """Update the stage, and end the connection if it has lasted too long."""
+            """Update the stage, and end a connection whose stage takes too long."""
             if (stage := self._stage()) != self.stage:
                 if stage[0] != self.stage[0]:
                     self.begun = now
@@ -219,14 +220,14 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                 self._probe(now)
 
         def _time_out_head(self) -> None:
-            """Answer a head that is incomplete with 408; close a connection on which none has begun."""
+            """Answer an incomplete head with 408; close a connection on which no head has begun."""
             if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
                 self._refuse(408, "Request Timeout", f"the head of the request took more than {HEAD_SECONDS} s")
             else:
                 self.transport.close()
 
         def send_400_response(self, msg: str) -> None:
-            """Refuse bytes that are no valid request, or that are built to be slow to read; uvicorn calls this."""
+            """Refuse bytes that are no valid request or that are built to be slow to parse; uvicorn calls this."""
             self._refuse(400, "Bad Request", f"this is not a valid request of HTTP/1.1: {self.conn.problem}")
 
         def _refuse(self, status: int, reason: str, message: str) -> None:
@@ -246,8 +247,8 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
         def _probe(self, now: float) -> None:
             """Find out whether a client that closed its sending side has disconnected.
 
-            A disconnected client looks like one that only stopped sending, until something is sent to it: then its
-            system answers with a reset. Before a response, any number of 100 Continue may be sent (RFC 9110, 15.2).
+            A disconnected client looks like one that only stopped sending, until bytes are sent to it: then its system
+            answers with a reset. Before a response any number of 100 Continue may be sent (RFC 9110, 15.2).
             """
             if self.transport.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_ERROR):
                 self.transport.abort()
@@ -257,10 +258,10 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                     event = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
                     self.transport.write(self.conn.send(event) or b"")
 
-    waiting: dict[Connection, None] = {}  # connections without a request, the longest-waiting first
+    waiting: dict[Connection, None] = {}  # connections without a request, in the order in which they began to wait
 
     class Server(uvicorn.Server):
-        """Checks all connections at every tick, ten times a second."""
+        """Check all connections at every tick, ten times a second."""
 
         async def startup(self, sockets: list[socket] | None = None) -> None:
             await super().startup(sockets)
@@ -281,9 +282,9 @@ def server_of(app: Any, stop_seconds: int) -> "uvicorn.Server":
                 connection.transport.abort()
             return await super().on_tick(counter)
 
-    # No proxy headers: a client that could state another address would take that client's turns.
+    # No proxy headers: a client could name another address and use up that client's turns.
     return Server(uvicorn.Config(
         app, http=Connection, loop="asyncio", ws="none", lifespan="on", log_level="error", access_log=False,
         server_header=False, proxy_headers=False, backlog=ACCEPT, timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=stop_seconds,
+        timeout_graceful_shutdown=cast("Any", stop_seconds),
     ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Check fields of JSON requests for type and range, with errors that name the field."""
+"""Check the type and range of fields in JSON requests, with errors that name the field."""
 
 import json
 import re
@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mm1.engine.infer.grammar import Grammar
-from mm1.engine.infer.sampling import TOP_LOGPROBS, Sampling
+from mm1.engine.infer.sampling import Sampling
 from mm1.engine.serve.body import loads
 from mm1.errors import UserError
 
-LONGEST = 1 << 24  # tokens, more than any context has
-BIASES = 1024  # limit of tokens in logit_bias
-WHOLE = {"max_tokens": (0, LONGEST), "max_completion_tokens": (0, LONGEST), "top_k": (0, LONGEST), "n": (1, 16),
-         "seed": (-(1 << 63), (1 << 63) - 17)}  # fmt: skip
+MAX_TOKENS = 1 << 24  # more than any context has
+MAX_BIASES = 1024  # tokens in logit_bias
+# These ranges lie within those of Sampling: extreme values that a local user may try are refused from clients.
+WHOLE = {"max_tokens": (0, MAX_TOKENS), "max_completion_tokens": (0, MAX_TOKENS), "top_k": (0, MAX_TOKENS),
+         "n": (1, 16), "seed": (-(1 << 63), (1 << 63) - 17)}  # fmt: skip
 # A penalty near zero would make logits infinite, and sampling from them undefined.
 REAL = {"temperature": (0, 100), "top_p": (1e-6, 1), "min_p": (0, 1), "repetition_penalty": (0.1, 10),
         "frequency_penalty": (-2, 2), "presence_penalty": (-2, 2)}  # fmt: skip
@@ -29,19 +30,19 @@ COMMON = {*WHOLE, *REAL, "model", "stop", "stream", "stream_options", "logprobs"
 
 
 class WrongField(UserError):
-    """A field of a request is wrong. param: its name."""
+    """Report a wrong field of a request. param: the path of the field; problem: the rest of the message."""
 
-    def __init__(self, param: str | None, message: str):
-        super().__init__(message)
+    def __init__(self, param: str, problem: str):
+        super().__init__(f"{param[:60]} {problem}")
         self.param = param
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Holds the settings that chat and completion requests have in common.
+    """Hold the settings that chat and completion requests have in common.
 
-    sampling: of the first choice, without a grammar. count: choices. has_max_tokens: whether the request limits the
-    text. schema: the JSON schema that the text must follow, as text. usage: whether a stream ends with token counts.
+    sampling: of the first choice, without a grammar; count: choices; has_max_tokens: whether the request limits the
+    text; schema: the JSON schema that the text must follow, as text; usage: whether a stream ends with token counts.
     """
 
     sampling: Sampling
@@ -57,8 +58,7 @@ class Settings:
         first = replace(self.sampling, grammar=grammar)
         if not self.has_max_tokens:
             first = replace(first, max_tokens=max(room, 1))
-        seeds = [None if first.seed is None else first.seed + i for i in range(choices)]
-        return [replace(first, seed=seed) for seed in seeds]
+        return [replace(first, seed=None if first.seed is None else first.seed + i) for i in range(choices)]
 
 
 def settings(fields: dict[str, Any], own: Collection[str], defaults: Mapping[str, Any]) -> Settings:
@@ -68,23 +68,22 @@ def settings(fields: dict[str, Any], own: Collection[str], defaults: Mapping[str
     """
     for name in sorted(fields.keys() - COMMON - set(own) - WITHOUT_EFFECT):
         if fields[name] not in NEUTRAL.get(name, ()):
-            raise WrongField(name, f"{name[:60]} is not supported")
+            raise WrongField(name, "is not supported")
     numbers = {name: number(name, fields[name], int, *bounds) for name, bounds in WHOLE.items() if name in fields}
     numbers |= {name: number(name, fields[name], float, *bounds) for name, bounds in REAL.items() if name in fields}
     count = numbers.pop("n", 1)
     if "max_completion_tokens" in numbers:
         limit = numbers.pop("max_completion_tokens")
         if numbers.setdefault("max_tokens", limit) != limit:
-            message = f"max_completion_tokens is {limit}, but max_tokens is {numbers['max_tokens']}"
-            raise WrongField("max_completion_tokens", message)
+            raise WrongField("max_completion_tokens", f"is {limit}, but max_tokens is {numbers['max_tokens']}")
     stop = fields.get("stop", [])
     stop = [stop] if isinstance(stop, str) else typed("stop", stop, list)
     if len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop):
-        raise WrongField("stop", "stop is a string of 1 to 256 characters, or a list of at most 16 of them")
+        raise WrongField("stop", "is not a string of 1 to 256 characters, nor a list of at most 16 of them")
     stream = typed("stream", fields.get("stream", False), bool)
     options = members("stream_options", fields.get("stream_options", {}), ("include_usage", "include_obfuscation"))
     if "stream_options" in fields and not stream:
-        raise WrongField("stream_options", "stream_options is given without stream")
+        raise WrongField("stream_options", "is set, but stream is not")
     for name, value in options.items():
         typed(f"stream_options.{name}", value, bool)
     bias = _biases(fields.get("logit_bias", {}))
@@ -99,71 +98,72 @@ def settings(fields: dict[str, Any], own: Collection[str], defaults: Mapping[str
 def _biases(value: Any) -> dict[int, float]:
     """Read logit_bias: token ids as strings, with numbers from -100 to 100."""
     bias = typed("logit_bias", value, dict)
-    if len(bias) > BIASES:
-        raise WrongField("logit_bias", f"logit_bias names {len(bias)} tokens, expected at most {BIASES}")
-    # "05" beside "5" would be the same token twice.
+    if len(bias) > MAX_BIASES:
+        raise WrongField("logit_bias", f"has {len(bias)} tokens, expected at most {MAX_BIASES}")
+    # "05" and "5" would be the same token.
     if wrong := [token for token in bias if not re.fullmatch(r"0|[1-9]\d{0,8}", token, re.ASCII)]:
-        raise WrongField("logit_bias", f"logit_bias has {wrong[0][:60]!r}, expected the id of a token")
+        raise WrongField("logit_bias", f"has {wrong[0][:60]!r}, expected the id of a token")
     return {int(token): number(f"logit_bias.{token}", value, float, -100, 100) for token, value in bias.items()}
 
 
 def _schema(value: Any) -> str | None:
-    """Return the JSON schema that response_format stands for, None for any text."""
+    """Return the JSON schema that response_format asks for, None for any text."""
     form = members("response_format", value, ("type", "json_schema"))
-    kind = form.get("type")
-    if kind == "json_schema":
-        where, kinds = "response_format.json_schema", {"name": str, "description": str, "strict": bool}
-        entries = members(where, form.get("json_schema"), (*kinds, "schema"))
-        for name in entries.keys() & kinds.keys():
-            typed(f"{where}.{name}", entries[name], kinds[name])
-        return json.dumps(typed(f"{where}.schema", entries.get("schema"), dict))
-    if kind not in ("text", "json_object") or "json_schema" in form:
-        message = f"response_format.type is {str(kind)[:60]!r}, expected text, json_object, or json_schema"
-        raise WrongField("response_format", f"{message} and a json_schema")
-    return '{"type": "object"}' if kind == "json_object" else None
-
-
-def top_logprobs(name: str, value: Any) -> int:
-    """Return the value of a field that says how many alternatives each token has, 0 to TOP_LOGPROBS."""
-    return number(name, value, int, 0, TOP_LOGPROBS)
+    kind = one_of("response_format.type", form.get("type"), ("text", "json_object", "json_schema"))
+    if (kind == "json_schema") != ("json_schema" in form):
+        raise WrongField("response_format", f"is of type {kind}, expected json_schema together with a json_schema")
+    if kind != "json_schema":
+        return '{"type": "object"}' if kind == "json_object" else None
+    where, kinds = "response_format.json_schema", {"name": str, "description": str, "strict": bool}
+    entries = members(where, form["json_schema"], (*kinds, "schema"))
+    for name in entries.keys() & kinds.keys():
+        typed(f"{where}.{name}", entries[name], kinds[name])
+    return json.dumps(typed(f"{where}.schema", entries.get("schema"), dict))
 
 
 def members(name: str, value: Any, supported: Collection[str]) -> dict[str, Any]:
     """Return the entries of an object that are not null. Raises WrongField for a key that is not supported."""
     entries = {key: entry for key, entry in typed(name, value, dict).items() if entry is not None}
     if unknown := entries.keys() - set(supported):
-        raise WrongField(name, f"{min(unknown)[:60]!r} of {name} is not supported")
+        raise WrongField(name, f"has the entry {min(unknown)[:60]!r}, which is not supported")
     return entries
 
 
 def typed(name: str, value: Any, kind: type) -> Any:
     """Return the value of a field. Raises WrongField if it is of another type."""
     if not isinstance(value, kind):
-        raise WrongField(name, f"{name} is of type {type(value).__name__}, expected {kind.__name__}")
+        raise WrongField(name, f"is of type {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Collection[str]) -> str:
+    """Return the value of a field. Raises WrongField unless it is one of these texts."""
+    if not isinstance(value, str) or value not in choices:
+        raise WrongField(name, f"is {str(value)[:60]!r}, expected one of {', '.join(choices)}")
     return value
 
 
 def number(name: str, value: Any, kind: type, minimum: float, maximum: float) -> Any:
-    """Return the value of a field, an int or a float from minimum to maximum. Raises WrongField for another."""
+    """Return the value of a field, an int or a float from minimum to maximum. Raises WrongField otherwise."""
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise WrongField(name, f"{name} is of type {type(value).__name__}, expected {kind.__name__}")
+        raise WrongField(name, f"is of type {type(value).__name__}, expected {kind.__name__}")
     if not minimum <= value <= maximum:
-        raise WrongField(name, f"{name} is {str(value)[:60]}, expected {minimum} to {maximum}")
+        raise WrongField(name, f"is {str(value)[:60]}, expected {minimum} to {maximum}")
     return value
 
 
 def text_of(name: str, value: Any) -> str:
-    """Return the text of a field. Raises WrongField for another type, and for text that UTF-8 cannot hold."""
+    """Return the text of a field. Raises WrongField for another type, and for text that UTF-8 cannot encode."""
     text = typed(name, value, str)
     try:
         text.isascii() or text.encode()  # isascii saves the copy of a long URL
     except UnicodeEncodeError:  # JSON can hold half a surrogate pair
-        raise WrongField(name, f"{name} is not valid Unicode") from None
+        raise WrongField(name, "is not valid Unicode") from None
     return text
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """Parse a request's JSON object; null entries are left out. Raises UserError."""
+    """Parse a request's JSON object, and omit entries that are null. Raises UserError."""
     value = loads(body)
     if not isinstance(value, dict):
         raise UserError(f"the request is of type {type(value).__name__}, expected dict")

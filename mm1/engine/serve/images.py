@@ -1,9 +1,9 @@
 """Decode images from clients in sandboxed processes, which can open nothing, hold no secrets and can be killed.
 
 A worker process imports the decoders and forks once for each image. The child drops root, limits its memory and time,
-and installs a seccomp filter before it reads a byte of the image; it answers and exits. So no image can reach what
-another one left in memory, and the worker itself never reads an image.
-Run as a module this file is a worker; it does not import torch.
+and installs a seccomp filter before it reads a byte of the image; it answers and exits. So no image can read memory
+that another one used, and the worker itself never reads an image. This file, run as a module, is a worker. It does not
+import torch.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image, MpoImagePlugin  # noqa: F401  the JPEG plugin imports it for a file of several pictures
@@ -32,33 +32,25 @@ from mm1.engine.serve.turns import Limit, LRUCache
 from mm1.errors import Unreadable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-SECONDS = 10  # limit for one image, of wall-clock time and of CPU time
-START_SECONDS = 60  # limit for the start of a worker, on a busy machine
+SECONDS = 10  # limit of wall-clock time and of CPU time for one image
+START_SECONDS = 60  # limit of the time in which a worker starts, on a busy machine
 HEAD_BYTES = 1 << 16  # limit of an answer's line of JSON, before its pixels
 NOBODY = 65534  # user and group id of a child whose parent is root
-V = TypeVar("V")
 
 
 @dataclass(eq=False)
 class Worker:
-    """Controls a process that forks to decode an image. control: a Unix socket that passes file descriptors to it."""
+    """Control a process that forks to decode an image. control: a Unix socket that passes file descriptors to it."""
 
     process: Process
     control: socket.socket
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    async def wait(self) -> int:
-        return await self.process.wait()
-
     def kill(self) -> None:
-        """Kill the worker and its child: both are in a process group of their own."""
+        """Kill the worker and its child, which share a process group."""
         self.control.close()
         if self.process.returncode is None:
             with suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     async def send(self, data: bytes, max_bytes: int) -> bytes:
         """Let a new child decode an image, and return its output once it has exited.
@@ -85,10 +77,10 @@ class Worker:
 
 
 class Decoder:
-    """Decodes encoded images into views, uint8 [H, W, 3] each, as the policy cuts them. Use it with `async with`.
+    """Decode images into views, uint8 [H, W, 3] each, as the policy cuts them. Use it with `async with`.
 
-    max_pixels: limit of one image; processes: workers; waiting: images that may wait for a worker; cache_bytes: of
-    views that are cached by the image's content.
+    max_pixels: limit of pixels of one image; processes: number of workers; waiting: limit of images that wait for a
+    worker; cache_bytes: limit of cached views, whose key is the content of the image.
     """
 
     def __init__(
@@ -98,9 +90,9 @@ class Decoder:
         self.policy, self.max_pixels, self.processes = policy, max_pixels, processes
         self.waiting = Limit(waiting, "images wait to be decoded already")
         self.unfiltered = ""  # why the workers' children run without a seccomp filter, "" if they have one
-        self.idle: asyncio.Queue[Worker | None] = asyncio.Queue()  # None stands for a worker that has to be started
+        self.idle: asyncio.Queue[Worker | None] = asyncio.Queue()  # None: a worker that has to be started
         self.views: LRUCache[list[np.ndarray]] = LRUCache(cache_bytes)
-        self.tasks: set[asyncio.Task[Any]] = set()  # images whose client may have left, and workers that start
+        self.tasks: set[asyncio.Task[Any]] = set()  # decoding images, whose client may have left, and starting workers
 
     async def __aenter__(self) -> "Decoder":
         for worker in await asyncio.gather(*(self.start_worker() for _ in range(self.processes))):
@@ -115,13 +107,13 @@ class Decoder:
         for _ in range(self.processes):
             if worker := await self.idle.get():
                 worker.kill()
-                await worker.wait()
+                await worker.process.wait()
 
     async def decode(self, data: bytes) -> list[np.ndarray]:
         """Return an image's views. Raises Unreadable for a bad image, Busy if too many images wait.
 
-        An image whose client leaves is decoded to its end: killing its process would make another client wait for the
-        start of a new one.
+        If the client leaves, the image is decoded nevertheless: killing its process would make another client wait for
+        the start of a new one.
         """
         digest = (await asyncio.to_thread(hashlib.sha256, data)).digest()
         if cached := self.views.get(digest):
@@ -138,14 +130,14 @@ class Decoder:
         self.views.add(digest, views, sum(view.nbytes for view in views))
         return views
 
-    def _create_task(self, work: Coroutine[Any, Any, V]) -> "asyncio.Task[V]":
+    def _create_task(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
 
     async def _decode(self, worker: Worker | None, data: bytes) -> list[np.ndarray] | str:
-        """Return views, or why there are none. Then return the worker to the queue, or replace one that failed."""
+        """Return views, or why there are none. The worker returns to the queue; one that failed is replaced."""
         healthy = False
         try:
             worker = worker or await self.start_worker()
@@ -166,7 +158,7 @@ class Decoder:
                 self._create_task(self._replace())
 
     async def _replace(self) -> None:
-        """Start a worker; if that fails, the next image tries again and reports the failure."""
+        """Add a new worker to the queue; if it does not start, the next image tries again and reports the failure."""
         worker = None
         try:
             worker = await self.start_worker()
@@ -176,7 +168,7 @@ class Decoder:
             self.idle.put_nowait(worker)
 
     async def start_worker(self) -> Worker:
-        """Return a worker that is ready. Raises RuntimeError if it does not start in START_SECONDS."""
+        """Return a worker that is ready. Raises RuntimeError if it does not start within START_SECONDS."""
         environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -202,7 +194,7 @@ class Decoder:
         return worker
 
     def _read(self, answer: bytes) -> list[np.ndarray] | str:
-        """Return an answer's views, or why there are none. Raises ValueError for a malformed answer."""
+        """Return the views of an answer, or its reason why there are none. Raises ValueError for a malformed answer."""
         head, _, pixels = answer.partition(b"\n")
         shapes = json.loads(head[:HEAD_BYTES])
         if isinstance(shapes, str):
@@ -225,12 +217,12 @@ class Decoder:
 
 
 def views(data: bytes, policy: ImagePolicy, max_pixels: int) -> list[np.ndarray]:
-    """Decode an image and cut it as the policy says; the size in its header is checked first. Raises Unreadable."""
+    """Decode an image and cut it by the policy; the size in its header is checked first. Raises Unreadable."""
     return policy.views(decode(data, FORMATS, max_pixels))
 
 
 def confine(max_pixels: int) -> None:
-    """Drop for good every right that decoding does not need. Raises OSError if seccomp alone cannot be installed.
+    """Irrevocably drop every right that decoding does not need. Raises OSError if only seccomp could not be installed.
 
     The memory limit is 512 MiB plus 32 bytes a pixel, which is the peak of converting 16-bit pixels to RGB.
     """
@@ -249,7 +241,7 @@ def confine(max_pixels: int) -> None:
 
 
 def drop_root() -> None:
-    """Change to the user nobody; a container may lack this user or the right to change, which is ignored."""
+    """Change to the user nobody, if the process is root. A container that forbids this is no error."""
     if os.geteuid() == 0:
         for drop in (partial(os.setgroups, []), partial(os.setgid, NOBODY), partial(os.setuid, NOBODY)):
             with suppress(OSError):
@@ -257,7 +249,7 @@ def drop_root() -> None:
 
 
 def _warm_up(policy: ImagePolicy) -> None:
-    """Decode an image of each format, so that everything is imported: a confined child cannot open files."""
+    """Decode an image of each format, which imports everything: a confined child cannot open files."""
     for form in FORMATS:
         exif, file = Image.Exif(), BytesIO()
         exif[0x0112] = 6  # orientation
@@ -267,7 +259,7 @@ def _warm_up(policy: ImagePolicy) -> None:
 
 
 def _why_unfiltered(max_pixels: int, policy: ImagePolicy) -> str:
-    """Try to decode in a confined child; return why that fails, "" if it works."""
+    """Return why decoding fails in a confined child, "" if it works."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         try:
@@ -287,7 +279,7 @@ def _why_unfiltered(max_pixels: int, policy: ImagePolicy) -> str:
 def _answer(max_pixels: int, policy: ImagePolicy, confined: bool) -> None:
     """Read an image from descriptor 0 and write the answer to descriptor 1.
 
-    The answer is a line of JSON, [[height, width], …] or why there are no views, followed by the views' bytes.
+    The answer is a line of JSON, [[height, width], …] or the reason why there are no views, and the bytes of the views.
     confined: whether to fail without a seccomp filter.
     """
     try:
@@ -310,7 +302,7 @@ def _answer(max_pixels: int, policy: ImagePolicy, confined: bool) -> None:
 
 
 def _work(control: socket.socket, max_pixels: int, policy: ImagePolicy) -> None:
-    """Fork a child for each descriptor that arrives, its input and output. Reply with a byte once the child exits."""
+    """Fork a child for each descriptor that arrives, as its input and output. Reply with a byte once it has exited."""
     _warm_up(policy)
     Image.MAX_IMAGE_PIXELS = max_pixels
     unfiltered = _why_unfiltered(max_pixels, policy)

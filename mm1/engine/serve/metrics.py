@@ -11,40 +11,29 @@ NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """Counts a server's requests, images and tokens; gauges read the engine's state at each scrape."""
+    """Count a server's requests, images and tokens; gauges read the engine's state at each scrape."""
 
     def __init__(self, engine: Engine):
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
         self.registry = r = CollectorRegistry()
-        self.requests = Counter(
-            "mm1_requests", "HTTP requests to /v1 by status; 499: the client left", ["status"], registry=r
-        )
+        help_text = "HTTP requests to /v1 by status; 499: the client left"
+        self.requests = Counter("mm1_requests", help_text, ["status"], registry=r)
         self.images = Counter("mm1_images", "Images by result, decoded or refused", ["result"], registry=r)
-        self.prompt = Counter(
-            "mm1_prompt_tokens",
-            "Tokens of prompts by source, computed or shared with an earlier prompt",
-            ["source"],
-            registry=r,
-        )
+        help_text = "Tokens of prompts by source, computed or shared with an earlier prompt"
+        self.prompt = Counter("mm1_prompt_tokens", help_text, ["source"], registry=r)
         self.generated = Counter("mm1_tokens", "Generated tokens", registry=r)
-        self.first = Histogram(
-            "mm1_first_token_seconds", "Seconds from a request to its first text", buckets=FIRST, registry=r
-        )
-        self.next = Histogram(
-            "mm1_token_seconds", "Seconds of a token after the first, mean of a request", buckets=NEXT, registry=r
-        )
-        gauges = {
-            "mm1_running": ("Documents in the batch", lambda: len(engine.running)),
-            "mm1_waiting": ("Documents that wait to be admitted", lambda: len(engine.waiting)),
-            "mm1_pages": ("Pages of the cache", lambda: engine.cache.pages),
-            "mm1_pages_used": ("Pages that running documents use", lambda: engine.cache.pages - engine.cache.room),
-        }
-        for name, (help_text, read) in gauges.items():
-            self.gauge(name, help_text, read)
+        help_text = "Seconds from a request to its first text"
+        self.first = Histogram("mm1_first_token_seconds", help_text, buckets=FIRST, registry=r)
+        help_text = "Seconds of a token after the first, mean of a request"
+        self.next = Histogram("mm1_token_seconds", help_text, buckets=NEXT, registry=r)
+        self.gauge("mm1_running", "Documents in the batch", lambda: len(engine.running))
+        self.gauge("mm1_waiting", "Documents that wait to be admitted", lambda: len(engine.waiting))
+        self.gauge("mm1_pages", "Pages of the cache", lambda: engine.pages)
+        self.gauge("mm1_pages_used", "Pages that running documents use", lambda: engine.pages - engine.cache.room)
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Add a gauge whose value is that of `read` at each scrape."""
+        """Add a gauge that calls `read` at each scrape."""
         from prometheus_client import Gauge
 
         Gauge(name, help_text, registry=self.registry).set_function(read)

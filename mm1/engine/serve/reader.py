@@ -5,21 +5,19 @@ from typing import Any
 
 import h11
 
-HEAD_BYTES = 1 << 16  # limit of a request's head
-CHUNKS = (
-    1000  # chunks of a body after which their mean size is checked: parsing a chunk takes as long as copying 100 KB
-)
-CHUNK_BYTES = 256  # minimum of that mean
+HEAD_BYTES = 1 << 16  # limit of the head of a request
+CHUNK_BYTES = 256  # minimum of the mean size of chunks, because parsing a chunk takes as long as copying 100 KB
+CHUNKS = 1000  # number of chunks of a body from which on their mean size is checked
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)")
 
 
 class Reader(h11.Connection):
-    """Parses a client's bytes on an HTTP connection. problem: why they are no valid request, "" while they are."""
+    """Parse the bytes of a client. problem: why they are no valid request, "" as long as they are."""
 
     def __init__(self):
         super().__init__(h11.SERVER, HEAD_BYTES)
         self.problem = ""
-        self.chunks = self.size = 0  # of the present body
+        self.chunks = self.size = 0  # of the current body
 
     def next_event(self) -> Any:
         """Return h11's next event. Raises h11.RemoteProtocolError."""
@@ -44,8 +42,7 @@ class Reader(h11.Connection):
 
 
 def in_origin_form(request: h11.Request) -> h11.Request:
-    """Return the request with only the path as its target. The host of a full URI replaces the Host header
-    (RFC 9112, 3.2.2)."""
+    """Return the request with a path as its target; a host in the target replaces the Host header (RFC 9112, 3.2.2)."""
     if not (uri := ABSOLUTE.fullmatch(request.target)):
         return request
     host, path = uri.groups()

@@ -1,4 +1,4 @@
-"""Turn errors into responses in OpenAI's form: this table says which status each error has."""
+"""Turn errors into responses in OpenAI's form, by a table with the status of each error."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Refusal(Exception):
-    """A request is refused with this HTTP status.
+    """Refuse a request with an HTTP status.
 
-    message: one line for the client; code, param: OpenAI's error code and the field that is wrong; headers: of the
+    message: one line for the client; code, param: OpenAI's error code and the wrong field; headers: those of the
     response, with "_" for "-".
     """
 
@@ -40,7 +40,7 @@ class Refusal(Exception):
 
 @cache
 def _by_error() -> dict[type[Exception], Callable[[Any], Refusal]]:
-    """Return how each expected error is refused; starlette is imported here because it is optional."""
+    """Return a function for each expected error that makes its refusal; starlette is optional, so imported here."""
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
@@ -65,7 +65,7 @@ def _by_error() -> dict[type[Exception], Callable[[Any], Refusal]]:
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Return the response to an error: its own if the error is expected, else 500 without the error's text."""
+    """Return the refusal of an expected error, and of any other error 500 without its message."""
     kind = next((kind for kind in type(error).__mro__ if kind in _by_error()), None)
     return _by_error()[kind](error) if kind else _logged_refusal(500, "internal error", error)
 
@@ -81,14 +81,14 @@ async def _respond(_: "Request", error: Exception) -> "Response":
 
 
 def _logged_refusal(status: int, summary: str, error: Exception, code: str | None = None) -> Refusal:
-    """Return a refusal that does not quote the error: the log has it, under the same number."""
+    """Return a refusal that does not quote the error, and log the error under the same number."""
     number = secrets.token_hex(6)
     logging.getLogger("mm1").error("request %s: %s", number, summary, exc_info=error)
-    return Refusal(status, f"{summary}: the server's log has more under request {number}", code)
+    return Refusal(status, f"{summary}: see the server's log for request {number}", code)
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> "Response":
-    """Return a response that holds a value as JSON."""
+    """Return a value as a response in JSON."""
     return response(json.dumps(content), status, "application/json", headers)
 
 

@@ -1,4 +1,4 @@
-"""Install a seccomp filter: a process that decodes images may compute, allocate memory, write to open files, and exit.
+"""Install a seccomp filter that lets a process compute, allocate memory, use open files, and exit, to decode images.
 
 The filter is an allow-list in classic BPF, installed with ctypes. System calls that libraries try but do not need fail
 with EPERM. Any other call kills the process, x32 and 32-bit calls included.
@@ -42,7 +42,7 @@ REFUSED = {
 
 
 def install() -> None:
-    """Put all threads of this process under the filter, irrevocably. Raises OSError where that is not possible."""
+    """Irrevocably put all threads of this process under the filter. Raises OSError where that is not possible."""
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in MACHINES or struct.calcsize("P") != 8:
         raise OSError(f"seccomp needs 64-bit Linux on x86-64 or aarch64, found {platform.system()} on {machine}")
@@ -54,9 +54,7 @@ def install() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = (MACHINES[machine][1], SET_MODE_FILTER, FLAG_TSYNC)
     if failed := libc.syscall(*map(ctypes.c_long, arguments), header):
-        number = (
-            ctypes.get_errno() if failed < 0 else errno.EBUSY
-        )  # above 0: the id of a thread that could not be put under the filter
+        number = ctypes.get_errno() if failed < 0 else errno.EBUSY  # above 0: the id of a thread that was not changed
         raise OSError(number, f"the seccomp filter was not installed: {os.strerror(number)}")
 
 
@@ -68,7 +66,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def program(machine: str) -> list[bytes]:
-    """Return the filter for a machine; each item is a struct sock_filter."""
+    """Return the filter of a machine as a list of struct sock_filter."""
     architecture, _, column = MACHINES[machine]
     refuse, allow = [_line(RETURN, ERRNO | errno.EPERM)], [_line(RETURN, ALLOW)]
 

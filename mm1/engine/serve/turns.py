@@ -1,4 +1,4 @@
-"""Share resources fairly between requests before the engine has them: slow work, memory, and a cache."""
+"""Share resources fairly between requests before the engine accepts them: slow work, memory, and a cache."""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
@@ -15,7 +15,7 @@ PASSES = 16  # requests that may take memory before an earlier one that needs mo
 
 
 async def finished(future: asyncio.Future[V]) -> V:
-    """Return the result of a thread's work. If the caller is cancelled, wait for the thread before letting it end."""
+    """Return the result of a thread's work. A cancelled caller waits for the thread before it ends."""
     try:
         return await asyncio.shield(future)
     finally:
@@ -23,9 +23,9 @@ async def finished(future: asyncio.Future[V]) -> V:
 
 
 class Limit:
-    """Admits at most `size` tasks to a context at once; entering it raises Busy for one more.
+    """Admit at most `size` tasks to a context at once; entering it raises Busy for one more.
 
-    reason: ends the error's text, after the number of tasks. active: tasks that are in it now.
+    reason: end of the error message, after the number of tasks; active: number of tasks in the context.
     """
 
     def __init__(self, size: int, reason: str):
@@ -41,9 +41,10 @@ class Limit:
 
 
 class Turns:
-    """Is a semaphore that is fair between clients: `total` tasks run at once, at most `each` of one client.
+    """Implement a semaphore that is fair between clients: `total` tasks run at once, at most `each` of one client.
 
-    A client with many tasks waits for its own, and others do not wait for them. running: tasks by client.
+    The tasks of a client with many wait for each other, and other clients do not wait for them. running: number of
+    tasks by client.
     """
 
     def __init__(self, total: int, each: int):
@@ -53,7 +54,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Wait for a turn of this client; it lasts until the context ends."""
+        """Wait for a turn of this client, which lasts until the context ends."""
         place = asyncio.get_running_loop().create_future()
         self.waiting.setdefault(client, deque()).append(place)
         self._start_next()
@@ -71,7 +72,7 @@ class Turns:
             self._start_next()
 
     def _start_next(self) -> None:
-        """Start tasks while there is room: of the clients with the fewest running, the one that waits longest."""
+        """Start tasks up to the limits: first of the client with the fewest running, then in the order of arrival."""
         while self.running.total() < self.total:
             ready = [(self.running[client], place, client) for client, place in self._first_places()]
             running, place, client = min(ready, key=lambda entry: entry[0], default=(self.each, None, ""))
@@ -92,7 +93,7 @@ class Turns:
 
 @dataclass(eq=False)
 class Place:
-    """Represents a request that waits for memory. passed: later requests that were served before it."""
+    """Represent a request that waits for memory. passed: number of later requests that were served before it."""
 
     client: str
     count: int
@@ -101,10 +102,10 @@ class Place:
 
 
 class Room:
-    """Reserves bytes from a budget of `size`, first-in, first-out, but so that no client locks out the others.
+    """Reserve bytes from a budget of `size`, first-in, first-out, but so that no client locks out the others.
 
-    A client that holds some bytes gets more only while its total stays at most what is then free, so that one client
-    alone can hold half. If too little is free for one request, up to PASSES smaller ones go before it.
+    A client that has reserved bytes gets more only if its total then is at most the number of free bytes, so one client
+    alone can reserve at most half. If too few bytes are free for a request, up to PASSES smaller ones go before it.
     """
 
     def __init__(self, size: int):
@@ -113,7 +114,7 @@ class Room:
         self.waiting: list[Place] = []
 
     async def acquire(self, count: int, client: str) -> None:
-        """Wait until `count` bytes are reserved, of which there are at most `size`."""
+        """Wait until `count` bytes, at most `size`, are reserved."""
         place = Place(client, count, asyncio.get_running_loop().create_future())
         self.waiting.append(place)
         self._serve_waiting()
@@ -155,20 +156,14 @@ class Room:
 
 
 class LRUCache(Generic[V]):
-    """Caches values by name, of at most `limit` bytes together; the least recently used are evicted."""
+    """Cache values by name, at most `limit` bytes in total; the least recently used are evicted."""
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self._entries: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
 
-    def __contains__(self, name: Hashable) -> bool:
-        return name in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def get(self, name: Hashable) -> V | None:
-        """Return a value and count it as used; None if there is none of this name."""
+        """Return a value and mark it as used; None if there is no value of this name."""
         if name not in self._entries:
             return None
         self._entries.move_to_end(name)

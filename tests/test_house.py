@@ -151,3 +151,17 @@ def test_public_names_are_there_and_lazy():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("load generate")
+
+
+# A docstring begins with a sentence that has a verb; these words begin a noun or a question instead.
+NO_SENTENCE = {"What", "How", "Who", "Where", "Whether", "Which", "When", "Of", "Those", "Its", "As", "Under"}
+NO_IMPERATIVE = NO_SENTENCE | {"The", "A", "An", "Returns", "Raises", "Yields", "Computes"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_begin_with_a_sentence(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef)) and (text := ast.get_docstring(node)):
+            assert text.split()[0] not in NO_SENTENCE, f"{path}: {text}"
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+            assert text.split()[0] not in NO_IMPERATIVE, f"{path}, {node.name}: {text}"

@@ -125,7 +125,7 @@ class Bench:
             way = peer.ways[op](self.problem)
             if way.same:
                 found = self._results(way, self.dy)
-                self.errors[peer.name] = max(_error(found[name], self.truth[name]) for name in found)
+                self.errors[peer.name] = max(rms_error(found[name], self.truth[name]) for name in found)
         except Exception as error:
             return reason(error)
         limit = TOLERANCE[DTYPES[self.dtype]] * self.problem.tolerance * (1 if peer.name == "mm1" else LOOSE)
@@ -170,7 +170,7 @@ class Bench:
     def _after(self, samples: Samples, cost: Cost) -> str | None:
         """Return what is wrong with this project's figures: changed results, or an impossible time; or None."""
         again = self._results(self.ways["mm1"], self.dy)
-        if any(_error(again[name], self.truth[name]) > 2 * self.errors["mm1"] for name in again):
+        if any(rms_error(again[name], self.truth[name]) > 2 * self.errors["mm1"] for name in again):
             return "results changed while they were timed"
         median = summary(samples.seconds["mm1"])["median"]
         if self.device == "cpu":
@@ -224,7 +224,10 @@ def _aside(call: Call) -> dict[str, Any]:
     return {"host": host, "joules": gpu["joules"] and gpu["joules"] / max(count, 1)}
 
 
-def _error(found: Tensor, truth: Tensor) -> float:
+def rms_error(found: Tensor, truth: Tensor) -> float:
+    """Return the rms of the difference relative to that of the truth."""
+    if not truth.numel():
+        return 0.0
     truth = truth.reshape(found.shape)
     scale = truth.double().square().mean().sqrt()
     return float((found.double() - truth.double()).square().mean().sqrt() / scale.clamp(min=1e-30))

@@ -167,8 +167,8 @@ class Steps:
         failed: dict[str, str] = {}
         for rung in rungs:
             try:
-                way = self._try(rung)
-                if wrong := self._differs(way, truth or next(iter(ways.values()), way)):
+                way = self.attempt(rung)
+                if wrong := self.differs(way, truth or next(iter(ways.values()), way)):
                     failed[rung.name] = wrong
                 else:
                     ways[rung.name] = way
@@ -179,7 +179,8 @@ class Steps:
             print(f"  {rung.name:20} {said}", flush=True)
         return ways, failed
 
-    def _differs(self, way: Way, truth: Way) -> str | None:
+    def differs(self, way: Way, truth: Way) -> str | None:
+        """Return how a way's results differ from the true ones, or None where they agree."""
         loose = 10 if way.rung.float8 else 1
         errors = {name: abs(way.found[name] - value) / abs(value) for name, value in truth.found.items()}
         wrong = [
@@ -187,7 +188,8 @@ class Steps:
         ]
         return f"{' and '.join(wrong)} from that of {truth.rung.name!r}" if wrong else None
 
-    def _try(self, rung: Rung) -> Way:
+    def attempt(self, rung: Rung) -> Way:
+        """Run a rung for the first time, and return it with its results."""
         # A peer that is compiled is so for the timed batch alone: others would only make its shapes variables.
         batches, *others = [self.peer_inputs[rung.packed]] if rung.peer else self.sets[rung.packed]
         before, on_disk, begin = _graphs(), _cache_hits(), time.perf_counter()

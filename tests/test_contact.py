@@ -1,0 +1,54 @@
+"""The first contact with a GPU, here with a CPU: everything is checked, and nothing ends at the first failure."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm1.bench.contact import CHECKS, SMALL, Context, Wrong, compare, contact, op_cases
+from mm1.bench.ops import OPS
+from mm1.bench.record import Record, read
+
+BAD = [sys.executable, str(Path(__file__).with_name("contact_checks.py"))]
+
+
+def test_errors_deaths_and_hangs_cost_one_case_each(tmp_path, capsys):
+    record = Record(tmp_path / "record.json")
+    assert not contact(record, ["errors", "deaths", "hangs"], jobs=3, patience=3, command=BAD)
+    rows = read(tmp_path / "record.json")["rows"]
+    status = {(row["op"], row["case"]): row["status"] for row in rows}
+    assert status == {
+        ("errors", "a"): "right", ("errors", "b"): "wrong", ("errors", "c"): "failed", ("errors", "d"): "right",
+        ("deaths", "a"): "right", ("deaths", "b"): "died", ("deaths", "c"): "died", ("deaths", "d"): "right",
+        ("hangs", "a"): "hung", ("hangs", "b"): "right",
+    }  # fmt: skip
+    trace = {(row["op"], row["case"]): row.get("traceback", "") for row in rows}
+    assert "in failing" in trace["errors", "c"]
+    assert "illegal memory access" in trace["deaths", "b"]
+    assert "no kernel image is available" in capsys.readouterr().out
+
+
+def test_what_has_no_time_is_recorded_as_not_run(tmp_path):
+    record = Record()
+    assert not contact(record, ["hangs", "errors"], seconds=0.5, jobs=1, command=BAD)
+    assert {row["status"] for row in record.rows} == {"not run"}
+    assert {row["op"] for row in record.rows} == {"hangs", "errors"}
+
+
+def test_every_measured_op_is_checked():
+    assert set(SMALL) == set(OPS) < set(CHECKS)
+
+
+@pytest.mark.parametrize("op", ["route", "grouped_gemm", "attention", "linear_cross_entropy"])
+def test_cases_of_an_op_are_right_here(op):
+    for _, run in op_cases(op, Context("cpu", ("fp32",))):
+        assert max(run().values()) < 1e-4
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch):
+    ours = OPS["linear_cross_entropy"].problem.ours
+    monkeypatch.setattr(OPS["linear_cross_entropy"].problem, "ours", lambda self, leaves: ours(
+        self, leaves | {"x": leaves["x"].detach() + 1e-2 * (leaves["x"] - leaves["x"].detach())}))  # fmt: skip
+    with pytest.raises(Wrong, match=r"x by 0\.99"):
+        compare("linear_cross_entropy", (33, 72, 100), torch.float32, "cpu")

@@ -1,10 +1,9 @@
-# Every target does the set-up that it needs: `demo` a light one (stamp .venv/demo), all others everything (stamp
-# .venv/ready). Packages are installed again when pyproject.toml or constraints.txt change.
+# Every target installs what it needs: `demo` few packages (stamp .venv/demo), all others everything (stamp .venv/ready).
+# Packages are installed again when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 BIN := .venv/bin
 
-KERNELS := $(addprefix tests/test_, $(addsuffix .py, route grouped_gemm experts positions patch_embed conv_block \
-	adaptive_pool flash paged quantize linear_cross_entropy every_op timing clock))
+KERNELS := $(shell cat tests/kernels.txt)
 GPU_PYTHON ?= $(BIN)/python
 TUNE_SECONDS ?= 240
 GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
@@ -14,7 +13,7 @@ GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
 demo: .venv/demo
 	$(BIN)/mm1 demo
 
-# Twice for the kernels: what a CPU runs, and then their Triton source itself, interpreted.
+# Kernels are tested twice: their Triton source under Triton's interpreter, then their CPU implementations.
 test: .venv/ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -22,38 +21,38 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
 
-# A server under 200 clients and every attack for ten minutes; ends with one JSON object.
+# Run a server under 200 clients and every attack for ten minutes. The last line is one JSON object.
 chaos: .venv/ready
 	$(BIN)/python tests/chaos_run.py --seconds 600 --clients 200
 
-# On a machine with a GPU, with any Python that has torch and pytest: GPU_PYTHON=python3
+# The three targets for a GPU run with any Python that has torch and pytest: GPU_PYTHON=python3
 test-gpu:
 	CUDA_VISIBLE_DEVICES=0 $(GPU_PYTHON) -m pytest -q $(KERNELS)
 
-# At most nine minutes; started again on the same day, it goes on where it was.
+# It takes nine minutes at most. A second run on the same day continues the first.
 bench-gpu:
 	$(GPU_PYTHON) -m mm1.bench.run --out mm1/bench/results --tables mm1/autotune/tables
 
 tune-gpu:
 	$(GPU_PYTHON) -m mm1.autotune.tune $(TUNE_SECONDS) --out mm1/autotune/tables --sweeps mm1/bench/results
 
-# Predicted rows of all kernels for all GPUs, without one; and the check of every row. Half an hour each on two cores.
+# Predict the rows of all kernels for all GPUs, and check every row. Each takes half an hour on two cores, without a GPU.
 tables: .venv/ready
 	$(BIN)/mm1 tune --static $(addprefix --device ,$(GPUS))
 
 check-tables: .venv/ready
 	$(BIN)/mm1 tune --check
 
-# The site of docs/, in site/; fails on a broken link.
+# Build the site of docs/ in site/. It fails on a broken link.
 docs: .venv/ready
 	$(BIN)/mkdocs build --strict
 
 lint: .venv/ready
-	$(BIN)/ruff format --check mm1 tests examples docs/hooks.py
-	$(BIN)/ruff check mm1 tests examples docs
+	$(BIN)/ruff format --check mm1 tests examples native docs/hooks.py
+	$(BIN)/ruff check mm1 tests examples native docs
 	$(BIN)/basedpyright --level error
 
-# Kept in .benchmarks, and compared with the run before. OMP_NUM_THREADS and the machine should be the same.
+# Results are kept in .benchmarks and compared with the run before, on the same machine with the same OMP_NUM_THREADS.
 bench: .venv/ready
 	$(BIN)/python -m pytest -q mm1/bench/suite --benchmark-autosave --benchmark-compare --benchmark-group-by=group \
 		--benchmark-columns=min,median,iqr,rounds

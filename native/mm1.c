@@ -1,4 +1,4 @@
-/* The launches of mm1's ops, as mm1/kernels makes them, of the images that mm1/autotune/ahead.py compiled. */
+/* libmm1 launches the images that mm1/autotune/ahead.py compiled, in the way in which mm1/kernels launches its kernels. */
 
 #define _GNU_SOURCE
 #include "mm1.h"
@@ -15,7 +15,7 @@ enum { MOST_DIMS = 5 };
 struct image {
     const unsigned char *code;
     const char *symbol;
-    const unsigned char *args; /* names of what it is passed, in order */
+    const unsigned char *args; /* names of its arguments, in order */
     unsigned char count, dtype;
     short variant;
     short key[3];
@@ -34,11 +34,11 @@ struct choice {
 
 #include "table.h"
 
-_Static_assert((int)DIMS == (int)MOST_DIMS, "the tables have other sizes");
+_Static_assert((int)DIMS == (int)MOST_DIMS, "MOST_DIMS differs from the tables' DIMS");
 
 enum { DEVICES = 32, MOST_STEPS = 7, EVERYWHERE = 99 << 10, LIMIT = 1 << 24 };
 
-/* One launch. Arguments are by name, 8 bytes each, addresses too; kernels read as many as theirs have. */
+/* One launch. values holds arguments and addresses by name in 8 bytes each; a kernel reads as many bytes as it needs. */
 struct step {
     int kernel, dtype, variant;
     int64_t key[3];
@@ -49,11 +49,11 @@ struct step {
 struct call {
     int arch; /* index into archs */
     int device;
-    bool everywhere; /* code for another GPU than this, which may have less shared memory */
+    bool everywhere; /* the code is for another GPU, so only what fits every GPU's shared memory is used */
     void *stream;
 };
 
-/* cuLaunchKernel and hipModuleLaunchKernel are declared alike, as are the others they share. */
+/* Functions of CUDA and HIP that share a pointer here have the same declaration. */
 struct driver {
     bool amd;
     int (*current)(int *);
@@ -65,17 +65,17 @@ struct driver {
     int (*launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                   void **);
     int (*function)(void **, void *);
-    int (*finish)(void *); /* since CUDA 12.4; NULL before */
+    int (*finish)(void *); /* NULL before CUDA 12.4 */
 };
 
-static struct driver driver; /* does not change once it is found */
-static atomic_bool driver_found;
+static struct driver driver; /* constant after driver_loaded is set */
+static atomic_bool driver_loaded;
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
-static void *libraries[IMAGES]; /* CUDA's belong to no context */
+static void *libraries[IMAGES]; /* of CUDA, which belong to no context */
 static _Atomic(void *) functions[IMAGES][DEVICES];
 static atomic_int capabilities[DEVICES];
 
-/* POSIX lets a function's address come as that of an object. */
+/* POSIX allows the address of a function to be returned as that of an object. */
 #define SYMBOL(function, name) (*(void **)&(function) = dlsym(library, name))
 
 static bool initialized(void *library, const char *name)
@@ -96,8 +96,8 @@ static bool find_cuda(struct driver *d)
            SYMBOL(d->function, "cuKernelGetFunction");
 }
 
-/* Of several versions that which the process has already: another would know nothing of its streams and memory. The
-   name without a version comes with the development files alone. */
+/* A version that the process has loaded already comes first, because another one would not know the process's streams
+   and memory. The name without a version belongs to the development files. */
 static bool find_hip(struct driver *d)
 {
     static const char *const names[] = {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5", "libamdhip64.so"};
@@ -113,23 +113,23 @@ static bool find_hip(struct driver *d)
     return false;
 }
 
-/* Asked again after a failure: a driver may come while the process runs. What was opened stays open, since a driver
-   that is unloaded half started may take the process along. */
+/* After a failure the next call tries again, because a driver may be installed while the process runs. Libraries stay
+   open, because unloading a driver during its initialization may crash the process. */
 static bool find_driver(void)
 {
-    if (atomic_load(&driver_found))
+    if (atomic_load(&driver_loaded))
         return true;
     pthread_mutex_lock(&loading);
-    if (!atomic_load(&driver_found)) {
+    if (!atomic_load(&driver_loaded)) {
         struct driver cuda = {0}, hip = {0};
-        bool found = find_cuda(&cuda);
-        if (found || find_hip(&hip)) {
-            driver = found ? cuda : hip;
-            atomic_store(&driver_found, true);
+        bool is_cuda = find_cuda(&cuda);
+        if (is_cuda || find_hip(&hip)) {
+            driver = is_cuda ? cuda : hip;
+            atomic_store(&driver_loaded, true);
         }
     }
     pthread_mutex_unlock(&loading);
-    return atomic_load(&driver_found);
+    return atomic_load(&driver_loaded);
 }
 
 static int arch_index(int arch)
@@ -148,16 +148,16 @@ static int arch_index(int arch)
 
 static int capability(int device)
 {
-    int found = atomic_load(&capabilities[device]), major = 0, minor = 0;
-    if (found)
-        return found;
-    /* the attributes' numbers in CUDA and in HIP */
+    int arch = atomic_load(&capabilities[device]), major = 0, minor = 0;
+    if (arch)
+        return arch;
+    /* numbers of the attributes in HIP and in CUDA */
     if (driver.attribute(&major, driver.amd ? 23 : 75, device) ||
         driver.attribute(&minor, driver.amd ? 61 : 76, device))
         return -1;
-    found = !driver.amd ? major * 10 + minor : major == 9 && minor == 4 ? 942 : -1;
-    atomic_store(&capabilities[device], found);
-    return found;
+    arch = !driver.amd ? major * 10 + minor : major == 9 && minor == 4 ? 942 : -1;
+    atomic_store(&capabilities[device], arch);
+    return arch;
 }
 
 static int begin(struct call *call, void *stream)
@@ -207,7 +207,7 @@ static const struct image *find(int arch, const struct step *step)
         const struct image *image = &images[i];
         if (image->dtype == step->dtype && image->variant == step->variant && image->key[0] == step->key[0] &&
             image->key[1] == step->key[1] && image->key[2] >= step->key[2])
-            return image; /* the least that suffices: they are in order */
+            return image; /* the smallest that suffices, as images are sorted */
     }
     return NULL;
 }
@@ -224,19 +224,19 @@ static int load(const struct image *image, int device, void **function)
         return *library = NULL, MM1_DRIVER + error;
     error = driver.find(function, *library, image->symbol);
     if (!error && !driver.amd && image->shared > 48 << 10)
-        error = driver.set(8 /* dynamic shared memory, at most */, image->shared, *function, device);
+        error = driver.set(8 /* maximum dynamic shared memory */, image->shared, *function, device);
     return error ? MM1_DRIVER + error : MM1_OK;
 }
 
 static int ready(const struct image *image, int device, void **function)
 {
-    _Atomic(void *) *known = &functions[image - images][device];
+    _Atomic(void *) *cached = &functions[image - images][device];
     int result = MM1_OK;
-    if ((*function = atomic_load(known)))
+    if ((*function = atomic_load(cached)))
         return MM1_OK;
     pthread_mutex_lock(&loading);
-    if (!(*function = atomic_load(known)) && !(result = load(image, device, function)))
-        atomic_store(known, *function);
+    if (!(*function = atomic_load(cached)) && !(result = load(image, device, function)))
+        atomic_store(cached, *function);
     pthread_mutex_unlock(&loading);
     return result;
 }
@@ -248,7 +248,7 @@ static int launch(const struct call *call, const struct image *image, void *func
     unsigned n = 0, threads = (unsigned)image->warps * (driver.amd ? 64 : 32);
     for (; n < image->count; n++)
         params[n] = &step->values[image->args[n]];
-    params[n++] = &no_scratch; /* Triton's own two, which no image here uses */
+    params[n++] = &no_scratch; /* Triton adds two arguments, which no image here uses */
     params[n++] = &no_scratch;
     params[n] = NULL;
     int error = driver.launch(function, (unsigned)step->grid, 1, 1, threads, 1, 1, (unsigned)image->shared,
@@ -256,7 +256,7 @@ static int launch(const struct call *call, const struct image *image, void *func
     return error ? MM1_DRIVER + error : MM1_OK;
 }
 
-/* Everything is found and loaded before anything is launched. */
+/* All images are found and loaded before the first launch. */
 static int run(const struct call *call, const struct step *steps, int count)
 {
     const struct image *image[MOST_STEPS];
@@ -274,8 +274,8 @@ static int run(const struct call *call, const struct step *steps, int count)
 
 static int64_t address(const void *pointer) { return (int64_t)(uintptr_t)pointer; }
 
-/* So many bytes behind an address, whatever it is. */
-static int64_t behind(int64_t address, int64_t bytes) { return (int64_t)((uint64_t)address + (uint64_t)bytes); }
+/* Adds bytes to an address. Unsigned arithmetic may wrap around without undefined behaviour. */
+static int64_t offset_by(int64_t address, int64_t bytes) { return (int64_t)((uint64_t)address + (uint64_t)bytes); }
 
 static int64_t real(double value)
 {
@@ -301,18 +301,18 @@ static bool number(int64_t n) { return n >= 0 && n <= INT32_MAX; }
 static bool positive(int64_t n) { return n > 0 && n < LIMIT; }
 static bool multiple(int64_t n) { return positive(n) && n % 16 == 0; }
 
-/* The next stretch of a workspace, whose base is 0 where only its size is asked. */
+/* Allocates from a workspace. Its base is 0 if only its size is wanted. */
 static int64_t take(int64_t *at, int64_t size)
 {
     int64_t here = *at;
-    *at = behind(here, (size + 255) & ~(int64_t)255);
+    *at = offset_by(here, (size + 255) & ~(int64_t)255);
     return here;
 }
 
-/* Rows by expert, tiles of which are what a product's programs work at. */
+/* Rows sorted by expert. Each program of a product computes one tile of them. */
 struct sorted {
     int64_t rows, experts;
-    bool tail; /* rows of no expert are tiles too */
+    bool tail; /* rows that belong to no expert have tiles too */
     int64_t offsets, tiles, by_size;
 };
 
@@ -344,7 +344,7 @@ static struct step map_step(const struct sorted *s, int variant)
          [ARG_M] = s->rows, [ARG_E] = s->experts, [ARG_num_m] = num_m}};
 }
 
-/* b [experts, k, n] or, transposed, [experts, n, k]: strides of 1 are compiled in. */
+/* b is [experts, k, n] or, transposed, [experts, n, k]. Strides of 1 are constants of the images. */
 static struct step gemm_step(const struct sorted *s, int dtype, int variant, bool transposed, int64_t a, int64_t b,
                              int64_t y, int64_t k, int64_t n)
 {
@@ -432,7 +432,8 @@ static struct step up_step(const struct moe *m, int dtype, int variant, int64_t 
     return (struct step){
         KERNEL_up, dtype, variant, {top_k}, num_m * cdiv(ffn, variants[variant].block_n),
         {[ARG_x_ptr] = address(x), [ARG_gate] = address(gate_up),
-         [ARG_up] = behind(address(gate_up), half * bytes(dtype)), [ARG_slots_ptr] = m->slots, [ARG_s_ptr] = m->s, [ARG_h_ptr] = m->s, [ARG_tiles_ptr] = m->sorted.tiles,
+         [ARG_up] = offset_by(address(gate_up), half * bytes(dtype)), [ARG_slots_ptr] = m->slots, [ARG_s_ptr] = m->s,
+         [ARG_h_ptr] = m->s, [ARG_tiles_ptr] = m->sorted.tiles,
          [ARG_stride_xm] = width, [ARG_stride_ge] = 2 * half, [ARG_stride_gn] = width, [ARG_stride_ue] = 2 * half,
          [ARG_stride_un] = width, [ARG_D] = width, [ARG_F] = ffn, [ARG_num_m] = num_m}};
 }
@@ -527,7 +528,7 @@ static struct step fold_step(const struct embed *e, int dtype, const void *weigh
         {[ARG_w_ptr] = address(weight), [ARG_bias_ptr] = address(bias), [ARG_folded_ptr] = e->weight,
          [ARG_folded_bias_ptr] = e->bias, [ARG_stride_n] = e->k, [ARG_K] = e->k, [ARG_K_PADDED] = e->padded}};
     const int scale[] = {ARG_scale0, ARG_scale1, ARG_scale2}, shift[] = {ARG_shift0, ARG_shift1, ARG_shift2};
-    for (int c = 0; c < 3; c++) { /* of pixels less 128 */
+    for (int c = 0; c < 3; c++) { /* the kernel subtracts 128 from the pixels */
         step.values[scale[c]] = real(1 / (255 * std[c]));
         step.values[shift[c]] = real((128.0 / 255 - mean[c]) / std[c]);
     }
@@ -606,7 +607,7 @@ int mm1_adaptive_pool(int dtype, const void *x, const void *table, void *y, int6
     return run(&call, &step, 1);
 }
 
-/* CUDA loads a kernel's code when it is first launched in a context, unless it is told to before. */
+/* Makes CUDA load a kernel's code now instead of at its first launch in a context. */
 static int finish(void *kernel)
 {
     void *function;
@@ -627,7 +628,7 @@ int mm1_prepare(void)
     for (; image < end && !result; image++) {
         void *function;
         if (call.everywhere && image->shared > EVERYWHERE)
-            continue; /* no call chooses it */
+            continue; /* no call can choose it */
         result = ready(image, call.device, &function);
         if (!result)
             result = finish(function);
@@ -666,9 +667,9 @@ const char *mm1_error_string(int result)
     switch (result) {
     case MM1_OK: return "done";
     case MM1_INVALID: return "an argument is NULL, out of range or not aligned, or the workspace is too small";
-    case MM1_UNSUPPORTED: return "nothing was compiled for this GPU, size or setting";
+    case MM1_UNSUPPORTED: return "the library has no code for this GPU, size or setting";
     case MM1_NO_DRIVER: return "no CUDA 12 driver and no HIP runtime with a device";
     case MM1_NO_CONTEXT: return "no device is current in this thread";
     }
-    return result >= MM1_DRIVER ? "the driver refused; its own code is the result less 1000" : "no result of libmm1";
+    return result >= MM1_DRIVER ? "the driver failed; its error code is the result minus 1000" : "not a result of libmm1";
 }

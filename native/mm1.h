@@ -1,10 +1,10 @@
 /* libmm1: mm1's forward kernels, compiled ahead of time. Needs no CUDA headers and no driver to link or to load.
 
-   Pointers but `sizes`, `mean` and `std` are of the device, aligned to 16 bytes. A call enqueues on `stream` (CUstream,
-   cudaStream_t or hipStream_t; NULL: the default one) of the current context's device, waits for nothing and may be made
-   from any thread. The first call looks for the driver, libcuda.so.1 of CUDA 12 or libamdhip64.so.7, 6 or 5, and after a
-   failure the next one does so again. A kernel's first call on a device loads its code: see mm1_prepare. On any result
-   but MM1_OK before the driver is asked, nothing was launched. */
+   All pointers except `sizes`, `mean` and `std` are device pointers, aligned to 16 bytes. A call enqueues work on `stream`
+   (CUstream, cudaStream_t or hipStream_t; NULL: the default stream) of the current context's device, does not wait, and
+   may be made from any thread. The first call loads the driver, libcuda.so.1 of CUDA 12 or libamdhip64.so.7, 6 or 5; after
+   a failure the next call tries again. The first call of a kernel on a device loads its code: see mm1_prepare. If the
+   result is MM1_INVALID, MM1_UNSUPPORTED, MM1_NO_DRIVER or MM1_NO_CONTEXT, nothing was launched. */
 #ifndef MM1_H
 #define MM1_H
 
@@ -30,27 +30,28 @@ enum mm1_kernel { MM1_GROUPED_GEMM, MM1_EXPERTS_UP, MM1_PATCH_EMBED, MM1_ADAPTIV
 enum mm1_result {
     MM1_OK,
     MM1_INVALID,     /* an argument is NULL, out of range or not aligned, or the workspace too small */
-    MM1_UNSUPPORTED, /* nothing was compiled for this GPU, size or setting */
-    MM1_NO_DRIVER,   /* neither libcuda.so.1 of CUDA 12 nor libamdhip64.so with a device; the next call looks again */
+    MM1_UNSUPPORTED, /* the library has no code for this GPU, size or setting */
+    MM1_NO_DRIVER,   /* neither libcuda.so.1 of CUDA 12 nor libamdhip64.so has a device; the next call tries again */
     MM1_NO_CONTEXT,  /* no device is current in this thread */
-    MM1_DRIVER = 1000 /* and the driver's own code */
+    MM1_DRIVER = 1000 /* plus the driver's error code */
 };
 
 MM1_API int mm1_version(void);
 MM1_API const char *mm1_error_string(int result);
 
-/* Finds the driver and loads every kernel for the current context's device, so that no later call on that device loads
-   anything: call it once for each context, before a graph is captured or time matters. It launches nothing, and may run
-   beside other calls. It takes memory for the kernels of all dtypes, and longest where PTX is translated. After a failure
-   it may be called again. Results are those of a launch; nothing is lost if it is never called. */
+/* Loads the driver and every kernel for the current context's device, so that no later call on that device loads code.
+   Call it once for each context, before a graph is captured or before time is measured. It launches nothing, and may run
+   at the same time as other calls. It allocates memory for the kernels of all dtypes, and takes longest where the driver
+   compiles PTX. After a failure it may be called again. Its results are those of a launch. Calling it is optional. */
 MM1_API int mm1_prepare(void);
 
-/* arch: compute capability, major · 10 + minor; 942 for gfx942. How many images a GPU of it can run; 0: not supported. */
+/* Returns the number of images for a GPU, or 0 if it is not supported. arch: compute capability, major · 10 + minor; 942
+   for gfx942. */
 MM1_API int mm1_variants(int arch);
 
-/* The variant that runs, by its number in the manifest, or -1 if none does. dims: grouped_gemm and experts_up rows,
-   experts, k, n; patch_embed patches, k, width; adaptive_pool rows, channels. The first is below 2^31, the others are at
-   least 1 and below 2^24. */
+/* Returns the number of the variant that a call uses, as in the manifest, or -1 if there is none. dims: for grouped_gemm
+   and experts_up rows, experts, k, n; for patch_embed patches, k, width; for adaptive_pool rows, channels. The first is
+   below 2^31, the others are at least 1 and below 2^24. */
 MM1_API int mm1_choose(int kernel, int arch, int dtype, const int64_t *dims);
 
 /* y[r] = a[r] · b[e] for rows r of expert e, which end at offsets[e]; rows past the last offset are zeros.
@@ -70,8 +71,9 @@ MM1_API int mm1_moe_mlp(int dtype, const void *x, const void *index, const void 
                         const void *down, void *y, int64_t tokens, int64_t top_k, int64_t experts, int64_t width,
                         int64_t ffn, void *workspace, size_t workspace_bytes, void *stream);
 
-/* Of images of (h, w) patches on the host: int32 table [images, 4] (first row, rows, h, w) and owner [patches], which the
-   two below want on the device. Rows past the last image belong to none. */
+/* Fills, on the host, the int32 table [images, 4] of (first row, rows, h, w) and the owner [patches] of each row, for
+   images of `sizes` (h, w) patches. The two functions below need both on the device. Rows past the last image belong to
+   no image. */
 MM1_API int mm1_grids(const int32_t *sizes, int64_t images, int64_t patches, int32_t *table, int32_t *owner);
 
 /* tokens[p] = weight · ((pixels of p / 255 - mean) / std) + bias + positions, bilinear with antialiasing, resampled to

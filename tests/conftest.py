@@ -22,7 +22,8 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="the CPU's own implementati
 
 
 # Without Triton, as on macOS and Windows, what a CPU computes is tested, and nothing that only compiles or tunes.
-collect_ignore = [] if INSTALLED else [f"test_{name}.py" for name in ("ahead", "clock", "static", "tables", "tune")]
+COMPILED = ("ahead", "clock", "static", "tables", "tune", "tune_tables")
+collect_ignore = [] if INSTALLED else [f"test_{name}.py" for name in COMPILED]
 
 
 def mostly_slow(first: str, *others: str) -> list:

@@ -1,4 +1,4 @@
-"""Records of nothing that ran, for tests of what is made of records."""
+"""Make up records, for tests of the page and the tables that are made from records."""
 
 import json
 
@@ -8,7 +8,7 @@ def spread(median, n=9):
 
 
 def kernels(op="moe_mlp", case="coarse T=16", what="forward", ours=1.231e-3, peers=None, noise=0.02, **more):
-    """peers: times over mm1's."""
+    """Return a row of an op. peers: times relative to mm1's."""
     variants = {"mm1": {**spread(ours), "error": 1e-6}, "mm1 again": spread(ours)}
     for name, ratio in (peers or {"torch": 2.5}).items():
         variants[name] = {**spread(ours * ratio), "ratio": spread(ratio)}

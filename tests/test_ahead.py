@@ -1,4 +1,4 @@
-"""What is compiled ahead of time, and the C tables it is found by; native/tests checks the library itself."""
+"""Kernels are compiled ahead of time, and found by C tables; native/tests checks the library itself."""
 
 import json
 import shutil

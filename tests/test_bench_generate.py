@@ -1,4 +1,4 @@
-"""Generation's benchmark: its rows, what it counts, and that whoever computes something else is not timed."""
+"""The benchmark of generation has complete rows, counts correctly, and does not time wrong implementations."""
 
 import dataclasses
 import sys
@@ -29,7 +29,7 @@ def _inference():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The only size, and ceilings that need no measuring."""
+    """Replace all sizes by a tiny one, and the measured ceilings by constants."""
     monkeypatch.setitem(generate.MODELS, "tiny", small_model())
     monkeypatch.setattr(generate, "SHOTS", (0, 2))
     monkeypatch.setattr(generate, "CPU", Scale(("tiny",), (1, 2), decoded=THREE, prefilled=ONE, queries=3))
@@ -151,7 +151,7 @@ def test_first_tokens_are_the_same_whatever_is_known_and_each_query_is_new():
 
 
 def test_each_way_knows_what_it_says_and_no_more(monkeypatch):
-    """Images that are encoded and rows that are computed by a call, after others like it."""
+    """A call after others like it encodes only new images, and computes only rows that no cache has."""
     engines, bench = [], small_bench()
 
     class Kept(generate.Engine):
@@ -231,7 +231,8 @@ def test_what_is_faster_than_a_gpu_can_be_is_failed():
     documents = prompts(bench.config, 0, 1, images=False)
     found = checked({"mm1": bench.steps(documents)["mm1"]}, 1e-4)
     bench.device, bench.limits = "cuda", {"copy": 1.0, "gemm": {"fp32": 1.0}}
-    row = bench.timed({}, bench.cost(documents, ONE, 1), 1, found, rounds=1, budget=0.0)
+    row, cost = {"dtype": "fp32", "mode": "stream"}, bench.cost(documents, ONE, 1)
+    row = bench.timed(row, cost, 1, found, rounds=1, budget=0.0)
     assert row["variants"] == {}
     assert "counted or timed wrongly" in row["failed"]["mm1"]
 

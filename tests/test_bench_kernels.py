@@ -1,18 +1,21 @@
-"""Each op is right before it is timed, a peer that is not is left out with its reason, no time beats the machine."""
+"""Each op is right before it is timed, a wrong peer is not timed but gives a reason, no time beats the machine."""
 
+import ast
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mm1.autotune.space import Inputs
 from mm1.bench import kernels, ops
 from mm1.bench.kernels import Bench
-from mm1.bench.ops import OPS, Maker
+from mm1.bench.ops import OPS
 from mm1.bench.peers import PEERS, Peer, Way, missing
 from mm1.bench.record import Record, file, read, without_samples
 from mm1.bench.roofline import floor, impossible
-from mm1.bench.run import backends, run
+from mm1.bench.run import ROOT, TESTS, backends, run
 from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost
 
@@ -68,8 +71,18 @@ def test_a_peer_that_is_wrong_or_fails_is_told_and_not_timed(run, why):
     assert all("peer" not in row["variants"] and why in row["failed"]["peer"] for row in rows)
 
 
+def replace_route(monkeypatch, change):
+    """Replace mm1's implementation of route by the plain one, with a change to its result."""
+
+    def problem(*sizes):
+        right = ops.route(*sizes)
+        return replace(right, ours=lambda leaves: change(right.plain(leaves)))
+
+    monkeypatch.setitem(OPS, "route", OPS["route"]._replace(problem=problem))
+
+
 def test_this_project_wrong_is_a_failure_and_no_figure(monkeypatch):
-    monkeypatch.setattr(ops.Route, "ours", lambda self, leaves: self.plain(leaves) * 1.001)
+    replace_route(monkeypatch, lambda result: result * 1.001)
     record = Record()
     assert not kernels.measure(record, ["route"], shapes=["tiny"], budget=0.0)
     assert "mm1" not in record.rows[0]["variants"]
@@ -79,11 +92,11 @@ def test_this_project_wrong_is_a_failure_and_no_figure(monkeypatch):
 def test_results_that_change_while_they_are_timed_are_a_failure(monkeypatch):
     calls = []
 
-    def flaky(self, leaves):
+    def flaky(result):
         calls.append(0)
-        return self.plain(leaves) * (1 if len(calls) < 5 else 1.01)
+        return result * (1 if len(calls) < 5 else 1.01)
 
-    monkeypatch.setattr(ops.Route, "ours", flaky)
+    replace_route(monkeypatch, flaky)
     row = next(iter(Bench("route", "tiny", "cpu", "fp32", [], LIMITS).rows(0.0)))
     assert row["failed"] == {"mm1": "results changed while they were timed"}
 
@@ -98,8 +111,8 @@ def test_the_floor_is_the_longer_of_operations_and_bytes_and_what_is_faster_is_i
 
 @pytest.mark.parametrize("op", OPS)
 def test_costs_are_those_of_the_shape_and_of_both_directions(op):
-    problem = OPS[op].problem(Maker("cpu", torch.float32), *TINY[op])
-    forward, backward = problem.cost(False), problem.cost(True)
+    problem = OPS[op].problem(Inputs("cpu", torch.float32), *TINY[op])
+    forward, backward = problem.costs
     read_and_written = sum(leaf.nbytes for leaf in problem.leaves.values())
     assert backward.flops >= forward.flops > 0
     assert forward.bytes > 0.5 * read_and_written or op == "moe_mlp"
@@ -131,6 +144,21 @@ def test_records_go_to_the_working_directory_and_tables_only_where_they_are_aske
     assert not list(tmp_path.iterdir()), "nothing was measured, so nothing is written"
 
 
+def test_every_test_of_kernels_that_a_gpu_runs_is_listed():
+    """Those of integrations are not: they need other packages, and interpreting kernels in whole models takes hours."""
+
+    def runs_on_a_gpu(path):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {name.name for node in imports if (node.module or "").endswith("conftest") for name in node.names}
+        modules = {node.module for node in imports}
+        return names & {"DEVICE", "needs_gpu"} and not any("integrations" in str(module) for module in modules)
+
+    listed = TESTS.read_text().split()
+    assert len(listed) == len(set(listed))
+    assert all((ROOT / path).is_file() for path in listed)
+    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if runs_on_a_gpu(path)} <= set(listed)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [1]}', '{"header": {}, "rows": [{}]}'])
 def test_a_file_that_is_no_record_is_told(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
@@ -141,7 +169,7 @@ def test_a_file_that_is_no_record_is_told(tmp_path, text):
 def test_results_of_another_commit_are_not_gone_on_with(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"header": {"commit": "abc"}, "rows": []}')
-    with pytest.raises(UserError, match="another commit"):
+    with pytest.raises(UserError, match=r"commit of .*x\.json is abc, expected"):
         Record(path)
 
 
@@ -149,7 +177,7 @@ def test_results_of_another_commit_are_not_gone_on_with(tmp_path):
     "arguments, why",
     [
         ({"ops": ["softmax"]}, "unknown op 'softmax'"), ({"dtype": "fp64"}, "unknown dtype 'fp64'"),
-        ({"peers": ["cudnn"]}, "unknown peer 'cudnn'"), ({"shapes": ["T=7"]}, "no case is called like T=7"),
+        ({"peers": ["cudnn"]}, "unknown peer 'cudnn'"), ({"shapes": ["T=7"]}, "no case has T=7 in its name"),
     ],
 )  # fmt: skip
 def test_unknown_names_are_told(arguments, why):

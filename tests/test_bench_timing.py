@@ -1,4 +1,4 @@
-"""Samples are taken in turns by a clock that may be a fake one; what is slow, flaky or drifting shows as such."""
+"""Implementations are timed in alternating rounds; slow, flaky and drifting ones are recognised."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from mm1.bench.timing import CONTROL, MAX_ROUNDS, MIN_ROUNDS, interleaved, noise
 
 
 class Fake:
-    """A clock whose time the calls themselves push on, and which notes who was called."""
+    """Tell a time that the calls themselves advance, and record the calls."""
 
     def __init__(self, drift: float = 0.0):
         self.now, self.pace, self.drift, self.called = 0.0, 1.0, drift, []

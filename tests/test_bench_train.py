@@ -1,4 +1,4 @@
-"""The ladder of training steps: every rung does the same work, and one that does not is not timed."""
+"""Every rung of the ladder of training steps does the same work, and one that does not is not timed."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ PEERS = ["transformers packed", "transformers padded"]
 
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch):
-    """Blocks are traced, but run by torch: Inductor takes a minute. And no ceiling is measured."""
+    """Trace blocks but run them by torch, because Inductor takes a minute, and measure no ceilings."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(train, "ceilings", lambda device: {"copy": 1e9, "gemm": {"fp32": PEAK, "bf16": PEAK}})
     monkeypatch.setitem(train.SIZES, "tiny", train.Size(MIXTURE, TOKENS))
@@ -65,14 +65,14 @@ def test_every_rung_gives_the_first_ones_loss_and_gradient():
     assert not failed
     assert list(ways) == [name for name in LADDER if name != "experts"]
     for way in ways.values():
-        assert way.found == pytest.approx(ways["plain"].found, rel=1e-5)
+        assert way.results == pytest.approx(ways["plain"].results, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_rungs_agree_in_16_bits_too():
     ways, failed = steps(SQUASHED, "bf16").check(eager(SQUASHED))
     assert not failed
-    assert len({way.found["loss"] for way in ways.values()}) > 1  # they do not round alike
+    assert len({way.results["loss"] for way in ways.values()}) > 1  # they do not round alike
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_the_peer_computes_our_loss_and_our_gradient_of_every_part(c):
     assert not failed
     assert list(ways) == PEERS
     for name, way in ways.items():
-        assert way.found == pytest.approx(plain_way.found, rel=1e-5), name
+        assert way.results == pytest.approx(plain_way.results, rel=1e-5), name
 
     def norms(model, inputs):
         sum(model(x).loss for x in inputs).backward()

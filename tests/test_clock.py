@@ -1,4 +1,4 @@
-"""The clock tells how long work takes on the device that does it, not on the host."""
+"""The clock measures how long the device works, not how long the host does."""
 
 import time
 

@@ -349,7 +349,7 @@ def check(device, width_in, width, dtype=torch.bfloat16):
         assert bool(code.matrix) == (code.name == "_gemm_kernel"), code
         if device == "h200" and code.matrix:
             assert code.matrix == code.instructions["HGMMA"], code
-            assert code.bulk_loads, code
+            assert code.instructions["UTMALDG"], code
             assert code.instructions["UTMASTG"], code
 
 

@@ -1,4 +1,4 @@
-"""`mm1 doctor` on this machine, and on others that are made up."""
+"""`mm1 doctor` reports this machine, and made-up ones."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from mm1.kernels.tuning import SCHEMA
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    """A CPU build of torch without drivers, a matching torchvision, an empty cache."""
+    """Make up a machine with a CPU build of torch, without drivers, and with an empty cache."""
     monkeypatch.setenv("MM1_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -32,7 +32,7 @@ def machine(monkeypatch, tmp_path):
 
 @pytest.fixture
 def visit(capsys):
-    """What is printed, what was found and what is to be done."""
+    """Return a function that runs doctor and returns its lines, its report and its advice."""
 
     def run():
         d.doctor(as_json=True)
@@ -46,7 +46,7 @@ def visit(capsys):
 
 
 def installed(monkeypatch, versions, requires=None):
-    monkeypatch.setattr(d, "_version", versions.get)
+    monkeypatch.setattr(d, "installed_version", versions.get)
     monkeypatch.setattr(metadata, "requires", (requires or {}).get)
 
 
@@ -87,7 +87,7 @@ def test_packages(visit, monkeypatch):
     lines, report, todo = visit()
     assert report["packages"]["timm"] == "1.2.3"
     assert report["packages"]["flash-attn"].endswith(": pip install flash-attn --no-build-isolation")
-    assert report["packages"]["pyarrow"] == "missing, gives training data in parquet: pip install pyarrow"
+    assert report["packages"]["pyarrow"] == "missing, needed for training data in parquet: pip install pyarrow"
     assert "packages   timm                     1.2.3" in lines
     assert todo == []  # what is optional is not to be done
 
@@ -115,7 +115,7 @@ def test_versions_that_do_not_go_together(visit, monkeypatch):
 def test_torchvision_of_another_build(monkeypatch, tmp_path, build, cuda, broken):
     (tmp_path / "version.py").write_text(f"__version__ = '0.28.0{build}'\n")
     monkeypatch.setattr(d, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
-    monkeypatch.setattr(d, "_version", {"torchvision": "0.28.0"}.get)
+    monkeypatch.setattr(d, "installed_version", {"torchvision": "0.28.0"}.get)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     said = []
     assert d._torchvision(said.append) == f"0.28.0{build}"
@@ -158,7 +158,7 @@ def test_driver(monkeypatch, number, name):
 
 @pytest.fixture
 def gpus(monkeypatch, tmp_path):
-    """An H200 and one nobody knows, of the same architecture; tables of the H200, and of attention for an H100."""
+    """Make up an H200 and an unknown GPU of that architecture, with tables of an H200 and attention's of H100."""
     state = {"sm_mhz": 1980, "reasons": ["idle"], "others": 0, "ecc": True, "driver": "580.95"}
     states = [state, dict(state)]
     devices = [DEVICES["h200"], identify("sm_90", 114, 227 << 10, 0x2331)]
@@ -186,7 +186,7 @@ def test_gpus(visit, gpus):
     }  # fmt: skip
     assert report["gpu 1"]["device"]["known as"] == "nvidia-2331-114"
     assert report["gpu 0"]["table"] == report["gpu 1"]["table"] == {"grouped_gemm": "h200"}
-    assert todo == ["no table is for gpu 1 (nvidia-2331-114): mm1 tune"]
+    assert todo == ["gpu 1 (nvidia-2331-114) has no table: mm1 tune"]
     assert "gpu 0      table grouped_gemm       h200" in lines
     assert "gpu 0      state reasons            idle" in lines
     assert "gpu 0      state ecc                true" in lines
@@ -197,16 +197,16 @@ def test_state_of_a_gpu(visit, gpus, monkeypatch):
     gpus[0].update(reasons=["idle", "hardware_thermal"])
     gpus[1].update(others=3)
     assert visit()[2] == [
-        "gpu 0 is held down by idle, hardware_thermal: see to cooling and power before measuring",
-        "no table is for gpu 1 (nvidia-2331-114): mm1 tune",
-        "gpu 1 also computes for others: measure when it does not",
+        "the clocks of gpu 0 are limited by idle, hardware_thermal: check cooling and power before measuring",
+        "gpu 1 (nvidia-2331-114) has no table: mm1 tune",
+        "gpu 1 also runs other processes: measure without them",
     ]
     gpus[0].clear()
     gpus[0]["note"] = "NVML cannot be read: pip install nvidia-ml-py"
     assert visit()[2][0] == "gpu 0: NVML cannot be read: pip install nvidia-ml-py"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert visit()[2][0].startswith("no table")  # nothing that can be done about it
+    assert visit()[2][0].endswith("has no table: mm1 tune")  # without advice about NVML
 
 
 def test_cache(visit, tmp_path):
@@ -229,7 +229,7 @@ def test_it_never_raises(visit, monkeypatch, gpus):
         raise OSError("broken\nbadly")
 
     for place, name in ((torch.cuda, "get_device_properties"), (dispatch, "device_of_index"), (gpu_state, "read"),
-                        (metadata, "distributions"), (d, "cache_folder"), (d, "find_spec"), (d, "_processor"),
+                        (metadata, "distributions"), (d, "cache_folder"), (d, "find_spec"), (d, "processor"),
                         (Path, "read_text"), (d.shutil, "which"), (d.platform, "platform")):  # fmt: skip
         monkeypatch.setattr(place, name, broken)
     lines, report, todo = visit()

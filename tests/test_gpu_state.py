@@ -1,4 +1,4 @@
-"""GPU state by a pretended NVML: what is read, what is not, and what a block did."""
+"""The state of a GPU is read from a fake NVML, before and after a block."""
 
 import builtins
 import json
@@ -20,7 +20,10 @@ class NVMLError(Exception):
 
 
 class Nvml(ModuleType):
-    """Three GPUs; a handle is a place in SLOTS. `broken` functions raise; the counters rise at every reading."""
+    """Stand for NVML with three GPUs, whose handles are indices of SLOTS.
+
+    Functions in `broken` raise, and counters rise at every reading.
+    """
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     NVML_PERF_POLICY_POWER, NVML_PERF_POLICY_THERMAL = 0, 1
@@ -101,7 +104,7 @@ class Nvml(ModuleType):
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Torch sees NVML's last and first GPU, in that order, and the last one is current."""
+    """Let torch see the last and the first GPU of NVML, in this order; the last one is current."""
     visible = [(1, 0xCA), (0, 0x17)]
 
     def properties(index):
@@ -204,7 +207,7 @@ def test_a_shutdown_that_fails_is_no_error(nvml):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A second a reading."""
+    """Advance time by one second at every reading."""
     ticks = iter(range(100))
     monkeypatch.setattr(gpu_state.time, "perf_counter", lambda: next(ticks))
 

@@ -1,4 +1,4 @@
-"""The C library, built for a GPU of each vendor, passes its tests: against a stub of the driver, on any machine."""
+"""The C library, built for a GPU of each vendor, passes its tests with a stub of the driver on any machine."""
 
 import shutil
 import subprocess

@@ -154,7 +154,7 @@ def test_its_code_fits_every_gpu(kind, device):
         assert code.spills == 0, code
         assert code.matrix, code
         assert code.shared <= DEVICES[device].shared, code
-        assert bool(code.bulk_loads) == DEVICES[device].tma, code
+        assert bool(code.instructions["UTMALDG"]) == DEVICES[device].tma, code
 
 
 # Of decoders.

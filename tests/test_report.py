@@ -1,4 +1,4 @@
-"""The page and the pictures of results: whole, honest, and of nothing but what the records hold."""
+"""The page and the pictures of results are complete, honest, and contain only what the records contain."""
 
 import base64
 import re
@@ -19,7 +19,7 @@ CEILINGS = {"copy": 1e10, "gemm": {"fp32": 1e11}}
 
 
 class Page(HTMLParser):
-    """Text by element, and tables as rows of cells; fails on tags that do not match."""
+    """Parse a page into text and tables with rows of cells, and fail on tags that do not match."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the search for a configuration finds: claims with a fake clock and fake times, so that each is exact."""
+"""The search for a configuration is tested with a fake clock and fake times, so that each claim is exact."""
 
 import json
 from collections import defaultdict
@@ -9,7 +9,7 @@ from statistics import mean, median
 import pytest
 import torch
 
-from mm1.autotune.search import FINALISTS, FIRST, LAST, Log, ranked, regret, search, strays
+from mm1.autotune.search import FINALISTS, FIRST, LAST, Log, ranked, search, strays
 from mm1.autotune.space import KERNELS
 from mm1.autotune.workers import Failed
 from mm1.kernels.device import DEVICES
@@ -29,7 +29,7 @@ DEFAULT = Config(0)
 
 
 class Machine:
-    """A GPU on which a block takes so many seconds, or fails; a sample costs a second of the clock."""
+    """Stand for a GPU on which each block takes its seconds, or fails. A sample takes a second of the clock."""
 
     def __init__(self, times, default=1.0):
         self.times, self.now, self.calls = {0: default, **times}, 0.0, []
@@ -51,7 +51,7 @@ class Machine:
         return search(candidates, DEFAULT, self.measure, budget=budget, clock=self.clock, **more)
 
     def rounds(self):
-        """(candidates, samples) of each round after those of the default alone."""
+        """Return (candidates, samples) of each round after those of the default alone."""
         return [(len(configs) - 1, count) for configs, count in self.calls if len(set(configs)) > 1]
 
 
@@ -121,7 +121,7 @@ def test_half_go_on_from_round_to_round_with_twice_the_samples():
 
 
 def test_a_machine_that_slows_down_or_speeds_up_makes_no_winner():
-    """Times are compared within a round only."""
+    """Times are compared only within a round."""
 
     class Drifting(Machine):
         def one(self, config, place, count):
@@ -138,7 +138,7 @@ def test_a_machine_that_slows_down_or_speeds_up_makes_no_winner():
 
 @pytest.mark.parametrize("budget, rounds, won", [(0, 0, False), (22, 1, True), (96, 1, True), (97, 2, True)])
 def test_the_budget_ends_the_search_with_the_best_so_far(budget, rounds, won):
-    """3 + 18 seconds are the default's own, then 25 · 3 for the first round and 13 · 6 for the second."""
+    """The default alone takes 3 + 18 seconds, the first round 25 · 3 and the second 13 · 6."""
     machine = Machine({block: 1.0 - block / 100 for block in range(1, 25)})
     found = machine.search(budget=budget)
     assert (len(machine.rounds()), found.won, found.ended) == (rounds, won, "budget")
@@ -147,7 +147,7 @@ def test_the_budget_ends_the_search_with_the_best_so_far(budget, rounds, won):
 
 @pytest.mark.parametrize("time, won", [(1 / 1.029, False), (1 / 1.031, True)])
 def test_cut_short_a_winner_must_be_faster_by_twice_as_much(time, won):
-    """The best of many by few samples looks faster than it is."""
+    """The best of many candidates with few samples looks faster than it is."""
     candidates = dict.fromkeys(range(2, 25), 1.0)
     assert Machine({1: time, **candidates}).search(budget=22).won == won
     assert Machine({1: time, **candidates}).search().won
@@ -230,6 +230,12 @@ def test_a_last_line_that_was_cut_off_is_as_if_it_were_not_there_and_what_follow
     assert [e["kernel"] for e in Log(path).of("result")] == ["a", "c", "d"]
 
 
+def regret(predicted: dict, measured: dict, count: int) -> float:
+    """Return how much slower the best of the `count` best predicted configurations is than the best measured one."""
+    first = sorted(measured, key=lambda config: predicted[config])[:count]
+    return min(measured[config] for config in first) / min(measured.values()) - 1
+
+
 def test_regret_is_what_is_lost_by_the_models_first_few():
     a, b, c, d = map(Config, (1, 2, 3, 4))
     predicted = {a: 1.0, b: 2.0, c: 3.0, d: 4.0}
@@ -238,7 +244,7 @@ def test_regret_is_what_is_lost_by_the_models_first_few():
 
 
 def shapes_of(path: Path) -> dict:
-    """By device, kernel and shape, what a sweep measured: configuration -> median of its seconds."""
+    """Return the median seconds of each configuration in a sweep, by device, kernel and shape."""
     found = defaultdict(lambda: defaultdict(list))
     for event in Log(path).of("samples"):
         tunable = KERNELS[event["kernel"]].tunable
@@ -258,7 +264,7 @@ def regrets(paths: list[Path], count: int) -> list[tuple[float, str]]:
 
 
 def test_the_model_has_the_best_among_its_first_eight():
-    """Over sweeps measured on GPUs: at most 3 % is lost on average by trying eight."""
+    """In sweeps measured on GPUs, trying eight candidates loses at most 3 % on average."""
     if not SWEEPS:
         pytest.skip("no sweep was recorded yet: mm1 tune --log mm1/bench/results/GPU/sweeps/NAME.jsonl")
     lost = regrets(SWEEPS, 8)

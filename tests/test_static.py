@@ -1,4 +1,4 @@
-"""What the kernels compile to for GPUs that are not here, in their default configurations and at the sizes in use."""
+"""Kernels compile to sound code for GPUs that are not here, in their default configurations and at the sizes in use."""
 
 import pytest
 import torch
@@ -6,10 +6,8 @@ from conftest import mostly_slow
 
 from mm1.autotune.static import Compiled, compile_launch, distinct
 from mm1.kernels.dispatch import DEVICES, Launch, recording
-from mm1.kernels.moe import experts
-from mm1.kernels.moe import routing as route
-from mm1.kernels.patches import embedding as patch_embed
-from mm1.kernels.patches import position_tables as positions
+from mm1.kernels.moe import experts, routing
+from mm1.kernels.patches import embedding, position_tables
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COARSE, FINE = (4096, 14336, 8, 2), (2048, 768, 128, 8)  # Mixtral 8×7B, Qwen3-30B
@@ -24,7 +22,7 @@ def ints(*shape):
 
 
 def layer(T, sizes, dtype=BF16, apart=False, bias=False, transposed=False):
-    """Forward and backward."""
+    """Run forward and backward of an expert layer."""
     D, F, E, K = sizes
     order = ints(T * K), ints(T, K), ints(E)
     x, weight = empty(T, D, dtype=dtype), empty(T, K, dtype=FP32)
@@ -46,24 +44,24 @@ def few(T, sizes, dtype=BF16):
     experts.forward_few(x, ints(T, K), weight, *weights, None, None, "silu", None, 0.0, False)
 
 
-def routing(T, E, k):
+def route(T, E, k):
     logits = empty(T, E)
-    choice, weight, first, balance, z = route.route_forward(logits, None, k, True)
-    route.route_backward(weight, balance, z, logits, None, choice, first, True)
-    route.sort(choice, E)
+    choice, weight, first, balance, z = routing.route_forward(logits, None, k, True)
+    routing.route_backward(weight, balance, z, logits, None, choice, first, True)
+    routing.sort(choice, E)
 
 
-def embedding(p, width, side, dtype=BF16, pixels=torch.uint8, mode="bilinear"):
-    """64 images of side × side patches, a table as large: pixels and cut patches, forward and backward."""
+def embed(p, width, side, dtype=BF16, pixels=torch.uint8, mode="bilinear"):
+    """Embed 64 images of side × side patches with a table as large, from pixels and from cut patches, both ways."""
     P = 64 * side * side
     x, weight, table = empty(P * p * p, 3, dtype=pixels), empty(width, p * p * 3, dtype=dtype), empty(side, side, width)
     geometry, dy = (ints(64, 4), ints(P)), empty(P, width, dtype=dtype)
     fold, interpolation = ([1.5, 2.5, 3.5], [0.1, 0.2, 0.3]), (1, mode, True, False)
-    patch_embed.forward(x, weight, empty(width), table, *geometry, p, *fold, *interpolation)
-    patch_embed.backward(dy, x, weight, *geometry, p, *fold, 1, pixels != torch.uint8, True)
-    patch_embed.embed(empty(P, p * p * 3, dtype=dtype), weight, empty(width), table, *geometry, *interpolation)
-    positions.forward(table, *geometry, *interpolation)
-    positions.backward(dy, geometry[0], table.shape, *interpolation)
+    embedding.forward(x, weight, empty(width), table, *geometry, p, *fold, *interpolation)
+    embedding.backward(dy, x, weight, *geometry, p, *fold, 1, pixels != torch.uint8, True)
+    embedding.embed(empty(P, p * p * 3, dtype=dtype), weight, empty(width), table, *geometry, *interpolation)
+    position_tables.forward(table, *geometry, *interpolation)
+    position_tables.backward(dy, geometry[0], table.shape, *interpolation)
 
 
 CALLS = {
@@ -77,12 +75,12 @@ CALLS = {
     "fp32": lambda: layer(8192, FINE, FP32),
     "decode 1": lambda: few(1, COARSE),
     "decode 16": lambda: few(16, FINE),
-    "route": lambda: routing(8192, 64, 8),
-    "route wide": lambda: routing(8192, 512, 16),
-    "vit-h-14": lambda: embedding(14, 1280, 27),
-    "so400m-16 cubic": lambda: embedding(16, 1152, 24, mode="bicubic"),
-    "vit-b-5 odd": lambda: embedding(5, 768, 27, pixels=FP32),
-    "vit-l-14 fp32": lambda: embedding(14, 1024, 24, FP32),
+    "route": lambda: route(8192, 64, 8),
+    "route wide": lambda: route(8192, 512, 16),
+    "vit-h-14": lambda: embed(14, 1280, 27),
+    "so400m-16 cubic": lambda: embed(16, 1152, 24, mode="bicubic"),
+    "vit-b-5 odd": lambda: embed(5, 768, 27, pixels=FP32),
+    "vit-l-14 fp32": lambda: embed(14, 1024, 24, FP32),
 }
 MULTIPLY = ("_up_kernel", "_gemm_kernel", "_dh_kernel", "_dw_kernel", "_few_kernel", "_embed_kernel",
             "_embed_dw_kernel", "_dtable_kernel")  # fmt: skip
@@ -90,7 +88,7 @@ BY_POINTERS = ("_embed_dw_kernel", "_dtable_kernel")  # their operands are gathe
 
 
 def compiled(call: str, device: str) -> list[tuple[Launch, Compiled]]:
-    """Each different launch of the call, compiled."""
+    """Return each different launch of the call with its machine code."""
     with recording(DEVICES[device]) as launches:
         CALLS[call]()
     return [(launch, compile_launch(launch, DEVICES[device])) for launch in distinct(launches)]
@@ -112,7 +110,7 @@ def check(call: str, device: str) -> None:
         if rows >= 64:
             assert code.matrix == code.instructions["HGMMA"], "mma.sync where wgmma is meant"
         contiguous = call != "gpt-oss" or code.name != "_up_kernel"  # alternate rows of a transposed weight are not
-        assert bool(code.bulk_loads) == (contiguous and code.name not in BY_POINTERS), code
+        assert bool(code.instructions["UTMALDG"]) == (contiguous and code.name not in BY_POINTERS), code
         assert bool(code.instructions["UTMASTG"]) == (code.name in ("_up_kernel", "_gemm_kernel")), code
 
 

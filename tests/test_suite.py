@@ -1,4 +1,4 @@
-"""The benchmarks that pytest-benchmark stores and compares."""
+"""pytest-benchmark stores and compares the benchmarks of mm1/bench/suite."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The shipped tables: every row is of its kernel, legal, and compiles to sound code on the GPU it is for."""
+"""Every row of the shipped tables belongs to its kernel, is legal, and compiles to sound code on its GPU."""
 
 import json
 import time
@@ -31,7 +31,7 @@ PARTS = 80
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Nothing of the user's; facts of code are found anew."""
+    """Use an empty cache, so that no rows are the user's and code is compiled anew."""
     monkeypatch.setenv("MM1_CACHE", str(tmp_path))
     tuning.clear_caches()
 
@@ -136,7 +136,7 @@ def test_code_that_is_worse_than_when_the_row_was_written_is_refused(fact, value
 
 def test_a_row_of_other_names_is_refused(tmp_path, monkeypatch):
     (found,) = faults(tmp_path, monkeypatch, row={**ROW, "when": {**ROW["when"], "rowz": 1}})
-    assert "is no row of grouped_gemm" in found
+    assert "is not a row of grouped_gemm" in found
 
 
 def unbounded(name):

@@ -1,5 +1,7 @@
-"""Every kernel's example runs, and gives what fp32 gives, in its default and in another configuration: interpreted
-(TRITON_INTERPRET=1) or on a GPU (CUDA_VISIBLE_DEVICES=0). What is wrong is told."""
+"""Every kernel's example gives the results of fp32, in its default and in another configuration.
+
+Kernels run interpreted (TRITON_INTERPRET=1) or on a GPU (CUDA_VISIBLE_DEVICES=0).
+"""
 
 import pytest
 import torch

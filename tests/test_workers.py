@@ -1,4 +1,4 @@
-"""A process that crashes or hangs loses its own task, and nothing else; none outlives what it was started for."""
+"""A process that crashes or hangs loses only its own task, and no process outlives its workers."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ LONG = 120.0  # seconds: a start on a busy machine must not be taken for a hang
 
 @pytest.fixture
 def workers():
-    """Makes workers; whatever a test leaves is closed."""
+    """Return a function that makes workers, which are closed after the test."""
     made = []
 
     def make(number):
@@ -40,7 +40,7 @@ def runs(pid: int) -> bool:
 
 
 def gone(*pids: int) -> bool:
-    """Whether all of them end, within a time that only a failure takes."""
+    """Wait until all processes have ended, and return whether they did within 30 seconds."""
     end = time.monotonic() + 30
     while any(runs(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.01)
@@ -69,7 +69,7 @@ def test_a_process_serves_many_tasks_and_an_exception_does_not_end_it(workers):
 
 
 def test_an_error_of_the_device_ends_the_process_and_so_does_want_of_memory(workers):
-    """Nothing of a poisoned context, and no memory, reaches the next task."""
+    """The next task gets a process without broken context and with free memory."""
     one = workers(1)
     for task, why, kind in (
         ("illegal", "RuntimeError: CUDA error: an illegal memory access was encountered", "process"),
@@ -124,7 +124,7 @@ def test_a_kernel_that_needs_more_than_the_gpu_has_is_at_fault_itself():
 
 @pytest.mark.parametrize("error, kind", ERRORS, ids=lambda x: x if isinstance(x, str) else str(x)[:40])
 def test_a_failure_is_of_the_task_of_the_process_or_of_memory(error, kind):
-    """By what torch and Triton raise; a shape that takes too much shared memory is the task's own."""
+    """The messages are those of torch and Triton. A shape that needs too much shared memory is the task's failure."""
     assert kind_of(error) == kind
 
 
@@ -171,7 +171,7 @@ def test_who_stops_listening_early_leaves_none_at_work(workers, tmp_path):
 
 
 def test_tasks_are_taken_only_when_a_process_is_free(workers):
-    """So that what is yet to come may depend on what came: no more than one ahead for each process."""
+    """Later tasks may then depend on earlier results."""
     taken = []
     results = workers(1).each(taken.append(i) or i for i in range(100))
     for i in range(3):

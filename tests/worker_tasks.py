@@ -1,4 +1,4 @@
-"""What tests give to other processes to do: functions of a module, and no torch, so that a process starts at once."""
+"""Define tasks for other processes, in a module without torch, so that a process starts at once."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ BROKEN: list[str] = []  # what every further task of this process says, as CUDA 
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's."""
+    """Stand for torch's error of this name."""
 
 
 def act(task: Any) -> Any:
@@ -55,13 +55,13 @@ def act(task: Any) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """As a configuration is."""
+    """Stand for a configuration."""
 
     task: Any
 
 
 class Trial(NamedTuple):
-    """As mm1.autotune.timing's is."""
+    """Stand for mm1.autotune.timing.Trial."""
 
     kernel: str
     shape: tuple[Any, ...]

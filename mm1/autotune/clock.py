@@ -1,4 +1,4 @@
-"""Time one call: between two events on a GPU, by the host's clock elsewhere."""
+"""Measure the time of one call: between two events on a GPU, by the host's clock elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -14,13 +14,15 @@ Call = Callable[[], Any]
 
 
 class Clock(Protocol):
-    """Times calls."""
+    """Measure how long calls take."""
 
-    def seconds(self, call: Call) -> float: ...
+    def seconds(self, call: Call) -> float:
+        """Run the call once and return its seconds."""
+        ...
 
 
 class HostClock:
-    """Measures wall time, of work that is done when the call returns; caches are warm from earlier calls."""
+    """Measure wall time of calls that return when their work is done. Caches are warm from earlier calls."""
 
     def seconds(self, call: Call) -> float:
         begin = time.perf_counter()
@@ -29,7 +31,10 @@ class HostClock:
 
 
 class GpuClock:
-    """Measures between two events around the call, after a write that clears the L2 cache and lets the host queue."""
+    """Measure between two events around the call.
+
+    A large write comes before the first event: it clears the L2 cache, and lets the host queue the call meanwhile.
+    """
 
     def seconds(self, call: Call) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -47,7 +52,7 @@ def _flush() -> Tensor:
 
 
 def capture(call: Call, pool: Any = None) -> torch.cuda.CUDAGraph:
-    """Capture the call as a CUDA graph, whose replay needs no work of the host. pool: another graph's memory to use."""
+    """Capture the call as a CUDA graph, which the host replays by one launch. pool: another graph's memory to share."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         call()
@@ -55,5 +60,5 @@ def capture(call: Call, pool: Any = None) -> torch.cuda.CUDAGraph:
 
 
 def clock() -> Clock:
-    """Return the clock for the device at hand."""
+    """Return the clock for this machine's device."""
     return GpuClock() if torch.cuda.is_available() else HostClock()

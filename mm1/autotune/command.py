@@ -1,4 +1,4 @@
-"""The commands about kernels and the machine: `mm1 tune`, `explain` and `doctor`."""
+"""Define the commands about kernels and the machine: `mm1 tune`, `mm1 explain` and `mm1 doctor`."""
 
 import json
 import os
@@ -25,19 +25,19 @@ def tune(
 ) -> None:
     """Find the configurations that kernels run with. The last line of standard output is one JSON object.
 
-    Measures on this machine's GPU and keeps what is faster than the default, in the user's cache; under torchrun for
-    all ranks.
+    Measures on this machine's GPU, and keeps configurations that are faster than the default in the user's cache.
+    Under torchrun rank 0 measures for all ranks.
 
     Args:
         kernels: names of kernels (default: all).
-        budget: seconds to measure for, in all.
-        shape: shape to measure at, such as "rows=8192 experts=64 k=2048 n=1408" (default: those of the models).
+        budget: total seconds to measure.
+        shape: shape to measure at, such as "rows=8192 experts=64 k=2048 n=1408" (default: the shapes of the models).
         static: predict for --device without measuring: compile, inspect the machine code, write tables.
         check: verify that every row of the tables compiles to sound code, for --device or for every GPU.
         device: a GPU that has tables, such as h200.
         out: folder of tables to write or to check (default: this package's; measured rows go to the user's cache).
-        log: file of trials to append to and to continue from (default: in the user's cache).
-        processes: processes that compile at once; by default one for each CPU core.
+        log: file of trials to continue from and to append to (default: in the user's cache).
+        processes: number of processes that compile at once (default: one for each CPU core).
     """
     if device and not (static or check):
         raise TuneError("--device needs --static or --check; measuring uses this machine's GPU")
@@ -58,7 +58,7 @@ def tune(
         sys.exit(1 if faults else 0)
     if static:
         if out is None and not (TABLES.parents[2] / "pyproject.toml").is_file():
-            raise TuneError("an installed package's tables are not written to: choose a folder with --out")
+            raise TuneError("the tables of an installed package are not changed: choose a folder with --out")
         devices = [device_named(name) for name in device or (None,)]
         print(json.dumps([predict.predict(kernels, d, out or TABLES, processes) for d in devices]))
     else:
@@ -66,7 +66,7 @@ def tune(
 
 
 def explain(kernel: str, shape: tuple[str, ...], /, device: str | None = None) -> None:
-    """Say which step of the look-up answers for a kernel and shape, and why. The last line is one JSON object.
+    """Print which configuration a kernel gets for a shape, and why. The last line is one JSON object.
 
     Args:
         kernel: name of a kernel, such as grouped_gemm.
@@ -79,10 +79,10 @@ def explain(kernel: str, shape: tuple[str, ...], /, device: str | None = None) -
 
 
 def doctor(json: bool = False) -> None:
-    """Print GPU, driver, versions, backends and tables of this machine, and what to do about what is missing.
+    """Print GPU, driver, versions, backends and tables of this machine, and how to install what is missing.
 
     Args:
-        json: end with one JSON object.
+        json: print one JSON object as the last line.
     """
     from mm1.autotune.doctor import doctor
 

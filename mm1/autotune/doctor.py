@@ -1,7 +1,7 @@
-"""Report what this installation has, what it lacks, and what to do about it.
+"""Report the state of this installation, and how to install what is missing.
 
-It must work when things are broken: each question is asked independently, one that fails gives a line of the report,
-torch is imported late, and optional packages are not imported.
+The report must work when things are broken: each question is asked by itself, and one that fails becomes a line of the
+report; torch is imported late, and optional packages are not imported.
 """
 
 import ctypes
@@ -26,28 +26,29 @@ from mm1.kernels.tuning import SCHEMA, cache_folder, tables
 PACKAGES = {
     "flash-attn": 'attention backend "flash"', "xformers": 'attention backend "xformers"',
     "megablocks": 'moe_backend "megablocks"', "nvidia-ml-py": "clocks, power, heat and energy in records",
-    "transformers": "these kernels in its models, and its checkpoints", "timm": "these kernels in NaFlexVit",
-    "torchtitan": "these kernels there, by examples/torchtitan_experts.py", "pyarrow": "training data in parquet",
-    "matplotlib": "pictures of the demo's results", "tensorboard": "train.tensorboard", "wandb": "nothing yet",
+    "transformers": "mm1's kernels in its models, and conversion of its checkpoints",
+    "timm": "mm1's kernels in NaFlexVit", "torchtitan": "mm1's kernels there, by examples/torchtitan_experts.py",
+    "pyarrow": "training data in parquet", "matplotlib": "pictures of the demo's results",
+    "tensorboard": "train.tensorboard",
 }  # fmt: skip
 INSTALL = {"flash-attn": "flash-attn --no-build-isolation", "megablocks": "megablocks grouped_gemm"}
-# Needs of the attention backends, repeated here because importing them takes longer than everything else.
+# Requirements of the attention backends, repeated here because importing them takes longer than everything else.
 BACKENDS = {
     "reference": (), "segments": (), "varlen": ("a GPU",), "flash": ("a GPU", "flash_attn"),
     "flash3": ("a GPU", "flash_attn_interface"), "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (),
     "triton": ("a GPU", "triton"),
 }  # fmt: skip
-BF16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "svebf16")  # names in /proc/cpuinfo, on x86 and ARM
+BF16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "svebf16")  # names in /proc/cpuinfo on x86 and ARM
 BUILDS = "https://pytorch.org/get-started/locally"
-Say = Callable[[str], None]  # takes a line of what to do
+Advise = Callable[[str], None]  # takes one line of advice
 
 
 def doctor(as_json: bool = False) -> None:
-    """Print a line for each answer, then what to do; as_json: then everything in one last line, a JSON object."""
+    """Print a line for each fact, then advice. as_json: then print everything as one JSON object in the last line."""
     report: dict[str, dict[str, Any]] = {}
     todo: list[str] = []
 
-    def ask(section: str, questions: dict[str, Callable[[Say], Any]]) -> None:
+    def ask(section: str, questions: dict[str, Callable[[Advise], Any]]) -> None:
         answers = report[section] = {}
         for name, question in questions.items():
             try:
@@ -64,7 +65,7 @@ def doctor(as_json: bool = False) -> None:
     ask("gpu", {"seen": _gpus})
     gpus = report["gpu"]["seen"] if isinstance(report["gpu"]["seen"], int) else 0
     for i in range(gpus):
-        ask(f"gpu {i}", {name: lambda say, i=i, f=f: f(i, say) for name, f in GPU.items()})
+        ask(f"gpu {i}", {name: lambda advise, i=i, f=f: f(i, advise) for name, f in GPU.items()})
     ask("packages", {name: lambda _, n=name: _package(n) for name in PACKAGES})
     ask("attention", {name: lambda _, n=needs: _usable(n, gpus) for name, needs in BACKENDS.items()})
     ask("cache", {"folder": lambda _: str(cache_folder()), "files": _cache})
@@ -73,14 +74,14 @@ def doctor(as_json: bool = False) -> None:
         print(json.dumps(report | {"what to do": todo}))
 
 
-def _torch(say: Say) -> str:
+def _torch(advise: Advise) -> str:
     import torch
 
-    for package in filter(_version, ("torch", "torchvision")):
+    for package in filter(installed_version, ("torch", "torchvision")):
         for line in metadata.requires(package) or []:
             pin = re.match(r"(torch|[\w-]*triton[\w-]*) ?\(?==([\w.]+)", line)
-            if pin and (here := (_version(pin[1]) or "none").partition("+")[0]) != pin[2]:
-                say(f"{package} is made for {pin[1]} {pin[2]}, here is {here}: pip install {pin[1]}=={pin[2]}")
+            if pin and (here := (installed_version(pin[1]) or "none").partition("+")[0]) != pin[2]:
+                advise(f"{package} is made for {pin[1]} {pin[2]}, here is {here}: pip install {pin[1]}=={pin[2]}")
     return f"{torch.__version__}, {_build()} build"
 
 
@@ -90,28 +91,28 @@ def _build() -> str:
     return f"CUDA {cuda}" if cuda else f"HIP {hip}" if hip else "CPU"
 
 
-def _torchvision(say: Say) -> str | None:
-    """Return its version. Its usual wheels are built for CUDA, and fail to import beside a CPU build of torch."""
+def _torchvision(advise: Advise) -> str | None:
+    """Return torchvision's version. Its usual wheels are for CUDA, and fail to import with a CPU build of torch."""
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None
-    version = re.findall("__version__ = '(.*)'", Path(spec.origin).with_name("version.py").read_text())[0]
-    if "+cu" in version and _build() == "CPU":
-        say("torchvision is a CUDA build, torch is not: `import torchvision` fails unless declare_operators() of "
+    number = re.findall("__version__ = '(.*)'", Path(spec.origin).with_name("version.py").read_text())[0]
+    if "+cu" in number and _build() == "CPU":
+        advise("torchvision is a CUDA build, torch is not: `import torchvision` fails unless declare_operators() of "
             "mm1.integrations.torchvision comes first; or pip install --force-reinstall --no-deps torchvision "
             "--index-url https://download.pytorch.org/whl/cpu")  # fmt: skip
-    return version
+    return number
 
 
 def _driver() -> str | None:
-    """Return the newest CUDA version that the NVIDIA driver runs, None without one."""
-    version = ctypes.c_int()
+    """Return the newest CUDA version that the NVIDIA driver supports, or None without a driver."""
+    number = ctypes.c_int()
     with suppress(OSError):
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    return f"{number.value // 1000}.{number.value % 1000 // 10}" if number.value else None
 
 
-def _gpus(say: Say) -> int:
+def _gpus(advise: Advise) -> int:
     import torch
 
     if torch.cuda.is_available():
@@ -119,18 +120,20 @@ def _gpus(say: Say) -> int:
     cuda, driver, hidden = torch.version.cuda, _driver(), [name for name in os.environ if "VISIBLE_DEVICES" in name]
     if _build() == "CPU":
         if driver or Path("/dev/kfd").exists():
-            say(f"torch is a CPU build, but the driver of a GPU is here: {BUILDS}")
+            advise(f"torch is a CPU build, but the driver of a GPU is here: {BUILDS}")
     elif cuda and not driver:
-        say("torch is a CUDA build, but no NVIDIA driver is here: install one, or give the container its GPUs")
+        advise("torch is a CUDA build, but no NVIDIA driver is here: install one, or give the container its GPUs")
     elif cuda and driver and int(driver.split(".")[0]) < int(cuda.split(".")[0]):
-        say(f"the NVIDIA driver runs CUDA {driver}, torch needs {cuda}: update it, or take the torch for it, {BUILDS}")
+        advise(
+            f"the NVIDIA driver runs CUDA {driver}, torch needs {cuda}: update it, or take the torch for it, {BUILDS}"
+        )
     else:
         cure = f"unset {', '.join(hidden)}" if hidden else "nvidia-smi or amd-smi must list it first"
-        say(f"torch is a {_build()} build, but sees no GPU: {cure}")
+        advise(f"torch is a {_build()} build, but sees no GPU: {cure}")
     return 0
 
 
-def _device(index: int, _: Say) -> dict[str, Any]:
+def _device(index: int, _: Advise) -> dict[str, Any]:
     import torch
 
     from mm1.autotune.gpu_state import pci_slot
@@ -143,36 +146,37 @@ def _device(index: int, _: Say) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tables(index: int, say: Say) -> dict[str, str]:
-    """Return for each kernel whose table is used: this GPU's own, or that of the nearest GPU that has one."""
+def _tables(index: int, advise: Advise) -> dict[str, str]:
+    """Return for each kernel the GPU whose table is used: this one, or the most similar one that has a table."""
     from mm1.kernels.dispatch import device_of_index
 
     device, used = device_of_index(index), {}
     for folder in sorted(tables().iterdir(), key=str) if tables().is_dir() else []:
-        borrows = folder.name != "attention"  # its choice of a backend holds for this GPU alone
+        borrows = folder.name != "attention"  # that table lists speeds of backends on this GPU alone
         near = nearest(device.arch, device.units, device.bandwidth) if borrows else []
         names = [d.name for d in (device, *near) if (folder / f"{d.name}.json").is_file()]
         used |= {folder.name: names[0]} if names else {}
     if device.name not in used.values():
-        say(f"no table is for gpu {index} ({device.name}): mm1 tune")
+        advise(f"gpu {index} ({device.name}) has no table: mm1 tune")
     return used
 
 
-def _state(index: int, say: Say) -> dict[str, Any]:
+def _state(index: int, advise: Advise) -> dict[str, Any]:
     from mm1.autotune.gpu_state import read, throttled
 
     state = read(index)
     if "driver" not in state and not _build().startswith("HIP"):
-        say(f"gpu {index}: {state['note']}")
+        advise(f"gpu {index}: {state['note']}")
     if throttled(state):
-        say(f"gpu {index} is held down by {_text(state['reasons'])}: see to cooling and power before measuring")
+        reasons = _text(state["reasons"])
+        advise(f"the clocks of gpu {index} are limited by {reasons}: check cooling and power before measuring")
     if state.get("others"):
-        say(f"gpu {index} also computes for others: measure when it does not")
+        advise(f"gpu {index} also runs other processes: measure without them")
     return state
 
 
 def _package(name: str) -> str:
-    return _version(name) or f"missing, gives {PACKAGES[name]}: pip install {INSTALL.get(name, name)}"
+    return installed_version(name) or f"missing, needed for {PACKAGES[name]}: pip install {INSTALL.get(name, name)}"
 
 
 def _usable(needs: tuple[str, ...], gpus: int) -> str:
@@ -180,28 +184,31 @@ def _usable(needs: tuple[str, ...], gpus: int) -> str:
     return f"needs {' and '.join(missing)}" if missing else "usable"
 
 
-def _cache(say: Say) -> dict[str, int]:
-    """Count the files of the user's own rows by kernel and GPU."""
+def _cache(advise: Advise) -> dict[str, int]:
+    """Return the number of files with the user's own rows, by kernel and GPU."""
     paths = sorted(cache_folder().glob("*/*/*.json"))
     for path in paths:
         with suppress(OSError, ValueError, TypeError, KeyError):
             if json.loads(path.read_text())["schema"] == SCHEMA:
                 continue
-        say(f"not a row of this version of mm1, delete it: {path}")
+        advise(f"not a row of this version of mm1, delete it: {path}")
     return Counter("/".join(path.parts[-3:-1]) for path in paths)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed distribution without importing it, or None."""
     return next((distribution.version for distribution in metadata.distributions(name=package)), None)
 
 
-def _processor(field: str) -> str:
-    match = re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return match[1] if match else ""
+def processor(field: str) -> str:
+    """Return the value of a field of /proc/cpuinfo, or an empty string."""
+    path = Path("/proc/cpuinfo")
+    match = re.search(rf"^{field}\s*: (.*)", path.read_text() if path.exists() else "", re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def _own_cores() -> int:
-    """Return how many cores this process may use; all where the system does not tell (macOS, Windows)."""
+    """Return the number of cores that this process may use, or of all cores on macOS and Windows, which do not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -216,14 +223,16 @@ SOFTWARE = {
     "python": lambda _: f"{platform.python_version()}, {sys.executable}",
     "os": lambda _: platform.platform(),
     "torch": _torch,
-    "triton": lambda say: _version("triton") or _version("triton-rocm") or say("no Triton: pip install triton"),
+    "triton": lambda advise: (
+        installed_version("triton") or installed_version("triton-rocm") or advise("no Triton: pip install triton")
+    ),
     "torchvision": _torchvision,
     "cuda driver": lambda _: _driver(),
-    "compiler": lambda say: shutil.which("cc") or say("no C compiler, which Triton needs: apt-get install g++"),
+    "compiler": lambda advise: shutil.which("cc") or advise("no C compiler, which Triton needs: apt-get install g++"),
 }
 CPU = {
-    "model": lambda _: _processor("model name") or platform.machine(),
-    "bf16 instructions": lambda _: [name for name in BF16 if name in _processor("(?:flags|Features)").split()],
+    "model": lambda _: processor("model name") or platform.machine(),
+    "bf16 instructions": lambda _: [name for name in BF16 if name in processor("(?:flags|Features)").split()],
     "cores": lambda _: f"{_own_cores()} of {os.cpu_count()}",
     "memory GiB": lambda _: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
 }

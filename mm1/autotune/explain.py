@@ -4,20 +4,18 @@ from typing import Any
 
 from mm1.autotune.space import DTYPES, chosen, shape_named, short
 from mm1.autotune.timing import device_named
-from mm1.kernels.tuning import Answer, chain
+from mm1.kernels.tuning import chain
 
 
 def explain(kernel: str, shape: str, device: str | None, bits: int = 16) -> dict[str, Any]:
-    """Print which step of the look-up answers, and why earlier ones do not; return the answer."""
+    """Print which step of the look-up has an answer, and why earlier steps have none; return the answer."""
     tunable = chosen([kernel])[0]
     target, at = device_named(device), shape_named(tunable, shape)
     print(f"{kernel}  {short(at)}  {bits} bits  {target.name} ({target.arch}, {target.units} units)")
-    answers: list[Answer] = []
-    for answer in chain(tunable, at, DTYPES[bits], target):
-        first = answer.config is not None and not any(a.config is not None for a in answers)
-        answers.append(answer)
-        print(f"{'→' if first else ' '} {answer.step:10} {answer.why}")
-    answer = next(a for a in answers if a.config is not None)
+    steps = list(chain(tunable, at, DTYPES[bits], target))
+    answer = next(step for step in steps if step.config is not None)
+    for step in steps:
+        print(f"{'→' if step is answer else ' '} {step.step:10} {step.why}")
     print(short(answer.config))
     seconds = tunable.seconds(answer.config, at, DTYPES[bits], target)
     origin = answer.row.source["origin"] if answer.row else None

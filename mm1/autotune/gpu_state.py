@@ -1,12 +1,12 @@
 """Read a GPU's state while something is measured: clocks, power, temperature, throttling, energy.
 
-The source is NVML, through the optional package nvidia-ml-py. A value that cannot be read is None, and the note says
-why; measurements go on without it.
+The values come from NVML, through the optional package nvidia-ml-py. A value that cannot be read is None, a note gives
+the reason, and measurements continue without it.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,16 +18,18 @@ REASONS = {
     0x200: "board_limit", 0x400: "reliability",
 }  # fmt: skip
 SLOWDOWNS = {"power_cap", "hardware_slowdown", "thermal", "hardware_thermal", "hardware_power_brake"}
-THROTTLED_SHARE = 0.01  # of the time; every GPU that boosts reaches its limits for less (NVIDIA/DCGM#285)
+# A GPU that was limited for a smaller share of the time does not count as throttled: every GPU that boosts reaches its
+# limits for moments (NVIDIA/DCGM#285).
+THROTTLED_SHARE = 0.01
 
 
 def read(index: int | None = None) -> dict[str, Any]:
     """Return the state of a GPU now, by torch's index (None: the current one), or {"note": why} without NVML.
 
     sm_mhz, memory_mhz, power_w, power_cap_w, celsius; reasons: names of what limits the clocks now; energy_mj,
-    power_limited_ns, heat_limited_ns: counters of millijoules and of the time under a limit; gpu_percent: share of the
-    last fraction of a second with a kernel running; memory_used: bytes; ecc, mig, persistence: on or off; others: the
-    number of other processes that compute on this GPU; driver: its version.
+    power_limited_ns, heat_limited_ns: counters of millijoules and of nanoseconds under a limit; gpu_percent: percent of
+    the last sampling period, a fraction of a second, in which a kernel ran; memory_used: bytes; ecc, mig, persistence:
+    bool; others: number of other processes that compute on this GPU; driver: version.
     """
     nvml = _start()
     if isinstance(nvml, str):
@@ -43,7 +45,7 @@ def read(index: int | None = None) -> dict[str, Any]:
 
 
 def throttled(state: dict[str, Any]) -> bool | None:
-    """Tell whether power, heat or the hardware limited the clocks at that moment; None if unknown."""
+    """Return whether power, heat or the hardware limited the clocks when the state was read; None if unknown."""
     reasons = state.get("reasons")
     return None if reasons is None else not SLOWDOWNS.isdisjoint(reasons)
 
@@ -52,9 +54,9 @@ def throttled(state: dict[str, Any]) -> bool | None:
 def watch(index: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield a dict that is filled when the block, with its work on the device, ends without an exception.
 
-    before, after: results of `read`; seconds; joules: by a counter that moves in steps, too coarse for a block of
-    milliseconds; throttled: at either end or, by the counters, for over a hundredth of the block; note: what could not
-    be read. Each is None if unknown, the note if there is none.
+    before, after: results of `read`; seconds: of the block; joules: from a counter that is too coarse for a block of
+    milliseconds; throttled: True if the GPU was throttled at either end or, by the counters, for over THROTTLED_SHARE
+    of the block; note: names of values that could not be read, and reasons. Unknown values are None.
     """
     watched: dict[str, Any] = {}
     _wait(index)
@@ -77,25 +79,18 @@ def watch(index: int | None = None) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
 
 
-def watched(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of `measure`, with the result of `watch` under "gpu" where there is a GPU."""
-    with watch() as gpu:
-        record = measure()
-    return record | ({"gpu": gpu} if torch.cuda.is_available() else {})
-
-
 def pci_slot(index: int) -> str:
-    """Return a GPU's PCI slot as NVML and /sys write it; their order and number of GPUs may differ from torch's."""
+    """Return a GPU's PCI slot as NVML and /sys write it. torch may number the GPUs differently, or see fewer."""
     p = torch.cuda.get_device_properties(index)
     return f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
 
 
 def _start() -> Any:
-    """Return the module pynvml, initialised, or the reason why it cannot be used."""
+    """Return the module pynvml, initialised, or a string with the reason why it cannot be used."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.version.hip:
-        return "NVML knows no AMD GPU; amd-smi shows its state"
+        return "NVML does not read AMD GPUs; amd-smi shows their state"
     try:
         import pynvml
 
@@ -130,7 +125,7 @@ def _state(nvml: Any, gpu: Any, index: int) -> dict[str, Any]:
     for name, query in queries.items():
         try:
             state[name] = query()
-        except (nvml.NVMLError, AttributeError) as error:  # AttributeError: nvidia-ml-py is older than the function
+        except (nvml.NVMLError, AttributeError) as error:  # AttributeError if nvidia-ml-py is older than the function
             state[name] = None
             unread.append(f"{name} ({error})")
     return state | ({"note": f"not read: {', '.join(unread)}"} if unread else {})
@@ -147,7 +142,7 @@ def _reasons(nvml: Any, gpu: Any) -> list[str]:
 
 def _others(nvml: Any, gpu: Any, index: int) -> int:
     pids = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
-    # In a container this process is listed under the host's number for it, if at all.
+    # In a container this process has another number than on the host, which NVML lists.
     listed = os.getpid() in pids or torch.cuda.memory_reserved(index) > 0
     return max(len(pids) - listed, 0)
 

@@ -1,7 +1,7 @@
-"""List the kernels that have configurations, the shapes of shipped rows, and example calls to try configurations with.
+"""List the kernels that have configurations, the shapes of the shipped tables, and example calls to try them with.
 
-The shapes are those of MM1 and of widely used models, with the first size in octaves: a row for 513 … 1024 rows is
-tried with 1024.
+The shapes are those of MM1 and of widely used models. Their first size runs through octaves: the row of a table for
+513 … 1024 rows is tried with 1024.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,28 +11,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels.abstractor import depthwise as conv_depthwise
-from mm1.kernels.abstractor import gate as conv_gate
-from mm1.kernels.abstractor import pooling as adaptive_pool
-from mm1.kernels.abstractor import rows as conv_rows
-from mm1.kernels.abstractor.depthwise import Geometry
-from mm1.kernels.abstractor.rows import RowShape
+from mm1.kernels.abstractor import depthwise, pooling
+from mm1.kernels.abstractor.gate import GATE, GateShape, gated_mm
+from mm1.kernels.abstractor.rows import JOIN, JOIN_BACKWARD, NORM, RowShape, join, join_backward, norm_silu
 from mm1.kernels.attention import flash, paged
 from mm1.kernels.attention.tiles import DKV, DQ, FLASH, FlashShape
 from mm1.kernels.dispatch import cdiv, power_of_2
-from mm1.kernels.moe import experts, few_tokens
-from mm1.kernels.moe import grouped as grouped_gemm
+from mm1.kernels.moe import experts, few_tokens, grouped
 from mm1.kernels.moe.grouped import DwShape
 from mm1.kernels.moe.routing import sort_by_expert
-from mm1.kernels.patches import embedding as patch_embed
+from mm1.kernels.patches import embedding
 from mm1.kernels.patches.grids import Grids
 from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape
 from mm1.kernels.tiles import Shape
 from mm1.kernels.tuning import Tunable, TuneError
 
-DTYPES = {16: torch.bfloat16, 32: torch.float32}  # by bits, of rows
-FAN = 2  # experts a token
-SIDE = 27  # patches of an image: 378 pixels in patches of 14
+DTYPES = {16: torch.bfloat16, 32: torch.float32}  # by the bits of an element
+FAN = 2  # experts per token
+SIDE = 27  # patches per side of an image: 378 pixels in patches of 14
 POOL = (12, 12)
 PAGE = 16  # tokens
 BOOLS = {"0": False, "false": False, "1": True, "true": True}
@@ -40,21 +36,21 @@ NORMALISE = [0.0167, 0.0175, 0.0175], [0.1, 0.2, 0.3]  # about 1 / (255 · std)
 
 
 class Inputs(NamedTuple):
-    """Makes inputs: random ones, or on "meta" ones without values. widen: the same values in fp32."""
+    """Make inputs of example calls: random values, or none on the device "meta"."""
 
     device: str
     dtype: torch.dtype
-    widen: bool = False
+    widen: bool = False  # return the same values in fp32
 
     def floats(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Return normal values of this standard deviation."""
+        """Return normally distributed values with the standard deviation `scale`."""
         x = torch.empty(*shape, device=self.device, dtype=dtype or self.dtype)
         if self.device != "meta":
             x.normal_(std=scale)
         return x.float() if self.widen else x
 
     def choices(self, rows: int, fan: int, count: int) -> Tensor:
-        """Return int32 [rows, fan], choices among `count` experts, uneven as a router's are."""
+        """Return each row's choice of `fan` among `count` experts, int32 [rows, fan], as uneven as a router's."""
         if self.device == "meta":
             return torch.empty(rows, fan, device="meta", dtype=torch.int32)
         noise = -torch.empty(rows, count, device=self.device).exponential_().log()
@@ -62,7 +58,7 @@ class Inputs(NamedTuple):
         return noise.topk(fan).indices.int()
 
     def order(self, slots: int, experts: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return slots, position and offsets of so many slots sorted by expert, and the number of slots a token."""
+        """Return what `sort_by_expert` returns for random choices, and the number of slots per token."""
         fan = FAN if slots % FAN == 0 and experts >= FAN else 1
         index = self.choices(slots // fan, fan, experts)
         if self.device == "meta":
@@ -71,20 +67,23 @@ class Inputs(NamedTuple):
         return order[0], order[1], order[2], fan
 
     def grids(self, patches: int) -> Grids:
-        """Return square images, and one row of patches for the remainder."""
+        """Return the grids of square images, and of one row of patches for the remainder."""
         whole, rest = divmod(patches, SIDE * SIDE)
         return Grids([(SIDE, SIDE)] * whole + [(1, rest)] * (rest > 0), device=self.device)
 
 
+Example = Callable[[Any, Inputs], Callable[[], Any]]  # makes inputs for a shape, and returns the call to try
+
+
 class Kernel(NamedTuple):
-    """Describes a kernel for the tuner."""
+    """Describe a kernel to the tuner."""
 
     tunable: Tunable
-    launched: tuple[str, ...]  # the Triton functions that a configuration applies to
-    multiplies: bool  # whether they have matrix instructions
+    launched: tuple[str, ...]  # names of the Triton functions that a configuration applies to
+    multiplies: bool  # whether their machine code must have matrix instructions
     modelled: bool  # whether a prediction alone may replace the default
-    shapes: Callable[[], Iterator[Any]]  # shapes of shipped rows
-    example: Callable[[Any, Inputs], Callable[[], Any]]  # a call at a shape
+    shapes: Callable[[], Iterator[Any]]  # shapes of the shipped tables
+    example: Example
 
 
 def octaves(low: int, high: int) -> list[int]:
@@ -98,66 +97,36 @@ def interval(size: int) -> list[int]:
     return [high // 2 + 1, high]
 
 
-# (D, F, E, gated): MM1-3B-MoE and MM1-7B-MoE; Mixtral 8×7B, Phi-3.5-MoE, OLMoE, Qwen3-30B-A3B
+# (D, F, E): MM1-3B-MoE and MM1-7B-MoE; Mixtral 8×7B, Phi-3.5-MoE, OLMoE, Qwen3-30B-A3B
 LAYERS = ((3072, 8064, 64), (4096, 13312, 32), (4096, 14336, 8), (4096, 6400, 16), (2048, 1024, 64), (2048, 768, 128))
-# (width, K, pixels): ViT-L, SO400M, ViT-H in 14; ViT-B, ViT-L, SO400M in 16, cut or not; Qwen-VL's
+# (width, K, pixels): ViT-L, SO400M, ViT-H with patches of 14 pixels; ViT-B, ViT-L, SO400M with 16, from pixels and from
+# patches that are cut already; Qwen-VL
 EMBEDDINGS = ((1024, 588, True), (1152, 588, True), (1280, 588, True), (768, 768, True), (1024, 768, True),
               (1152, 768, True), (768, 768, False), (1024, 768, False), (1152, 768, False), (1280, 1176, False),
               (1152, 1536, False))  # fmt: skip
 CHANNELS = (768, 1024)  # of C-Abstractors
-HEADS = ((16, 16, 80, False), (16, 16, 64, False), (32, 8, 128, True))
-# (groups, heads a group) of MM1-3B, MM1-7B and Qwen3-30B-A3B, of 128 each; (segments, new rows of each) of a step
+HEADS = ((16, 16, 80, False), (16, 16, 64, False), (32, 8, 128, True))  # (H, G, Dh, causal)
+# (key-value heads, query heads for each) of MM1-3B, MM1-7B and Qwen3-30B-A3B, all of width 128
 DECODERS = ((24, 1), (8, 4), (4, 8))
-STEPS = ((1, 1), (4, 1), (16, 1), (64, 1), (256, 1), (1, 256), (8, 256))
-CACHED = 1 << 23  # rows of keys at most, 4 GB of bf16 with their values
+STEPS = ((1, 1), (4, 1), (16, 1), (64, 1), (256, 1), (1, 256), (8, 256))  # (segments, new tokens of each)
+CACHED = 1 << 23  # maximum rows of keys: with their values 4 GB in bf16
+ROWS = octaves(512, 131072)
 
 
-def _gemm_shapes() -> Iterator[Shape]:
-    for D, width, E in LAYERS:
-        for rows in octaves(512, 131072):
-            yield Shape(rows, E, width, D)
-            yield Shape(rows, E, 2 * width, D)
+def _layers(*shapes: Callable[[int, int, int, int], Any], rows: Iterable[int] = ROWS) -> Callable[[], Iterator[Any]]:
+    """Return a function that yields shape(rows, E, D, F) of each layer in LAYERS, for each of the shapes."""
+    return lambda: (shape(n, E, D, F) for D, F, E in LAYERS for n in rows for shape in shapes)
 
 
-def _up_shapes() -> Iterator[Shape]:
-    return (Shape(rows, E, D, width, True) for D, width, E in LAYERS for rows in octaves(512, 131072))
-
-
-def _dh_shapes() -> Iterator[Shape]:
-    return (Shape(rows, E, D, width) for D, width, E in LAYERS for rows in octaves(512, 131072))
-
-
-def _dw_shapes() -> Iterator[DwShape]:
-    for D, width, E in LAYERS:
-        for rows in octaves(512, 131072):
-            yield DwShape(rows, E, 2 * width, D, True)
-            yield DwShape(rows, E, D, width, True)
-
-
-def _few_shapes() -> Iterator[Shape]:
-    for D, width, E in LAYERS:
-        for rows in octaves(1, few_tokens.MAX_SLOTS):
-            yield Shape(rows, E, D, width, True)
-            yield Shape(rows, E, width, D)
+def _row_shapes() -> Iterator[RowShape]:
+    return (RowShape(rows, C) for C in CHANNELS for rows in ROWS)
 
 
 def _embed_shapes() -> Iterator[PatchShape]:
     for width, k, pixels in EMBEDDINGS:
         for patches in octaves(256, 262144):
-            # Rows of a patch are 3·p bytes: of 14 in words of 2, of 16 in words of 4.
+            # A patch has rows of 3·p bytes: they are read in words of 2 bytes for p = 14, of 4 bytes for p = 16.
             yield PatchShape(patches, k, width, (2 if k == 588 else 4) if pixels else 0)
-
-
-def _embed_dw_shapes() -> Iterator[PatchShape]:
-    return (shape for shape in _embed_shapes() if shape.word)
-
-
-def _row_shapes() -> Iterator[RowShape]:
-    return (RowShape(rows, C) for C in CHANNELS for rows in octaves(512, 131072))
-
-
-def _gate_shapes() -> Iterator[conv_gate.GateShape]:
-    return (conv_gate.GateShape(rows, C, C) for C in CHANNELS for rows in octaves(512, 131072))
 
 
 def _flash_shapes() -> Iterator[FlashShape]:
@@ -175,7 +144,7 @@ def _paged_shapes() -> Iterator[paged.PagedShape]:
 def _gemm(s: Shape, new: Inputs) -> Callable[[], Any]:
     _, _, offsets, _ = new.order(s.rows, s.experts)
     a, b = new.floats(s.rows, s.k), new.floats(s.experts, s.n, s.k, scale=s.k**-0.5).transpose(1, 2)
-    return lambda: grouped_gemm.gemm(a, b, offsets)
+    return lambda: grouped.gemm(a, b, offsets)
 
 
 def _dw(s: DwShape, new: Inputs) -> Callable[[], Any]:
@@ -185,10 +154,10 @@ def _dw(s: DwShape, new: Inputs) -> Callable[[], Any]:
 
     def run():
         out, bias = a.new_empty(s.experts, s.k, s.n), a.new_empty(s.experts, s.k) if s.bias else None
-        grouped_gemm.dw(a, b, offsets, out, slots=slots, b_fan=fan, bias=bias)
-        if new.device == "meta" and fan:  # the gradient of down, where a has rows of tokens and sums are weighted
+        grouped.dw(a, b, offsets, out, slots=slots, b_fan=fan, bias=bias)
+        if new.device == "meta" and fan:  # the gradient of `down`, for which a is gathered and sums are weighted
             dy, rows, scale = a[: s.rows // fan], b.new_empty(s.rows, s.n), new.floats(s.rows, dtype=torch.float32)
-            grouped_gemm.dw(dy, rows, offsets, out, slots=slots, a_fan=fan, bias=bias, scale=scale)
+            grouped.dw(dy, rows, offsets, out, slots=slots, a_fan=fan, bias=bias, scale=scale)
         return out if bias is None else (out, bias)
 
     return run
@@ -209,7 +178,7 @@ def _dh(s: Shape, new: Inputs) -> Callable[[], Any]:
 
     def run():
         dh, ws, dots = experts.gradient_of_h(dy, h, slots, offsets, fan, weight, down, None, "silu", None, 0.0, True)
-        return dh, ws, dots.sum(0)  # one part for each tile
+        return dh, ws, dots.sum(0)  # each tile has a partial sum
 
     return run
 
@@ -225,20 +194,20 @@ def _few(s: Shape, new: Inputs) -> Callable[[], Any]:
 def _embed(s: PatchShape, new: Inputs) -> Callable[[], Any]:
     grids = new.grids(s.patches)
     weight, bias, table = new.floats(s.width, s.k), new.floats(s.width), new.floats(SIDE, SIDE, s.width)
-    # Compiled code is judged where it needs the most registers.
+    # Machine code is judged in the mode that needs the most registers.
     mode = "bicubic" if new.device == "meta" else "bilinear"
     geometry, modes = (grids.table, grids.owner), (1, mode, True, False)
     if not s.word:
         patches = new.floats(s.patches, s.k)
-        return lambda: patch_embed.embed(patches, weight, bias, table, *geometry, *modes)
+        return lambda: embedding.embed(patches, weight, bias, table, *geometry, *modes)
     pixels, side = _pixels(s, new), round((s.k // 3) ** 0.5)
-    return lambda: patch_embed.forward(pixels, weight, bias, table, *geometry, side, *NORMALISE, *modes)
+    return lambda: embedding.forward(pixels, weight, bias, table, *geometry, side, *NORMALISE, *modes)
 
 
 def _embed_dw(s: PatchShape, new: Inputs) -> Callable[[], Any]:
     grids, dy, weight = new.grids(s.patches), new.floats(s.patches, s.width), new.floats(s.width, s.k)
     pixels = _pixels(s, new)
-    return lambda: patch_embed.backward(
+    return lambda: embedding.backward(
         dy, pixels, weight, grids.table, grids.owner, round((s.k // 3) ** 0.5), *NORMALISE, 1, False, True
     )
 
@@ -254,7 +223,7 @@ def _norms(s: RowShape, new: Inputs) -> tuple[Tensor, Tensor]:
 
 def _norm(s: RowShape, new: Inputs) -> Callable[[], Any]:
     u, norms = new.floats(*s), _norms(s, new)
-    return lambda: conv_rows.norm_silu(u, *norms, torch.empty_like(u))
+    return lambda: norm_silu(u, *norms, torch.empty_like(u))
 
 
 def _join(s: RowShape, new: Inputs) -> Callable[[], Any]:
@@ -262,8 +231,8 @@ def _join(s: RowShape, new: Inputs) -> Callable[[], Any]:
     geometry = grids.table, grids.owner
 
     def run():
-        pooled = conv_rows.join(u, x, *norms, None, None, *geometry, POOL, None)
-        return pooled, conv_rows.join(u, x, *norms, *norms, *geometry, (0, 0), None)
+        pooled = join(u, x, *norms, None, None, *geometry, POOL, None)
+        return pooled, join(u, x, *norms, *norms, *geometry, (0, 0), None)
 
     return run
 
@@ -273,52 +242,35 @@ def _join_backward(s: RowShape, new: Inputs) -> Callable[[], Any]:
     geometry, pooled = (grids.table, grids.owner), new.floats(grids.images * POOL[0] * POOL[1], s.channels)
 
     def run():
-        first = conv_rows.join_backward(pooled, u, x, *norms, None, None, *geometry, POOL)
-        return *first, *conv_rows.join_backward(x, u, x, *norms, *norms, *geometry, (0, 0))
+        first = join_backward(pooled, u, x, *norms, None, None, *geometry, POOL)
+        return *first, *join_backward(x, u, x, *norms, *norms, *geometry, (0, 0))
 
     return run
 
 
-def _walked(s: RowShape, new: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Geometry, Tensor]:
-    grids = new.grids(s.rows)
-    geometry = Geometry(grids.table, grids.owner, grids.strips)
-    return new.floats(*s), new.floats(9, s.channels), *_norms(s, new), geometry, new.floats(grids.images, s.channels)
+def _depthwise(call: Callable[..., Any]) -> Example:
+    """Return the example that calls call(a, dc, w, gamma, beta, gate, geometry)."""
+
+    def example(s: RowShape, new: Inputs) -> Callable[[], Any]:
+        grids, a, dc, w = new.grids(s.rows), new.floats(*s), new.floats(*s), new.floats(9, s.channels)
+        geometry = depthwise.Geometry(grids.table, grids.owner, grids.strips)
+        gate, norms = new.floats(grids.images, s.channels), _norms(s, new)
+        return lambda: call(a, dc, w, *norms, gate, geometry)
+
+    return example
 
 
-def _walk_value(s: RowShape, new: Inputs) -> Callable[[], Any]:
-    a, w, gamma, beta, geometry, _ = _walked(s, new)
-    return lambda: conv_depthwise.forward(a, w, gamma, beta, geometry)
-
-
-def _walk_gated(s: RowShape, new: Inputs) -> Callable[[], Any]:
-    a, w, gamma, beta, geometry, gate = _walked(s, new)
-    dc = new.floats(*s)
-    return lambda: conv_depthwise.gated(a, dc, w, gamma, beta, gate, geometry, True)
-
-
-def _walk_backward(s: RowShape, new: Inputs) -> Callable[[], Any]:
-    a, w, gamma, beta, geometry, gate = _walked(s, new)
-    dc = new.floats(*s)
-    return lambda: conv_depthwise.backward(a, dc, w, gamma, beta, gate, gate, geometry)
-
-
-def _unwalk(s: RowShape, new: Inputs) -> Callable[[], Any]:
-    u, w, gamma, beta, geometry, _ = _walked(s, new)
-    du2 = new.floats(*s)
-    return lambda: conv_depthwise.unwalk(u, du2, w, gamma, beta, geometry)
-
-
-def _gate(s: conv_gate.GateShape, new: Inputs) -> Callable[[], Any]:
+def _gate(s: GateShape, new: Inputs) -> Callable[[], Any]:
     grids = new.grids(s.rows)
     b, gate, w = new.floats(s.rows, s.k), new.floats(grids.images, s.k), new.floats(s.n, s.k, scale=s.k**-0.5)
-    return lambda: conv_gate.gated_mm(b.clone(), gate, grids.owner, w)  # it may overwrite b
+    return lambda: gated_mm(b.clone(), gate, grids.owner, w)  # it may overwrite b
 
 
 def _pool(s: RowShape, new: Inputs) -> Callable[[], Any]:
     x, grids = new.floats(*s), new.grids(s.rows)
     dy = new.floats(grids.images * POOL[0] * POOL[1], s.channels)
     geometry = grids.table, grids.owner
-    return lambda: (adaptive_pool.forward(x, *geometry, *POOL), adaptive_pool.backward(dy, *geometry, *POOL))
+    return lambda: (pooling.forward(x, *geometry, *POOL), pooling.backward(dy, *geometry, *POOL))
 
 
 def _segments(s: FlashShape, new: Inputs) -> Tensor:
@@ -341,7 +293,7 @@ def _flash_backward(s: FlashShape, new: Inputs) -> Callable[[], Any]:
 
 
 def _paged(s: paged.PagedShape, new: Inputs) -> Callable[[], Any]:
-    """Return a call with segments of 8 groups of 4 heads where possible, and scattered pages."""
+    """Return a call with scattered pages and, where the shape allows it, 8 key-value heads for 4 query heads each."""
     groups, heads, pages = gcd(s.groups, 8), gcd(s.rows, 4), cdiv(s.keys, PAGE)
     segments, rows = s.groups // groups, s.rows // heads
     k, v = (new.floats(segments * pages, PAGE, groups, s.width) for _ in range(2))
@@ -352,41 +304,52 @@ def _paged(s: paged.PagedShape, new: Inputs) -> Callable[[], Any]:
     return lambda: paged.forward(q, k, v, cu_q, tables, lengths, rows)
 
 
-_ROWS = [
+WALKS = depthwise.WALKS
+_BY_ROWS = [
     Kernel(tunable, launched, False, False, _row_shapes, example)
     for tunable, launched, example in (
-        (conv_rows.NORM, ("_norm_kernel",), _norm),
-        (conv_rows.JOIN, ("_join_kernel", "_join_pool_kernel"), _join),
-        (conv_rows.JOIN_BACKWARD, ("_join_backward_kernel",), _join_backward),
-        (conv_depthwise.WALKS["value"], ("_walk_kernel",), _walk_value),
-        (conv_depthwise.WALKS["gated"], ("_walk_kernel",), _walk_gated),
-        (conv_depthwise.WALKS["backward"], ("_walk_kernel",), _walk_backward),
-        (conv_depthwise.UNWALK, ("_unwalk_kernel",), _unwalk),
-        (adaptive_pool.POOL, ("_pool_kernel", "_pool_backward_kernel"), _pool),
+        (NORM, ("_norm_kernel",), _norm),
+        (JOIN, ("_join_kernel", "_join_pool_kernel"), _join),
+        (JOIN_BACKWARD, ("_join_backward_kernel",), _join_backward),
+        (WALKS["value"], ("_walk_kernel",),
+         _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.forward(a, w, gamma, beta, at))),
+        (WALKS["gated"], ("_walk_kernel",),
+         _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.gated(a, dc, w, gamma, beta, gate, at, True))),
+        (WALKS["backward"], ("_walk_kernel",),
+         _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.backward(a, dc, w, gamma, beta, gate, gate, at))),
+        (depthwise.UNWALK, ("_unwalk_kernel",),
+         _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.unwalk(a, dc, w, gamma, beta, at))),
+        (pooling.POOL, ("_pool_kernel", "_pool_backward_kernel"), _pool),
     )
-]
+]  # fmt: skip
 KERNELS = {
     kernel.tunable.kernel: kernel
     for kernel in (
-        Kernel(grouped_gemm.GEMM, ("_gemm_kernel",), True, True, _gemm_shapes, _gemm),
-        Kernel(grouped_gemm.DW, ("_dw_kernel",), True, True, _dw_shapes, _dw),
-        Kernel(experts.UP, ("_up_kernel",), True, True, _up_shapes, _up),
-        Kernel(experts.DH, ("_dh_kernel",), True, True, _dh_shapes, _dh),
-        Kernel(few_tokens.FEW, ("_few_kernel",), True, True, _few_shapes, _few),
+        Kernel(grouped.GEMM, ("_gemm_kernel",), True, True,
+               _layers(lambda n, E, D, F: Shape(n, E, F, D), lambda n, E, D, F: Shape(n, E, 2 * F, D)), _gemm),
+        Kernel(grouped.DW, ("_dw_kernel",), True, True,
+               _layers(lambda n, E, D, F: DwShape(n, E, 2 * F, D, True), lambda n, E, D, F: DwShape(n, E, D, F, True)),
+               _dw),
+        Kernel(experts.UP, ("_up_kernel",), True, True, _layers(lambda n, E, D, F: Shape(n, E, D, F, True)), _up),
+        Kernel(experts.DH, ("_dh_kernel",), True, True, _layers(lambda n, E, D, F: Shape(n, E, D, F)), _dh),
+        Kernel(few_tokens.FEW, ("_few_kernel",), True, True,
+               _layers(lambda n, E, D, F: Shape(n, E, D, F, True), lambda n, E, D, F: Shape(n, E, F, D),
+                       rows=octaves(1, few_tokens.MAX_SLOTS)), _few),
         Kernel(EMBED, ("_embed_kernel",), True, True, _embed_shapes, _embed),
-        Kernel(EMBED_DW, ("_embed_dw_kernel",), True, True, _embed_dw_shapes, _embed_dw),
-        Kernel(conv_gate.GATE, ("_gemm_kernel", "_gate_kernel"), True, True, _gate_shapes, _gate),
-        *_ROWS,
+        Kernel(EMBED_DW, ("_embed_dw_kernel",), True, True, lambda: (s for s in _embed_shapes() if s.word), _embed_dw),
+        Kernel(GATE, ("_gemm_kernel", "_gate_kernel"), True, True,
+               lambda: (GateShape(rows, C, C) for C in CHANNELS for rows in ROWS), _gate),
+        *_BY_ROWS,
         Kernel(FLASH, ("_forward_kernel",), True, False, _flash_shapes, _flash),
         Kernel(DQ, ("_dq_kernel",), True, False, _flash_shapes, _flash_backward),
         Kernel(DKV, ("_dkv_kernel",), True, False, _flash_shapes, _flash_backward),
         Kernel(paged.PAGED, ("_paged_kernel", "_merge_kernel"), True, False, _paged_shapes, _paged),
     )
-}
+}  # fmt: skip
 
 
 def chosen(names: Iterable[str]) -> list[Tunable]:
-    """Return the kernels of these names, all if there are none. Raises TuneError for an unknown name."""
+    """Return the kernels with these names, or all kernels for no names. Raises TuneError for an unknown name."""
     names = list(names)
     if unknown := [name for name in names if name not in KERNELS]:
         raise TuneError(f"unknown kernel {unknown[0]!r}; known: {', '.join(KERNELS)}")
@@ -394,7 +357,7 @@ def chosen(names: Iterable[str]) -> list[Tunable]:
 
 
 def shape_named(tunable: Tunable, text: str) -> Any:
-    """Parse a shape such as "rows=4096 experts=64". Raises TuneError for what is no shape of this kernel."""
+    """Parse a shape such as "rows=4096 experts=64". Raises TuneError if it is not a shape of this kernel."""
     pairs = [part.partition("=") for part in text.replace(",", " ").split()]
     texts = {name: value for name, _, value in pairs}
     fields, types = tunable.shape._fields, tunable.shape.__annotations__
@@ -408,7 +371,7 @@ def shape_named(tunable: Tunable, text: str) -> Any:
     except (ValueError, KeyError):
         values = {}
     if len(values) < len(pairs) or any(v < 0 for v in values.values()):
-        raise TuneError(f"{tunable.kernel}: {text!r} is no shape; sizes are whole numbers, the rest 0 or 1")
+        raise TuneError(f"{tunable.kernel}: {text!r} is not a shape: sizes are whole numbers, flags are 0 or 1")
     return tunable.shape(**values)
 
 

@@ -1,7 +1,8 @@
 """Compile kernels on a machine without a GPU, and judge configurations by their registers, spills and shared memory.
 
-A launch is recorded with tensors on "meta", so that shapes may be as large as in use, and compiled as the launcher
-would: same specialisation of arguments, same options. Facts are cached on disk, by everything that they depend on.
+A launch is recorded with tensors on the "meta" device, which hold no memory, so that shapes may be as large as those of
+real models. It is compiled as Triton's launcher would: with the same specialisation of arguments and the same options.
+Facts are cached on disk under a hash of everything that they depend on.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,71 +34,58 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-LIMIT = 60.0  # seconds to compile a configuration; most take one to four, those with thousands of spills minutes
+LIMIT = 60.0  # seconds to compile a configuration, which takes one to four, or minutes with thousands of spills
 MATRIX = re.compile(r"HGMMA|UTC.*MMA|HMMA|v_mfma")  # wgmma, tcgen05, mma.sync, MFMA
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Holds facts of the machine code of one launch."""
+    """Hold facts about the machine code of one launch."""
 
-    name: str
+    name: str  # of the Triton function
     warps: int
-    registers: int  # a thread
-    spills: int  # instructions that store registers to memory and load them again
-    stack: int  # bytes a thread
+    registers: int  # per thread
+    spills: int  # instructions that store registers to memory or load them again
+    stack: int  # bytes per thread
     shared: int  # bytes
     code: int  # bytes
-    instructions: Counter[str]  # by opcode, modifiers left out
+    instructions: Counter[str]  # number of each opcode, without its modifiers
 
     @property
     def matrix(self) -> int:
+        """Return the number of matrix instructions."""
         return sum(n for op, n in self.instructions.items() if MATRIX.match(op))
 
-    @property
-    def bulk_loads(self) -> int:
-        return self.instructions["UTMALDG"]
-
-    def programs(self, device: Device) -> int:
-        """Return how many programs run on a multiprocessor at once."""
-        return resident(self.shared, max(self.registers, 16), self.warps, device)
-
     def facts(self, device: Device) -> dict[str, Any]:
-        """Return what tables keep."""
-        kinds = {op: n for op, n in sorted(self.instructions.items()) if MATRIX.match(op)}
-        return {
-            "registers": self.registers, "stack": self.stack, "shared": self.shared, "code": self.code,
-            "programs": self.programs(device), "matrix": kinds,
-        }  # fmt: skip
+        """Return the facts that tables record. "programs" counts those that run on a multiprocessor at once."""
+        programs = resident(self.shared, max(self.registers, 16), self.warps, device)
+        matrix = {op: n for op, n in sorted(self.instructions.items()) if MATRIX.match(op)}
+        return {"registers": self.registers, "stack": self.stack, "shared": self.shared, "code": self.code,
+                "programs": programs, "matrix": matrix}  # fmt: skip
 
 
 class Task(NamedTuple):
-    """Names a configuration at a shape on a GPU; it can be sent to another process."""
+    """Identify a configuration at a shape on a GPU, in a form that can be sent to another process."""
 
     kernel: str
     shape: tuple[Any, ...]
     config: Any
-    bits: int
-    device: str
-
-
-def launches(task: Task) -> list[Launch]:
-    """Return the distinct launches of a configuration."""
-    kernel = KERNELS[task.kernel]
-    with recording(DEVICES[task.device]) as recorded, pinned(**{task.kernel: task.config}):
-        kernel.example(kernel.tunable.shape(*task.shape), Inputs("meta", DTYPES[task.bits]))()
-    return distinct(launch for launch in recorded if launch.name in kernel.launched)
+    bits: int  # per element
+    device: str  # key of DEVICES
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """Return one launch of each machine code that these need."""
+    """Return one launch for each different machine code that these launches need."""
     return list({f"{launch.name} {specialize(launch)} {launch.options}": launch for launch in launches}.values())
 
 
 def compile_task(task: Task) -> list[Compiled]:
-    """Compile the launches of a configuration."""
-    device = DEVICES[task.device]
-    return [compile_launch(launch, device) for launch in launches(task)]
+    """Compile the different launches of a configuration, and return their facts."""
+    kernel, device = KERNELS[task.kernel], DEVICES[task.device]
+    with recording(device) as recorded, pinned(**{task.kernel: task.config}):
+        kernel.example(kernel.tunable.shape(*task.shape), Inputs("meta", DTYPES[task.bits]))()
+    tuned = distinct(launch for launch in recorded if launch.name in kernel.launched)
+    return [compile_launch(launch, device) for launch in tuned]
 
 
 def compilers(processes: int) -> Workers:
@@ -107,7 +94,7 @@ def compilers(processes: int) -> Workers:
 
 
 def fault(task: Task, codes: list[Compiled] | Failed) -> str | None:
-    """Return why a configuration must not be used, or None."""
+    """Return the reason why a configuration must not be used, or None if its code is sound."""
     if isinstance(codes, Failed):
         return codes.why
     kernel, device = KERNELS[task.kernel], DEVICES[task.device]
@@ -127,17 +114,15 @@ def fault(task: Task, codes: list[Compiled] | Failed) -> str | None:
 
 def compile_launch(launch: Launch, device: Device) -> Compiled:
     """Compile one recorded launch for `device`, or read its facts from the cache."""
-    signature, constants, attributes = specialize(launch)
-    options = launch.options
-    what = launch.kernel.cache_key, signature, constants, attributes, options, device.arch, triton.__version__
-    path = cache_folder().parent / "static" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.json"
+    arguments, options = specialize(launch), launch.options
+    key = launch.kernel.cache_key, *arguments, options, device.arch, triton.__version__
+    path = cache_folder().parent / "static" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         facts = json.loads(path.read_text())
         return Compiled(**{**facts, "instructions": Counter(facts["instructions"])})
     from triton.compiler import ASTSource
 
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled: Any = triton.compile(source, target=_target(device), options=options)
+    compiled: Any = triton.compile(ASTSource(launch.kernel, *arguments), target=target_of(device), options=options)
     read = _read_amd if device.vendor == "amd" else _read_nvidia
     result = read(launch.name, compiled)
     with contextlib.suppress(OSError):
@@ -146,9 +131,9 @@ def compile_launch(launch: Launch, device: Device) -> Compiled:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file atomically, also if other processes write the same file."""
+    """Write a file atomically, even while other threads, processes or hosts write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name: hosts that share a folder may use the same process number, and threads do.
+    # A random name, because hosts that share a folder may use the same process number, as threads always do.
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         part.write_text(text)
@@ -158,7 +143,10 @@ def write(path: Path, text: str) -> None:
 
 
 def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Return types, constants and divisibility of the arguments, as Triton's launcher does; pointers are aligned."""
+    """Return types, constants and divisibility of the arguments as Triton's launcher derives them.
+
+    Pointers count as aligned to 16 bytes.
+    """
     signature, constants, attributes = {}, {}, {}
     kernel = launch.kernel
     for i, parameter in enumerate(kernel.params):
@@ -181,7 +169,8 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
     return signature, constants, attributes
 
 
-def _target(device: Device) -> Any:
+def target_of(device: Device) -> Any:
+    """Return Triton's target for a device."""
     from triton.backends.compiler import GPUTarget
 
     if device.vendor == "amd":
@@ -193,11 +182,13 @@ def _read_nvidia(name: str, compiled: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", code))
-    registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
-    last = max((int(at, 16) for at in re.findall(r"/\*([0-9a-f]{4,})\*/", code)), default=0)
+        usage, code = (
+            subprocess.run([nvidia_program(program), *options, file.name], capture_output=True, text=True, check=True)
+            for program, options in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
+        )
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", code.stdout))
+    registers, stack = (int(re.findall(rf"{kind}:(\d+)", usage.stdout)[-1]) for kind in ("REG", "STACK"))
+    last = max((int(at, 16) for at in re.findall(r"/\*([0-9a-f]{4,})\*/", code.stdout)), default=0)
     spills = opcodes["STL"] + opcodes["LDL"]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return Compiled(name, warps, registers, spills, stack, shared, last + 16, opcodes)
@@ -205,18 +196,13 @@ def _read_nvidia(name: str, compiled: Any) -> Compiled:
 
 def _read_amd(name: str, compiled: Any) -> Compiled:
     code, warps, shared = compiled.asm["amdgcn"], compiled.metadata.num_warps, compiled.metadata.shared
-    wanted = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
-    count = {key: int(n) for key, n in re.findall(rf"\.({wanted}):\s+(\d+)", code)}
+    fields = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+    counts = {field: int(n) for field, n in re.findall(rf"\.({fields}):\s+(\d+)", code)}
     opcodes = Counter(re.sub(r"(v_mfma).*", r"\1", op) for op in re.findall(r"^\s+([a-z]\w+) ", code, re.MULTILINE))
-    length = len(compiled.asm["hsaco"])
-    registers, spills, stack = (count[key] for key in wanted.split("|"))
-    return Compiled(name, warps, registers, spills, stack, shared, length, opcodes)
+    registers, spills, stack = (counts[field] for field in fields.split("|"))
+    return Compiled(name, warps, registers, spills, stack, shared, len(compiled.asm["hsaco"]), opcodes)
 
 
-@cache
-def _binary(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(program: str, *arguments: str) -> str:
-    return subprocess.run([_binary(program), *arguments], capture_output=True, text=True, check=True).stdout
+def nvidia_program(name: str) -> Path:
+    """Return the path of one of the NVIDIA programs that Triton comes with, such as "cuobjdump"."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -1,4 +1,4 @@
-"""Write configurations: shipped tables, with a line for each row so that diffs are readable, and the user's rows."""
+"""Write configurations: shipped tables, with one line per row so that diffs are readable, and the user's own rows."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from mm1.kernels.language import triton
 from mm1.kernels.tuning import SCHEMA, Tunable, cache_folder, clear_caches, read
 
 TABLES = Path(__file__).parent / "tables"
+Row = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
@@ -25,110 +26,108 @@ def versions() -> dict[str, str]:
             "python": platform.python_version()}  # fmt: skip
 
 
-def row(shape: Any, bits: int, config: Any, origin: str, **more: Any) -> dict[str, Any]:
-    """Return a row for the octave that contains the shape's first size."""
-    when = {"bits": bits, **shape._asdict()}
-    first = shape._fields[0]
-    when[first] = interval(shape[0])
-    return {"when": when, "config": dict(vars(config)), "origin": origin, **more}
+def row(shape: Any, bits: int, config: Any, origin: str, **facts: Any) -> Row:
+    """Return a row for the octave that contains the shape's first size. origin: "predicted" or "measured"."""
+    when = {"bits": bits, **shape._asdict(), shape._fields[0]: interval(shape[0])}
+    return {"when": when, "config": dict(vars(config)), "origin": origin, **facts}
 
 
 def static_facts(codes: list[Compiled], device: Device) -> dict[str, Any]:
-    """Return facts of a configuration's machine code: the maximum over its launches of each."""
+    """Return the facts of a configuration's machine code: the worst over its launches."""
     facts = [code.facts(device) for code in codes]
     matrix = sum((Counter(f["matrix"]) for f in facts), Counter())
     maxima = {name: max(f[name] for f in facts) for name in ("registers", "stack", "shared", "code")}
     return {**maxima, "programs": min(f["programs"] for f in facts), "matrix": dict(sorted(matrix.items()))}
 
 
-def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sort rows, and join neighbours that differ only in their interval."""
-
-    def others(r: dict[str, Any], first: str) -> str:
-        return json.dumps([{k: v for k, v in r["when"].items() if k != first}, r["config"], r["origin"]])
-
-    done: list[dict[str, Any]] = []
-    for r in sorted(rows, key=_order):
-        first = _first(r)
-        last = done[-1] if done else None
-        joins = last is not None and r["origin"] == "predicted" and others(last, first) == others(r, first)
-        if joins and last is not None and last["when"][first][1] + 1 == r["when"][first][0]:
-            low = last["when"][first][0]
-            done[-1] = {**r, "when": {**r["when"], first: [low, r["when"][first][1]]}}
+def merged(rows: list[Row]) -> list[Row]:
+    """Sort rows, and join predicted neighbours that differ only in their interval."""
+    joined: list[Row] = []
+    for r in sorted(rows, key=lambda r: (*_others(r), _range(r))):
+        last = joined[-1] if joined else r
+        same = all(last[name] == r[name] for name in ("config", "origin")) and _others(last) == _others(r)
+        if same and r["origin"] == "predicted" and _range(last)[1] + 1 == _range(r)[0]:
+            joined[-1] = _with_range(r, _range(last)[0], _range(r)[1])
         else:
-            done.append(r)
-    return done
+            joined.append(r)
+    return joined
 
 
-def _first(r: dict[str, Any]) -> str:
+def without(rows: list[Row], source: Row) -> list[Row]:
+    """Return the rows without the interval of a new measured row, which is cut out of predicted rows."""
+    low, high = _range(source)
+    result = []
+    for r in rows:
+        begin, end = _range(r)
+        if r["origin"] == "measured" or _others(r) != _others(source) or end < low or begin > high:
+            result.append(r)
+        else:
+            result += [_with_range(r, *rest) for rest in ((begin, low - 1), (high + 1, end)) if rest[0] <= rest[1]]
+    return result
+
+
+def _size(r: Row) -> str:
+    """Return the name of the shape's first size, which has an interval."""
     return next(name for name in r["when"] if name != "bits")
 
 
-def _order(r: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the sort key: fields that must be equal, then the interval."""
-    first = _first(r)
-    return r["when"]["bits"], *(v for k, v in r["when"].items() if k not in ("bits", first)), r["when"][first]
+def _range(r: Row) -> list[int]:
+    return r["when"][_size(r)]
+
+
+def _others(r: Row) -> tuple[Any, ...]:
+    """Return the fields that a shape must equal."""
+    return tuple(value for name, value in r["when"].items() if name != _size(r))
+
+
+def _with_range(r: Row, low: int, high: int) -> Row:
+    return {**r, "when": {**r["when"], _size(r): [low, high]}}
 
 
 def write_table(
-    folder: Path, kernel: str, device: Device, rows: list[dict[str, Any]], predicted: dict[str, str] | None = None
+    folder: Path, kernel: str, device: Device, rows: list[Row], predicted: dict[str, str] | None = None
 ) -> Path:
     """Write <folder>/<kernel>/<device>.json and return its path.
 
-    predicted: the versions with which new predicted rows were made; measured rows hold their own.
+    predicted: the versions with which new predicted rows were made. Measured rows hold their own.
     """
-    path = folder / kernel / f"{device.name}.json"
-    made = made_with(folder, kernel, device)
     head = {
         "schema": SCHEMA, "kernel": kernel, "device": {
             "name": device.name, "vendor": device.vendor, "arch": device.arch, "pci": [f"{i:04x}" for i in device.pci],
             "units": device.units, "bandwidth": device.bandwidth,
-        }, "versions": predicted or made,
+        }, "versions": predicted or made_with(folder, kernel, device),
     }  # fmt: skip
+    path = folder / kernel / f"{device.name}.json"
     lines = ",\n".join("  " + json.dumps(r) for r in merged(rows))
     write(path, json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
     clear_caches()
     return path
 
 
-def read_table(folder: Path, kernel: str, device: Device) -> list[dict[str, Any]]:
-    """Return the rows of a table as written; none if there is no such table."""
+def _read(folder: Path, kernel: str, device: Device) -> dict[str, Any]:
     path = folder / kernel / f"{device.name}.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    return json.loads(path.read_text()) if path.is_file() else {"rows": [], "versions": versions()}
+
+
+def read_table(folder: Path, kernel: str, device: Device) -> list[Row]:
+    """Return the rows of a table as written, or no rows if there is no such table."""
+    return _read(folder, kernel, device)["rows"]
 
 
 def made_with(folder: Path, kernel: str, device: Device) -> dict[str, str]:
-    """Return the versions of the table's predicted rows; the installed ones if there is no such table."""
-    path = folder / kernel / f"{device.name}.json"
-    return json.loads(path.read_text())["versions"] if path.is_file() else versions()
+    """Return the versions of the table's predicted rows, or the installed ones if there is no such table."""
+    return _read(folder, kernel, device)["versions"]
 
 
-def write_user_row(tunable: Tunable, device: Device, source: dict[str, Any]) -> Path:
-    """Write a row to a file named by its shape, so that processes may write at once; for one shape the last one wins.
+def write_user_row(tunable: Tunable, device: Device, source: Row) -> Path:
+    """Write a row to a file named by its shape and return its path.
 
-    Raises ValueError for a row of another kernel.
+    Processes may write at once; for one shape the last one wins. Raises ValueError for a row of another kernel.
     """
     if read(tunable, source) is None:
-        raise ValueError(f"{source} is no row of {tunable.kernel}")
+        raise ValueError(f"{source} is not a row of {tunable.kernel}")
     name = hashlib.sha256(json.dumps(source["when"], sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / tunable.kernel / device.name / f"{name}.json"
     write(path, json.dumps({"schema": SCHEMA, **source}) + "\n")
     clear_caches()
     return path
-
-
-def without(rows: list[dict[str, Any]], source: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows without the interval of a new measured row, which is cut out of predicted rows."""
-    first = _first(source)
-    low, high = source["when"][first]
-    result = []
-    for r in rows:
-        when = r["when"]
-        apart = any(when[name] != source["when"][name] for name in when if name != first)
-        if apart or r["origin"] == "measured" or when[first][1] < low or when[first][0] > high:
-            result.append(r)
-            continue
-        for begin, end in ((when[first][0], low - 1), (high + 1, when[first][1])):
-            if begin <= end:
-                result.append({**r, "when": {**when, first: [begin, end]}})
-    return result

@@ -1,8 +1,8 @@
-"""Check and time configurations of one kernel in turns, in a worker process.
+"""Check and time configurations of one kernel, alternating between them, in a worker process.
 
-On a GPU a CUDA graph of the call is timed; on a CPU, where kernels are interpreted, times mean nothing. Before a
-configuration is timed, its results are compared with those in fp32, which take another configuration and no matrix
-instructions, and bit by bit with a second run, in memory that was filled with NaN.
+On a GPU a CUDA graph of the call is timed. On a CPU kernels are interpreted, and times mean nothing. Before a
+configuration is timed, its results are compared with those in fp32, which are computed by another configuration without
+matrix instructions, and bit by bit with a second run. Outputs are filled with NaN before each run.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import device_of_index
 from mm1.kernels.tuning import TuneError, pinned
 
-PART = 1 << 26  # elements compared at once, in fp64
-# Relative to rms. Interpreted kernels, which truncate bf16 and so err twice as much, are within 7e-3.
+PART = 1 << 26  # elements to compare at once, in fp64
+# Maximum error relative to rms. Interpreted kernels truncate to bf16, which doubles the error, and are within 7e-3.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
 class Trial(NamedTuple):
-    """Holds configurations at a shape, and the number of samples of each; 0: only check them."""
+    """Hold configurations at a shape, and the number of samples to take of each; 0: only check them."""
 
     kernel: str
     shape: tuple[Any, ...]
@@ -37,11 +37,11 @@ class Trial(NamedTuple):
 def run_trial(trial: Trial, on: str | None = None) -> list[Any]:
     """Return for each configuration the seconds of its samples, or Failed.
 
-    on: the expected result of where(), so that nothing is timed on a CPU after the GPU was lost. The device finishes
-    each configuration before the next one starts, so that an error belongs to the current one.
+    on: the expected result of where(). Raises RuntimeError for another one, so that nothing is timed on a CPU after the
+    GPU was lost. The device finishes each configuration before the next one starts, so that its errors are its own.
     """
     if where() != (on or where()):
-        raise RuntimeError(f"CUDA error: the trial is for {on}, and this process has {where()} alone")
+        raise RuntimeError(f"CUDA error: the trial is for {on}, but this process has only {where()}")
     try:
         bench = _bench(trial.kernel, trial.shape, trial.bits)
         results: list[Any] = [bench.fault(config) or [] for config in trial.configs]
@@ -61,12 +61,12 @@ def synchronize() -> None:
 
 
 def where() -> str:
-    """Return the kind of device that kernels are timed on."""
+    """Return the type of device that kernels are timed on: "cuda" or "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_named(name: str | None) -> Device:
-    """Return the GPU of this name, or the one at hand for None. Raises TuneError without one."""
+    """Return the GPU with this name, or this machine's for None. Raises TuneError if there is no such GPU."""
     if name is None:
         if where() == "cpu":
             raise TuneError(f"no GPU here: say which with --device; known: {', '.join(DEVICES)}")
@@ -80,7 +80,7 @@ _now: list["Bench"] = []
 
 
 def _bench(*key: Any) -> "Bench":
-    """Return the bench for this key; only one is kept, as its inputs may take much of the memory."""
+    """Return the bench for this key. Only one is kept, because its inputs may need most of the memory."""
     if not _now or _now[0].key != key:
         _now.clear()
         _now.append(Bench(*key))
@@ -88,7 +88,7 @@ def _bench(*key: Any) -> "Bench":
 
 
 class Bench:
-    """Runs a kernel's example at one shape."""
+    """Run a kernel's example at one shape with any configuration."""
 
     def __init__(self, kernel: str, shape: tuple[Any, ...], bits: int):
         self.key = kernel, shape, bits
@@ -105,10 +105,12 @@ class Bench:
         return KERNELS[self.kernel].example(shape, Inputs(where(), self.dtype, widen))
 
     def call(self, config: Any) -> Any:
+        """Run the example with this configuration and return its results."""
         with pinned(**{self.kernel: config}):
             return self.run()
 
     def fault(self, config: Any) -> Failed | None:
+        """Return Failed if the results with this configuration are wrong or change from run to run, else None."""
         if config not in self.faults:
             self.faults[config] = self._fault(config)
         return self.faults[config]
@@ -123,6 +125,7 @@ class Bench:
         return None if why is None else Failed(why)
 
     def seconds(self, config: Any) -> float:
+        """Return the time of one run with this configuration."""
         seconds = self.clock.seconds(self._timed(config))
         synchronize()
         return seconds
@@ -131,15 +134,15 @@ class Bench:
         if where() == "cpu":
             return lambda: self.call(config)
         if config not in self.graphs:
-            # All graphs share one pool of memory: only the last one replayed has its results, which are not read.
+            # All graphs share one pool of memory. They overwrite each other's results, which are not read.
             pool = next((graph.pool() for graph in self.graphs.values()), None)
             self.graphs[config] = capture(lambda: self.call(config), pool)
         return self.graphs[config].replay
 
 
 def results_of(call: Callable[[], Any]) -> list[Tensor]:
-    """Return the tensors that the call returns; memory that it did not write is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
+    """Return copies of the tensors that the call returns. Memory that it did not write is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
         return [t.clone().contiguous() for t in _pytree.tree_leaves(call()) if isinstance(t, Tensor)]
     finally:
@@ -147,10 +150,10 @@ def results_of(call: Callable[[], Any]) -> list[Tensor]:
 
 
 def wrong(result: Tensor, truth: Tensor, limit: float) -> str | None:
-    """Return what is wrong, or None.
+    """Return how a result is wrong, or None.
 
-    rms(result - truth) must be at most limit · rms(truth), and, as that would miss one bad column among many elements,
-    no element may be off by more than 5 · limit · the largest.
+    rms(result - truth) must be at most limit · rms(truth). As this would miss a single bad element among many, each
+    element's error must be at most 5 · limit · max |truth|.
     """
     if result.shape != truth.shape:
         return f"shape is {tuple(result.shape)}, expected {tuple(truth.shape)}"
@@ -158,11 +161,11 @@ def wrong(result: Tensor, truth: Tensor, limit: float) -> str | None:
         return None
     error = scale = 0.0
     worst, largest = [], []
-    for f, t in zip(result.flatten().split(PART), truth.flatten().split(PART)):
-        off = (f.double() - t.double()).abs()
-        error, scale = error + float(off.square().sum()), scale + float(t.double().square().sum())
-        worst, largest = [*worst, float(off.max())], [*largest, float(t.abs().max())]
+    for r, t in zip(result.flatten().split(PART), truth.flatten().split(PART)):
+        difference = (r.double() - t.double()).abs()
+        error, scale = error + float(difference.square().sum()), scale + float(t.double().square().sum())
+        worst, largest = [*worst, float(difference.max())], [*largest, float(t.abs().max())]
     rms, worst_share = (error / max(scale, 1e-30)) ** 0.5, max(worst) / max(*largest, 1e-30)
-    if not rms <= limit:  # nor NaN
+    if not rms <= limit:  # true for NaN too
         return f"wrong by {rms:.1g} of rms"
     return None if worst_share <= 5 * limit else f"an element is wrong by {worst_share:.1g} of the largest"

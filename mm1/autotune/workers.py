@@ -1,4 +1,4 @@
-"""Run tasks in processes that may crash or hang, in which case only their task is lost."""
+"""Run tasks in processes that may crash or hang, so that only the task of such a process is lost."""
 
 import contextlib
 import multiprocessing
@@ -10,16 +10,17 @@ from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, cast
 
-# Messages of torch and Triton for errors of a GPU. After most of them all further calls of the process fail too.
+# Messages of torch and Triton for errors of a GPU. After most of them every later call of the process fails too.
 DEVICE = re.compile(r"\b(CUDA|HIP)( driver| unknown)? error\b|Triton Error \[|_STATUS_|No (CUDA|HIP) GPUs", re.I)
 MEMORY = re.compile(r"out of memory|_STATUS_ALLOC_FAILED", re.I)
 
 
 class Failed(NamedTuple):
-    """Says why a task has no result.
+    """Stand for the result of a task that failed.
 
-    kind: "task": it raised an exception; "process": it ended its process, or left it unusable, as an error of the GPU
-    does, whose cause may be an earlier task; "memory": there was too little; "time": it took longer than the limit.
+    why: the reason in one line. kind: "task" if the task raised an exception; "process" if its process died or is
+    unusable, as after an error of the GPU, which an earlier task may have caused; "memory" if there was too little;
+    "time" if it took longer than the limit.
     """
 
     why: str
@@ -32,10 +33,10 @@ class _Worker(NamedTuple):
 
 
 class Workers:
-    """Applies one function of a module in a few spawned processes; each starts at its first task.
+    """Apply one function of a module to tasks in `count` spawned processes, each of which starts at its first task.
 
-    limit: seconds a task may take. A process that takes longer, dies or is unusable (see Failed) is killed with the
-    processes that it started (on Windows without), and replaced. The result of a task that raises is Failed.
+    limit: maximum seconds of a task. A process that takes longer, dies or is unusable (see Failed) is replaced, and
+    killed with the processes that it started (on Windows without them). The result of a task that raises is Failed.
     """
 
     def __init__(self, function: Callable[[Any], Any], count: int, limit: float):
@@ -45,7 +46,10 @@ class Workers:
         self._idle: list[_Worker | None] = [None] * count
 
     def each(self, tasks: Iterable[Any]) -> Generator[tuple[Any, Any], None, None]:
-        """Yield (task, result or Failed) as they complete; the next task starts after a result is consumed."""
+        """Yield (task, result or Failed) in the order of completion.
+
+        A task is taken from `tasks` only when a process is free and the results before it are consumed.
+        """
         busy: dict[Connection, tuple[_Worker, Any, float]] = {}
         tasks = iter(tasks)
         try:
@@ -60,8 +64,8 @@ class Workers:
                 late = [pipe for pipe, (_, _, end) in busy.items() if pipe not in ready and time.monotonic() >= end]
                 for pipe in [*ready, *late]:
                     worker, task, _ = busy.pop(pipe)
-                    late_why = f"took longer than {self.limit:g} s"
-                    result = Failed(late_why, "time") if pipe in late else _received(worker)
+                    timeout = Failed(f"took longer than {self.limit:g} s", "time")
+                    result = timeout if pipe in late else _received(worker)
                     unfit = isinstance(result, Failed) and result.kind != "task"
                     if unfit or not worker.process.is_alive():
                         _kill(worker)
@@ -81,7 +85,7 @@ class Workers:
         self.close()
 
     def start(self) -> None:
-        """Start all processes and wait until they run, by the task None, which may fail."""
+        """Start all processes and wait until they run. Each gets the task None, which may fail."""
         for _ in self.each([None] * len(self._idle)):
             pass
 
@@ -97,12 +101,12 @@ class Workers:
             self._idle[i] = None
 
     def _sent(self, worker: _Worker | None, task: Any) -> _Worker:
-        """Send the task to this process, or to a new one if it died while idle; return the process."""
+        """Send the task to this process, or to a new one if it died while idle, and return the process."""
         if worker and not worker.process.is_alive():
             _kill(worker)
             worker = None
         worker = self._idle[-1] = worker or self._start()
-        with contextlib.suppress(BrokenPipeError):  # it died just now, which reading its pipe will show
+        with contextlib.suppress(BrokenPipeError):  # the process died just now, as reading from its pipe will show
             worker.pipe.send(task)
         return worker
 
@@ -122,15 +126,15 @@ def _received(worker: _Worker) -> Any:
     except (EOFError, OSError):
         worker.process.join(5)
         status = worker.process.exitcode
-        # Linux kills the largest process when memory is short; no error of a task itself gives this status.
+        # Linux kills the largest process when memory is short. No error of a task itself gives this status.
         killed = hasattr(signal, "SIGKILL") and status == -signal.SIGKILL
         return Failed(f"the process died with status {status}", "memory" if killed else "process")
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
     if hasattr(os, "setsid"):
-        os.setsid()  # so that processes that a task starts can be killed with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+        os.setsid()  # a new process group, so that processes that a task starts can be killed with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     while True:
         try:
             task = pipe.recv()
@@ -144,13 +148,16 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
 
 
 def kind_of(error: BaseException) -> str:
-    """Return the kind of Failed for an exception; the first of a chain counts, as cleaning up fails after it."""
+    """Return the kind of Failed for an exception.
+
+    The first exception of a chain decides, because after an error of the GPU cleaning up fails too.
+    """
     chain: list[BaseException] = []
     while error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__ or error
     for e in reversed(chain):
-        names = {base.__name__ for base in type(e).__mro__}  # torch's, without torch
+        names = {base.__name__ for base in type(e).__mro__}  # compared by name, so that torch is not imported
         if isinstance(e, MemoryError) or "OutOfMemoryError" in names or MEMORY.search(str(e)):
             return "memory"
         if "AcceleratorError" in names or DEVICE.search(str(e)):
@@ -161,7 +168,7 @@ def kind_of(error: BaseException) -> str:
 def _kill(worker: _Worker) -> None:
     try:
         os.killpg(worker.process.pid, signal.SIGKILL)
-    except (AttributeError, ProcessLookupError, PermissionError):  # Windows; gone, or not its own group's leader yet
+    except (AttributeError, ProcessLookupError, PermissionError):  # on Windows; dead; or not its group's leader yet
         worker.process.kill()
     worker.process.join()
     worker.pipe.close()

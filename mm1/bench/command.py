@@ -1,4 +1,4 @@
-"""The commands `mm1 bench kernels|train|generate|all|report|readme`."""
+"""Define the commands `mm1 bench kernels|train|generate|all|report|readme`."""
 
 import sys
 from collections.abc import Callable
@@ -19,15 +19,15 @@ def kernels(
     budget: float | None = None,
     json: Path | None = None,
 ) -> None:
-    """Time each op beside other libraries', check both, and compare with what this machine can reach at most.
+    """Check and time each op and its peers in other libraries, and compare them with this machine's ceilings.
 
     Args:
         ops: names of ops, such as moe_mlp (default: all).
-        shapes: time only the cases whose name contains this.
+        shapes: part of a case's name; other cases are skipped (default: all cases).
         dtype: precision (default: bf16 on a GPU, fp32 on a CPU).
-        peers: time only this other implementation; without any: all, on a CPU those without torch.compile.
-        budget: seconds for each row (default: depends on the machine).
-        json: file of results to write; one that exists is continued (default: none).
+        peers: name of a peer; other peers are skipped (default: all, on a CPU those without torch.compile).
+        budget: seconds for each row (default: 0.4 on a GPU, 4 on a CPU).
+        json: file of results to write, or to continue if it exists (default: none).
     """
     from mm1.bench.kernels import measure
 
@@ -35,12 +35,12 @@ def kernels(
 
 
 def train(models: tuple[str, ...] = (), /, rounds: int | None = None, json: Path | None = None) -> None:
-    """Time the training step from plain eager to everything on, one change a row, with its operations.
+    """Time the training step from plain eager torch to everything on, one change at a time.
 
     Args:
         models: named sizes (default: some that suit the machine).
-        rounds: times that each variant is timed (default: as many as fit half a minute a model).
-        json: file of results to write; one that exists is continued (default: none).
+        rounds: number of times that each variant is timed (default: as many as fit half a minute per model).
+        json: file of results to write, or to continue if it exists (default: none).
     """
     from mm1.bench.train import measure
 
@@ -52,8 +52,8 @@ def generate(models: tuple[str, ...] = (), /, rounds: int | None = None, json: P
 
     Args:
         models: named sizes (default: some that suit the machine).
-        rounds: times that each variant is timed (default: as many as fit a second a row).
-        json: file of results to write; one that exists is continued (default: none).
+        rounds: number of times that each variant is timed (default: as many as fit a second per row).
+        json: file of results to write, or to continue if it exists (default: none).
     """
     from mm1.bench.generate import measure
 
@@ -61,10 +61,10 @@ def generate(models: tuple[str, ...] = (), /, rounds: int | None = None, json: P
 
 
 def everything(seconds: float = 530.0, json: Path | None = None) -> None:
-    """Run the kernels' tests, then all benchmarks, within a limit; started again on the same day, it continues.
+    """Run the kernels' tests and all benchmarks within a time limit. A second run on the same day continues the first.
 
     Args:
-        seconds: limit in all.
+        seconds: total time limit.
         json: file of results (default: a file named by date and commit in ./bench-results).
     """
     from mm1.bench.record import Record
@@ -87,10 +87,10 @@ def report(paths: tuple[Path, ...] = (), /, out: Path = Path("report.html")) -> 
 
 
 def readme(pictures: Path | None = None) -> None:
-    """Rewrite the tables of measurements from this project's results.
+    """Rewrite the tables of measurements in README.md and docs from this project's results.
 
     Args:
-        pictures: folder for pictures of them (default: no pictures).
+        pictures: folder for charts of the results (default: no charts).
     """
     from mm1.bench.readme import rewrite
 
@@ -108,7 +108,7 @@ bench = {
 
 
 def _measure(measure: Callable[[Any], bool | None], path: Path | None) -> None:
-    """Fill a record by `measure` and print it as one line. Exits with status 1 if an op computed something wrong."""
+    """Fill a record by `measure`, print it as one line, and exit with status 1 if an op's result was wrong."""
     from mm1.bench.record import Record
 
     record = Record(path)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from mm1.bench.record import OUT, Row, read
 from mm1.errors import UserError
 
-DENSE = "dense"  # dense products of as many operations: a yardstick, not a peer that computes the same
-OWN = "mm1 "  # prefix of variants of mm1 itself, and of its control
+DENSE = "dense"  # name of the yardstick: dense products with as many operations, which compute something else
+OWN = "mm1 "  # prefix of the names of mm1's own variants and of the control
 
 
 class Result(NamedTuple):
-    """Holds one result file."""
+    """Hold one result file."""
 
     path: Path
     header: dict[str, Any]
@@ -26,7 +26,7 @@ class Result(NamedTuple):
 
     @property
     def commit(self) -> str:
-        """Return the commit, shortened, with "+" and the number of changes if there were any."""
+        """Return the first ten digits of the commit, and "+changes" if the tree differed from it."""
         commit, plus, changes = str(self.header.get("commit", "unknown")).partition("+")
         return commit[:10] + plus + changes
 
@@ -39,15 +39,15 @@ class Result(NamedTuple):
 def gather(paths: Sequence[Path] = ()) -> list[Result]:
     """Read the records in these files and folders (default: ./bench-results), oldest first.
 
-    In folders, JSON files without a header are named on standard error and skipped. Raises UserError, in one line, if a
-    file is no record or there is no row at all.
+    In folders, JSON files without a header are skipped and named on standard error. Raises UserError, in one line, if a
+    file is not a record or there are no rows at all.
     """
     results = []
     for path in dict.fromkeys(paths or [OUT]):
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path] if path.exists() or paths else []:
             try:
                 if path.is_dir() and '"header"' not in file.read_text()[:1000]:
-                    print(f"{file} has no header, as records have: left out", file=sys.stderr)
+                    print(f"{file} has no header, so it is not a record: skipped", file=sys.stderr)
                     continue
                 record = read(file)
             except (ValueError, OSError) as error:
@@ -62,7 +62,7 @@ def gather(paths: Sequence[Path] = ()) -> list[Result]:
 
 
 def _fault(row: Row) -> str | None:
-    """Return why a row is malformed, None if it is not."""
+    """Return why a row is malformed, or None."""
     variants = row.setdefault("variants", {})
     for name, variant in variants.items() if isinstance(variants, dict) else [("variants", None)]:
         for part in (variant, variant.get("ratio", variant)) if isinstance(variant, dict) else (None,):
@@ -75,7 +75,7 @@ def _fault(row: Row) -> str | None:
 def newest(results: Iterable[Result], bench: str) -> dict[str, tuple[Result, list[Row]]]:
     """Return for each op or model the newest result with rows of it, and these rows.
 
-    results: of one machine, oldest first.
+    results: results of one machine, oldest first.
     """
     latest: dict[str, tuple[Result, list[Row]]] = {}
     for result in results:
@@ -90,7 +90,7 @@ def subject(row: Row) -> str:
 
 
 def label(row: Row, *names: str) -> str:
-    """Return fields of a row as words: case, what and dtype, or the named ones. Of modes only "graph" is mentioned."""
+    """Return a row's case, "what" and dtype, or the named fields, as text; and "graph" and "throttled" if they hold."""
     words = [str(row.get(name) or "") for name in names or ("case", "what", "dtype")]
     hot = (row.get("gpu") or {}).get("throttled")
     return " · ".join(filter(None, [*words, "graph" if row.get("mode") == "graph" else "", "throttled" if hot else ""]))
@@ -103,10 +103,10 @@ def peers(row: Row) -> dict[str, float]:
 
 
 def fastest(row: Row) -> tuple[str, float] | None:
-    """Return the fastest peer and its ratio, None if a row has no peer."""
+    """Return the fastest peer and its ratio, or None if the row has no peer."""
     return min(peers(row).items(), key=lambda item: item[1], default=None)
 
 
 def verdict(ratio: float, noise: float | None) -> str:
-    """Return "faster", "slower" or "even", which means that the ratio is within the noise of two runs of mm1."""
+    """Return "faster", "slower" or "even". Even means that the ratio is within the noise of two runs of mm1."""
     return "even" if abs(ratio - 1) <= (noise or 0) else "faster" if ratio > 1 else "slower"

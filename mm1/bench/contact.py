@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm1.autotune.space import Inputs
 from mm1.bench.kernels import TOLERANCE, WIDE, rms_error
-from mm1.bench.ops import OPS, Maker
+from mm1.bench.ops import OPS
 from mm1.bench.record import OUT, Record, machine_name
 from mm1.bench.roofline import DTYPES
 
@@ -90,7 +91,8 @@ def op_cases(op: str, on: Context) -> Iterator[tuple[str, Case]]:
 
 def compare(op: str, args: tuple[Any, ...], dtype: torch.dtype, device: str) -> dict[str, float]:
     """Return the errors of an op's result and gradients. Raises Wrong for one beyond its tolerance."""
-    problem = OPS[op].problem(Maker(device, dtype), *args)
+    torch.manual_seed(0)
+    problem = OPS[op].problem(Inputs(device, dtype), *args)
     wide = {name: leaf.detach().to(WIDE[dtype]) for name, leaf in problem.leaves.items()}
     truth, dy = _results(problem.plain, wide, OPS[op].backward)
     ours, _ = _results(problem.ours, problem.leaves, OPS[op].backward, dy)
@@ -143,7 +145,7 @@ def train_cases(on: Context) -> Iterator[tuple[str, Case]]:
         first.append(way)
         if wrong := steps.differs(way, first[0]):
             raise Wrong(wrong)
-        return way.found
+        return way.results
 
     for rung in (plain, FULL._replace(name="mm1, eager", compiled=False), FULL):
         yield rung.name, partial(attempt, rung)

@@ -1,15 +1,15 @@
-"""Benchmark generation by its parts, and compare it with transformers.
+"""Benchmark the parts of generation, and compare them with transformers.
 
-    prefill       the prompt's tokens through the decoder, logits of the last one; text in place of images
-    first token   by the engine, with empty caches; with cached features of the shots' images; and with their pages in
-                  the prefix cache too; transformers has no such model
-    decode        one more token for every prompt, over a cache that holds the prompts; also with weights in int8
+    prefill       the decoder computes a prompt and the logits of its last token; prompts have text in place of images
+    first token   the engine computes the first token with empty caches, with cached features of the shots' images, and
+                  with the shots in the prefix cache too; transformers has no such model
+    decode        one more token for every prompt, with a cache that holds the prompts; also with weights in int8
     generate      NEW tokens for every prompt, greedy, by the engine and by transformers' generate
-    queries       ANSWER tokens for each of many queries after the same shots, beginning with empty caches; and the same
-                  without the prefix cache
+    queries       ANSWER tokens for each of many queries after the same shots, from empty caches; with and without the
+                  prefix cache
 
 Prompts are random: `shots` examples, each an image and TEXT tokens, and a query of the same form. The prompts of a
-batch have one length, so that transformers needs no padding. Its parameters are views of mm1's.
+batch have the same length, so that transformers needs no padding. Its parameters are views of mm1's.
 """
 
 import itertools
@@ -17,19 +17,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mm1.autotune import gpu_state
 from mm1.autotune.clock import Call, capture
 from mm1.bench.comparison import OWN
 from mm1.bench.peer_models import transformers_decoder
 from mm1.bench.record import Record, Row
 from mm1.bench.roofline import DTYPES, ceilings, floor, impossible
-from mm1.bench.timing import CONTROL, interleaved, noise, ratio, reason, summary
+from mm1.bench.rows import show, timed
+from mm1.bench.timing import CONTROL, reason
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import View
@@ -51,10 +52,11 @@ from mm1.kernels.dispatch import Cost, cdiv
 SHOTS = (0, 4, 8)
 TEXT = 30  # tokens after each image
 IMAGE = 3  # id of the image token
-NEW = ROOM = 64  # tokens that are generated, and that a cache has room for after the prompt
+NEW = 64  # tokens to generate, for which a cache has room after the prompt
 ANSWER = 4  # tokens of an answer to a query
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of the logits' rms; rounding to bf16 adds up to 2e-2 in 26 layers
-INT8_TOLERANCE = 0.2  # the same for weights in int8, which are random
+# Maximum rms difference of logits, relative to their rms. In 26 layers rounding to bf16 adds up to 2e-2.
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+INT8_TOLERANCE = 0.2  # the same for int8, which suits random weights badly
 CACHES = {"transformers": "DynamicCache", "transformers static": "StaticCache"}
 _30M = replace(
     DIGITS.decoder, vocabulary=8192, width=512, layers=8, heads=8, kv_heads=8, head_width=64, ffn=1408, experts=0
@@ -65,37 +67,28 @@ Way = Callable[[], Call]  # prepares an implementation; the call that it returns
 
 
 class Scale(NamedTuple):
-    """Holds the sizes that suit a machine.
-
-    decoded, prefilled: limits of a batch's prompt tokens for decode and prefill.
-    """
+    """Hold the sizes that suit a machine."""
 
     models: tuple[str, ...]
     batches: tuple[int, ...]
-    decoded: int
-    prefilled: int
-    queries: int
+    decoded: int  # maximum prompt tokens of a batch for decode
+    prefilled: int  # the same for prefill
+    queries: int  # number of queries after the same shots
 
 
 GPU = Scale(("mm1-1b", "mm1-3b"), (1, 2, 4, 8, 16, 32, 64, 128), 32_768, 16_384, 64)
 CPU = Scale(("digits", "digits-30m"), (1, 8), 2048, 512, 200)
-PREFILLED = (1, 8)  # batches
+PREFILLED = (1, 8)  # batches to prefill
 
 
-class Tokens:
-    """Stands in for a tokenizer; its texts are empty and never end."""
-
-    image, eos = IMAGE, -1
-
-    def pieces(self, ids: Sequence[int], continued: bool = False) -> list[bytes]:
-        return [b""] * len(ids)
-
-    def has_text(self, token: int) -> bool:
-        return False
+# Stands in for a tokenizer: all texts are empty, and no token ends them.
+TOKENS = SimpleNamespace(
+    image=IMAGE, eos=-1, pieces=lambda ids, continued=False: [b""] * len(ids), has_text=lambda token: False
+)
 
 
 class Case(NamedTuple):
-    """Identifies one measurement: a part of generation, the number of shots, and the batch size."""
+    """Identify one measurement by the part of generation, the number of shots, and the batch size."""
 
     what: str
     shots: int
@@ -107,7 +100,7 @@ class Case(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """Holds the implementations whose results are right, all results' errors, and why the others failed."""
+    """Hold the implementations with right results, the errors of all results, and why other implementations failed."""
 
     calls: dict[str, Call]
     errors: dict[str, float]
@@ -116,10 +109,10 @@ class Checked(NamedTuple):
 
 @torch.inference_mode()
 def measure(record: Record, models: Sequence[str] = (), rounds: int | None = None, budget: float = 1.0) -> None:
-    """Measure each case that the record lacks, add its row at once, and print it.
+    """Measure each case that the record lacks, and add and print its row at once.
 
-    models: names of sizes, by default some that suit the machine; rounds: of each row, by default as many as fit into
-    `budget` seconds. Raises UserError for an unknown size.
+    models: names of sizes (default: some that suit the machine). rounds: number for each row (default: as many as
+    `budget` seconds allow). Raises UserError for an unknown size.
     """
     if rounds is not None and rounds < 1:
         raise UserError(f"rounds is {rounds}, expected at least 1")
@@ -134,8 +127,8 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
             with record.at(**base, **case.key()):
                 for row in bench.rows(case, base | case.key(), rounds, budget):
                     record.add(row)
-                    _print(row)
-        del bench  # frees its weights before the next ones are made
+                    show(row)
+        del bench  # frees its weights before the next model is made
 
 
 def cases(c: Model, scale: Scale) -> list[Case]:
@@ -150,12 +143,12 @@ def cases(c: Model, scale: Scale) -> list[Case]:
 
 
 def prompt_length(c: Model, shots: int) -> int:
-    """Return the tokens of a prompt."""
+    """Return the number of tokens of a prompt."""
     return 1 + (shots + 1) * (c.connector.tokens + TEXT)
 
 
 def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]:
-    """Return random documents of one length; without images there is text in their places."""
+    """Return `batch` random documents of one length, with text in place of images if `images` is False."""
     random, patch, squash = np.random.default_rng(0), c.vision.patch, c.image_mode == "squash"
     rows = c.image_size // patch if squash else math.isqrt(c.image_patches)
     columns = rows if squash else c.image_patches // rows
@@ -172,7 +165,7 @@ def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]
 
 
 class Bench:
-    """Holds a model with random weights, created at first use, and makes the implementations to compare."""
+    """Hold a model with random weights, created at first use, and make the implementations to compare."""
 
     def __init__(self, size: Model, device: str, dtype: str, limits: dict[str, Any]):
         self.config, self.device, self.dtype, self.limits = size, device, dtype, limits
@@ -195,7 +188,7 @@ class Bench:
         return quantized(self.model.decoder, "int8")
 
     def rows(self, case: Case, key: Row, rounds: int | None, budget: float) -> Iterator[Row]:
-        """Yield the row of a case; for decode on a GPU also the row in which transformers runs in a CUDA graph."""
+        """Yield the row of a case, and for decode on a GPU also the row in which transformers runs in a CUDA graph."""
         documents = prompts(self.config, case.shots, case.batch, images=case.what in ("first token", "queries"))
         prompt = prompt_length(self.config, case.shots)
         row = key | {"shape": {"batch": case.batch, "prompt": prompt, "images": len(documents[0].media)}}
@@ -210,7 +203,7 @@ class Bench:
         results = checked(ways, TOLERANCE[self.dtype])
         yield self.timed(row, cost, tokens, results, rounds, budget)
         if self.device == "cuda" and "transformers static" in results.calls:
-            graphs = {"mm1": lambda: results.calls["mm1"]}  # is a graph already
+            graphs = {"mm1": lambda: results.calls["mm1"]}  # which is a graph already
             graphs["transformers static"] = partial(captured, results.calls["transformers static"])
             results = checked(graphs, TOLERANCE[self.dtype])
             yield self.timed(row | {"mode": "graph"}, cost, tokens, results, rounds, budget)
@@ -264,7 +257,7 @@ class Bench:
         ids, engine = self.ids(documents), self.engine(documents)
 
         def result(tokens: Sequence[Sequence[int]]) -> Tensor:
-            """Return the tokens, but in bf16 only their numbers, because rounding changes texts."""
+            """Return the tokens, or in bf16, where rounding changes texts, only the number of tokens."""
             return torch.tensor(tokens) if self.dtype == "fp32" else torch.tensor([len(text) for text in tokens])
 
         def own_call() -> Tensor:
@@ -290,7 +283,7 @@ class Bench:
                 engine.forget()
                 requests = [engine.submit(document, Sampling(max_tokens=ANSWER)) for document in queries]
                 for request in requests if not share else ():
-                    request.page_names = []  # no page has a name
+                    request.page_names = []  # pages without names are not shared
                 engine.run()
                 return torch.tensor([request.logprobs[0] for request in requests])
 
@@ -299,14 +292,14 @@ class Bench:
         return {"mm1": partial(way, True), "mm1 without shared pages": partial(way, False)}
 
     def engine(self, documents: Sequence[Document]) -> Engine:
-        """Return an engine whose cache holds 64 of these documents with NEW tokens each, and the shots once more."""
-        self.model.tokenizer = cast(TextTokenizer, Tokens())
+        """Return an engine whose cache holds up to 64 documents with NEW tokens each, and the shots once more."""
+        self.model.tokenizer = cast(TextTokenizer, TOKENS)
         batch = min(len(documents), 64)
         pages = sum(cdiv(len(document.tokens) + NEW, PAGE) for document in [*documents[:batch], documents[0]])
         return Engine(self.model, tokens=pages * PAGE, batch=batch)
 
     def steps(self, documents: Sequence[Document]) -> dict[str, Way]:
-        """Return the implementations of decode; each call leaves the cache as it was."""
+        """Return the implementations of decode. Each call leaves the cache unchanged."""
         prefill, cache, tables = self.prefill(documents)
         tokens, ends = prefill().argmax(-1), [len(d.tokens) for d in documents]
         pages = [np.array(table, np.int32) for table in tables]
@@ -322,7 +315,7 @@ class Bench:
             return lambda: step(ids, ends, pages)[0]
 
         def peer_call(kind: str) -> Call:
-            past = self.past(kind, ends[0] + ROOM)
+            past = self.past(kind, ends[0] + NEW)
             self.peer(self.ids(documents), past_key_values=past, logits_to_keep=1)
 
             def step() -> Tensor:
@@ -345,8 +338,8 @@ class Bench:
         The call returns the logits [B, V] of the prompts' last tokens.
         """
         c, lengths = self.config, [len(document.tokens) for document in documents]
-        weight, need = self.model.decoder.embedding.weight, [cdiv(n + ROOM, PAGE) for n in lengths]
-        cache = Cache(c.decoder, sum(need) + 2, weight.device, weight.dtype)  # two of them for graphs to spare
+        weight, need = self.model.decoder.embedding.weight, [cdiv(n + NEW, PAGE) for n in lengths]
+        cache = Cache(c.decoder, sum(need) + 2, weight.device, weight.dtype)  # two spare pages, which graphs need
         tables = [cache.allocate(count) or [] for count in need]
         attends = cache.attends(cache.rows(tables, [0] * len(lengths), lengths))
         budget = exact_budget(documents, c.vision.patch)
@@ -355,8 +348,9 @@ class Bench:
         step = step_of(self.model.decoder, Head(self.model.decoder), cache)
         pages = [table for table, n in zip(tables, lengths) for table in [np.array(table, np.int32)] * n]
 
-        def call() -> Tensor:  # chooses between two ways as the engine does
+        def call() -> Tensor:
             x = self.model.embed(batch)
+            # The engine chooses between the two implementations in the same way.
             if step and step.is_faster(len(x), sum(n * (n + 1) // 2 for n in lengths)):
                 return step(x.float(), batch.positions.numpy(), pages, last.numpy())[0]
             return head(decoder(x, batch.positions, batch.cu_seqlens, attends=attends)[0][last])
@@ -369,7 +363,7 @@ class Bench:
         return transformers_decoder(self.model.decoder)
 
     def past(self, kind: str, capacity: int = 0) -> Any:
-        """Return an empty cache of transformers. kind: its class."""
+        """Return an empty cache of transformers. kind: name of its class."""
         import transformers
 
         sizes = {"max_cache_len": capacity} if kind == "StaticCache" else {}
@@ -380,10 +374,10 @@ class Bench:
         return torch.from_numpy(np.stack([document.tokens for document in documents])).long().to(self.device)
 
     def cost(self, documents: Sequence[Document], context: int, new: int) -> Cost:
-        """Return the cost of `new` tokens of each document after `context` tokens in a cache.
+        """Return the cost of computing `new` tokens of each document after `context` tokens that are in a cache.
 
-        Bytes: weights (in a mixture those of as many experts as are chosen at most), a row of the embedding for each
-        token, keys and values read or written; encoder, connector and pixels if there are images.
+        Bytes count the weights, in a mixture those of the maximum number of experts that can be chosen; one row of the
+        embedding for each token; keys and values that are read or written; encoder, connector and pixels of images.
         """
         m, d, patch = self.model, self.model.decoder, self.config.vision.patch
         c, count, images = d.config, len(documents), [view.values for document in documents for view in document.media]
@@ -400,23 +394,21 @@ class Bench:
 
     def timed(self, row: Row, cost: Cost, tokens: int, results: Checked, rounds: int | None, budget: float) -> Row:
         """Return a row with the times of all implementations and their ratios to mm1's."""
-        with gpu_state.watch() as gpu:
-            samples = interleaved(results.calls, rounds=rounds, budget=budget, control="mm1" in results.calls)
-        failed, minimum, variants = results.failed | samples.failed, floor(cost, self.dtype, self.limits), {}
-        for name, seconds in samples.seconds.items():
-            v = summary(seconds)
-            # Variants of mm1 with filled caches or narrow weights have less work than the cost counts.
+        minimum = floor(cost, self.dtype, self.limits)
+
+        def fault(name: str, median: float) -> str | None:
+            # mm1 with cached features, cached pages or narrow weights has less work than the cost counts.
             counted = name == CONTROL or not name.startswith(OWN)
-            if self.device == "cuda" and counted and impossible(v["median"], cost, self.dtype, self.limits, 0):
-                failed[name] = f"{minimum / v['median']:.0%} of what this GPU can do: counted or timed wrongly"
-                continue
-            v |= {"samples": seconds, "error": results.errors.get(name), "tokens_per_s": tokens / v["median"]}
-            v |= {"share": minimum / v["median"], "bandwidth_share": cost.bytes / self.limits["copy"] / v["median"]}
-            if name not in ("mm1", CONTROL) and "mm1" in samples.seconds:
-                v["ratio"] = ratio(seconds, samples.seconds["mm1"])
-            variants[name] = v
-        row = row | {"flops": cost.flops, "bytes": cost.bytes, "floor": minimum, "noise": noise(samples)}
-        return row | {"variants": variants, "failed": failed} | ({"gpu": gpu} if self.device == "cuda" else {})
+            if self.device == "cuda" and counted and impossible(median, cost, self.dtype, self.limits, 0):
+                return f"{minimum / median:.0%} of what this GPU can do: counted or timed wrongly"
+            return None
+
+        def facts(name: str, median: float) -> dict[str, Any]:
+            bandwidth = cost.bytes / self.limits["copy"] / median
+            return {"tokens_per_s": tokens / median, "share": minimum / median, "bandwidth_share": bandwidth}
+
+        return timed(row, results.calls, cost, self.limits, failed=results.failed, errors=results.errors,
+                     fault=fault, facts=facts, rounds=rounds, budget=budget)  # fmt: skip
 
 
 def checked(ways: dict[str, Way], tolerance: float) -> Checked:
@@ -433,7 +425,7 @@ def checked(ways: dict[str, Way], tolerance: float) -> Checked:
             else:
                 failed[name] = f"differs from mm1 by {errors[name]:.1g} of rms"
         except Exception as error:
-            failed[name] = "not installed" if isinstance(error, ModuleNotFoundError) else reason(error)
+            failed[name] = reason(error)
     return Checked(calls, errors, failed)
 
 
@@ -450,23 +442,9 @@ def captured(call: Call) -> Call:
 
 
 def operations(c: Model, lengths: list[int], grids: Sequence[tuple[int, int]] = (), heads: int = 0) -> int:
-    """Return the operations of a forward pass over documents and images, with so many rows of logits.
+    """Return the floating-point operations of a forward pass.
 
     lengths: tokens of each document; grids: (h, w) of each image; heads: rows of logits.
     """
     load = Workload(lengths, grids, heads, sum(lengths), len(grids), sum(h * w for h, w in grids))
     return sum(ledger(c, load).forward.values())
-
-
-def _print(row: Row) -> None:
-    graph = "  as a graph" * (row["mode"] == "graph")
-    print(f"{row['model']}  {row['dtype']}  {row['what']}  {row['case']}  {row['shape']['prompt']} tokens each{graph}")
-    share, of = ("bandwidth_share", "copying's rate") if row["what"] == "decode" else ("share", "the floor's rate")
-    for name, v in row["variants"].items():
-        if name != CONTROL:
-            times = f"  {r['median']:5.2f} × mm1's  ({r['low']:.2f} … {r['high']:.2f})" if (r := v.get("ratio")) else ""
-            print(f"    {name:20} {1e3 * v['median']:9.3f} ms  ({1e3 * v['low']:.3f} … {1e3 * v['high']:.3f})"
-                  f"  {v['tokens_per_s']:9.0f} tokens/s  {v[share]:4.0%} of {of}{times}")  # fmt: skip
-    for name, why in row["failed"].items():
-        print(f"    {name:20} {why}")
-    print(end="", flush=True)

@@ -1,6 +1,6 @@
-"""Draw random documents in the proportions of MM1's training (section 3.2), and pack or pad them.
+"""Draw random documents in the proportions of MM1's training (section 3.2 of the paper), and pack or pad them.
 
-45 % of tokens are captions, 45 % interleaved images and texts, 10 % text alone.
+Of all tokens, 45 % are in captions with their image, 45 % in documents of images and texts, 10 % in texts.
 """
 
 import math
@@ -20,15 +20,15 @@ from mm1.kernels.linear_cross_entropy import IGNORED
 
 PAD, BOS, EOS, IMAGE = range(4)  # token ids that do not occur in texts
 SHARES = {"captions": 0.45, "interleaved": 0.45, "text": 0.1}  # shares of tokens
-TEXT = (20, 61)  # range of the tokens of text for each image
-IMAGES = (2, 6)  # range of the images of an interleaved document
+TEXT = (20, 61)  # range of the number of text tokens for each image
+IMAGES = (2, 6)  # range of the number of images in an interleaved document
 
 Documents = Sequence[Document]
 Layout = Callable[[Documents], list[Batch]]
 
 
 def documents(c: Model, tokens: int, seed: int) -> list[Document]:
-    """Return random documents of at most `tokens` tokens together, until not even a caption fits."""
+    """Return random documents of `tokens` tokens together, or as many fewer as are too few for one more caption."""
     draw, kinds = np.random.default_rng(seed), list(SHARES)
     counts = dict.fromkeys(kinds, 0)  # tokens by kind
     drawn: list[Document] = []
@@ -66,9 +66,9 @@ def _image(c: Model, draw: np.random.Generator) -> np.ndarray:
 
 
 def packed(c: Model, sets: Sequence[Documents], tokens: int) -> Layout:
-    """Return a layout that packs a set of documents into one batch. sets: all sets that its budget must hold."""
+    """Return a layout that packs a set of documents into one batch. sets: all sets that must fit into its budget."""
     budget = _budget(c, sets, tokens)
-    # Sorted as the loader does, so that equal lengths run as one batch.
+    # The documents are sorted as by the loader, so that equal lengths run as one batch.
     return lambda docs: [_pack(c, sorted(docs, key=lambda d: len(d.tokens)), budget)]
 
 
@@ -94,7 +94,7 @@ def _padded(c: Model, docs: Documents, longest: int) -> Batch:
 
 
 def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Workload:
-    """Return the load of documents, and of the padded batches that are computed for them."""
+    """Return the workload of documents that are computed in padded batches."""
     tokens, longest = sum(len(batch.tokens) for batch in batches), int(batches[0].cu_seqlens[1])
     return Workload(
         documents=[len(d.tokens) for d in docs],

@@ -1,9 +1,8 @@
-"""Build whole models of transformers that share their parameters with mm1's."""
+"""Build models of transformers that share their parameters with mm1's."""
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from mm1.engine.layers.vision import VisionEncoder
 from mm1.engine.models.mm1_config import Model
 from mm1.engine.models.spec import Losses, Sum
 from mm1.integrations.torchvision import declare_operators
+from mm1.kernels.patches.reference import runs
 
 
 def transformers_decoder(decoder: DecoderLM) -> Any:
@@ -38,7 +38,7 @@ def transformers_decoder(decoder: DecoderLM) -> Any:
     )  # fmt: skip
     with torch.device(decoder.head_weight.device):
         model = getattr(transformers, f"{kind}ForCausalLM")(sizes).eval()
-    # Dense layers of a mixture model; its experts have parameters of these names without ".weight".
+    # Dense layers of a mixture model. The parameters of its experts have these names without ".weight".
     dense = {"mlp.down.weight": "mlp.down_proj.weight"}
     views = views_of(decoder, LLAMA | MIXTURES[0] | dense, (c.kv_heads, c.head_width))
     views = {name: view.flatten(0, 2) if view.ndim == 4 else view for name, view in views.items()}
@@ -49,7 +49,7 @@ def transformers_decoder(decoder: DecoderLM) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Holds a batch in transformers' form: B rows of L tokens, their images, and the targets."""
+    """Hold a batch in transformers' form: B rows of L tokens, their images, and the targets."""
 
     tokens: Tensor  # int64 [B, L]
     image_slots: Tensor  # int64 [N·n], index of each image token among the B·L tokens
@@ -59,10 +59,10 @@ class Inputs:
 
 
 class ClipVision(nn.Module):
-    """Encodes images of one size with CLIP's encoder.
+    """Encode images of one size with CLIP's encoder.
 
-    mm1's class token is the position of CLIP's class token, and CLIP's own class embedding is a constant zero, so that
-    there is one gradient, as in mm1.
+    mm1's class token becomes the position of CLIP's class token, and CLIP's class embedding a constant zero, so that
+    both have one gradient.
     """
 
     def __init__(self, c: Vision, encoder: VisionEncoder):
@@ -80,7 +80,7 @@ class ClipVision(nn.Module):
 
     def inputs(self, batch: Batch) -> tuple[Tensor]:
         """Return normalised pixels, fp32 [N, 3, S, S]."""
-        ((count, h, w),) = _runs(batch)
+        ((count, h, w),) = runs(batch.media.grids.sizes or ())
         pixels = batch.media.values[: count * h * w * self.config.patch**2].view(count, h * self.config.patch, -1, 3)
         return (_normalised(pixels, self.config).permute(0, 3, 1, 2).contiguous(),)
 
@@ -91,10 +91,10 @@ class ClipVision(nn.Module):
 
 
 class Siglip2Vision(nn.Module):
-    """Encodes images of any size with SigLIP 2's NaFlex encoder: all patches in one row, a mask between images.
+    """Encode images of any size with SigLIP 2's NaFlex encoder, all patches in one row with a mask between images.
 
-    Of 10 images of digits on two cores, forward and backward took 8 ms this way, 10 ms padded to the largest image (the
-    form its own processor makes, whose positions are resampled image by image) and 42 ms size by size.
+    For 10 images of digits on two cores, forward and backward took 8 ms in this form, 10 ms padded to the largest image
+    (the form that its processor makes, in which positions are resampled image by image), and 42 ms size by size.
     """
 
     def __init__(self, c: Vision, encoder: VisionEncoder):
@@ -108,34 +108,34 @@ class Siglip2Vision(nn.Module):
         _share(self.model, encoder, {"positions": encoder.positions.flatten(0, 1)})
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[tuple[int, int, int], ...]]:
-        """Return patches fp32 [1, P, 3p²], the mask of pairs bool [1, 1, P, P], and the runs of equal sizes."""
-        p, first, patches, runs = self.config.patch, 0, [], _runs(batch)
-        for count, h, w in runs:
+        """Return patches fp32 [1, P, 3p²], the mask of pairs bool [1, 1, P, P], and (count, h, w) of equal sizes."""
+        p, first, patches, equal = self.config.patch, 0, [], tuple(runs(batch.media.grids.sizes or ()))
+        for count, h, w in equal:
             rows = count * h * w * p * p
             pixels = batch.media.values[first : first + rows].view(count, h, p, w, p, 3)
             patches.append(_normalised(pixels, self.config).transpose(2, 3).reshape(count * h * w, -1))
             first += rows
-        lengths = torch.tensor([h * w for count, h, w in runs for _ in range(count)], device=batch.media.values.device)
+        lengths = torch.tensor([h * w for n, h, w in equal for _ in range(n)], device=batch.media.values.device)
         image = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        return torch.cat(patches)[None], (image[:, None] == image)[None, None], runs
+        return torch.cat(patches)[None], (image[:, None] == image)[None, None], equal
 
-    def forward(self, patches: Tensor, mask: Tensor, runs: tuple[tuple[int, int, int], ...]) -> list[Tensor]:
-        """Return the features of each run, [count, Dv, h, w]."""
+    def forward(self, patches: Tensor, mask: Tensor, equal: tuple[tuple[int, int, int], ...]) -> list[Tensor]:
+        """Return the features of each run of equal sizes, [count, Dv, h, w]."""
         table = self.model.embeddings.position_embedding.weight.T.view(1, -1, *self.config.table)
         positions = [
             F.interpolate(table, (h, w), mode="bilinear", antialias=True).flatten(2)[0].T.repeat(count, 1)
-            for count, h, w in runs
+            for count, h, w in equal
         ]
         x = self.model.embeddings.patch_embedding(patches) + torch.cat(positions)
         x = self.model.encoder(x, attention_mask=mask).last_hidden_state[0]
-        rows = x.split([count * h * w for count, h, w in runs])
-        return [y.view(count, h, w, -1).permute(0, 3, 1, 2) for y, (count, h, w) in zip(rows, runs)]
+        rows = x.split([count * h * w for count, h, w in equal])
+        return [y.view(count, h, w, -1).permute(0, 3, 1, 2) for y, (count, h, w) in zip(rows, equal)]
 
 
 def vision_of(c: Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
-    """Return the encoder of transformers that computes the same as mm1's, with its parameters.
+    """Return transformers' encoder that computes what mm1's does, with the same parameters.
 
-    Raises ValueError if transformers has none.
+    Raises ValueError if transformers has no such encoder.
     """
     v, plain_blocks = c.vision, c.vision.bias and not c.vision.patch_norm
     whole = c.image_mode == "squash" and v.table == (c.image_size // v.patch,) * 2
@@ -148,10 +148,10 @@ def vision_of(c: Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
 
 
 class Abstractor(nn.Module):
-    """Computes mm1's connector with timm's stages, as Honeybee's code does, from mm1's parameters.
+    """Compute mm1's connector with timm's stages, as Honeybee's code does, with mm1's parameters.
 
-    Without blocks it computes the mean. timm's stages take images of one size, so the first stage runs once for each
-    size; the pool makes them equal. Raises ValueError for another kind of connector.
+    Without blocks it only pools. timm's stages take images of one size, so the first stage runs once for each size; the
+    pool makes the sizes equal. Raises ValueError for another kind of connector.
     """
 
     def __init__(self, c: Model, connector: nn.Module):
@@ -177,7 +177,7 @@ class Abstractor(nn.Module):
         self.load_state_dict(dict(connector.named_parameters()), assign=True)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Return image tokens [N, n, D] of features [count, Dv, h, w], a tensor for each size."""
+        """Return image tokens [N, n, D] for features [count, Dv, h, w], one tensor for each size."""
         if hasattr(self, "pos_emb"):
             features = [x + self.pos_emb.transpose(1, 2).unflatten(2, x.shape[2:]) for x in features]
         stages = self.net if hasattr(self, "net") else {"0": nn.Identity(), "2": nn.Identity()}
@@ -186,9 +186,9 @@ class Abstractor(nn.Module):
 
 
 class TransformersModel(nn.Module):
-    """Computes an MM1 with modules of transformers and timm and mm1's parameters; its loss must be the same.
+    """Compute an MM1, with the same loss, by modules of transformers and timm with mm1's parameters.
 
-    Its decoder computes no loss that balances experts, which transformers does only on request, so it has less work.
+    Its decoder has less work: it computes no loss that balances experts, which transformers does only on request.
     """
 
     def __init__(self, model: Any):
@@ -203,8 +203,8 @@ class TransformersModel(nn.Module):
     def inputs(self, batch: Batch, packed: bool) -> Inputs:
         """Return a packed batch as one row without padding, or a padded batch as one row for each document.
 
-        Padding is on the right, where causal attention needs no mask. In a packed row the head computes only the rows
-        with a target; transformers cannot choose different rows for each document.
+        Padding is on the right, where causal attention needs no mask. In a packed row the head computes only tokens
+        with a target; in several rows transformers cannot choose other tokens for each row.
         """
         tokens, documents = batch.tokens[: batch.used_tokens].long(), len(batch.keys)
         targets = batch.targets[: batch.used_tokens].long()
@@ -228,7 +228,7 @@ class TransformersModel(nn.Module):
         )
 
     def forward(self, inputs: Inputs) -> Losses:
-        """Return the summed loss of a batch, in the form of MM1's."""
+        """Return the sum of the losses of a batch, in the form of mm1's models."""
         x = self.decoder.get_input_embeddings()(inputs.tokens)
         if inputs.images:
             tokens = self.image_norm(self.connector(self.vision(*inputs.images)).float()).flatten(0, 1)
@@ -237,20 +237,20 @@ class TransformersModel(nn.Module):
         return Losses(nll, {"loss": Sum(nll, "targets")}, nll.new_zeros(0, dtype=torch.int64))
 
     def attend_by(self, implementation: str) -> None:
-        """Choose one of transformers' attention implementations. Raises ImportError if its package is missing."""
+        """Choose an attention implementation of transformers. Raises ImportError if its package is missing."""
         if self.decoder.config._attn_implementation != implementation:
             self.decoder.set_attn_implementation(implementation)
 
     def blocks(self) -> list[nn.Module]:
-        """Return the modules to compile: both models as a whole, which is faster than layer by layer.
+        """Return the modules to compile, which are both models as a whole.
 
-        On one core a packed step of digits-dense took 113 ms of CPU time so, 124 ms layer by layer, 130 ms eager.
+        On one core a packed step of digits-dense took 113 ms of CPU time, 124 ms compiled by layers, 130 ms eager.
         """
         return [self.vision.model.encoder, self.decoder.model]
 
 
 def _sizes(c: Vision) -> dict[str, Any]:
-    """Return the sizes whose names all vision models of transformers share."""
+    """Return the sizes that have the same names in all vision models of transformers."""
     return {
         "hidden_size": c.width, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads, "patch_size": c.patch, "hidden_act": c.activation, "layer_norm_eps": c.eps,
@@ -258,18 +258,13 @@ def _sizes(c: Vision) -> dict[str, Any]:
 
 
 def _share(model: Any, encoder: VisionEncoder, others: dict[str, Tensor]) -> None:
-    """Make a model use the encoder's parameters. others: by mm1's name, those that it has in another shape."""
+    """Make a model use the encoder's parameters. others: parameters in other shapes than mm1's, by mm1's names."""
     model.post_layernorm = nn.Identity()  # the pooled output is not used
     views = views_of(encoder, CLIP) | {CLIP[name]: value for name, value in others.items()}
     model.load_state_dict(views, assign=True)
 
 
-def _runs(batch: Batch) -> tuple[tuple[int, int, int], ...]:
-    """Return (count, h, w) of each run of consecutive images of one size."""
-    return tuple((len(list(run)), h, w) for (h, w), run in groupby(batch.media.grids.sizes or ()))
-
-
 def _normalised(pixels: Tensor, c: Vision) -> Tensor:
-    """Return uint8 pixels [..., 3] normalised as by a processor: fp32, minus the mean, divided by the deviation."""
+    """Return uint8 pixels [..., 3] as a processor normalises them, in fp32: (x / 255 - mean) / std."""
     mean, std = (torch.tensor(values, device=pixels.device) for values in (c.mean, c.std))
     return (pixels / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""Charts of results, drawn by matplotlib (extra "report"): for the page of `mm1 bench report` and for docs/."""
+"""Draw charts of results with matplotlib (extra "report"), for the page of `mm1 bench report` and for docs/."""
 
 import base64
 import io
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm1.bench.comparison import fastest, gather, newest, verdict
-from mm1.bench.page import Html, digits, percent, short, si, tag
+from mm1.bench.page import Html, digits, percent, si, tag
 from mm1.bench.record import Row
 from mm1.bench.timing import CONTROL
 from mm1.errors import UserError
 
 WIDTH = 8.3  # inches
-LANE = 0.3  # inches of a bar
+LANE = 0.3  # inches between bars
 COLOURS = {"faster": "#12708e", "slower": "#b4490a", "even": "#707b84", "yard": "#c3c9ce"}
 MARKERS = {"faster": "o", "slower": "v", "even": "s"}
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
@@ -22,10 +22,10 @@ Draw = Callable[[Any], None]
 
 
 class Bar(NamedTuple):
-    """A line of a chart of bars. Without a value it is a heading."""
+    """Hold one line of a chart of bars, or a heading if it has no value."""
 
     name: str
-    says: str
+    note: str  # text to the right of the chart
     value: float | None = None
     low: float = 0.0
     high: float = 0.0
@@ -47,20 +47,21 @@ def figure(height: float, draw: Draw) -> Any:
 
 
 def image(height: float, draw: Draw, description: str) -> Html:
-    """Return a chart as an element that holds the whole picture."""
+    """Return a chart as an element that contains the picture."""
     chart, out = figure(height, draw), io.BytesIO()
     from matplotlib import rc_context
 
-    with rc_context({"svg.fonttype": "none"}):  # letters as text, which takes less room than their outlines
+    with rc_context({"svg.fonttype": "none"}):  # writes letters as text, which is smaller than their outlines
         chart.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
     source = f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"
     return tag("div", tag("img", src=source, alt=description), class_="scroll", tabindex=0)
 
 
 def pictures(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Write speedups.png and ladder.png of the machine measured last, of a GPU if there is one; each if it has rows.
+    """Write speedups.png and ladder.png, if there are rows for them, and return their paths.
 
-    Raises UserError without matplotlib, and as `gather` does.
+    They show the machine that was measured last, or the GPU that was if there is one. Raises UserError without
+    matplotlib, and as `gather` does.
     """
     results = gather(paths)
     machine = max(results, key=lambda result: (bool(result.header.get("gpu")), result.date)).machine
@@ -78,7 +79,7 @@ def pictures(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def speedups(compared: Mapping[str, Sequence[Row]], device: str, axes: Any) -> None:
-    """Draw a line for each op: the fastest peer's time over mm1's in each case."""
+    """Draw a line for each op with a mark for each case: the fastest peer's time over mm1's."""
     ratios = []
     for y, rows in enumerate(compared.values()):
         best = [(peer[1], verdict(peer[1], row.get("noise"))) for row in rows if (peer := fastest(row))]
@@ -87,26 +88,26 @@ def speedups(compared: Mapping[str, Sequence[Row]], device: str, axes: Any) -> N
         for ratio, kind in best:
             axes.plot(ratio, y, MARKERS[kind], color=COLOURS[kind], markersize=6, alpha=0.75, markeredgewidth=0)
         lost = sum(kind == "slower" for _, kind in best)
-        _say(axes, y, f"slower in {lost} of {len(best)}", "slower" if lost else "even")
+        _note(axes, y, f"slower in {lost} of {len(best)}", "slower" if lost else "even")
     _lanes(axes, list(compared))
     _ratios(axes, ratios)
     axes.set_xlabel(f"fastest peer's time over mm1's, a mark a case; {device}", fontsize=9)
 
 
 def bars(lines: Sequence[Bar], axes: Any) -> None:
-    """Draw ratios as bars from 1, with whiskers, below the headings of their cases."""
+    """Draw ratios as bars that begin at 1, with whiskers, below the headings of their cases."""
     values = [value for line in lines if line.value for value in (line.low, line.value, line.high)]
     for y, line in enumerate(lines):
         if line.value:
             axes.barh(y, line.value - 1, 0.55, left=1, color=COLOURS[line.kind])
             axes.plot([line.low, line.high], [y, y], color="#1d2329", linewidth=1)
-        _say(axes, y, line.says, line.kind)
+        _note(axes, y, line.note, line.kind)
     _lanes(axes, [line.name if line.value else "" for line in lines])
     for y, line in enumerate(lines):
         if not line.value:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            where = axes.get_yaxis_transform()
-            axes.text(0, y, _plain(line.name), transform=where, va="center", fontsize=9, weight="bold", bbox=box)
+            place = axes.get_yaxis_transform()
+            axes.text(0, y, _plain(line.name), transform=place, va="center", fontsize=9, weight="bold", bbox=box)
     _ratios(axes, values)
     axes.set_xlabel("time over mm1's", fontsize=9)
 
@@ -117,20 +118,20 @@ def rungs(row: Row) -> dict[str, dict[str, Any]]:
 
 
 def ladder(row: Row, device: str, axes: Any) -> None:
-    """Draw tokens a second of each way to train a model, with whiskers."""
+    """Draw the tokens per second of each way to train a model, with whiskers."""
     ways = rungs(row)
     for y, way in enumerate(ways.values()):
         rate = way["tokens_per_s"]
         axes.barh(y, rate, 0.6, color=COLOURS["faster" if way.get("change") else "even"])
         axes.plot([rate * way["median"] / way[end] for end in ("high", "low")], [y, y], color="#1d2329", linewidth=1)
-        _say(axes, y, digits(rate) + (f", MFU {percent(way['mfu'])}" if way.get("mfu") else ""), "even")
+        _note(axes, y, digits(rate) + (f", MFU {percent(way['mfu'])}" if way.get("mfu") else ""), "even")
     _lanes(axes, list(ways))
     axes.set_xlabel(f"tokens/s, {row.get('model')}; grey: other ways; {device}", fontsize=9)
 
 
 def roofline(points: Mapping[str, Sequence[tuple[float, float]]], copy: float, gemm: Mapping[str, float],
              axes: Any) -> None:  # fmt: skip
-    """Draw FLOP/s of each op against FLOP a byte, below the rates of memory (`copy`, B/s) and of products (`gemm`)."""
+    """Draw FLOP/s of each op against FLOP per byte, below the limits by memory (`copy`, B/s) and products (`gemm`)."""
     for number, (op, at) in enumerate(points.items()):
         axes.loglog(*zip(*at), "osv^D*"[number // 10 % 6], color=f"C{number % 10}", label=op, alpha=0.8)
     low = min(x for at in points.values() for x, _ in at) / 1.6
@@ -148,7 +149,7 @@ def roofline(points: Mapping[str, Sequence[tuple[float, float]]], copy: float, g
 
 def lines(series: Mapping[str, Sequence[tuple[float, float, float, float]]], axes: Any, *, x: str, y: str,
           ticks: Mapping[int, str] | None = None, kinds: Sequence[str] = (), log: bool = True) -> None:  # fmt: skip
-    """Draw points (x, value, low, high) joined by lines, one for each name; `kinds` colour them by verdicts."""
+    """Draw a line through points (x, value, low, high) for each name. kinds: verdicts that colour the lines."""
     for number, (name, points) in enumerate(series.items()):
         at, values, lows, highs = zip(*points)
         spread = [[v - low for v, low in zip(values, lows)], [high - v for v, high in zip(values, highs)]]
@@ -170,13 +171,13 @@ def lines(series: Mapping[str, Sequence[tuple[float, float, float, float]]], axe
 
 
 def _plain(text: str) -> str:
-    """Return a text that matplotlib does not take for a formula."""
+    """Escape a text so that matplotlib does not read it as a formula."""
     return text.replace("$", r"\$")
 
 
-def _say(axes: Any, y: float, words: str, kind: str) -> None:
+def _note(axes: Any, y: float, text: str, kind: str) -> None:
     colour = COLOURS["even" if kind == "yard" else kind]
-    axes.text(1.02, y, _plain(words), transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=colour)
+    axes.text(1.02, y, _plain(text), transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=colour)
 
 
 def _lanes(axes: Any, names: Sequence[str]) -> None:
@@ -192,5 +193,5 @@ def _ratios(axes: Any, ratios: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     ticks = [tick for tick in TICKS if low < tick < high]
-    axes.set_xticks(ticks, [f"{short(tick)}×" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""Write functions of the engine in plain torch, with the same arguments and results, to replace them in a benchmark."""
+"""Define plain torch's versions of functions of the engine, with the same arguments and results, for benchmarks."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm1.engine.layers.layer import product_dtype
 from mm1.kernels.abstractor.reference import block, by_size
 from mm1.kernels.attention import Mask, attention
 from mm1.kernels.attention.reference import places
@@ -16,13 +17,13 @@ from mm1.kernels.patches.reference import runs
 def batched_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, max_length: int = 0
 ) -> Tensor:
-    """Return torch's dense attention on segments of one length, which fill all rows."""
+    """Compute torch's dense attention in segments of one length, which fill all rows."""
     length = max_length or len(q) // (len(cu_seqlens) - 1)
     return attention(q, k, v, cu_seqlens, mask=mask, max_length=length, backend="sdpa")
 
 
 class MaskedAttention:
-    """Torch's causal attention over all pairs of rows, with a mask that is made once for all layers of a step."""
+    """Compute torch's causal attention over all pairs of rows, with a mask that all layers of a step share."""
 
     seen: Tensor | None = None
 
@@ -36,12 +37,12 @@ class MaskedAttention:
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, max_length: int) -> Tensor:
-    """Return torch's full attention with each segment padded to max_length, and a mask of the padding."""
+    """Compute torch's full attention with each segment padded to max_length, and a mask of the padding."""
     segments = len(cu_seqlens) - 1
     segment, place = places(cu_seqlens, len(q))
     inside = torch.arange(len(q), device=q.device) < cu_seqlens[-1]
     at = torch.where(inside, segment * max_length + place, segments * max_length)
-    # A segment without rows sees one of zeros: softmax of nothing is NaN.
+    # A segment without rows sees one row of zeros, because softmax of no values is NaN.
     seen = torch.arange(max_length, device=q.device) < cu_seqlens.diff().clamp(min=1)[:, None]
     q, k, v = (
         x.new_zeros(segments * max_length + 1, *x.shape[1:]).index_copy(0, at, x)[:-1].unflatten(0, (segments, -1))
@@ -53,21 +54,22 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mas
 
 
 def conv_block(x: Tensor, grids: Grids, weights: dict[str, Tensor], *, pool: tuple[int, int] | None = None) -> Tensor:
-    """Convolve for each size, without waiting for the device."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """Compute a convolutional block for each size, without waiting for the device."""
     rows = grids.patches if pool is None else grids.images * math.prod(pool)
 
     def net(image: Tensor) -> Tensor:
         y = block(image, weights)
         return y if pool is None else F.adaptive_avg_pool2d(y, pool)
 
-    return by_size(x, _runs(grids), (rows, len(weights["conv1.conv.weight"])), net).to(dtype)
+    return by_size(x, _runs(grids), (rows, len(weights["conv1.conv.weight"])), net).to(product_dtype(x))
 
 
 def _runs(grids: Grids) -> list[tuple[int, int, int]]:
-    """Return (n, h, w) of neighbouring images of one size; absent ones too where all are of one size, so that every
-    batch has the same shape."""
-    if grids.sizes is None:  # after the pool
+    """Return (n, h, w) of runs of images of one size.
+
+    If all are of one size, the run includes images that fill the batch, so that every batch has the same shape.
+    """
+    if grids.sizes is None:  # the grids after the pool
         side = math.isqrt(grids.patches // grids.images)
         return [(grids.images, side, side)]
     same = len(set(grids.sizes)) == 1 and grids.patches == grids.images * math.prod(grids.sizes[0])

@@ -1,8 +1,8 @@
 """Write the tables of measurements in README.md and docs/benchmarks.md from the records: python -m mm1.bench.readme.
 
-Each table stands between two comments, `<!-- table: BENCH MACHINE SUBJECT [PATTERN] -->` and `<!-- end -->`. It shows
-the newest record of that machine with rows of that op or model. PATTERN is a regular expression that selects rows by
-case and direction. `<!-- table: summary all all -->` has one line for each op and model, from the newest record of any
+Each table is between two comments, `<!-- table: BENCH MACHINE SUBJECT [PATTERN] -->` and `<!-- end -->`. It shows the
+newest record of that machine that has rows of that op or model. PATTERN is a regular expression that selects rows by
+case and direction. The table `summary all all` has one line for each op and model, from the newest record of any
 machine.
 """
 
@@ -26,19 +26,25 @@ Lines = tuple[list[str], list[list[str]], list[str]]  # head, rows of cells, sen
 
 
 def rewrite(pages: Sequence[Path] = PAGES, records: Sequence[Path] = (RESULTS,)) -> None:
-    """Write the tables of the pages anew. Raises UserError for a table without a record."""
+    """Rewrite the tables of the pages. Raises UserError for a table without a record."""
     for page in pages:
         page.write_text(current(page, records))
 
 
 def current(page: Path, records: Sequence[Path] = (RESULTS,)) -> str:
-    """Return the text of a page with its tables made from these records (default: the project's). Raises UserError."""
+    """Return the text of a page with current tables. Raises UserError for a table without a record.
+
+    records: files and folders (default: the project's).
+    """
     text = page.read_text()
     return tables(text, gather(records)) if "<!-- table:" in text else text
 
 
 def tables(page: str, results: Sequence[Result]) -> str:
-    """Return the text with each table made from the results, oldest first. Raises UserError."""
+    """Return the text with each table made from the results, which are in order, oldest first.
+
+    Raises UserError for a malformed comment, and for a table without a record.
+    """
     markers = list(TABLE.finditer(page))
     if page.count("<!-- table:") != len(markers) or any("<!-- table:" in match[6] for match in markers):
         raise UserError("a table of the page is not <!-- table: BENCH MACHINE SUBJECT --> … <!-- end -->")
@@ -77,7 +83,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _compared(rows: list[Row]) -> Lines:
-    """Return milliseconds of mm1 and of the other ways, and the fastest peer's time over mm1's."""
+    """Return the milliseconds of mm1 and of the other implementations, and the fastest peer's time over mm1's."""
     ways = dict.fromkeys(["mm1", *(way for row in rows for way in peers(row))])
     ways |= dict.fromkeys(way for row in rows for way in row["variants"] if way not in (*ways, CONTROL))
     rates = {"tokens_per_s": ("tokens/s", digits), "bandwidth_share": ("of the bandwidth", percent)}
@@ -88,9 +94,9 @@ def _compared(rows: list[Row]) -> Lines:
         kind = verdict(best[1], row.get("noise")) if best else ""
         times = f"{digits(best[1])}×" if best else ""
         slower += kind == "slower"
-        says = {"faster": f"{times} faster", "slower": f"**slower: {times}**", "even": f"{times}, within noise", "": ""}
+        texts = {"faster": f"{times} faster", "slower": f"**slower: {times}**", "even": f"{times}, within noise"}
         lines.append([
-            str(row.get("case")), label({**row, "gpu": None}, "what"), says[kind],
+            str(row.get("case")), label({**row, "gpu": None}, "what"), texts.get(kind, ""),
             *(digits(1e3 * variants[way]["median"]) if way in variants else "" for way in ways),
             *(how(variants.get("mm1", {}).get(field)) for field, (_, how) in rates.items()),
         ])  # fmt: skip
@@ -112,7 +118,7 @@ def _ladder(rows: list[Row]) -> Lines:
 
 
 def _summary(results: Sequence[Result]) -> Lines:
-    """Return a line for each op, trained model and part of generation that was compared with a peer."""
+    """Return a line for each op, each trained model and each part of generation that was compared with a peer."""
     lines, devices = [], {}
     for bench in ("kernels", "train", "generate"):
         for name, (result, rows) in newest(results, bench).items():
@@ -136,7 +142,7 @@ def _summary(results: Sequence[Result]) -> Lines:
 
 
 def _trained(row: Row) -> tuple[str, float] | None:
-    """Return the fastest other way to train the model of a ladder, and its time over that of mm1's fastest rung."""
+    """Return the fastest other way to train a ladder's model, and its time over the fastest rung's."""
     ways = {name: times for name, times in row["variants"].items() if name != CONTROL and not name.startswith(OWN)}
     rungs = [times["median"] for times in ways.values() if times.get("change")]
     others = {name: times["median"] for name, times in ways.items() if not times.get("change")}

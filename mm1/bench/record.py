@@ -1,12 +1,11 @@
-"""Keep measurements in one JSON file: a header that says where and with what they were made, and rows.
+"""Keep measurements in one JSON file: a header with the commit, machine and versions, and rows.
 
-A row is a dict. "bench" names its benchmark; its key fields say what was measured; "variants" holds by name {"median",
-"low", "high", "n", "samples"} in seconds and further facts; "failed" says why a variant is missing.
+A row is a dict. "bench" is the name of its benchmark, and the fields in KEY identify the measurement. "variants" holds
+by name {"median", "low", "high", "n", "samples"} in seconds and further fields; "failed" holds reasons of missing ones.
 """
 
 import datetime
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -14,50 +13,50 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mm1.autotune.doctor import installed_version, processor
 from mm1.errors import UserError
 from mm1.kernels.dispatch import device_of_index
 
-RESULTS = Path(__file__).parent / "results"  # records of this project, in a clone; an installed package has none
-OUT = Path("bench-results")  # where records go by default, in the working directory
+RESULTS = Path(__file__).parent / "results"  # this project's records, in a clone but not in an installed package
+OUT = Path("bench-results")  # the default folder for new records, in the working directory
 KEY = ("bench", "op", "model", "case", "dtype", "what", "mode")  # fields that identify a row
 PEERS = ("transformers", "timm", "megablocks", "xformers", "flash_attn", "liger_kernel", "torchao")
-SIGNIFICANT = 5  # digits of a sample
+SIGNIFICANT = 5  # significant digits of a sample
 
 Row = dict[str, Any]
 
 
 class Record:
-    """Keeps rows in memory and, with a path, writes each to that file at once, so that a killed process loses nothing.
+    """Keep rows in memory and, with a path, write each to that file at once, so that a killed process loses nothing.
 
-    A file that exists is continued; it must be of this commit, machine and versions. A row over which a process died is
-    added as failed, so that the next process continues with the row after it. Raises UserError for another file.
+    An existing file is continued if its commit, machine and versions are the current ones; otherwise UserError is
+    raised. If a process died while it measured a row, that row is added as failed, and the next process continues after
+    it.
     """
 
     def __init__(self, path: Path | None = None):
         self.path, self.header, self.rows = path, dict(header()), []
         if path is not None and path.exists():
-            found = read(path)
+            earlier = read(path)
             for name in ("commit", "device", "versions"):
-                if found["header"].get(name) != self.header[name]:
-                    raise UserError(
-                        f"{path} holds results of another {name}, expected {self.header[name]}: name another file"
-                    )
-            self.header, self.rows = found["header"], found["rows"]
-            if found.get("now"):
-                self.add({**found["now"], "variants": {}, "failed": {"mm1": "the process died"}})
+                if (value := earlier["header"].get(name)) != self.header[name]:
+                    raise UserError(f"{name} of {path} is {value}, expected {self.header[name]}: name another file")
+            self.header, self.rows = earlier["header"], earlier["rows"]
+            if earlier.get("now"):
+                self.add({**earlier["now"], "variants": {}, "failed": {"mm1": "the process died"}})
 
     def has(self, **fields: Any) -> bool:
+        """Return whether there is a row with these fields."""
         return any(all(row.get(name) == value for name, value in fields.items()) for row in self.rows)
 
     @contextmanager
     def at(self, **fields: Any) -> Iterator[None]:
-        """Note in the file that rows of these fields are being measured in this block, in case the process dies."""
+        """Record in the file which row the block measures, in case the process dies."""
         self._write(fields)
         try:
             yield
@@ -65,13 +64,14 @@ class Record:
             self._write()
 
     def add(self, row: Row) -> None:
+        """Add a row and write the file."""
         self.rows.append(rounded(row))
         self._write()
 
     def _write(self, now: Row | None = None) -> None:
         if self.path is None:
             return
-        # One line for each row, for readable diffs.
+        # Each row is one line, so that diffs are readable.
         rows = ",\n".join(json.dumps(row) for row in self.rows)
         state = f'"now": {json.dumps(now)},\n' if now else ""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,23 +80,24 @@ class Record:
         os.replace(part, self.path)
 
     def last_line(self) -> str:
-        """Return everything but the samples, in one line of JSON."""
+        """Return everything except the samples in one line of JSON."""
         return json.dumps({**self.header, "rows": [without_samples(row) for row in self.rows]})
 
 
 def read(path: Path) -> dict[str, Any]:
     """Read {"header": …, "rows": […]}. Raises UserError if the file is not such a record."""
     try:
-        found = json.loads(path.read_text())
-        rows, header = found["rows"], found["header"]
+        record = json.loads(path.read_text())
+        rows, header = record["rows"], record["header"]
         if not (isinstance(header, dict) and all(isinstance(row, dict) and "bench" in row for row in rows)):
             raise TypeError("no rows")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a record of mm1 bench ({type(error).__name__}: {error})") from None
-    return found
+    return record
 
 
 def key(row: Row) -> tuple[Any, ...]:
+    """Return the values that identify a row."""
     return tuple(row.get(name) for name in KEY)
 
 
@@ -107,7 +108,7 @@ def file(folder: Path = OUT) -> Path:
 
 
 def machine_name() -> str:
-    """Return the name of the GPU's tables, or without a GPU the processor and its threads."""
+    """Return the GPU's name as in tables, or without a GPU the name of the processor and the number of threads."""
     if torch.cuda.is_available():
         return device_of_index(None).name
     return re.sub(r"\W+", "-", f"{_processor()} {torch.get_num_threads()} threads".lower()).strip("-")
@@ -115,7 +116,7 @@ def machine_name() -> str:
 
 @functools.cache
 def header() -> dict[str, Any]:
-    """Describe date, commit, machine and versions."""
+    """Return date, time, commit, machine and versions."""
     git = lambda *args: subprocess.run(  # noqa: E731
         ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
@@ -130,7 +131,7 @@ def header() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            **{name: _version(name) for name in ("triton", *PEERS)},
+            **{name: installed_version(name) for name in ("triton", *PEERS)},
         },
     }  # fmt: skip
 
@@ -145,25 +146,11 @@ def rounded(value: Any) -> Any:
 
 
 def without_samples(row: Row) -> Row:
-    variants = {
-        name: {k: v for k, v in found.items() if k != "samples"} for name, found in row.get("variants", {}).items()
-    }
-    return row | ({"variants": variants} if variants else {})
+    """Return the row without the samples of its variants."""
+    variants = row.get("variants", {}).items()
+    return {**row, "variants": {name: {k: x for k, x in v.items() if k != "samples"} for name, v in variants}}
 
 
 def _processor() -> str:
-    """Return the processor with its vector instructions, as virtual machines give several generations one name."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
-    return f"{names[0].strip() if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _version(name: str) -> str | None:
-    """Return a module's version without importing it; None if it is not installed."""
-    if importlib.util.find_spec(name) is None:
-        return None
-    distributions = metadata.packages_distributions().get(name, [name])
-    try:
-        return metadata.version(distributions[0])
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    """Return the processor with its vector instructions, because virtual machines give several generations one name."""
+    return f"{processor('model name') or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

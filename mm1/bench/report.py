@@ -1,6 +1,6 @@
 """Make one HTML page of result files. It needs no network.
 
-For each op and model, the page shows the newest file of a machine that has rows of it; all files make the history.
+For each machine, op and model the page shows the newest file that has rows of it. The history shows all files.
 """
 
 import re
@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from mm1.bench.comparison import DENSE, Result, fastest, gather, label, newest, subject, verdict
-from mm1.bench.page import Html, anchor, digits, document, fold, joined, percent, short, si, table, tag
+from mm1.bench.page import Html, anchor, digits, document, fold, joined, percent, si, table, tag
 from mm1.bench.pictures import LANE, Bar, bars, image, ladder, lines, roofline, rungs, speedups
 from mm1.bench.record import Row, key
 from mm1.bench.timing import CONTROL
 
-SHOWN = 6  # cases of an op that are not folded; cases in which a peer is faster never are
-SIZES = {"tokens": "T", "experts": "E", "images": "N", "batch": "batch"}  # as a row's shape and its case name them
+SHOWN = 6  # cases of an op that are not folded; cases in which a peer is faster are never folded
+SIZES = {"tokens": "T", "experts": "E", "images": "N", "batch": "batch"}  # names in a row's shape, and in its case
 MARKS = {"faster": "▲", "slower": "▼", "even": "≈"}
-INTRO = """Ratios are another way's time over mm1's, taken round by round: above 1 mm1 is faster, below 1 it is slower.
-Times are medians of interleaved rounds; whiskers and spreads contain the middle four fifths of them. Noise is the
-difference between two runs of mm1 within the same rounds: a ratio that is no further from 1 says nothing."""
+INTRO = """Ratios are another implementation's time over mm1's, compared round by round: above 1 mm1 is faster, below 1
+mm1 is slower. Times are medians of interleaved rounds; whiskers and spreads contain the middle 80 % of them. Noise is
+the difference between two runs of mm1 in the same rounds: a ratio that is not further from 1 means nothing."""
 
 Run = tuple[Row, dict[str, Any]]  # a row and the times of mm1 in it
 
 
 def report(paths: Sequence[Path], out: Path) -> None:
-    """Write the page of these result files and of all files in these folders.
+    """Write the page for these result files and for all files in these folders.
 
-    Raises UserError, in one line, if a file is no record, if there is no row at all, or without matplotlib.
+    Raises UserError, in one line, if a file is not a record, if there are no rows at all, or without matplotlib.
     """
     machines: dict[str, list[Result]] = {}
     for result in gather(paths):
@@ -40,7 +40,6 @@ def report(paths: Sequence[Path], out: Path) -> None:
 
 
 def _machine(name: str, results: list[Result]) -> Html:
-    """Return the section of a machine."""
     kernels, trained, generated = (newest(results, bench) for bench in ("kernels", "train", "generate"))
     compared = {op: rows for op, (_, rows) in kernels.items()}
     compared |= {f"generation, {model}": rows for model, (_, rows) in generated.items()}
@@ -52,7 +51,7 @@ def _machine(name: str, results: list[Result]) -> Html:
 
 
 def _about(results: list[Result]) -> Html:
-    """Return the facts of a machine: device, records, versions, rates, noise."""
+    """Return a machine's device, records, versions, ceilings, noise and throttling."""
     header, rows = results[-1].header, [row for result in results for row in result.rows]
     versions, ceilings = header.get("versions") or {}, header.get("ceilings") or {}
     noise = sorted(row["noise"] for row in rows if row.get("noise") is not None)
@@ -63,23 +62,23 @@ def _about(results: list[Result]) -> Html:
         "Device": header.get("device"),
         "Records": joined(tag("div", f"{r.date}, commit {r.commit}, {len(r.rows)} rows") for r in results),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "Not there": ", ".join(name for name, version in versions.items() if not version),
+        "Missing": ", ".join(name for name, version in versions.items() if not version),
         "Ceilings": ", ".join(rates),
         "Noise": noise and f"{percent(noise[len(noise) // 2])} (median row), {percent(noise[-1])} (noisiest)",
         "Throttled": f"{hot} of {len(rows)} rows" if any(row.get("gpu") for row in rows) else "",
     }
-    return tag("dl", *(tag("dt", name) + tag("dd", fact) for name, fact in facts.items() if fact))
+    return tag("dl", *(part for name, fact in facts.items() if fact for part in (tag("dt", name), tag("dd", fact))))
 
 
 def _overview(machine: str, compared: dict[str, list[Row]]) -> Html:
-    """Return the chart of all ratios to the fastest peers, and the list of rows that are slower."""
+    """Return the chart of all ratios to the fastest peers, and the list of rows in which mm1 is slower."""
     compared = {title: rows for title, rows in compared.items() if any(map(fastest, rows))}
     if not compared:
         return Html("")
     links, slower, total = [], [], 0
     for title, rows in compared.items():
         best = [(row, *peer, verdict(peer[1], row.get("noise"))) for row in rows if (peer := fastest(row))]
-        lost = [[title, label(row), name, (_says(ratio, kind), kind)] for row, name, ratio, kind in best
+        lost = [[title, label(row), name, (_comparison(ratio, kind), kind)] for row, name, ratio, kind in best
                 if kind == "slower"]  # fmt: skip
         words = f"▼ slower in {len(lost)} of {len(best)}" if lost else f"slower in none of {len(best)}"
         link = tag("a", title, href=f"#{anchor(machine, title)}")
@@ -92,7 +91,7 @@ def _overview(machine: str, compared: dict[str, list[Row]]) -> Html:
 
 
 def _compared(machine: str, title: str, rows: list[Row]) -> Html:
-    """Return the bars of each row's ratios, what failed, and the numbers."""
+    """Return the bars of each row's ratios, the failures, and the table of numbers."""
     factor, unit = _unit(rows)
     dtypes = {row["dtype"] for row in rows if row.get("dtype")}
     shown: list[Bar] = []
@@ -108,9 +107,9 @@ def _compared(machine: str, title: str, rows: list[Row]) -> Html:
                 continue
             ratio, noise = times.get("ratio"), row.get("noise")
             kind = "yard" if way == DENSE else verdict(ratio["median"], noise) if ratio else ""
-            says = _says(ratio["median"], kind) if ratio else ""
+            text = _comparison(ratio["median"], kind) if ratio else ""
             numbers.append([
-                name, way, (says, kind), digits(times["median"] * factor), _range(times, factor),
+                name, way, (text, kind), digits(times["median"] * factor), _range(times, factor),
                 percent(times.get("share")), digits(times.get("tokens_per_s")), percent(times.get("bandwidth_share")),
                 digits(ratio and ratio["median"]), _range(ratio), percent(noise) if way == "mm1" else "",
                 digits(times.get("host") and times["host"] * 1e6), digits(times.get("joules")),
@@ -118,7 +117,7 @@ def _compared(machine: str, title: str, rows: list[Row]) -> Html:
             ])  # fmt: skip
             if ratio:
                 who = f"{way} (yardstick)" if way == DENSE else way
-                chart.append(Bar(who, says, ratio["median"], ratio["low"], ratio["high"], kind))
+                chart.append(Bar(who, text, ratio["median"], ratio["low"], ratio["high"], kind))
         for way, why in (row.get("failed") or {}).items():
             failed.setdefault(f"{way}: {why}", []).append(name)
         if chart and (ours := row["variants"].get("mm1")):
@@ -144,13 +143,13 @@ def _bars(chart: list[Bar], title: str) -> Html:
 
 
 def _failures(failed: dict[str, list[str]], rows: int) -> Html:
-    """Return the reasons, and the rows of each unless it holds for all."""
+    """Return the reasons of failures, each with its rows unless all rows have it."""
     lost = [f"{why} ({'; '.join(where)})" if len(where) < rows else why for why, where in failed.items()]
     return tag("div", "Failed:", tag("ul", *(tag("li", words) for words in lost)), class_="soft") if lost else Html("")
 
 
 def _roofline(kernels: dict[str, tuple[Result, list[Row]]]) -> Html:
-    """Return the chart of operations a second against operations a byte, and its numbers."""
+    """Return the chart of operations per second against operations per byte, and its numbers."""
     points = [(op, row, row["flops"] / row["bytes"], row["flops"] / row["variants"]["mm1"]["median"])
               for op, (_, rows) in kernels.items() for row in rows
               if row.get("flops") and row.get("bytes") and "mm1" in row["variants"]]  # fmt: skip
@@ -161,18 +160,18 @@ def _roofline(kernels: dict[str, tuple[Result, list[Row]]]) -> Html:
     gemm: dict[str, float] = {dtype: rate for dtype, rate in ceilings["gemm"].items() if dtype in dtypes}
     by_op = {op: [(x, y) for name, _, x, y in points if name == op] for op, *_ in points}
     rates = [f"memory {si(ceilings['copy'], 'B/s')}", *(f"{d} products {si(r, 'FLOP/s')}" for d, r in gemm.items())]
-    words = f"""Operations a second of mm1 against operations a byte, below what this machine did in the same run:
-        {", ".join(rates)}."""
+    words = f"""Operations per second of mm1 against operations per byte, below this machine's ceilings, which were
+        measured in the same run: {", ".join(rates)}."""
     numbers = [[op, label(row), digits(x), si(y, "FLOP/s")] for op, row, x, y in points]
     return joined([
         tag("h3", "Roofline"), tag("p", words, class_="soft"),
-        image(4, partial(roofline, by_op, ceilings["copy"], gemm), "operations a second against operations a byte"),
+        image(4, partial(roofline, by_op, ceilings["copy"], gemm), "operations per second against operations per byte"),
         table(["", "case", "FLOP a byte", "FLOP/s"], numbers),
     ])  # fmt: skip
 
 
 def _training(machine: str, row: Row) -> Html:
-    """Return the ladder of a trained model, its numbers, and its ledger of operations."""
+    """Return the ladder of a trained model, its numbers, and its operations."""
     ways = rungs(row)
     if not ways:
         return Html("")
@@ -185,14 +184,14 @@ def _training(machine: str, row: Row) -> Html:
         si(way["peak_bytes"], "B") if way.get("peak_bytes") else "",
     ] for name, way in ways.items()]  # fmt: skip
     head = ["", "adds", "tokens/s", "images/s", "ms a step", "spread", "time over the first's", "MFU", "HFU", "padding",
-            "waits for data", "compiling, s", "recompiles", "memory"]  # fmt: skip
+            "waiting for data", "compiling, s", "recompiles", "memory"]  # fmt: skip
     ledger = row.get("ledger") or {}
     totals = {name: ledger.get(name, 0) for name in ("useful", "padding", "recompute")}
     shares = ", ".join(
         f"{name} {percent(n / sum(totals.values()))}" for name, n in totals.items() if any(totals.values())
     )
-    words = "Each line adds one change to the one above; grey are other ways to train the same model."
-    chart = image(LANE * len(ways) + 0.8, partial(ladder, row, machine), "tokens a second of each way to train")
+    words = "Each line adds one change to the line above. Grey lines are other ways to train the same model."
+    chart = image(LANE * len(ways) + 0.8, partial(ladder, row, machine), "tokens per second of each way to train")
     return joined([
         tag("h3", f"Training {subject(row)}: {label(row, 'case', 'dtype')}"), tag("p", words, class_="soft"), chart,
         _failures({f"{name}: {why}": [""] for name, why in (row.get("failed") or {}).items()}, 1), table(head, numbers),
@@ -202,7 +201,7 @@ def _training(machine: str, row: Row) -> Html:
 
 
 def _scaling(rows: list[Row]) -> Html:
-    """Return charts of rows whose cases differ only in one size, where there are three or more."""
+    """Return charts of rows whose cases differ in only one size, if there are at least three."""
     families: dict[tuple[Any, ...], dict[int, Row]] = {}
     for row in rows:
         for size, letter in SIZES.items():
@@ -217,23 +216,23 @@ def _scaling(rows: list[Row]) -> Html:
             charts.append(_against(size, members, "median", "seconds"))
             if members[max(members)].get("what") == "decode":
                 charts.append(_against(size, members, "bandwidth_share", "share of the bandwidth"))
-    return tag("h3", "With size") + joined(charts) if charts else Html("")
+    return joined([tag("h3", "With size"), *charts]) if charts else Html("")
 
 
 def _against(size: str, members: dict[int, Row], field: str, name: str) -> Html:
-    """Return a chart of one field against a size, a line for each way."""
+    """Return a chart of one field against a size, with a line for each implementation."""
     row = members[max(members)]
     ends = ("median", "low", "high") if field == "median" else (field,) * 3
     ways = [way for way, times in row["variants"].items() if way != CONTROL and times.get(field)]
     series = {way: [(n, *(times[end] for end in ends)) for n, row in members.items()
                     if (times := row["variants"].get(way)) and times.get(field)] for way in ways}  # fmt: skip
-    draw = partial(lines, series, x=size, y=name, ticks={n: short(n) for n in members})
+    draw = partial(lines, series, x=size, y=name, ticks={n: f"{n:g}" for n in members})
     title = f"{subject(row)}: {label(row)}"
-    return tag("h4", title) + image(2.6, draw, f"{title}: {name} against {size}")
+    return joined([tag("h4", title), image(2.6, draw, f"{title}: {name} against {size}")])
 
 
 def _history(results: list[Result]) -> Html:
-    """Return, for each op and model, the times of rows that several files have over the first one's."""
+    """Return for each op and model the times of rows that several files have, relative to the first file."""
     by_subject: dict[str, dict[tuple[Any, ...], dict[int, Run]]] = {}
     for i, result in enumerate(results):
         for row in result.rows:
@@ -260,8 +259,8 @@ def _history(results: list[Result]) -> Html:
             charts.append(_trend(name, results, repeated, kinds, changes))
     if not charts:
         return Html("")
-    words = """Times over the first commit's, a line a row. Coloured is what changed by more than the noise of either
-    run, with spreads that do not meet."""
+    words = """Times relative to the first commit, one line per row. Colours mark changes by more than the noise of
+    either run, with spreads that do not overlap."""
     return joined([
         tag("h3", "Over commits"), tag("p", words, class_="soft"), *charts,
         table(["", "case", "date", "commit", "median", "spread", "change"], numbers),
@@ -270,7 +269,7 @@ def _history(results: list[Result]) -> Html:
 
 def _trend(name: str, results: list[Result], repeated: list[dict[int, Run]], kinds: list[str],
            changes: dict[str, list[str]]) -> Html:  # fmt: skip
-    """Return the chart of an op's rows over commits, and the list of those that became slower."""
+    """Return the chart of an op's rows over commits, and the list of rows that became slower."""
     series = {}
     for runs in repeated:
         first = runs[min(runs)][1]["median"]
@@ -284,7 +283,7 @@ def _trend(name: str, results: list[Result], repeated: list[dict[int, Run]], kin
 
 
 def _change(before: Run, now: Run) -> tuple[str, str]:
-    """Return the verdict of a change and its words: even if it is within either run's noise or the spreads meet."""
+    """Return the verdict on a change and its text. It is even within either run's noise or if spreads overlap."""
     (earlier, theirs), (row, ours) = before, now
     apart = theirs["low"] > ours["high"] or theirs["high"] < ours["low"]
     noise = max(earlier.get("noise") or 0, row.get("noise") or 0)
@@ -294,19 +293,19 @@ def _change(before: Run, now: Run) -> tuple[str, str]:
 
 
 def _ours(row: Row) -> dict[str, Any] | None:
-    """Return the times of mm1, or those of the ladder's fastest rung."""
+    """Return the times of mm1, or of the ladder's fastest rung."""
     ladder = [way for way in row["variants"].values() if way.get("change")]
     return row["variants"].get("mm1") or min(ladder, key=lambda way: way["median"], default=None)
 
 
-def _says(ratio: float, kind: str) -> str:
+def _comparison(ratio: float, kind: str) -> str:
     times = f"{digits(ratio)}×"
     words = {"faster": f"{times} faster", "slower": f"slower: {times}", "even": f"{times}, within noise"}.get(kind)
     return f"{MARKS[kind]} {words}" if words else times
 
 
 def _unit(rows: list[Row]) -> tuple[float, str]:
-    """Return the factor from seconds and the unit of a table."""
+    """Return a table's unit of time, and the factor that converts seconds to it."""
     least = min((times["median"] for row in rows for times in row["variants"].values()), default=1)
     return (1e6, "µs") if least < 1e-3 else (1e3, "ms")
 

@@ -1,4 +1,4 @@
-"""Measure this machine's ceilings: operations of large products, and bytes read from and written to memory."""
+"""Measure this machine's ceilings: the rate of operations in large products, and the bandwidth of its memory."""
 
 from functools import cache
 from typing import Any
@@ -9,7 +9,7 @@ from mm1.autotune.clock import clock
 from mm1.kernels.dispatch import Cost
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Sides of square products, and bytes of the copied tensor: several times the last-level cache.
+# Sides of square products, and bytes of the copied tensor, which is several times as large as the last-level cache.
 PRODUCTS = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
 COPIED = {"cuda": 2 << 30, "cpu": 256 << 20}
 SAMPLES = 7
@@ -17,9 +17,9 @@ SAMPLES = 7
 
 @cache
 def ceilings(device: str) -> dict[str, Any]:
-    """Return {"copy": bytes/s read and written, "gemm": {dtype: flop/s}}, each the best of several samples.
+    """Return {"copy": bytes/s that are read and written, "gemm": {dtype: flop/s}}, each the best of SAMPLES samples.
 
-    "copy" is the faster one of a copy and a reduction, which only reads. fp32 is IEEE, not TF32.
+    "copy" is the faster of a copy and a reduction, which only reads. fp32 means IEEE arithmetic, not TF32.
     """
     by, rates = clock(), {}
     for name, dtype in DTYPES.items():
@@ -39,13 +39,13 @@ def _product(side: int, dtype: torch.dtype, device: str, by: Any) -> float:
 
 
 def floor(cost: Cost, dtype: str, limits: dict[str, Any]) -> float:
-    """Return the least seconds at these ceilings: the longer of the time for all operations and for all bytes."""
+    """Return the minimum seconds at these ceilings: the time for all operations or for all bytes, if that is longer."""
     return max(cost.flops / limits["gemm"][dtype], cost.bytes / limits["copy"])
 
 
 def impossible(seconds: float, cost: Cost, dtype: str, limits: dict[str, Any], l2: int) -> bool:
-    """Say whether a time is below the ceilings' limit, so that the computation or the cost must be wrong.
+    """Return whether a time is below the ceilings' limit, so that the computation or the cost must be wrong.
 
-    l2: bytes of the cache, where the last writes may still be when the clock stops.
+    l2: bytes of the cache, which may still hold the last writes when the clock stops.
     """
     return seconds < floor(Cost(cost.flops, max(cost.bytes - l2, 0)), dtype, limits)

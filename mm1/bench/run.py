@@ -1,9 +1,9 @@
-"""Measure a machine in one command, most important results first, within a limit of seconds.
+"""Measure a machine in one command, the most important results first, within a limit of seconds.
 
     python -m mm1.bench.run [SECONDS] [--out FOLDER] [--tables FOLDER]
 
-Each step runs in a process of its own, since a faulty kernel may end its process; what was measured by then is in the
-record, and the same command continues from there.
+Each step runs in a process of its own, because a faulty kernel may end its process. The record then holds what was
+measured before, and the same command continues after it.
 """
 
 import argparse
@@ -27,23 +27,23 @@ from mm1.kernels.attention.backends import gpu_name
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"tests": 0.25, "kernels": 0.45, "train": 0.15, "generate": 0.15}  # shares of the time limit
-TESTS = ("clock", "grouped_gemm", "experts", "route", "patch_embed", "conv_block", "adaptive_pool", "flash")
-BACKENDS = {"flash-attn": "flash", **{name: name for name in ("varlen", "xformers", "flex", "sdpa", "triton")}}
-BACKENDS["flash-attn 3"] = "flash3"
+TESTS = ROOT / "tests" / "kernels.txt"  # the tests of kernels, one path per line
+BACKENDS = {name: name for name in ("varlen", "xformers", "flex", "sdpa", "triton")}  # of attention, by peer
+BACKENDS |= {"flash-attn": "flash", "flash-attn 3": "flash3"}
 LIMIT = 530  # seconds: ten minutes less the time to start
 
 
 def run(path: Path | None = None, seconds: float = LIMIT, tables: Path | None = None) -> Path:
-    """Take every step that the time allows, and return the path of the record that holds the results.
+    """Run the steps that the time allows, and return the path of the record that holds the results.
 
-    path: the record (default: a file in ./bench-results). tables: a folder for the measured speeds of attention's
-    backends, FOLDER/attention/<gpu>.json, which attention's "auto" reads in mm1/autotune/tables.
+    path: the record (None: a file in ./bench-results). seconds: total limit. tables: a folder for the measured speeds
+    of attention's backends, FOLDER/attention/<gpu>.json; attention's "auto" reads them in mm1/autotune/tables.
     """
     path, end, shares = (path or file()).absolute(), time.monotonic() + seconds, dict(STEPS)
     while shares:
         step, total = next(iter(shares)), sum(shares.values())
         remaining = (end - time.monotonic()) * shares.pop(step) / total
-        for _ in range(3):  # a process that died over a row noted it; the next one continues after that row
+        for _ in range(3):  # if a process dies, the record has its row, and the next process continues after it
             begin = time.monotonic()
             command = [sys.executable, "-m", "mm1.bench.run", "--step", step, str(path), str(remaining)]
             if remaining <= 5 or _process(command, remaining) == 0:
@@ -55,7 +55,7 @@ def run(path: Path | None = None, seconds: float = LIMIT, tables: Path | None = 
 
 
 def _process(command: list[str], limit: float) -> int:
-    """Run a command; return its status, or 0 where it was ended at the limit."""
+    """Run a command, and return its status, or 0 if it was ended at the limit."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
@@ -87,12 +87,11 @@ def _step(step: str, record: Record, seconds: float) -> None:
 
 
 def _tests(seconds: float) -> Row:
-    """Run the kernels' tests, on this machine's GPU if it has one."""
-    if find_spec("pytest") is None or not (ROOT / "tests").is_dir():
+    """Run the kernels' tests, on this machine's GPU if it has one, and return their row."""
+    if find_spec("pytest") is None or not TESTS.is_file():
         return {"bench": "tests", "failed": {"mm1": "needs pytest and a clone of the repository"}}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
-    names = [f"tests/test_{name}.py" for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS.read_text().split()]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds - 5)
     except subprocess.TimeoutExpired as cut:
@@ -110,7 +109,10 @@ def _write_backends(record: dict[str, Any], tables: Path) -> None:
 
 
 def backends(rows: Iterable[Row], peak: dict[str, float]) -> list[dict[str, Any]]:
-    """Return each attention backend's share of peak speed, for the first case of each head width, mask and dtype."""
+    """Return the share of peak speed of each attention backend, for the first case of each head width, mask and dtype.
+
+    peak: flop/s by dtype.
+    """
     timed: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if row.get("op") == "attention" and row["mode"] == "stream":
@@ -121,19 +123,20 @@ def backends(rows: Iterable[Row], peak: dict[str, float]) -> list[dict[str, Any]
         forward, both = (pair.get(what, {"variants": {}}) for what in ("forward", "forward+backward"))
         for peer, name in BACKENDS.items():
             if peer in forward["variants"] and peer in both["variants"]:
-                first = forward["variants"][peer]["median"]
-                then, flops = both["variants"][peer]["median"] - first, forward["flops"]
+                seconds = forward["variants"][peer]["median"]
+                backward, flops = both["variants"][peer]["median"] - seconds, forward["flops"]
                 speeds.append({
                     "head_width": width, "causal": causal, "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-                    "backend": name, "forward": flops / first / peak[dtype],
-                    "backward": (both["flops"] - flops) / then / peak[dtype],
+                    "backend": name, "forward": flops / seconds / peak[dtype],
+                    "backward": (both["flops"] - flops) / backward / peak[dtype],
                 })  # fmt: skip
     return speeds
 
 
 def main() -> None:
+    """Run the command line of this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("seconds", nargs="?", type=float, default=LIMIT, help="in all (default: %(default)s)")
+    parser.add_argument("seconds", nargs="?", type=float, default=LIMIT, help="total limit (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the record (default: ./%(default)s)")
     parser.add_argument("--tables", type=Path, help="folder for speeds of attention's backends (default: none)")
     options = parser.parse_args()

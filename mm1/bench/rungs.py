@@ -1,4 +1,4 @@
-"""The ways to take a training step that are compared: from plain torch to everything on, one change a rung."""
+"""Define the ways to take a training step that are compared: from plain torch to everything on, one change a rung."""
 
 from typing import NamedTuple
 
@@ -7,23 +7,20 @@ from mm1.engine.models.mm1_config import Model
 
 
 class Rung(NamedTuple):
-    """A way to take a step.
-
-    plain: what torch does by itself, of CHANGES. baseline: stands beside the ladder. peer: transformers' model takes
-    the step instead of ours, by this one of its attention implementations.
-    """
+    """Describe a way to take a step."""
 
     name: str
-    change: str
-    plain: frozenset[str] = frozenset()
+    change: str  # from the rung before
+    plain: frozenset[str] = frozenset()  # keys of CHANGES for which plain torch is used
     compiled: bool = False
     recompute: str = "none"
     float8: bool = False
-    baseline: bool = False
-    peer: str = ""
+    baseline: bool = False  # another way to train the model, outside the ladder
+    peer: str = ""  # attention implementation of transformers' model, which then takes the step instead of mm1's
 
     @property
     def packed(self) -> bool:
+        """Return whether documents are packed end to end."""
         return "documents" not in self.plain
 
 
@@ -38,7 +35,7 @@ FULL = Rung("torch.compile", "each kind of block compiled", compiled=True)
 
 
 def peers(device: str) -> list[Rung]:
-    """Return transformers' ways to take the same step, eager and compiled; a GPU adds two kinds of attention."""
+    """Return transformers' ways to take the same step, each eager and compiled. A GPU has two more attentions."""
     padded = frozenset(CHANGES)
     packed = padded - {"documents"}
     ways = [
@@ -57,12 +54,11 @@ def peers(device: str) -> list[Rung]:
 
 
 def ladder(c: Model, dtype: str = "fp32") -> list[Rung]:
-    """Return the rungs from plain to full, float8, both recomputations, and the plain one with torch.compile alone."""
-    left = [part for part in CHANGES if part != "experts" or c.decoder.experts]
-    every = frozenset(left)
+    """Return the rungs from plain to FULL, then float8, two recomputations, and plain with torch.compile alone."""
+    parts = [part for part in CHANGES if part != "experts" or c.decoder.experts]
+    every = frozenset(parts)
     rungs = [Rung("plain", "documents padded to the longest, torch's attention, all eager", every)]
-    while left:
-        rungs.append(CHANGES[left.pop(0)]._replace(plain=frozenset(left)))
+    rungs += [CHANGES[part]._replace(plain=frozenset(parts[i + 1 :])) for i, part in enumerate(parts)]
     wide = dtype == "bf16" and c.decoder.width >= float8.WIDE
     return [
         *rungs, FULL,

@@ -1,6 +1,6 @@
 """Time several implementations of the same computation in alternating rounds, and compare them round by round.
 
-Drift (of clocks, temperature, other processes) affects all implementations alike, so samples of one round are compared.
+Only samples of one round are compared, because drift (of clocks, temperature, other processes) affects all of them.
 """
 
 import random
@@ -17,25 +17,21 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 101
 
 
 class Samples(NamedTuple):
-    """Holds times by implementation."""
+    """Hold the times of each implementation."""
 
-    seconds: dict[str, list[float]]  # one for each round, equally many for each implementation
-    failed: dict[str, str]  # reasons of those that failed
+    seconds: dict[str, list[float]]  # one for each round
+    failed: dict[str, str]  # reasons of the implementations that failed
 
 
 def interleaved(
-    calls: dict[str, Call],
-    *,
-    rounds: int | None = None,
-    budget: float | None = None,
-    control: bool = True,
+    calls: dict[str, Call], *, rounds: int | None = None, budget: float = 1.0, control: bool = True,
     by: Clock | None = None,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """Time each call once in each round, in an order that is reversed every round (A B B A), after two warm-up calls.
 
-    rounds: their number; by default as many, MIN_ROUNDS … MAX_ROUNDS, as fit into `budget` seconds. control: whether
-    the first call is timed a second time in each round, as CONTROL. by: the clock. A call that raises is left out of
-    all rounds, and its reason recorded.
+    rounds: their number (None: as many, between MIN_ROUNDS and MAX_ROUNDS, as fit into `budget` seconds). control: time
+    the first call a second time in each round, under the name CONTROL. by: the clock. A call that raises is removed
+    from all rounds, and the reason recorded.
     """
     by = by or clock()
     failed: dict[str, str] = {}
@@ -54,7 +50,7 @@ def interleaved(
         seconds[CONTROL], calls[CONTROL] = [], calls[first]
         warm.append(warm[0])
     if rounds is None:
-        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int((budget or 1.0) / max(sum(warm), 1e-6))))
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / max(sum(warm), 1e-6))))
     names = list(seconds)
     random.Random(0).shuffle(names)
     for r in range(rounds):
@@ -68,7 +64,9 @@ def interleaved(
 
 
 def reason(error: Exception) -> str:
-    """Return an error as one line. After an out-of-memory error the GPU's cached memory is freed."""
+    """Return an error in one line. After an out-of-memory error also free the GPU's cached memory."""
+    if isinstance(error, ModuleNotFoundError):
+        return "not installed"
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return "out of memory"
@@ -77,7 +75,7 @@ def reason(error: Exception) -> str:
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Return the median, the 10th and 90th percentile, and the number of samples."""
+    """Return the median, the 10th ("low") and 90th percentile ("high"), and the number of samples ("n")."""
     low, high = spread(samples)
     return {"median": statistics.median(samples), "low": low, "high": high, "n": len(samples)}
 
@@ -88,7 +86,7 @@ def ratio(samples: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
 
 
 def noise(samples: Samples) -> float | None:
-    """Return by which share two runs of the first implementation differ; None without a control."""
+    """Return the relative difference of two runs of the first implementation, or None without a control."""
     if CONTROL not in samples.seconds:
         return None
     first = next(name for name in samples.seconds if name != CONTROL)
@@ -98,7 +96,7 @@ def noise(samples: Samples) -> float | None:
 def spread(samples: Sequence[float]) -> tuple[float, float]:
     """Return the 10th and the 90th percentile.
 
-    By the 20th and the 80th, two runs on a CPU agreed only in 29 of 34 rows.
+    With the 20th and the 80th, two runs on a CPU agreed in only 29 of 34 rows.
     """
     if len(samples) < 2:
         return samples[0], samples[0]

@@ -1,4 +1,4 @@
-// A grouped product from C++, with the driver's own functions for memory. Ends with 77 where there is no GPU.
+// Compute a grouped product from C++, with memory from the driver. The exit status is 77 if there is no GPU.
 #include <mm1.h>
 
 #include <cstdio>
@@ -38,7 +38,7 @@ int main()
     }
 
     const int rows = 200, experts = 4, k = 64, n = 48;
-    const std::vector<int> offsets{30, 30, 170, 190}; // the second expert has no rows, the last 10 rows no expert
+    const std::vector<int> offsets{30, 30, 170, 190}; // the second expert has no rows, the last 10 rows have no expert
     std::vector<float> a(rows * k), b(experts * k * n), y(rows * n);
     for (size_t i = 0; i < a.size(); i++)
         a[i] = static_cast<float>(i * 7 % 11) - 5;
@@ -63,7 +63,7 @@ int main()
         while (expert < experts && row >= offsets[expert])
             expert++;
         for (int column = 0; column < n; column++) {
-            float truth = 0; // of small integers: exact in any order
+            float truth = 0; // sums of small integers are exact in any order
             for (int i = 0; expert < experts && i < k; i++)
                 truth += a[row * k + i] * b[(expert * k + i) * n + column];
             if (y[row * n + column] != truth) {

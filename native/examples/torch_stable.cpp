@@ -1,4 +1,4 @@
-// mm1_grouped_gemm as an operator of torch's stable ABI: one binary for torch 2.10 and later, loaded with or without a GPU.
+// Define mm1_grouped_gemm as an operator of torch's stable ABI: one binary for torch 2.10 and later, with or without a GPU.
 #include <mm1.h>
 
 #include <dlfcn.h>
@@ -11,7 +11,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// torch without CUDA lacks the function, and must be able to load this.
+// The function is looked up at run time, because torch without CUDA lacks it and must be able to load this library.
 static void *current_stream(int device)
 {
     using get = AOTITorchError (*)(int32_t, void **);

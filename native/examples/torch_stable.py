@@ -1,4 +1,7 @@
-"""libmm1's operator in torch: `torch_stable.py schema|run libmm1_torch.so`; `run` ends with 77 without a GPU."""
+"""Check libmm1's operator in torch: `torch_stable.py schema|run libmm1_torch.so`.
+
+Without a GPU `run` ends with exit status 77.
+"""
 
 import sys
 

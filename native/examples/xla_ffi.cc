@@ -1,4 +1,4 @@
-// mm1_grouped_gemm as an XLA custom call: xla_ffi.py shows it from JAX.
+// Define mm1_grouped_gemm as an XLA custom call. xla_ffi.py calls it from JAX.
 #include <mm1.h>
 #include <xla/ffi/api/ffi.h>
 

@@ -1,4 +1,4 @@
-"""mm1_grouped_gemm from JAX: `xla_ffi.py libmm1_xla.so`. Ends with 77 where there is no JAX or no GPU."""
+"""Call mm1_grouped_gemm from JAX: `xla_ffi.py libmm1_xla.so`. The exit status is 77 without JAX or without a GPU."""
 
 import ctypes
 import sys
@@ -11,7 +11,7 @@ except ImportError:
 
 
 def grouped_gemm(a, b, offsets, workspace: int):
-    """a [M, K], b [E, K, N], offsets int32 [E] -> [M, N]."""
+    """Return the grouped product [M, N] of a [M, K], b [E, K, N] and offsets int32 [E]. workspace: bytes."""
     y = jax.ShapeDtypeStruct((a.shape[0], b.shape[2]), a.dtype)
     call = jax.ffi.ffi_call("mm1_grouped_gemm", (y, jax.ShapeDtypeStruct((workspace,), jnp.uint8)))
     return call(a, b, offsets)[0]

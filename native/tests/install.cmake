@@ -1,4 +1,4 @@
-# A program built against an installed libmm1, by its CMake package and by pkg-config.
+# Build a program with an installed libmm1, by its CMake package and by pkg-config.
 file(REMOVE_RECURSE ${work})
 set(prefix ${work}/prefix)
 set(source ${CMAKE_CURRENT_LIST_DIR}/consumer)

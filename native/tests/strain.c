@@ -1,4 +1,4 @@
-/* Hostile numbers, a driver that is there only later, and eight threads at once: run under sanitizers. */
+/* Run the library under sanitizers: with extreme numbers, with a driver that appears late, and in eight threads. */
 #define _GNU_SOURCE
 #include "mm1.h"
 
@@ -21,15 +21,15 @@ enum { THREADS = 8, CAPABILITIES = 12 };
 static const int64_t numbers[] = {INT64_MIN, INT64_MIN + 1, -(1LL << 32), -1, 0, 1, 15, 16, 2048, (1LL << 24) - 16,
                                   1LL << 24, INT32_MAX, 1LL << 31, 1LL << 33, INT64_MAX - 15, INT64_MAX};
 enum { NUMBERS = sizeof numbers / sizeof *numbers };
-static int capabilities[CAPABILITIES], known;
+static int capabilities[CAPABILITIES], supported;
 static pthread_barrier_t together;
 static void (*set_current)(int);
 
-/* Every way to put these numbers into a call's sizes. */
+/* Calls every function with all pairs of these numbers as sizes. */
 static void hostile(void)
 {
-    void *place = (void *)0x7ffffffffffffff0; /* aligned, and at the end of what is positive */
-    for (int c = 0; c < known; c++)
+    void *place = (void *)0x7ffffffffffffff0; /* the largest aligned positive address */
+    for (int c = 0; c < supported; c++)
         for (int i = 0; i < NUMBERS; i++)
             for (int j = 0; j < NUMBERS; j++) {
                 int64_t a = numbers[i], b = numbers[j];
@@ -74,14 +74,14 @@ static void *work(void *number)
     static const int64_t dims[] = {1000, 8, 2048, 1024};
     void *place = (void *)0x100000000;
     long n = (long)number;
-    set_current((int)(n % known));
+    set_current((int)(n % supported));
     pthread_barrier_wait(&together);
     for (int i = 0; i < 20; i++) {
         EXPECT(mm1_prepare() == MM1_OK);
         int result = mm1_grouped_gemm(MM1_BF16, place, place, place, place, 1000, 8, 2048, 1024, 1, place, 1 << 30,
                                       NULL);
         EXPECT(result == MM1_OK);
-        EXPECT(mm1_choose(MM1_GROUPED_GEMM, capabilities[n % known], MM1_BF16, dims) >= 0);
+        EXPECT(mm1_choose(MM1_GROUPED_GEMM, capabilities[n % supported], MM1_BF16, dims) >= 0);
     }
     return NULL;
 }
@@ -89,9 +89,9 @@ static void *work(void *number)
 int main(void)
 {
     for (int arch = 80; arch < 122; arch++)
-        if (mm1_variants(arch) && known < CAPABILITIES)
-            capabilities[known++] = arch;
-    if (!known)
+        if (mm1_variants(arch) && supported < CAPABILITIES)
+            capabilities[supported++] = arch;
+    if (!supported)
         return 77;
     EXPECT(mm1_prepare() == MM1_NO_DRIVER);
     hostile();
@@ -102,7 +102,7 @@ int main(void)
     *(void **)&set_device = dlsym(driver, "stub_device");
     *(void **)&set_current = dlsym(driver, "stub_current");
     unsetenv("STUB_NO_DEVICE");
-    for (int device = 0; device < known; device++)
+    for (int device = 0; device < supported; device++)
         set_device(device, capabilities[device]);
     pthread_barrier_init(&together, NULL, THREADS);
     pthread_t threads[THREADS];

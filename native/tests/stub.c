@@ -1,4 +1,4 @@
-/* A driver that runs nothing and remembers launches: libcuda.so.1 and libamdhip64.so in the tests. */
+/* A driver that records launches and runs nothing: it is libcuda.so.1 and libamdhip64.so in the tests. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
@@ -11,9 +11,9 @@ enum { MOST = 4096, ARGS = 64, DEVICES = 16 };
 struct kernel {
     const char *name;
     const void *code;
-    int device;          /* a HIP module's; -1: any */
-    int shared[DEVICES]; /* what it was allowed to have */
-    int loaded[DEVICES]; /* before it was launched */
+    int device;          /* of a HIP module; -1: any */
+    int shared[DEVICES]; /* maximum shared memory that was set */
+    int loaded[DEVICES]; /* whether code was loaded before the launch */
 };
 
 struct record {
@@ -38,11 +38,11 @@ void stub_fail(int code) { failing = code; }
 void stub_clear(void) { count = 0; }
 int stub_count(void) { return count; }
 int stub_loads(void) { return loads; }
-int stub_twice(void) { return twice; } /* images that were loaded again, which HIP does for each device */
-int stub_lazy(void) { return lazy; } /* kernels whose code was loaded by their launch */
+int stub_twice(void) { return twice; } /* number of images that were loaded again, as HIP does for each device */
+int stub_lazy(void) { return lazy; } /* number of launches that loaded code */
 const struct record *stub_record(int i) { return &records[i]; }
 
-/* So long that others come meanwhile. */
+/* Waits long enough for other threads to arrive. */
 static void take_time(void)
 {
     if (getenv("STUB_SLOW"))

@@ -1,4 +1,4 @@
-"""What calls cost the host, whatever the GPU: look-ups, the geometry of a batch, an op on next to nothing."""
+"""Measure the host's costs, which are the same for any GPU: look-ups, a batch's geometry, ops on tiny inputs."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def look_up():
 
 @pytest.mark.benchmark(group="look-up")
 def test_look_up(benchmark):
-    look_up()  # the first one, from which rounds would be planned, takes a millisecond
+    look_up()  # the first one takes a millisecond, and pytest-benchmark would plan its rounds by it
     benchmark(look_up)
 
 
@@ -61,9 +61,9 @@ def calls():
     }
 
 
-@pytest.mark.benchmark(group="an op on next to nothing")
+@pytest.mark.benchmark(group="an op on tiny inputs")
 @pytest.mark.parametrize("name", ["torch linear", "route", "moe_mlp", "patch_embed", "adaptive_pool", "attention"])
 def test_dispatch(benchmark, name):
     call = torch.no_grad()(calls()[name])
-    wait = torch.cuda.synchronize if DEVICE == "cuda" else None  # else a full queue would be timed
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else None  # otherwise a full queue would be timed
     benchmark.pedantic(call, setup=wait, rounds=300, warmup_rounds=20)

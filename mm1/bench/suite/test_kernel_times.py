@@ -1,4 +1,4 @@
-"""Each op beside its peers, by the samples of the project's own timer: on a GPU between events, in rounds by turns."""
+"""Report the times of each op and its peers to pytest-benchmark, as mm1's own timer measures them."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -19,7 +19,7 @@ CHOSEN = [peer for peer in PEERS if DEVICE == "cuda" or peer.name not in COMPILE
 
 
 class Replay:
-    """A timer by which each round takes as long as the next of these samples."""
+    """Tell the time such that each round takes as long as the next of these samples."""
 
     def __init__(self):
         self.samples: Iterator[float] = iter(())

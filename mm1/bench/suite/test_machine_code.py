@@ -1,7 +1,7 @@
-"""What each kernel compiles to for GPUs that need not be here: registers, spills, shared memory, matrix instructions.
+"""Report each kernel's registers, spills, shared memory and matrix instructions on GPUs that this machine may lack.
 
-Seconds are those of the compiler, or of reading its result from disk. That code gets no worse is a test (`mm1 tune
---check`), whatever is measured here.
+The seconds are those of the compiler, or of reading its result from disk. `mm1 tune --check` tests that code gets no
+worse.
 """
 
 import pytest
@@ -20,7 +20,7 @@ def test_machine_code(benchmark, kernel, device):
     shape = next(KERNELS[kernel].shapes())
     config = config_for(tunable, shape, torch.bfloat16, DEVICES[device])
     task = Task(kernel, tuple(shape), config, 16, device)
-    found = benchmark.pedantic(compile_task, args=(task,))
-    assert fault(task, found) is None
+    codes = benchmark.pedantic(compile_task, args=(task,))
+    assert fault(task, codes) is None
     benchmark.group = f"compiler, {device}"
-    benchmark.extra_info |= {code.name: code.facts(DEVICES[device]) | {"spills": code.spills} for code in found}
+    benchmark.extra_info |= {code.name: code.facts(DEVICES[device]) | {"spills": code.spills} for code in codes}

@@ -13,7 +13,7 @@ import io
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
             app.command(name=name, help=summary)(lambda: None)
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), any_character(sys.stdout):
             return app.cli(
                 prog="mm1", description=DESCRIPTION, args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
@@ -98,6 +98,20 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         if not stop.code:
             raise
         raise UserError(one_line(errors.getvalue())) from None
+
+
+@contextlib.contextmanager
+def any_character(stream: Any) -> Iterator[None]:
+    """Write "?" for a character that the stream's encoding lacks, such as "≥" of a help text in ASCII."""
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)
 
 
 def register(app: Any, name: str, target: Any) -> None:

@@ -1,8 +1,8 @@
-"""The errors that are about the user's input, and the checks that raise them."""
+"""Define the errors about a user's input, and the checks that raise them."""
 
 
 class UserError(ValueError):
-    """The user's settings, arguments or paths are wrong: one clear line. The command prints it and exits with 2."""
+    """The user's settings, arguments or paths are wrong, as one line says. The command prints it and exits with 2."""
 
 
 class Busy(RuntimeError):
@@ -10,13 +10,13 @@ class Busy(RuntimeError):
 
 
 class Unreadable(ValueError):
-    """One record or image cannot be used; a run skips it and counts it.
+    """A record or an image cannot be used; a run skips it and counts it.
 
-    reason: why, in one line of at most 300 characters; shard, key: the file and the record's name in it.
+    reason: one line of at most 300 characters; shard, key: the file and the record's name in it.
     """
 
     def __init__(self, reason: str, shard: str = "", key: str = ""):
-        super().__init__(reason, shard, key)  # with all arguments, or unpickling in the parent process would fail
+        super().__init__(reason, shard, key)  # unpickling in the parent process calls this with all arguments
         self.reason = " ".join(reason.split())[:300]
         self.shard, self.key = shard, key
 
@@ -31,6 +31,6 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def at_least(minimum: int, **settings: int | None) -> None:
-    """Raise UserError for a setting that is below `minimum`; None passes."""
+    """Raise UserError for a setting that is below `minimum`; None is accepted."""
     for name, value in settings.items():
         require(value is None or value >= minimum, name, value, f"≥ {minimum}")

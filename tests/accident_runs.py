@@ -2,6 +2,7 @@
 
 train           4000 steps, saved every 30
 full            16 steps, saved every 4; the disk of the first and the last process is full at step 8
+error           an error ends the run as step 5 begins, just after the save at step 4
 one             12 steps, saved every 4, metrics as a run writes them
 replay          the step of the run in FOLDER; the first process writes the report to FOLDER/../replay-PROCESSES.json
 """
@@ -20,8 +21,10 @@ from mm1.engine.train.replay import replay
 from mm1.engine.train.step import Observer
 from mm1.engine.train.trainer import train
 
-SETTINGS = {"train": {"steps": 4000, "save_every": 30}, "full": {"steps": 16, "save_every": 4},
-            "one": {"steps": 12, "save_every": 4}}  # fmt: skip
+SETTINGS = {
+    "train": {"steps": 4000, "save_every": 30}, "full": {"steps": 16, "save_every": 4},
+    "error": {"steps": 16, "save_every": 4}, "one": {"steps": 12, "save_every": 4},
+}  # fmt: skip
 
 
 class FullDisk(Observer):
@@ -31,6 +34,17 @@ class FullDisk(Observer):
         whole, last = resource.getrlimit(resource.RLIMIT_FSIZE)[1], int(os.environ.get("WORLD_SIZE", 1)) - 1
         if int(os.environ.get("RANK", 0)) in (0, last):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if step in (8, 9) else whole, whole))
+
+
+class Error(Observer):
+    """End the run by an error as step 5 begins."""
+
+    def step_begins(self, step):
+        if step == 5:
+            raise RuntimeError("the data ended")
+
+
+OBSERVERS = {"full": [FullDisk()], "error": [Error()]}
 
 
 def main(what: str, folder: Path, *step: str) -> None:
@@ -45,8 +59,7 @@ def main(what: str, folder: Path, *step: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.with_name(f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, streams=4))
-    observers = [FullDisk()] if what == "full" else []
-    train(run, folder, resume=True, observers=observers)
+    train(run, folder, resume=True, observers=OBSERVERS.get(what, []))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.record import View
 from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.models.mm1 import MM1
-from mm1.engine.models.mm1_config import DIGITS, Model
+from mm1.engine.models.mm1_config import DIGITS, MM1Config
 from mm1.engine.run_config import DIGITS_FOLDER as FOLDER
 from mm1.engine.run_config import Run
 from mm1.engine.train.config import Train
@@ -20,9 +20,9 @@ from mm1.engine.train.step import Observer
 SLOTS, IMAGE, PATCH = 4, 3, 4
 
 
-def small_model(**decoder) -> Model:
+def small_model(**decoder) -> MM1Config:
     sizes = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8, "ffn": 40}
-    return Model(
+    return MM1Config(
         vision=dataclasses.replace(DIGITS.vision, width=32, layers=2, heads=2, ffn=48),
         connector=dataclasses.replace(DIGITS.connector, tokens=SLOTS, hidden=24),
         decoder=dataclasses.replace(DIGITS.decoder, **sizes | decoder),
@@ -34,6 +34,11 @@ def small_mm1(seed=0, **decoder) -> MM1:
     model = MM1(small_model(**decoder)).init_weights(seed)
     model.tokenizer = TextTokenizer(FOLDER / "tokenizer.json")
     return model
+
+
+def logits_of(model: MM1, batch: Batch) -> torch.Tensor:
+    """Return the logits [T, V] of a packed batch."""
+    return model.hidden(batch)[0] @ model.decoder.head_weight.T
 
 
 def document(*parts: int | tuple[int, int]) -> Document:

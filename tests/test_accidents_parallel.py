@@ -118,6 +118,14 @@ def test_a_full_disk_of_two_processes_is_tried_again_by_all_and_no_metric_is_los
         checkpoint.check(folder)
 
 
+def test_an_error_that_ends_a_run_waits_for_the_active_save(tmp_path):
+    launched = Launched("error", tmp_path / "run")
+    assert launched.end() == 1
+    assert "the data ended" in launched.errors.read_text()
+    assert checkpoint.latest(launched.folder).name == "step-00000004"
+    checkpoint.check(launched.folder / "checkpoint")
+
+
 def test_a_run_of_two_processes_is_replayed_on_two_to_the_bit_and_on_one_to_rounding(tmp_path):
     assert Launched("one", tmp_path / "run").end() == 0
     folder = tmp_path / "run"
@@ -134,8 +142,8 @@ def test_a_run_of_two_processes_is_replayed_on_two_to_the_bit_and_on_one_to_roun
     lines[9]["loss"] *= 1.001
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (verdict,) = replay(folder, 10)["verdict"]
-    assert verdict.startswith("layout: step 10 gives another result than the run wrote down")
+    assert verdict.startswith("layout: step 10 differs from the recorded result")
     assert "the run had 2 processes on cpu" in verdict
     assert Launched("replay", folder, "10").end() == 0
     report = json.loads((tmp_path / "replay-2.json").read_text())
-    assert report["verdict"] == ["hardware: step 10 gives another result than the run wrote down"]
+    assert report["verdict"] == ["hardware: step 10 differs from the recorded result"]

@@ -8,6 +8,7 @@ import torch
 from conftest import relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small import logits_of
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import mm1
@@ -110,7 +111,7 @@ def test_logits_of_the_sources_tokens_are_transformers(published, tmp_path, name
     documents, packed = batch()
     truth = torch.cat([truths[name](tokens[None]).logits[0] for tokens in documents])
     assert truth.std() > 0.1
-    assert relative_error(model.logits(packed)[:, :KNOWN], truth[:, :KNOWN]) < 1e-4
+    assert relative_error(logits_of(model, packed)[:, :KNOWN], truth[:, :KNOWN]) < 1e-4
     assert model.config.connector.tokens == 144
 
 
@@ -217,7 +218,7 @@ def test_an_upcycled_decoder_computes_what_the_dense_one_did(dense, tmp_path, k)
     out = assemble(tmp_path / "out", source=dense, experts=5, experts_per_token=k)
     before, after = mm1.load(dense), mm1.load(out)
     _, packed = batch()
-    assert relative_error(after.logits(packed), before.logits(packed)) < 1e-5
+    assert relative_error(logits_of(after, packed), logits_of(before, packed)) < 1e-5
     assert [block.mlp.__class__.__name__ for block in after.decoder.blocks] == ["MLP", "Experts"] * 2
     assert after.decoder.blocks[1].mlp.k == k
     assert after.tokenizer.encode(TEXT) == before.tokenizer.encode(TEXT)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from small import IMAGE, PATCH, SLOTS, small_model
+from small import IMAGE, PATCH, SLOTS, logits_of, small_model
 
 from mm1.bench import generate
 from mm1.bench.generate import NEW, TEXT, Bench, Case, Scale, checked, measure, prompts
@@ -83,7 +83,7 @@ def test_a_step_is_a_full_pass_and_leaves_the_cache_as_it_was(sizes):
     longer = [dataclasses.replace(d, tokens=torch.tensor([*d.tokens, new], dtype=torch.int32).numpy())
               for d, new in zip(documents, prefill.argmax(-1))]  # fmt: skip
     batch = pack(longer, exact_budget(longer, PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
-    logits = bench.model.logits(batch).unflatten(0, (2, -1))
+    logits = logits_of(bench.model, batch).unflatten(0, (2, -1))
     assert relative_error(prefill, logits[:, -2]) < 1e-5
     for name, way in bench.steps(documents).items():
         step = way()

@@ -431,7 +431,7 @@ def test_the_peers_connector_has_our_connectors_parameters(kind):
     pytest.importorskip("timm")
     connector_config = dataclasses.replace(MIXTURE.connector, kind=kind, position_grid=None)
     c = dataclasses.replace(MIXTURE, connector=connector_config)
-    ours = connector.build(c.connector, c.vision.width, c.decoder.width)
+    ours = connector.build_connector(c.connector, c.vision.width, c.decoder.width)
     theirs = dict(Abstractor(c, ours).named_parameters())
     assert theirs.keys() == dict(ours.named_parameters()).keys()
     assert all(theirs[name] is parameter for name, parameter in ours.named_parameters())

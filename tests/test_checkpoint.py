@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from small import packed, small_run
+from small import logits_of, packed, small_run
 
 from mm1.engine.train import checkpoint
 from mm1.engine.train.checkpoint import CheckpointError
@@ -29,7 +29,7 @@ def test_loads_what_was_trained_from_the_checkpoint_or_the_run(run):
     batch = packed(documents())
     for path in (folder, folder / "checkpoint", folder / "step-00000002"):
         loaded = checkpoint.load(path)
-        assert torch.equal(loaded.logits(batch), model.logits(batch))
+        assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
         assert len(loaded.tokenizer) == 384
 
 
@@ -69,5 +69,5 @@ def test_an_unfinished_write_is_not_seen_and_swept_away(tmp_path):
 def test_a_named_size_has_random_weights_and_no_tokenizer():
     model = checkpoint.load("digits")
     assert model.tokenizer is None
-    with pytest.raises(UserError, match="unknown size 'mm1-4b', and no such file or folder; known: digits"):
+    with pytest.raises(UserError, match="unknown size 'mm1-4b', and no such file or folder; expected one of digits"):
         checkpoint.load("mm1-4b")

@@ -16,7 +16,7 @@ from small import FOLDER
 from mm1 import __version__
 from mm1.cli import COMMANDS, main
 from mm1.engine.run_config import Run, load_run
-from mm1.engine.settings import hints, table_of
+from mm1.engine.settings import hints, tables_of
 
 TRAIN = f"""
 [model]
@@ -132,7 +132,7 @@ BAD = [
     (["serve", "out", "--port", "70000"], "port is 70000, expected 0 to 65535"),
     (["bench"], "Expected one of {kernels, train, generate, all, report, readme}"),
     (["bench", "kernel"], "Unrecognized options: kernel"),
-    (["train", "mm1-4b"], "unknown size 'mm1-4b', and no such file or folder; known: digits"),
+    (["train", "mm1-4b"], "unknown size 'mm1-4b', and no such file or folder; expected one of digits"),
     (["train", "nothing.toml"], "no such file: nothing.toml"),
     (["train", "mm1-3b"], "setting data.sources is empty: train a .toml file with [[data.sources]]"),
     (
@@ -225,7 +225,8 @@ def test_help_of_train_lists_every_setting_with_its_range_and_default(monkeypatc
 
     def names(cls, prefix):
         for field, hint in hints(cls).items():
-            yield from names(table_of(hint), f"{prefix}{field}.") if table_of(hint) else [f"{prefix}{field}"]
+            tables = tables_of(hint)
+            yield from names(*tables, f"{prefix}{field}.") if tables else [f"{prefix}{field}"]
 
     for name in names(Run, ""):
         assert f"--{name.replace('_', '-')} " in text
@@ -233,6 +234,13 @@ def test_help_of_train_lists_every_setting_with_its_range_and_default(monkeypatc
     assert '(one of none, blocks, selective; default: "none")' in text
     assert "Peak learning rate; none: MM1's law" in text
     assert "kind: one of captions, interleaved, text, conversations; paths: a list, each a string; weight" in text
+
+
+def test_help_is_written_to_a_terminal_of_ascii_too():
+    done = subprocess.run([sys.executable, "-m", "mm1", "train", "--help"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "(an integer ? 0" in done.stdout
 
 
 def test_help_and_show_import_no_torch():

@@ -17,6 +17,7 @@ from service import (  # noqa: F401, fixtures
     served_fixture,
     serving,
 )
+from small import logits_of
 
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.engine import Engine
@@ -37,7 +38,7 @@ def truth_of(model, ids):
     document = Document(np.array(ids, np.int32), (), "test")
     batch = pack([document], exact_budget([document], 4), image_id=3, patch=4, slots=4)
     with torch.inference_mode():
-        return model.logits(batch)[:-1].double().log_softmax(-1)
+        return logits_of(model, batch)[:-1].double().log_softmax(-1)
 
 
 def test_a_text_goes_on_as_the_engine_alone_continues_it(model, client):

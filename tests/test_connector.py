@@ -5,6 +5,7 @@ from test_adaptive_pool import images, rows
 from torch import nn
 
 from mm1.engine.layers.connector import AttentionPool, AveragePool, CAbstractor
+from mm1.engine.layers.layer import init_weights
 from mm1.kernels.patches.grids import Grids
 
 GRIDS = [(5, 40), (13, 11), (1, 1), (12, 12), (27, 27), (3, 2)]
@@ -47,6 +48,7 @@ def test_c_abstractor_is_honeybees(in_width):
 def test_every_connector_makes_its_tokens_of_any_grid_alone_or_packed(kind, tokens):
     options = {"hidden": 16, "depth": 1, "position_grid": (4, 4)} if kind is CAbstractor else {}
     connector = kind(16, 24, tokens=tokens, **options)
+    init_weights(connector, 0)
     x = torch.randn(sum(h * w for h, w in GRIDS), 16)
     y = connector(x, GRIDS)
     assert y.shape == (len(GRIDS) * tokens, 24)

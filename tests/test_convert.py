@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import gradients, relative_error
+from small import logits_of
 
 from mm1.engine.convert.weights import CLIP_FIELDS, DECODER_DEFAULTS, from_hf
 from mm1.engine.data.batch import exact_budget, pack
@@ -198,7 +199,7 @@ def test_two_fields_of_rope_are_read_as_transformers_reads_them(kind, name):
     truth = theirs(documents[0][None]).logits[0]
     ours = of_decoder(fields, theirs.state_dict())
     assert ours.config.decoder.rope_theta == theirs.config.rope_parameters["rope_theta"]
-    assert relative_error(ours.logits(batch), truth) < 1e-4
+    assert relative_error(logits_of(ours, batch), truth) < 1e-4
 
 
 def packed(lengths):
@@ -215,7 +216,7 @@ def test_decoder_is_transformers_document_by_document(name):
     documents, batch = packed([9, 1, 17, 4])
     truth = torch.cat([model(tokens[None]).logits[0] for tokens in documents])
     assert truth.std() > 0.1
-    assert relative_error(ours.logits(batch), truth) < 1e-4
+    assert relative_error(logits_of(ours, batch), truth) < 1e-4
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import relative_error
 from PIL import Image
-from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, packed, small_mm1
+from small import DOCUMENTS, IMAGE, PATCH, SLOTS, document, logits_of, packed, small_mm1
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data.batch import exact_budget, pack
@@ -42,7 +42,7 @@ def of_full_passes(model, document: Document, count: int) -> tuple[list[int], li
         grown = Document(np.array(ids, np.int32), document.media, "")
         batch = pack([grown], exact_budget([grown], PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
         with torch.inference_mode():
-            logits = model.logits(batch)[-1].log_softmax(-1)
+            logits = logits_of(model, batch)[-1].log_softmax(-1)
         ids.append(int(logits.argmax()))
         found.append(float(logits.max()))
     return ids[len(document.tokens) :], found
@@ -276,7 +276,7 @@ def test_answers_are_scored_as_full_passes_do(model):
             ids = model.tokenizer.encode(answer)
             grown = Document(np.array([*d.tokens, *ids], np.int32), d.media, "")
             with torch.inference_mode():
-                logits = model.logits(packed([grown])).log_softmax(-1)[-len(ids) - 1 : -1]
+                logits = logits_of(model, packed([grown])).log_softmax(-1)[-len(ids) - 1 : -1]
             assert value == pytest.approx(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
     first, again = score(model, prompts[:1], [[LONG, LONG]])[0]  # all of whose pages are known by then
     assert again == pytest.approx(first, abs=1e-4)
@@ -426,7 +426,7 @@ def test_a_penalty_is_of_prompt_and_text_and_log_probabilities_are_without_it(mo
 def of_logits(model, ids, given):
     grown = type(given)(np.array(ids, np.int32), given.media, "")
     with torch.inference_mode():
-        return model.logits(packed([grown]))[-1]
+        return logits_of(model, packed([grown]))[-1]
 
 
 def test_a_step_takes_prompts_up_to_its_rows_the_shortest_first_and_half_of_the_oldest(model):

@@ -85,7 +85,7 @@ def test_what_it_cannot_do_is_one_line(tmp_path, monkeypatch):
         load_run("digits", ["train.float8=fp4"])
     world = World()
     world.config = Parallel(tensor=2)
-    with pytest.raises(UserError, match=r"parallel\.tensor is 2, expected 1 beside train\.float8"):
+    with pytest.raises(UserError, match=r"parallel\.tensor is 2, expected 1 when train\.float8"):
         prepare(small_model(), Train(float8="rowwise"), world, torch.float32)
     monkeypatch.setattr(float8, "WIDE", 2048)
     with pytest.raises(UserError, match="no linear of the decoder is 2048 wide"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import small_mm1
+from small import logits_of, small_mm1
 
 from mm1.engine.infer import generate as generating
 from mm1.engine.infer.cache import PAGE
@@ -49,7 +49,7 @@ def test_greedy_decoding_is_the_argmax_of_full_passes(model):
     for _ in range(8):
         grown = Document(torch.tensor(ids, dtype=torch.int32).numpy(), document.media, "test")
         batch = pack([grown], exact_budget([grown], PATCH), image_id=IMAGE, patch=PATCH, slots=SLOTS)
-        ids.append(int(model.logits(batch)[-1].argmax()))
+        ids.append(int(logits_of(model, batch)[-1].argmax()))
     text = generate(model, PROMPTS[:1], max_tokens=8)[0]
     new = ids[len(document.tokens) :]
     eos = model.tokenizer.eos

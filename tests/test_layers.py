@@ -9,7 +9,16 @@ from small import small_model
 from torch import nn
 
 from mm1.engine.layers.connector import AveragePool
-from mm1.engine.layers.layer import BlockLayer, Layer, fan_in, init_buffers, init_weights, learned_vectors, ones, zeros
+from mm1.engine.layers.layer import (
+    BlockLayer,
+    Layer,
+    fan_in,
+    fill_ones,
+    fill_zeros,
+    init_buffers,
+    init_weights,
+    learned_vectors,
+)
 from mm1.engine.layers.vision import sincos_table
 from mm1.engine.layers.workload import Layout, Workload
 from mm1.engine.models.mm1 import MM1
@@ -29,7 +38,7 @@ class Scale(Layer):
         self.register_buffer("table", torch.empty(4), persistent=False)
 
     def initial_values(self):
-        return {"scale": ones}
+        return {"scale": fill_ones}
 
     def initial_buffers(self):
         return {"table": torch.arange(4.0)}
@@ -69,7 +78,7 @@ def test_a_layers_word_outweighs_that_of_a_module_inside_of_it():
             self.out = nn.Linear(4, 4)
 
         def initial_values(self):
-            return {"out.weight": zeros}
+            return {"out.weight": fill_zeros}
 
     model = nn.Sequential(Zeroed(), nn.Linear(4, 4))
     init_weights(model, 0)
@@ -95,18 +104,20 @@ def test_a_parameter_for_which_no_layer_answers_is_an_error_with_its_name():
             super().__init__()
             self.gain = nn.Parameter(torch.empty(3))
 
-    with pytest.raises(TypeError, match=r"layer 1 \(Silent\) does not say how it is initialised: 1\.gain"):
+    with pytest.raises(
+        TypeError, match=r"layer 1 \(Silent\): parameter gain has no initial value; return it from initial_values"
+    ):
         init_weights(nn.Sequential(Scale(), Silent()), 0)
-    with pytest.raises(TypeError, match=r"layer 0 \(Bilinear\) does not say how it is initialised: 0\.bias"):
+    with pytest.raises(TypeError, match=r"layer 0 \(Bilinear\): parameter bias has no initial value"):
         init_weights(nn.Sequential(nn.Bilinear(2, 2, 2)), 0)
 
 
 def test_an_initial_value_of_no_parameter_is_an_error():
     class Misspelled(Scale):
         def initial_values(self):
-            return {"scale": ones, "scales": fan_in(3)}
+            return {"scale": fill_ones, "scales": fan_in(3)}
 
-    with pytest.raises(TypeError, match="of which parameter it gives an initial value: scales"):
+    with pytest.raises(TypeError, match=r"Misspelled: initial_values\(\) names scales, which is not a parameter"):
         init_weights(Misspelled(), 0)
 
 
@@ -125,9 +136,9 @@ def test_a_buffer_for_which_no_layer_answers_or_that_would_be_stored_is_an_error
         def initial_buffers(self):
             return {}
 
-    with pytest.raises(TypeError, match="does not say its buffer's values: table"):
+    with pytest.raises(TypeError, match=r"model Unknown: buffer table has no value; return it from"):
         init_buffers(Unknown(), "cpu")
-    with pytest.raises(TypeError, match="why a checkpoint should store its buffer: num_batches_tracked"):
+    with pytest.raises(TypeError, match=r"buffer num_batches_tracked must be registered with persistent=False"):
         init_buffers(nn.BatchNorm1d(3), "cpu")
 
 
@@ -137,9 +148,9 @@ def test_a_connector_that_is_not_counted_is_an_error_with_its_name():
 
     model = MM1(small_model())
     model.connector = New()
-    with pytest.raises(NotImplementedError, match="New does not say its operations"):
+    with pytest.raises(NotImplementedError, match="New must define operations"):
         model.operations(WORKLOAD)
-    with pytest.raises(NotImplementedError, match="New does not say what it keeps"):
+    with pytest.raises(NotImplementedError, match="New must define kept_bytes"):
         model.kept_bytes(WORKLOAD, Layout(2))
 
 
@@ -147,7 +158,7 @@ def test_a_block_that_does_not_say_how_it_is_sharded_is_an_error_with_its_name()
     class New(BlockLayer):
         pass
 
-    with pytest.raises(NotImplementedError, match="New does not say how it is sharded"):
+    with pytest.raises(NotImplementedError, match="New must define shard_axes"):
         New().split(None)
 
 

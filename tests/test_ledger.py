@@ -20,7 +20,7 @@ from mm1.engine.layers.experts import Experts
 from mm1.engine.layers.workload import Workload
 from mm1.engine.models import mm1 as model_module
 from mm1.engine.models.mm1 import MM1, parameter_counts
-from mm1.engine.models.mm1_config import D_1B, MODELS, Model
+from mm1.engine.models.mm1_config import D_1B, MODELS, MM1Config
 from mm1.engine.train.ledger import ledger, workload
 from mm1.kernels.attention import Causal
 
@@ -119,7 +119,7 @@ def plain_head(x, weight, targets, *, reduction):
 def plain(monkeypatch):
     """A model all of whose products are torch's own."""
 
-    def make(c: Model) -> MM1:
+    def make(c: MM1Config) -> MM1:
         monkeypatch.setattr(decoder_module, "attention", plain_attention)
         monkeypatch.setattr(vision, "attention", plain_attention)
         monkeypatch.setattr(vision, "patch_embed", plain_embedding)
@@ -166,7 +166,7 @@ def by_room(parts: dict[str, int]) -> dict[str, int]:
     }
 
 
-def full_squares(c: Model, lengths: list[int]) -> int:
+def full_squares(c: MM1Config, lengths: list[int]) -> int:
     """The pairs that FlopCounterMode counts, and that a causal mask hides."""
     d = c.decoder
     return d.layers * 4 * d.heads * d.head_width * sum(n * n - n * (n + 1) // 2 for n in lengths)
@@ -226,7 +226,8 @@ def test_useful_work_is_the_sum_of_each_document_alone():
 
 def test_documents_padded_to_the_longest_cost_what_the_longest_costs():
     c, lengths = MODELS["mm1-1b"], [200, 150, 1000]
-    padded = Workload(lengths, [], 1347, 3000, 0, 0, pairs=3 * 1000 * 1001 // 2, routed=3000, heads=3000)
+    padded = Workload(lengths, [], 1347, 3000, 0, 0, computed_pairs=3 * 1000 * 1001 // 2,
+                      computed_expert_rows=3000, computed_head_rows=3000)  # fmt: skip
     longest = ledger(c, Workload([1000] * 3, [], 3000, 3000, 0, 0))
     assert ledger(c, padded).executed == longest.executed
     assert ledger(c, padded).useful < longest.useful / 2
@@ -234,7 +235,7 @@ def test_documents_padded_to_the_longest_cost_what_the_longest_costs():
 
 def test_a_dense_text_model_by_the_published_formula():
     """PaLM's 6N + 12LHQT a token, N with the head and without the embedding; its attention counts all T² pairs."""
-    c, T = Model(MODELS["mm1-1b"].vision, MODELS["mm1-1b"].connector, D_1B), 4096
+    c, T = MM1Config(MODELS["mm1-1b"].vision, MODELS["mm1-1b"].connector, D_1B), 4096
     d = c.decoder
     N = parameter_counts(c)["decoder_non_embedding"] + d.vocabulary * d.width
     per_token = 6 * N + 12 * d.layers * d.heads * d.head_width * T

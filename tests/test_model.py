@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import gradients, relative_error
-from small import PATCH, document, documents, packed, small_mm1
+from small import PATCH, document, documents, logits_of, packed, small_mm1
 
 from mm1.engine.data.batch import exact_budget
 from mm1.engine.data.document import Budget
@@ -37,11 +37,11 @@ def test_the_order_of_documents_changes_nothing():
 def test_no_token_sees_a_later_one_or_another_document():
     model, docs = small_mm1(), documents()
     batch = packed(docs)
-    logits = model.logits(batch)
+    logits = logits_of(model, batch)
     changed = batch.tokens.clone()
     row = int(batch.cu_seqlens[2]) - 1  # the last token of the second document
     changed[row] = 4 + (changed[row] - 4 + 1) % 380
-    after = model.logits(dataclasses.replace(batch, tokens=changed))
+    after = logits_of(model, dataclasses.replace(batch, tokens=changed))
     different = (after != logits).any(-1).nonzero().flatten().tolist()
     assert different == [row]
 

@@ -1,28 +1,40 @@
-"""A model that is added as models/spec.py says: a decoder of text alone, its settings, a line of the registry."""
+"""A model is added as models/spec.py says: a decoder of text alone, its settings, a line of the registry.
+
+This is the example of "Add a model" in CONTRIBUTING: copy TextConfig, SIZES and TextModel.
+"""
 
 import dataclasses
+import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import pytest
 import torch
-from small import FOLDER, small_model
+from small import FOLDER, documents, packed, small_model
 from test_train import Quiet, assert_same, trained
+from torch import Tensor
 
 import mm1
+from mm1.engine.data.batch import Batch
 from mm1.engine.data.config import Data, Source
 from mm1.engine.infer.generate import generate
 from mm1.engine.layers.config import Decoder
 from mm1.engine.layers.decoder import DecoderLM
+from mm1.engine.layers.layer import BlockLayer
+from mm1.engine.layers.workload import Layout, Operations, Workload
 from mm1.engine.models import registry
-from mm1.engine.models.image_input import TEXT_ONLY
+from mm1.engine.models.image_input import TEXT_ONLY, ImageInput
 from mm1.engine.models.spec import Losses, Model, Sum
-from mm1.engine.run_config import Run, from_dict, to_dict
+from mm1.engine.run_config import Run, from_dict, load_run, to_dict
 from mm1.engine.settings import Count, OneOf, check
-from mm1.engine.train import checkpoint
+from mm1.engine.train import checkpoint, settings_page
 from mm1.engine.train.config import Train
 from mm1.engine.train.ledger import ledger
 from mm1.engine.train.plan import plan, typical
+from mm1.engine.train.replay import replay
 from mm1.engine.train.trainer import Trainer, train
 from mm1.errors import UserError
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
@@ -30,42 +42,73 @@ from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class TextConfig:
+    """Configure a decoder of text alone."""
+
     decoder: Decoder
     context: Count | None = None
+    """Tokens of the longest document in training, which limits generation; none: unknown."""
+    dialect: Annotated[str, OneOf("plain", "verse")] = "plain"
+    """Kind of text; a setting that MM1 does not have."""
     kind: Annotated[str, OneOf("text")] = "text"
-    images = TEXT_ONLY
-    vocabulary = property(lambda self: self.decoder.vocabulary)
+    """Kind of the model, a key of the registry."""
 
     def __post_init__(self):
         check(self, "model")
 
+    @property
+    def images(self) -> ImageInput:
+        return TEXT_ONLY
+
+    @property
+    def vocabulary(self) -> int:
+        return self.decoder.vocabulary
+
 
 class TextModel(Model):
+    """Compute the next-token loss of packed documents of text."""
+
     PROFILE: ClassVar = {"decoder": ("decoder linear", "decoder attention"), "head": ("head",)}
 
     def __init__(self, c: TextConfig):
         super().__init__(c)
         self.decoder = DecoderLM(c.decoder)
-        self.blocks = lambda: list(self.decoder.blocks)
-        self.operations, self.kept_bytes = self.decoder.operations, self.decoder.kept_bytes
 
-    def forward(self, batch, by_document=False):
-        x = self.decoder.embedding(batch.tokens)
-        hidden = self.decoder(x, batch.positions, batch.cu_seqlens)[0]
-        rows = batch.target_rows
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the final hidden states [T, D] of a packed batch."""
+        return self.decoder(self.decoder.embedding(batch.tokens), batch.positions, batch.cu_seqlens)[0]
+
+    def forward(self, batch: Batch) -> Losses:
+        """Return the next-token loss of a packed batch."""
+        hidden, rows = self.hidden(batch), batch.target_rows
         loss = linear_cross_entropy(hidden[rows], self.decoder.head_weight, batch.targets[rows], reduction="sum")
         return Losses(loss, {"loss": Sum(loss, "targets")}, batch.tokens.new_zeros(0, dtype=torch.int64))
+
+    def document_losses(self, batch: Batch) -> Tensor:
+        return self.decoder.document_losses(self.hidden(batch), batch.targets, batch.cu_seqlens)
+
+    def blocks(self) -> list[BlockLayer]:
+        return list(self.decoder.blocks)
+
+    def operations(self, workload: Workload) -> list[Operations]:
+        return self.decoder.operations(workload)
+
+    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
+        return self.decoder.kept_bytes(workload, layout)
+
+
+SIZES = {"text-small": TextConfig(small_model(experts=0).decoder)}
+ENTRY = registry.Entry(*(f"{__name__}:{name}" for name in ("TextModel", "TextConfig", "SIZES")))
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
-    monkeypatch.setitem(registry.KINDS, "text", registry.Entry(f"{__name__}:TextModel", f"{__name__}:TextConfig"))
+    monkeypatch.setitem(registry.REGISTRY, "text", ENTRY)
 
 
 def text_run(**changes) -> Run:
     data = Data((Source("text", (str(FOLDER / "text.txt"),)),), tokenizer=str(FOLDER / "tokenizer.json"), tokens=96)
     settings = {"steps": 8, "accumulate": 1, "warmup": 1, "peak_lr": 1e-2, "compile": False, "save_every": 4}
-    return Run(TextConfig(small_model(experts=0).decoder), data, Train(**settings | changes))
+    return Run(SIZES["text-small"], data, Train(**settings | changes))
 
 
 def test_it_is_trained_resumed_loaded_and_generated_from(tmp_path):
@@ -75,10 +118,11 @@ def test_it_is_trained_resumed_loaded_and_generated_from(tmp_path):
     assert losses[-1] < losses[0] - 0.5
     assert "load_balance" not in shown.metrics[0], "which is a sum of MM1's"
 
-    first = Trainer(text_run(), tmp_path / "resumed", Quiet())
-    while first.steps_done < 5:
-        first.step()
-    first.save()
+    with Trainer(text_run(), tmp_path / "resumed", Quiet()) as first:
+        while first.steps_done < 5:
+            first.step()
+            first.settle()
+        first.save()
     assert_same(trained(tmp_path / "resumed", text_run(), resume=True), truth)
 
     model = mm1.load(tmp_path / "run", dtype=torch.float32)
@@ -112,6 +156,50 @@ def test_sums_without_a_loss_or_with_a_name_of_the_trainers_own_are_refused(name
     monkeypatch.setattr(TextModel, "forward", other)
     with pytest.raises(ValueError, match=rf"TextModel returned the sums .*{name}, expected \"loss\" among them"):
         Trainer(text_run(), tmp_path / "run", Quiet()).step()
+
+
+def test_a_step_of_it_is_replayed_and_copies_have_weights_of_their_own(tmp_path):
+    train(text_run(), tmp_path / "run")
+    report = replay(tmp_path / "run", 6)
+    assert report["verdict"] == ["nothing differs"]
+    assert report["documents"]
+    model = TextModel(SIZES["text-small"]).init_weights()
+    copy = pickle.loads(pickle.dumps(model))
+    assert copy.blocks()[0] is copy.decoder.blocks[0]
+    assert copy.blocks()[0] is not model.blocks()[0]
+
+
+def test_a_model_without_losses_of_documents_says_what_it_lacks(tmp_path):
+    class Bare(Model):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Bare must define document_losses\(batch\)"):
+        Bare(SIZES["text-small"]).document_losses(packed(documents()))
+
+
+def test_its_sizes_and_recipes_are_found_by_name(tmp_path):
+    assert load_run("text-small").model == SIZES["text-small"]
+    assert load_run("text-small", ["model.dialect=verse"]).model.dialect == "verse"
+    tuned = load_run("text-small", ["recipe=finetune"])
+    assert (tuned.data.tokens, tuned.model) == (2048, SIZES["text-small"])  # without the settings of images
+    assert type(mm1.load("text-small")) is TextModel
+    with pytest.raises(UserError, match=r"unknown size 'text', and no such file or folder; expected .*, text-small"):
+        load_run("text")
+    (tmp_path / "run.toml").write_text('[model]\nsize = "text-small"\ndialect = "verse"\n')
+    assert load_run(str(tmp_path / "run.toml")).model.dialect == "verse"
+
+
+def test_its_settings_are_options_of_the_command_and_on_the_page():
+    code = (
+        "import sys, test_new_model\nfrom mm1.engine.models import registry\n"
+        "registry.REGISTRY['text'] = test_new_model.ENTRY\nfrom mm1.cli import main\nmain()"
+    )
+    options = ("--model.dialect", "verse", "--model.decoder.ffn", "48", "--show")
+    shown = subprocess.run([sys.executable, "-c", code, "train", "text-small", *options], cwd=Path(__file__).parent,
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert '\ndialect = "verse"\n' in shown
+    assert "\nffn = 48\n" in shown
+    assert '| `model.dialect` | one of plain, verse | `"plain"` | Kind of text' in settings_page.page()
 
 
 def test_its_settings_are_read_as_they_were_written():

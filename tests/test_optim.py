@@ -14,7 +14,7 @@ from mm1.engine.layers.config import Connector
 from mm1.engine.layers.layer import learned_vectors
 from mm1.engine.layers.sharding import local_part
 from mm1.engine.models.mm1 import MM1
-from mm1.engine.models.mm1_config import Model
+from mm1.engine.models.mm1_config import MM1Config
 from mm1.engine.run_config import load_run
 from mm1.engine.train.config import Parallel, Train
 from mm1.engine.train.display import Silent
@@ -48,7 +48,7 @@ def matrices(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("c", MODELS.values(), ids=MODELS)
-def test_a_run_of_zero_gradients_shrinks_matrices_by_the_rates_and_nothing_else(c: Model):
+def test_a_run_of_zero_gradients_shrinks_matrices_by_the_rates_and_nothing_else(c: MM1Config):
     model, t, peak = MM1(c).init_weights(), Train(steps=40, warmup=4), 0.01
     for parameter in model.parameters():
         parameter.data.add_(0.5)  # no zeros, which would hide a decay

@@ -332,7 +332,7 @@ def test_text_alone_on_two_processes_keeps_nobody_waiting(runs):
 
 @pytest.mark.parametrize("setting, size, message", [
     ({"tensor": 3}, 4, "settings parallel.replicate 1 × parallel.tensor 3 do not divide 4 processes"),
-    ({"expert": 3}, 4, "setting parallel.expert is 3, expected a divisor of the 4 that shard"),
+    ({"expert": 3}, 4, "setting parallel.expert is 3, expected a divisor of the 4 processes that shard"),
 ])  # fmt: skip
 def test_refuses_layouts_that_do_not_go_up(setting, size, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(size))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import not_interpreted
-from small import documents, packed, small_mm1
+from small import documents, logits_of, packed, small_mm1
 
 from mm1.engine.data.batch import PackedMedia
 from mm1.engine.infer.cache import Cache
@@ -74,7 +74,7 @@ def generated() -> MM1:
 def compiled() -> MM1:
     model = small_mm1()
     compile_blocks(model, backend="eager")
-    model.logits(packed(documents()))
+    logits_of(model, packed(documents()))
     return model
 
 
@@ -109,14 +109,14 @@ MODELS = {
 def test_a_copy_of_a_model_has_the_same_logits_and_weights_of_its_own(name, way):
     model, batch = MODELS[name](), packed(documents())
     with torch.no_grad():
-        truth = model.logits(batch)
+        truth = logits_of(model, batch)
         other = way(model)
-        assert torch.equal(other.logits(batch), truth)
+        assert torch.equal(logits_of(other, batch), truth)
         assert (other.config, other.training) == (model.config, model.training)
         other.init_weights(seed=1)
-        assert torch.equal(model.logits(batch), truth), "the original has changed"
+        assert torch.equal(logits_of(model, batch), truth), "the original has changed"
         model.init_weights(seed=1)
-        assert torch.equal(other.logits(batch), model.logits(batch)), "it computes with the original's weights"
+        assert torch.equal(logits_of(other, batch), logits_of(model, batch)), "it computes with the original's weights"
 
 
 @way
@@ -128,7 +128,7 @@ def test_a_copy_of_a_model_generates_trains_and_is_compiled_as_the_original(way)
     grads = [torch.autograd.grad(m(batch).loss, list(m.parameters())) for m in (model, other)]
     assert all(map(torch.equal, *grads))
     compile_blocks(other, backend="eager")
-    assert torch.equal(other.logits(batch), model.logits(batch))
+    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
 
 
 @pytest.mark.slow
@@ -137,10 +137,11 @@ def test_another_process_reads_a_saved_model(tmp_path):
     model, batch = small_mm1(), packed(documents())
     torch.save((model, batch), tmp_path / "model.pt")
     code = ("import sys, torch\nmodel, batch = torch.load(sys.argv[1], weights_only=False)\n"
-            "torch.save(model.logits(batch).detach(), sys.argv[1])")  # fmt: skip
+            "torch.save(model.hidden(batch)[0].detach(), sys.argv[1])")  # fmt: skip
     run = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "model.pt")]
     subprocess.run(run, cwd=ROOT, check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "model.pt"), model.logits(batch).detach(), rtol=1e-5, atol=1e-5)
+    hidden = model.hidden(batch)[0].detach()
+    torch.testing.assert_close(torch.load(tmp_path / "model.pt"), hidden, rtol=1e-5, atol=1e-5)
 
 
 @way

@@ -48,21 +48,21 @@ class Drawn(Observer):
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A folder of a run, its marks, and the batches that its model saw."""
+    """Return the folder of a run, its profile, and the batches that its model saw."""
     folder, drawn = tmp_path_factory.mktemp("run"), Drawn()
     trainer = profiled(RUN, folder, drawn)
-    return folder, trainer.observers[-1].marks, drawn.batches
+    return folder, trainer.observers[-1], drawn.batches
 
 
 def test_every_millisecond_is_a_parts_and_operations_are_the_ledgers(watched):
-    _, marks, drawn = watched
-    seconds = marks.seconds()
-    assert sum(seconds.values()) == pytest.approx((marks.marks[-1][1] - marks.marks[0][1]) / STEPS)
+    _, profile, drawn = watched
+    seconds = profile.seconds()
+    assert sum(seconds.values()) == pytest.approx((profile.marks[-1][1] - profile.marks[0][1]) / STEPS)
     parts = {*MM1.PROFILE, *(f"{part} backward" for part in MM1.PROFILE)}
     assert set(seconds) == {*parts, *profiling.OTHER}
     assert all(taken > 0 for taken in seconds.values())
     batches = drawn[2 * WARM : 2 * (WARM + STEPS)]
-    assert [c.useful for c in marks.operations()] == [ledger(RUN.model, batch).useful for batch in batches]
+    assert [c.useful for c in profile.operations()] == [ledger(RUN.model, batch).useful for batch in batches]
 
 
 def test_marks_stand_in_the_order_of_the_work(watched):
@@ -92,5 +92,5 @@ def test_compiled_blocks_are_not_compiled_again(tmp_path):
 
 
 def test_a_run_that_is_too_short_is_told_at_once(tmp_path):
-    with pytest.raises(UserError, match="a profile needs 6 steps, and 5 are left of the run"):
+    with pytest.raises(UserError, match="a profile needs 6 steps, but only 5 of the run remain"):
         profiled(small_run(steps=5), tmp_path)

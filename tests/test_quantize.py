@@ -359,7 +359,7 @@ def test_what_it_cannot_do_is_one_line(monkeypatch):
     gpu = torch.device("cuda")
     for capability, refused in (((7, 5), ["int4", "float8"]), ((8, 6), ["float8"]), ((8, 9), []), ((12, 0), [])):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        for how in quantize.HOW:
+        for how in quantize.NEEDED:
             if how in refused:
                 with pytest.raises(UserError, match=f'"{how}" need a GPU .* not one of {capability[0]}'):
                     quantize._check(gpu, how)

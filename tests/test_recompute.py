@@ -87,7 +87,7 @@ def test_attention_is_kept_whoever_computes_it():
     kept = (ops.mm1.flash.default, ops.mm1.attention_segments.default, ops.torch_attn._varlen_attn.default,
             ops.aten._scaled_dot_product_flash_attention.default, ops.aten._scaled_mm.default)  # fmt: skip
     again = (ops.aten.mul.Tensor, ops.aten.silu.default, ops.aten._to_copy.default, ops.aten.rsqrt.default)
-    policies = [[recompute._keeps(None, op) for op in of] for of in (kept, again)]
+    policies = [[recompute.selective_policy(None, op) for op in of] for of in (kept, again)]
     assert policies == [[CheckpointPolicy.MUST_SAVE] * len(kept), [CheckpointPolicy.PREFER_RECOMPUTE] * len(again)]
 
 

@@ -49,15 +49,15 @@ def test_a_sound_step_is_the_same_again(step, begun, folder):
 def test_changed_files_are_data(folder):
     path = folder.parent / "text.jsonl"
     path.write_text(path.read_text().replace("line", "lime"))
-    assert replay(folder, 11)["verdict"][0].startswith("data: that of step")
+    assert replay(folder, 11)["verdict"][0].startswith("data: those of step")
 
 
 def test_another_result_of_the_same_data_is_hardware(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines[9]["loss"] *= 1.001
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert replay(folder, 10)["verdict"] == ["hardware: step 10 gives another result than the run wrote down"]
-    assert replay(folder, 11)["verdict"] == ["hardware: step 10 gives another result than the run wrote down"]
+    assert replay(folder, 10)["verdict"] == ["hardware: step 10 differs from the recorded result"]
+    assert replay(folder, 11)["verdict"] == ["hardware: step 10 differs from the recorded result"]
 
 
 SOUND = Result(2.0, 0.5)
@@ -77,10 +77,10 @@ def test_what_fp32_does_not_confirm_is_a_kernel():
 
 def test_another_layout_is_named_and_data_outweigh_it():
     lines = verdict(None, 7, SOUND, SOUND, SOUND, torch.bfloat16, "4 processes on cuda")
-    assert lines[0].startswith("layout: step 7 gives another result")
+    assert lines[0].startswith("layout: step 7 differs from the recorded result")
     assert "by more than 0.03; the run had 4 processes on cuda" in lines[0]
     assert verdict(5, 7, SOUND, SOUND, SOUND, torch.bfloat16, "4 processes on cuda") == [
-        "data: that of step 5 is not what it was"
+        "data: those of step 5 have changed"
     ]
 
 
@@ -99,15 +99,15 @@ def test_a_step_left_out_is_not_finite_again(tmp_path):
     found = replay(tmp_path / "run", 4)
     assert found["recorded"]["loss"] != found["recorded"]["loss"]
     assert torch.isfinite(torch.tensor(found["again"]["loss"]))
-    assert found["verdict"] == ["hardware: step 4 gives another result than the run wrote down"]
+    assert found["verdict"] == ["hardware: step 4 differs from the recorded result"]
 
 
 @pytest.mark.parametrize("step", [0, 13])
 def test_refuses_steps_that_were_not(step, folder):
-    with pytest.raises(UserError, match=f"has no metrics of step {step}, only of 12 up to 12"):
+    with pytest.raises(UserError, match=f"has no metrics of step {step}, only of 12 steps up to 12"):
         replay(folder, step)
 
 
 def test_refuses_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="is no folder of a run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         replay(tmp_path, 1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small import small_mm1
+from small import logits_of, small_mm1
 from test_generate import PROMPTS
 
 from mm1.engine.infer.engine import Engine
@@ -156,7 +156,7 @@ def logits_behind(model, ids):
     document = Document(np.array(ids, np.int32), (), "test")
     batch = pack([document], exact_budget([document], 4), image_id=3, patch=4, slots=4)
     with torch.inference_mode():
-        return model.logits(batch)[-1]
+        return logits_of(model, batch)[-1]
 
 
 def test_generate_takes_every_setting(model):

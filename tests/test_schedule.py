@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from small import DOCUMENTS, SLOTS, document, packed, small_mm1
+from small import DOCUMENTS, SLOTS, document, logits_of, packed, small_mm1
 from test_engine import LONG, drained
 from test_generate import PROMPTS, picture
 
@@ -234,7 +234,7 @@ def test_a_prompts_last_tokens_are_scored_as_a_full_pass_scores_them(model, pref
     found = [engine.submit(prompt, sampling, scored=count) for _ in range(2)]  # the second behind known pages
     engine.run()
     with torch.inference_mode():
-        logprobs = model.logits(packed([prompt])).log_softmax(-1)[-count - 1 : -1]
+        logprobs = logits_of(model, packed([prompt])).log_softmax(-1)[-count - 1 : -1]
     truth = logprobs.gather(1, torch.from_numpy(prompt.tokens[-count:]).long()[:, None])[:, 0].tolist()
     for request in found:
         assert request.scores == pytest.approx(truth, abs=1e-5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small import PATCH, SLOTS, small_mm1
+from small import PATCH, SLOTS, logits_of, small_mm1
 from test_generate import picture
 from vocabularies import KINDS, byte_fallback, byte_level
 
@@ -57,7 +57,7 @@ def test_prompt_and_answer_are_one_text(make, prompt, whole, models):
             [document], exact_budget([document], PATCH), image_id=model.tokenizer.image, patch=PATCH, slots=SLOTS
         )
         with torch.inference_mode():
-            logits = model.logits(batch).log_softmax(-1)[kept - 1 : len(document.tokens) - 1]
+            logits = logits_of(model, batch).log_softmax(-1)[kept - 1 : len(document.tokens) - 1]
         tokens = torch.from_numpy(document.tokens[kept:]).long()
         assert value == pytest.approx(float(logits.gather(1, tokens[:, None]).sum()), abs=1e-3)
 

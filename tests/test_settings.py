@@ -22,7 +22,7 @@ from mm1.engine.models import mm1_config
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import DIGITS, MODELS
 from mm1.engine.run_config import DIGITS_RUN, Run, changes, from_dict, load_run, to_dict
-from mm1.engine.settings import help_texts, hints, nested, table_of, to_toml, toml_value
+from mm1.engine.settings import help_texts, hints, item_table, tables_of, to_toml, toml_value
 from mm1.engine.train import checkpoint, settings_page
 from mm1.engine.train import config as train_config
 from mm1.engine.train.config import Parallel, Train
@@ -203,17 +203,15 @@ def test_an_unknown_setting_unlike_any_is_met_with_all_beside_it():
 
 
 def classes_of_settings(cls=Run):
-    return [
-        cls,
-        *(inner for hint in hints(cls).values() if nested(hint) for inner in classes_of_settings(nested(hint))),
-    ]
+    tables = [(*tables_of(hint), item_table(hint)) for hint in hints(cls).values()]
+    return [cls, *(inner for table in sum(tables, ()) if table for inner in classes_of_settings(table))]
 
 
 @pytest.mark.parametrize("cls", classes_of_settings(), ids=lambda cls: cls.__name__)
 def test_every_setting_has_a_help_text_that_names_each_special_value(cls):
     texts = help_texts(cls)
     for field, hint in hints(cls).items():
-        if not table_of(hint):
+        if not tables_of(hint):
             text = texts[field]
             assert 10 < len(text) < 250, field
             assert text.endswith("."), field
@@ -236,7 +234,7 @@ def test_the_page_of_settings_is_current():
 def test_the_page_of_settings_has_a_row_for_each_with_its_range_and_default():
     rows = [line.split(" | ") for line in settings_page.page().splitlines() if line.startswith("| `")]
     names = [row[0].strip("|*` ") for row in rows]
-    plain = sum(not table_of(hint) for cls in classes_of_settings() for hint in hints(cls).values())
+    plain = sum(not tables_of(hint) for cls in classes_of_settings() for hint in hints(cls).values())
     assert len(set(names)) == len(names) == plain
     for part, config in (("data", Data()), ("train", Train()), ("parallel", Parallel())):
         for field, value in to_dict(config).items():

@@ -123,8 +123,8 @@ def test_a_run_says_which_vocabulary_its_tokenizer_needs_and_how_to_get_one(fold
     mm1(monkeypatch, capsys, "tokenizer", "t.json", "long.txt", "--vocabulary", 420)
     status, said = mm1(monkeypatch, capsys, *train, "--set", "data.tokenizer=t.json")
     path, size = folder / "t.json", 420
-    assert said == (f"mm1: setting model.decoder.vocabulary is 384, but {path} has {size} tokens:"
-                    " set model.decoder.vocabulary = 448\n")  # fmt: skip
+    assert said == (f"mm1: the model's vocabulary is 384, but {path} has {size} tokens:"
+                    " set the vocabulary, such as model.decoder.vocabulary, to 448\n")  # fmt: skip
     status, said = mm1(monkeypatch, capsys, *train, "--set", 'data.tokenizer=""')
     assert status == 2
     assert said == ("mm1: setting data.tokenizer is '', expected a file: make one by `mm1 tokenizer tokenizer.json"

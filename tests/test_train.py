@@ -2,15 +2,19 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import relative_error
-from small import At, document, packed, small_model, small_run
+from small import At, document, documents, packed, small_model, small_run
 
+from mm1.engine.data import feed
+from mm1.engine.data.document import Budget
 from mm1.engine.train import checkpoint
-from mm1.engine.train.step import Observer
+from mm1.engine.train.display import Display
+from mm1.engine.train.step import Observer, StepResult, run_micro_batches, sum_and_update
 from mm1.engine.train.trainer import Trainer, train
 from mm1.errors import UserError
 
@@ -112,17 +116,13 @@ def test_four_micro_batches_equal_one_batch_four_times_as_large(experts, tmp_pat
     run = small_run(clip=1e9, accumulate=4)
     model = small_model(experts=experts, load_balance=0.0, z_loss=0.0)  # which each batch has of its own
     trainer = Trainer(dataclasses.replace(run, model=model), tmp_path / "run", Quiet(), False)
-    documents = [document((2, 3), 5), document(9), document((3, 3), (1, 2), 4), document(3, (2, 2), 7)]
-    weights = {name: x.clone() for name, x in trainer.model.state_dict().items()}
-    found, grads = {}, {}
-    trainer.observers.append(Gradients(trainer.model, grads))
-    for name, batches in {"four": [packed([d]) for d in documents], "one": [packed(documents)]}.items():
-        given = dataclasses.replace(run.train, accumulate=len(batches))
-        trainer.run = dataclasses.replace(trainer.run, train=given)
-        trainer.feed = iter_of(batches, trainer.streams)
-        trainer.state.model.load_state_dict(weights)
-        found[f"{name} loss"] = torch.tensor(trainer.step().sums["loss"])
-        found[name] = torch.cat([grad.flatten() for grad in grads.values()])
+    docs = [document((2, 3), 5), document(9), document((3, 3), (1, 2), 4), document(3, (2, 2), 7)]
+    found = {}
+    for name, batches in {"four": [packed([d]) for d in docs], "one": [packed(docs)]}.items():
+        done = run_micro_batches(trainer.state, iter(batches), len(batches), torch.float32, ())
+        found[f"{name} loss"] = done.totals[list(done.per).index("loss")]
+        found[name] = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        trainer.model.zero_grad()
     assert relative_error(found["four loss"], found["one loss"]) < 1e-6
     assert relative_error(found["four"], found["one"]) < 2e-6  # roundings of fp32
 
@@ -143,8 +143,8 @@ def test_what_is_compiled_again_is_an_error_that_names_the_guard(tmp_path):
 
     def run(recompile):
         def grow():
-            loader = trainer.streams.loaders[0]
-            loader.budget = dataclasses.replace(loader.budget, tokens=loader.budget.tokens + 8)
+            d = trainer.run.data
+            trainer.model(packed(documents(), Budget(d.tokens + 8, d.images, d.patches, d.documents, 36)))
 
         compiled = small_run(compile=True, recompile=recompile)
         trainer = Trainer(compiled, tmp_path / recompile, Quiet(), backend="eager", observers=[At(begins={5: grow})])
@@ -212,7 +212,7 @@ def test_too_many_in_a_row_rewind_and_go_on_with_other_data(tmp_path):
     poison = Poison(trainer, {6, 7})
     trainer.fit()
     assert trainer.display.skipped == [6, 7]
-    assert "back to step-00000004" in trainer.display.warnings[0]
+    assert "restored step-00000004" in trainer.display.warnings[0]
     assert (trainer.steps_done, trainer.rewinds, poison.taken) == (12, 1, 7 + 8)
     assert trainer.streams.taken >= 2 * 15  # no batch was taken again
 
@@ -220,31 +220,45 @@ def test_too_many_in_a_row_rewind_and_go_on_with_other_data(tmp_path):
 def test_a_run_that_rewinds_too_often_stops_with_one_line(tmp_path):
     trainer = Trainer(small_run(skips=1, rewinds=1), tmp_path / "run", Told(), False)
     Poison(trainer, set(range(5, 100)))
-    why = "loss nan, gradient norm nan at step 6, .*; 2 steps in a row, rewound 1"
+    why = "2 bad steps in a row, the last with loss nan, gradient norm nan at step 6, .*; the run was rewound 1 times"
     with pytest.raises(FloatingPointError, match=why):
         trainer.fit()
     assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
 
 
-def test_a_step_without_targets_changes_nothing(tmp_path):
-    trainer = Trainer(small_run(steps=2), tmp_path / "run", Told(), False)
+def test_a_step_without_targets_changes_nothing_and_is_written_down(tmp_path):
+    run = small_run(steps=2)
+    trainer = Trainer(run, tmp_path / "run", Told(), False)
     trainer.fit()
     before = {n: x.clone() for n, x in trainer.state.tensors().items()}
-    batch = next(trainer.feed)
-    empty = dataclasses.replace(batch, target_rows=batch.target_rows[:0], target_count=0)
-    trainer.feed = iter_of([empty, empty], trainer.feed)
-    trainer.step()
-    trainer.settle()
+    done = run_micro_batches(trainer.state, iter([packed([document((2, 3))])]), 1, torch.float32, ())
+    values, arrived, shape = sum_and_update(trainer.state, done, run.train, 1e-3, (False,) * 3)
     assert_same(dict(trainer.state.tensors()), before)
+    result = StepResult(3, values, arrived, done.per, shape, done.keys, {}, {})
+    assert result.sums["targets"] == 0
+    trainer.pending.append(result)
+    trainer.settle()
     assert trainer.display.skipped == [3]
+    assert "no target tokens" in (tmp_path / "run" / "left-out" / "step-00000003-0.json").read_text()
 
 
-def iter_of(batches, feed):
-    class Given:
-        state, skipped = feed.state, 0
-        __next__ = lambda self, left=list(batches): left.pop()  # noqa: E731
+def test_single_steps_are_saved_and_closing_ends_the_thread_that_loads_ahead(tmp_path, monkeypatch):
+    """On a GPU there is one always, here by order."""
+    monkeypatch.setitem(feed.AHEAD, "cpu", 2)
+    with Trainer(small_run(steps=2), tmp_path / "run", Quiet()) as trainer:
+        trainer.step()
+        trainer.settle()
+        trainer.save()
+        assert "feed" in {thread.name for thread in threading.enumerate()}
+    assert "feed" not in {thread.name for thread in threading.enumerate()}
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000001"
+    Trainer(small_run(steps=2), tmp_path / "unused", Quiet()).close()
 
-    return Given()
+
+def test_a_display_writes_to_the_standard_error_of_its_moment(tmp_path, capsys):
+    """Not to that of the import, which a notebook or a test replaces."""
+    Display(tmp_path, small_run().train).warn("a full disk")
+    assert "warning: a full disk" in capsys.readouterr().err
 
 
 def test_a_hang_says_where_it_hangs(tmp_path):
@@ -270,5 +284,5 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(tmp_path):
     with pytest.raises(UserError, match="holds a run already"):
         train(small_run(steps=4), tmp_path / "run")
     other = dataclasses.replace(small_run(), model=small_model(ffn=48))
-    with pytest.raises(UserError, match=r"holds another model than this run's: model\.decoder\.ffn is 48, was 40"):
+    with pytest.raises(UserError, match=r"other model settings: model\.decoder\.ffn was 40, this run has 48"):
         train(other, tmp_path / "run", resume=True)

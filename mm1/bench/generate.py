@@ -43,8 +43,8 @@ from mm1.engine.infer.sampling import Draw, Sampling
 from mm1.engine.layers.blocked import Head, blocked
 from mm1.engine.layers.quantize import quantized
 from mm1.engine.layers.workload import Workload
-from mm1.engine.models.mm1_config import DIGITS, MODELS, Model, named
-from mm1.engine.models.registry import model_class
+from mm1.engine.models.mm1_config import DIGITS, MODELS, MM1Config
+from mm1.engine.models.registry import model_class, named
 from mm1.engine.train.ledger import ledger
 from mm1.errors import UserError
 from mm1.kernels.dispatch import Cost, cdiv
@@ -131,7 +131,7 @@ def measure(record: Record, models: Sequence[str] = (), rounds: int | None = Non
         del bench  # frees its weights before the next model is made
 
 
-def cases(c: Model, scale: Scale) -> list[Case]:
+def cases(c: MM1Config, scale: Scale) -> list[Case]:
     """Return the measurements of a model."""
     every = [(shots, batch) for shots in SHOTS for batch in scale.batches]
     fit = {limit: [(s, b) for s, b in every if b * prompt_length(c, s) <= limit] for limit in scale[2:4]}
@@ -142,12 +142,12 @@ def cases(c: Model, scale: Scale) -> list[Case]:
     return [*chosen, Case("queries", SHOTS[-1], scale.queries)]
 
 
-def prompt_length(c: Model, shots: int) -> int:
+def prompt_length(c: MM1Config, shots: int) -> int:
     """Return the number of tokens of a prompt."""
     return 1 + (shots + 1) * (c.connector.tokens + TEXT)
 
 
-def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]:
+def prompts(c: MM1Config, shots: int, batch: int, *, images: bool) -> list[Document]:
     """Return `batch` random documents of one length, with text in place of images if `images` is False."""
     random, patch, squash = np.random.default_rng(0), c.vision.patch, c.image_mode == "squash"
     rows = c.image_size // patch if squash else math.isqrt(c.image_patches)
@@ -167,7 +167,7 @@ def prompts(c: Model, shots: int, batch: int, *, images: bool) -> list[Document]
 class Bench:
     """Hold a model with random weights, created at first use, and make the implementations to compare."""
 
-    def __init__(self, size: Model, device: str, dtype: str, limits: dict[str, Any]):
+    def __init__(self, size: MM1Config, device: str, dtype: str, limits: dict[str, Any]):
         self.config, self.device, self.dtype, self.limits = size, device, dtype, limits
 
     @cached_property
@@ -441,7 +441,7 @@ def captured(call: Call) -> Call:
     return replay
 
 
-def operations(c: Model, lengths: list[int], grids: Sequence[tuple[int, int]] = (), heads: int = 0) -> int:
+def operations(c: MM1Config, lengths: list[int], grids: Sequence[tuple[int, int]] = (), heads: int = 0) -> int:
     """Return the floating-point operations of a forward pass.
 
     lengths: tokens of each document; grids: (h, w) of each image; heads: rows of logits.

@@ -15,7 +15,7 @@ from mm1.engine.data.batch import Batch, pack
 from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.record import View, max_patches
 from mm1.engine.layers.workload import Workload
-from mm1.engine.models.mm1_config import Model
+from mm1.engine.models.mm1_config import MM1Config
 from mm1.kernels.linear_cross_entropy import IGNORED
 
 PAD, BOS, EOS, IMAGE = range(4)  # token ids that do not occur in texts
@@ -27,7 +27,7 @@ Documents = Sequence[Document]
 Layout = Callable[[Documents], list[Batch]]
 
 
-def documents(c: Model, tokens: int, seed: int) -> list[Document]:
+def documents(c: MM1Config, tokens: int, seed: int) -> list[Document]:
     """Return random documents of `tokens` tokens together, or as many fewer as are too few for one more caption."""
     draw, kinds = np.random.default_rng(seed), list(SHARES)
     counts = dict.fromkeys(kinds, 0)  # tokens by kind
@@ -44,7 +44,7 @@ def documents(c: Model, tokens: int, seed: int) -> list[Document]:
             kinds = ["captions"]
 
 
-def _document(c: Model, tokens: int, kind: str, draw: np.random.Generator) -> Document:
+def _document(c: MM1Config, tokens: int, kind: str, draw: np.random.Generator) -> Document:
     images = {"captions": 1, "interleaved": int(draw.integers(*IMAGES)), "text": 0}[kind]
     parts = [np.array([BOS])]
     for _ in range(max(images, 1)):
@@ -55,7 +55,7 @@ def _document(c: Model, tokens: int, kind: str, draw: np.random.Generator) -> Do
     return Document(row, tuple(View("image", _image(c, draw)) for _ in range(images)), kind)
 
 
-def _image(c: Model, draw: np.random.Generator) -> np.ndarray:
+def _image(c: MM1Config, draw: np.random.Generator) -> np.ndarray:
     p = c.vision.patch
     h = w = c.image_size // p
     if c.image_mode == "native":
@@ -65,14 +65,14 @@ def _image(c: Model, draw: np.random.Generator) -> np.ndarray:
     return draw.integers(0, 256, (h * p, w * p, 3), dtype=np.uint8)
 
 
-def packed(c: Model, sets: Sequence[Documents], tokens: int) -> Layout:
+def packed(c: MM1Config, sets: Sequence[Documents], tokens: int) -> Layout:
     """Return a layout that packs a set of documents into one batch. sets: all sets that must fit into its budget."""
     budget = _budget(c, sets, tokens)
     # The documents are sorted as by the loader, so that equal lengths run as one batch.
     return lambda docs: [_pack(c, sorted(docs, key=lambda d: len(d.tokens)), budget)]
 
 
-def padded(c: Model, tokens: int) -> Layout:
+def padded(c: MM1Config, tokens: int) -> Layout:
     """Return a layout that pads documents to the longest of a set, in batches of at most `tokens` rows."""
 
     def layout(docs: Documents) -> list[Batch]:
@@ -84,7 +84,7 @@ def padded(c: Model, tokens: int) -> Layout:
     return layout
 
 
-def _padded(c: Model, docs: Documents, longest: int) -> Batch:
+def _padded(c: MM1Config, docs: Documents, longest: int) -> Batch:
     rows = [np.pad(d.tokens, (0, longest - len(d.tokens)), constant_values=PAD) for d in docs]
     full = [replace(d, tokens=row) for d, row in zip(docs, rows)]
     batch = _pack(c, full, _budget(c, [full], len(full) * longest))
@@ -103,12 +103,12 @@ def load_of_padded(docs: Documents, batches: Sequence[Batch]) -> Workload:
         tokens=tokens,
         images=sum(batch.media.grids.images for batch in batches),
         patches=sum(batch.media.grids.patches for batch in batches),
-        pairs=tokens * (longest + 1) // 2,
-        routed=tokens,
+        computed_pairs=tokens * (longest + 1) // 2,
+        computed_expert_rows=tokens,
     )
 
 
-def _budget(c: Model, parts: Sequence[Documents], tokens: int) -> Budget:
+def _budget(c: MM1Config, parts: Sequence[Documents], tokens: int) -> Budget:
     """Return the smallest budget that holds each part."""
     return Budget(
         tokens=tokens,
@@ -119,5 +119,5 @@ def _budget(c: Model, parts: Sequence[Documents], tokens: int) -> Budget:
     )
 
 
-def _pack(c: Model, docs: Documents, budget: Budget) -> Batch:
+def _pack(c: MM1Config, docs: Documents, budget: Budget) -> Batch:
     return pack(docs, budget, image_id=IMAGE, patch=c.vision.patch, slots=c.connector.tokens)

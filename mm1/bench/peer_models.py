@@ -15,7 +15,7 @@ from mm1.engine.layers.config import Vision
 from mm1.engine.layers.connector import readout
 from mm1.engine.layers.decoder import DecoderLM
 from mm1.engine.layers.vision import VisionEncoder
-from mm1.engine.models.mm1_config import Model
+from mm1.engine.models.mm1_config import MM1Config
 from mm1.engine.models.spec import Losses, Sum
 from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.patches.reference import runs
@@ -132,7 +132,7 @@ class Siglip2Vision(nn.Module):
         return [y.view(count, h, w, -1).permute(0, 3, 1, 2) for y, (count, h, w) in zip(rows, equal)]
 
 
-def vision_of(c: Model, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
+def vision_of(c: MM1Config, encoder: VisionEncoder) -> ClipVision | Siglip2Vision:
     """Return transformers' encoder that computes what mm1's does, with the same parameters.
 
     Raises ValueError if transformers has no such encoder.
@@ -154,7 +154,7 @@ class Abstractor(nn.Module):
     pool makes the sizes equal. Raises ValueError for another kind of connector.
     """
 
-    def __init__(self, c: Model, connector: nn.Module):
+    def __init__(self, c: MM1Config, connector: nn.Module):
         super().__init__()
         k, width = c.connector, c.vision.width
         whole = c.image_mode == "squash" and k.position_grid == (c.image_size // c.vision.patch,) * 2

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from mm1.engine.layers import float8
-from mm1.engine.models.mm1_config import Model
+from mm1.engine.models.mm1_config import MM1Config
 
 
 class Rung(NamedTuple):
@@ -53,7 +53,7 @@ def peers(device: str) -> list[Rung]:
     return [way for rung in rungs for way in (rung, rung._replace(name=f"{rung.name} compiled", **compiled))]
 
 
-def ladder(c: Model, dtype: str = "fp32") -> list[Rung]:
+def ladder(c: MM1Config, dtype: str = "fp32") -> list[Rung]:
     """Return the rungs from plain to FULL, then float8, two recomputations, and plain with torch.compile alone."""
     parts = [part for part in CHANGES if part != "experts" or c.decoder.experts]
     every = frozenset(parts)

@@ -32,8 +32,8 @@ from mm1.engine.layers.float8 import converted
 from mm1.engine.layers.layer import BlockLayer, learned_vectors
 from mm1.engine.layers.workload import Workload
 from mm1.engine.models import spec
-from mm1.engine.models.mm1_config import MODELS, Model, named
-from mm1.engine.models.registry import model_class
+from mm1.engine.models.mm1_config import MODELS, MM1Config
+from mm1.engine.models.registry import model_class, named
 from mm1.engine.train.config import Train
 from mm1.engine.train.ledger import Ledger, ledger, workload
 from mm1.engine.train.optim import adamw
@@ -51,11 +51,11 @@ BIG = 100e9
 class Size(NamedTuple):
     """Hold a model and the number of tokens of a packed sequence."""
 
-    model: Model
+    model: MM1Config
     tokens: int
 
 
-def _resized(name: str, **changes: int) -> Model:
+def _resized(name: str, **changes: int) -> MM1Config:
     model = named(name)
     return replace(model, decoder=replace(model.decoder, **changes))
 
@@ -119,7 +119,7 @@ class Way:
 class Steps:
     """Hold a model, documents, and the ways to train on them."""
 
-    def __init__(self, c: Model, tokens: int, device: str, dtype: str, peak: float):
+    def __init__(self, c: MM1Config, tokens: int, device: str, dtype: str, peak: float):
         self.config, self.device, self.dtype, self.peak = c, torch.device(device), dtype, peak
         sets = [mix.documents(c, tokens, seed) for seed in range(SETS)]
         self.documents, self.same_size = sets[0], c.image_mode == "squash"
@@ -292,8 +292,8 @@ class Steps:
             load = self._peer_load(rung, load, batches)
         elif "attention" in rung.plain:
             rows = batches[0].media.grids.longest + self.config.vision.class_token
-            pairs = load.tokens**2 if rung.packed else load.pairs
-            load = replace(load, pairs=pairs, patch_pairs=load.images * rows**2)
+            pairs = load.tokens**2 if rung.packed else load.computed_pairs
+            load = replace(load, computed_pairs=pairs, computed_patch_pairs=load.images * rows**2)
         return ledger(self.config, load, recompute=rung.recompute)
 
     def _peer_load(self, rung: Rung, load: Workload, batches: Sequence[Batch]) -> Workload:
@@ -306,10 +306,10 @@ class Steps:
         patches = [sum(h * w for h, w in batch.media.grids.sizes or ()) for batch in batches]
         one_row = not self.config.vision.class_token  # all images of a batch are in one row
         return replace(
-            load, tokens=tokens, routed=tokens, images=len(load.grids), patches=sum(patches),
-            pairs=tokens**2 if rung.packed and rung.peer == "sdpa" else load.pairs,
-            patch_pairs=sum(n**2 for n in patches) if one_row else None,
-            heads=None if rung.packed else tokens,
+            load, tokens=tokens, computed_expert_rows=tokens, images=len(load.grids), patches=sum(patches),
+            computed_pairs=tokens**2 if rung.packed and rung.peer == "sdpa" else load.computed_pairs,
+            computed_patch_pairs=sum(n**2 for n in patches) if one_row else None,
+            computed_head_rows=None if rung.packed else tokens,
         )  # fmt: skip
 
     def data_seconds(self, rung: Rung) -> float:

@@ -1,4 +1,4 @@
-"""The settings of a run, as frozen dataclasses; how they are read from TOML files and from the command line."""
+"""Define the settings of a run, and read them from TOML files and the command line."""
 
 import dataclasses
 import glob
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mm1.engine.data.config import Data, Source
-from mm1.engine.models.mm1_config import DIGITS, Model, named
-from mm1.engine.models.registry import Registered, config_class
-from mm1.engine.settings import assign, build, check, dotted, hints, may_change, parse_value, require_names
+from mm1.engine.models.mm1_config import DIGITS, MM1Config
+from mm1.engine.models.registry import RegisteredConfigs, config_class, named
+from mm1.engine.settings import assign, build, check, dotted, hints, may_change, parse_value, require_names, required
 from mm1.engine.train.config import Parallel, Train
 from mm1.errors import UserError, require
 
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of a training run."""
+    """Hold the settings of a training run: the model's, of any registered kind, and those of data and training."""
 
-    model: Annotated[Model, Registered()]
+    model: Annotated[MM1Config, RegisteredConfigs()]
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)
@@ -30,7 +30,7 @@ class Run:
         check(self, "")
 
 
-# The demo's data, which is shipped, and its recipe.
+# The demo's data, which the package contains, and its recipe.
 DIGITS_FOLDER = Path(__file__).parent / "data" / "digits"
 DIGITS_RUN = Run(
     DIGITS,
@@ -68,9 +68,9 @@ def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> R
     """Return the run of a named size or a TOML file, changed by `key=value` settings ("train.steps=100").
 
     A file has `model = "mm1-3b"` or a [model] table, `recipe`, [data], [[data.sources]], [train], [parallel]. Paths in
-    it are relative to its folder, those of `settings` to the working directory; in the run all are absolute. The name
+    it are relative to its folder, paths in `settings` to the working directory; in the run all are absolute. The name
     "digits" alone is the demo with its data and settings: recipe "digits".
-    Raises UserError with one line for a file that cannot be read and a setting that is unknown, missing or illegal.
+    Raises UserError with one line for an unreadable file and for an unknown, missing or illegal setting.
     """
     table: dict[str, Any] = {"model": name_or_file}
     if name_or_file.endswith(".toml"):
@@ -93,10 +93,10 @@ def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> R
 
 
 def from_dict(table: dict[str, Any]) -> Run:
-    """Return the run of nested plain values, as `to_dict` and TOML files have them.
+    """Return the run of nested plain values, the form of `to_dict` and of TOML files.
 
     "model" is a size's name, or a table, which may name a "size" and change it. Without either, model and tokenizer are
-    those of the checkpoint train.init. Raises UserError for a setting that is unknown, missing or illegal.
+    those of the checkpoint train.init. Raises UserError for an unknown, missing or illegal setting.
     """
     table = dict(table)
     require_names(table, [*hints(Run), "recipe"])
@@ -107,47 +107,47 @@ def from_dict(table: dict[str, Any]) -> Run:
     size = changes.pop("size", None) if isinstance(model, dict) else model
     train = table.get("train")
     init = train.get("init") if isinstance(train, dict) else None
-    base = None
+    base, needed = None, required(config_class(changes.get("kind", MM1Config.kind)))
     if isinstance(size, str):
         base = Run(named(size))
     elif size is not None or not (changes or init):
         raise UserError(f"setting model is {model!r}, expected a size's name or a [model] table")
-    elif isinstance(init, str) and init and not changes.keys() >= {"vision", "connector", "decoder"}:
+    elif isinstance(init, str) and init and not changes.keys() >= set(needed):
         folder = Path(init)
         if not (folder / "config.json").is_file() and (folder / "checkpoint").is_dir():  # the folder of a run
             folder = folder / "checkpoint"
         base = Run(_model_of(folder), Data(tokenizer=str(folder / "tokenizer.json")))
-    table = _merged(RECIPES[recipe], {**table, "model": changes})
-    default = Model.kind if base is None else base.model.kind
-    cls = config_class(table["model"].get("kind", default))
+    cls = config_class(changes.get("kind", MM1Config.kind if base is None else base.model.kind))
+    images = {name: value for name, value in RECIPES[recipe].get("model", {}).items() if name in hints(cls)}
+    table = _merged({**RECIPES[recipe], "model": images}, {**table, "model": changes})
     table["model"] = build(cls, table["model"], "model", None if base is None else base.model)
     return build(Run, table, base=base)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return two levels of settings: those of `base`, replaced by those of `changes` where both have one."""
+    """Return two levels of settings: those of `base`, replaced by those of `changes`."""
     both = {part: {**base[part], **changes[part]} for part in base if isinstance(changes.get(part), dict)}
     return {**base, **changes, **both}
 
 
-def stored_model(config: Any) -> Model:
-    """Return the model of a checkpoint's config.json, whose other settings may be of an older version."""
+def stored_model(config: Any) -> Any:
+    """Return the model settings in a checkpoint's config.json, whose other settings may be of an older version."""
     has_model = isinstance(config, dict) and "model" in config
     require(has_model, "setting model", None, "a table of a checkpoint's config.json")
     model, data = from_dict({"model": config["model"]}).model, config.get("data")
-    tokens = data.get("tokens") if isinstance(data, dict) else None  # older versions wrote the context nowhere else
+    tokens = data.get("tokens") if isinstance(data, dict) else None  # older versions did not store the context
     return dataclasses.replace(model, context=tokens) if tokens and not model.context else model
 
 
 def saw_conversations(config: Any) -> bool:
-    """Say whether the run of a checkpoint's config.json trained on conversations."""
+    """Return whether the run of a checkpoint's config.json trained on conversations."""
     data = config.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     return any(isinstance(source, dict) and source.get("kind") == "conversations" for source in sources or ())
 
 
-def _model_of(folder: Path) -> Model:
-    """Return the model of a checkpoint folder. Raises UserError if it holds none."""
+def _model_of(folder: Path) -> Any:
+    """Return the model settings in a checkpoint folder. Raises UserError if it is not a checkpoint."""
     try:
         return stored_model(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError) as error:
@@ -155,12 +155,12 @@ def _model_of(folder: Path) -> Model:
 
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
-    """Make the paths in a table of settings absolute, relative to `folder`. Values of a wrong type stay as they are."""
+    """Make the paths in a table of settings absolute, relative to `folder`. Values of a wrong type are not changed."""
     for part, name in (("data", "tokenizer"), ("train", "init")):
         fields = table.get(part)
         if isinstance(fields, dict) and isinstance(path := fields.get(name), str) and path:
             fields[name] = str(folder.absolute() / os.path.expanduser(path))
-    # Paths of sources may be patterns; characters of patterns in the folder's own name are escaped.
+    # Paths of sources may be glob patterns; special characters in the folder's own name are escaped.
     escaped = Path(glob.escape(str(folder.absolute())))
     sources = table["data"].get("sources") if isinstance(table.get("data"), dict) else None
     for source in sources if isinstance(sources, list) else ():
@@ -173,15 +173,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def changes(before: Any, now: Any, name: str) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ and may not change when a run continues: full name -> (before, now).
+def changes(before: Any, after: Any, name: str) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ and may not change when a run continues: full name -> (old, new).
 
-    before, now: two dataclasses of one class. name: their place among the settings, such as "model". Fields that are
-    marked MayChange are not compared.
+    before, after: two dataclasses of one class. name: their full name among the settings, such as "model". Fields that
+    are marked MayChange are not compared.
     """
     differing: dict[str, tuple[Any, Any]] = {}
-    for part, hint in hints(type(now)).items():
-        full, old, new = dotted(name, part), getattr(before, part), getattr(now, part)
+    for part, hint in hints(type(after)).items():
+        full, old, new = dotted(name, part), getattr(before, part), getattr(after, part)
         if dataclasses.is_dataclass(new):
             differing |= changes(old, new, full)
         elif old != new and not may_change(hint):

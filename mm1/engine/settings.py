@@ -1,12 +1,12 @@
-"""Settings: fields of frozen dataclasses that declare type, legal values and meaning; `check` enforces the first two.
+"""Define settings: fields of frozen dataclasses that declare type, legal values and meaning, and their checks.
 
     steps: Annotated[int, Range(minimum=1)] = 200_000
     "Optimizer steps of the run."
 
-`check` is called by each dataclass's __post_init__, so values from a TOML file, from the command line and from Python
-are checked alike. `build` makes dataclasses of nested dicts. The string below a field is its help text: the command
-line and the page of settings take it from there. tyro shows these settings but does not check them, as it sees neither
-TOML files nor Python callers; pydantic would need as much code to translate its errors into these.
+Each dataclass's __post_init__ calls `check`, so that values from a TOML file, the command line and Python are checked
+alike. `build` makes dataclasses of nested dicts. The string below a field is its help text, on the command line and on
+the page of settings. tyro shows these settings but does not check them, because it sees neither TOML files nor Python
+callers; pydantic would need as much code to translate its errors into these.
 """
 
 import ast
@@ -18,9 +18,10 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
+from operator import ge, gt, le, lt
 from typing import Annotated, Any
 
 from mm1.errors import UserError, require
@@ -28,28 +29,28 @@ from mm1.errors import UserError, require
 
 @dataclass(frozen=True)
 class Range:
-    """The interval that a number lies in; None: no bound on that side. No setting may be NaN or infinite."""
+    """Mark the interval of a number; None: no bound on that side. No setting may be NaN or infinite."""
 
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
     below: float | None = None
 
+    @property
+    def bounds(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
+        """Return the sign, the comparison and the number of each bound."""
+        all_bounds = [("≥", ge, self.minimum), (">", gt, self.above), ("≤", le, self.maximum), ("<", lt, self.below)]
+        return [(sign, compare, bound) for sign, compare, bound in all_bounds if bound is not None]
+
     def __contains__(self, value: float) -> bool:
-        return (
-            (self.minimum is None or value >= self.minimum)
-            and (self.above is None or value > self.above)
-            and (self.maximum is None or value <= self.maximum)
-            and (self.below is None or value < self.below)
-        )
+        return all(compare(value, bound) for _, compare, bound in self.bounds)
 
     def __str__(self) -> str:
-        bounds = (("≥", self.minimum), (">", self.above), ("≤", self.maximum), ("<", self.below))
-        return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+        return " and ".join(f"{sign} {bound}" for sign, _, bound in self.bounds)
 
 
 class OneOf:
-    """The strings that a setting may be."""
+    """Mark the strings that a setting may be."""
 
     def __init__(self, *names: str):
         self.names = names
@@ -61,23 +62,34 @@ class OneOf:
         return ", ".join(self.names)
 
 
+class Tables:
+    """Mark a setting whose value is a dataclass of one of several classes."""
+
+    def classes(self) -> tuple[type, ...]:
+        """Return the classes, each a dataclass of settings."""
+        raise NotImplementedError
+
+    def __contains__(self, value: object) -> bool:
+        return type(value) in self.classes()
+
+
 class MayChange:
-    """Marks a setting of the model that may change when a run continues from its own checkpoint."""
+    """Mark a setting of the model that may change when a run continues from its own checkpoint."""
 
 
 Count = Annotated[int, Range(minimum=1)]
 CountOrZero = Annotated[int, Range(minimum=0)]
 Positive = Annotated[float, Range(above=0)]
 PositiveOrZero = Annotated[float, Range(minimum=0)]
-KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 NONE = "none"  # None in TOML, which has no null
 
 
 def check(config: Any, name: str) -> None:
     """Check every field of a frozen dataclass, and convert ints of float fields to float and lists to tuples.
 
-    name: the dataclass's place among the settings, such as "model.vision". Raises UserError naming the first field
-    whose value is not of the declared type and range.
+    name: the dataclass's full name among the settings, such as "model.vision". Raises UserError that names the first
+    field whose value is not of the declared type and range.
     """
     for field, hint in hints(type(config)).items():
         object.__setattr__(config, field, _checked(hint, getattr(config, field), dotted(name, field)))
@@ -86,27 +98,31 @@ def check(config: Any, name: str) -> None:
 def build(cls: type, values: dict[str, Any], name: str = "", base: Any = None) -> Any:
     """Return an instance of the dataclass `cls` from nested dicts.
 
-    values: by field; a field that is missing comes from `base`, or else from the defaults. name: the dataclass's place
+    values: by field; a missing field has the value of `base`, or else its default. name: the dataclass's full name
     among the settings. Raises UserError for an unknown field, a missing one and an illegal value.
     """
-    types_of_fields = hints(cls)
-    require_names(values, types_of_fields, name)
+    require_names(values, hints(cls), name)
     fields = {
-        field: _checked(types_of_fields[field], value, dotted(name, field), getattr(base, field, None))
+        field: _checked(hints(cls)[field], value, dotted(name, field), getattr(base, field, None))
         for field, value in values.items()
     }
     if base is not None:
         return dataclasses.replace(base, **fields)
-    for field, hint in types_of_fields.items():
-        if field not in fields and default(cls, field) is dataclasses.MISSING:
-            raise UserError(f"setting {dotted(name, field)} is missing, expected {described(hint)}")
+    for field in required(cls):
+        if field not in fields:
+            raise UserError(f"setting {dotted(name, field)} is missing, expected {described(hints(cls)[field])}")
     return cls(**fields)
 
 
-def require_names(fields: Iterable[str], names: Collection[str], name: str = "") -> None:
-    """Raise UserError for the first of `fields` that is not in `names`, with those that are spelled alike, or all.
+def required(cls: type) -> list[str]:
+    """Return the fields of a dataclass that have no default."""
+    return [field for field in hints(cls) if default(cls, field) is dataclasses.MISSING]
 
-    name: the place of the fields among the settings, such as "model.vision".
+
+def require_names(fields: Iterable[str], names: Collection[str], name: str = "") -> None:
+    """Raise UserError for the first of `fields` that is not in `names`, with the names of similar spelling, or all.
+
+    name: the full name of the table that has the fields, such as "model.vision".
     """
     for field in fields:
         if field not in names:
@@ -116,18 +132,18 @@ def require_names(fields: Iterable[str], names: Collection[str], name: str = "")
 
 
 def assign(table: dict[str, Any], key: str, value: Any) -> None:
-    """Set table["a"]["b"] to `value` for the key "a.b". Raises UserError if "a" is there and not a table."""
+    """Set table["a"]["b"] to `value` for the key "a.b". Raises UserError if table["a"] exists and is not a table."""
     *path, last = key.split(".")
     for name in path:
         if isinstance(table.get(name), str):
             table[name] = {"size": table[name]}  # model = "digits" with model.decoder.… on top
         table = table.setdefault(name, {})
-        require(isinstance(table, dict), f"setting {name}", table, f"a table, for {key} is set in it")
+        require(isinstance(table, dict), f"setting {name}", table, f"a table with the setting {key}")
     table[last] = value
 
 
 def parse_value(text: str) -> Any:
-    """Return the TOML value that `text` spells, or the text itself where it spells none."""
+    """Return the TOML value in `text`, or the text itself if it is not TOML."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -140,12 +156,12 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    # TOML's strings escape as JSON's do, and DEL too.
+    # TOML's strings have the escapes of JSON, and also escape DEL.
     return json.dumps(NONE if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def to_toml(table: dict[str, Any], name: str = "") -> str:
-    """Return a nested dict of settings as TOML: the values of a table, then its tables, each by its full name."""
+    """Return a nested dict of settings as TOML: the values of a table, then its tables under their full names."""
     blocks, values = [], []
     for key, value in table.items():
         if isinstance(value, dict):
@@ -172,7 +188,7 @@ def hints(cls: type) -> dict[str, Any]:
 
 @cache
 def help_texts(cls: type) -> dict[str, str]:
-    """Return the help text of each field of a dataclass: the string that stands below it in the source."""
+    """Return the help text of each field of a dataclass, which is the string below it in the source."""
     (body,) = (node.body for node in ast.parse(inspect.getsource(cls)).body if isinstance(node, ast.ClassDef))
     return {
         field.target.id: " ".join(below.value.value.split())
@@ -189,25 +205,26 @@ def default(cls: type, field: str) -> Any:
 
 
 def may_change(hint: Any) -> bool:
-    """Say whether a field with this hint is marked MayChange."""
+    """Return whether a field with this hint is marked MayChange."""
     return any(isinstance(mark, MayChange) for mark in getattr(hint, "__metadata__", ()))
 
 
-def table_of(hint: Any) -> type | None:
-    """Return the dataclass whose fields are the settings below a field with this hint, or None."""
-    kind = _parts(hint)[0]
-    return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
+def tables_of(hint: Any) -> tuple[type, ...]:
+    """Return the dataclasses of which a field's value may be one; empty for other fields."""
+    kind, legal = _parts(hint)
+    if isinstance(legal, Tables):
+        return legal.classes()
+    return (typing.cast(type, kind),) if dataclasses.is_dataclass(kind) else ()
 
 
-def nested(hint: Any) -> type | None:
-    """Return the dataclass that a hint names, alone or as the items of a tuple; None for other hints."""
-    kind, _ = _parts(hint)
-    items = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
-    return typing.cast(type, items[0]) if dataclasses.is_dataclass(items[0]) else None
+def item_table(hint: Any) -> type | None:
+    """Return the dataclass of the items of a field that is a list of tables; None for other fields."""
+    items = typing.get_args(_parts(hint)[0])
+    return typing.cast(type, items[0]) if items and dataclasses.is_dataclass(items[0]) else None
 
 
 def described(hint: Any) -> str:
-    """Return the values that a hint allows, in words: "an integer ≥ 1"."""
+    """Return the values that a hint allows in words, such as "an integer ≥ 1"."""
     kind, legal = _parts(hint)
     items = typing.get_args(kind)
     if _is_union(kind):
@@ -219,16 +236,16 @@ def described(hint: Any) -> str:
         return f"a list{count}, each {described(items[0])}"
     if isinstance(legal, OneOf):
         return f"one of {legal}" if len(legal.names) > 1 else f'"{legal}"'
-    return f"{KINDS[kind]} {legal}" if legal else KINDS[kind]
+    return f"{TYPE_NAMES[kind]} {legal}" if legal else TYPE_NAMES[kind]
 
 
 def allows_none(hint: Any) -> bool:
-    """Say whether a field with this hint may be None."""
+    """Return whether a field with this hint may be None."""
     return _is_union(_parts(hint)[0])
 
 
 def _checked(hint: Any, value: Any, name: str, base: Any = None) -> Any:
-    """Return `value` as the type that `hint` declares. base: the dataclass that a nested dict changes."""
+    """Return `value` converted to the type of `hint`. base: the dataclass that a nested dict changes."""
     kind, legal = _parts(hint)
     items = typing.get_args(kind)
     if _is_union(kind):
@@ -245,7 +262,7 @@ def _checked(hint: Any, value: Any, name: str, base: Any = None) -> Any:
                 return tuple(_checked(hint, item, f"{name}[{i}]") for i, (hint, item) in enumerate(zip(each, value)))
     elif kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # The comparison is false of NaN, infinity, and integers that no float can hold.
+        # The comparison is false for NaN, infinity, and integers beyond the range of floats.
         if number and abs(value) < 1e308 and (legal is None or value in legal):
             return float(value)
     elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool) and (legal is None or value in legal):
@@ -254,7 +271,7 @@ def _checked(hint: Any, value: Any, name: str, base: Any = None) -> Any:
 
 
 def _parts(hint: Any) -> tuple[Any, Any]:
-    """Return the type and the legal values, if they are restricted, of a field's hint."""
+    """Return a hint's type and its mark of legal values, or None."""
     if typing.get_origin(hint) is not Annotated:
         return hint, None
     kind, *marks = typing.get_args(hint)

@@ -20,13 +20,13 @@ from mm1.engine.convert.weights import from_hf
 from mm1.engine.data.tokenizer import json_object, vocabulary_size, with_special_tokens
 from mm1.engine.layers.config import Decoder, is_moe
 from mm1.engine.models.mm1 import MM1
-from mm1.engine.models.mm1_config import MODELS, Model, named
+from mm1.engine.models.mm1_config import MODELS, MM1Config
 from mm1.engine.run_config import to_dict
 from mm1.engine.train import checkpoint
 from mm1.errors import UserError
 
 State = dict[str, Tensor]
-Parts = tuple[Model, State, str]  # config, weights, and the text of tokenizer.json
+Parts = tuple[MM1Config, State, str]  # config, weights, and the text of tokenizer.json
 
 
 def assemble(
@@ -162,7 +162,7 @@ def _part(part: str, source: Path | str) -> tuple[Any, Path | None]:
         return (json_object(folder / "config.json"), read_tensors(path)), folder
     if str(source) not in MODELS:
         raise UserError(f"{part} is {str(source)!r}, expected a folder, a file or a named size ({', '.join(MODELS)})")
-    return getattr(named(str(source)), part), None
+    return getattr(MODELS[str(source)], part), None
 
 
 def read_tensors(path: Path) -> State:

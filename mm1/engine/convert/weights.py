@@ -17,7 +17,7 @@ from mm1.engine.layers.config import Connector, Decoder, Vision
 from mm1.engine.layers.decoder import DecoderLM
 from mm1.engine.layers.vision import ACTIVATIONS, VisionEncoder
 from mm1.engine.models.mm1 import MM1
-from mm1.engine.models.mm1_config import Model
+from mm1.engine.models.mm1_config import MM1Config
 from mm1.errors import UserError
 
 State = Mapping[str, Tensor]
@@ -111,7 +111,7 @@ def from_hf(
     size, limits = v.table[0] * v.patch, [context] if context else []
     if d_state is not None and (trained := _config_of(decoder).get("max_position_embeddings")):
         limits.append(trained)
-    whole = Model(v, c, d, "squash", size, math.prod(v.table), context=min(limits, default=None))
+    whole = MM1Config(v, c, d, "squash", size, math.prod(v.table), context=min(limits, default=None))
     model = MM1(whole).init_weights(seed)
     if v_state is not None:
         (_load_aim if v.patch_norm else _load_clip)(model.vision, v_state)

@@ -1,1 +1,1 @@
-"""The layers that models are made of."""
+"""Define the layers that models are made of."""

@@ -1,7 +1,7 @@
 """Store a decoder's weights in the order in which a CPU reads them fastest.
 
-Products of few rows are bound by reading the weights once. torch's product of a row and a matrix on a CPU reached 8 to
-20 GB/s of 35 here, of eight rows 5 to 16; oneDNN's with weights in its own blocked order 19 to 32 (fp32, two cores).
+Products of few rows are limited by the rate at which weights are read. On two cores with 35 GB/s, torch's fp32 product
+of a row and a matrix reads 8 to 20 GB/s, of eight rows 5 to 16; oneDNN's with its blocked order reads 19 to 32.
 """
 
 import copy
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from mm1.engine.layers.decoder import DecoderLM
 
-ROWS = 8  # the number of rows for which oneDNN chooses the order; it serves other numbers too
+ROWS = 8  # number of rows for which oneDNN chooses the order; other numbers work too
 MIN_NUMBERS = 1 << 17  # a smaller weight stays in the cores' caches, and the call costs more than it saves
 _linear = torch.ops.mkldnn._linear_pointwise.default
 
 
 class BlockedLinear(nn.Module):
-    """Multiply x [T, in] by a frozen weight: [T, out], without gradient."""
+    """Multiply x [T, in] by a frozen weight [out, in], without gradient."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a copy reorder the weight anew: the blocked order depends on the processor and cannot be saved."""
+        """Pickle the plain weight, because the blocked order depends on the processor and cannot be saved."""
         return BlockedLinear, (self.blocked.to_dense(),)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,10 +33,9 @@ class BlockedLinear(nn.Module):
 
 
 def blocked(decoder: DecoderLM) -> tuple[nn.Module, nn.Module]:
-    """Return the decoder and its head with the weights of wide linears in blocked order, on a CPU.
+    """Return a decoder and its head with wide linears in blocked order on a CPU; unchanged on other devices.
 
-    They are copies that share everything else, and take the memory of these linears once more. On other devices they
-    are the decoder itself and its head.
+    The copies share all other parameters, and take the memory of the wide linears once more.
     """
     weight = decoder.head_weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():

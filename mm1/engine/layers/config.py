@@ -1,4 +1,4 @@
-"""Sizes of the layers that models are made of, as frozen dataclasses."""
+"""Define the settings of the layers that models are made of."""
 
 import math
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from mm1.engine.settings import (
 )
 from mm1.errors import require
 
-POOL_HEADS = 8  # of the attention connector
+POOL_HEADS = 8  # attention heads of the attention connector
 
 
 @dataclass(frozen=True)
 class Vision:
-    """A ViT encoder on packed patches of images of any grid."""
+    """Configure a ViT encoder on packed patches of images of any grid."""
 
     width: Count
     """Width of the residual stream, a multiple of vision.heads."""
@@ -39,7 +39,7 @@ class Vision:
     activation: Annotated[str, OneOf("quick_gelu", "gelu")] = "quick_gelu"
     """Activation of the MLP; "quick_gelu" (x · sigmoid(1.702 x)) is OpenAI CLIP's."""
     class_token: bool = True
-    """Prepend a learned class token, as CLIP does; it attends and is attended to, but is not passed on."""
+    """Prepend a learned class token, as CLIP does; it takes part in attention, but is not part of the output."""
     pre_norm: bool = True
     """Apply a LayerNorm between the patch embedding and the first block, as CLIP does."""
     patch_norm: bool = False
@@ -63,12 +63,12 @@ class Vision:
         require(self.width % self.heads == 0, "setting model.vision.heads", self.heads,
                 f"a divisor of the width {self.width}")  # fmt: skip
         require(self.positions == "table" or self.width % 4 == 0, "setting model.vision.width", self.width,
-                "a multiple of 4 where positions is sincos")  # fmt: skip
+                "a multiple of 4 if positions is sincos")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Connector:
-    """Turns the patches of an image into a fixed number of decoder tokens, whatever the image's grid."""
+    """Configure the connector, which maps the patches of an image, of any grid, to a fixed number of decoder tokens."""
 
     kind: Annotated[str, OneOf("c-abstractor", "attention", "average")] = "c-abstractor"
     """Layer type: Honeybee's C-Abstractor (convolutions around an average pool), attention pooling, or average
@@ -96,10 +96,10 @@ class Connector:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Llama-type decoder; every `moe_every`-th layer may be a mixture of experts (MoE)."""
+    """Configure a Llama-type decoder; every `moe_every`-th layer may be a mixture of experts (MoE)."""
 
     vocabulary: Count
-    """Rows of the token embedding, at least the tokenizer's tokens; `mm1 tokenizer` says which number to take."""
+    """Rows of the token embedding, at least the tokenizer's tokens; `mm1 tokenizer` prints the recommended number."""
     width: Count
     """Width of the residual stream."""
     layers: Count
@@ -111,7 +111,7 @@ class Decoder:
     ffn: Count
     """Hidden width of a block's gated MLP, or of each expert."""
     head_width: Count = 128
-    """Width of a head, an even number; 128 is what GPU attention kernels are fastest at."""
+    """Width of a head, an even number; GPU attention kernels are fastest at 128."""
     rope_theta: Positive = 500_000.0
     """Base of the rotary position embedding; 500,000 is that of Apple's AFM on-device model."""
     eps: Positive = 1e-5
@@ -125,10 +125,10 @@ class Decoder:
     experts_per_token: Annotated[int, Range(minimum=0, maximum=16)] = 2
     """Experts that each token is routed to, at least 1 where there are experts; MM1 routes to 2."""
     moe_every: Count = 2
-    """Make every so-many-th layer a MoE layer: layers n, 2n, 3n, … counted from 1."""
+    """Interval n of MoE layers: layers n, 2n, 3n, …, counted from 1, are MoE layers."""
     moe_backend: Annotated[str, OneOf("mm1", "torch", "megablocks"), MayChange()] = "mm1"
     """Implementation of the experts: this project's kernels; "torch" (its grouped_mm) and "megablocks" (CUDA, bf16)
-    are there for comparison."""
+    are for comparison."""
     load_balance: Annotated[PositiveOrZero, MayChange()] = 0.01
     """Weight of the load-balancing loss of MoE layers; MM1's is 0.01."""
     z_loss: Annotated[PositiveOrZero, MayChange()] = 0.001
@@ -147,5 +147,5 @@ class Decoder:
 
 
 def is_moe(decoder: Decoder, layer: int) -> bool:
-    """Say whether a layer, counted from 0, is a mixture of experts."""
+    """Return whether a layer, counted from 0, is a mixture of experts."""
     return decoder.experts > 0 and (layer + 1) % decoder.moe_every == 0

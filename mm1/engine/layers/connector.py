@@ -1,13 +1,11 @@
-"""Connectors: any grid of image features -> the same number of tokens for every image.
+"""Define connectors, which map any grid of image features to the same number of tokens for every image.
 
 AveragePool     adaptive mean to √n × √n, then the readout (as in Emu2)
 AttentionPool   n learned queries attend to the image's features
 CAbstractor     blocks → adaptive mean → blocks → readout: Cha et al. 2024 (Honeybee), section 3.2, MM1's choice
 
-Each maps features [P, Dv] of packed images and their grids to [N·n, D].
-
-`encoder_layers` scales initial values of the attention pool's output and of the abstractor's gates, as of products that
-write into the encoder's residual stream; 0 does not.
+Each maps features [P, Dv] of packed images and their grids to [N·n, D]. With `encoder_layers` above 0, the attention
+pool's output and the abstractor's gates are initialised like products that write into a residual stream of that depth.
 """
 
 import math
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine.layers.config import POOL_HEADS, Connector
-from mm1.engine.layers.layer import LEARNED, BlockLayer, Fill, Layer, fan_in, normal
+from mm1.engine.layers.layer import LEARNED_STD, BlockLayer, Fill, Layer, fan_in, normal
 from mm1.engine.layers.workload import Layout, Operations, Workload, attention_operations
 from mm1.kernels.abstractor.bottleneck import conv_block
 from mm1.kernels.abstractor.bottleneck import cost as block_cost
@@ -27,6 +25,7 @@ from mm1.kernels.patches.position_tables import positions
 
 
 def _side(tokens: int) -> int:
+    """Return the square root of `tokens`. Raises ValueError if it is not an integer."""
     if math.isqrt(tokens) ** 2 != tokens:
         raise ValueError(f"connector: tokens is {tokens}, expected a square")
     return math.isqrt(tokens)
@@ -41,31 +40,15 @@ def readout(in_width: int, out_width: int, depth: int) -> nn.Sequential:
 
 
 def readout_operations(rows: int, in_width: int, out_width: int, depth: int) -> int:
-    """Return the operations of a readout's linears, forward."""
+    """Return the forward operations of a readout's linears."""
     return 2 * rows * (in_width * out_width + (depth - 1) * out_width**2)
 
 
-class AveragePool(Layer):
-    def __init__(self, in_width: int, out_width: int, *, tokens: int = 144, readout_depth: int = 1):
-        super().__init__()
-        self.in_width, self.out_width, self.readout_depth = in_width, out_width, readout_depth
-        self.out = (_side(tokens), _side(tokens))
-        self.readout = readout(in_width, out_width, readout_depth)
-
-    def forward(self, tokens: Tensor, grids) -> Tensor:
-        return self.readout(adaptive_pool(tokens, grids, self.out))
-
-    def operations(self, workload: Workload) -> list[Operations]:
-        rows = workload.images * math.prod(self.out)
-        return [Operations("connector", readout_operations(rows, self.in_width, self.out_width, self.readout_depth))]
-
-    def kept_bytes(self, workload: Workload, layout: Layout) -> float:
-        rows = workload.images * math.prod(self.out)
-        return layout.itemsize * rows * (self.in_width + 2 * (self.readout_depth - 1) * self.out_width)
-
-
 class AttentionPool(Layer):
-    """Pool by one cross-attention layer with residual and one MLP, pre-norm, shaped as axlearn's AttentionPooling."""
+    """Pool features by pre-norm cross-attention of learned queries and an MLP, each with a residual.
+
+    The sizes are those of axlearn's AttentionPooling.
+    """
 
     vectors = ("queries",)
 
@@ -74,7 +57,7 @@ class AttentionPool(Layer):
     ):
         super().__init__()
         self.heads, self.encoder_layers = heads, encoder_layers
-        self.queries = nn.Parameter(torch.randn(tokens, out_width) * 0.02)
+        self.queries = nn.Parameter(torch.empty(tokens, out_width))
         self.norm_queries = nn.LayerNorm(out_width)
         self.norm_features = nn.LayerNorm(in_width)
         self.q = nn.Linear(out_width, out_width)
@@ -83,16 +66,13 @@ class AttentionPool(Layer):
         self.norm_mlp = nn.LayerNorm(out_width)
         self.mlp = nn.Sequential(nn.Linear(out_width, 4 * out_width), nn.GELU(), nn.Linear(4 * out_width, out_width))
 
-    def forward(self, tokens: Tensor, grids) -> Tensor:
-        grids = as_grids(grids, tokens.device)
+    def forward(self, features: Tensor, grids) -> Tensor:
+        grids = as_grids(grids, features.device)
         n, width = self.queries.shape
-        q = (
-            self.q(self.norm_queries(self.queries))
-            .expand(grids.images, n, width)
-            .reshape(-1, self.heads, width // self.heads)
-        )
-        k, v = self.kv(self.norm_features(tokens)).unflatten(1, (2, self.heads, -1)).unbind(1)
-        cu_q = torch.arange(grids.images + 1, dtype=torch.int32, device=tokens.device) * n
+        q = self.q(self.norm_queries(self.queries)).expand(grids.images, n, width)
+        q = q.reshape(-1, self.heads, width // self.heads)
+        k, v = self.kv(self.norm_features(features)).unflatten(1, (2, self.heads, -1)).unbind(1)
+        cu_q = torch.arange(grids.images + 1, dtype=torch.int32, device=features.device) * n
         pooled = attention(
             q, k, v, cu_q, mask=Full(), cu_seqlens_k=grids.cu_seqlens, max_length=max(n, grids.longest)
         ).flatten(1)
@@ -100,7 +80,7 @@ class AttentionPool(Layer):
         return x + self.mlp(self.norm_mlp(x))
 
     def initial_values(self) -> dict[str, Fill]:
-        return {"queries": normal(LEARNED), "out.weight": fan_in(self.out.weight.shape[1], self.encoder_layers)}
+        return {"queries": normal(LEARNED_STD), "out.weight": fan_in(self.out.weight.shape[1], self.encoder_layers)}
 
     def operations(self, workload: Workload) -> list[Operations]:
         n, width = self.queries.shape
@@ -116,7 +96,7 @@ class AttentionPool(Layer):
 
 
 class _Conv(nn.Module):
-    """Groups a convolution without bias and a LayerNorm, under timm's names conv and bn, so that its weights load."""
+    """Hold a convolution without bias and a LayerNorm under timm's names, conv and bn, so that its weights load."""
 
     def __init__(self, in_width: int, width: int, size: int):
         super().__init__()
@@ -125,9 +105,9 @@ class _Conv(nn.Module):
 
 
 class ConvBlock(BlockLayer):
-    """Holds the parameters of one block under timm's names; mm1.kernels.abstractor.bottleneck computes it.
+    """Hold the parameters of one block under timm's names; mm1.kernels.abstractor.bottleneck computes it.
 
-    Its operations and what it keeps are counted with the connector's.
+    The connector counts its operations and bytes.
     """
 
     compiled_only = True
@@ -147,7 +127,7 @@ class ConvBlock(BlockLayer):
 
 
 class Stage(nn.Module):
-    """Apply `depth` blocks named b1, b2, … to packed images of any grids; the last pools its result to `pool`."""
+    """Apply `depth` blocks named b1, b2, … to packed images of any grids; the last block pools its result to `pool`."""
 
     def __init__(self, in_width: int, width: int, depth: int):
         super().__init__()
@@ -162,44 +142,36 @@ class Stage(nn.Module):
 
 
 class CAbstractor(Layer):
-    """Has Honeybee's module and parameter names (`net.0.b1.conv1.conv.weight` …, `readout.…`, `pos_emb [1, h·w, Dv]`).
+    """Apply convolution blocks before and after an adaptive mean, then the readout.
 
-    position_grid: (h, w) of pos_emb, which is resampled to other grids; None for none.
+    Modules and parameters have Honeybee's names (`net.0.b1.conv1.conv.weight` …, `readout.…`, `pos_emb [1, h·w, Dv]`).
+    position_grid: (h, w) of the learned positions, which are resampled to other grids; None: no positions.
     """
 
     vectors = ("pos_emb",)
 
     def __init__(
-        self,
-        in_width: int,
-        out_width: int,
-        *,
-        hidden: int = 1024,
-        depth: int = 3,
-        tokens: int = 144,
-        readout_depth: int = 2,
-        position_grid: tuple[int, int] | None = None,
-        encoder_layers: int = 0,
-    ):
+        self, in_width: int, out_width: int, *, hidden: int = 1024, depth: int = 3, tokens: int = 144,
+        readout_depth: int = 2, position_grid: tuple[int, int] | None = None, encoder_layers: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.in_width, self.out_width, self.hidden, self.depth = in_width, out_width, hidden, depth
         self.readout_depth, self.encoder_layers = readout_depth, encoder_layers
         self.out = (_side(tokens), _side(tokens))
         self.position_grid = position_grid
         if position_grid is not None:
-            self.pos_emb = nn.Parameter(torch.randn(1, position_grid[0] * position_grid[1], in_width) * 0.02)
+            self.pos_emb = nn.Parameter(torch.empty(1, math.prod(position_grid), in_width))
         if depth:
             # Index 1 is the pool, which has no parameters.
             self.net = nn.ModuleDict({"0": Stage(in_width, hidden, depth), "2": Stage(hidden, hidden, depth)})
         self.readout = readout(hidden if depth else in_width, out_width, readout_depth)
 
-    def forward(self, tokens: Tensor, grids) -> Tensor:
-        grids = as_grids(grids, tokens.device)
-        x = tokens
+    def forward(self, features: Tensor, grids) -> Tensor:
+        x, grids = features, as_grids(grids, features.device)
         if self.position_grid is not None:
             table = self.pos_emb.view(*self.position_grid, -1)
             x = x + positions(table, grids, "bicubic", True, False).to(x.dtype)
-        if hasattr(self, "net"):
+        if self.depth:
             x = self.net["0"](x, grids, self.out)
             x = self.net["2"](x, _pooled(grids.images, self.out, x.device))
         else:
@@ -207,7 +179,7 @@ class CAbstractor(Layer):
         return self.readout(x)
 
     def initial_values(self) -> dict[str, Fill]:
-        values: dict[str, Fill] = {} if self.position_grid is None else {"pos_emb": normal(LEARNED)}
+        values: dict[str, Fill] = {} if self.position_grid is None else {"pos_emb": normal(LEARNED_STD)}
         for name, block in self.named_modules():
             if isinstance(block, ConvBlock):
                 squeezed = block.get_parameter("se.fc2.weight").shape[1]
@@ -226,29 +198,37 @@ class CAbstractor(Layer):
 
     def kept_bytes(self, workload: Workload, layout: Layout) -> float:
         rows, hidden = workload.images * math.prod(self.out), self.hidden
-        # x, W1 x and W3 c of each block, as conv_block keeps them.
+        # conv_block stores x, W1 x and W3 c of each block; the mean alone stores nothing.
         blocks = 3 * self.depth * hidden * (workload.patches + rows)
-        read = hidden if self.depth else self.in_width
-        readout = rows * (read + 2 * (self.readout_depth - 1) * self.out_width)
-        return layout.itemsize * (workload.patches * self.in_width + blocks + readout)
+        blocks += workload.patches * self.in_width * (self.depth > 0)
+        pooled = hidden if self.depth else self.in_width
+        readout = rows * (pooled + 2 * (self.readout_depth - 1) * self.out_width)
+        return layout.itemsize * (blocks + readout)
+
+
+class AveragePool(CAbstractor):
+    """Pool features by an adaptive mean, then apply the readout: a C-Abstractor without blocks and positions."""
+
+    vectors = ()
+
+    def __init__(self, in_width: int, out_width: int, *, tokens: int = 144, readout_depth: int = 1):
+        super().__init__(in_width, out_width, depth=0, tokens=tokens, readout_depth=readout_depth)
 
 
 def _pooled(images: int, out: tuple[int, int], device: torch.device) -> Grids:
-    """Return the grids of images that are all pooled to `out`."""
+    """Return the grids of images that are pooled to `out`."""
     first = torch.arange(images, device=device) * (out[0] * out[1])
     rows, h, w = (torch.full_like(first, n) for n in (out[0] * out[1], *out))
     return Grids.of_tensors(first, rows, h, w, images * out[0] * out[1])
 
 
-def build(c: Connector, in_width: int, out_width: int, encoder_layers: int = 0) -> Layer:
-    """Return the connector of these settings between an encoder and a decoder of these widths."""
+def build_connector(c: Connector, in_width: int, out_width: int, encoder_layers: int = 0) -> Layer:
+    """Return the connector of settings `c` between an encoder and a decoder of these widths."""
     if c.kind == "average":
         return AveragePool(in_width, out_width, tokens=c.tokens, readout_depth=c.readout_depth)
     if c.kind == "attention":
         return AttentionPool(in_width, out_width, tokens=c.tokens, encoder_layers=encoder_layers)
-    if c.kind == "c-abstractor":
-        return CAbstractor(
-            in_width, out_width, hidden=c.hidden, depth=c.depth, tokens=c.tokens, readout_depth=c.readout_depth,
-            position_grid=c.position_grid, encoder_layers=encoder_layers,
-        )  # fmt: skip
-    raise ValueError(f"connector: kind is {c.kind!r}, expected 'c-abstractor', 'attention' or 'average'")
+    return CAbstractor(
+        in_width, out_width, hidden=c.hidden, depth=c.depth, tokens=c.tokens, readout_depth=c.readout_depth,
+        position_grid=c.position_grid, encoder_layers=encoder_layers,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Decoder on packed documents: RMSNorm, RoPE, grouped-query attention, gated MLP or a top-k mixture of experts.
+"""Define the decoder on packed documents: RMSNorm, RoPE, grouped-query attention, gated MLP or mixture of experts.
 
     L × [x += attention(norm(x)), causal, inside each document;  x += mlp(norm(x))];  norm
-Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 3.4 for the mixture's placement.
+Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 3.4 for the layers with experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,22 +15,24 @@ from torch import Tensor, nn
 from mm1.engine.layers.config import Decoder, is_moe
 from mm1.engine.layers.experts import Experts
 from mm1.engine.layers.layer import BlockLayer, Fill, Layer, fan_in, prefixed, product_dtype
-from mm1.engine.layers.sharding import DeviceMesh, share_input, share_norm, split_linear
+from mm1.engine.layers.sharding import DeviceMesh, all_reduce_around, all_reduce_norm_gradient, split_linear
 from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Traffic, Workload, attention_operations
 from mm1.kernels.attention import Causal, attention
 from mm1.kernels.linear_cross_entropy import CHUNK, linear_cross_entropy
 from mm1.kernels.linear_cross_entropy import cost as head_cost
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> y
 
 
 class Rope(NamedTuple):
+    """Hold the cosines and sines of rotary positions."""
+
     cos: Tensor  # fp32 [T, 1, Dh/2]
     sin: Tensor
 
 
 def rope(positions: Tensor, width: int, theta: float) -> Rope:
-    """Return the angles of rotary positions int [T]; pairs are (i, i + Dh/2), as in Llama's code for transformers."""
+    """Return the rotary embedding of positions int [T] for heads of `width`; pairs are (i, i + Dh/2), as in Llama."""
     frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
     angles = positions.float()[:, None, None] * frequencies
     return Rope(angles.cos(), angles.sin())
@@ -38,26 +40,29 @@ def rope(positions: Tensor, width: int, theta: float) -> Rope:
 
 def rotate(x: Tensor, angles: Rope) -> Tensor:
     """Rotate each pair of x fp32 [T, H, Dh] by its angle."""
-    # Halves as a dimension of their own: Inductor's CPU code for a chunk of the last one, and its gradient, is scalar.
+    # The halves are a dimension of their own, because Inductor's CPU code for slices of the last dimension is scalar.
     a, b = x.unflatten(-1, (2, -1)).unbind(-2)
     return torch.stack([a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin], dim=-2).flatten(-2)
 
 
 class Attention(Layer):
-    """qkv's rows stand by key-value head, its query heads, its key, its value, so that any share of the heads is a
-    share of the rows."""
+    """Compute causal grouped-query self-attention inside each document.
+
+    The rows of qkv are grouped by key-value head: its query heads, its key, its value. A slice of heads is thus a slice
+    of rows.
+    """
 
     def __init__(self, c: Decoder):
         super().__init__()
         self.config = c
-        self.shared, self.head_width = c.heads // c.kv_heads, c.head_width
+        self.queries_per_kv, self.head_width = c.heads // c.kv_heads, c.head_width
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_width, bias=False)
         self.out = nn.Linear(c.heads * c.head_width, c.width, bias=False)
         self.q_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, attend=None) -> Tensor:
-        qkv = self.qkv(x).unflatten(1, (-1, self.shared + 2, self.head_width))
+        qkv = self.qkv(x).unflatten(1, (-1, self.queries_per_kv + 2, self.head_width))
         q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]  # (T, H | G, Dh)
         q, k = (rotate(norm(x.float()), angles).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         y = attention(q, k, v, cu_seqlens, mask=Causal()) if attend is None else attend(q, k, v)
@@ -76,27 +81,26 @@ class Attention(Layer):
         ]
 
     def kept_bytes(self, workload: Workload, layout: Layout) -> tuple[float, float]:
-        """Return the bytes of everything that is kept for backward, and of them the results of products and attention.
-
-        q and k are kept before their norms in fp32, and rotated.
-        """
+        """Return the bytes stored for backward, and those of them that are results of products and attention."""
         c, itemsize = self.config, layout.itemsize
         pairs = (c.heads + c.kv_heads) * c.head_width / layout.tensor
-        kept = 4 * pairs + itemsize * (2 * c.width + 3 * pairs)
+        kept = 4 * pairs + itemsize * (2 * c.width + 3 * pairs)  # q and k before their norms in fp32, and rotated
         return workload.tokens * kept, workload.tokens * itemsize * (2 * pairs + 2 * c.width)
 
-    def axes(self) -> dict[str, int]:
+    def shard_axes(self) -> dict[str, int]:
         return {"qkv.weight": 0, "out.weight": 1}
 
     def split(self, mesh: DeviceMesh) -> None:
         split_linear(self.qkv, mesh, 0)
         split_linear(self.out, mesh, 1)
-        share_norm(self.q_norm, mesh)
-        share_norm(self.k_norm, mesh)
-        share_input(self, mesh, product_dtype)
+        all_reduce_norm_gradient(self.q_norm, mesh)
+        all_reduce_norm_gradient(self.k_norm, mesh)
+        all_reduce_around(self, mesh, product_dtype)
 
 
 class MLP(Layer):
+    """Compute a gated MLP: down(silu(gate(x)) · up(x))."""
+
     def __init__(self, c: Decoder):
         super().__init__()
         self.config = c
@@ -116,24 +120,26 @@ class MLP(Layer):
         return [Operations("decoder linear", 2 * workload.tokens * 3 * c.width * c.ffn, split=True)]
 
     def kept_bytes(self, workload: Workload, layout: Layout) -> tuple[float, float]:
-        """Return the bytes of gate, up, silu(gate) and their product, and of the first two alone."""
+        """Return the bytes stored for backward, gate, up, silu(gate) and their product, and those of gate and up."""
         rows = workload.tokens * layout.itemsize * self.config.ffn / layout.tensor
         return 4 * rows, 2 * rows
 
-    def axes(self) -> dict[str, int]:
+    def shard_axes(self) -> dict[str, int]:
         return {"gate.weight": 0, "up.weight": 0, "down.weight": 1}
 
-    def divisible(self) -> dict[str, int]:
+    def divided_counts(self) -> dict[str, int]:
         return {"ffn": self.config.ffn}
 
     def split(self, mesh: DeviceMesh) -> None:
         for name, linear in self.named_children():
             assert isinstance(linear, nn.Linear)
-            split_linear(linear, mesh, self.axes()[f"{name}.weight"])
-        share_input(self, mesh, product_dtype)
+            split_linear(linear, mesh, self.shard_axes()[f"{name}.weight"])
+        all_reduce_around(self, mesh, product_dtype)
 
 
 class Block(BlockLayer):
+    """Add attention and an MLP, or experts, to the residual stream."""
+
     float8 = True
 
     def __init__(self, c: Decoder, moe: bool):
@@ -158,14 +164,17 @@ class Block(BlockLayer):
         everything, results = (sum(column) for column in zip(*parts))
         return KeptBytes(2 * rows + everything, results, rows)  # 2: inputs of the norms
 
-    def axes(self) -> dict[str, int]:
-        return {**dict(prefixed("attention", self.attention.axes())), **dict(prefixed("mlp", self.mlp.axes()))}
+    def shard_axes(self) -> dict[str, int]:
+        return {
+            **dict(prefixed("attention", self.attention.shard_axes())),
+            **dict(prefixed("mlp", self.mlp.shard_axes())),
+        }
 
-    def divisible(self) -> dict[str, int]:
-        return {"kv_heads": self.config.kv_heads, **self.mlp.divisible()}
+    def divided_counts(self) -> dict[str, int]:
+        return {"kv_heads": self.config.kv_heads, **self.mlp.divided_counts()}
 
     def split(self, mesh: DeviceMesh) -> None:
-        """Divide heads, and the MLP's width or experts: two all-reduces a layer forward, two backward."""
+        """Divide heads, and the MLP's width or experts: two all-reduces per layer forward and two backward."""
         self.attention.split(mesh)
         self.mlp.split(mesh)
 
@@ -178,6 +187,8 @@ class Block(BlockLayer):
 
 
 class DecoderLM(Layer):
+    """Hold the embedding, the blocks, the final norm and, if it is not tied, the head of a language model."""
+
     def __init__(self, c: Decoder):
         super().__init__()
         self.config = c
@@ -189,18 +200,18 @@ class DecoderLM(Layer):
 
     @property
     def head_weight(self) -> Tensor:
-        """Return the weight of the head [V, D], which is the embedding's where they are tied."""
+        """Return the weight of the head [V, D], which is the embedding's if they are tied."""
         return self.embedding.weight if self.config.tied else self.head.weight
 
     def forward(
         self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None,
-        attends: Sequence[Attend] = (),
+        attends: Sequence[AttentionFunction] = (),
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """Compute hidden states of embedded tokens x [T, D] of packed documents.
 
-        positions int [T]; mask bool [T], False: padding. attends: the attention (q, k, v) -> y of each layer, where the
-        documents have earlier tokens, such as those in a Cache. Returns hidden [T, D] after the final norm, the mean
-        over mixture layers of load-balance and z-loss, and each mixture layer's slots (see Experts).
+        positions int [T]; mask bool [T], False: padding. attends: the attention function of each layer, if documents
+        have earlier tokens, such as those in a Cache. Returns hidden [T, D] after the final norm, the means over the
+        mixture layers of load-balance and z-loss, and each mixture layer's slots (see Experts).
         """
         c = self.config
         angles = rope(positions, c.head_width, c.rope_theta)
@@ -229,12 +240,12 @@ class DecoderLM(Layer):
         return (layout.residual * workload.tokens + layout.itemsize * workload.targets) * self.config.width
 
     def temporary_bytes(self, workload: Workload, layout: Layout) -> dict[str, float]:
-        """Return the bytes of what is there for a moment as backward begins, by purpose; products are in bf16."""
+        """Return the bytes of temporary buffers at the start of backward, by purpose; products are in bf16."""
         c, received = self.config, layout.received
         logits = 2 * workload.targets * c.vocabulary
         rows = 2 * workload.tokens * c.experts_per_token * c.width * 2 * (1 + received) * (received > 0)
         return {
             "logits": min(logits, CHUNK["cuda"]),
-            "gradient of the head": 4 * c.vocabulary * c.width * (1 + (logits > CHUNK["cuda"])),  # and a later chunk's
-            "tokens sent to experts": rows,  # of one layer, in the experts' order and their results, sent and received
+            "gradient of the head": 4 * c.vocabulary * c.width * (1 + (logits > CHUNK["cuda"])),  # two if chunked
+            "tokens sent to experts": rows,  # of one layer: inputs and results, sent and received
         }

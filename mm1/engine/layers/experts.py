@@ -17,7 +17,7 @@ from mm1.kernels.moe.routing import route
 
 
 class Router(Layer):
-    """Compute the logits of the experts in fp32, also under autocast: x [T, D] -> fp32 [T, E]."""
+    """Compute the logits of the experts in fp32, also under autocast."""
 
     fp32 = True
 
@@ -29,16 +29,17 @@ class Router(Layer):
         return {"weight": fan_in(self.weight.shape[1])}
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits fp32 [T, E] of x [T, D]."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
 
 class Experts(Layer):
-    """Routes each token to k experts by a router in fp32.
+    """Route each token to k experts by a router in fp32.
 
-    capacity: at most so many times an even share of a sequence's T·K slots go to one expert, first choices before
-    second ones, and the others are dropped; None drops nothing. Each sequence is cut by itself, so that every layout
-    drops the same slots.
+    capacity: largest number of slots per expert, as a multiple of an even share of a sequence's T·K slots; further
+    slots are dropped, second choices first. None drops nothing. The limit applies to each sequence, so that every
+    layout drops the same slots.
     """
 
     capacity: float | None = None
@@ -58,7 +59,7 @@ class Experts(Layer):
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute x [T, D], mask bool [T] -> y [T, D], load-balance and z-loss fp32 [], slots int64 [E + 1].
 
-        slots: the end of each expert's slots in their order by expert, then the number of dropped ones; see `load`.
+        slots: the end of each expert's slots when sorted by expert, then the number of dropped slots.
         """
         limit = None
         if self.capacity is not None:
@@ -71,45 +72,47 @@ class Experts(Layer):
 
     def operations(self, workload: Workload) -> list[Operations]:
         c = self.config
-        routed = experts_op.cost(workload.routed_rows, self.k, c.experts, c.width, c.ffn).flops
+        routed = experts_op.cost(workload.expert_rows, self.k, c.experts, c.width, c.ffn).flops
         return [
             Operations("router", 2 * workload.tokens * c.width * c.experts),
             Operations("experts", routed, split=True, routed=True),
         ]
 
     def kept_bytes(self, workload: Workload, layout: Layout) -> tuple[float, float]:
-        """Return the bytes of everything that is kept for backward, and of them the results of products."""
+        """Return the bytes stored for backward, and those of them that are results of products."""
         c, itemsize, received = self.config, layout.itemsize, layout.received
-        # Gate and up of each slot, on a tensor group of all experts' slots; logits, and their fp32 input if that is a
-        # copy. Of tokens that travel also the rows that were received, and in fp32 what came back.
+        # Stored are gate and up of each slot, on a tensor group of the slots of all experts; logits, and their fp32
+        # input if it is a copy; with expert parallelism also the received rows, and the returned results in fp32.
         products = itemsize * self.k * (received or 1) * 2 * c.ffn
         kept = products + 4 * (c.experts + c.width * (itemsize < 4))
         kept += self.k * c.width * (itemsize * received + 4 * (received > 0))
         return workload.tokens * kept, workload.tokens * (products + 4 * c.experts)
 
-    def axes(self) -> dict[str, int]:
+    def shard_axes(self) -> dict[str, int]:
         return {"gate_up": 0, "down": 0}
 
-    def divisible(self) -> dict[str, int]:
+    def divided_counts(self) -> dict[str, int]:
         return {"experts": self.config.experts}
 
     def split(self, mesh: DeviceMesh) -> None:
         """Divide the experts among the processes of a tensor group, which all see the same tokens."""
-        for name, axis in self.axes().items():
-            split_parameter(self, name, mesh, axis)
+        self._split_parameters(mesh)
         self.backend = tensor_parallel_experts(self.backend, mesh)
 
     def split_by_expert(self, mesh: DeviceMesh) -> None:
-        """Divide the experts among processes with tokens of their own, which travel to their experts."""
-        for name, axis in self.axes().items():
-            split_parameter(self, name, mesh, axis)
+        """Divide the experts among processes with tokens of their own, which are sent to their experts."""
+        self._split_parameters(mesh)
         self.backend = expert_parallel(self.backend, mesh)
 
+    def _split_parameters(self, mesh: DeviceMesh) -> None:
+        for name, axis in self.shard_axes().items():
+            split_parameter(self, name, mesh, axis)
 
-def load(slots: Tensor) -> dict[str, Any]:
-    """Return the metrics of slots [mixture layers, E + 1] that were summed over a step; none for a dense model.
 
-    expert_load: of each layer the most slots of an expert over their mean. dropped: share of the routed slots.
+def expert_metrics(slots: Tensor) -> dict[str, Any]:
+    """Return the metrics of slots [mixture layers, E + 1], summed over a step; empty for a dense model.
+
+    expert_load: for each layer, the largest number of slots of an expert over the mean. dropped: share of the slots.
     """
     if not len(slots):
         return {}

@@ -1,12 +1,12 @@
-"""Define what the engine asks of a layer: initial values, buffers, operations, bytes kept for backward, sharding.
+"""Define what the engine asks of a layer: initial values, buffers, operations, bytes stored for backward, sharding.
 
-A layer answers for the parameters that are its own. Those of torch's linears, convolutions, embeddings and norms are
-known here; a layer may answer for them in their place, as a block does for the products that write into its residual
-stream. What no layer answers for is an error that names it.
+A layer declares these for its own parameters. torch's linears, convolutions, embeddings and norms have default initial
+values here, which an enclosing layer may override, such as a block for products that write into its residual stream. A
+parameter without a declaration raises an error with its name.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, ClassVar
 
 import torch
@@ -15,73 +15,77 @@ from torch.nn.modules.conv import _ConvNd
 
 from mm1.engine.layers.sharding import copy_to_part
 from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Traffic, Workload
+from mm1.kernels.dispatch import autocast_dtype
 
-Fill = Callable[[Tensor, Generator], object]  # fills a tensor, and may draw from the generator
+Fill = Callable[[Tensor, Generator], object]  # fills a tensor in place, and may draw from the generator
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-LEARNED = 0.02  # standard deviation of learned vectors: positions, class token, queries
+LEARNED_STD = 0.02  # standard deviation of learned vectors: positions, class token, queries
 
 
-def zeros(value: Tensor, generator: Generator) -> None:
+def fill_zeros(value: Tensor, generator: Generator) -> None:
+    """Fill a tensor with zeros."""
     value.zero_()
 
 
-def ones(value: Tensor, generator: Generator) -> None:
+def fill_ones(value: Tensor, generator: Generator) -> None:
+    """Fill a tensor with ones."""
     value.fill_(1.0)
 
 
 def normal(std: float) -> Fill:
+    """Return a function that fills a tensor with normal values of mean 0."""
     return lambda value, generator: value.normal_(0.0, std, generator=generator)
 
 
 def fan_in(inputs: int, layers: int = 0) -> Fill:
-    """Fill with normal values of variance 1 / inputs, over 2 · layers where a product writes into a residual stream.
+    """Return a function that fills a tensor with normal values of variance 1 / inputs.
 
-    Source: Radford et al. 2019 (GPT-2), section 2.3, for the division by depth: two products a layer write into it.
+    layers: depth of the residual stream into which the product writes, by 2 · layers of which the variance is divided;
+    0: it writes into none. Source: Radford et al. 2019 (GPT-2), section 2.3; each layer has two such products.
     """
     return normal(inputs**-0.5 / (2 * layers) ** 0.5 if layers else inputs**-0.5)
 
 
-def _of_torch(module: nn.Module) -> dict[str, Fill]:
-    """Return the initial values of the parameters of one of torch's modules; none of a kind that is not listed."""
+def _torch_defaults(module: nn.Module) -> dict[str, Fill]:
+    """Return the initial values of the parameters of one of torch's modules; empty for kinds that are not listed."""
     values: dict[str, Fill] = {}
     if isinstance(module, nn.Linear | nn.Embedding):
         values["weight"] = fan_in(module.weight.shape[-1])
     elif isinstance(module, _ConvNd):
         values["weight"] = fan_in(math.prod(module.weight.shape[1:]))
     elif isinstance(module, NORMS):
-        values["weight"] = ones
-    return {**values, "bias": zeros} if values and getattr(module, "bias", None) is not None else values
+        values["weight"] = fill_ones
+    return {**values, "bias": fill_zeros} if values and getattr(module, "bias", None) is not None else values
 
 
 class Layer(nn.Module):
-    """Answers what the engine asks of a module, for the parameters that are its own."""
+    """Define a layer for the engine; a subclass declares initial values, operations and bytes of its parameters."""
 
-    fp32: ClassVar[bool] = False  # its products are computed in fp32, and sharded weights are gathered so
-    vectors: ClassVar[tuple[str, ...]] = ()  # its learned vectors and tables of them, which weight decay leaves alone
+    fp32: ClassVar[bool] = False  # products are computed in fp32, and sharded weights are gathered in fp32
+    vectors: ClassVar[tuple[str, ...]] = ()  # names of learned vectors and tables of them, without weight decay
 
     def initial_values(self) -> Mapping[str, Fill]:
         """Return how each parameter is filled, by its name in the layer: "queries", or "out.weight" of a submodule."""
         return {}
 
     def initial_buffers(self) -> Mapping[str, Tensor]:
-        """Return the values of the layer's own buffers, on the CPU."""
+        """Return the values of the layer's own buffers by name, on the CPU."""
         return {}
 
     def operations(self, workload: Workload) -> list[Operations]:
-        """Return the operations of the layer, forward, that are not those of a model's blocks."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its operations: define operations(workload)")
+        """Return the forward operations of the layer; a model excludes those of its sharded blocks."""
+        raise NotImplementedError(f"{type(self).__name__} must define operations(workload)")
 
     def kept_bytes(self, workload: Workload, layout: Layout) -> Any:
-        """Return the bytes that the layer keeps for backward: a number, and of a block KeptBytes."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it keeps: define kept_bytes(…)")
+        """Return the bytes that the layer stores for backward: a number, or KeptBytes of a block."""
+        raise NotImplementedError(f"{type(self).__name__} must define kept_bytes(workload, layout)")
 
 
 class BlockLayer(Layer):
-    """Forms a unit of a model that is compiled by itself, and also sharded and recomputed unless `compiled_only`.
+    """Define a unit of compilation and, unless `compiled_only`, of sharding and recomputation.
 
-    Its forward may be replaced for speed or memory. Copies and pickles have the class's own forward, as torch does it
-    with what Module.compile made: a replaced one is a closure over this module, which cannot be pickled, and in a copy
-    it would compute with the weights of the original.
+    Its forward may be replaced for speed or memory. A replaced forward is a closure over this module. Copies and
+    pickles therefore drop it and use the class's forward, as torch does for Module.compile.
     """
 
     compiled_only: ClassVar[bool] = False
@@ -89,6 +93,7 @@ class BlockLayer(Layer):
     _replaced: Callable[..., Any] | None = None
 
     def replace_forward(self, forward: Callable[..., Any]) -> None:
+        """Call `forward` in the place of the class's forward."""
         self.forward = self._replaced = forward
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,36 +105,34 @@ class BlockLayer(Layer):
     def kept_bytes(self, workload: Workload, layout: Layout) -> KeptBytes:
         return super().kept_bytes(workload, layout)
 
-    def axes(self) -> Mapping[str, int]:
-        """Return the axis along which a tensor group divides each parameter that it divides, by name in the block."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is sharded: define axes()")
+    def shard_axes(self) -> Mapping[str, int]:
+        """Return the axes along which a tensor group divides parameters, by their names in the block."""
+        raise NotImplementedError(f"{type(self).__name__} must define shard_axes()")
 
-    def divisible(self) -> Mapping[str, int]:
-        """Return the counts that a tensor group must divide, by the name of their setting."""
+    def divided_counts(self) -> Mapping[str, int]:
+        """Return the counts that the size of a tensor group must divide, by the names of their settings."""
         return {}
 
     def split(self, mesh: Any) -> None:
-        """Divide the block among the processes of a tensor group. Nothing to do where `axes` is empty."""
-        if self.axes():
-            raise NotImplementedError(f"{type(self).__name__} has axes() to split by: define split(mesh)")
+        """Divide the block among the processes of a tensor group. A block without `shard_axes` is not divided."""
+        if self.shard_axes():
+            raise NotImplementedError(f"{type(self).__name__} has shard_axes() and must define split(mesh)")
 
     def expert_layers(self) -> Mapping[str, Any]:
-        """Return the mixtures of experts that are in the block, by name."""
+        """Return the mixtures of experts in the block, by name."""
         return {}
 
     def traffic(self, workload: Workload) -> Traffic:
-        """Return what tensor and expert parallelism send in one pass through the block."""
+        """Return the bytes that tensor and expert parallelism send in one pass through the block."""
         return Traffic()
 
-    def matrices(self) -> dict[str, nn.Parameter]:
-        """Return the weights of the block's products in autocast's dtype, in which they are gathered when sharded."""
+    def autocast_weights(self) -> dict[str, nn.Parameter]:
+        """Return the weights of products in autocast's dtype; when sharded, they are gathered in this dtype."""
         return {
-            f"{path}.{name}" if path else name: parameter
-            for path, module in self.named_modules()
-            if not getattr(module, "fp32", False)
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.ndim > 1
-        }
+            name: parameter
+            for path, module in self.named_modules() if not getattr(module, "fp32", False)
+            for name, parameter in prefixed(path, dict(module.named_parameters(recurse=False))) if parameter.ndim > 1
+        }  # fmt: skip
 
 
 def blocks_to_shard(model: Any) -> list[BlockLayer]:
@@ -138,14 +141,16 @@ def blocks_to_shard(model: Any) -> list[BlockLayer]:
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill every parameter, whole or a part, as its layer says; random values are drawn in the order of the names.
+    """Fill every parameter, whole or sharded, as its layer declares. Random values are drawn in the order of the names.
 
-    A parameter has the same values whatever the layout, because each process draws the whole of it.
+    A parameter has the same values in every layout, because each process draws the whole of it. Raises TypeError for a
+    parameter without a declaration, and for a declaration without a parameter.
     """
     parameters = dict(sorted(model.named_parameters()))
-    fills = _named(model, lambda module: module.initial_values() if isinstance(module, Layer) else _of_torch(module))
-    _refuse(model, parameters.keys() - fills.keys(), "how it is initialised", "initial_values()")
-    _refuse(model, fills.keys() - parameters.keys(), "of which parameter it gives an initial value", "parameters")
+    fills = _by_name(model, lambda m: m.initial_values() if isinstance(m, Layer) else _torch_defaults(m))
+    missing = "parameter {} has no initial value; return it from initial_values()"
+    _refuse(model, parameters.keys() - fills.keys(), missing)
+    _refuse(model, fills.keys() - parameters.keys(), "initial_values() names {}, which is not a parameter")
     generator: Generator | None = None
     for name, parameter in parameters.items():
         generator = generator or Generator(parameter.device).manual_seed(seed)
@@ -156,52 +161,51 @@ def init_weights(model: nn.Module, seed: int) -> None:
 
 
 def init_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Compute every buffer on `device`. Buffers are constants, which no checkpoint has: each must be non-persistent."""
+    """Compute every buffer on `device`.
+
+    Buffers are constants that checkpoints do not store. Raises TypeError for one that is persistent or has no value.
+    """
     stored = model.state_dict(keep_vars=True).keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-    _refuse(model, stored, "why a checkpoint should store its buffer", "register_buffer(…, persistent=False)")
-    values = _named(model, lambda module: module.initial_buffers() if isinstance(module, Layer) else {})
-    _refuse(model, dict(model.named_buffers()).keys() - values.keys(), "its buffer's values", "initial_buffers()")
+    _refuse(model, stored, "buffer {} must be registered with persistent=False")
+    values = _by_name(model, lambda module: module.initial_buffers() if isinstance(module, Layer) else {})
+    missing = "buffer {} has no value; return it from initial_buffers()"
+    _refuse(model, dict(model.named_buffers()).keys() - values.keys(), missing)
     for name, value in values.items():
         path, _, last = name.rpartition(".")
         model.get_submodule(path)._buffers[last] = value.to(device)
 
 
-def _named(model: nn.Module, of: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what `of` gives of all modules by full names; what a module says outweighs what is said inside of it."""
+def _by_name(model: nn.Module, declared: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the declarations of all modules by full names; an enclosing module overrides the modules inside it."""
     values: dict[str, Any] = {}
-    for path, module in model.named_modules():  # a module comes before those in it
-        for name, value in of(module).items():
-            values.setdefault(f"{path}.{name}" if path else name, value)
+    for path, module in model.named_modules():  # enclosing modules come first
+        for name, value in prefixed(path, declared(module)):
+            values.setdefault(name, value)
     return values
 
 
-def _refuse(model: nn.Module, names: set[str], what: str, where: str) -> None:
+def _refuse(model: nn.Module, names: set[str], problem: str) -> None:
+    """Raise TypeError for the first of `names`, with the innermost module that exists on its path."""
+    modules = dict(model.named_modules())
     for name in sorted(names):
         path = name.rpartition(".")[0]
-        while path and _missing(model, path):
+        while path not in modules:
             path = path.rpartition(".")[0]
-        kind = type(model.get_submodule(path)).__name__
-        raise TypeError(f"layer {path or 'of the model'} ({kind}) does not say {what}: {name}; see its {where}")
+        layer = f"layer {path} ({type(modules[path]).__name__})" if path else f"model {type(model).__name__}"
+        raise TypeError(f"{layer}: {problem.format(name.removeprefix(f'{path}.'))}")
 
 
-def _missing(model: nn.Module, path: str) -> bool:
-    try:
-        return model.get_submodule(path) is None
-    except AttributeError:
-        return True
-
-
-def learned_vectors(model: nn.Module) -> set[str]:
-    """Return the names of learned vectors and tables of them, which weight decay leaves alone."""
-    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, Layer))
-    return {f"{path}.{name}" if path else name for path, layer in layers for name in layer.vectors}
+def learned_vectors(model: nn.Module) -> Set[str]:
+    """Return the names of learned vectors and tables of them, which have no weight decay."""
+    return _by_name(model, lambda m: dict.fromkeys(m.vectors if isinstance(m, Layer) else ())).keys()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a product with x is computed: autocast's, or that of x without autocast."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """Return the dtype of a product with x: autocast's, or that of x without autocast."""
+    return autocast_dtype(x) or x.dtype
 
 
 def prefixed(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Return (prefix.name, value) of each item."""
-    return ((f"{prefix}.{name}", value) for name, value in values.items())
+    """Return (prefix.name, value) of each item, or (name, value) for an empty prefix."""
+    start = f"{prefix}." if prefix else ""
+    return ((start + name, value) for name, value in values.items())

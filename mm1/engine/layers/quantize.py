@@ -1,15 +1,16 @@
-"""Store a decoder's weights in fewer bits: decoding is bound by reading them.
+"""Store a decoder's weights in fewer bits, because the rate of decoding is limited by reading them.
 
-"int8": a scale a row, rounded by torchao and multiplied by kernels/quantized.py, because torchao's own product writes
-the whole weight out in x's dtype at each call (33 ms of 2048 × 8192 on a CPU, where reading it takes 1.3). "float8",
-e4m3: likewise, on GPUs that have it. "int4": a scale and a zero for each 128, 64 or 32 of a row, torchao's packing for
-the device and its product in bf16; but experts, the head and what does not divide are int8. Experts are looked up and
-read within one kernel, which knows rows of whole bytes; and a head's error goes straight into the logits.
+    int8     one scale per row, rounded by torchao and multiplied by kernels/moe/quantized.py; torchao's own product
+             first writes the whole weight in x's dtype (33 ms for 2048 × 8192 on a CPU, where reading it takes 1.3)
+    float8   e4m3, otherwise like int8, on GPUs with float8 units
+    int4     a scale and a zero for each 128, 64 or 32 numbers of a row, torchao's packing and product in bf16; int8 for
+             experts, whose kernel reads rows of whole bytes, for the head, whose errors are errors of the logits, and
+             for weights that do not divide into groups
 
 Rounding normal weights changes a product by 0.8 % (int8, 2048 wide) and 9 % (int4 in groups of 64). On a CPU decode.cpp
-reads int8 itself: a token of 30 M parameters takes 2.7 ms, in bf16 3.9, in fp32 5.8 (two threads). int4 goes by torch
-there: of 78 M parameters in fp32, one thread, 22 ms a token and 50 for eight, where blocked.py takes 50 and 56, but a
-prompt of 256 takes 501 in place of 391.
+reads int8 itself: with 30 M parameters and two threads a token takes 2.7 ms, in bf16 3.9, in fp32 5.8. int4 uses
+torch's product there: with 78 M parameters in fp32 and one thread, a token takes 22 ms and eight take 50, where
+blocked.py needs 50 and 56, but a prompt of 256 takes 501 instead of 391.
 """
 
 import logging
@@ -27,13 +28,13 @@ from mm1.errors import UserError
 from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
 from mm1.kernels.moe.routing import route
 
-HOW = ("int8", "int4", "float8")
+NEEDED = {"int8": (0, 0), "int4": (8, 0), "float8": (8, 9)}  # compute capability of a GPU
 MIN_NUMBERS = 1 << 17  # a smaller weight saves too little to matter
-GROUPS = (128, 64, 32)  # of int4
+GROUPS = (128, 64, 32)  # numbers that share a scale in int4
 
 
 class Linear8(nn.Module):
-    """Multiply x [T, in] by a frozen 8-bit weight [out, in]: [T, out]."""
+    """Multiply x [T, in] by a frozen 8-bit weight [out, in]."""
 
     def __init__(self, weight: Tensor, how: str):
         super().__init__()
@@ -44,7 +45,7 @@ class Linear8(nn.Module):
 
 
 class Linear4(nn.Module):
-    """Multiply x [T, in] by a frozen 4-bit weight of torchao's packing: [T, out]."""
+    """Multiply x [T, in] by a frozen 4-bit weight [out, in] in torchao's packing."""
 
     def __init__(self, weight: Tensor, group: int):
         super().__init__()
@@ -55,7 +56,7 @@ class Linear4(nn.Module):
 
 
 class Experts8(nn.Module):
-    """Stand in for Experts, with frozen 8-bit weights."""
+    """Replace Experts by frozen 8-bit weights."""
 
     def __init__(self, experts: Experts, how: str):
         super().__init__()
@@ -73,11 +74,11 @@ class Experts8(nn.Module):
 def quantized(decoder: DecoderLM, how: str) -> tuple[nn.Module, nn.Module]:
     """Return a copy of the decoder with wide linears and experts in 8 or 4 bits, and its head [T, D] -> [T, V].
 
-    how: "int8", "int4" or "float8". All else is shared. Raises UserError without torchao, or where the device does not
-    have the products.
+    how: "int8", "int4" or "float8". All other parameters are shared. Raises UserError without torchao, or if the device
+    does not support the products.
     """
-    if how not in HOW:
-        raise UserError(f"weights are {how!r}, expected one of {', '.join(HOW)}")
+    if how not in NEEDED:
+        raise UserError(f"weights are {how!r}, expected one of {', '.join(NEEDED)}")
     _check(decoder.head_weight.device, how)
     other = twin(decoder)
     for module in list(other.blocks.modules()):
@@ -93,11 +94,13 @@ def quantized(decoder: DecoderLM, how: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _check(device: torch.device, how: str) -> None:
-    needed = {"int8": (0, 0), "int4": (8, 0), "float8": (8, 9)}[how]
+    """Raise UserError if a GPU, or for float8 the CPU, lacks the products."""
+    needed = NEEDED[how]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if how == "float8" if capability is None else capability < needed:
-        has = device.type if capability is None else "one of {}.{}".format(*capability)
-        raise UserError(f'weights "{how}" need a GPU of compute capability {needed[0]}.{needed[1]} or more, not {has}')
+        actual = device.type if capability is None else "one of {}.{}".format(*capability)
+        message = f'weights "{how}" need a GPU of compute capability {needed[0]}.{needed[1]} or more, not {actual}'
+        raise UserError(message)
 
 
 def _linear(weight: Tensor, how: str) -> nn.Module:
@@ -112,7 +115,7 @@ def rounded(weight: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """Return weight [..., N, K] in 8 bits, and its scales fp32 [..., N]."""
     with importing_torchao('weights "int8" or "float8"'):
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
-    if weight.ndim == 3:  # one by one, because rounding takes several copies
+    if weight.ndim == 3:  # expert by expert, because rounding takes several copies
         data, scale = zip(*(rounded(w, how) for w in weight))
         return torch.stack(data), torch.stack(scale)
     kind = Float8Tensor if how == "float8" else Int8Tensor
@@ -121,7 +124,7 @@ def rounded(weight: Tensor, how: str) -> tuple[Tensor, Tensor]:
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:
-    """Return weight [N, K] in 4 bits, as torchao packs it for the device."""
+    """Return weight [N, K] in 4 bits, in torchao's packing for the device."""
     with importing_torchao('weights "int4"'):
         from torchao.prototype.quantization.int4 import Int4OpaqueTensor
         from torchao.quantization import Int4TilePackedTo4dTensor
@@ -133,7 +136,7 @@ def grouped(weight: Tensor, group: int) -> Tensor:
 
 @contextmanager
 def importing_torchao(what: str) -> Iterator[None]:
-    """Hide torchao's warnings of libraries for other machines. Raises UserError if torchao is not installed."""
+    """Hide torchao's warnings about libraries for other machines. Raises UserError if torchao is not installed."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Divide layers among processes: parts of tensors, tensor parallelism, and experts to which tokens travel.
+"""Divide layers among processes: shards of tensors, tensor parallelism and expert parallelism.
 
 Sources: Shoeybi et al. 2019 (Megatron-LM), Lepikhin et al. 2020 (GShard).
 """
@@ -18,19 +18,19 @@ from mm1.kernels.moe.routing import Routing, sort_by_expert
 
 
 def local_part(x: Tensor) -> Tensor:
-    """Return this process's part of a tensor, the tensor itself where it is not sharded."""
+    """Return this process's shard of a tensor, or the tensor itself if it is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def copy_to_part(target: Tensor, whole: Tensor) -> None:
-    """Copy into `target` this process's part of a tensor that every process has whole."""
+    """Copy into `target` this process's shard of a tensor that every process has whole."""
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
     local_part(target).copy_(whole)
 
 
 def sharded_like(target: Tensor, part: Tensor) -> Tensor:
-    """Return a local tensor as a DTensor that is sharded as `target` is; itself if `target` is not sharded."""
+    """Return a local shard as a DTensor with the sharding of `target`, or unchanged if `target` is not sharded."""
     if not isinstance(target, DTensor):
         return part
     return DTensor.from_local(
@@ -39,39 +39,39 @@ def sharded_like(target: Tensor, part: Tensor) -> Tensor:
 
 
 def sum_gradients(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return x, which all processes of `mesh` hold, so that its gradient is the sum of theirs."""
+    """Return x, which is equal on all processes of `mesh`; in backward, its gradient is all-reduced."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def sum_results(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the sum of the processes' x, in the dtype of x."""
+    """Return the all-reduced sum of the processes' x, in the dtype of x."""
     return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
 
 
 def split_parameter(module: nn.Module, name: str, mesh: DeviceMesh, axis: int) -> None:
-    """Replace a parameter by this process's part of it along `axis`."""
+    """Replace a parameter by this process's shard of it along `axis`."""
     whole = getattr(module, name).detach()
     setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(axis)], src_data_rank=None)))
 
 
 def split_linear(linear: nn.Linear, mesh: DeviceMesh, axis: int) -> None:
-    """Let a linear multiply by this process's part of its weight along `axis`. Raises ValueError if it has a bias."""
+    """Make a linear multiply by this process's shard of its weight along `axis`. Raises ValueError if it has a bias."""
     if linear.bias is not None:
         raise ValueError("a linear with a bias cannot be split: the sum over processes would add the bias to each part")
     split_parameter(linear, "weight", mesh, axis)
     linear.forward = lambda input: F.linear(input, local_part(linear.weight))
 
 
-def share_norm(norm: nn.Module, mesh: DeviceMesh) -> None:
-    """Let an RMSNorm that each process applies to its own heads have the gradient of all of them."""
+def all_reduce_norm_gradient(norm: nn.Module, mesh: DeviceMesh) -> None:
+    """All-reduce the gradient of an RMSNorm that each process of `mesh` applies to its own heads."""
     if isinstance(norm, nn.RMSNorm):
         norm.forward = lambda x: F.rms_norm(x, norm.normalized_shape, sum_gradients(norm.weight, mesh), norm.eps)
 
 
-def share_input(module: nn.Module, mesh: DeviceMesh, dtype: Callable[[Tensor], torch.dtype]) -> None:
-    """Sum the module's (first) result over the processes of `mesh`, and the gradient of its first argument.
+def all_reduce_around(module: nn.Module, mesh: DeviceMesh, dtype: Callable[[Tensor], torch.dtype]) -> None:
+    """All-reduce the module's (first) output in forward and the gradient of its first input in backward.
 
-    dtype: of the product with an input, in which both sums are taken.
+    dtype: returns the dtype of a product with an input, which both all-reduces use.
     """
 
     def enter(_module: nn.Module, arguments: Any) -> Any:
@@ -89,46 +89,41 @@ def tensor_parallel_experts(backend: Backend, mesh: DeviceMesh) -> Backend:
 
     def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
         gate_up, down = local_part(gate_up), local_part(down)
-        here = _count_from(r.index, mesh.get_local_rank(), len(down))
-        sent = r._replace(index=here, weight=sum_gradients(r.weight, mesh), order=sort_by_expert(here, len(down)))
-        return sum_results(backend(sum_gradients(x, mesh), sent, gate_up, down), mesh)
+        experts = len(down)
+        index = r.index - mesh.get_local_rank() * experts
+        index = torch.where((index >= 0) & (index < experts), index, experts)  # `experts`: on another process
+        local = r._replace(index=index, weight=sum_gradients(r.weight, mesh), order=sort_by_expert(index, experts))
+        return sum_results(backend(sum_gradients(x, mesh), local, gate_up, down), mesh)
 
     return run
 
 
-def _count_from(index: Tensor, part: int, experts: int) -> Tensor:
-    """Count experts from the first of this part; those of other parts become `experts`, which is no expert."""
-    index = index - part * experts
-    return torch.where((index >= 0) & (index < experts), index, experts)
-
-
 def expert_parallel(backend: Backend, mesh: DeviceMesh) -> Backend:
-    """Return a backend that sends each routed slot to the process with its expert, and takes the result back.
+    """Return a backend that sends each routed slot to the process with its expert, and receives the result.
 
-    Processes first tell each other how many slots each expert gets, then send exactly those rows: none is dropped or
-    padded, and the result is that of one process. The host must read the counts to size the messages: once a layer
-    forward, and again where the layer is recomputed. Rows leave sorted by expert, so that the counts alone tell the
-    receiver which row is for which expert.
+    Processes first exchange the number of slots per expert, then send exactly these rows: none is dropped or padded,
+    and the result is that of one process. The host reads the counts to size the messages, once per layer forward and
+    again if the layer is recomputed. Rows are sent sorted by expert, so that the counts identify each row's expert.
     """
     group, parts = mesh.get_group(), mesh.size()
 
     def run(x: Tensor, r: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
         gate_up, down = local_part(gate_up), local_part(down)
         slots, position, offsets = r.order
-        (T, K), here = position.shape, len(down)
+        (T, K), experts = position.shape, len(down)
         counts = offsets.diff(prepend=offsets.new_zeros(1))
-        arriving = all_to_all_single(counts, None, None, group).view(parts, here)
-        sent, received = torch.stack([counts.view(parts, here).sum(1), arriving.sum(1)]).tolist()
+        arriving = all_to_all_single(counts, None, None, group).view(parts, experts)
+        sent, received = torch.stack([counts.view(parts, experts).sum(1), arriving.sum(1)]).tolist()
 
-        # A copy for each choice first: its gradient is a sum, where that of a gather would be added with atomics.
+        # Rows are copied for each choice first: the copy's gradient is a sum, that of a gather would need atomics.
         rows = x[:, None].expand(-1, K, -1).reshape(T * K, -1).index_select(0, slots[: sum(sent)])
         rows = all_to_all_single_autograd(rows, received, sent, group)
-        expert = torch.arange(here, dtype=torch.int32, device=x.device).repeat(parts)
+        expert = torch.arange(experts, dtype=torch.int32, device=x.device).repeat(parts)
         index = expert.repeat_interleave(arriving.flatten(), output_size=len(rows))[:, None]
         one = torch.ones(index.shape, device=x.device)
-        y = backend(rows, r._replace(index=index, weight=one, order=sort_by_expert(index, here)), gate_up, down)
+        y = backend(rows, r._replace(index=index, weight=one, order=sort_by_expert(index, experts)), gate_up, down)
         y = all_to_all_single_autograd(y, sent, received, group)
-        y = F.pad(y, (0, 0, 0, 1))[position.clamp(max=sum(sent)).long()]  # slots of no expert read the row of zeros
+        y = F.pad(y, (0, 0, 0, 1))[position.clamp(max=sum(sent)).long()]  # slots without an expert read zeros
         return (y.float() * r.weight[..., None]).sum(1).to(x.dtype)
 
     return cast(Backend, torch.compiler.disable(run))  # sizes change with every step

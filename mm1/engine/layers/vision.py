@@ -1,10 +1,10 @@
-"""ViT encoder on packed patches: images of any grid, full attention inside each image.
+"""Define the ViT encoder on packed patches of images of any grid, with full attention inside each image.
 
     x = embed(pixels) [P, Dv];  x = norm(x) (CLIP's pre-norm);  L × [x += attention(norm(x)); x += mlp(norm(x))]
     AIM: x = norm(embed(pixels) + bias) + positions, linears without biases
 
 The result is the last block's output, before the final norm, without class tokens: hidden_states[-1] of transformers'
-CLIPVisionModel, the layer Honeybee's C-Abstractor is fed (MM1 does not say which).
+CLIPVisionModel, which is the input of Honeybee's C-Abstractor (MM1 does not publish its choice).
 Sources: Dosovitskiy et al. 2021; El-Nouby et al. 2024 (AIM).
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm1.engine.layers.config import Vision
-from mm1.engine.layers.layer import LEARNED, BlockLayer, Fill, Layer, fan_in, normal, zeros
+from mm1.engine.layers.layer import LEARNED_STD, BlockLayer, Fill, Layer, fan_in, fill_zeros, normal
 from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Workload, attention_operations
 from mm1.kernels.attention import Full, attention
 from mm1.kernels.patches.embedding import cost as embedding_cost
@@ -31,13 +31,13 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 def sincos(grids: Grids, width: int) -> Tensor:
-    """Return AIM's positions fp32 [P, width] of patches at (row, column) of their image, whatever its grid.
+    """Return AIM's positions fp32 [P, width] of patches at (row, column) of images of any grid.
 
         [sin(column · f) | cos(column · f) | sin(row · f) | cos(row · f)],  f_i = 10000^(-i / q), i < q = width / 4
 
-    Source: He et al. 2022 (MAE), whose halves stand in this order; El-Nouby et al. 2024.
+    Sources: He et al. 2022 (MAE) for the order of the halves; El-Nouby et al. 2024.
     """
-    first, _, _, columns = grids.table.index_select(0, grids.owner.clamp(min=0)).unbind(1)  # padding has an image's
+    first, _, _, columns = grids.table.index_select(0, grids.owner.clamp(min=0)).unbind(1)  # -1: padding
     place = torch.arange(grids.patches, device=first.device) - first
     columns = columns.clamp(min=1)
     quarter = width // 4
@@ -47,10 +47,10 @@ def sincos(grids: Grids, width: int) -> Tensor:
 
 
 def sincos_table(rows: int, columns: int, width: int) -> Tensor:
-    """Return 2-D sine-cosine positions fp32 [rows, columns, width], with which a learned table begins.
+    """Return 2-D sine-cosine positions fp32 [rows, columns, width], the initial value of a learned table.
 
-    A table that is smooth from the start keeps its meaning when it is resampled to another grid; white noise would
-    average out. Source: Chen et al. 2021 (MoCo v3).
+    A smooth table keeps its meaning when it is resampled to another grid; white noise would average out. Source: Chen
+    et al. 2021 (MoCo v3).
     """
     frequencies = 10_000.0 ** (-torch.arange(width // 4) / (width // 4))
     r, c = torch.arange(rows)[:, None] * frequencies, torch.arange(columns)[:, None] * frequencies
@@ -60,6 +60,8 @@ def sincos_table(rows: int, columns: int, width: int) -> Tensor:
 
 
 class VisionBlock(BlockLayer):
+    """Add full attention inside each image and an MLP to the residual stream."""
+
     def __init__(self, c: Vision):
         super().__init__()
         self.config = c
@@ -90,17 +92,19 @@ class VisionBlock(BlockLayer):
 
     def kept_bytes(self, workload: Workload, layout: Layout) -> KeptBytes:
         c, rows = self.config, workload.visual_rows(self.config.class_token)
-        gelu = 3 if c.activation == "quick_gelu" else 2  # quick_gelu keeps its sigmoid too
-        # Inputs of the norms; their outputs, q k v, y, and the MLP's.
+        gelu = 3 if c.activation == "quick_gelu" else 2  # quick_gelu stores its sigmoid too
+        # Stored are the inputs of the norms, their outputs, q, k, v, y, and the values of the MLP.
         everything = layout.residual * 2 * c.width + layout.itemsize * (6 * c.width + gelu * c.ffn)
         results = layout.itemsize * (6 * c.width + c.ffn)
         return KeptBytes(rows * everything, rows * results, layout.residual * rows * c.width)
 
-    def axes(self) -> dict[str, int]:
+    def shard_axes(self) -> dict[str, int]:
         return {}  # each process of a tensor group computes the whole encoder
 
 
 class VisionEncoder(Layer):
+    """Embed the patches of images and apply the blocks."""
+
     vectors = ("positions", "class_token")
 
     def __init__(self, c: Vision):
@@ -113,7 +117,7 @@ class VisionEncoder(Layer):
             self.patch_bias = nn.Parameter(torch.empty(c.width))
             self.patch_norm = nn.LayerNorm(c.width, c.eps)
         if c.class_token:
-            self.class_token = nn.Parameter(torch.empty(c.width))  # its position is part of it
+            self.class_token = nn.Parameter(torch.empty(c.width))  # includes its position
         self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.layers))
 
@@ -122,8 +126,8 @@ class VisionEncoder(Layer):
         values: dict[str, Fill] = {"patch_weight": fan_in(self.patch_weight.shape[1])}
         if c.positions == "table":
             values["positions"] = lambda table, generator: table.copy_(sincos_table(*table.shape))
-        values |= {"patch_bias": zeros} if c.patch_norm else {}
-        return values | ({"class_token": normal(LEARNED)} if c.class_token else {})
+        values |= {"patch_bias": fill_zeros} if c.patch_norm else {}
+        return values | ({"class_token": normal(LEARNED_STD)} if c.class_token else {})
 
     def operations(self, workload: Workload) -> list[Operations]:
         c = self.config
@@ -136,7 +140,7 @@ class VisionEncoder(Layer):
         return 3 * c.patch**2 * workload.patches + layout.residual * rows * c.width
 
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
-        """Encode pixels uint8 [ΣHW, 3] of images of these grids: [P, Dv]."""
+        """Return the features [P, Dv] of pixels uint8 [ΣHW, 3] of images with these grids."""
         c = self.config
         learned = self.positions if c.positions == "table" else None
         bias, table = (self.patch_bias, None) if c.patch_norm else (None, learned)

@@ -1,1 +1,1 @@
-"""The models, one file each."""
+"""Define what the engine asks of a model, the registry of models, and the models."""

@@ -1,7 +1,7 @@
-"""The settings of MM1 and its named sizes.
+"""Define the settings of MM1 and its named sizes.
 
 The MM1 paper (arXiv 2403.09611) publishes the encoder's kind, the connector's kind and token count, the number and
-placement of experts and the parameter totals, but not widths and depths. A size that is inferred says from what.
+placement of experts and the parameter totals, but not widths and depths. Comments give the source of inferred numbers.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from typing import Annotated
 from mm1.engine.layers.config import POOL_HEADS, Connector, Decoder, Vision
 from mm1.engine.models.image_input import ImageInput
 from mm1.engine.settings import Count, MayChange, OneOf, check
-from mm1.errors import UserError, require
+from mm1.errors import require
 
 
 @dataclass(frozen=True)
-class Model:
-    """Vision encoder, connector and decoder, and how images are resized."""
+class MM1Config:
+    """Configure vision encoder, connector and decoder, and the resizing of images."""
 
     vision: Vision
     connector: Connector
@@ -27,21 +27,21 @@ class Model:
     image_size: Annotated[Count, MayChange()] = 378
     """Side in pixels that images are squashed to, a multiple of vision.patch; MM1's pre-training has 378."""
     image_patches: Annotated[Count, MayChange()] = 729
-    """Most patches of an image where image_mode is "native"; 729 is 27 × 27, an image of 378 pixels."""
+    """Largest number of patches of an image if image_mode is "native"; 729 is 27 × 27, an image of 378 pixels."""
     image_parts: Annotated[Count, MayChange()] = 1
     """k: an image is seen whole and as k × k parts, each squashed to image_size²; 1: whole only. MM1's fine-tuning has
-    2. Only where image_mode is "squash"."""
+    2. Values above 1 need image_mode "squash"."""
     context: Annotated[Count | None, MayChange()] = None
-    """Tokens of the longest document that the model was trained on, prompt and answer together, beyond which it does
-    not generate. A run writes its data.tokens here, or those of train.init if they are more; none: unknown."""
+    """Tokens of the longest document in training, prompt and answer together, which limits generation. A run writes its
+    data.tokens here, or the context of train.init if it is longer; none: unknown."""
     kind: Annotated[str, OneOf("mm1")] = "mm1"
-    """The kind of model, which has its class in mm1/engine/models/registry.py."""
+    """Kind of the model, a key of REGISTRY in mm1/engine/models/registry.py."""
 
     def __post_init__(self):
         check(self, "model")
         squash, patch = self.image_mode == "squash", self.vision.patch
         require(self.image_parts == 1 or squash, "setting model.image_parts", self.image_parts,
-                "1 where image_mode is native")  # fmt: skip
+                "1 if image_mode is native")  # fmt: skip
         require(not squash or self.image_size % patch == 0, "setting model.image_size", self.image_size,
                 f"a multiple of the patch size {patch}")  # fmt: skip
         pooled, width = self.connector.kind == "attention", self.decoder.width
@@ -50,6 +50,7 @@ class Model:
 
     @property
     def images(self) -> ImageInput:
+        """Return how the model takes images."""
         return ImageInput(
             self.vision.patch, self.image_mode, self.image_size, self.image_patches, self.image_parts,
             self.connector.tokens,
@@ -57,6 +58,7 @@ class Model:
 
     @property
     def vocabulary(self) -> int:
+        """Return the rows of the token embedding."""
         return self.decoder.vocabulary
 
 
@@ -86,11 +88,11 @@ D_7B = Decoder(vocabulary=49_152, width=4096, layers=32, heads=32, kv_heads=8, f
 D_30B = Decoder(vocabulary=49_152, width=7168, layers=48, heads=56, kv_heads=8, ffn=23_296)
 
 
-def _mm1(decoder: Decoder) -> Model:
-    return Model(VIT_H_378, ABSTRACTOR_144, decoder)
+def _mm1(decoder: Decoder) -> MM1Config:
+    return MM1Config(VIT_H_378, ABSTRACTOR_144, decoder)
 
 
-DIGITS = Model(
+DIGITS = MM1Config(
     vision=Vision(
         width=96, layers=3, heads=3, ffn=256, patch=4, table=(6, 6), activation="gelu", class_token=False,
         pre_norm=False, interpolation="bilinear", mean=(0.34, 0.34, 0.34), std=(0.3, 0.3, 0.3),
@@ -103,7 +105,7 @@ DIGITS = Model(
     image_mode="native", image_size=24, image_patches=24,
 )  # fmt: skip
 
-MODELS: dict[str, Model] = {
+MODELS: dict[str, MM1Config] = {
     "digits": DIGITS,
     "mm1-1b": _mm1(D_1B),
     "mm1-3b": _mm1(D_3B),
@@ -112,14 +114,7 @@ MODELS: dict[str, Model] = {
     "mm1-3b-moe": _mm1(dataclasses.replace(D_3B, experts=64, moe_every=2)),
     "mm1-7b-moe": _mm1(dataclasses.replace(D_7B, experts=32, moe_every=4)),
     # The paper's ablation base: ViT-L/14 at 336 px and the 1.2B decoder.
-    "mm1-1b-vit-l-336": Model(
+    "mm1-1b-vit-l-336": MM1Config(
         VIT_L_336, Connector(position_grid=(24, 24)), D_1B, image_size=336, image_patches=576
     ),
 }  # fmt: skip
-
-
-def named(name: str) -> Model:
-    """Return the model of a named size. Raises UserError for a name that is not in MODELS."""
-    if name not in MODELS:
-        raise UserError(f"unknown size {name!r}, and no such file or folder; known: {', '.join(MODELS)}")
-    return MODELS[name]

@@ -1,46 +1,63 @@
-"""Find the classes of a model and of its config by config.kind: one table."""
+"""Find a model's class, settings and named sizes by its kind, config.kind, in one table."""
 
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mm1.errors import UserError
+from mm1.engine.settings import Tables
+from mm1.errors import UserError, require
 
 if TYPE_CHECKING:
     from mm1.engine.models.spec import Model
 
 
 class Entry(NamedTuple):
-    """Says where a model and its config are defined; they are imported when they are asked for."""
+    """Name what defines a kind of model, each as "module:name"; modules are imported on first use."""
 
-    model: str  # "module:class"
-    config: str
+    model: str  # class of the model
+    config: str  # dataclass of its settings
+    sizes: str = ""  # dict of settings by the names of sizes; empty: the kind has no named sizes
 
 
-KINDS: dict[str, Entry] = {"mm1": Entry("mm1.engine.models.mm1:MM1", "mm1.engine.models.mm1_config:Model")}
+REGISTRY: dict[str, Entry] = {
+    "mm1": Entry(
+        "mm1.engine.models.mm1:MM1", "mm1.engine.models.mm1_config:MM1Config", "mm1.engine.models.mm1_config:MODELS"
+    )
+}
 
 
 def model_class(kind: str) -> "type[Model]":
-    """Return the class of a model. Raises UserError for a kind that is not in KINDS."""
+    """Return the class of a model. Raises UserError for a kind that is not registered."""
     return _load(_entry(kind).model)
 
 
 def config_class(kind: str) -> type:
-    """Return the dataclass of a model's settings. Raises UserError for a kind that is not in KINDS."""
+    """Return the dataclass of a model's settings. Raises UserError for a kind that is not registered."""
     return _load(_entry(kind).config)
 
 
-class Registered:
-    """Contains the configs of all registered models: the legal values of a setting."""
+class RegisteredConfigs(Tables):
+    """Mark a setting whose value is the settings of a registered model."""
 
-    def __contains__(self, value: Any) -> bool:
-        kind = getattr(value, "kind", None)
-        return kind in KINDS and type(value) is config_class(kind)
+    def classes(self) -> tuple[type, ...]:
+        return tuple(config_class(kind) for kind in REGISTRY)
+
+
+def sizes() -> dict[str, Any]:
+    """Return the settings of the named sizes of all kinds, by name."""
+    return {name: size for entry in REGISTRY.values() if entry.sizes for name, size in _load(entry.sizes).items()}
+
+
+def named(name: str) -> Any:
+    """Return the settings of a named size. Raises UserError for an unknown name."""
+    if name not in sizes():
+        raise UserError(f"unknown size {name!r}, and no such file or folder; expected one of {', '.join(sizes())}")
+    return sizes()[name]
 
 
 @cache
 def on_meta(config: Any) -> "Model":
-    """Return the model of a config without memory for its values, to read names and shapes. Do not change it."""
+    """Return the model of a config on the meta device, for its names and shapes. Do not change it: it is cached."""
     import torch
 
     with torch.device("meta"):
@@ -48,9 +65,8 @@ def on_meta(config: Any) -> "Model":
 
 
 def _entry(kind: str) -> Entry:
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(f"setting model.kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    return KINDS[kind]
+    require(isinstance(kind, str) and kind in REGISTRY, "setting model.kind", kind, f"one of {', '.join(REGISTRY)}")
+    return REGISTRY[kind]
 
 
 def _load(place: str) -> Any:

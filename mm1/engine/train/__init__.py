@@ -1,1 +1,1 @@
-"""Training: the trainer, checkpoints, parallelism, and the plan of a run before it starts."""
+"""Train models: the trainer, checkpoints, parallelism, and the estimate of a run before it starts."""

@@ -1,10 +1,10 @@
-"""Checkpoints: complete or not there.
+"""Write and read checkpoints, which are either complete or do not exist.
 
-A checkpoint is a folder: model.safetensors, config.json and tokenizer.json, which are all that inference needs, and
-optimizer.safetensors and state.json to go on training; where a run has many processes, the tensors are in shards/. It
-is written under another name, every file is flushed to the disk, the marker COMPLETE with each file's SHA-256 comes
-last, and only then is the folder renamed. Loading checks the marker and the sums, so a missing file or a flipped byte
-is one clear line.
+A checkpoint is a folder: model.safetensors, config.json and tokenizer.json are enough for inference,
+optimizer.safetensors and state.json continue the training; a run with many processes stores its tensors in shards/. The
+folder is written under another name, every file is flushed to the disk, the marker COMPLETE with each file's SHA-256 is
+written last, and only then is the folder renamed. Loading verifies the marker and the sums, so that a missing file or a
+flipped byte is one clear line.
 """
 
 import hashlib
@@ -26,29 +26,28 @@ from torch import Tensor
 
 from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.layers.sharding import copy_to_part
-from mm1.engine.models.registry import model_class, on_meta
-from mm1.engine.models.spec import Model, ModelConfig
-from mm1.engine.run_config import from_dict, saw_conversations, stored_model
+from mm1.engine.models.registry import model_class, named, on_meta
+from mm1.engine.run_config import saw_conversations, stored_model
 from mm1.engine.train.parallel import World
 from mm1.errors import UserError
 
 MARKER = "COMPLETE"
 NAME = re.compile(r"step-\d{8,}")
-SHARDS = "shards"  # folder of torch.distributed.checkpoint, where a run had many processes
+SHARDS = "shards"  # folder of torch.distributed.checkpoint, in checkpoints of several processes
 
 
 class CheckpointError(UserError):
-    """Says that a checkpoint is missing, incomplete or damaged."""
+    """A checkpoint is missing, incomplete or damaged."""
 
 
 class SaveError(OSError):
-    """Says that a checkpoint could not be written, such as to a full disk; nothing of it remains."""
+    """A checkpoint could not be written, such as to a full disk; nothing of it remains."""
 
 
 def write(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
     """Write `tensors` (file name -> named tensors) and `texts` (file name -> content) as one checkpoint folder.
 
-    Raises SaveError where the file system refuses.
+    Raises SaveError if the file system refuses.
     """
     partial = partial_folder(folder)
     try:
@@ -57,18 +56,18 @@ def write(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, 
             save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / name)
         _finish(partial, folder, texts, _sums(partial, partial.rglob("*")))
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
+        shutil.rmtree(partial, ignore_errors=True)  # frees a full disk
         if isinstance(error, OSError | SafetensorError):
             raise SaveError(f"{folder} was not written: {error}") from None
         raise
 
 
 class Saving:
-    """Writes a checkpoint of several processes while the run continues.
+    """Write a checkpoint of several processes while the run continues.
 
     Each process writes, flushes and hashes its own shards in a thread. The first process then completes the folder and
-    calls `after`. The outcome is the same on all processes, but they learn it at different moments: whoever acts on
-    `done` has to agree with the others first.
+    calls `after`. The outcome is the same on all processes, but reaches them at different moments, so that they must
+    agree before they act on `done`.
     """
 
     def __init__(
@@ -85,21 +84,22 @@ class Saving:
 
     @property
     def done(self) -> bool:
+        """Return whether the save has ended, with success or not."""
         return self.outcome.done()
 
     def wait(self) -> None:
-        """Return when the checkpoint is complete; raise SaveError on all processes if one of them failed."""
+        """Wait until the checkpoint is complete. Raises SaveError on all processes if one of them failed."""
         if (reason := self.outcome.result()) is not None:
             raise SaveError(f"{self.folder} was not written: {reason}")
 
     def _work(self) -> None:
         try:
             self.outcome.set_result(self._write())
-        except BaseException as error:  # the other processes are gone
+        except BaseException as error:  # the other processes ended
             self.outcome.set_exception(error)
 
     def _write(self) -> str | None:
-        """Return why the checkpoint was not written, or None."""
+        """Write the checkpoint; return the reason if that failed, or None."""
         partial, sums, reason = partial_folder(self.folder), {}, None
         try:
             self.written.result()
@@ -114,7 +114,7 @@ class Saving:
                 if reason is None:
                     _finish(partial, self.folder, self.texts, {n: s for sums, _ in parts for n, s in sums.items()})
                     self.after()
-            except Exception as error:  # whatever it is, the others wait to hear of it
+            except Exception as error:  # the other processes wait for the outcome
                 reason = _reason(error)
             if reason is not None:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -122,19 +122,19 @@ class Saving:
 
 
 def _reason(error: BaseException) -> str:
-    """Return one line of an error, and of torch's checkpoint errors the first process's."""
+    """Return an error as one line; for torch's checkpoint errors, that of the first process that failed."""
     for cause, _ in getattr(error, "failures", {}).values():
         return _reason(cause)
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def partial_folder(folder: Path) -> Path:
-    """Return where a checkpoint is written before it gets its name."""
+    """Return the folder in which a checkpoint is written before it is renamed."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def begin(folder: Path) -> None:
-    """Make an empty folder to write a checkpoint in."""
+    """Create the empty folder in which a checkpoint is written."""
     shutil.rmtree(partial_folder(folder), ignore_errors=True)
     partial_folder(folder).mkdir(parents=True)
 
@@ -145,12 +145,12 @@ def _finish(partial: Path, folder: Path, texts: dict[str, str], sums: dict[str, 
         (partial / name).write_text(text)
     sums = sums | _sums(partial, [partial / name for name in texts])
     (partial / MARKER).write_text(json.dumps(dict(sorted(sums.items())), indent=1))
-    mode = (partial / MARKER).stat().st_mode  # as the user's umask has it; safetensors writes files of mode 0600
+    mode = (partial / MARKER).stat().st_mode  # follows the user's umask; safetensors writes files of mode 0600
     for name in sums:
         (partial / name).chmod(mode)
     for path in (partial / MARKER, *(path for path in partial.rglob("*") if path.is_dir()), partial):
         _sync(path)
-    if folder.exists():  # the run was resumed from an earlier checkpoint and came here again
+    if folder.exists():  # the run was resumed from an earlier checkpoint and repeated this step
         shutil.rmtree(folder)
     os.rename(partial, folder)
     _sync(folder.parent)
@@ -158,12 +158,12 @@ def _finish(partial: Path, folder: Path, texts: dict[str, str], sums: dict[str, 
 
 def load(
     path_or_name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Any:  # the class that is registered for its kind
+) -> Any:  # the class that is registered for the model's kind
     """Return a model for inference: a checkpoint folder (or a run's), or a named size with random weights.
 
-    device: the GPU if there is one. dtype: fp32 on a CPU, bf16 on a GPU. A checkpoint's tokenizer comes along as
-    `model.tokenizer`, and whether it was trained on conversations as `model.conversations`. Raises CheckpointError for
-    a damaged checkpoint, UserError for an unknown name.
+    device: default is the GPU, or the CPU of a machine without one. dtype: default is bf16 on a GPU, fp32 on a CPU. The
+    checkpoint's tokenizer becomes `model.tokenizer`; `model.conversations` tells whether it was trained on
+    conversations. Raises CheckpointError for a damaged checkpoint, UserError for an unknown name.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -171,29 +171,25 @@ def load(
     if not folder.exists():
         if len(folder.parts) > 1:
             raise CheckpointError(f"no checkpoint at {folder}")
-        return _random(from_dict({"model": str(path_or_name)}).model).to(device, dtype).eval()
-    folder = newest_in(folder)
-    check(folder)
-    with torch.device("meta"):
+        c = named(str(path_or_name))
+        model = model_class(c.kind)(c).init_weights()
+    else:
+        folder = newest_in(folder)
+        check(folder)
         c = stored_model(stored := read_json(folder, "config.json"))
-        model = model_class(c.kind)(c)
-    model.load_state_dict(weights(folder), assign=True)
+        with torch.device("meta"):
+            model = model_class(c.kind)(c)
+        model.load_state_dict(weights(folder), assign=True)
+        model.conversations = saw_conversations(stored)
+        model.tokenizer = TextTokenizer(folder / "tokenizer.json")
     model.init_buffers("cpu")
-    model.conversations = saw_conversations(stored)
-    model.tokenizer = TextTokenizer(folder / "tokenizer.json")
     return model.to(device, dtype).eval()
 
 
-def _random(c: ModelConfig) -> Model:
-    model = model_class(c.kind)(c).init_weights()
-    model.init_buffers("cpu")
-    return model
-
-
 def check(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Raise CheckpointError unless every file of the checkpoint is there as it was written.
+    """Raise CheckpointError unless every file of the checkpoint exists as it was written.
 
-    part, parts: read only every parts-th file, from number `part` on, so that processes can share the work.
+    part, parts: verify only the files part, part + parts, …, so that processes can share the work.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}")
@@ -207,20 +203,20 @@ def check(folder: Path, part: int = 0, parts: int = 1) -> None:
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
         try:
-            sum_now = _sha256(folder / name)
+            actual = _sha256(folder / name)
         except OSError as error:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error.strerror or error}") from None
-        if sum_now != sums[name]:
+        if actual != sums[name]:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written (SHA-256 differs)")
 
 
 def newest_in(path: Path) -> Path:
-    """Return the checkpoint that a run's folder points to, or the folder itself if it is no run's."""
+    """Return the checkpoint to which a run's folder links, or the path itself if it is not a run's folder."""
     return path / "checkpoint" if not (path / MARKER).is_file() and (path / "checkpoint").exists() else path
 
 
 def numbered(run: Path) -> list[Path]:
-    """Return the folders in a run's folder that have a checkpoint's name, those of fewer steps first."""
+    """Return the folders of a run that have a checkpoint's name, in the order of their steps."""
     folders = [path for path in run.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -231,10 +227,10 @@ def latest(run: Path) -> Path | None:
 
 
 def newest_whole(run: Path, world: World, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint of which every file is as it was written; None if the run has no checkpoint.
+    """Return the newest checkpoint without damage, or None if the run has no checkpoint.
 
-    Damaged ones that are newer are renamed to "damaged-…", with a warning each. All processes call this together and
-    share the reading. Raises CheckpointError if all checkpoints are damaged, and then renames none.
+    Newer damaged ones are renamed to "damaged-…", with a warning each. All processes call this together and share the
+    reading. Raises CheckpointError, without renaming any, if all checkpoints are damaged.
     """
     damaged: list[tuple[Path, CheckpointError]] = []
     for folder in reversed(world.on_first(lambda: numbered(run))):
@@ -253,7 +249,7 @@ def newest_whole(run: Path, world: World, warn: Callable[[str], None]) -> Path |
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a checkpoint that cannot be used, so that nothing reads or deletes it; returns its new path."""
+    """Rename an unusable checkpoint, so that nothing reads or deletes it, and return its new path."""
     names = (f"damaged-{folder.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     return folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
 
@@ -267,23 +263,24 @@ def point(link: Path, folder: Path) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed runs left half written or half deleted."""
+    """Delete all but the newest `keep` checkpoints, and incomplete folders that killed runs left."""
     complete = [path for path in numbered(run) if (path / MARKER).is_file()]
     for path in complete[: -keep or None]:
-        (path / MARKER).unlink()  # first, so that a kill in between leaves no checkpoint that only looks whole
+        (path / MARKER).unlink()  # first, so that a kill in between leaves no damaged checkpoint with a marker
     unfinished = [path for path in run.glob(".step-*.partial") if NAME.fullmatch(path.name[1 : -len(".partial")])]
     for path in [*unfinished, *(path for path in numbered(run) if not (path / MARKER).is_file())]:
         shutil.rmtree(path)
 
 
-def read_tensors(folder: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    return load_file(folder / name, device=str(device))
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of a checkpoint, on the CPU."""
+    return load_file(folder / name)
 
 
 def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill these tensors, whole or parts, with what a checkpoint of one process or of many has under their names.
+    """Fill these tensors, whole or sharded, from a checkpoint of one process or many, by their names.
 
-    Raises CheckpointError for one that is missing or of another shape.
+    Raises CheckpointError for a missing tensor or another shape.
     """
     if (folder / SHARDS).is_dir():
         import torch.distributed as dist
@@ -295,13 +292,13 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
     stored = {n: x for file in files if file.exists() for n, x in read_tensors(folder, file.name).items()}
     for name, tensor in tensors.items():
         if name not in stored or stored[name].shape != tensor.shape:
-            has = f"of shape {tuple(stored[name].shape)}" if name in stored else "missing"
-            raise CheckpointError(f"{folder}: {name} is {has}, expected {tuple(tensor.shape)}")
+            actual = f"of shape {tuple(stored[name].shape)}" if name in stored else "missing"
+            raise CheckpointError(f"{folder}: {name} is {actual}, expected {tuple(tensor.shape)}")
         copy_to_part(tensor, stored[name].to(tensor.device))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Return all weights of the model, of a checkpoint of one process or of many."""
+    """Return all weights of the model by name, on the CPU, from a checkpoint of one process or many."""
     if not (folder / SHARDS).is_dir():
         return read_tensors(folder, "model.safetensors")
     model = on_meta(stored_model(read_json(folder, "config.json")))
@@ -311,7 +308,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def export(folder: Path, out: Path) -> None:
-    """Write a checkpoint as one safetensors file with its config and tokenizer: all that inference needs."""
+    """Write a checkpoint as one safetensors file with its config and tokenizer, for inference.
+
+    Raises CheckpointError if the checkpoint is damaged or `out` exists.
+    """
     folder = newest_in(folder)
     check(folder)
     if out.exists():
@@ -321,11 +321,12 @@ def export(folder: Path, out: Path) -> None:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return the content of a JSON file of a checkpoint."""
     return json.loads((folder / name).read_text())
 
 
 def _sums(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """Flush files to the disk, and return their SHA-256 by their path inside `folder`."""
+    """Flush files to the disk, and return their SHA-256 by their paths inside `folder`."""
 
     def flushed(path: Path) -> str:
         _sync(path)

@@ -1,4 +1,4 @@
-"""The commands of training: `mm1 train`, `replay`, `plan` and `export`."""
+"""Define the commands of training: `mm1 train`, `replay`, `plan` and `export`."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ from mm1.engine.settings import (
     dotted,
     help_texts,
     hints,
-    nested,
-    table_of,
+    item_table,
+    tables_of,
     to_toml,
     toml_value,
 )
@@ -27,41 +27,44 @@ METAVARS = (("an integer", "INT"), ("a number", "FLOAT"), ("true or false", "{tr
 KeyValues = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
 
 
-def options(cls: type) -> type:
-    """Return a dataclass that tyro shows as the settings of `cls`: its fields are the TOML values as text, or None.
+def options(*classes: type) -> type:
+    """Return a dataclass of options for tyro: the fields of all `classes`, each a TOML value as text, or None.
 
-    Only the text is taken from the command line: whether it is legal is decided where files are checked, so that both
-    say the same. Help, ranges and defaults are those that `cls` declares.
+    A table becomes options of its own; the model's table has the fields of every registered kind of model. Values are
+    checked by load_run, so that files and options have the same errors. Help, ranges and defaults are those that the
+    classes declare.
     """
-    fields, texts = [], help_texts(cls)
-    for field, hint in hints(cls).items():
-        if table := table_of(hint):
-            inner = options(table)
+    fields = []
+    for field in dict.fromkeys(name for cls in classes for name in hints(cls)):
+        owners = [cls for cls in classes if field in hints(cls)]
+        if tables := dict.fromkeys(table for cls in owners for table in tables_of(hints(cls)[field])):
+            inner = options(*tables)
             fields.append((field, inner, dataclasses.field(default_factory=inner)))
-        else:
-            values, initial = described(hint), default(cls, field)
-            metavar = next((name for start, name in METAVARS if values.startswith(start)), "STR")
-            shown = "the size's" if initial is dataclasses.MISSING else toml_value(initial)
-            if table := nested(hint):
-                items = (f"{name}: {described(item)}" for name, item in hints(table).items())
-                values = f"a list of tables with {'; '.join(items)}"
-            legal = f"({values}{', or none' * allows_none(hint)}; default: {shown})"
-            option = tyro.conf.arg(help=texts.get(field, ""), metavar=metavar, help_behavior_hint=legal)
-            fields.append((field, Annotated[str | None, option], None))
-    made = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
-    made.__doc__ = cls.__doc__
-    return made
+            continue
+        hint, initial = hints(owners[0])[field], default(owners[0], field)
+        values = described(hint)
+        metavar = next((name for start, name in METAVARS if values.startswith(start)), "STR")
+        value = dataclasses.field(default=None, metadata={"is_text": values.startswith(("a string", "one of"))})
+        shown = "the size's" if initial is dataclasses.MISSING else toml_value(initial)
+        if table := item_table(hint):
+            items = (f"{name}: {described(item)}" for name, item in hints(table).items())
+            values = f"a list of tables with {'; '.join(items)}"
+        legal = f"({values}{', or none' * allows_none(hint)}; default: {shown})"
+        option = tyro.conf.arg(help=help_texts(owners[0])[field], metavar=metavar, help_behavior_hint=legal)
+        fields.append((field, Annotated[str | None, option], value))
+    return dataclasses.make_dataclass(
+        classes[0].__name__, fields, frozen=True, namespace={"__doc__": classes[0].__doc__}
+    )
 
 
-def chosen(settings: Any, cls: type, name: str = "") -> Iterator[str]:
-    """Yield "key=value", as load_run takes it, for each option of `settings`, an options(cls), that has a value."""
-    for field, hint in hints(cls).items():
-        value, full = getattr(settings, field), dotted(name, field)
-        if table := table_of(hint):
-            yield from chosen(value, table, full)
+def chosen(settings: Any, name: str = "") -> Iterator[str]:
+    """Yield "key=value", as load_run takes it, for each of the `options` that has a value."""
+    for field in dataclasses.fields(settings):
+        value, full = getattr(settings, field.name), dotted(name, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from chosen(value, full)
         elif value is not None:
-            is_text = described(hint).startswith(("a string", "one of"))
-            yield f"{full}={toml_value(value) if is_text else value}"
+            yield f"{full}={toml_value(value) if field.metadata['is_text'] else value}"
 
 
 RunOptions = options(Run)
@@ -86,13 +89,13 @@ def train(
     Args:
         run: a named size (digits, mm1-3b, …) or a .toml file.
         out: folder for checkpoints and metrics (default: runs/NAME).
-        set: a setting, such as train.steps=100, over the file's; the same as --train.steps 100.
-        resume: continue from the newest complete checkpoint in the folder, or start if there is none.
+        set: a setting that replaces the file's, such as train.steps=100; --train.steps 100 does the same.
+        resume: continue from the newest complete checkpoint in the folder, or start if the folder has none.
         show: print all settings of the run as TOML, which is itself a run, and do not train.
         accept_other_data: continue although data, seed, sizes of a sequence or tokenizer differ from the checkpoint's.
         profile: write a trace and a table of the parts of four steps to the subfolder profile, and print the table.
     """
-    config = load_run(run, (*set, *chosen(settings, Run)))
+    config = load_run(run, (*set, *chosen(settings)))
     if show:
         print(to_toml(to_dict(config)))
         return
@@ -105,9 +108,9 @@ def train(
 
 
 def replay(folder: Path, /, step: int) -> None:
-    """Compute one step of a run again, and say whether its data, the hardware or a kernel makes it differ.
+    """Compute one step of a run again, and tell whether its data, the hardware or a kernel makes it differ.
 
-    A run of several processes is replayed under torchrun on as many, or on one within the rounding of its precision.
+    Replay a run of several processes under torchrun on the same number, or on one within the rounding of its dtype.
     The last line of standard output is one JSON object.
 
     Args:
@@ -143,14 +146,14 @@ def plan(
         run: a named size (digits, mm1-3b, …) or a .toml file.
         gpus: number of GPUs; eight are one node.
         device: type of GPU, such as h100, h200, b200 or mi300x.
-        set: a setting, such as parallel.tensor=8, over the file's.
-        share: share of the GPU's peak rate that its operations reach, 0 to 1 (default: 0.40 for dense models, 0.25 for
+        set: a setting that replaces the file's, such as parallel.tensor=8.
+        share: share of the GPU's peak rate that operations reach, 0 to 1 (default: 0.40 for dense models, 0.25 for
             mixtures of experts).
         network: rate in GB/s at which a GPU sends to other nodes.
         document: tokens of a typical document; attention in longer ones takes more operations.
         imbalance: tokens of the fullest process that shares experts, divided by the mean; 1 is perfectly balanced.
-        storage: rate in GB/s at which a node writes checkpoints and reads them; 2 is an NVMe drive or an NFS server.
-        host_memory: host memory of a node in GB, to compare the need with (default: print the need only).
+        storage: rate in GB/s at which a node writes and reads checkpoints; 2 is an NVMe drive or an NFS server.
+        host_memory: host memory of a node in GB, compared with the estimate (default: no comparison).
     """
     from mm1.engine.train import plan as estimate
 
@@ -159,11 +162,11 @@ def plan(
         storage=storage, host_memory=host_memory,
     )  # fmt: skip
     print(estimate.show(result))
-    print(json.dumps(estimate.to_dict(result)))
+    print(json.dumps(dataclasses.asdict(result)))
 
 
 def export(checkpoint: Path, out: Path, /) -> None:
-    """Write a checkpoint, of one process or of many, as one safetensors file with config and tokenizer.
+    """Write a checkpoint of one process or many as one safetensors file with config and tokenizer.
 
     Args:
         checkpoint: a checkpoint folder, or the folder of a run.
@@ -176,5 +179,4 @@ def export(checkpoint: Path, out: Path, /) -> None:
 
 
 def _is_first() -> bool:
-    """Say whether this is torchrun's process 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"

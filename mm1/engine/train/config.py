@@ -1,4 +1,4 @@
-"""Settings of training, and of how processes share it."""
+"""Define the settings of training, and of its layout over processes."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +12,7 @@ Seed = Annotated[int, Range(minimum=0, maximum=2**32 - 1)]  # the range of numpy
 
 @dataclass(frozen=True)
 class Train:
-    """Optimizer, schedule, precision, checkpoints and logging."""
+    """Configure optimizer, schedule, precision, checkpoints and logging."""
 
     steps: Count = 200_000
     """Optimizer steps of the run; MM1's pre-training has 200,000."""
@@ -32,13 +32,13 @@ class Train:
     eps: Positive = 1e-8
     """Number added to AdamW's denominator; torch's default."""
     clip: Positive = 1.0
-    """Largest norm of the gradient, to which longer ones are scaled."""
+    """Largest norm of the gradient; a longer gradient is scaled to it."""
     compile: bool = True
-    """Compile the model's blocks with torch.compile; a run of minutes is faster without."""
+    """Compile the model's blocks with torch.compile; a run of a few minutes is faster without."""
     recompile: Annotated[str, OneOf("error", "warn")] = "error"
-    """Reaction to a compilation after the first steps, which would recur and slow the run: stop, or warn."""
+    """Reaction to a compilation after the first steps, which would slow the run: stop with an error, or warn."""
     recompute: Annotated[str, OneOf("none", "blocks", "selective")] = "none"
-    """Activations to compute again in backward to save memory: none, those of whole blocks, or all but the results of
+    """Activations to recompute in backward to save memory: none, those of whole blocks, or all but the results of
     matrix products, attention and experts ("selective")."""
     float8: Annotated[str, OneOf("none", "tensorwise", "rowwise")] = "none"
     """Scaling of float8 matrix products in the decoder's linear layers, by torchao; "none": no float8."""
@@ -55,9 +55,10 @@ class Train:
     save_retries: CountOrZero = 3
     """Failed saves in a row before the run stops; each is tried again after train.save_every steps."""
     skips: CountOrZero = 10
-    """Steps in a row with a loss or gradient that is not finite, which change nothing; one more rewinds the run."""
+    """Largest number of steps in a row whose loss or gradient is not finite, which change nothing; one more rewinds the
+    run to its last checkpoint."""
     rewinds: CountOrZero = 2
-    """Returns to the last checkpoint after such steps before the run stops."""
+    """Largest number of rewinds to a checkpoint before the run stops with an error."""
     hang: Annotated[float, Range(minimum=0, maximum=10_000_000)] = 1800.0
     """Seconds without a finished step after which the stacks of all threads are printed; 0: never."""
     log_every: Count = 1
@@ -73,9 +74,9 @@ class Train:
 
     @property
     def warmup_steps(self) -> int:
-        """Return the steps of the warm-up: `warmup`, or 3 % of all, at most MM1's 2000, at least 1 of several.
+        """Return the steps of the warm-up: `warmup`, or 3 % of all steps, between 1 and 2000; 0 in a run of one step.
 
-        The paper gives the 2000 for its 200k steps; 3 % is what LLaVA takes for shorter runs.
+        The 2000 are the MM1 paper's for its 200k steps; the 3 % are LLaVA's for shorter runs.
         """
         if self.warmup is not None:
             return self.warmup
@@ -84,17 +85,17 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The layout of the processes that torchrun starts: replicate × shard × tensor, where shard is what remains."""
+    """Configure the layout of torchrun's processes: replicate × shard × tensor; shard follows from their number."""
 
     replicate: Count = 1
-    """Copies of the sharded model, between which only gradients travel (HSDP)."""
+    """Copies of the sharded model, which only all-reduce gradients (HSDP)."""
     tensor: Count = 1
     """Processes that share heads, MLP width and experts of each layer and see the same tokens; best within a node."""
     expert: Count = 1
-    """Processes, of those that shard the model, that divide the experts; tokens travel to them (all-to-all)."""
+    """Processes, among those that shard the model, that divide the experts; tokens are sent to them (all-to-all)."""
     capacity: Positive | None = None
-    """Largest number of tokens that an expert takes, as a multiple of an even share of a sequence; what exceeds it is
-    dropped, second choices first; none: nothing is dropped."""
+    """Largest number of tokens per expert, as a multiple of an even share of a sequence; further tokens are dropped,
+    second choices first; none: nothing is dropped."""
 
     def __post_init__(self):
         check(self, "parallel")

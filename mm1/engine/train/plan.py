@@ -1,21 +1,20 @@
-"""Estimate a run on N GPUs before it starts: memory, time, checkpoints and host memory. Nothing is allocated.
+"""Estimate memory, time, checkpoints and host memory of a run on N GPUs. Nothing is allocated.
 
-    memory   a GPU's share of parameters, gradients and AdamW's moments; gathered weights; what backward needs
+    memory   a GPU's shards of parameters, gradients and AdamW's moments; gathered weights; activations
     time     max(operations / (share of peak · peak), FSDP's traffic) + tensor and expert parallelism's traffic + AdamW
     host     bytes and seconds of a checkpoint, host memory of a node (host.py)
 
 Parameters, operations and bytes sent are counted as parallel.py shards and step.py computes. Rates are assumed; `show`
-prints every assumption. Sources: Rajbhandari et al. 2020 (ZeRO) for 16 bytes of state a parameter, Zhao et al. 2023
-(FSDP) for what is gathered, Korthikanti et al. 2023 for activations.
+prints every assumption. Sources: Rajbhandari et al. 2020 (ZeRO) for 16 bytes of state per parameter, Zhao et al. 2023
+(FSDP) for gathered weights, Korthikanti et al. 2023 for activations.
 """
 
-import dataclasses
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mm1.engine.data.document import DECODED_AHEAD
 from mm1.engine.data.record import max_patches
@@ -27,26 +26,28 @@ from mm1.engine.run_config import Run
 from mm1.engine.train import host
 from mm1.engine.train.host import NODE
 from mm1.engine.train.ledger import blocks_of, ledger
-from mm1.errors import UserError
+from mm1.engine.train.optim import MOMENTS, STATE_BYTES, UPDATE_BYTES
+from mm1.errors import UserError, require
 from mm1.kernels.device import DEVICES
 
-USABLE = 0.92  # of the memory: the rest is CUDA's, NCCL's, and gaps that the allocator cannot fill
+USABLE = 0.92  # of the memory; the rest is CUDA's, NCCL's, and gaps that the allocator cannot fill
 REACHED = 0.8  # of a link's rate
-SHARES = {"dense": 0.40, "mixture": 0.25}  # of peak, that executed operations reach
-ADAMW = 28  # bytes a parameter: it reads weight, gradient and two moments and writes all but the gradient
+SHARES = {"dense": 0.40, "mixture": 0.25}  # of peak, reached by executed operations
 # Rows of the fullest process that shares experts, over the mean. With a balancing loss a capacity of 1.25 drops few
 # tokens (Fedus et al. 2022, Switch Transformers); single experts are worse: Wang et al. 2024 (arXiv 2408.15664) report
 # 1.5 to 1.7 times the mean with a balancing loss and 1.04 with their balancing by biases.
 IMBALANCE = 1.25
-STORAGE = 2.0  # GB/s that a node writes: an NVMe drive or an NFS server; parallel file systems reach 10 and more
+STORAGE = 2.0  # GB/s that a node writes to an NVMe drive or an NFS server; parallel file systems reach 10 and more
 
 
 class Hardware(NamedTuple):
+    """Hold the memory and the links of a GPU."""
+
     memory: float  # bytes
-    link: float  # GB/s that a GPU sends to the others of its node
+    link: float  # GB/s that a GPU sends to the other GPUs of its node
 
 
-# Vendors' data sheets: capacity, and half of the two-way rate of NVLink, Infinity Fabric or, for RTX, PCIe x16.
+# From data sheets: capacity, and half of the two-way rate of NVLink, Infinity Fabric or, for RTX, PCIe x16.
 HARDWARE = {
     "a100": Hardware(80e9, 300), "a100-40gb": Hardware(40e9, 300), "rtx4090": Hardware(24e9, 32),
     "h100": Hardware(80e9, 450), "h200": Hardware(141e9, 450), "b200": Hardware(180e9, 900),
@@ -55,37 +56,39 @@ HARDWARE = {
 
 
 class Share(NamedTuple):
-    """Describes a parameter on one GPU, in elements."""
+    """Describe a parameter on one GPU, in elements."""
 
-    block: str  # whose matrices are gathered together, in bf16; "": gathered once a call, in fp32
-    used: int  # that the GPU computes with
-    stored: int  # that the fullest GPU keeps: FSDP cuts the first axis, so three rows among two are two and one
-    ranks: int  # that keep the rest, `stride` GPUs apart
+    block: str  # the block whose matrices are gathered together, in bf16; "": gathered once per call, in fp32
+    used: int  # elements that the GPU computes with
+    stored: int  # elements of the fullest GPU: FSDP cuts the first axis, and two GPUs store 2 and 1 of 3 rows
+    ranks: int  # GPUs among which the parameter is sharded, `stride` GPUs apart
     stride: int
-    parts: int  # different ones on all GPUs, as a checkpoint stores them
+    parts: int  # different shards on all GPUs, as a checkpoint stores them
 
 
 @dataclass(frozen=True)
 class Plan:
+    """Hold the estimate of a run."""
+
     gpus: int
     device: str
     parameters: int
     shard: int  # GPUs among which parameters are sharded
-    uneven: float  # the fullest GPU's share of the parameters over an even one
+    uneven: float  # parameters of the fullest GPU over an even share
     memory: dict[str, float]  # bytes on the fullest GPU
     usable: float  # bytes
-    remedies: tuple[str, ...]  # settings each of which fits, where this does not
-    operations: int  # useful, of a step
-    seconds: dict[str, float]  # of a step
-    step: float  # seconds, where FSDP's are beside those of operations
+    remedies: tuple[str, ...]  # changes of settings, each of which would make the run fit
+    operations: int  # useful ones of a step
+    seconds: dict[str, float]  # of a step, by part
+    step: float  # seconds; FSDP's traffic overlaps the operations
     tokens_per_second: float
     images_per_second: float
     mfu: float
-    days: float  # of all steps and of the waits for checkpoints
+    days: float  # of all steps and waits for checkpoints
     save_every: int  # steps
     checkpoint: host.Checkpoint
     host: dict[str, float]  # bytes of a node's host memory
-    host_memory: float | None  # bytes that a node has, if the user says
+    host_memory: float | None  # bytes of a node, if the user gave them
     assumptions: tuple[str, ...]
 
 
@@ -95,19 +98,19 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Return the estimate of a run on `gpus` GPUs of a kind in mm1/kernels/device.py.
 
-    share: of peak that executed operations reach (None: SHARES). network: GB/s that a GPU sends to other nodes.
+    share: share of peak that executed operations reach (None: SHARES). network: GB/s that a GPU sends to other nodes.
     document: tokens of a typical document. imbalance: rows of the fullest process that shares experts, over the mean.
-    storage: GB/s that a node writes or reads. host_memory: GB that a node has (None: not compared).
-    Raises UserError with one line for settings or rates that cannot be.
+    storage: GB/s that a node writes or reads. host_memory: GB of a node (None: not compared).
+    Raises UserError with one line for impossible settings or rates.
     """
     t, tensor = run.train, run.parallel.tensor
-    _expect(device in HARDWARE, f"device is {device!r}, expected one of {', '.join(HARDWARE)}")
+    require(device in HARDWARE, "device", device, f"one of {', '.join(HARDWARE)}")
     share = SHARES["mixture" if _experts(run.model) else "dense"] if share is None else share
-    _expect(0 < share <= 1, f"share of peak is {share}, expected above 0 and at most 1")
-    _expect(1 <= imbalance < math.inf, f"imbalance is {imbalance}, expected 1 or more")
+    require(0 < share <= 1, "share of peak", share, "above 0 and at most 1")
+    require(1 <= imbalance < math.inf, "imbalance", imbalance, "1 or more")
     positive = {"network": network, "document": document, "storage": storage, "host memory": host_memory}
     for name, value in positive.items():
-        _expect(value is None or 0 < value < math.inf, f"{name} is {value}, expected above 0")
+        require(value is None or 0 < value < math.inf, name, value, "above 0")
     parts, load, hardware = shares(run, gpus), typical(run, document), HARDWARE[device]
     used, usable = memory(run, gpus, load, imbalance), USABLE * hardware.memory
     counted, sequences = ledger(run.model, load, recompute=t.recompute), t.accumulate * tensor // gpus
@@ -119,14 +122,14 @@ def plan(
     peak, stored = DEVICES[device].tflops * 1e12, sum(s.stored for s in parts)
     each = {"operations": executed / (share * peak), **traffic(run, gpus, load, hardware.link, network, imbalance)}
     seconds = {part: sequences * n for part, n in each.items()}
-    seconds["AdamW"] = ADAMW * stored / (DEVICES[device].bandwidth * 1e9)
+    seconds["AdamW"] = UPDATE_BYTES * stored / (DEVICES[device].bandwidth * 1e9)
     step = sum(seconds.values()) - min(seconds["operations"], seconds["FSDP"])
     where = "them" if run.data.workers else "the packers"
     parameters = sum(parameter.numel() for parameter in on_meta(run.model).parameters())
+    tensors = sum((1 + len(MOMENTS)) * s.parts + 1 for s in parts)
     saved = host.checkpoint(
-        t, gpus, parameters=parameters, stored=stored, tensors=sum(3 * s.parts + 1 for s in parts), step=step,
-        storage=storage * 1e9,
-    )  # fmt: skip
+        t, gpus, parameters=parameters, stored=stored, tensors=tensors, step=step, storage=storage * 1e9
+    )
     return Plan(
         gpus, device, parameters, _shard(run, gpus), stored / sum(s.used / s.ranks for s in parts), used, usable,
         () if sum(used.values()) <= usable else _remedies(run, gpus, usable, document, imbalance),
@@ -136,17 +139,17 @@ def plan(
         host.memory(run, gpus, load, stored=stored, document=document),
         None if host_memory is None else host_memory * 1e9,
         (
-            f"executed operations, recomputed ones too, run at {share:.0%} of {peak / 1e12:.0f} TFLOP/s",
+            f"executed operations, recomputation included, run at {share:.0%} of {peak / 1e12:.0f} TFLOP/s",
             f"a sequence is {load.tokens} tokens in documents of {load.documents[0]}, with {len(load.grids)} images of"
             f" {load.patches // max(load.images, 1)} patches; {load.targets} tokens are targets",
-            f"a step is {t.accumulate} sequences, {sequences} one after the other; a tensor group shares them",
+            f"a step is {t.accumulate} sequences; each tensor group computes {sequences} of them one after the other",
             f"{NODE} GPUs are a node; each sends {hardware.link:g} GB/s inside it and {network:g} GB/s out of it,"
             f" of which {REACHED:.0%} are reached",
-            "for every sequence FSDP gathers weights and sums fp32 gradients, beside operations: matrices of blocks in"
-            " bf16 forward and backward; norms, biases, routers and all outside of blocks in fp32 once",
-            "the run waits for what tensor and expert parallelism send",
+            "for every sequence FSDP gathers weights and reduces fp32 gradients while the GPU computes: matrices of"
+            " blocks in bf16 forward and backward; norms, biases, routers and all outside of blocks in fp32 once",
+            "the run waits for the traffic of tensor and expert parallelism",
             *_expert_assumption(run, imbalance),
-            "the residual stream is fp32; activations are counted as eager torch keeps them, also for compiled blocks",
+            "the residual stream is fp32; activations are counted as eager torch stores them, also for compiled blocks",
             f"{USABLE:.0%} of {hardware.memory / 1e9:.0f} GB of memory are usable",
             f"a node writes and reads {storage:g} GB/s of checkpoints; a GPU copies {host.COPIED / 1e9:g} GB/s to"
             f" pageable host memory; SHA-256 runs at {host.CHECKSUM / 1e9:g} GB/s a file",
@@ -158,7 +161,7 @@ def plan(
 
 
 def _expert_assumption(run: Run, imbalance: float) -> tuple[str, ...]:
-    """Return the line on experts' load, if processes share experts."""
+    """Return the assumption about the load of experts, if processes divide them."""
     if not _experts(run.model) or max(run.parallel.tensor, run.parallel.expert) == 1:
         return ()
     bound = run.parallel.capacity
@@ -168,10 +171,10 @@ def _expert_assumption(run: Run, imbalance: float) -> tuple[str, ...]:
 
 
 def fullest(run: Run, imbalance: float) -> float:
-    """Return the rows that reach the experts of the fullest process, over the mean of the processes that share them.
+    """Return the rows that reach the experts of the fullest process, over the mean of the processes that divide them.
 
-    1 where each process computes all experts for its own tokens. Among n processes no one has more than n times the
-    mean; an explicit parallel.capacity, which bounds each expert, bounds them too.
+    It is 1 if each process computes all experts for its own tokens, at most n for n processes, and at most
+    parallel.capacity, which limits each expert.
     """
     p = run.parallel
     if not _experts(run.model):
@@ -180,10 +183,9 @@ def fullest(run: Run, imbalance: float) -> float:
 
 
 def typical(run: Run, document: int) -> Workload:
-    """Return a full sequence: documents of `document` tokens, as many images as the budgets hold, text as targets."""
+    """Return a full sequence: documents of `document` tokens, as many images as fit the budgets, text as targets."""
     d, m = run.data, run.model.images
-    few = f"setting data.tokens is {d.tokens}, too few for one image of {m.slots} tokens"
-    _expect(d.tokens >= m.slots + 2, few)
+    require(d.tokens >= m.slots + 2, "setting data.tokens", d.tokens, f"{m.slots + 2} or more, for one image")
     view = max_patches(m)
     patches, images = d.patches or d.images * view, min(d.images, d.tokens // m.slots) if m.slots else 0
     lengths = [document] * (d.tokens // document) + [d.tokens % document] * (d.tokens % document > 0)
@@ -193,42 +195,35 @@ def typical(run: Run, document: int) -> Workload:
 
 @cache
 def _experts(c: ModelConfig) -> int:
-    """Return the number of experts of a layer that has most; 0 of a dense model."""
+    """Return the largest number of experts of a layer; 0 for a dense model."""
     blocks = blocks_of(c)
-    return max((n.divisible()["experts"] for block in blocks for n in block.expert_layers().values()), default=0)
-
-
-class _Names(NamedTuple):
-    """Says how the parameters of a model are divided: names to axes and to blocks, and those of experts."""
-
-    axes: dict[str, int]  # along which a tensor group or the processes with experts divide it
-    blocks: dict[str, str]  # the block with which it is gathered
-    experts: set[str]
+    return max((n.divided_counts()["experts"] for block in blocks for n in block.expert_layers().values()), default=0)
 
 
 @cache
-def _names(c: ModelConfig) -> _Names:
+def _divisions(c: ModelConfig) -> tuple[dict[str, int], dict[str, str], set[str]]:
+    """Return how the parameters are divided, by name: their axes, the blocks that gather them, and those of experts."""
     model, blocks = on_meta(c), set(blocks_of(c))
     paths = {block: path for path, block in model.named_modules() if block in blocks}
     layers = {f"{path}.{name}": layer for block, path in paths.items() for name, layer in block.expert_layers().items()}
-    return _Names(
-        {name: axis for block, path in paths.items() for name, axis in prefixed(path, block.axes())},
-        {name: path for block, path in paths.items() for name, _ in prefixed(path, block.matrices())},
-        {name for path, layer in layers.items() for name, _ in prefixed(path, layer.axes())},
+    return (
+        {name: axis for block, path in paths.items() for name, axis in prefixed(path, block.shard_axes())},
+        {name: path for block, path in paths.items() for name, _ in prefixed(path, block.autocast_weights())},
+        {name for path, layer in layers.items() for name, _ in prefixed(path, layer.shard_axes())},
     )
 
 
 def shares(run: Run, gpus: int) -> list[Share]:
-    """Return the share of every parameter. Raises UserError for settings of `parallel` that do not go together."""
+    """Return the share of every parameter. Raises UserError for incompatible settings of `parallel`."""
     p, result, shard = run.parallel, [], _shard(run, gpus)
-    axes, blocks, experts = _names(run.model)
+    axes, blocks, experts = _divisions(run.model)
     for name, parameter in on_meta(run.model).named_parameters():
         (rows, *columns), axis = parameter.shape, axes.get(name)
-        # Experts are cut among `expert` neighbours first, and each of these parts among the others that shard.
+        # Experts are divided among `expert` neighbours first, and each part among the other processes that shard.
         apart = p.expert if name in experts else 1
         cuts, ranks, stride = 1 if axis is None else p.tensor * apart, shard // apart, p.tensor * apart
         used = rows * math.prod(columns) // cuts
-        across = len(columns) == 2 and columns[0] % ranks == 0  # as parallel cuts experts
+        across = len(columns) == 2 and columns[0] % ranks == 0  # as parallel.py shards experts
         here = columns[0] if across else rows if axis else rows // cuts
         chunk = -(-here // ranks)
         group = blocks.get(name, "")
@@ -237,31 +232,29 @@ def shares(run: Run, gpus: int) -> list[Share]:
 
 
 def _shard(run: Run, gpus: int) -> int:
+    """Return the GPUs among which parameters are sharded. Raises UserError for settings that do not fit."""
     p, t, experts = run.parallel, run.train, _experts(run.model)
     shard, rest = divmod(gpus, p.replicate * p.tensor)
-    _expect(
-        shard > 0 and not rest,
-        f"settings parallel.replicate {p.replicate} × parallel.tensor {p.tensor} do not divide {gpus} GPUs",
-    )
-    _expect(p.tensor == 1 or p.expert == 1, "settings parallel.tensor and parallel.expert are both above 1")
-    dense = f"setting parallel.expert is {p.expert}, expected 1 for a model without experts"
-    _expect(p.expert == 1 or experts > 0, dense)
+    if rest or shard < 1:
+        product = f"parallel.replicate {p.replicate} × parallel.tensor {p.tensor}"
+        raise UserError(f"settings {product} do not divide {gpus} GPUs")
+    if p.tensor > 1 and p.expert > 1:
+        raise UserError("settings parallel.tensor and parallel.expert are both above 1")
+    require(p.expert == 1 or experts > 0, "setting parallel.expert", p.expert, "1 for a model without experts")
     counts = {("tensor", name, count) for block in blocks_of(run.model)
-              for name, count in block.divisible().items()}  # fmt: skip
+              for name, count in block.divided_counts().items()}  # fmt: skip
     for setting, name, count in [("expert", "GPUs that shard", shard), ("expert", "experts", experts), *sorted(counts)]:
         value = getattr(p, setting)
-        _expect(count % value == 0, f"setting parallel.{setting} is {value}, expected a divisor of the {count} {name}")
+        require(count % value == 0, f"setting parallel.{setting}", value, f"a divisor of the {count} {name}")
     data = gpus // p.tensor
     for name, count in (("data.streams", run.data.streams), ("train.accumulate", t.accumulate)):
-        _expect(
-            count % data == 0, f"setting {name} is {count}, expected a multiple of the {data} processes that take data"
-        )
-    _expect(t.dtype != "fp32", "setting train.dtype is 'fp32', expected auto or bf16: peak rates are known of bf16")
+        require(count % data == 0, f"setting {name}", count, f"a multiple of the {data} processes that take data")
+    require(t.dtype != "fp32", "setting train.dtype", t.dtype, "auto or bf16: only bf16's peak rates are known")
     return shard
 
 
 def memory(run: Run, gpus: int, load: Workload, imbalance: float = IMBALANCE) -> dict[str, float]:
-    """Return bytes on the fullest GPU by part, where all are at once: as backward begins.
+    """Return bytes on the fullest GPU by part, at the start of backward, when all are in use.
 
     Weights, gradients and moments are fp32, products bf16. imbalance: as for plan().
     """
@@ -270,16 +263,15 @@ def memory(run: Run, gpus: int, load: Workload, imbalance: float = IMBALANCE) ->
     for s in parts:
         blocks[s.block] += s.used
     outside, sizes = blocks.pop(""), [*blocks.values()]
-    # A GPU alone keeps autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; autocast
-    # copies the fp32 weights outside of blocks. While the gradients of one block are copied to fp32 to be summed, the
-    # others' are gone.
+    # A single GPU stores autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; autocast
+    # copies the fp32 weights outside of blocks. The gradients of one block at a time are copied to fp32 and reduced.
     gathered = 2 * stored if alone else 6 * outside + 2 * max(map(sum, zip(sizes, [*sizes[1:], 0])))
     received = fullest(run, imbalance) if p.expert > 1 and _experts(run.model) else 0.0
     layout = Layout(2, tensor=p.tensor, received=received)
     return {
         "parameters": 4 * stored,
         "gradients": 4 * stored,
-        "moments of AdamW": 8 * stored,
+        "moments of AdamW": STATE_BYTES * stored,
         "gathered weights": gathered,
         "gradients being summed": 0 if alone else max(8 * outside, 6 * max(sizes)),
     } | on_meta(run.model).temporary_bytes(load, layout) | activations(
@@ -288,10 +280,10 @@ def memory(run: Run, gpus: int, load: Workload, imbalance: float = IMBALANCE) ->
 
 
 def activations(c: ModelConfig, load: Workload, layout: Layout, *, recompute: str = "none") -> dict[str, float]:
-    """Return bytes kept for backward of one sequence.
+    """Return the bytes of one sequence's activations, which are stored for backward.
 
-    recompute: as train.recompute. "blocks" keeps the input of each block, "selective" also results of products,
-    attention and experts; both add one block that is computed again.
+    recompute: as train.recompute. "blocks" stores the input of each block, "selective" also the results of products,
+    attention and experts; both add the activations of one recomputed block.
     """
     model: Model = on_meta(c)
     blocks = [block.kept_bytes(load, layout) for block in blocks_of(c)]
@@ -310,14 +302,14 @@ def activations(c: ModelConfig, load: Workload, layout: Layout, *, recompute: st
 def traffic(
     run: Run, gpus: int, load: Workload, link: float, network: float, imbalance: float = IMBALANCE
 ) -> dict[str, float]:
-    """Return seconds of sending for one sequence, by kind. link, network: GB/s inside a node and out of it.
+    """Return the seconds of communication for one sequence, by kind. link, network: GB/s inside and between nodes.
 
     imbalance: as for plan().
     """
     p, t = run.parallel, run.train
 
     def ring(ranks: int, stride: int) -> float:
-        """Return bytes/s of a GPU. A group with several GPUs in a node leaves it by the ports of all of them."""
+        """Return bytes/s of a GPU. A group with several GPUs in a node uses the network ports of all of them."""
         out = network * max(1, NODE // stride)
         return REACHED * 1e9 * (link if ranks * stride <= NODE else min(link, out))
 
@@ -332,13 +324,13 @@ def traffic(
     reduced = 2 * passes * (p.tensor - 1) / p.tensor * sum(block.reduced for block in sent)
     near = min(p.expert, NODE)
     slowest = max((near - 1) / link, (p.expert - near) / network) / (p.expert * REACHED * 1e9)
-    # There and back: exactly the rows asked for, and the fullest process receives more than it sends.
+    # Rows are sent and returned without padding, and the fullest process receives more than it sends.
     routed = 2 * passes * fullest(run, imbalance) * sum(block.routed for block in sent)
     return {"FSDP": fsdp, "tensor": reduced / ring(p.tensor, 1), "expert": routed * slowest}
 
 
 def _remedies(run: Run, gpus: int, usable: float, document: int, imbalance: float) -> tuple[str, ...]:
-    """Return up to three changes that fit, those of fewest settings first."""
+    """Return up to three changes of settings with which the run fits, those with fewest settings first."""
     p, t, experts = run.parallel, run.train, _experts(run.model)
     ways = [(1, p.expert), *((2**n, 1) for n in range(1, 4)), *((1, 2**n) for n in range(1, experts.bit_length()))]
     ways = {replace(p, replicate=r, tensor=a, expert=b) for r in (p.replicate, 1) for a, b in ways} | {p}
@@ -354,17 +346,12 @@ def _remedies(run: Run, gpus: int, usable: float, document: int, imbalance: floa
     return tuple(sorted(fitting, key=lambda text: (fitting[text], text))[:3])
 
 
-def to_dict(plan: Plan) -> dict[str, Any]:
-    """Return the plan as nested plain values, for JSON."""
-    return dataclasses.asdict(plan)
-
-
 def show(plan: Plan) -> str:
     """Return the plan as lines to print."""
     total, on_host, saved = sum(plan.memory.values()), sum(plan.host.values()), plan.checkpoint
     fits = "fits" if total <= plan.usable else "does not fit"
-    remedies = [f"  would fit: {text}" for text in plan.remedies] or ["  nothing tried would fit"]
-    names = {"FSDP": "FSDP (beside operations)", "tensor": "tensor parallelism", "expert": "expert parallelism"}
+    remedies = [f"  would fit: {text}" for text in plan.remedies] or ["  no tried change of settings fits"]
+    names = {"FSDP": "FSDP (overlaps operations)", "tensor": "tensor parallelism", "expert": "expert parallelism"}
     every = f"every {plan.save_every:,} steps"
     hidden = ("writing", "reading back for checksums") if plan.gpus > 1 else ()
     host_fits = ""
@@ -372,7 +359,7 @@ def show(plan: Plan) -> str:
         host_fits = f"   {'fits' if on_host <= plan.host_memory else 'does not fit'} in {plan.host_memory / 1e9:g}"
     lines = [
         f"{plan.gpus} × {plan.device}, {plan.parameters / 1e6:,.0f} M parameters, sharded over {plan.shard}",
-        *([f"  the fullest GPU holds {plan.uneven:.2f} × an even share"] if plan.uneven > 1.05 else []),
+        *([f"  the fullest GPU stores {plan.uneven:.2f} × an even share"] if plan.uneven > 1.05 else []),
         "", "memory of a GPU, GB",
         *(f"  {name:32}{n / 1e9:8.2f}" for name, n in plan.memory.items() if n),
         f"  {'total':32}{total / 1e9:8.2f}   {fits} in the usable {plan.usable / 1e9:.1f}",
@@ -382,9 +369,9 @@ def show(plan: Plan) -> str:
         f"  {'total':32}{plan.step:8.2f}   MFU {plan.mfu:.1%}",
         "", f"{plan.tokens_per_second:,.0f} tokens/s, {plan.images_per_second:,.0f} images/s, {plan.days:,.1f} days",
         "", f"checkpoint of {_bytes(saved.size)}, {_bytes(saved.process)} a process, {every}, s",
-        *(f"  {name:32}{n:8.2f}{'   beside the steps' * (name in hidden)}" for name, n in saved.seconds.items()),
+        *(f"  {name:32}{n:8.2f}{'   overlaps the steps' * (name in hidden)}" for name, n in saved.seconds.items()),
         f"  {'the run waits':32}{saved.waited:8.2f}   {saved.share:.1%} of its time",
-        f"  {_bytes(saved.disk)} of disk: the checkpoints that train.keep keeps, and one being written",
+        f"  {_bytes(saved.disk)} of disk: train.keep checkpoints, and one during its write",
         "", "host memory of a node, GB",
         *(f"  {name:32}{n / 1e9:8.2f}" for name, n in plan.host.items() if n),
         f"  {'total':32}{on_host / 1e9:8.2f}{host_fits}",
@@ -396,8 +383,3 @@ def show(plan: Plan) -> str:
 def _bytes(n: float) -> str:
     unit, scale = next((u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if n >= s or u == "MB")
     return f"{n / scale:.3g} {unit}"
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)

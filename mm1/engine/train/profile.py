@@ -1,11 +1,12 @@
-"""Where the steps of a run go: seconds of each part beside its operations, a trace, and on a GPU what memory holds.
+"""Profile the steps of a run: seconds and operations of each part, a trace, and on a GPU a snapshot of its memory.
 
-Parts are told apart by marks in the order of the work, on a GPU events on its stream: before and behind each part's
-forward, and where the gradient of its result is there, which is when its backward begins.
+Marks separate the parts in execution order; on a GPU they are events on its stream. They are set before and after each
+part's forward, and when the gradient of its result is computed, which is the start of its backward.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -23,111 +24,91 @@ from mm1.engine.train.step import Observer, StepResult
 from mm1.errors import UserError
 from mm1.kernels.dispatch import device_of_index
 
-STEPS = 3  # that are timed; the one behind them is traced
-OTHER = {  # marks that are no part of the model
+STEPS = 3  # timed steps; the step after them is traced
+OTHER = {  # marks outside the model's parts
     "data": "waiting for data", "between": "embedding, losses", "update": "gradients' sums, clipping, AdamW",
     "outside": "saving, showing",
 }  # fmt: skip
 
 
 class Profile(Observer):
-    """Watches STEPS + 1 steps of a run behind its warm-up, and leaves in `folder`: table.txt, trace-RANK.json.gz (for
-    Perfetto), and on a GPU memory-RANK.pickle (for pytorch.org/memory_viz).
+    """Profile STEPS + 1 steps of a run after its warm-up.
 
-    begun: steps that are done already. Raises UserError where the run has fewer steps left.
+    Writes to `folder` table.txt, trace-RANK.json.gz (for Perfetto), and on a GPU memory-RANK.pickle (for
+    pytorch.org/memory_viz). begun: steps that are already done. The parts of the model are the keys of model.PROFILE:
+    submodules, and last the work after all of them. Raises UserError if fewer steps remain.
     """
 
     def __init__(self, run: Run, model: Model, world: World, folder: Path, begun: int = 0):
         needed, remaining = WARM + STEPS + 1, run.train.steps - begun
         if remaining < needed:
-            raise UserError(f"a profile needs {needed} steps, and {remaining} are left of the run")
+            raise UserError(f"a profile needs {needed} steps, but only {remaining} of the run remain")
         folder.mkdir(exist_ok=True)
-        self.folder, self.world, self.first = folder, world, begun + WARM + 1
-        self.marks = Marks(run, model, world.device)
+        self.run, self.model, self.world, self.folder = run, model, world, folder
+        self.first, self.cuda = begun + WARM + 1, world.device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []  # the name and the time of each part's begin
+        self.batches: list[Batch] = []  # without their pixels
+        self.hooks: list[Any] = []  # only in timed steps
         self.trace: Trace | None = None
         self.is_done = False
 
     def step_begins(self, step: int) -> None:
         if self.is_done:
             return
-        if step == self.first and not self.marks.is_set:  # a run that goes back may come here again
-            self.marks.set()
+        if step == self.first and not self.hooks:  # a rewound run may repeat this step
+            self._register()
         elif step >= self.first + STEPS:
-            self.marks.remove()
+            self.mark("end")
+            for hook in self.hooks:
+                hook.remove()
+            self.hooks = []
             self.trace = Trace(self.folder, self.world)
 
     def batch_awaited(self) -> None:
-        self.marks("data")
+        self.mark("data")
 
     def batch_drawn(self, batch: Batch) -> None:
-        self.marks.draw(batch)
+        if self.hooks:
+            self.batches.append(replace(batch, media=replace(batch.media, values=batch.media.values[:0])))
+        self.mark("between")
 
     def gradients_complete(self) -> None:
-        self.marks("update")
+        self.mark("update")
 
     def step_ends(self, result: StepResult) -> None:
-        self.marks("outside")
+        self.mark("outside")
         if self.trace is not None:
             operations, self.trace, self.is_done = self.trace.stop(), None, True
             if self.world.first:
-                (self.folder / "table.txt").write_text(f"{self.marks.table()}\n\n{operations}\n")
+                (self.folder / "table.txt").write_text(f"{self.table()}\n\n{operations}\n")
 
+    def mark(self, name: str) -> None:
+        """Begin a part, in timed steps."""
+        if self.hooks:
+            clock: Any = perf_counter()
+            if self.cuda:
+                clock = torch.cuda.Event(enable_timing=True)
+                clock.record()
+            self.marks.append((name, clock))
 
-class Marks:
-    """When each part of some steps began, and what they computed. A call begins a part.
-
-    A part of the model is a submodule that model.PROFILE names; what it names last has no module and comes behind them.
-    """
-
-    def __init__(self, run: Run, model: Model, device: torch.device):
-        self.run, self.model, self.device, self.cuda = run, model, device, device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-        self.batches: list[Batch] = []  # without their pixels
-        self.hooks: list[Any] = []
-
-    @property
-    def is_set(self) -> bool:
-        return bool(self.hooks)
-
-    def __call__(self, name: str) -> None:
-        if not self.is_set:
-            return
-        clock: Any = perf_counter()
-        if self.cuda:
-            clock = torch.cuda.Event(enable_timing=True)
-            clock.record()
-        self.marks.append((name, clock))
-
-    def draw(self, batch: Batch) -> None:
-        if self.is_set:
-            self.batches.append(replace(batch, media=replace(batch.media, values=batch.media.values[:0])))
-            self("between")
-
-    def set(self) -> None:
-        """Mark from now on when the model's parts begin, forward and backward."""
+    def _register(self) -> None:
+        """Register hooks that mark when the model's parts begin, forward and backward."""
         *modules, last = self.model.PROFILE
         for part in modules:
             module = self.model.get_submodule(part)
-            self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self(part)))
+            self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self.mark(part)))
         for part, then in [*((part, "between") for part in modules[:-1]), (modules[-1], last), ("", "between")]:
-            behind = lambda _, __, result, part=part or last, then=then: self._behind(part, result, then)  # noqa: E731
-            self.hooks.append(self.model.get_submodule(part).register_forward_hook(behind))
+            hook = partial(self._after_forward, part or last, then)
+            self.hooks.append(self.model.get_submodule(part).register_forward_hook(hook))
 
-    def remove(self) -> None:
-        if self.is_set:
-            self("end")
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
-
-    def _behind(self, part: str, result: Any, then: str) -> None:
-        self(then)
+    def _after_forward(self, part: str, next_part: str, module: Any, inputs: Any, result: Any) -> None:
+        self.mark(next_part)
         first = result if isinstance(result, torch.Tensor) else result[0]
         if first.requires_grad:
-            first.register_hook(lambda _: self(f"{part} backward"))
+            first.register_hook(lambda _: self.mark(f"{part} backward"))
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of a step by part; waits for the device."""
+        """Return the mean seconds of a step by part. Waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
         seconds: dict[str, float] = defaultdict(float)
@@ -140,36 +121,35 @@ class Marks:
         return [ledger(self.run.model, batch, recompute=self.run.train.recompute) for batch in self.batches]
 
     def table(self) -> str:
-        """Return this process's seconds and rates. The rate counts useful operations; it is compared with the peak of
-        a GPU that device.py lists."""
-        seconds, counted = self.seconds(), self.operations()
-        whole, peak = sum(seconds.values()), device_of_index(self.device.index).tflops if self.cuda else None
-        mean = lambda of, parts: sum(of(c)[part] for c in counted for part in parts) / STEPS  # noqa: E731
+        """Return this process's seconds and rates as text.
+
+        The rates count useful operations; on a GPU they are compared with the peak that device.py lists.
+        """
+        seconds, counted, whole = self.seconds(), self.operations(), sum(self.seconds().values())
+        peak = device_of_index(self.world.device.index).tflops if self.cuda else None
 
         def rate(operations: float, taken: float) -> str:
-            reached = operations / taken / 1e12
+            reached = operations / STEPS / taken / 1e12
             return f"{reached:9.3f}" + (f"{reached / peak:9.1%}" if peak else "")
 
         lines = [f"{'milliseconds of a step':34}{'forward':>9}{'backward':>9}{'share':>8}{'TFLOP/s':>9}"
                  + (f"{'of peak':>9}" if peak else "")]  # fmt: skip
         for part, names in self.model.PROFILE.items():
             ways = seconds[part], seconds[f"{part} backward"]
-            useful = mean(lambda c: c.forward, names) + mean(lambda c: c.backward, names)
+            useful = sum(c.forward[name] + c.backward[name] for c in counted for name in names)
             shown = "".join(f"{n * 1e3:9.2f}" for n in ways)
             lines.append(f"{part:34}{shown}{sum(ways) / whole:8.1%}{rate(useful, sum(ways))}")
         for name, text in OTHER.items():
             lines.append(f"{text:34}{seconds[name] * 1e3:9.2f}{'':9}{seconds[name] / whole:8.1%}")
-        total = Counter[str]()
-        for c in counted:
-            total.update(useful=c.useful, padding=sum(c.padding.values()), recompute=sum(c.recompute.values()))
-        useful, executed = total["useful"] / STEPS, sum(total.values()) / STEPS
+        useful, executed = sum(c.useful for c in counted), sum(c.executed for c in counted)
+        padding, recompute = (sum(getattr(c, name).total() for c in counted) for name in ("padding", "recompute"))
         lines.append(f"{'in all':34}{whole * 1e3:9.2f}{'':9}{1:8.1%}{rate(useful, whole)}")
-        extra = f"of executed operations {total['padding'] / STEPS / executed:.1%} are padding and "
-        return "\n".join([*lines, f"{extra}{total['recompute'] / STEPS / executed:.1%} run a second time"])
+        extra = f"{padding / executed:.1%} are padding and {recompute / executed:.1%} run a second time"
+        return "\n".join([*lines, f"of executed operations {extra}"])
 
 
 class Trace:
-    """Records every operation of a step from now on; `stop` writes the trace."""
+    """Record every operation of a step, from construction to `stop`."""
 
     def __init__(self, folder: Path, world: World):
         self.folder, self.rank, self.device = folder, world.rank, world.device.type
@@ -179,7 +159,7 @@ class Trace:
         self.profiler.start()
 
     def stop(self) -> str:
-        """Write the trace, and return a table of the operations that took longest."""
+        """Write the trace, and return a table of the operations that took the longest time."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.profiler.stop()

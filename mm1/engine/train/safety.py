@@ -1,4 +1,4 @@
-"""Keep a long run safe: a lock on its folder, signals, a watchdog, a ban on recompiling, kept compiled code."""
+"""Protect a long run: a lock on its folder, signals, a watchdog, a ban on recompiling, stored compiled code."""
 
 import ctypes
 import faulthandler
@@ -25,27 +25,30 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if
 LOCK = ".lock"
 COMPILED = "compiled.bin"
 PR_SET_PDEATHSIG = 1
-WARM = 2  # steps after which nothing is compiled any more
+WARM = 2  # steps in which everything is compiled
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run between two steps. status: the exit status that says so, 128 + SIGINT or SIGTERM."""
+    """A signal stopped the run between two steps.
 
-    def __init__(self, message: str, interrupted: bool):
+    status: the exit status, 128 + SIGINT or SIGTERM if a checkpoint exists, 1 if nothing is saved.
+    """
+
+    def __init__(self, message: str, interrupted: bool, saved: bool = True):
         super().__init__(message)
-        self.status = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+        self.status = 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if saved else 1
 
 
 class Stop:
-    """Turns SIGTERM, SIGUSR1 or Ctrl-C into `asked`, on which the processes of a run agree with their next step.
+    """Record SIGTERM, SIGUSR1 or Ctrl-C as `asked`; the processes of a run agree to stop with their next step.
 
     Later SIGTERM and SIGUSR1 are ignored, because launchers send a second one while the run saves. A second Ctrl-C
     raises KeyboardInterrupt at once.
     """
 
     def __init__(self):
-        self.asked = self.interrupted = False  # of this process; interrupted: by Ctrl-C
-        self.agreed = self.any_interrupted = False  # of all processes
+        self.asked = self.interrupted = False  # this process; interrupted: by Ctrl-C
+        self.agreed = self.any_interrupted = False  # all processes
 
     def __enter__(self) -> "Stop":
         self.previous = {number: signal.signal(number, self._ask) for number in SIGNALS}
@@ -66,17 +69,17 @@ class Stop:
 
 
 def follow_launcher() -> None:
-    """Under torchrun on Linux, get a SIGTERM when torchrun ends, so that a killed launcher leaves no process behind."""
+    """Let this process receive SIGTERM when torchrun ends, even if torchrun was killed, on Linux."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which ends with this process however it ends.
+    """Hold the lock of a run's folder; the system releases it when this process ends.
 
-    Raises UserError that names the host and process which hold it. The lock is POSIX's, which loader processes do not
-    inherit and NFS knows; a file system without locks is used without.
+    Raises UserError with the host and process that hold it. It is a POSIX lock, which works on NFS and is not inherited
+    by loader processes; on a file system without locks the run continues with a warning.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,12 +99,12 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if new and os.listdir(folder) == [LOCK]:  # the run was refused before it began
+            if new and os.listdir(folder) == [LOCK]:  # the run was refused before it wrote anything
                 shutil.rmtree(folder)
 
 
 class Watch:
-    """Prints the stacks of all threads when `alive` was not called for so many seconds. 0: never."""
+    """Print the stacks of all threads when `alive` was not called for `seconds`; 0: never."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -111,6 +114,7 @@ class Watch:
         return self
 
     def alive(self) -> None:
+        """Restart the countdown."""
         if self.seconds:
             # The process's own standard error: a test or a notebook may have put another object in its place.
             faulthandler.dump_traceback_later(self.seconds, file=sys.__stderr__ or 2)
@@ -121,9 +125,9 @@ class Watch:
 
 @contextmanager
 def no_recompiles(policy: str, compiles: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function to call when all is compiled.
+    """Yield a function to call when everything is compiled.
 
-    What is compiled again after it raises UserError with the guard that failed ("error"), or is only logged ("warn").
+    A later compilation raises UserError with the guard that failed (policy "error"), or is only logged ("warn").
     """
     import torch._dynamo.exc
 
@@ -141,13 +145,13 @@ def no_recompiles(policy: str, compiles: bool) -> Iterator[Callable[[], None]]:
     except torch._dynamo.exc.RecompileError as error:
         where, *guards = re.findall(r"(?:Recompiling function|- \d+/\d+:) (.*)", str(error))
         why = "; ".join(sorted(guards, key=lambda guard: "mismatch" not in guard))  # other kinds of blocks fail by type
-        raise UserError(f'{where} was compiled again: {why} (train.recompile="warn" goes on)') from error
+        raise UserError(f'{where} was compiled again: {why} (train.recompile="warn" continues)') from error
     finally:
         config.error_on_recompile = before
 
 
 def save_compiled(folder: Path) -> None:
-    """Keep what torch compiled, for a start of the same run on another machine; here torch's own cache has it."""
+    """Store torch's compiled code in the folder, for a start of the same run on a machine with an empty cache."""
     artifacts = torch.compiler.save_cache_artifacts()
     if artifacts is not None and not (folder / COMPILED).exists():
         part = folder / f".{COMPILED}"
@@ -155,8 +159,7 @@ def save_compiled(folder: Path) -> None:
         os.replace(part, folder / COMPILED)
 
 
-def load_compiled(folder: Path) -> None:
-    """Give torch the compiled code that an earlier start kept; a damaged file is left out."""
+def load_compiled(folder: Path) -> bool:
+    """Give torch the compiled code that an earlier start stored. Returns False if the file is damaged."""
     path = folder / COMPILED
-    if path.exists():
-        torch.compiler.load_cache_artifacts(path.read_bytes())
+    return not path.exists() or torch.compiler.load_cache_artifacts(path.read_bytes()) is not None

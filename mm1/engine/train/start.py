@@ -1,4 +1,4 @@
-"""Begin a run: find its tokenizer, the context of its model, its data, and the weights that it starts from."""
+"""Begin a run: find its tokenizer, the context of its model, its data, and its initial weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,33 +19,34 @@ from mm1.errors import UserError
 
 
 class Start(NamedTuple):
-    """Holds what a run begins with."""
+    """Hold the settings, checkpoint, tokenizer and data that a run begins with."""
 
     run: Run  # with the context of its model and the number of its streams
     newest: Path | None  # the checkpoint that it resumes
-    state: dict[str, Any] | None  # state.json of that
+    state: dict[str, Any] | None  # state.json of this checkpoint
     tokenizer: TextTokenizer
     streams: Streams
-    other_data: bool  # the checkpoint was trained on other data, which the user accepts
+    other_data: bool  # the checkpoint was trained on other data, and the user accepts it
 
 
 def open_run(
     run: Run, folder: Path, resume: bool, accept_other_data: bool, world: World, warn: Callable[[str], Any]
 ) -> Start:
-    """Find the checkpoint to resume and open the data. Raises UserError for whatever of them cannot be used."""
+    """Find the checkpoint to resume and open the data. Raises UserError if one of them cannot be used."""
     if not run.data.sources:
         raise UserError("setting data.sources is empty: train a .toml file with [[data.sources]] of kind and paths")
     newest = checkpoint.newest_whole(folder, world, warn) if resume else None
     if not resume and world.on_first(lambda: checkpoint.latest(folder)) is not None:
         raise UserError(f"{folder} holds a run already: give another folder, or --resume to continue it")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = TextTokenizer(_tokenizer_path(run, newest))
+    origin = newest or (checkpoint.newest_in(Path(run.train.init)) if run.train.init else None)
+    tokenizer = TextTokenizer(_tokenizer_path(run.data.tokenizer, origin))
     if len(tokenizer) > run.model.vocabulary:
         raise UserError(
-            f"setting model.decoder.vocabulary is {run.model.vocabulary}, but {tokenizer.path} has"
-            f" {len(tokenizer)} tokens: set model.decoder.vocabulary = {vocabulary_size(len(tokenizer))}"
+            f"the model's vocabulary is {run.model.vocabulary}, but {tokenizer.path} has {len(tokenizer)} tokens:"
+            f" set the vocabulary, such as model.decoder.vocabulary, to {vocabulary_size(len(tokenizer))}"
         )
-    context = max(run.data.tokens, run.model.context or 0, _context_before(run, newest))
+    context = max(run.data.tokens, run.model.context or 0, _context_of(origin))
     run = replace(run, model=replace(run.model, context=context))
     state = checkpoint.read_json(newest, "state.json") if newest else None
     # Processes of a tensor group draw the same records, and one of them lists the bad ones.
@@ -56,15 +57,14 @@ def open_run(
     )  # fmt: skip
     changed = []
     if state:
-        unknown = ["the checkpoint does not say on which"]  # as one of an earlier version of mm1
-        before = state.get("identity")
-        changed = differences(before, streams.identity) if before else unknown
+        saved = state.get("identity")  # earlier versions of mm1 did not store it
+        changed = differences(saved, streams.identity) if saved else ["the checkpoint does not say on which"]
     if changed and not accept_other_data:
         raise UserError(
             f"{newest} was trained on other data than this run's: {'; '.join(changed)}; "
-            "--accept-other-data continues all the same, from the stored position in the new data"
+            "--accept-other-data continues anyway, from the stored position in the new data"
         )
-    # Written down: whoever goes on with the run may have another number of processes.
+    # Stored in the checkpoint, because a resumed run may have another number of processes.
     run = replace(run, data=replace(run.data, streams=streams.streams))
     return Start(run, newest, state, tokenizer, streams, bool(changed))
 
@@ -72,41 +72,40 @@ def open_run(
 def load_initial_weights(
     model: Model, folder: Path, tokenizer: TextTokenizer, world: World, accept_other_tokenizer: bool
 ) -> None:
-    """Load the weights of another run's checkpoint, or of one that `mm1 convert` made, into the model."""
+    """Load into the model the weights of another run's checkpoint, or of one that `mm1 convert` made.
+
+    Raises UserError for a damaged checkpoint, or if its tokenizer differs and accept_other_tokenizer is false.
+    """
     folder = checkpoint.newest_in(folder)
     world.together(lambda: checkpoint.check(folder, world.rank, world.size))
     theirs = folder / "tokenizer.json"
     if not accept_other_tokenizer and TextTokenizer(theirs).vocabulary != tokenizer.vocabulary:
         raise UserError(
-            f"{tokenizer.path} gives other token ids than {theirs}, with which the weights of train.init were "
+            f"{tokenizer.path} has other token ids than {theirs}, with which the weights of train.init were "
             f"trained: set data.tokenizer to that file, or pass --accept-other-data"
         )
     checkpoint.read_into(folder, {name: p.detach() for name, p in model.named_parameters()})
 
 
-def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that train.dtype names."""
+def named_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that train.dtype names; "auto" depends on the device."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def _context_before(run: Run, newest: Path | None) -> int:
-    """Return the context of the checkpoint that the run begins with or resumes, 0 if it has none."""
-    folder = newest or (checkpoint.newest_in(Path(run.train.init)) if run.train.init else None)
-    if folder is None or not (folder / "config.json").is_file():  # which is told where the weights are read
+def _context_of(checkpoint_folder: Path | None) -> int:
+    """Return the context of the checkpoint that the run begins with, 0 if it has none."""
+    if checkpoint_folder is None or not (checkpoint_folder / "config.json").is_file():  # loading raises the error
         return 0
-    return stored_model(checkpoint.read_json(folder, "config.json")).context or 0
+    return stored_model(checkpoint.read_json(checkpoint_folder, "config.json")).context or 0
 
 
-def _tokenizer_path(run: Run, newest: Path | None) -> Path:
-    """Return the tokenizer of the settings, or if there is none the copy in the checkpoint that the run begins with.
-
-    Raises UserError if there is neither.
-    """
-    path, begun_with = Path(run.data.tokenizer), newest or checkpoint.newest_in(Path(run.train.init))
-    if path.is_file():
-        return path
-    if (newest or run.train.init) and (begun_with / "tokenizer.json").is_file():
-        return begun_with / "tokenizer.json"
-    how = "make one by `mm1 tokenizer tokenizer.json FILES`"
-    raise UserError(f"setting data.tokenizer is {run.data.tokenizer!r}, expected a file: {how}")
+def _tokenizer_path(name: str, checkpoint_folder: Path | None) -> Path:
+    """Return data.tokenizer, or the copy in the checkpoint that the run begins with. Raises UserError without both."""
+    if Path(name).is_file():
+        return Path(name)
+    if checkpoint_folder and (checkpoint_folder / "tokenizer.json").is_file():
+        return checkpoint_folder / "tokenizer.json"
+    raise UserError(
+        f"setting data.tokenizer is {name!r}, expected a file: make one by `mm1 tokenizer tokenizer.json FILES`"
+    )

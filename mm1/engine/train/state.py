@@ -13,15 +13,15 @@ from mm1.engine.models.spec import Model
 from mm1.engine.run_config import changes, stored_model
 from mm1.engine.train import checkpoint
 from mm1.engine.train.config import Train
-from mm1.engine.train.optim import adamw
+from mm1.engine.train.optim import adamw, update
 from mm1.engine.train.parallel import World
 from mm1.errors import UserError
 
 
-class State:
-    """Holds a model and its AdamW.
+class TrainingState:
+    """Hold a model and its optimizer.
 
-    local_parameters: this process's part of each parameter by name, which is what the optimizer sees.
+    local_parameters: this process's shard of each parameter by name, which the optimizer updates.
     """
 
     def __init__(self, model: Model, t: Train, peak: float, world: World):
@@ -33,57 +33,49 @@ class State:
         self.optimizer = adamw(self.local_parameters.items(), t, peak, learned_vectors(model))
 
     def local_gradients(self) -> list[Tensor]:
-        """Return this process's part of the gradients, in the optimizer's order."""
+        """Return this process's shards of the gradients, in the optimizer's order."""
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 self.local_parameters[name].grad = local_part(parameter.grad)
         return [p.grad for p in self.local_parameters.values() if p.grad is not None]
 
     def update(self, rate: float, bad: Tensor) -> None:
-        """Let AdamW step by the gradients, which are then gone. bad: bool [], on the device: change nothing."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue]  # fused AdamW obeys
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        """Apply an optimizer step and free all gradients; see optim.update."""
+        update(self.optimizer, rate, bad)
+        self.model.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights by name and the optimizer's state by name/key, each sharded as its parameter is."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            own, tensors[name] = self.local_parameters[name], parameter.detach()
-            if not self.optimizer.state[own]:
-                zeros = {key: torch.zeros_like(own) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[own] = {"step": torch.zeros((), device=self.world.device), **zeros}
-            for key, value in self.optimizer.state[own].items():
+            tensors[name] = parameter.detach()
+            for key, value in self.optimizer.state[self.local_parameters[name]].items():
                 tensors[f"{name}/{key}"] = sharded_like(parameter, value) if value.ndim else value
         return tensors
 
     def is_finite(self) -> bool:
-        """Say whether all weights and moments are finite, on all processes."""
+        """Return whether all weights and moments are finite, on all processes."""
         norms = torch.stack(torch._foreach_norm([local_part(x) for x in self.tensors().values()]))
         return math.isfinite(self.world.sum(norms.double().sum()).item())
 
     def save(self, folder: Path, texts: dict[str, str]) -> None:
-        """Write a checkpoint of the one process that there is. Raises SaveError where the file system refuses."""
+        """Write a checkpoint of a run with one process. Raises SaveError if the file system refuses."""
         optimizer = {name: x for name, x in self.tensors().items() if name not in self.local_parameters}
         weights = dict(self.model.state_dict())
         checkpoint.write(folder, {"model.safetensors": weights, "optimizer.safetensors": optimizer}, texts)
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Restore weights, optimizer and random state of a checkpoint that was checked, and return its state.json.
+        """Restore weights, optimizer and random state of a verified checkpoint, and return its state.json.
 
-        Raises UserError if it is of another model.
+        Raises UserError if the checkpoint holds a model of another kind or with other settings.
         """
-        now = self.model.config
-        before = stored_model(checkpoint.read_json(folder, "config.json"))
-        if type(before) is not type(now):
-            raise UserError(f"{folder} holds a model of kind {before.kind}, expected this run's {now.kind}")
-        if different := changes(before, now, "model"):
-            named = "; ".join(f"{name} is {now!r}, was {was!r}" for name, (was, now) in different.items())
-            raise UserError(f"{folder} holds another model than this run's: {named}")
+        config = self.model.config
+        saved = stored_model(checkpoint.read_json(folder, "config.json"))
+        if type(saved) is not type(config):
+            raise UserError(f"{folder} holds a model of kind {saved.kind}, expected this run's {config.kind}")
+        if changed := changes(saved, config, "model"):
+            each = "; ".join(f"{name} was {old!r}, this run has {new!r}" for name, (old, new) in changed.items())
+            raise UserError(f"{folder} was saved with other model settings: {each}")
         checkpoint.read_into(folder, self.tensors())
         state = checkpoint.read_json(folder, "state.json")
         torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))

@@ -1,11 +1,11 @@
 """Compute one training step: micro-batches forward and backward, sums over processes, clipping, AdamW.
 
-A step reads nothing back from the device: whether its gradients are finite decides there if AdamW changes anything.
-Its results are read when the next step is on its way, so that a GPU never waits for the host.
+A step reads nothing back from the device: the device itself decides whether the gradients are finite and AdamW changes
+anything. The host reads the results while the next step runs, so that a GPU never waits for the host.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,37 +15,36 @@ from torch import Tensor
 from mm1.engine.data.batch import Batch
 from mm1.engine.data.feed import Feed
 from mm1.engine.train.config import Train
-from mm1.engine.train.parallel import World
-from mm1.engine.train.state import State
+from mm1.engine.train.state import TrainingState
 
-COUNTS = ("tokens", "targets", "images", "stop", "interrupted", "saved", "data", "norm")  # behind the model's sums
+COUNTS = ("tokens", "targets", "images", "stop", "interrupted", "saved", "data", "norm")  # follow the model's sums
 
 
 class Observer:
-    """Is told of the moments of each step, in this order. A subclass defines those that it needs."""
+    """Define callbacks for the stages of a step, in the order in which they are called. A subclass overrides some."""
 
     def step_begins(self, step: int) -> None:
-        """Called before a step. step: its number, from 1."""
+        """Run before a step. step: its number, from 1."""
 
     def batch_awaited(self) -> None:
-        """Called when a micro-batch is asked for."""
+        """Run before a micro-batch is requested."""
 
     def batch_drawn(self, batch: Batch) -> None:
-        """Called when it is there; its forward and backward follow, then the next one or `gradients_complete`."""
+        """Run after it arrived, before its forward and backward pass."""
 
     def gradients_complete(self) -> None:
-        """Called when parameters have the gradients of all micro-batches, summed over target tokens."""
+        """Run when parameters have the gradients of all micro-batches, summed over target tokens."""
 
     def step_ends(self, result: "StepResult") -> None:
-        """Called when the work of the step is on its way; on a GPU it may not be done."""
+        """Run when all work of the step is launched; a GPU may not have finished it."""
 
 
 @dataclass
 class MicroBatches:
-    """Adds up what the micro-batches of a step were on this process."""
+    """Hold the sums over the micro-batches of a step on this process."""
 
     totals: Tensor | None = None  # fp64 [sums], on the device
-    per: dict[str, str] = field(default_factory=dict)  # the model's sums, and what each is divided by
+    per: dict[str, str] = field(default_factory=dict)  # the model's sums and their divisors
     counts: Tensor | None = None  # the model's
     tokens: int = 0
     targets: int = 0
@@ -57,34 +56,37 @@ class MicroBatches:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Holds the results of a step, which may still be under way."""
+    """Hold the results of a step; on a GPU they may still be computed."""
 
     step: int
     values: Tensor  # the named sums, COUNTS and the model's counts, on the host once `arrived`
     arrived: Any  # CUDA event, or None
-    per: dict[str, str]  # the model's sums by name, and what each is divided by: "targets" or "batches"
+    per: dict[str, str]  # the model's sums by name, and the divisor of each: "targets" or "batches"
     counts_shape: torch.Size
     keys: list[str]  # of its documents on this process
     data_before: dict[str, Any]  # this process's data position before the step
-    host: dict[str, Any]  # metrics that do not come from the device
+    host: dict[str, Any]  # metrics that are computed on the host
 
     @property
     def sums(self) -> dict[str, float]:
-        """Return the model's sums and COUNTS by name; this waits for them."""
+        """Return the model's sums and COUNTS by name. Waits for the device."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return dict(zip((*self.per, *COUNTS), self.values.tolist()))
 
     @property
     def counts(self) -> Tensor:
-        """Return the model's counts, fp64 on the CPU, summed over the step; call `sums` before, which waits."""
+        """Return the model's counts, fp64 on the CPU, summed over the step; read `sums` first, which waits for them."""
         return self.values[len(self.per) + len(COUNTS) :].view(self.counts_shape)
 
 
 def run_micro_batches(
-    state: State, feed: Feed, count: int, dtype: torch.dtype, observers: Sequence[Observer]
+    state: TrainingState, feed: Feed | Iterator[Batch], count: int, dtype: torch.dtype, observers: Sequence[Observer]
 ) -> MicroBatches:
-    """Draw `count` micro-batches, and add the gradients of their objectives to the parameters'."""
+    """Draw `count` micro-batches, and add the gradients of their objectives to those of the parameters.
+
+    dtype: autocast's; fp32 turns autocast off. Raises ValueError if the model's sums lack "loss" or clash with COUNTS.
+    """
     done, device = MicroBatches(), state.world.device
     for _ in range(count):
         for observer in observers:
@@ -115,25 +117,23 @@ def run_micro_batches(
 
 
 def sum_and_update(
-    state: State, done: MicroBatches, t: Train, rate: float, flags: Sequence[bool]
+    state: TrainingState, done: MicroBatches, t: Train, rate: float, flags: Sequence[bool]
 ) -> tuple[Tensor, Any, torch.Size]:
-    """Sum what the processes computed, clip the gradients and let AdamW step; a bad step changes nothing.
+    """Sum over the processes, clip the gradients and apply AdamW; a bad step leaves the weights unchanged.
 
-    flags: "stop", "interrupted" and "saved" of this process. Returns the values of a StepResult, the event of their
-    arrival on the host or None, and the shape of the model's counts.
+    rate: learning rate. flags: "stop", "interrupted" and "saved" of this process. Returns the values of a StepResult,
+    the event of their arrival on the host or None, and the shape of the model's counts.
     """
-    world: World = state.world
+    world = state.world
     assert done.totals is not None
     assert done.counts is not None
     gradients = state.local_gradients()
-    host = torch.tensor([done.tokens, done.targets, done.images, *flags, done.digest], dtype=torch.float64)
+    counts = torch.tensor([done.tokens, done.targets, done.images, *flags, done.digest], dtype=torch.float64)
     square = world.square_norm(p.grad for p in state.model.parameters() if p.grad is not None)
-    host = host.to(world.device, non_blocking=True)
-    parts = [done.totals, host, square.double()[None], done.counts.flatten().double()]
-    values = world.sum(torch.cat(parts))
-    names = [*done.per, *COUNTS]
-    loss, targets, norm = (names.index(name) for name in ("loss", "targets", "norm"))
-    # Gradients were summed over target tokens: the mean is that of the whole step, whoever had how many.
+    counts = counts.to(world.device, non_blocking=True)
+    values = world.sum(torch.cat([done.totals, counts, square.double()[None], done.counts.flatten().double()]))
+    loss, targets, norm = ([*done.per, *COUNTS].index(name) for name in ("loss", "targets", "norm"))
+    # Gradients were summed over target tokens; dividing by the tokens of all processes gives the mean of the step.
     mean = 1 / values[targets].clamp(min=1)
     values[norm] = norm_of_mean = values[norm].sqrt() * mean
     bad = ~(values[loss] + norm_of_mean).isfinite() | (values[targets] == 0)

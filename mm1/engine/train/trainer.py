@@ -1,6 +1,6 @@
-"""Training: `Trainer.fit` runs steps to the end, `step` puts one on its way, `settle` reads and shows its results.
+"""Train a model: `Trainer.fit` runs all steps, `step` launches one asynchronously, `settle` waits for the oldest.
 
-step.py computes a step, state.py holds what must survive a restart, saving.py writes it, start.py begins a run.
+step.py computes a step, state.py holds what a restart needs, saving.py writes it, start.py begins a run.
 """
 
 import json
@@ -8,11 +8,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -27,11 +27,11 @@ from mm1.engine.train.parallel import World
 from mm1.engine.train.prepare import prepare
 from mm1.engine.train.profile import Profile
 from mm1.engine.train.saving import Saver
-from mm1.engine.train.start import Start, autocast_dtype, load_initial_weights, open_run
-from mm1.engine.train.state import State
+from mm1.engine.train.start import Start, load_initial_weights, named_dtype, open_run
+from mm1.engine.train.state import TrainingState
 from mm1.engine.train.step import Observer, StepResult, run_micro_batches, sum_and_update
 
-DROPS = 0.001  # of the routed slots, above which a run warns once
+MAX_DROPPED = 0.001  # share of the routed slots; above it a run warns once
 log = logging.getLogger(__name__)
 
 
@@ -39,15 +39,16 @@ def train(
     run: Run, folder: Path, *, resume: bool = False, display: Display | None = None, profile: bool = False,
     accept_other_data: bool = False, observers: Sequence[Observer] = (),
 ) -> Any:  # fmt: skip
-    """Train to run.train.steps, writing checkpoints and metrics.jsonl into `folder`; returns the model of its kind.
+    """Train to run.train.steps, write checkpoints and metrics.jsonl into `folder`, and return the model of its kind.
 
-    Under torchrun it runs on all processes. resume continues from the newest whole checkpoint, bit-exactly on the same
-    machine with the same number of threads and processes, or starts if there is none. accept_other_data: continue, or
-    begin from train.init, even if the data or the tokenizer are others than the checkpoint's. profile: leave a trace
-    and a table of some steps in folder/profile (see profile.py). observers: are told of the moments of each step.
+    Under torchrun, all processes call this. resume: continue from the newest complete checkpoint, bit-exactly on the
+    same machine with the same number of threads and processes, or start if there is none. accept_other_data: continue,
+    or begin from train.init, even if the data or the tokenizer differ from the checkpoint's. profile: write a trace and
+    a table of some steps to folder/profile (see profile.py). observers: called at each stage of a step (see Observer).
 
-    SIGTERM, SIGUSR1 and Ctrl-C save and raise safety.Stopped. Raises UserError for settings, data or a folder that
-    cannot be used, SaveError if no checkpoint can be written, FloatingPointError if too many losses are not finite.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and raise safety.Stopped. Raises UserError for settings, data or a
+    folder that cannot be used, SaveError if no checkpoint can be written, FloatingPointError if too many losses in a
+    row are not finite.
     """
     safety.follow_launcher()
     world = World(run.parallel, run.train.hang)
@@ -65,9 +66,10 @@ def train(
 
 
 class Trainer:
-    """Runs the steps of training. The arguments are those of `train`; backend: torch.compile's.
+    """Run the steps of training. The arguments are those of `train`; backend: torch.compile's.
 
-    observers: are told of the moments of each step, in the order of the list.
+    `fit` does everything. A caller that runs single steps calls `settle` once for each `step` and at the end `close`,
+    or uses the trainer as a context manager.
     """
 
     def __init__(
@@ -75,29 +77,39 @@ class Trainer:
         accept_other_data: bool = False, *, backend: str = "inductor", observers: Sequence[Observer] = (),
     ):  # fmt: skip
         self.folder, self.display, self.world = folder, display, world or World()
-        self.device, self.dtype = self.world.device, autocast_dtype(run.train.dtype, self.world.device)
+        self.device, self.dtype = self.world.device, named_dtype(run.train.dtype, self.world.device)
         start = open_run(run, folder, resume, accept_other_data, self.world, display.warn)
         self.run, self.tokenizer, self.streams = start.run, start.tokenizer, start.streams
         t = self.run.train
         torch.manual_seed(t.seed)
         self.model = prepare(self.run.model, t, self.world, self.dtype, backend)
         self.peak_rate = t.peak_lr or self.model.default_peak_lr()
-        self.state = State(self.model, t, self.peak_rate, self.world)
+        self.state = TrainingState(self.model, t, self.peak_rate, self.world)
         self.saver = Saver(folder, t, self.state, display.warn, lambda: not self.bad_steps)
         self.stop = safety.Stop()
         self.observers: list[Observer] = list(observers)
-        self.pending: deque[StepResult] = deque()  # steps whose results were not read
+        self.pending: deque[StepResult] = deque()  # launched steps whose results were not read
         self.steps_done = self.rewinds = 0
-        self.bad_steps = 0  # in a row, up to the last one, whose loss or gradient was not finite
-        self.drops_shown = self.unsound_shown = False
+        self.bad_steps = 0  # in a row up to the last settled step; their loss or gradient was not finite
+        self.warned_of_drops = self.warned_of_weights = False
         self.rewound_to: Path | None = None  # until a step is good
-        self.settled = time.perf_counter()  # when the results of the step before were read
+        self.last_settle_time = time.perf_counter()
         self._begin(start, accept_other_data)
-        if t.compile:
-            safety.load_compiled(folder)
+        if t.compile and not safety.load_compiled(folder):
+            display.warn(f"{folder / safety.COMPILED} is damaged: compiling again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads and processes that load data ahead. No step may follow."""
+        (self.feed if "feed" in vars(self) else self.streams).close()
 
     def _begin(self, start: Start, accept_other_tokenizer: bool) -> None:
-        """Load the weights that the run begins with, and drop what a killed run wrote behind its checkpoint."""
+        """Load the initial weights or the checkpoint, and delete what a killed run wrote after its checkpoint."""
         if start.newest is None and self.run.train.init:
             init = Path(self.run.train.init)
             load_initial_weights(self.model, init, self.tokenizer, self.world, accept_other_tokenizer)
@@ -113,9 +125,9 @@ class Trainer:
         )  # fmt: skip
 
     def _tidy(self, newest: Path | None, state: dict[str, Any] | None) -> None:
-        """Finish what a kill after the checkpoint interrupted, and drop what the run wrote behind it."""
+        """Finish what a kill interrupted after the checkpoint, and delete the lines that were written after it."""
         if newest is not None:
-            self.saver.complete(newest)
+            self.saver.publish(newest)
         if self.steps_done < self.run.train.steps:
             ends = {int(i): s["position"] for i, s in state["data"]["streams"].items()} if state else {}
             self._drop_later_metrics()
@@ -125,7 +137,8 @@ class Trainer:
     def resume_from(self, folder: Path, other_data: bool = False) -> None:
         """Restore weights, optimizer, random state, data position and step of a checkpoint.
 
-        other_data: of the packers' state restore the position alone, without documents that are not in these data.
+        other_data: restore only the position of the packers, without their waiting documents, which are not in these
+        data.
         """
         state = self.state.restore(folder)
         for stream in state["data"]["streams"].values() if other_data else ():
@@ -134,60 +147,62 @@ class Trainer:
         self.steps_done, self.rewinds = state["step"], state["rewinds"]
 
     def fit(self) -> None:
-        """Train to the last step, or until a signal: then save and raise safety.Stopped."""
-        t, begun, self.settled = self.run.train, self.steps_done, time.perf_counter()
+        """Train to the last step, or until a signal: then save and raise safety.Stopped. Closes the trainer."""
+        t, begun, self.last_settle_time = self.run.train, self.steps_done, time.perf_counter()
         if t.compile and begun < t.steps:
             log.info("compiling each kind of block: the first steps take longer")
-        with self.stop, safety.Watch(t.hang) as watch, self.display.run(begun), self._closing():
-            with safety.no_recompiles(t.recompile, t.compile) as warm:
-                while self.steps_done < t.steps and not self.stop.agreed:
-                    self.step()
-                    watch.alive()
-                    self.saver.due |= self.steps_done % t.save_every == 0 or self.steps_done == t.steps
-                    # A GPU works on one step while the host prepares the next, but before a save all are done.
-                    while len(self.pending) > (0 if self.saver.due or self.device.type == "cpu" else 1):
-                        self.settle()
-                    if self.saver.due:
-                        self._save_if_sound()
-                        self.settled = time.perf_counter()
-                    if self.steps_done == begun + safety.WARM:
-                        warm()
-                        if t.compile and self.world.first:
-                            safety.save_compiled(self.folder)
-            while self.pending:
-                self.settle()
-            stopped = self.stop.agreed and (self.steps_done < t.steps or self.saver.due)
-            if stopped and self.steps_done != self.saver.last_step:
-                self._save_if_sound()
-            self.saver.finish(last=True)
-        self._report_end(stopped)
-
-    @contextmanager
-    def _closing(self) -> Iterator[None]:
-        """End what decodes ahead; if an error ends the run, let the save that is on its way be finished."""
-        try:
-            yield
-        except Exception:
-            self.saver.finish_quietly()
-            raise
-        finally:
-            self.feed.close()
-
-    def _report_end(self, stopped: bool) -> None:
+        with self, self.stop, safety.Watch(t.hang) as watch, self.display.run(begun):
+            try:
+                with safety.no_recompiles(t.recompile, t.compile) as warm:
+                    self._run_steps(begun, watch, warm)
+                while self.pending:
+                    self.settle()
+                stopped = self.stop.agreed and (self.steps_done < t.steps or self.saver.due)
+                if stopped and self.steps_done != self.saver.last_step:
+                    self._save_if_sound()
+                self.saver.finish(last=True)
+            except Exception:
+                self.saver.finish_quietly()
+                raise
         newest = checkpoint.latest(self.folder)
         if stopped:
             saved = "nothing is saved" if newest is None else f"--resume continues from {newest}"
-            raise safety.Stopped(f"stopped at step {self.steps_done}; {saved}", self.stop.any_interrupted)
+            message = f"stopped at step {self.steps_done}; {saved}"
+            raise safety.Stopped(message, self.stop.any_interrupted, newest is not None)
         log.info("trained to step %d; the checkpoint is %s", self.steps_done, newest)
         if bad := len(self.streams.quarantine.records()) if self.world.first else 0:
             log.info("left out %d different unreadable records, listed in %s", bad, self.folder / "quarantine")
 
+    def _run_steps(self, begun: int, watch: safety.Watch, warm: Any) -> None:
+        """Run and save steps until the last one or a signal. begun: steps that were done before `fit`."""
+        t = self.run.train
+        while self.steps_done < t.steps and not self.stop.agreed:
+            self.step()
+            watch.alive()
+            self.saver.due |= self.steps_done % t.save_every == 0 or self.steps_done == t.steps
+            # A GPU computes one step while the host prepares the next, but a save needs the results of all.
+            while len(self.pending) > (0 if self.saver.due or self.device.type == "cpu" else 1):
+                self.settle()
+            if self.saver.due:
+                self._save_if_sound()
+                self.last_settle_time = time.perf_counter()
+            if self.steps_done == begun + safety.WARM:
+                warm()
+                if t.compile and self.world.first:
+                    safety.save_compiled(self.folder)
+
     @cached_property
     def feed(self) -> Feed:
+        """Return the batches of this process; created by the first step, after the data position is restored."""
         return Feed(self.streams, self.device)
 
     def step(self) -> StepResult:
-        """Put the next step on its way; `settle` reads its results."""
+        """Launch the next step; a GPU computes it asynchronously.
+
+        Call `settle` for every step before `save`: it logs the metrics, counts bad steps, rewinds the run after too
+        many of them, and learns of stop signals. Without it the results accumulate in `pending`. Raises whatever the
+        data raise, such as UserError for too many unreadable records in a row.
+        """
         t, number, before = self.run.train, self.steps_done + 1, self.feed.state
         for observer in self.observers:
             observer.step_begins(number)
@@ -207,9 +222,9 @@ class Trainer:
         return result
 
     def settle(self) -> None:
-        """Show the results of the oldest step under way and decide what follows, alike on all processes.
+        """Wait for the oldest pending step, log its metrics, and react to a bad step, a signal or a complete save.
 
-        The results are sums over all processes, and so what follows is the same everywhere.
+        All results are sums over the processes, so every process decides alike.
         """
         done = self.pending.popleft()
         sums = done.sums
@@ -217,15 +232,15 @@ class Trainer:
         self.stop.any_interrupted = self.stop.any_interrupted or sums["interrupted"] > 0
         if sums["saved"] == self.world.data_size:
             self.saver.finish()
-        # Of one step after another: on a GPU the host alone is ahead of its work, and waits for it in `sums`.
-        seconds, self.settled = time.perf_counter() - self.settled, time.perf_counter()
+        # The time between two settled steps: on a GPU the host runs ahead, and reading `sums` waits for the device.
+        seconds, self.last_settle_time = time.perf_counter() - self.last_settle_time, time.perf_counter()
         if not sums["targets"] or not math.isfinite(sums["loss"] + sums["norm"]):
-            self._leave_out(done, sums)
+            self._record_bad_step(done, sums)
             return
         self.bad_steps, self.rewound_to = 0, None
         metrics = self._metrics(done, sums, seconds)
-        if metrics.get("dropped", 0.0) > DROPS and not self.drops_shown:
-            self.drops_shown = True
+        if metrics.get("dropped", 0.0) > MAX_DROPPED and not self.warned_of_drops:
+            self.warned_of_drops = True
             share = f"experts were full and dropped {metrics['dropped']:.1%} of the routed slots"
             self.display.warn(f"step {done.step}: {share}; raise parallel.capacity, or leave it out to drop none")
         self.display.step(done.step, metrics)
@@ -245,8 +260,8 @@ class Trainer:
             "seconds": seconds,
         }
 
-    def _leave_out(self, done: StepResult, sums: dict[str, float]) -> None:
-        """Write down a step that changed nothing; after more than train.skips in a row rewind to a checkpoint."""
+    def _record_bad_step(self, done: StepResult, sums: dict[str, float]) -> None:
+        """Write a file about a step that changed nothing; rewind if more than train.skips in a row are not finite."""
         why = "no target tokens" if not sums["targets"] else f"loss {sums['loss']}, gradient norm {sums['norm']}"
         note = {"step": done.step, "why": why, "keys": done.keys, "data": done.data_before, "sums": repr(sums)}
         path = self.folder / "left-out" / f"step-{done.step:08d}-{self.world.rank}.json"
@@ -261,19 +276,21 @@ class Trainer:
         self.bad_steps += 1
         if self.bad_steps > self.run.train.skips:
             self.pending.clear()
-            self._rewind(f"{why} at step {done.step}, {done.keys[0] if done.keys else 'no documents'}")
+            documents = done.keys[0] if done.keys else "no documents"
+            self._rewind(f"{self.bad_steps} bad steps in a row, the last with {why} at step {done.step}, {documents}")
 
     def _rewind(self, why: str) -> None:
-        """Go back to the last checkpoint's weights, but on with the data, which may be better than what is left out."""
+        """Restore the weights of the last checkpoint, and continue with the data after the bad steps."""
         self.saver.finish()
         newest = self.world.on_first(lambda: checkpoint.latest(self.folder))
         if newest is None or self.rewinds == self.run.train.rewinds:
-            raise FloatingPointError(f"{why}; {self.bad_steps} steps in a row, rewound {self.rewinds} times")
+            spent = f"the run was rewound {self.rewinds} times already, the limit of train.rewinds"
+            raise FloatingPointError(f"{why}; {'there is no checkpoint to return to' if newest is None else spent}")
         if newest == self.rewound_to and len(checkpoint.numbered(self.folder)) > 1:
             aside = self.world.on_first(lambda folder=newest: checkpoint.set_aside(folder))
             self.display.warn(f"no step after {newest.name} was good: it is now {aside.name}")
         newest = checkpoint.newest_whole(self.folder, self.world, self.display.warn)
-        assert newest is not None  # there was one just now, and if all are damaged that is an error
+        assert newest is not None  # if all are damaged, newest_whole raised an error
         self.steps_done = self.saver.last_step = self.state.restore(newest)["step"]
         self.rewinds, self.bad_steps, self.saver.due, self.rewound_to = self.rewinds + 1, 0, False, newest
 
@@ -282,28 +299,28 @@ class Trainer:
             self._drop_later_metrics()
 
         self.world.on_first(tidy)
-        self.display.warn(f"{why}: back to {newest.name}, on with the data behind it")
+        self.display.warn(f"{why}: restored {newest.name}; training continues with the next data")
 
     def _save_if_sound(self) -> None:
-        """Save, unless the last steps were bad or a value is not finite: a run must find sound weights to go back to.
+        """Save, unless the last steps were bad or a value is not finite, so that a rewind restores sound weights.
 
-        What is put off is saved after the next good step. At the end of the run finite weights are saved behind bad
-        steps too, which changed nothing, but then older checkpoints stay; weights that are not finite never are.
+        A postponed save happens after the next good step. At the end of the run, finite weights are saved even after
+        bad steps, which changed nothing, and older checkpoints are kept. Weights that are not finite are never saved.
         """
         last, finite = self.steps_done == self.run.train.steps, self.state.is_finite()
         if finite and not self.bad_steps:
             self.save()
         elif finite and last:
-            self.display.warn(f"the last {self.bad_steps} steps were left out: older checkpoints stay")
+            self.display.warn(f"the last {self.bad_steps} steps were left out: older checkpoints are kept")
             self.save()
         elif last and not self.stop.agreed:
             self._rewind(f"step {self.steps_done} left weights that are not finite")
-        elif not finite and not self.bad_steps and not self.unsound_shown:
-            self.unsound_shown = True
+        elif not finite and not self.bad_steps and not self.warned_of_weights:
+            self.warned_of_weights = True
             self.display.warn(f"step {self.steps_done}: weights are not finite, so no checkpoint is written")
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done; one of several processes is written while the next steps run."""
+        """Write a checkpoint of the steps done; with several processes, the write overlaps the next steps."""
         self.saver.save(self.steps_done, self._texts, self.stop.agreed or self.steps_done == self.run.train.steps)
 
     def _texts(self) -> dict[str, str]:
@@ -318,7 +335,7 @@ class Trainer:
         return {"config.json": config, "tokenizer.json": self.tokenizer.text, "state.json": json.dumps(state)}
 
     def _drop_later_metrics(self) -> None:
-        """Keep the metrics up to this step; a kill or a user's edit may have left lines that are none."""
+        """Delete the metrics after this step, and lines that are not metrics, which a kill or an edit may leave."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             objects, foreign = read_lines(path)

@@ -265,16 +265,17 @@ def test_a_failing_step_fails_those_that_ran_and_no_others(model):
     assert drained(engine)
 
 
-def test_a_prompt_that_fails_fails_alone(model, monkeypatch):
-    engine = Engine(model, tokens=4096)
-    prefill = engine.prefill
+class FailingAt13(Engine):
+    """An Engine that has no memory for prompts of seed 13."""
 
-    def bad_beginnings(fresh):
-        if any(request.sampling.seed == 13 for request in fresh):
+    def prefill(self, due):
+        if any(request.sampling.seed == 13 for request in due):
             raise torch.OutOfMemoryError("no more")
-        return prefill(fresh)
+        return super().prefill(due)
 
-    monkeypatch.setattr(engine, "prefill", bad_beginnings)
+
+def test_a_prompt_that_fails_fails_alone(model):
+    engine = FailingAt13(model, tokens=4096)
 
     async def two():
         async with AsyncEngine(engine) as running:
@@ -287,6 +288,38 @@ def test_a_prompt_that_fails_fails_alone(model, monkeypatch):
 
     assert asyncio.run(two()).tokens == alone(model, PROMPTS[0], Sampling(200)).tokens
     assert drained(engine)
+
+
+def test_a_call_is_made_in_the_thread_and_its_error_ends_all_requests(model):
+    async def called():
+        threads: list[str] = []
+        async with AsyncEngine(Engine(model)) as running:
+            running.call(lambda: threads.append(threading.current_thread().name))
+            await running.generate(PROMPTS[0], Sampling(2))
+            task = asyncio.create_task(running.generate(PROMPTS[0], Sampling(2000)))
+            while not running.engine.running:
+                await asyncio.sleep(0.001)
+            running.call(lambda: [].pop())
+            with pytest.raises(Dead, match="IndexError"):
+                await task
+            return threads
+
+    assert asyncio.run(called()) == ["mm1-engine"]
+
+
+def test_stop_ends_the_thread_and_its_requests(model):
+    async def stopped():
+        async with AsyncEngine(Engine(model)) as running:
+            task = asyncio.create_task(running.generate(PROMPTS[0], Sampling(2000)))
+            while not running.engine.running:
+                await asyncio.sleep(0.001)
+            running.stop()
+            with pytest.raises(Dead, match="closed"):
+                await task
+            while running.alive:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(stopped())
 
 
 def test_who_never_began_is_told(model):

@@ -8,7 +8,7 @@ import torch
 from small import small_mm1, small_model
 
 from mm1.engine.data.document import Document
-from mm1.engine.infer.beams import Beams, pages_of
+from mm1.engine.infer.beams import Beams, pages_needed
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import generate
@@ -63,7 +63,7 @@ def ours_of(model, prompts, batch=64, **settings):
     engine = Engine(model, tokens=4096, batch=batch)
     requests = [engine.submit(prompt, Sampling(**settings)) for prompt in prompts]
     engine.run()
-    assert engine.cache.room == engine.cache.pages
+    assert engine.cache.available == engine.cache.pages
     return requests
 
 
@@ -127,9 +127,9 @@ def test_company_changes_nothing():
             found = [engine.submit(prompt, sampling) for prompt, sampling in zip(prompts, how)]
             rows = 0
             while engine.step():
-                rows = max(rows, sum(len(request.heads()) for request in engine.running))
+                rows = max(rows, sum(len(request.last_rows()) for request in engine.running))
             assert [request.tokens for request in found] == [request.tokens for request in alone]
-            assert engine.cache.room == engine.cache.pages
+            assert engine.cache.available == engine.cache.pages
             assert rows <= batch
 
 
@@ -208,7 +208,7 @@ def test_a_search_that_is_cancelled_leaves_its_best_text_and_its_pages():
     assert first.text == ours.tokenizer.decode(first.tokens)
     engine.run()
     assert other.tokens == ours_of(ours, prompts_of(0)[1:2], max_tokens=12, num_beams=3)[0].tokens
-    assert engine.cache.room == engine.cache.pages
+    assert engine.cache.available == engine.cache.pages
 
 
 def test_a_listener_that_fails_fails_its_own_search_alone():
@@ -224,14 +224,14 @@ def test_a_listener_that_fails_fails_its_own_search_alone():
         engine.run()
     engine.run()
     assert (bad.finish, good.finish) == ("failed", "length")
-    assert engine.cache.room == engine.cache.pages
+    assert engine.cache.available == engine.cache.pages
 
 
 @pytest.mark.parametrize("penalty", [-10.0, 10.0])
 def test_the_steepest_penalties_give_a_long_search_finite_scores(penalty):
     """Of hypotheses that end at each length up to 4096; the length to the power of 150 would be no number."""
     how = Sampling(max_tokens=4096, num_beams=2, length_penalty=penalty, early_stopping="never")
-    beams = Beams(1, range(pages_of(1, how)), how, lambda tokens: tokens[-1] == EOS)
+    beams = Beams(1, range(pages_needed(1, how)), how, lambda tokens: tokens[-1] == EOS)
     steps = 0
     while not beams.done:
         rows = np.tile([[EOS, 5, 6, 7]], (len(beams.live), 1))
@@ -248,7 +248,7 @@ def test_beams_share_what_they_can_and_stay_within_their_pages(prompt):
     """Against rows of a plain table that is copied whole at every step."""
     draw = np.random.default_rng(prompt)
     how = Sampling(max_tokens=40, num_beams=4)
-    pages = draw.permutation(200)[: pages_of(prompt, how)].tolist()
+    pages = draw.permutation(200)[: pages_needed(prompt, how)].tolist()
     beams = Beams(prompt, pages, how, lambda tokens: False)
     rows = np.full((200, PAGE), -1)  # what each row of each page holds
     for i in range(prompt):
@@ -276,10 +276,10 @@ def test_beams_share_what_they_can_and_stay_within_their_pages(prompt):
 
 @pytest.mark.parametrize("settings, message", [
     ({"num_beams": 0}, "num_beams is 0, expected ≥ 1"),
-    ({"length_penalty": float("nan")}, "length_penalty is nan, expected -10 to 10"),
-    ({"length_penalty": 150.0}, "length_penalty is 150.0, expected -10 to 10"),
-    ({"length_penalty": -10.5}, "length_penalty is -10.5, expected -10 to 10"),
-    ({"early_stopping": "soon"}, "early_stopping is soon, expected False, True or"),
+    ({"length_penalty": float("nan")}, "length_penalty is nan, expected ≥ -10 and ≤ 10"),
+    ({"length_penalty": 150.0}, "length_penalty is 150.0, expected ≥ -10 and ≤ 10"),
+    ({"length_penalty": -10.5}, "length_penalty is -10.5, expected ≥ -10 and ≤ 10"),
+    ({"early_stopping": "soon"}, "early_stopping is 'soon', expected False, True or"),
     ({"num_beams": 2, "temperature": 0.5}, "2 beams with temperature"),
     ({"num_beams": 2, "repetition_penalty": 1.5}, "2 beams with temperature, penalties"),
 ])  # fmt: skip
@@ -292,9 +292,9 @@ def test_more_beams_than_the_batch_or_the_vocabulary_has_room_for_are_told():
     model = small_mm1(seed=3).eval()
     document = encode_prompts(model, [["one"]])[0]
     for batch, beams, most in ((4, 5, 4), (400, 193, 192)):
-        with pytest.raises(UserError, match=f"{beams} beams, expected at most {most}"):
+        with pytest.raises(UserError, match=f"num_beams is {beams}, expected at most {most}"):
             Engine(model, batch=batch).submit(document, Sampling(num_beams=beams, max_tokens=2))
-    with pytest.raises(UserError, match="the prompt has 2 tokens, the cache of 64 has no room for 5 beams"):
+    with pytest.raises(UserError, match="the prompt has 2 tokens, the cache of 64 is too small for 5 beams"):
         Engine(model, tokens=64).submit(document, Sampling(num_beams=5, max_tokens=20))
 
 

@@ -14,9 +14,9 @@ from mm1.engine.data.images import read as read_image
 from mm1.engine.evaluation import evaluate as runner
 from mm1.engine.evaluation.benchmarks import benchmark, find, read, read_pool, submission
 from mm1.engine.evaluation.choices import DISCIPLINE, open_match
-from mm1.engine.evaluation.evaluate import Decoding, evaluate, show
+from mm1.engine.evaluation.config import Decoding, ShotSettings
+from mm1.engine.evaluation.evaluate import evaluate, show
 from mm1.engine.evaluation.fewshot import Shot, few_shot, multiple_choice
-from mm1.engine.evaluation.prompts import How
 from mm1.engine.evaluation.samples import Images, Sample
 from mm1.engine.evaluation.samples import picture as opened
 from mm1.engine.infer.cache import PAGE
@@ -217,6 +217,12 @@ def test_open_answers_are_found_as_mmmu_finds_them(said, answers, right):
     assert open_match(said, answers) == right
 
 
+def test_questions_without_options_are_scored_by_the_rule_of_open_questions():
+    sample = Sample("a", None, "how much?", ("3.5", "seven"))
+    scores = [benchmark("mmmu").scores([sample], {"a": text}) for text in ("it is 3.50", "Seven pence", "four")]
+    assert scores == [[100.0], [100.0], [0.0]]
+
+
 @pytest.fixture(scope="module")
 def model():
     return small_mm1(seed=3).eval()
@@ -288,7 +294,7 @@ def test_batches_change_nothing_and_a_prompt_is_computed_once(model, made, tmp_p
     monkeypatch.setattr(runner, "Engine", Counted)
     truth = None
     for batch in (1, 3, 64):
-        run(model, made, tmp_path / str(batch), "seed", shots=(3,), how=How("similar"), batch=batch)
+        run(model, made, tmp_path / str(batch), "seed", shots=(3,), shot_settings=ShotSettings("similar"), batch=batch)
         kept = rows(tmp_path / str(batch), "3-shot.jsonl")
         for row in kept.values():
             row["logprobs"] = pytest.approx(row["logprobs"], abs=1e-5)
@@ -298,7 +304,7 @@ def test_batches_change_nothing_and_a_prompt_is_computed_once(model, made, tmp_p
         prompts = 7 * (4 * 70)  # rows of prompts, at most
         options = sum(len(sample.options) for sample in made[0])
         assert engines[-1].computed < prompts + options * (PAGE + 20)
-        assert engines[-1].cache.room == engines[-1].cache.pages
+        assert engines[-1].cache.available == engines[-1].cache.pages
 
 
 def test_open_questions_of_mmmu_are_answered_in_words(model, tmp_path):
@@ -333,7 +339,7 @@ def test_a_mark_in_a_question_without_that_image_is_text(model, tmp_path):
 def test_questions_without_images_are_not_their_own_shots(model, tmp_path):
     samples = [Sample(i, None, f"how many {i}?", ("A",), ("one", "two")) for i in range(4)]
     for choose in ("random", "similar", "fixed"):
-        run(model, (samples, samples), tmp_path / choose, "mmmu", shots=(3,), how=How(choose))
+        run(model, (samples, samples), tmp_path / choose, "mmmu", shots=(3,), shot_settings=ShotSettings(choose))
         (file,) = (tmp_path / choose).glob("3-shot*.jsonl")
         kept = rows(file.parent, file.name)
         assert [sorted([key, *row["shots"]]) for key, row in kept.items()] == [[0, 1, 2, 3]] * 4
@@ -345,12 +351,12 @@ def test_the_cache_holds_the_longest_prompt_and_what_exceeds_it_is_counted_as_wr
     assert run(model, (samples, []), tmp_path / "a", "seed", shots=(0,), batch=2)["results"][0]["unreadable"] == {}
     (prompt,) = encode_prompts(model, [benchmark("seed").query(long, [])])
     engine = Engine(model, tokens=len(prompt.tokens) + 2 * PAGE)
-    monkeypatch.setattr(runner, "_engine", lambda *_: engine)  # with room for the first option, not for the second
+    monkeypatch.setattr(runner, "sized_engine", lambda *_: engine)  # with room for the first option, not for the second
     found = run(model, (samples, []), tmp_path / "b", "seed", shots=(0,), batch=2)
     assert list(found["results"][0]["unreadable"]) == ["99"]
     assert not engine.waiting
     assert not engine.running
-    assert engine.cache.room == engine.cache.pages
+    assert engine.cache.available == engine.cache.pages
 
 
 def test_answers_are_scored_as_the_tokens_that_they_have_behind_their_prompt(tmp_path):

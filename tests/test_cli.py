@@ -158,7 +158,7 @@ BAD = [
     (["generate", "out/checkpoint", "--image", "run.toml"], "run.toml"),
     (["generate", "out/checkpoint", "--image", "none.png"], "none.png"),
     (["generate", "nothing/here"], "no checkpoint at nothing/here"),
-    (["generate", "out/checkpoint", "--prompt", "<image>"], "1 <image> marks for 0 images"),
+    (["generate", "out/checkpoint", "--prompt", "<image>"], "1 <image> marks, expected at most 0"),
     (["generate", "digits"], "no tokenizer"),
     (["bench", "kernels", "softmax"], "unknown op 'softmax'"),
     (["bench", "train", "mm1-9b"], "unknown size 'mm1-9b'"),

@@ -204,7 +204,7 @@ def test_a_scored_prompt_in_a_batch_with_others_is_scored_alike(model):
     for request, (k, n) in zip(requests, wanted):
         assert request.scores == pytest.approx(every[len(every) - n :], abs=1e-4)
         assert request.tokens == requests[0].tokens
-        for row, top in zip(truth[len(every) - n :], request.score_top):
+        for row, top in zip(truth[len(every) - n :], request.score_top.tolist()):
             assert [value for _, value in top] == pytest.approx(row.topk(k).values.tolist(), abs=1e-4)
             assert [token for token, _ in top] == row.topk(k).indices.tolist()
 

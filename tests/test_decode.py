@@ -238,7 +238,7 @@ def test_windows_does_without_even_where_a_compiler_is_named(monkeypatch):
     monkeypatch.setattr(compiled, "os", SimpleNamespace(name="nt"))
     decode.library.cache_clear()
     with pytest.warns(
-        UserWarning, match=r"^decode.cpp is compiled on POSIX systems alone; each token is decoded by many"
+        UserWarning, match=r"^decode.cpp is compiled only on POSIX systems; each token is decoded by many"
     ):
         assert decode.library() is None
     decode.library.cache_clear()

@@ -20,7 +20,7 @@ from mm1.engine.infer.cache import PAGE, Cache, page_names
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import generate, n_best, score
 from mm1.engine.infer.prompts import encode_prompts
-from mm1.engine.infer.sampling import Draw, Sampling, penalized
+from mm1.engine.infer.sampling import GREEDY, Sampling
 from mm1.engine.layers import blocked as packing
 from mm1.engine.layers import quantize
 from mm1.engine.layers.blocked import BlockedLinear
@@ -54,7 +54,10 @@ def names_of(document: Document, image_id: int = IMAGE) -> list[bytes]:
 
 def drained(engine: Engine) -> bool:
     """No request, and every page free or known without a user."""
-    return not (engine.running or engine.waiting or any(engine.cache.users)) and engine.cache.room == engine.cache.pages
+    return (
+        not (engine.running or engine.waiting or any(engine.cache.users))
+        and engine.cache.available == engine.cache.pages
+    )
 
 
 @pytest.mark.parametrize("by", ["one call", "torch"])
@@ -193,17 +196,17 @@ def test_pages_go_to_who_needs_them_and_known_ones_last(model):
     a = cache.allocate(3)
     cache.register(a, [b"1", b"2"])
     cache.release(a)
-    assert (cache.room, free(cache), list(cache.idle)) == (6, [2, 3, 4, 5], [1, 0])
+    assert (cache.available, free(cache), list(cache.idle)) == (6, [2, 3, 4, 5], [1, 0])
     b = cache.allocate(4, cache.find([b"1", b"x"]))
     assert b == [0, 3, 4, 5]  # behind the place of the last that were taken
     assert cache.allocate(3) is None
-    assert cache.room == 2
+    assert cache.available == 2
     c = cache.allocate(2)  # the known one nobody uses is given up
     assert sorted(c) == [1, 2]
     assert cache.find([b"1", b"2"]) == [0]
     cache.release(b)
     cache.release(c)
-    assert cache.room == 6
+    assert cache.available == 6
 
 
 def test_a_document_grows_into_the_next_page_or_else_into_any(model):
@@ -218,7 +221,7 @@ def test_a_document_grows_into_the_next_page_or_else_into_any(model):
     assert cache.allocate(4, leave=1) is None
     assert [cache.extend(7) for _ in range(4)][-1] == 4  # the first page of what is known goes last
     assert cache.extend(3) is None
-    assert (cache.page_of, cache.free_count, cache.room) == ({}, 0, 0)
+    assert (cache.page_of, sum(cache.free), cache.available) == ({}, 0, 0)
 
 
 def test_the_best_of_several_comes_first_and_their_prompt_is_computed_once(model):
@@ -313,15 +316,32 @@ def test_images_that_are_none_are_told(model):
         generate(model, [[Image.new("RGB", (0, 4))]])
 
 
-def test_a_prefill_that_fails_costs_those_that_run_nothing(model, monkeypatch):
-    engine = Engine(model)
+class Failing(Engine):
+    """An Engine whose next decode or prefill raises the error of that name in `errors`."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.errors: dict[str, BaseException] = {}
+
+    def decode(self, requests):
+        if error := self.errors.pop("decode", None):
+            raise error
+        return super().decode(requests)
+
+    def prefill(self, due):
+        if error := self.errors.pop("prefill", None):
+            raise error
+        return super().prefill(due)
+
+
+def test_a_prefill_that_fails_costs_those_that_run_nothing(model):
+    engine = Failing(model)
     first = engine.submit([LONG], Sampling(max_tokens=6))
     engine.step()
     second = engine.submit(["one"], Sampling(max_tokens=6))
-    monkeypatch.setattr(engine, "prefill", lambda fresh: 1 / 0)
+    engine.errors["prefill"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         engine.step()
-    monkeypatch.undo()
     engine.run()
     assert second.finish == "failed"
     assert first.finish in ("stop", "length")
@@ -340,9 +360,23 @@ def test_one_stop_may_be_a_string(model):
     assert generate(model, [PROMPTS[0]], max_tokens=16, stop=plain[3:6]) == [plain.split(plain[3:6])[0]]
 
 
-def test_repeated_tokens_are_made_less_likely():
-    logits = torch.tensor([2.0, -2.0, 1.0])
-    assert penalized(logits, torch.tensor([0, 1]), 2.0).tolist() == [1.0, -4.0, 1.0]
+def test_a_finished_request_says_why_it_ended(model):
+    engine = Engine(model)
+    whole = engine.submit([LONG], Sampling(max_tokens=16))
+    engine.run()
+    assert (whole.finish, len(whole.tokens)) == ("length", 16)
+    stopped = engine.submit([LONG], Sampling(max_tokens=16, stop=whole.text[:2]))
+    engine.run()
+    assert (stopped.finish, stopped.text) == ("stop", "")
+    assert len(stopped.tokens) < 16
+
+
+def penalized(logits, tokens, penalty):
+    """Return logits [V] by CTRL's formula, one token after the other."""
+    logits = logits.clone()
+    for token in set(tokens):
+        logits[token] *= penalty ** (-1 if logits[token] > 0 else 1)
+    return logits
 
 
 def test_sampled_texts_do_not_depend_on_who_else_is_there(model):
@@ -417,7 +451,7 @@ def test_a_penalty_is_of_prompt_and_text_and_log_probabilities_are_without_it(mo
     ids = given.tokens.tolist()
     for token, logprob in zip(request.tokens, request.logprobs):
         plain = of_logits(model, ids, given)
-        assert token == int(penalized(plain, torch.tensor(sorted(set(ids))), 1e6).argmax())
+        assert token == int(penalized(plain, ids, 1e6).argmax())
         assert logprob == pytest.approx(float(plain.log_softmax(-1)[token]), abs=1e-4)
         ids.append(token)
     assert len(set(request.tokens)) == len(request.tokens)
@@ -482,7 +516,7 @@ def test_by_graphs_penalties_are_outside_and_long_documents_go_without(model, pa
         engine.run()
         found.append([r.tokens for r in requests])
         if by == "graphs":
-            assert all(draw == Draw(0, 1, 0, 0) for draws in engine.graphs.draws for draw in draws)
+            assert all(draw == GREEDY for draws in engine.graphs.draws for draw in draws)
             assert bool(engine.graphs.draws) == (pages == 512)
     assert found[0] == found[1]
 
@@ -497,8 +531,15 @@ def test_pages_used_longest_ago_go_first_and_forgotten_ones_are_free(model):
     assert cache.allocate(2)
     assert (cache.find([b"1"]), cache.find([b"3"])) == ([], [2])
     cache.clear()
-    assert cache.room == 2
+    assert cache.available == 2
     assert cache.find([b"3"]) == []
+
+
+def test_only_a_lack_of_memory_is_told_as_one(model):
+    with pytest.raises(UserError, match="no memory for a cache of 18014398509481984 tokens"):
+        Cache(model.config.decoder, 1 << 50, torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        Cache(model.config.decoder, -1, torch.device("cpu"), torch.float32)
 
 
 def test_what_two_computed_is_known_once(model):
@@ -506,5 +547,5 @@ def test_what_two_computed_is_known_once(model):
     for page in (cache.allocate(1), cache.allocate(1)):
         cache.register(page, [b"1"])
         cache.release(page)
-    assert (cache.find([b"1"]), free(cache), cache.room) == ([0], [1], 2)
+    assert (cache.find([b"1"]), free(cache), cache.available) == ([0], [1], 2)
     assert sorted(cache.allocate(2)) == [0, 1]

@@ -79,7 +79,7 @@ def test_the_command_evaluates_the_demos_questions(checkpoint, tmp_path, monkeyp
     assert (status, len(err.splitlines())) == (2, 1)
     assert "choose 'random' instead of 'fixed'" in err
     status, _, err = command(monkeypatch, capsys, "eval", checkpoint, "vqav3", *common[3:])
-    assert (status, err) == (2, f"mm1: unknown benchmark 'vqav3'; known: {', '.join(BENCHMARKS)}\n")
+    assert (status, err) == (2, f"mm1: benchmark is 'vqav3', expected one of {', '.join(BENCHMARKS)}\n")
 
 
 def karpathy(folder, tests, shots):

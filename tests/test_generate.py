@@ -6,11 +6,14 @@ from small import logits_of, small_mm1
 
 from mm1.engine.infer import generate as generating
 from mm1.engine.infer.cache import PAGE
-from mm1.engine.infer.detokenizer import Text
+from mm1.engine.infer.command import SamplingOptions
+from mm1.engine.infer.detokenizer import TextStream
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import generate, n_best, score
 from mm1.engine.infer.prompts import interleave
-from mm1.engine.infer.sampling import Sampling, sample
+from mm1.engine.infer.sampler import draw_tokens
+from mm1.engine.infer.sampling import Draw, Sampling
+from mm1.engine.settings import help_texts
 from mm1.errors import UserError
 
 
@@ -77,10 +80,10 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_the_nucleus(model):
 
 def test_each_row_is_sampled_by_its_own_settings():
     logits = torch.tensor([[3.0, 1.0, 2.0, -9.0]]).expand(1000, -1)
-    u = (torch.arange(1000) + 0.5) / 1000
+    us = [(i + 0.5) / 1000 for i in range(1000)]
 
     def drawn(temperature, top_p=1.0, top_k=0):
-        return sample(logits, *(torch.full((1000,), x) for x in (temperature, top_p, top_k)), u)
+        return draw_tokens(logits, torch.tensor([Draw(temperature, top_p, top_k, u) for u in us]))
 
     assert set(drawn(1.0, 0.6).tolist()) == {0}
     assert set(drawn(1.0, 0.8).tolist()) == {0, 2}
@@ -89,16 +92,16 @@ def test_each_row_is_sampled_by_its_own_settings():
     assert set(drawn(0.0).tolist()) == {0}
     counts = drawn(1.0).bincount(minlength=4) / 1000
     assert (counts - logits[0].softmax(-1)).abs().max() < 2e-3
-    settings = [torch.tensor(x) for x in ([1.0, 0.0, 5.0], [1.0, 1.0, 0.5], [0, 0, 3], [0.9, 0.9, 0.9])]
-    together = sample(logits[:3], *settings)
-    assert together.tolist() == [int(sample(logits[:1], *(x[i : i + 1] for x in settings))) for i in range(3)]
-    almost = torch.tensor([1 - 2**-24])  # of flat probabilities, whose sum is not quite 1
-    assert int(sample(torch.zeros(1, 7), *(torch.tensor([x]) for x in (1.0, 1.0, 3)), almost)) == 2
+    draws = torch.tensor([Draw(1.0, 1.0, 0, 0.9), Draw(0.0, 1.0, 0, 0.9), Draw(5.0, 0.5, 3, 0.9)])
+    together = draw_tokens(logits[:3], draws)
+    assert together.tolist() == [int(draw_tokens(logits[:1], draw[None])) for draw in draws]
+    almost = Draw(1.0, 1.0, 3, 1 - 2**-24)  # of flat probabilities, whose sum is not quite 1
+    assert int(draw_tokens(torch.zeros(1, 7), torch.tensor([almost]))) == 2
 
 
 def test_logits_that_are_no_numbers_harm_nobody():
     logits = torch.tensor([[1.0, 3.0, 2.0], [float("nan")] * 3, [float("inf")] * 3, [float("-inf")] * 3])
-    found = sample(logits, *(torch.full((4,), x) for x in (1.0, 0.5, 0, 0.1)))
+    found = draw_tokens(logits, torch.tensor([Draw(1.0, 0.5, 0, 0.1)] * 4))
     assert int(found[0]) == 1
     assert all(0 <= token < 3 for token in found.tolist())
 
@@ -132,13 +135,33 @@ def test_images_take_their_marks_and_spare_ones_come_first():
     assert interleave(["x <image> y"], [a, b]) == [[a, "x ", b, " y"]]
     assert interleave(["<image>one", "two<image>"], [a, b]) == [[a, "one"], ["two", b]]
     assert interleave([""], [a, b, c]) == [[a, b, c]]
-    with pytest.raises(UserError, match="2 <image> marks for 1 images"):
+    with pytest.raises(UserError, match="2 <image> marks, expected at most 1, one for each image"):
         interleave(["<image><image>"], [a])
 
 
 def test_texts_without_tokens_cannot_be_compared(model):
     with pytest.raises(UserError, match="max_tokens is 0, expected at least 1"):
         n_best(Engine(model), ["one"], 2, Sampling(max_tokens=0))
+
+
+def test_settings_are_the_fields_of_sampling_and_no_others(model):
+    limited = generate(model, PROMPTS, max_tokens=3)
+    assert limited == [request_text(model, prompt, Sampling(max_tokens=3)) for prompt in PROMPTS]
+    with pytest.raises(TypeError, match="temprature"):
+        generate(model, PROMPTS, temprature=1.0)
+
+
+def test_the_commands_options_are_the_fields_of_sampling_that_have_a_help_text():
+    options, texts = SamplingOptions(), help_texts(Sampling)
+    assert {"temperature", "min_p", "stop", "seed"} < texts.keys() == vars(options).keys()
+    assert {name: value for name, value in vars(options).items() if value != getattr(Sampling(), name)} == {}
+
+
+def request_text(model, prompt, sampling):
+    engine = Engine(model)
+    request = engine.submit(prompt, sampling)
+    engine.run()
+    return request.text
 
 
 def test_refuses_bad_settings(model):
@@ -171,7 +194,7 @@ class Letters:
 ])  # fmt: skip
 def test_stops_over_several_tokens_are_never_seen(stop, text, pieces):
     seen = []
-    grown = Text(Letters(), stop, seen.append)
+    grown = TextStream(Letters(), stop, seen.append)
     for letter in "abcdef":
         grown.add(ord(letter))
     grown.finish()

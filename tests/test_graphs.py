@@ -63,7 +63,7 @@ def test_settings_of_each_row_are_obeyed_inside(monkeypatch):
     decoder = small_mm1().eval().decoder
     ours = Graphs(decoder, Head(decoder), Cache(decoder.config, 8, torch.device("cpu"), torch.float32), 4)
     whole = torch.from_numpy(ours.inputs(4, [9] * 4, [0] * 4, [np.array([p], np.int32) for p in (2, 3, 4, 5)]))
-    draws = torch.tensor([[0.0, 1, 0, 0.5], [5.0, 1, 1, 0.9], [5.0, 1, 2, 0.999], [5.0, 1, 0, 0.999]])
+    draws = torch.tensor([Draw(0.0, 1, 0, 0.5), Draw(5.0, 1, 1, 0.9), Draw(5.0, 1, 2, 0.999), Draw(5.0, 1, 0, 0.999)])
     with torch.inference_mode():
         logits, chosen = ours.step(whole, draws)
     order = logits[0].argsort(descending=True).tolist()

@@ -15,7 +15,7 @@ from test_generate import picture
 
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.codecs import Codec
-from mm1.engine.data.document import Budget, Document, DocumentEncoder
+from mm1.engine.data.document import Budget, Document, DocumentEncoder, document_of
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.packing import Loader
@@ -24,10 +24,10 @@ from mm1.engine.data.shards import JsonShard
 from mm1.engine.data.sources import Source
 from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.infer.cache import PAGE, page_names
-from mm1.engine.infer.detokenizer import Text
+from mm1.engine.infer.detokenizer import TextStream
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.features import Features
-from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.prompts import encode_prompts, with_views
 from mm1.engine.infer.request import Request
 from mm1.engine.infer.sampling import Sampling
 from mm1.errors import Unreadable, UserError
@@ -116,9 +116,11 @@ def test_a_batch_without_tones_has_their_kind_dtype_and_channels(tmp_path):
 
 
 def test_a_prompts_tone_is_the_same_encoded_and_decoded():
-    model, data = small_mm1().eval(), samples(3)
+    data = samples(3)
     media: list[Any] = [Media("tone", data), np.frombuffer(data, np.uint8)]
-    encoded, decoded = encode_prompts(model, [["hear ", medium, "what?"] for medium in media], codec=Tones())
+    encoded, decoded = (
+        document_of(TOKENIZER, SLOTS, with_views(Tones(), ["hear ", medium, "what?"])) for medium in media
+    )
     t = TOKENIZER
     truth = [t.bos, *t.encode("hear "), *[IMAGE] * SLOTS, *t.encode("what?")]
     assert encoded.tokens.tolist() == decoded.tokens.tolist() == truth
@@ -146,8 +148,8 @@ def test_media_of_two_kinds_with_the_same_bytes_share_neither_pages_nor_features
     model = small_mm1().eval()
     features = Features(model, 2048, 1 << 20)
     for document, encoded in ((image, 1), (tone, 2), (image, 2), (tone, 2)):
-        request = Request(document, Sampling(), Text(TOKENIZER, (), None))
-        request.places, request.due = np.flatnonzero(tokens == IMAGE), len(tokens)
+        request = Request(document, Sampling(), TextStream(TOKENIZER, (), None))
+        request.media_rows, request.due = np.flatnonzero(tokens == IMAGE), len(tokens)
         features.rows([request])
         assert features.encoded == encoded
 
@@ -159,7 +161,7 @@ def test_media_of_another_kind_are_refused_in_one_line():
     with pytest.raises(UserError, match="the prompt has a medium of kind 'tone', expected 'image'"):
         encode_prompts(model, [[tone, "a"]])
     with pytest.raises(UserError, match="a tone is an array of samples, not Image"):
-        encode_prompts(model, [[picture(), "a"]], codec=Tones())
+        with_views(Tones(), [picture(), "a"])
     (document,) = encoder()(Record((tone, "a"), "0", "a.json"))
     with pytest.raises(UserError, match="the prompt has media of kind 'tone', expected 'image'"):
         Engine(model, tokens=64).submit(document)

@@ -12,8 +12,8 @@ from test_generate import PROMPTS
 
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import generate
-from mm1.engine.infer.sampler import choose
-from mm1.engine.infer.sampling import Draw, Sampling, sample
+from mm1.engine.infer.sampler import choose_tokens, draw_tokens
+from mm1.engine.infer.sampling import Draw, Sampling
 from mm1.errors import UserError
 
 V = 384
@@ -31,10 +31,9 @@ def request_of(sampling, prompt=(), tokens=()):
 
 
 def chosen(requests, logits, us=None):
-    draws = [Draw(s.temperature, s.top_p, s.top_k, u, s.min_p)
-             for s, u in zip((r.sampling for r in requests), us or [0.5] * len(requests))]  # fmt: skip
+    draws = [request.sampling.draw(u) for request, u in zip(requests, us or [0.5] * len(requests))]
     logs = logits.log_softmax(-1)
-    return choose(requests, logits, logs.argmax(-1).tolist(), logs.max(-1).values.tolist(), draws)
+    return choose_tokens(requests, logits, logs.argmax(-1).tolist(), logs.max(-1).values.tolist(), draws)
 
 
 def altered(logits, sampling, prompt, tokens):
@@ -82,9 +81,9 @@ def test_what_may_be_drawn_is_what_transformers_leaves(top_k, top_p, min_p):
                            (min_p, theirs.MinPLogitsWarper)):  # fmt: skip
         warped = warper(wanted)(None, warped) if wanted else warped
     n = 400
-    settings = [torch.full((n,), x) for x in (1.3, top_p, top_k)]
+    draws = torch.tensor([Draw(1.3, top_p, top_k, (i + 0.5) / n, min_p) for i in range(n)])
     for row, left in zip(logits, warped.softmax(-1)):
-        drawn = sample(row.expand(n, -1), *settings, (torch.arange(n) + 0.5) / n, torch.full((n,), min_p))
+        drawn = draw_tokens(row.expand(n, -1), draws)
         shares = drawn.bincount(minlength=30) / n
         assert (shares - left).abs().max() < 1.1 / n
         assert set(drawn.tolist()) <= set(left.nonzero()[:, 0].tolist())
@@ -94,10 +93,9 @@ def test_a_token_of_probability_0_is_never_drawn():
     """u may be 1 in fp32."""
     inf = float("inf")
     logits = torch.tensor([[5.0, -inf, 3.0, -inf], [-inf, 0.0, -inf, -inf], [0.0, -300.0, -inf, -inf]])
-    u = torch.tensor([1 - 2**-26] * 3, dtype=torch.float64).float()
-    assert u.tolist() == [1.0] * 3
-    ones, zeros = torch.ones(3), torch.zeros(3)
-    assert sample(logits, ones, ones, zeros, u).tolist() == [2, 1, 0]
+    draws = torch.tensor([Draw(1.0, 1.0, 0, 1 - 2**-26)] * 3)
+    assert draws[:, Draw._fields.index("u")].tolist() == [1.0] * 3
+    assert draw_tokens(logits, draws).tolist() == [2, 1, 0]
 
 
 def test_a_token_depends_on_nobody_else_to_the_bit():
@@ -168,14 +166,15 @@ def test_generate_takes_every_setting(model):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"min_p": 1.5}, "min_p is 1.5, expected 0 to 1"), ({"top_logprobs": 21}, "top_logprobs is 21, expected 0 to 20"),
+    ({"min_p": 1.5}, "min_p is 1.5, expected ≥ 0 and ≤ 1"),
+    ({"top_logprobs": 21}, "top_logprobs is 21, expected ≥ 0 and ≤ 20"),
     ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"), ({"logit_bias": {-1: 1.0}}, "logit_bias is"),
     ({"logit_bias": {3: float("inf")}}, "logit_bias is"), ({"num_beams": 2, "logit_bias": {1: 1.0}}, "2 beams with"),
     ({"num_beams": 2, "max_tokens": 0}, "max_tokens is 0"), ({"num_beams": 2, "top_logprobs": 2}, "2 beams with"),
     ({"logit_bias": {5: 1e39}}, "logit_bias is"), ({"repetition_penalty": 1e-46}, "repetition_penalty is 1e-46"),
     ({"repetition_penalty": 1e39}, "repetition_penalty"), ({"frequency_penalty": -1e39}, "frequency_penalty is -1e"),
     ({"presence_penalty": -1e300}, "presence_penalty is -1e"), ({"top_k": 10**400}, "top_k is 1000"),
-    ({"temperature": float("inf")}, "temperature is inf, expected 0 to 1000000"),
+    ({"temperature": float("inf")}, "temperature is inf, expected ≥ 0 and ≤ 1000000"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_told(settings, message):
     with pytest.raises(UserError, match=message):

@@ -8,11 +8,13 @@ from test_generate import picture
 from vocabularies import KINDS, byte_fallback, byte_level
 
 from mm1.engine.data.batch import exact_budget, pack
+from mm1.engine.data.document import Document
 from mm1.engine.evaluation.benchmarks import benchmark
-from mm1.engine.evaluation.prompts import How, Prompts
+from mm1.engine.evaluation.config import ShotSettings
+from mm1.engine.evaluation.prompts import Prompts
 from mm1.engine.evaluation.samples import Sample
 from mm1.engine.infer.generate import generate, score
-from mm1.engine.infer.prompts import encode_prompts
+from mm1.engine.infer.prompts import continued, encode_prompts
 from mm1.errors import UserError
 
 
@@ -86,7 +88,7 @@ def test_shots_without_images_and_the_query_are_one_text(models, tmp_path):
     samples = [Sample(i, None, f"ab {i}?", ("A",), ("a b", "ab")) for i in range(4)]
     for name in ("mmmu", "seed", "scienceqa"):
         of = benchmark(name)
-        prompts = Prompts(model, of, samples, How("fixed"), tmp_path / "features.npz")
+        prompts = Prompts(model, of, samples, ShotSettings("fixed"), tmp_path / "features.npz")
         prompts.check(2, samples)
         asked = prompts.ask(2, samples[0])
         by_key = {sample.key: sample for sample in samples}
@@ -100,3 +102,21 @@ def test_shots_without_images_and_the_query_are_one_text(models, tmp_path):
 def test_an_empty_answer_is_refused_even_beside_one_that_changes_the_prompts_end(models):
     with pytest.raises(UserError, match="an answer to score is empty"):
         score(models[byte_fallback], [["a"]], [["b", ""]])
+
+
+class Pairs:
+    """A tokenizer whose tokens are pairs of letters."""
+
+    def encode(self, text):
+        return [int.from_bytes(text[i : i + 2].encode()) for i in range(0, len(text), 2)]
+
+
+def test_tokens_of_the_prompt_that_an_answer_changes_go_with_every_answer():
+    pairs = Pairs()
+    prompt = Document(np.array([1, *pairs.encode("abc")], np.int32), (), "")
+    kept, answers = continued(pairs, prompt, "abc", ["d", "ef"])
+    assert (kept.tokens.tolist(), answers) == ([1, *pairs.encode("ab")], [pairs.encode("cd"), pairs.encode("cef")])
+    kept, answers = continued(pairs, prompt, "abc", ["", "d"])
+    assert (kept.tokens.tolist(), answers) == ([1, *pairs.encode("ab")], [pairs.encode("c"), pairs.encode("cd")])
+    kept, answers = continued(pairs, prompt, "", ["de"])
+    assert (kept.tokens.tolist(), answers) == (prompt.tokens.tolist(), [pairs.encode("de")])

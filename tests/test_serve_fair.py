@@ -206,7 +206,7 @@ def test_an_engine_thread_that_fails_is_told_to_all_who_wait_and_by_health(model
     with serving(model) as (port, service):
         with begun(port, plain_chat(PROMPTS[0], max_tokens=LONG)) as connection:
             wait_until(lambda: health(port)["running"] == 1)
-            service.engine._inbox.put(fail)
+            service.engine.call(fail)
             assert b" 503 " in connection.recv(1000)
         status, _, answer = http_request(port, "GET", "/health")
         assert (status, json.loads(answer)["status"]) == (503, "dead")
@@ -216,8 +216,8 @@ def test_an_engine_thread_that_fails_is_told_to_all_who_wait_and_by_health(model
 
 def test_an_engine_thread_that_is_gone_is_told_by_health(model):
     with serving(model) as (port, service):
-        service.engine._inbox.put(None)
-        wait_until(lambda: not service.engine._thread.is_alive())
+        service.engine.stop()
+        wait_until(lambda: not service.engine.alive)
         status, _, answer = http_request(port, "GET", "/health")
         assert (status, json.loads(answer)["status"]) == (503, "dead")
         refusal_of(port, plain_chat(["one"]), 503)
@@ -255,7 +255,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(model, monkeypat
         monkeypatch.setattr(document.TextTokenizer, "encode", lambda *_: pytest.fail("it was encoded"))
         size = character_limit(model.tokenizer, 8192) + 1
         message = refusal_of(port, plain_chat(["a" * size]))
-        assert f"{size} characters, at most 8192 tokens fit" in message
+        assert f"{size} characters, expected at most {size - 1}, the longest text of 8192 tokens" in message
 
 
 def test_bodies_are_given_back_once_the_engine_has_the_request(model):
@@ -274,7 +274,7 @@ def test_bodies_are_given_back_once_the_engine_has_the_request(model):
 def test_views_are_lent_from_fixed_memory(model, monkeypatch):
     monkeypatch.setattr(intake, "VIEW_SECONDS", 60)
     with serving(model) as (port, service):
-        room, loop, found = service.intake.room, service.engine._loop, []
+        room, loop, found = service.intake.room, service.engine.loop, []
         body = plain_chat([picture(24, 24, 1), "one"], max_tokens=1)
         assert http_request(port, "POST", CHAT, body)[0] == 200
         wait_until(lambda: room.free == room.size)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 10_000
-FEW = 64  # limit of distinct scores for which counts of scores are drawn instead of questions
+FEW = 64  # limit of distinct scores up to which counts of scores are drawn instead of questions
 CHUNK = 1 << 22  # random numbers drawn at once
 
 
@@ -17,10 +17,10 @@ def interval(
 ) -> tuple[float, float]:
     """Return the bounds of the confidence interval of the mean, over other questions of the same kind.
 
-    scores [N]: one for each question; questions are resampled with replacement, while everything a score depends on
-    besides stays fixed, such as CIDEr-D's document frequencies. For the paired difference of two runs on the same
-    questions, pass the differences of their scores. level: probability that the interval covers the mean; resamples:
-    number of resampled means. The result depends only on scores and seed. Raises ValueError for no scores.
+    scores [N]: one for each question; questions are resampled with replacement, while the scores stay as they are, so
+    that CIDEr-D's document frequencies do not change. For the paired difference of two runs on the same questions, pass
+    the differences of their scores. level: probability that the interval covers the mean; resamples: number of
+    resampled means. The result depends only on scores and seed. Raises ValueError for no scores.
     """
     scores = np.asarray(scores, np.float64)
     if not scores.size:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from mm1.engine.evaluation.samples import (
@@ -22,7 +23,7 @@ from mm1.engine.evaluation.samples import (
 )
 from mm1.errors import UserError
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = ascii_uppercase
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 DISCIPLINES = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -48,37 +49,35 @@ def _scienceqa(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     problems, (splits_file, splits) = _problems(loaded)
     if split not in splits:
         raise UserError(f"{splits_file}: no split {split!r}, expected one of {', '.join(splits)}")
-    file, rows = problems
-    for i, key in enumerate(splits[split]):
+    (file, rows), ids = problems, splits[split]
+    for i, key in enumerate(ids):
         if isinstance(key, bool) or not isinstance(key, (int, str)):
             raise UserError(f"{splits_file}: id {i} of split {split} is {json.dumps(key)[:60]}, expected a string")
-    expect_match(splits_file, f"ids of split {split}", splits[split], f"problems of {file.name}", rows)
-    missing = [key for key in splits[split] if key not in rows]
-    if missing:
+    expect_match(splits_file, f"ids of split {split}", ids, f"problems of {file.name}", rows)
+    if missing := [key for key in ids if key not in rows]:
         warnings.warn(
-            f"{splits_file}: {len(missing)} of {len(splits[split])} ids of split {split} have no problem in "
+            f"{splits_file}: {len(missing)} of {len(ids)} ids of split {split} have no problem in "
             f"{file.name}, such as {missing[0]!r}: left out", stacklevel=2,
         )  # fmt: skip
     samples = []
-    for key in (key for key in splits[split] if key in rows):
-        row = rows[key]
+    for key, row in ((key, rows[key]) for key in ids if key in rows):
         text, hint = field(file, row, "question", str, key), field(file, row, "hint", str, key)
         name = optional(file, row, "image", str, key)
-        place = optional(file, row, "split", str, key) or split
-        path = images.at(f"{place}/{key}/{name}") if name else None  # all are named image.png
+        folder = optional(file, row, "split", str, key) or split
+        path = images.at(f"{folder}/{key}/{name}") if name else None  # all are named image.png
         grade = int(re.sub(r"\D", "", field(file, row, "grade", str, key)) or 0)
         contexts = ["TXT"] * bool(hint) + ["IMG"] * bool(name) or ["NO"]
         subject = optional(file, row, "subject", str, key)
         groups = (SUBJECTS.get(subject or "", "other"), *contexts, "G1-6" if grade <= 6 else "G7-12")
         options = tuple(field(file, row, "choices", list, key))
         number = optional(file, row, "answer", int, key)
-        right = () if number is None else (_letter(file, key, number, options),)
-        samples.append(Sample(key, path, text + (f"\nContext: {hint}" if hint else ""), right, options, groups))
+        answers = () if number is None else (_letter(file, key, number, options),)
+        samples.append(Sample(key, path, text + (f"\nContext: {hint}" if hint else ""), answers, options, groups))
     return samples
 
 
 def _problems(loaded: Loaded) -> tuple[tuple[Path, dict[str, Any]], tuple[Path, dict[str, list[str]]]]:
-    """Return the file of problems, and the file of splits or, without one, the splits that the problems state."""
+    """Return the file of problems, and the file of splits or, without one, the splits named in the problems."""
     file, problems = next((file, data) for file, data in loaded if _is_problems(data))
     for other, data in loaded:
         if other != file:
@@ -103,7 +102,7 @@ def _seed(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """Read SEED-Bench: {"questions": [{"question_id", "question", "choice_a" … "choice_d", "answer", "data_id",
     "data_type", "question_type_id"}], "question_type": {name: id}}.
 
-    The only split that is read is the data type image.
+    Only the data type image is read, as the split "image".
     """
     if split != "image":
         raise UserError(f"seed: no split {split!r}, expected image: videos are not read")
@@ -118,16 +117,16 @@ def _seed(loaded: Loaded, images: Images, split: str) -> list[Sample]:
             options = tuple(field(file, row, f"choice_{letter}", str, key) for letter in "abcd")
             name = field(file, row, "data_id", str, key)
             number = optional(file, row, "question_type_id", (int, str), key)
-            right = _right(file, key, row.get("answer"), options)
+            answers = _answers(file, key, row.get("answer"), options)
             path = images.find(name, f"{name}.jpg", f"{name}.png")
             group = (str(names.get(number, number)),)
-            samples.append(Sample(key, path, field(file, row, "question", str, key), right, options, group))
+            samples.append(Sample(key, path, field(file, row, "question", str, key), answers, options, group))
     return samples
 
 
 def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
     """Read MMMU: rows {"id": "validation_Subject_1", "question", "options": "['…', …]", "answer", "question_type",
-    "image_1" … "image_7"}; `<image 1>` in texts marks images, which are names of files in JSON.
+    "image_1" … "image_7"}. `<image 1>` in a text marks an image; in JSON an image is the name of a file.
 
     Groups are disciplines and subjects. Open questions have no options; their answer is a text, or a list written as
     a text.
@@ -148,18 +147,15 @@ def _mmmu(loaded: Loaded, images: Images, split: str) -> list[Sample]:
             answer = row.get("answer")
             if open_ended:
                 is_list = isinstance(answer, list) or str(answer).startswith("[")
-                answers = _strings(file, row, "answer", key) if is_list else [field(file, row, "answer", str, key)]
-                right = () if answers in ([""], ["?"]) else tuple(answers)
+                texts = _strings(file, row, "answer", key) if is_list else [field(file, row, "answer", str, key)]
+                answers = () if texts in ([""], ["?"]) else tuple(texts)
             else:
-                right = _right(file, key, answer, options)
+                answers = _answers(file, key, answer, options)
             subject = (re.fullmatch(r"[a-z]+_(.+)_\d+", key) or ["", "other"])[1]
-            samples.append(
-                Sample(
-                    key, pictures[0] if pictures else None, MARK.sub("<image>", text), right,
-                    tuple(MARK.sub("<image>", option) for option in options),
-                    (DISCIPLINE.get(subject, "other"), subject), tuple(pictures[1:]),
-                )
-            )  # fmt: skip
+            groups = (DISCIPLINE.get(subject, "other"), subject)
+            text, *options = (MARK.sub("<image>", part) for part in (text, *options))
+            image = pictures[0] if pictures else None
+            samples.append(Sample(key, image, text, answers, tuple(options), groups, tuple(pictures[1:])))
     return samples
 
 
@@ -183,7 +179,7 @@ def _picture(file: Path, row: Any, column: str, key: str, images: Images) -> Pic
     return images.find(value) if isinstance(value, str) else value
 
 
-def _right(file: Path, key: object, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
+def _answers(file: Path, key: object, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
     """Return the letter of the right option, or () where the answer is withheld."""
     if answer in (None, "", "?"):
         return ()
@@ -200,10 +196,10 @@ def _letter(file: Path, key: object, number: int, options: Sequence[str], answer
 
 
 def open_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Say whether a short text contains one of the answers, by the rule of MMMU's eval_open.
+    """Return whether a short text contains one of the answers, by the rule of MMMU's eval_open.
 
     Numbers are compared after rounding to two places. Other answers must be part of the text, ignoring case; a single
-    letter must have a space beside it.
+    letter must be next to a space.
     """
     parts = {*_normal(prediction), *map(_number, NUMBER.findall(prediction))}
     texts = [part for part in parts if isinstance(part, str)]

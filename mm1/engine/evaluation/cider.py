@@ -17,7 +17,7 @@ N, SIGMA = 4, 6.0
 
 Gram = tuple[str, ...]
 
-# Abbreviations that keep their period in any case, and those that keep it only when capitalised.
+# Abbreviations that keep their period in any case, and others that keep it only when capitalized.
 ABBREVIATIONS = (
     "st mr mrs ms dr co inc corp ltd jr sr ave blvd rd mt etc vs est rev gen prof jan feb mar apr jun jul aug sep "
     "sept oct nov dec mon tue tues wed thu thurs fri ft al ala ariz calif colo conn ct dak dept fla ga ind kan kans "
@@ -25,13 +25,13 @@ ABBREVIATIONS = (
     "cpl pvt sen sens rep reps gov govs hon messrs mme mlle pres supt ph bros assn univ intl cie plc bhd bldg esq "
     "cf tel ext ste natl mfg brig insp rt wm jos alex ph.d"
 )
-CAPITALISED = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
+CAPITALIZED = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
 LETTER = r"[^\W\d_]"
 TOKEN = re.compile(
     rf"""
     https?://\S+ | www\.[\w.-]*\w | [\w.+-]*@[\w.-]*\w | \#{LETTER}\w*
   | (?:{LETTER}\.)+(?!{LETTER})                                             # U.S.
-  | (?:(?i:{"|".join(map(re.escape, ABBREVIATIONS.split()))})|{CAPITALISED.replace(" ", "|")})\.(?!{LETTER})
+  | (?:(?i:{"|".join(map(re.escape, ABBREVIATIONS.split()))})|{CAPITALIZED.replace(" ", "|")})\.(?!{LETTER})
   | (?i:nos?|figs?|pp|op|prop)\.(?=\ ?\d)                                   # no. 5
   | [A-Z]+&[A-Z]+
   | '[Nn]' | (?i:n't|'(?:s|m|re|ve|d|ll|em|til|cause|n))(?!\w)
@@ -52,8 +52,8 @@ DROPPED = re.compile(r"['`\",:;?!…–—“”]|\.+|-+")
 def tokenize(text: str) -> list[str]:
     """Split a text like Stanford's PTBTokenizer 3.4.1 with -lowerCase and without punctuation, as coco-caption does.
 
-    The result is the same for all 24,019 captions of 4,800 images of COCO's validation set, but not for smileys, markup
-    and the like. Brackets stay, as -lrb- and so on: coco-caption drops only the upper-case names, after lower-casing.
+    The result is the same for all 24,019 captions of 4,800 images of COCO's validation set, but not for smileys and
+    markup. Brackets are kept, "(" as -lrb-: coco-caption drops only upper-case names, and that after lower-casing.
     """
     tokens = TOKEN.findall(text.replace("’", "'").replace("‘", "'"))
     return [WRITTEN.get(token) or token.lower() for token in tokens if not DROPPED.fullmatch(token)]
@@ -89,7 +89,7 @@ def _grams(text: str) -> Counter[Gram]:
 
 
 class _Vector:
-    """Holds the weighted n-grams of a text, their norm for each n, and the number of words."""
+    """Hold the weighted n-grams of a text, their norm for each n, and the number of words."""
 
     def __init__(self, grams: Counter[Gram], weight: Mapping[Gram, float], unseen: float):
         self.values = {gram: count * weight.get(gram, unseen) for gram, count in grams.items()}

@@ -1,18 +1,17 @@
 """Evaluate zero- and few-shot: run prompts of shots and query through the Engine, log predictions, and score them.
 
 The output folder has a file for each number of shots and each seed that shots are drawn with, `4-shot-seed-0.jsonl`,
-or `0-shot.jsonl` where nothing is drawn. Its first line states the settings, and each following line is a sample. A
+or `0-shot.jsonl` where no shots are drawn. Its first line has the settings, and each following line is a sample. A
 second run with the same settings evaluates the missing samples; a line that a crash truncated is discarded.
 """
 
 import hashlib
 import json
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -23,44 +22,18 @@ from mm1.engine.evaluation import benchmarks
 from mm1.engine.evaluation.benchmarks import Benchmark
 from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.evaluation.choices import LETTERS
+from mm1.engine.evaluation.config import Decoding, ShotSettings
 from mm1.engine.evaluation.fewshot import fingerprint
 from mm1.engine.evaluation.log import Counter, Log
-from mm1.engine.evaluation.prompts import Asked, How, Prompts
+from mm1.engine.evaluation.prompts import Asked, Prompts
 from mm1.engine.evaluation.samples import Images, Key, Sample
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.request import Request
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
-from mm1.errors import UserError, at_least
+from mm1.errors import UserError, at_least, require
 
 TEXT = 64  # tokens of text for each image that the cache is sized for
-METRICS = {"cider": "CIDEr", "vqa": "accuracy", "choice": "accuracy"}
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Holds the settings of decoding.
-
-    num_beams, length_penalty, early_stopping: as in Sampling; OpenFlamingo uses 3 beams and penalty 0 (its first
-    version: -2). normalize: options are compared by the "sum" or the "mean" of their tokens' log-probabilities; None:
-    as the benchmark does. Raises UserError for another value.
-    """
-
-    num_beams: int = 1
-    length_penalty: float = 0.0
-    early_stopping: bool = False
-    normalize: str | None = None
-
-    def __post_init__(self):
-        if self.normalize not in (None, "sum", "mean"):
-            raise UserError(f"normalize is {self.normalize!r}, expected sum or mean")
-
-    def sampling(self, benchmark: Benchmark) -> Sampling:
-        """Return the Engine's settings for a benchmark."""
-        return Sampling(
-            benchmark.max_tokens, stop=benchmark.stop, num_beams=self.num_beams, length_penalty=self.length_penalty,
-            early_stopping=self.early_stopping,
-        )  # fmt: skip
 
 
 def samples_of(
@@ -69,9 +42,9 @@ def samples_of(
 ) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
     """Return the samples to evaluate, and the samples that shots are drawn from.
 
-    data: the benchmark's folder or files; images: the images' folder (default: the data's); split: default the
-    benchmark's; shots_from: folder or files of the shots; limit: evaluate at most so many samples, drawn by `seed`.
-    Raises UserError.
+    data: the benchmark's folder or files; images: the images' folder (default: the data's); split: None for the
+    benchmark's default; shots_from: folder or files of the shots; limit: largest number of samples to evaluate, drawn
+    by `seed`. Raises UserError.
     """
     split = split or benchmarks.benchmark(name).split
     if not data:
@@ -87,84 +60,83 @@ def samples_of(
 
 
 class _Run(NamedTuple):
-    """Identifies one run: a number of shots, the seed that draws them, and the file of predictions."""
+    """Identify one run: a number of shots, the seed that draws them, None without a draw, and its predictions."""
 
     shots: int
-    seed: int
+    seed: int | None
     log: Log
 
 
 def evaluate(
     model: MM1, name: str, samples: Sequence[Sample], pool: Sequence[Sample], out: Path, *,
-    shots: Sequence[int] = (0, 4, 8), how: How = How(), seeds: Sequence[int] | None = None,
+    shots: Sequence[int] = (0, 4, 8), shot_settings: ShotSettings = ShotSettings(), seeds: Sequence[int] = (0,),
     decoding: Decoding = Decoding(), batch: int = 64, weights: str | None = None, display: TextIO | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return a report with scores from 0 to 100 (CIDEr · 100, or accuracy in percent) for each number of shots.
 
-    name: of the benchmark; pool: samples that shots are drawn from; out: folder of the predictions; how: form of the
-    prompts; batch, weights: settings of Engine; display: where progress is shown (default: standard error).
-    seeds: one evaluation for each seed of the drawing (default: the seed of `how`); the score is their mean, and sd
-    their sample standard deviation. The 95 % intervals come from resampling the questions. The interval of a mean over
-    seeds uses the same questions for every seed, so it does not cover the variation between shots; sd does.
+    name: of the benchmark; pool: samples that shots are drawn from; out: folder of the predictions; batch, weights:
+    settings of Engine; display: where progress is shown (default: standard error). seeds: one evaluation for each seed
+    of the draw; the score is their mean, and sd their sample standard deviation. The 95 % intervals come from
+    resampling the questions. The interval of a mean over seeds uses the same questions for every seed, so it does not
+    cover the variation between shots; sd does.
 
     A sample whose image cannot be read is listed and scored as an empty prediction. Samples without references are
-    counted and left out; if all are without, a submission is written instead of scores. Raises UserError if `out` has
-    predictions with other settings.
+    counted and left out; if no sample has references, a submission is written instead of scores. Raises UserError if
+    `out` has predictions with other settings.
     """
     benchmark = benchmarks.benchmark(name)
     at_least(1, batch=batch)
-    seeds = (how.seed,) if seeds is None else tuple(dict.fromkeys(seeds))
-    if not shots or min(shots) < 0:
-        raise UserError(f"shots are {list(shots)}, expected numbers ≥ 0")
-    if not seeds:
-        raise UserError("seeds are [], expected at least one")
-    decoding = replace(decoding, normalize=decoding.normalize or benchmark.normalize)
-    sampling = decoding.sampling(benchmark)
+    shots, seeds = sorted(set(shots)), list(dict.fromkeys(seeds))
+    require(bool(shots) and shots[0] >= 0, "shots", shots, "numbers ≥ 0")
+    require(bool(seeds), "seeds", seeds, "at least one")
+    normalize = decoding.normalize or benchmark.normalize
+    sampling = Sampling(
+        benchmark.max_tokens, stop=benchmark.stop, num_beams=decoding.num_beams, length_penalty=decoding.length_penalty
+    )
     unanswered = [sample for sample in samples if not sample.references]
     scored = len(unanswered) < len(samples)
     if scored:
         samples = [sample for sample in samples if sample.references]
     pool = [sample for sample in pool if sample.references]
-    shown = {key: value for key, value in vars(how).items() if key != "seed"}
-    common = {"benchmark": name, **shown, **vars(decoding), "model": fingerprint(model), "weights": weights,
+    settings = {**vars(shot_settings), **vars(decoding), "normalize": normalize}
+    common = {"benchmark": name, **settings, "model": fingerprint(model), "weights": weights,
               "samples": _digest(samples), "pool": _digest(pool)}  # fmt: skip
-    prompts = Prompts(model, benchmark, pool, how, out / "features.npz")
+    prompts = Prompts(model, benchmark, pool, shot_settings, out / "features.npz")
     runs = []
-    for n in sorted(set(shots), reverse=True):  # the longest prompts first, because they determine the cache's size
-        for seed in seeds if prompts.seeded(n) else seeds[:1]:
-            own = {"shots": n, "seed": seed if prompts.seeded(n) else None}
-            file = f"{n}-shot-seed-{seed}" if prompts.seeded(n) else f"{n}-shot"
-            runs.append(_Run(n, seed, Log(out / f"{file}.jsonl", common | own)))
+    for n in reversed(shots):  # the longest prompts first, because they determine the cache's size
+        for seed in seeds if prompts.seeded(n) else [None]:
+            file = f"{n}-shot" if seed is None else f"{n}-shot-seed-{seed}"
+            runs.append(_Run(n, seed, Log(out / f"{file}.jsonl", {**common, "shots": n, "seed": seed})))
     engine: Engine | None = None
     for n, seed, log in runs:
         todo = sorted((s for s in samples if s.key not in log.rows), key=lambda s: str(s.image))
         if todo:
             prompts.check(n, todo)
-            engine = engine or _engine(prompts, n, min(batch, len(samples)), weights, sampling, [*samples, *pool])
-            title = f"{name} {n}-shot" + (f" seed {seed}" if len(seeds) > 1 and prompts.seeded(n) else "")
-            with log, Counter(title, len(samples), len(log.rows), display or sys.stderr) as progress:
-                size = min(batch, len(samples))
-                worker = _Worker(engine, benchmark, sampling, decoding.normalize, log, progress, size)
-                worker.run(lambda sample, n=n, seed=seed: prompts.ask(n, sample, seed), todo)
+            size = min(batch, len(samples))
+            engine = engine or sized_engine(prompts, n, size, weights, sampling, [*samples, *pool])
+            title = f"{name} {n}-shot" + (f" seed {seed}" if len(seeds) > 1 and seed is not None else "")
+            with log, Counter(title, len(samples), len(log.rows), display) as progress:
+                worker = _Worker(engine, benchmark, sampling, normalize, log, progress, size)
+                worker.run(lambda sample, n=n, seed=seed or 0: prompts.ask(n, sample, seed), todo)
     results = []
-    for n in sorted(set(shots)):
-        logs = [(run.seed if prompts.seeded(n) else None, run.log) for run in runs if run.shots == n]
-        results.append({"shots": n, **_summary(name, benchmark, samples, logs, scored)})
-    unreadable_shots = {str(path): why for path, why in prompts.unreadable.items()}
+    for n in shots:
+        own = [run for run in runs if run.shots == n]
+        results.append({"shots": n, **_summary(name, benchmark, samples, own, scored)})
     omitted = None
     if scored and unanswered:
         omitted = {"samples": len(unanswered), "of": len(unanswered) + len(samples), "such_as": unanswered[0].key}
-    return {"benchmark": name, "metric": benchmark.metric, **shown, "seeds": list(seeds), **vars(decoding),
+    unreadable_shots = {str(path): why for path, why in prompts.unreadable.items()}
+    return {"benchmark": name, "metric": benchmark.metric.name, **settings, "seeds": seeds,
             "results": results, "unanswered": omitted, "unreadable_shots": unreadable_shots}  # fmt: skip
 
 
 def show(report: dict[str, Any]) -> str:
     """Return a report's table as text."""
-    metric = METRICS[report["metric"]]
+    title = benchmarks.benchmark(report["benchmark"]).metric.title
     seeds = f"seed{'s' * (len(report['seeds']) > 1)} {' '.join(map(str, report['seeds']))}"
     beams = f", {report['num_beams']} beams, length penalty {report['length_penalty']:g}" * (report["num_beams"] > 1)
     lines = [f"{report['benchmark']}, shots {report['choose']}, {seeds}{beams}",
-             f"  shots  {metric:>9}  {'95 % interval':>17}  {'sd':>6}  samples"]  # fmt: skip
+             f"  shots  {title:>9}  {'95 % interval':>17}  {'sd':>6}  samples"]  # fmt: skip
     for row in report["results"]:
         lines.append(_line(f"{row['shots']:>5}", row, row["sd"], row["samples"]))
         if row["unreadable"]:
@@ -192,16 +164,17 @@ def _line(name: str, row: dict[str, Any], sd: float | None = None, samples: int 
     return f"  {name:<5}  {score:>9}  {bounds:>17}  {spread:>6}  {samples:>7}".rstrip()
 
 
-def _engine(
+def sized_engine(
     prompts: Prompts, n: int, batch: int, weights: str | None, sampling: Sampling = Sampling(max_tokens=10),
     samples: Sequence[Sample] = (),
 ) -> Engine:  # fmt: skip
-    """Return an Engine whose cache holds `batch` typical prompts of n shots (at least four), and the longest one.
+    """Return an Engine whose cache is large enough for `batch` typical prompts of n shots, and for the longest one.
 
-    A typical prompt has TEXT tokens of text for each image.
+    A typical prompt has TEXT tokens of text for each image. batch: as in evaluate, but the cache holds at least four
+    typical prompts.
     """
-    slots, beams = prompts.model.config.connector.tokens, sampling.num_beams
-    high = n + 1 if prompts.how.high is None else min(n + 1, prompts.how.high)  # images with sub-images
+    slots, beams = prompts.model.config.images.slots, sampling.num_beams
+    high = n + 1 if prompts.settings.high is None else min(n + 1, prompts.settings.high)  # images with sub-images
     images = high * prompts.high.max_views + (n + 1 - high) * prompts.low.max_views
     length = images * slots + (n + 1) * TEXT + beams * prompts.benchmark.max_tokens
     many = max((len(sample.images) for sample in samples), default=1)
@@ -216,12 +189,12 @@ def _engine(
 
 @dataclass
 class _Worker:
-    """Runs samples through an engine into a log: it generates answers, or scores a sample's options."""
+    """Run samples through an engine into a log: generate answers, or score a sample's options."""
 
     engine: Engine
     benchmark: Benchmark
     sampling: Sampling
-    normalize: str | None
+    normalize: str
     log: Log
     progress: Counter
     batch: int
@@ -229,7 +202,7 @@ class _Worker:
     def run(self, ask: Callable[[Sample], Asked | str], todo: Sequence[Sample]) -> None:
         """Evaluate all samples. Threads read and encode the next prompts while the engine runs.
 
-        ask: returns a sample's prompt, or why there is none.
+        ask: returns a sample's prompt, or the reason why it cannot be made.
         """
         engine = self.engine
         encoding = deque[tuple[Sample, Future]]()
@@ -252,9 +225,10 @@ class _Worker:
                     except UserError as error:  # its image is unreadable, or it is too long
                         self._add(sample, [], "", {"unreadable": str(error)})
                 engine.step()
-                for requests, sample, keys in [r for r in running if all(request.finish for request in r[0])]:
+                complete = [r for r in running if all(request.finish for request in r[0])]
+                running = [r for r in running if r not in complete]
+                for requests, sample, keys in complete:
                     self._add(sample, keys, *self._answer(sample, requests))
-                running = [r for r in running if not all(request.finish for request in r[0])]
         finally:
             for requests, *_ in running:
                 for request in requests:
@@ -278,26 +252,26 @@ class _Worker:
     def _answer(self, sample: Sample, requests: Sequence[Request]) -> tuple[str, dict[str, Any]]:
         """Return the prediction, and further fields of its row."""
         if not sample.options:
-            return self.benchmark.answer(requests[0].text), {}
+            return self.benchmark.metric.clean(requests[0].text), {}
         sums, counts = ([f(request.logprobs) for request in requests] for f in (sum, len))
         values = [total / count for total, count in zip(sums, counts)] if self.normalize == "mean" else sums
         return LETTERS[int(np.argmax(values))], {"logprobs": sums, "tokens": counts}
 
     def _add(self, sample: Sample, keys: list[Key], prediction: str, extra: dict[str, Any]) -> None:
         row = {"key": sample.key, "shots": keys, "prediction": prediction, "references": sample.references}
-        if self.benchmark.metric != "cider" and sample.references:
-            row["score"] = self.benchmark.score(sample, prediction)
+        if self.benchmark.metric.alone and sample.references:
+            (row["score"],) = self.benchmark.metric.scores([sample], [prediction])
         self.log.add(row | extra)
         self.progress.add()
 
 
 def _summary(
-    name: str, benchmark: Benchmark, samples: Sequence[Sample], logs: Sequence[tuple[int | None, Log]], scored: bool
+    name: str, benchmark: Benchmark, samples: Sequence[Sample], runs: Sequence[_Run], scored: bool
 ) -> dict[str, Any]:
     """Return score, deviation and interval over all seeds, for each seed, and for each group over all seeds."""
     bad: dict[str, str] = {}
     each, scores = [], []
-    for seed, log in logs:
+    for _, seed, log in runs:
         predictions = {sample.key: log.rows[sample.key]["prediction"] for sample in samples}
         one: dict[str, Any] = {"seed": seed, "score": None, "interval": None, "submission": None}
         if scored:

@@ -1,4 +1,4 @@
-"""Few-shot prompts: their layouts, shots that resemble the query, images of two resolutions, majority votes.
+"""Make few-shot prompts: layouts, shots that resemble the query, images of two resolutions, majority votes.
 
 Prompts that begin with the same shots share pages of the prefix cache and image features: the Engine computes the
 shots once.
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -52,9 +53,9 @@ def multiple_choice(
     """Return a prompt with lettered options in the layout of ScienceQA (Lu et al. 2022).
 
     Without options it has the layout of `question`. Each `<image>` in text and options is replaced by the next image;
-    images without a mark stand before the text, and marks beyond the number of images are text.
+    images without a mark come before the text, and marks beyond the number of images are text.
     """
-    shown = " ".join(f"({letter}) {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options))
+    shown = " ".join(f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options))
     asked = f" Question: {text}\nOptions: {shown}\nAnswer:" if options else f" Question: {text} Short answer:"
     (parts,) = interleave([asked if images else asked.lstrip()], images, strict=False)
     return parts
@@ -62,21 +63,21 @@ def multiple_choice(
 
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """A question, images and texts in reading order, together with its answer."""
+    """Hold a question, images and texts in reading order, and its answer."""
 
     parts: "tuple[str | Image.Image, ...]"
     answer: str
 
     @property
     def shown(self) -> "tuple[str | Image.Image, ...]":
-        """Return the parts followed by the answer and a line break, as they stand in a prompt."""
+        """Return the parts, the answer and a line break, as they are in a prompt."""
         answer = f" {' '.join(self.answer.split())}\n"
         *before, last = self.parts
         return (*before, last + answer) if isinstance(last, str) else (*before, last, answer)
 
     @property
     def text(self) -> "Shot":
-        """Return the shot without its images; two such begin Flamingo's "zero-shot" prompts (Alayrac et al. 2022)."""
+        """Return the shot without its images, for Flamingo's "zero-shot" prompts (Alayrac et al. 2022)."""
         return Shot(tuple(part.lstrip() for part in self.parts if isinstance(part, str)), self.answer)
 
 
@@ -85,7 +86,7 @@ def few_shot(shots: Iterable[Shot], query: Prompt) -> "list[str | Media | Image.
     return [part for shot in shots for part in shot.shown] + list(query)
 
 
-Piece = list["str | list[View]"]  # part of a prompt with the views of its images, used in many prompts
+Piece = list["str | list[View]"]  # part of a prompt, with the views of its images, which many prompts can share
 
 
 def piece(model: MM1, parts: Prompt, policy: "ImagePolicy | None" = None) -> Piece:
@@ -94,7 +95,7 @@ def piece(model: MM1, parts: Prompt, policy: "ImagePolicy | None" = None) -> Pie
 
 
 def joined(model: MM1, pieces: Iterable[Piece]) -> tuple[Document, str]:
-    """Return the prompt that the pieces form, encoded, and its last text. Adjacent texts are encoded as one."""
+    """Return the document of a prompt made of the pieces, and its last text. Adjacent texts are encoded as one."""
     parts = joined_texts(part for piece in pieces for part in piece)
     return document_of(tokenizer_of(model), model.config.images.slots, parts), last_text(parts)
 
@@ -104,39 +105,38 @@ def encode_mixed(
 ) -> Document:
     """Encode a prompt with its last `last` images in high resolution and the images before them in low resolution.
 
-    high: how these last images become patches; default: the model's own policy. low: the same for the others; default:
-    `high` without sub-images, so that in a prompt of a fine-tuned MM1 the last images take 5 · 144 tokens each and the
+    high: policy of these last images; None for the model's own. low: policy of the other images; None for `high`
+    without sub-images. In a prompt of a fine-tuned MM1 the last images then have 5 · 144 tokens each, and those of the
     shots 144.
     """
     high = high or codec_of(model.config)
     low = low or replace(high, parts=1)
-    images_to_go = sum(not isinstance(part, str) for part in parts)
+    following = sum(not isinstance(part, str) for part in parts)  # images from this part on
     pieces = []
     for part in parts:
-        pieces.append(piece(model, [part], high if images_to_go <= last else low))
-        images_to_go -= not isinstance(part, str)
+        pieces.append(piece(model, [part], high if following <= last else low))
+        following -= not isinstance(part, str)
     return joined(model, pieces)[0]
 
 
 class Retrieval:
-    """Finds the images that resemble a query: cosine similarity of the encoder's mean output (RICES, Yang et al. 2022).
+    """Find the images that resemble a query: cosine similarity of the encoder's mean output (RICES, Yang et al. 2022).
 
-    features: float32 [N, Dv], one row of length 1 for each image of the pool, in its order. encoded: how many images
-    the encoder has processed, which those of the cache are not.
+    features: float32 [N, Dv], one row of norm 1 for each image of the pool, in its order. encoded: number of images
+    that the encoder has processed, without those in the cache.
     """
 
     def __init__(self, model: MM1, images: "Iterable[Image.Image]", *, batch: int = 32, file: Path | None = None):
         """Encode the pool `images`, `batch` at a time.
 
         file: a cache of features by image content. It is read first, and written if images were missing in it; features
-        that other weights computed are replaced. Raises UserError if the file is something else.
+        of other weights are replaced. Raises UserError if the file is not such a cache.
         """
         self.model, self.policy, self.batch, self.encoded = model, codec_of(model.config), batch, 0
         weights = fingerprint(model)
         self.cache = _read_features(file, weights) if file else {}
-        before = len(self.cache)
         self.digests, self.features = self._encode(images)
-        if file and len(self.cache) > before:
+        if file and self.encoded:
             _write_features(file, weights, self.cache)
 
     def nearest(self, images: "Iterable[Image.Image]", n: int) -> list[list[int]]:
@@ -151,7 +151,7 @@ class Retrieval:
         return neighbours
 
     def _encode(self, images: "Iterable[Image.Image]") -> tuple[list[bytes], np.ndarray]:
-        """Return the images' digests and features float32 [N, Dv] of length 1, computing those not in the cache."""
+        """Return the images' digests and features float32 [N, Dv] of norm 1. Those in the cache are not computed."""
         views, digests = map(self.policy.resize, images), []
         while chunk := list(islice(views, self.batch)):
             names = [view_digest(View("image", view)) for view in chunk]
@@ -176,7 +176,7 @@ class Retrieval:
 def fingerprint(model: MM1) -> str:
     """Return 16 hexadecimal digits that identify the weights.
 
-    Only the first 1,024 values of each parameter are hashed: a training step changes all.
+    Only the first 1,024 values of each parameter are hashed, because a training step changes all values.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -185,7 +185,7 @@ def fingerprint(model: MM1) -> str:
 
 
 def _read_features(file: Path, weights: str) -> dict[bytes, np.ndarray]:
-    """Return the features in a cache file by image digest; none if it is missing or of other weights."""
+    """Return the features in a cache file by image digest, empty if it is missing or of other weights."""
     if not file.exists():
         return {}
     try:
@@ -208,7 +208,7 @@ def _write_features(file: Path, weights: str, features: dict[bytes, np.ndarray])
 
 
 class Vote(NamedTuple):
-    """The result of a vote: the winning answer, normalised; the share of samples that gave it; all samples' texts."""
+    """Hold the result of a vote: the winning answer, normalized; the share of texts with this answer; all texts."""
 
     answer: str
     share: float
@@ -228,7 +228,7 @@ def vote(
 
 
 def majority(texts: Sequence[str], markers: Sequence[str] = MARKERS) -> Vote:
-    """Return the answer that most of the texts end with; of answers with as many votes the first one.
+    """Return the answer that most of the texts end with, the first one in a tie.
 
     Answers are compared as VQA compares them (`normalize`). A text that ends without an answer has no vote, but counts
     in the share.
@@ -239,7 +239,7 @@ def majority(texts: Sequence[str], markers: Sequence[str] = MARKERS) -> Vote:
 
 
 def final_answer(text: str, markers: Sequence[str] = MARKERS) -> str:
-    """Return the rest of the line behind the last marker, or the last line if no marker occurs. Case does not count."""
+    """Return the rest of the line after the last marker, or the last line if no marker occurs. Case is ignored."""
     lower = text.lower()
     ends = [start + len(m) for m in markers if (start := lower.rfind(m.lower())) >= 0]
     rest = text[max(ends) :] if ends else (text.strip().splitlines() or [""])[-1]

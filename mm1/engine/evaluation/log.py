@@ -1,4 +1,4 @@
-"""Log predictions to a file, row by row, and show progress."""
+"""Write predictions to a file, row by row, and show progress."""
 
 import json
 import time
@@ -13,9 +13,9 @@ from mm1.errors import UserError
 
 
 class Log:
-    """Holds rows by key, and appends each to a file at once.
+    """Hold rows by key, and append each to a file immediately.
 
-    rows: of earlier runs and of this one. Raises UserError for a file that is no log, or one with other settings.
+    rows: of earlier runs and of this one. Raises UserError for a file that is not a log or has other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -29,9 +29,9 @@ class Log:
             self.rows = {row["key"]: row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a file of predictions: {error}") from None
-        other = [f"{k} {earlier.get(k)!r} instead of {v!r}" for k, v in settings.items() if earlier.get(k) != v]
-        if other:
-            raise UserError(f"{path} holds predictions by other settings, {', '.join(other)}: choose another folder")
+        changes = [f"{k} {earlier.get(k)!r} instead of {v!r}" for k, v in settings.items() if earlier.get(k) != v]
+        if changes:
+            raise UserError(f"{path} has predictions of other settings, {', '.join(changes)}: choose another folder")
         with path.open("r+b" if data else "wb") as file:
             file.truncate(len(complete))
             if not complete:
@@ -56,11 +56,14 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 class Counter:
-    """Shows progress: a live bar on a terminal, elsewhere a line every five seconds."""
+    """Show progress: a live bar on a terminal, elsewhere a line every five seconds.
 
-    def __init__(self, title: str, total: int, done: int, out: TextIO):
+    done: rows of earlier runs; out: where to print, None for standard error.
+    """
+
+    def __init__(self, title: str, total: int, done: int, out: TextIO | None = None):
         self.title, self.total, self.done, self.initial = title, total, done, done
-        self.console = Console(file=out)
+        self.console = Console(file=out, stderr=out is None)
         self.start = self.printed = time.monotonic()
         bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.live = Progress(*bar, console=self.console) if self.console.is_terminal else None

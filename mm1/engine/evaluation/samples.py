@@ -1,4 +1,4 @@
-"""Define samples of a benchmark, and read them from its files."""
+"""Define the samples of a benchmark, and read its files."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Key = int | str
 
 @dataclass(frozen=True)
 class Embedded:
-    """Names the place of an image in a parquet file."""
+    """Name the place of an image in a parquet file."""
 
     file: Path
     row: int
@@ -34,13 +34,12 @@ Picture = Path | Embedded
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds one question of a benchmark.
+    """Hold one question of a benchmark.
 
     key: its name in submissions. image: the first image; None without images. question: `<image>` marks the place of an
     image; images without a mark come before the text, and a mark without an image is text. references: captions, the
-    answers of ten people, or the letter
-    of the right option; empty in test splits. options: of a multiple choice. groups: parts of the benchmark whose
-    scores it counts for. others: the images after the first.
+    answers of ten people, or the letter of the right option; empty in test splits. options: of a multiple choice.
+    groups: parts of the benchmark whose scores include it. others: the images after the first.
     """
 
     key: Key
@@ -75,7 +74,7 @@ def _column(file: Path, column: str) -> Any:
 
 
 class Images:
-    """Indexes the files below a folder by their names. Raises UserError if there is no such folder."""
+    """Index the files below a folder by their names. Raises UserError if there is no such folder."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -86,7 +85,7 @@ class Images:
             self.paths.update((name, Path(parent, name)) for name in names)
 
     def find(self, *names: str) -> Path:
-        """Return the first of these names that exists: as a path below the folder, or anywhere in it by its last part.
+        """Return the path of the first of these names that exists below the folder, in full or by its last part.
 
         If none exists, return the path that the first one would have.
         """
@@ -98,7 +97,7 @@ class Images:
         return self.folder / names[0]
 
     def at(self, name: str) -> Path:
-        """Return a path below `images` in the folder, or below the folder itself, for files that share a name."""
+        """Return the path of a name below the subfolder `images`, or else below the folder, not by its last part."""
         path = self.folder / "images" / name
         return path if path.is_file() else self.folder / name
 
@@ -113,14 +112,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Form:
-    """Describes a file format. read: returns the samples of a split; fits: says whether files have this format."""
+    """Define a file format. read: returns the samples of a split; fits: returns whether files have this format."""
 
     read: "Callable[[Loaded, Images, str], list[Sample]]"
     fits: "Callable[[Loaded], bool]"
 
 
 def rows_at(key: str | None, column: str = "") -> "Callable[[Loaded], bool]":
-    """Return a test of loaded files: one has a list of rows at this key, or is such a list if the key is None.
+    """Return a function that tests whether one of the files has a list of rows at this key; None: is such a list.
 
     column: a field that the first row must have.
     """
@@ -138,7 +137,7 @@ def rows_at(key: str | None, column: str = "") -> "Callable[[Loaded], bool]":
 def expect_match(file: Path, name: str, ids: Collection[Key], other: str, other_ids: Collection[Key]) -> None:
     """Raise UserError if both sides have ids but none in common; a partial match passes.
 
-    name, other: what the two sides are called in the error.
+    name, other: names of the two sides in the error.
     """
     if ids and other_ids and not set(ids) & set(other_ids):
         example, other_example = (json.dumps(next(iter(keys))) for keys in (ids, other_ids))
@@ -188,7 +187,7 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
+        raise UserError("reading parquet needs pyarrow: run pip install '.[data]' in a clone of mm1") from None
     try:
         table = parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:

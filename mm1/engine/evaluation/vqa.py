@@ -1,4 +1,4 @@
-"""Compute the accuracy of answers by agreement with ten people (Antol et al. 2015, VQA), as in the official evaluation.
+"""Compute the accuracy of answers by agreement with ten people as in the official evaluation (Antol et al. 2015, VQA).
 
 accuracy = mean over people of  min(1, number of the other people who gave this answer / 3)
 """
@@ -30,22 +30,20 @@ _REPAIRED = {
 def normalize(answer: str) -> str:
     """Return an answer in lower case without punctuation and articles, with digits for number words and apostrophes.
 
-    A punctuation mark is removed if it is beside a space anywhere in the text, or if the text has a comma between
+    A punctuation mark is removed if it is next to a space anywhere in the text, or if the text has a comma between
     digits; otherwise it becomes a space.
     """
-    text = _cleaned(answer)
-    joined = bool(_DIGIT_COMMA.search(text))
-    result = text
+    text = result = _cleaned(answer)
     for mark in _PUNCTUATION:
-        touches = joined or f"{mark} " in text or f" {mark}" in text
-        result = result.replace(mark, "" if touches else " ")
+        removed = f"{mark} " in text or f" {mark}" in text or _DIGIT_COMMA.search(text)
+        result = result.replace(mark, "" if removed else " ")
     result = _PERIOD.sub("", result, count=32)  # the official call passes a flag, whose value is 32, as the count
     words = [_NUMBERS.get(word, word) for word in result.lower().split()]
     return " ".join(_REPAIRED.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return an answer's accuracy, 0 to 1. If all people gave the same answer, nothing is normalised."""
+    """Return an answer's accuracy, 0 to 1. If all people gave the same answer, nothing is normalized."""
     prediction, answers = _cleaned(prediction), [_cleaned(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalize(prediction), [normalize(answer) for answer in answers]

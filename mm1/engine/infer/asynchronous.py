@@ -1,4 +1,4 @@
-"""Run an Engine behind asyncio: its steps run in a thread, and requests are coroutines.
+"""Run an Engine in a thread, with coroutines that await its requests.
 
 async with AsyncEngine(engine) as running:
     async for piece in running.stream(prompt, Sampling(max_tokens=32)):
@@ -19,7 +19,7 @@ import torch
 
 from mm1.engine.data.document import Document
 from mm1.engine.infer.engine import Engine
-from mm1.engine.infer.prompts import Prompt, encode_prompts
+from mm1.engine.infer.prompts import Prompt
 from mm1.engine.infer.request import Request
 from mm1.engine.infer.sampling import Sampling
 from mm1.errors import Busy
@@ -29,14 +29,14 @@ STOP_SECONDS = 10  # limit of the time that closing waits for the last step
 
 
 class Dead(RuntimeError):
-    """The engine has stopped and computes nothing more. The message says why."""
+    """Report why the engine has stopped and computes nothing more."""
 
 
 class Stream:
-    """Iterates asynchronously over the pieces of one request's text. Iterating raises a failed request's error.
+    """Iterate asynchronously over the pieces of one request's text. Iterating raises a failed request's error.
 
-    Pieces that a slow reader has not read are joined, so that they take no more memory than the text.
-    request: the engine's request; complete when the iterator ends.
+    Pieces that a slow reader has not read are joined, so that they take no more memory than the text. request: the
+    engine's request; complete when the iterator ends.
     """
 
     request: Request
@@ -63,7 +63,7 @@ class Stream:
         await self._outbox.wait()
 
     def _receive(self, message: str | Exception) -> None:
-        """Take a piece of the text, the end or an error; the empty piece says that the request was accepted."""
+        """Store a piece of the text, the end or an error. An empty piece reports that the request was accepted."""
         if isinstance(message, Exception):
             self._end = self._end or message
         else:
@@ -73,12 +73,14 @@ class Stream:
 
 
 class AsyncEngine:
-    """Runs an Engine in a thread. Use it with `async with`, in one event loop; nothing else may use the engine then.
+    """Run an Engine in a thread. Use it with `async with`, in one event loop; nothing else may use the engine then.
 
     A step that fails ends the requests that it computed, each with its own error, and the others go on; if the engine
-    does not say which these were, all running requests end. Once the device no longer responds, `dead` says why and
-    nothing more is computed. Closing waits for the current step, but at most STOP_SECONDS.
+    marks none as failed, all running requests end. Once the device no longer responds, `dead` is the reason and nothing
+    more is computed. Closing waits for the current step, but at most STOP_SECONDS. loop: the event loop.
     """
+
+    loop: asyncio.AbstractEventLoop
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -86,31 +88,39 @@ class AsyncEngine:
         self._closed = False
         self._opened = 0  # requests; used only by the loop
         self._awake: float | None = None  # begin of the thread's current step or command; None while it waits for work
-        self._streams: dict[Stream, Request] = {}  # used only by the thread, as is
-        self._outbox: list[tuple[Stream, str | Exception]] = []  # messages to the loop
+        self._streams: dict[Stream, Request] = {}  # used only by the thread
+        self._outbox: list[tuple[Stream, str | Exception]] = []  # messages to the loop; used only by the thread
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="mm1-engine", daemon=True)
 
     async def __aenter__(self) -> "AsyncEngine":
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._thread.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.dead, self._closed = self.dead or Dead("the engine is closed"), True
-        self._inbox.put(None)
+        self.stop()
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         if self.hangs:
             logging.getLogger("mm1").error("the engine's step has taken %.0f s: it is abandoned", self.step_seconds)
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function in the thread between two steps. If it raises, all requests end with a Dead."""
+        self._inbox.put(function)
+
+    def stop(self) -> None:
+        """End the thread after its current step, and all requests with a Dead."""
+        self._inbox.put(None)
+
     @property
     def hangs(self) -> bool:
-        """Say whether the engine was closed while its thread is in a step that does not end."""
+        """Return whether the engine was closed while its thread is in a step that does not end."""
         return self._closed and self._thread.is_alive()
 
     @property
     def alive(self) -> bool:
-        """Say whether requests are still computed."""
+        """Return whether requests are still computed."""
         return not self.dead and self._thread.is_alive()
 
     @property
@@ -139,17 +149,18 @@ class AsyncEngine:
         """
         if not self._thread.is_alive():
             ended = Dead("the engine's thread has ended") if self._thread.ident else None
-            raise self.dead or ended or RuntimeError("an AsyncEngine is used within `async with`")
+            raise self.dead or ended or RuntimeError("an AsyncEngine must be used within `async with`")
         if self._opened + len(jobs) > self.engine.capacity:
-            raise Busy(f"{self._opened} requests are being worked on already")
+            raise Busy(f"{self._opened} requests are open, expected at most {self.engine.capacity}")
         self._opened += len(jobs)
         streams = [Stream() for _ in jobs]
         try:
-            prompts = await self._encode([prompt for prompt, *_ in jobs])
+            encode = self.engine.encode
+            prompts = [p if isinstance(p, Document) else await asyncio.to_thread(encode, p) for p, *_ in jobs]
             if self.dead:  # checked here, because the thread may have stopped reading its inbox
                 raise Dead(f"the engine has stopped: {self.dead}")
             submissions = [(stream, prompt, *job[1:]) for stream, prompt, job in zip(streams, prompts, jobs)]
-            self._inbox.put(partial(self._submit, submissions))
+            self.call(partial(self._submit, submissions))
             for stream in streams:
                 while not stream._accepted:
                     if stream._end:
@@ -159,15 +170,7 @@ class AsyncEngine:
         finally:
             self._opened -= len(jobs)
             for stream in streams:
-                self._inbox.put(partial(self._cancel, stream))
-
-    async def _encode(self, prompts: Sequence[Prompt | Document]) -> list[Document]:
-        """Return documents as they are and other prompts encoded, which happens in a thread."""
-        rest = [prompt for prompt in prompts if not isinstance(prompt, Document)]
-        encoded = iter(
-            await asyncio.to_thread(encode_prompts, self.engine.model, rest, self.engine.context) if rest else ()
-        )
-        return [prompt if isinstance(prompt, Document) else next(encoded) for prompt in prompts]
+                self.call(partial(self._cancel, stream))
 
     async def stream(self, prompt: Prompt | Document, sampling: Sampling = Sampling()) -> AsyncGenerator[str, None]:
         """Yield the pieces of a text. Closing the generator or cancelling its reader cancels the request."""
@@ -188,13 +191,13 @@ class AsyncEngine:
         while True:
             try:
                 return self._serve()
-            except BaseException as error:  # otherwise no request would learn of it, and all would wait
+            except BaseException as error:  # without this all requests would wait forever
                 logging.getLogger("mm1").exception("the engine's thread failed")
                 self._die(Dead(f"{type(error).__name__}: {error}"))
                 self._report()
 
     def _serve(self) -> None:
-        """Take commands and steps until the inbox holds None."""
+        """Run commands and steps until None is in the inbox."""
         more = False
         while True:
             until = time.monotonic() + BETWEEN_SECONDS if more else math.inf
@@ -220,7 +223,7 @@ class AsyncEngine:
         self._streams.clear()
 
     def _submit(self, submissions: Sequence[tuple[Stream, Document, Sampling, int]]) -> None:
-        """Submit all requests to the engine, or report the error of the first one that it refuses to all of them."""
+        """Submit all requests to the engine, or report the error of the first refused one to all of them."""
         submitted: list[Stream] = []
         try:
             for stream, document, sampling, scored in submissions:
@@ -248,14 +251,14 @@ class AsyncEngine:
         except Exception as error:
             logging.getLogger("mm1").exception("a step failed")
             error.__traceback__ = None  # its frames hold the step's tensors
-            failed = error
+            step_error = error
         try:
-            ended = [s for s, request in self._streams.items() if request.finish == "failed"]
+            failed = [s for s, request in self._streams.items() if request.finish == "failed"]
             running = [s for s, request in self._streams.items() if request in self.engine.running]
-            self._fail(ended or running or list(self._streams), failed)
+            self._fail(failed or running or list(self._streams), step_error)
             torch.zeros(1, device=self.engine.device).item()
         except Exception as error:  # after a CUDA error every later call fails too
-            self._die(Dead(f"{error} after {failed}"))
+            self._die(Dead(f"{error} after {step_error}"))
         return bool(self._streams)
 
     def _fail(self, streams: list[Stream], error: Exception) -> None:
@@ -271,8 +274,8 @@ class AsyncEngine:
             self._outbox.append((stream, StopAsyncIteration()))
         if self._outbox:
             messages, self._outbox = self._outbox, []
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits for them
-                self._loop.call_soon_threadsafe(_deliver, messages)
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits for them
+                self.loop.call_soon_threadsafe(_deliver, messages)
 
 
 def _deliver(messages: list[tuple[Stream, str | Exception]]) -> None:

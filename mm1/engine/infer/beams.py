@@ -26,7 +26,7 @@ Tokens = tuple[int, ...]
 
 
 class Beam(NamedTuple):
-    """Holds one hypothesis: its new tokens, and the pages of its keys and values."""
+    """Hold one hypothesis: its new tokens, and the pages of its keys and values."""
 
     tokens: Tokens
     logprobs: tuple[float, ...]
@@ -34,8 +34,8 @@ class Beam(NamedTuple):
     table: np.ndarray  # int32: pages of the prompt and the tokens
 
 
-def pages_of(prompt: int, sampling: Sampling) -> int:
-    """Return how many pages a prompt of so many tokens and all its beams need at most.
+def pages_needed(prompt: int, sampling: Sampling) -> int:
+    """Return the largest number of pages that a prompt of `prompt` tokens and all its beams need.
 
     The last token of a text is not computed, so it needs no row.
     """
@@ -44,19 +44,19 @@ def pages_of(prompt: int, sampling: Sampling) -> int:
     return full + sampling.num_beams * own
 
 
-def tokens_of(prompt: int, beams: int, pages: int) -> int:
-    """Return how many tokens a prompt and one of its beams can have together on so many pages.
+def max_length(prompt: int, beams: int, pages: int) -> int:
+    """Return how many tokens a prompt of `prompt` tokens and one of its beams can have together on `pages` pages.
 
-    prompt: its tokens; beams share its full pages.
+    Beams share the prompt's full pages.
     """
     full = prompt // PAGE
     return (full + (pages - full) // beams) * PAGE
 
 
 class Beams:
-    """Searches for the best continuation of one prompt.
+    """Search for the best continuation of one prompt.
 
-    prompt: number of its tokens. pages: all pages that the search may use, the prompt's first. ends: says whether a
+    prompt: number of its tokens. pages: all pages that the search may use, the prompt's first. ends: returns whether a
     hypothesis is complete, by end-of-text or a stop string.
     """
 
@@ -98,21 +98,19 @@ class Beams:
         return [] if self.done else self._assign_pages(children[:n])
 
     def _is_over(self, likeliest: float, length: int) -> bool:
-        """Say whether the search ends by the second rule. likeliest: the best live beam's sum of log-probabilities."""
+        """Return whether the search ends by the second rule. likeliest: log-probability of the best live beam."""
         sampling = self.sampling
         if len(self.finished) < sampling.num_beams:
             return False
-        at = sampling.max_tokens if sampling.early_stopping == "never" and sampling.length_penalty > 0 else length
-        return sampling.early_stopping is True or likeliest / at**sampling.length_penalty <= self.finished[-1][0]
+        if sampling.early_stopping == "never" and sampling.length_penalty > 0:
+            length = sampling.max_tokens
+        return sampling.early_stopping is True or likeliest / length**sampling.length_penalty <= self.finished[-1][0]
 
     def _assign_pages(self, children: Sequence[tuple[int, Beam]]) -> list[tuple[int, int]]:
         """Make the children live. A parent's first child keeps its partly filled page; its other children copy it."""
         page, inside = divmod(self.prompt + len(children[0][1].tokens) - 1, PAGE)  # the place of the next row
-        heirs: set[int] = set()
-        keeps: list[bool] = []
-        for i, _ in children:
-            keeps.append(bool(inside) and i not in heirs)
-            heirs.add(i)
+        parents = [i for i, _ in children]
+        keeps = [inside > 0 and i not in parents[:rank] for rank, i in enumerate(parents)]
         used = {p for (_, beam), keep in zip(children, keeps) for p in beam.table[: page + keep].tolist()}
         free = (p for p in self.pool if p not in used)
         self.live, copies = [], []

@@ -1,4 +1,4 @@
-"""The paged cache of keys and values: allocates pages of PAGE tokens, and keeps full ones as a prefix cache.
+"""Cache keys and values in pages of PAGE tokens, and keep full pages as a prefix cache.
 
 A full page of a prompt or a generated text is registered under a name, the hash of its token ids, of the views of media
 in it (kind and values) and of the name of the page before it. A later prompt that begins the same shares these pages.
@@ -25,18 +25,18 @@ PAGE = 16
 
 
 class Rows(NamedTuple):
-    """New rows of B documents in one forward pass."""
+    """Hold the new rows of B documents in one forward pass."""
 
     cu_seqlens: Tensor  # int32 [B + 1]
     tables: Tensor  # int32 [B, M], the pages of each document
     lengths: Tensor  # int32 [B], rows of each document including the new ones
     slots: Tensor  # int64 [T], place of each new row among all pages' tokens
-    most: int  # the largest number of new rows of one document
-    behind: bool  # whether some documents have cached rows before the new ones
+    max_new_rows: int  # the largest number of new rows of one document
+    has_cached_rows: bool  # whether some documents have cached rows before the new ones
 
 
 class Cache:
-    """Allocates `pages` pages: to a document those of its prompt, and one more whenever it has filled its last.
+    """Allocate `pages` pages to documents: those of the prompt at first, and one more whenever the last one is full.
 
     Raises UserError if the device has no memory for them.
     """
@@ -45,12 +45,15 @@ class Cache:
         shape = (c.layers, pages, PAGE, c.kv_heads, c.head_width)
         try:
             self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        except RuntimeError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; a CPU's errors have no class of their own
+            if not any(
+                text in str(error) for text in ("out of memory", "allocate memory", "size calculation overflow")
+            ):
+                raise
             raise UserError(f"no memory for a cache of {pages * PAGE} tokens ({error})") from None
         self.pages = pages
         self.users = [0] * pages  # documents that use each page
-        self.free = bytearray(b"\1") * pages  # 1 where a page is free: runs are found by a search for bytes
-        self.free_count = pages
+        self.free = bytearray(b"\1") * pages  # 1 where a page is free: contiguous pages are found by a search for bytes
         self.cursor = 0  # the search for the next document's run begins here
         self.released = 0  # pages that became free or idle since the beginning
         self.page_of: dict[bytes, int] = {}  # registered pages by their names
@@ -58,18 +61,18 @@ class Cache:
         self.idle: OrderedDict[int, None] = OrderedDict()  # registered pages without a user, least recently used first
 
     @property
-    def room(self) -> int:
+    def available(self) -> int:
         """Return the number of pages that can be allocated."""
-        return self.free_count + len(self.idle)
+        return self.free.count(1) + len(self.idle)
 
     def allocate(self, count: int, shared: Sequence[int] = (), *, leave: int = 0, ahead: int = 0) -> list[int] | None:
         """Return `count` pages for a document that begins with the pages `shared`, None if fewer than `leave` remain.
 
-        New pages are contiguous where possible, with room for the document to grow to `ahead` pages before the next
-        document's begin.
+        New pages are contiguous where possible. The next document's pages begin after space for this one to grow to
+        `ahead` pages.
         """
         fresh = count - len(shared)
-        if fresh + leave > self.room - sum(page in self.idle for page in shared):
+        if fresh + leave > self.available - sum(page in self.idle for page in shared):
             return None
         for page in shared:
             self.users[page] += 1
@@ -79,24 +82,24 @@ class Cache:
         if new:
             self.cursor = new[-1] + 1 + max(ahead - count, 0)
         for page in new:
-            self._use(page)
+            self.users[page], self.free[page] = 1, 0
         return [*shared, *new]
 
     def extend(self, last: int) -> int | None:
         """Return one more page for a document whose last page is `last`, if possible the next one; None if full."""
-        if not self.room:
+        if not self.available:
             return None
         self._evict(1)
         page = last + 1 if last + 1 < self.pages and self.free[last + 1] else self._run(1)[0]
-        self._use(page)
+        self.users[page], self.free[page] = 1, 0
         return page
 
     def _evict(self, count: int) -> None:
         """Evict idle pages until `count` pages are free."""
-        while self.free_count < count:
+        for _ in range(count - self.free.count(1)):
             page, _ = self.idle.popitem(last=False)
             del self.page_of[self.name_of.pop(page)]
-            self._free(page)
+            self.free[page] = 1
 
     def _run(self, count: int) -> list[int]:
         """Return contiguous free pages, or else any free pages."""
@@ -104,15 +107,6 @@ class Cache:
         at = self.free.find(run, self.cursor)
         at = self.free.find(run) if at < 0 else at
         return list(range(at, at + count)) if at >= 0 else np.flatnonzero(self.free)[:count].tolist()
-
-    def _use(self, page: int) -> None:
-        self.users[page] += 1
-        self.free[page] = 0
-        self.free_count -= 1
-
-    def _free(self, page: int) -> None:
-        self.free[page] = 1
-        self.free_count += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """Release the pages of a document: registered ones become idle when their last user releases them."""
@@ -123,14 +117,14 @@ class Cache:
                 if page in self.name_of:
                     self.idle[page] = None
                 else:
-                    self._free(page)
+                    self.free[page] = 1
 
-    def count_registered(self, names: Sequence[bytes], before: int) -> int:
-        """Return how many of these names, from the first on, are registered. before: the result of the last call.
+    def count_registered(self, names: Sequence[bytes], previous: int) -> int:
+        """Return how many of these names, from the first on, are registered. previous: the result of the last call.
 
-        The time depends only on the difference to `before`, since a prefix loses its last pages first.
+        The time depends only on the difference to `previous`, because a prefix loses its last pages first.
         """
-        count = before if before <= len(names) and before and names[before - 1] in self.page_of else 0
+        count = previous if 0 < previous <= len(names) and names[previous - 1] in self.page_of else 0
         while count < len(names) and names[count] in self.page_of:
             count += 1
         return count
@@ -155,7 +149,7 @@ class Cache:
     def clear(self) -> None:
         """Drop the prefix cache: free idle pages; pages in use stay with their users, unregistered."""
         for page in self.idle:
-            self._free(page)
+            self.free[page] = 1
         self.page_of, self.name_of = {}, {}
         self.idle.clear()
 
@@ -164,7 +158,7 @@ class Cache:
         return [partial(_attend, keys, values, rows) for keys, values in zip(self.k.unbind(), self.v.unbind())]
 
     def rows(self, tables: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int], ends: Sequence[int]) -> Rows:
-        """Return rows `starts` to `ends` of the documents whose pages are `tables` as one forward pass's Rows."""
+        """Return the Rows of a forward pass over rows `starts` to `ends` of the documents whose pages are `tables`."""
         device, width = self.k.device, max(map(len, tables), default=0)
         table = np.zeros((len(tables), width), np.int32)
         for b, pages in enumerate(tables):
@@ -185,26 +179,26 @@ def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: T
     """
     keys.flatten(0, 1).index_copy_(0, rows.slots, k)
     values.flatten(0, 1).index_copy_(0, rows.slots, v)
-    if not rows.behind:
+    if not rows.has_cached_rows:
         return attention(q, k, v, rows.cu_seqlens, mask=Causal())
-    return paged_attention(q, keys, values, rows.cu_seqlens, rows.tables, rows.lengths, rows=rows.most)
+    return paged_attention(q, keys, values, rows.cu_seqlens, rows.tables, rows.lengths, rows=rows.max_new_rows)
 
 
 def page_names(tokens: np.ndarray, digests: Sequence[bytes], image_id: int, slots: int) -> list[bytes]:
     """Return the names of a prompt's full pages, except for a last one that ends with the prompt.
 
-    digests: of its views of media (record.view_digest), each of which has `slots` tokens image_id; slots is 0 where the
-    model takes text alone.
+    digests: of its views of media (record.view_digest). image_id: the token of a medium's slot; each view has `slots`
+    of them, 0 where the model takes text alone.
     """
     names, name, slots = [], b"", max(slots, 1)
     counts = np.cumsum(tokens == image_id)  # slots of media up to each row
     for start in range(0, len(tokens) - PAGE, PAGE):
-        first, last = (int(counts[start - 1]) if start else 0) // slots, cdiv(int(counts[start + PAGE - 1]), slots)
+        first, last = int(counts[start - 1] if start else 0) // slots, cdiv(int(counts[start + PAGE - 1]), slots)
         name = page_name(name, tokens[start : start + PAGE], digests[first:last])
         names.append(name)
     return names
 
 
-def page_name(before: bytes, tokens: np.ndarray, digests: Sequence[bytes]) -> bytes:
-    """Return the name of a page of these tokens after the page named `before`, in which these views have slots."""
-    return hashlib.sha256(before + np.asarray(tokens, np.int32).tobytes() + b"".join(digests)).digest()
+def page_name(previous: bytes, tokens: np.ndarray, digests: Sequence[bytes]) -> bytes:
+    """Return the name of the page after the page named `previous`: of its tokens and of the views with slots in it."""
+    return hashlib.sha256(previous + np.asarray(tokens, np.int32).tobytes() + b"".join(digests)).digest()

@@ -3,7 +3,7 @@
 A library runs with the user's rights, so it is loaded only if nobody else could have written it: folder and file must
 belong to the user, and no other user may write them. If only the group may write the user's folder, as with a umask of
 002, that right is removed. A file ends in the SHA-256 of its key and its content, because loading a truncated library
-can kill the process (SIGBUS). If the cache cannot be used, the code is compiled for this process alone, in a private
+can kill the process (SIGBUS). Where the cache cannot be used, the code is compiled for this process alone, in a private
 folder that is removed after loading.
 """
 
@@ -18,30 +18,31 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-LIMIT = 120.0  # seconds that a compiler may take; three are usual
+LIMIT = 120.0  # seconds after which a compiler is killed; three are usual
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 DIGEST = hashlib.sha256().digest_size
 log = logging.getLogger(__name__)
 
 
 class CannotCompile(Exception):
-    """Says in one line why a source cannot be compiled."""
+    """Report in one line why a source cannot be compiled."""
 
 
 def compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: Callable[[], Path]) -> ctypes.CDLL:
     """Return the compiled source, from the cache folder if it was compiled before. Raises CannotCompile.
 
     compiler: a program and its first arguments; flags: its options; folder: returns the cache folder, which is created
-    if it does not exist, or raises OSError, or RuntimeError as Path.home() does.
+    if it is missing, or raises OSError, or RuntimeError as Path.home() does.
     """
     parts = [source.read_text(), compiler, version_of(compiler), flags, processor()]
     key = hashlib.sha256(repr(parts).encode()).digest()
     path, why = None, ""
     try:
-        place = folder()
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _close_to_group(place)
-        _expect_private(place)
-        path = place / f"{key.hex()[:24]}.so"
+        directory = folder()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _close_to_group(directory)
+        _expect_private(directory)
+        path = directory / f"{key.hex()[:24]}.so"
     except (OSError, RuntimeError) as error:
         why = str(error)
     if path and (loaded := _loaded(path, key)):
@@ -70,7 +71,7 @@ def version_of(compiler: list[str]) -> str:
 
 
 def processor() -> str:
-    """Describe the processor, on which -march=native depends: several machines may share one home folder."""
+    """Return a description of the processor, because machines that share a home folder may need different code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -90,12 +91,11 @@ def _loaded(path: Path, key: bytes) -> ctypes.CDLL | None:
         return None
 
 
-def _close_to_group(place: Path) -> None:
+def _close_to_group(directory: Path) -> None:
     """Remove the group's right to write the user's own folder; files in it are still checked when they are loaded."""
-    status = place.stat()
-    shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP
-    if shared and status.st_uid == os.geteuid():
-        place.chmod(0o700)
+    status = directory.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & OTHERS_WRITE == stat.S_IWGRP:
+        directory.chmod(0o700)
 
 
 def _expect_private(path: Path) -> None:
@@ -103,27 +103,25 @@ def _expect_private(path: Path) -> None:
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_mode & OTHERS_WRITE:
         raise PermissionError(f"others may write {path}: chmod go-w {path}")
 
 
 def _store(data: bytes, path: Path, key: bytes) -> None:
     """Write a library atomically; other processes may write the same file. Raises OSError."""
-    number, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f"{path.stem}.", suffix=".part"
-    )  # only this user can read it
+    number, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".part")  # private to this user
     try:
         with open(number, "wb") as file:
             file.write(data + hashlib.sha256(key + data).digest())
-        os.replace(name, path)
+        os.replace(part, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> str:
-    """Run a compiler and return what it prints.
+    """Run a compiler and return its output. Raises CannotCompile if it fails or takes longer than LIMIT.
 
-    Raises CannotCompile if it fails or takes too long; then it is killed with its children.
+    After LIMIT, or an interrupt, it is killed with its children.
     """
     with tempfile.TemporaryFile() as output:
         try:

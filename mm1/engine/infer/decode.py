@@ -21,8 +21,8 @@ from mm1.kernels.tuning import cache_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-PRODUCTS = 300_000_000  # multiply-adds that take less time than the calls of torch (digits: 220 rows of 1.4 M)
-PAIRS = 4  # time of a multiply-add in attention, whose keys each row reads again, in multiply-adds of a weight
+PRODUCTS = 300_000_000  # multiply-adds that take as long as the calls of torch (digits: 220 rows of 1.4 M)
+PAIRS = 4  # time of a multiply-add in attention, where each row reads the keys again, over one with a weight
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -50,8 +50,8 @@ class _Model(ctypes.Structure):
 def library() -> "ctypes.CDLL | None":
     """Return the compiled code, from the user's cache if it was compiled before; warn and return None if that fails."""
     try:
-        if os.name != "posix":  # the flags are those of POSIX compilers, whatever CXX says
-            why = f"{SOURCE.name} is compiled on POSIX systems alone"
+        if os.name != "posix":  # FLAGS are for POSIX compilers
+            why = f"{SOURCE.name} is compiled only on POSIX systems"
         else:
             usual = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
             compiler = shlex.split(os.environ.get("CXX", "")) or ([usual] if usual else [])
@@ -67,8 +67,8 @@ def library() -> "ctypes.CDLL | None":
 def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
     """Return the step of a decoder, or None where it cannot run.
 
-    It runs neither on a GPU nor in fp16 nor with torchao's weights, nor if decode.cpp cannot be compiled.
-    decoder, head: a DecoderLM and its Head, or the two that quantize.py returns for them.
+    It runs neither on a GPU nor in fp16 nor with torchao's weights, nor where decode.cpp cannot be compiled.
+    decoder, head: a DecoderLM and its Head, or the two modules that quantize.py returns for them.
     """
     supported = all(
         type(p) is nn.Parameter and p.dtype in KINDS and p.is_contiguous() and not name.endswith("bias")
@@ -79,7 +79,7 @@ def step_of(decoder: nn.Module, head: nn.Module, cache: Cache) -> "Step | None":
 
 
 class Step:
-    """Runs a decoder and its head over a cache; the weights are used in place, not copied."""
+    """Run a decoder and its head over a cache; the weights are used in place, not copied."""
 
     def __init__(self, decoder: Any, head: Any, cache: Cache, code: ctypes.CDLL):
         c = decoder.config
@@ -113,11 +113,11 @@ class Step:
         )  # fmt: skip
 
     def is_faster(self, rows: int, pairs: int) -> bool:
-        """Say whether this step is faster than torch. pairs: keys that a row attends to, summed over the rows."""
+        """Return whether this step is faster than torch. pairs: keys that a row attends to, summed over the rows."""
         return rows * self._row + pairs * self._pair <= PRODUCTS
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the arguments of step_of, because addresses and code belong to this process."""
+        """Return the arguments of step_of to pickle, because addresses and code belong to this process."""
         return step_of, self._arguments
 
     def _vector(self, x: Any) -> int:
@@ -136,22 +136,23 @@ class Step:
         self, rows: Sequence[int] | Tensor, positions: Sequence[int] | np.ndarray, tables: Sequence[np.ndarray],
         outputs: Sequence[int] | np.ndarray | None = None,
     ) -> tuple[Tensor, list[int], list[float]]:  # fmt: skip
-        """Return logits fp32 [B, V], the likeliest tokens and their log-probabilities after B new rows (or some).
+        """Return logits fp32 [B, V], the likeliest tokens and their log-probabilities after B of the new rows.
 
-        rows: token ids, or embeddings fp32 [B, D]; positions: of the rows in their texts; tables int32: the pages of
-        each row's text; outputs: indices of the rows to return, by default all. A row attends to its text's cached rows
-        and to its new rows up to itself.
+        rows: token ids, or embeddings fp32 [T, D]; positions: of the rows in their texts; tables int32: the pages of
+        each row's text; outputs: indices of the B rows, None for all. A row attends to its text's cached rows and to
+        its new rows up to itself.
         """
-        B, last = len(positions), range(len(positions)) if outputs is None else outputs
-        logits, best = torch.empty(len(last), self.vocabulary), np.empty(len(last), np.int64)
-        logprobs = np.empty(len(last), np.float32)
+        outputs = np.arange(len(positions)) if outputs is None else np.array(outputs, np.int64)
+        logits, best = torch.empty(len(outputs), self.vocabulary), np.empty(len(outputs), np.int64)
+        logprobs = np.empty(len(outputs), np.float32)
         inputs = rows.contiguous().numpy() if isinstance(rows, Tensor) else np.array(rows, np.int64)
-        places = (None, inputs.ctypes.data) if isinstance(rows, Tensor) else (inputs.ctypes.data, None)
+        ids_and_embeddings = (None, inputs) if isinstance(rows, Tensor) else (inputs, None)
         pages = np.array([table.ctypes.data for table in tables], np.uintp)
-        at, which = np.array(positions, np.int64), np.array(last, np.int64)
+        sources = (*ids_and_embeddings, np.array(positions, np.int64), pages)
         self.code.decode(
-            ctypes.byref(self._model), c_int64(B), *map(c_void_p, (*places, at.ctypes.data, pages.ctypes.data)),
-            c_int64(len(last)), *(c_void_p(x.ctypes.data) for x in (which, logits.numpy(), best, logprobs)),
+            ctypes.byref(self._model), c_int64(len(positions)),
+            *(c_void_p(None if x is None else x.ctypes.data) for x in sources), c_int64(len(outputs)),
+            *(c_void_p(x.ctypes.data) for x in (outputs, logits.numpy(), best, logprobs)),
             c_int(torch.get_num_threads()),
         )  # fmt: skip
         return logits, best.tolist(), logprobs.tolist()

@@ -1,10 +1,11 @@
-"""Detokenize a stream: return the text of a request's tokens, up to end-of-text or a stop string.
+"""Detokenize a request's tokens as they arrive, up to end-of-text or a stop string.
 
-The text is that of TextTokenizer.decode, and so is the concatenation of the streamed pieces. The time for a token does
-not depend on the length of the text.
+The text and the concatenation of its streamed pieces equal the result of TextTokenizer.decode. The time for a token
+does not depend on the length of the text.
 """
 
 import codecs
+import io
 from collections.abc import Callable, Sequence
 
 from mm1.engine.data.text_tokenizer import TextTokenizer
@@ -12,10 +13,11 @@ from mm1.engine.data.text_tokenizer import TextTokenizer
 MARGIN = 3  # bytes after a cut that can belong to a character before it
 
 
-class Text:
-    """Collects the text of one request; it ends at end-of-text or before a stop string.
+class TextStream:
+    """Collect the text of one request, which ends at end-of-text or before a stop string.
 
-    stop: stop strings; emit: called with each piece that no stop string can still remove; done: whether it has ended.
+    stop: stop strings; emit: called with each piece that no stop string can still remove, None: nobody; done: whether
+    the text has ended.
     """
 
     def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], emit: Callable[[str], None] | None):
@@ -23,15 +25,14 @@ class Text:
         self.done = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # buffers the bytes of an incomplete character
         self._begun = False  # whether a token has added text
-        self._settled: list[str] = []
+        self._settled = io.StringIO()
         self._pending = ""  # the text's end, while it can be the beginning of a stop string
-        self._unsent: list[str] = []
+        self._unsent = ""
 
     @property
     def text(self) -> str:
         """Return the text so far, without an incomplete character at its end."""
-        self._settled = ["".join(self._settled)]
-        return self._settled[0] + self._pending
+        return self._settled.getvalue() + self._pending
 
     def add(self, token: int) -> None:
         """Append a token. Raises what `emit` raises."""
@@ -52,7 +53,7 @@ class Text:
         self._send()
 
     def ends(self, tokens: Sequence[int]) -> bool:
-        """Say whether the last of these tokens ends a text that has not ended before it."""
+        """Return whether the last of these tokens ends a text that has not ended before it."""
         if tokens[-1:] == (self.tokenizer.eos,):
             return True
         if not self.stop:
@@ -82,14 +83,13 @@ class Text:
 
     def _settle(self, text: str, pending: str) -> None:
         self._pending = pending
-        if text:
-            self._settled.append(text)
-            self._unsent.append(text)
+        self._settled.write(text)
+        self._unsent += text
 
     def _send(self) -> None:
-        pieces, self._unsent = self._unsent, []  # emptied first, because emit may cancel the request
-        if self.emit and pieces:
-            self.emit("".join(pieces))
+        text, self._unsent = self._unsent, ""  # emptied first, because emit may cancel the request
+        if self.emit and text:
+            self.emit(text)
 
 
 def _whole_characters(data: bytes) -> str:

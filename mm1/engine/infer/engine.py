@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from mm1.engine.data.document import Document
-from mm1.engine.infer.beams import Beams, tokens_of
+from mm1.engine.infer.beams import Beams, max_length, pages_needed
 from mm1.engine.infer.cache import PAGE, Cache, Rows, page_names
 from mm1.engine.infer.decode import step_of
-from mm1.engine.infer.detokenizer import Text
+from mm1.engine.infer.detokenizer import TextStream
 from mm1.engine.infer.features import Features
 from mm1.engine.infer.graphs import PAGES, Graphs
 from mm1.engine.infer.prompts import Prompt, encode_prompts, refuse_long, refuse_malformed, tokenizer_of
-from mm1.engine.infer.request import Request, drawn
-from mm1.engine.infer.sampler import Choice, alternatives, choose
-from mm1.engine.infer.sampling import Draw, Sampling
+from mm1.engine.infer.request import Request, fitted
+from mm1.engine.infer.sampler import NextToken, alternatives, choose_tokens
+from mm1.engine.infer.sampling import GREEDY, Draw, Sampling
 from mm1.engine.infer.schedule import Schedule
 from mm1.engine.layers.blocked import Head, blocked
 from mm1.engine.layers.quantize import quantized
@@ -33,7 +33,7 @@ from mm1.errors import Busy, UserError, at_least
 from mm1.kernels.dispatch import cdiv
 
 TOKENS = 65_536  # default size of the cache
-ROWS = {"cpu": 512, "cuda": 8192}  # rows of prompts in a step: a long prompt takes 15 % longer than all at once
+ROWS = {"cpu": 512, "cuda": 8192}  # rows of prompts in a step; chunking makes a long prompt 15 % slower
 PATCHES = {"cpu": 2048, "cuda": 32_768}  # patches of images in a step
 SCORED = 256  # rows whose logits are in memory at once when a prompt is scored
 
@@ -41,7 +41,7 @@ Next = tuple[Tensor, list[int], list[float]]  # logits [B, V], the next tokens a
 
 
 class Engine:
-    """Runs a model for many requests at once. It is not thread-safe.
+    """Run a model for many requests at once. It is not thread-safe.
 
     The model's weights must not change afterwards: the engine copies some of them, quantized or in other layouts, and
     uses others in place.
@@ -53,7 +53,7 @@ class Engine:
     "float8" (quantize.py).
 
     context: limit of a prompt's tokens: the size of the cache, or the length that the model was trained on if that is
-    less. A text ends when prompt and text together reach it, whatever max_tokens says; a prompt of that length gets one
+    less. A text ends when prompt and text together reach it, even before max_tokens; a prompt of that length gets one
     token. Beams share only the prompt's pages, so their texts may end sooner.
     """
 
@@ -92,6 +92,10 @@ class Engine:
         """Return how many images have been encoded."""
         return self.features.encoded
 
+    def encode(self, prompt: Prompt | Document) -> Document:
+        """Return a prompt as a document. Raises UserError if it is longer than the context."""
+        return prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt], self.context)[0]
+
     def submit(
         self, prompt: Prompt | Document, sampling: Sampling = Sampling(), on_text: Callable[[str], None] | None = None,
         scored: int = 0,
@@ -101,51 +105,48 @@ class Engine:
         on_text: called with each piece of the text; scored: how many tokens at the prompt's end get log-probabilities.
         Raises Busy if the queue is full, UserError for a prompt that is longer than the context or malformed.
         """
-        document = prompt if isinstance(prompt, Document) else encode_prompts(self.model, [prompt], self.context)[0]
-        if not 0 <= scored < max(len(document.tokens), 1):
-            raise UserError(f"{scored} tokens to score, expected 0 to {len(document.tokens) - 1}: all but the first")
-        return self._enqueue(Request(document, sampling, Text(self.tokenizer, sampling.stop, on_text), scored))
-
-    def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
-        """Add an answer to score after a prompt; no token is generated. Raises UserError if it is empty, and as submit.
-
-        answer: token ids.
-        """
-        if not len(answer):
-            raise UserError("an answer to score is empty")
-        tokens = np.array([*prompt.tokens, *answer], np.int32)
-        document = replace(prompt, tokens=tokens)
-        return self._enqueue(Request(document, Sampling(), Text(self.tokenizer, (), None), len(answer), limit=0))
-
-    def _enqueue(self, request: Request) -> Request:
-        tokens, c = request.document.tokens, self.model.config
-        width, vocabulary, cache = request.sampling.num_beams, c.decoder.vocabulary, self.pages * PAGE
-        refuse_malformed(request.document, c.images.slots, self.tokenizer.image, vocabulary)
+        document = self.encode(prompt)
+        tokens, c, beams = document.tokens, self.model.config, sampling.num_beams
+        cache, last = self.pages * PAGE, len(tokens) - 1
+        if not 0 <= scored <= max(last, 0):
+            raise UserError(f"scored is {scored}, expected 0 to {last}, all tokens of the prompt but the first")
+        refuse_malformed(self.model, document)
         refuse_long(len(tokens), c.context, cache)
-        request.fit(min(c.context or cache, tokens_of(len(tokens), width, self.pages)))
-        if request.room > self.pages:
-            raise UserError(f"the prompt has {len(tokens)} tokens, the cache of {cache} has no room for {width} beams")
-        if beyond := [token for token, _ in request.sampling.biases if token >= vocabulary]:
-            raise UserError(f"logit_bias has token {beyond[0]}, expected 0 to {vocabulary - 1}")
-        if width > self.batch or (width > 1 and 2 * width > vocabulary):
-            raise UserError(f"{width} beams, expected at most {min(self.batch, vocabulary // 2)}")
+        sampling = fitted(sampling, len(tokens), min(c.context or cache, max_length(len(tokens), beams, self.pages)))
+        if pages_needed(len(tokens), sampling) > self.pages:
+            raise UserError(f"the prompt has {len(tokens)} tokens, the cache of {cache} is too small for {beams} beams")
+        if illegal := [token for token, _ in sampling.biases if token >= c.vocabulary]:
+            raise UserError(f"logit_bias has token {illegal[0]}, expected 0 to {c.vocabulary - 1}")
+        if beams > self.batch or (beams > 1 and 2 * beams > c.vocabulary):
+            raise UserError(f"num_beams is {beams}, expected at most {min(self.batch, c.vocabulary // 2)}")
         # Both counts together: between two steps a new request waits even if the batch has a place for it.
         if len(self.waiting) + len(self.running) >= self.capacity:
-            raise Busy(f"{len(self.waiting)} requests wait already")
-        request.places = np.flatnonzero(tokens == self.tokenizer.image)
+            raise Busy(f"the queue is full: {len(self.waiting)} requests are waiting")
+        request = Request(document, sampling, TextStream(self.tokenizer, sampling.stop, on_text), scored)
+        request.media_rows = np.flatnonzero(tokens == self.tokenizer.image)
         request.page_names = page_names(tokens, request.digests, self.tokenizer.image, c.images.slots)
         self.schedule.add(request)
         return request
 
+    def submit_answer(self, prompt: Document, answer: Sequence[int]) -> Request:
+        """Add a request that scores an answer after a prompt and generates no token, and return it.
+
+        answer: token ids. Raises Busy and UserError as `submit` does, and UserError if the answer is empty.
+        """
+        if not len(answer):
+            raise UserError("an answer to score is empty, expected tokens")
+        document = replace(prompt, tokens=np.array([*prompt.tokens, *answer], np.int32))
+        return self.submit(document, Sampling(max_tokens=0), scored=len(answer))
+
     def forget(self) -> None:
-        """Forget earlier prompts and images. After a change of weights make a new Engine."""
+        """Drop the prefix cache and the cached features of images."""
         self.cache.clear()
         self.features.clear()
 
     def cancel(self, request: Request) -> None:
-        """End a waiting or running request; it keeps its text so far. Then raises what its on_text raises."""
+        """End a waiting or running request, which keeps its text. Then raises what its on_text raises."""
         if request in self.waiting or request in self.running:
-            self._end(request, "cancelled")
+            self.schedule.end(request, "cancelled")
 
     def run(self) -> None:
         """Take steps until no request waits or runs."""
@@ -154,29 +155,29 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Decode a token of each running request, then prefill rows of prompts. Return whether there is more to do."""
+        """Decode a token of each running request, then prefill rows of prompts. Return whether any request is left."""
         if decoding := self.schedule.plan_decode():
             with self._fail_on_error(decoding):
-                widths, following, draws = self.decode(decoding)
+                row_counts, following, draws = self.decode(decoding)
                 for request in decoding:
                     self.schedule.advance(request, 0 if request.beams else 1)
-                choices = self._choose(decoding, widths, *following, draws)
-            self._append(decoding, choices)
+                next_tokens = self._choose(decoding, row_counts, *following, draws)
+            self._append(decoding, next_tokens)
         self.schedule.admit()  # after decoding: an on_text that fails there leaves no request half admitted
         if due := self.schedule.plan_prefill():
             with self._fail_on_error(due):
                 following = self.prefill(due)
             for request in due:
                 self.schedule.advance(request, request.due)
-            done = [request for request in due if not request.pending]
-            for request in done:
-                if not request.limit:
-                    self._end(request, "scored" if request.to_score else "length")
-            if begun := [request for request in done if request.limit]:
+            complete = [request for request in due if not request.pending]
+            for request in complete:
+                if not request.sampling.max_tokens:
+                    self.schedule.end(request, "scored" if request.to_score else "length")
+            if begun := [request for request in complete if request.sampling.max_tokens]:
                 with self._fail_on_error(begun):
-                    draws = [drawn(request) for request in begun]
-                    choices = self._choose(begun, [1] * len(begun), *following, draws)
-                self._append(begun, choices)
+                    draws = [request.draw() for request in begun]
+                    next_tokens = self._choose(begun, [1] * len(begun), *following, draws)
+                self._append(begun, next_tokens)
         return bool(self.running or self.waiting)
 
     @contextmanager
@@ -192,9 +193,9 @@ class Engine:
     def _fail(self, request: Request, error: BaseException) -> None:
         """End a request with an error. Its on_text is not called again, because it may be what failed."""
         request.error = request.error or error
-        request.silence()
+        request.output.emit = None
         if request in self.running:
-            self._end(request, "failed")
+            self.schedule.end(request, "failed")
         request.finish = "failed"
 
     def prefill(self, due: Sequence[Request]) -> Next:
@@ -214,7 +215,7 @@ class Engine:
             x = x.index_copy(0, self._to_device(images[0]), images[1].to(x.dtype))
         self.computed += len(tokens)
         stops = np.cumsum([request.due for request in due])  # by request, one past its last row
-        last = stops[[request.pending == request.due and request.limit > 0 for request in due]] - 1
+        last = stops[[request.pending == request.due and request.sampling.max_tokens > 0 for request in due]] - 1
         scored = [request.scoring_rows(start, end) for request, start, end in zip(due, starts, ends)]
         pairs = sum(request.due * (start + 1 + end) // 2 for request, start, end in zip(due, starts, ends))
         if self.one_step and self.one_step.is_faster(len(tokens), pairs) and not any(scored):
@@ -226,33 +227,33 @@ class Engine:
             if span:
                 self._score(request, span[0], hidden[first - start + span[0] : first - start + span[1]])
         if not len(last):  # no prompt is complete
-            return hidden.new_empty(0, self.model.config.decoder.vocabulary), [], []
+            return hidden.new_empty(0, self.model.config.vocabulary), [], []
         logits = self.head(hidden[self._to_device(last)])
         return logits, *greedy(logits)
 
     def decode(self, requests: Sequence[Request]) -> tuple[list[int], Next, Sequence[Draw | None]]:
         """Compute one row for each text, or for each live beam.
 
-        Return the number of rows of each request, logits and tokens after them, and for each row how its token is to be
-        drawn from the logits, None where the token already is.
+        Return the number of rows of each request, the logits and tokens after these rows, and each row's Draw, None
+        where the token is already drawn.
         """
-        heads = [request.heads() for request in requests]
-        tokens, starts, tables = zip(*(row for rows in heads for row in rows))
-        owners = [request for request, rows in zip(requests, heads) for _ in rows]
-        draws = [drawn(request) for request in owners]
+        last_rows = [request.last_rows() for request in requests]
+        tokens, starts, tables = zip(*(row for rows in last_rows for row in rows))
+        owners = [request for request, rows in zip(requests, last_rows) for _ in rows]
+        draws = [request.draw() for request in owners]
         remaining: Sequence[Draw | None] = draws
         if self.one_step:
             following = self.one_step(tokens, starts, tables)
         elif self.graphs and max(map(len, tables)) <= PAGES:
-            inside = [Draw(0, 1, 0, 0) if r.sampling.alters else draw for r, draw in zip(owners, draws)]
-            remaining = [None if draw is done else draw for draw, done in zip(draws, inside)]
+            inside = [GREEDY if r.sampling.alters else draw for r, draw in zip(owners, draws)]
+            remaining = [draw if r.sampling.alters else None for r, draw in zip(owners, draws)]
             following = self.graphs(tokens, starts, tables, inside)
         else:
             rows = self.cache.rows(tables, starts, [start + 1 for start in starts])
             x = self.model.decoder.embedding(self._to_device(np.array(tokens)))
             logits = self.head(self._hidden(x, self._to_device(np.array(starts)), rows))
             following = (logits, *greedy(logits))
-        return [len(rows) for rows in heads], following, remaining
+        return [len(rows) for rows in last_rows], following, remaining
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
         return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
@@ -269,64 +270,55 @@ class Engine:
             request.score(logprobs.gather(1, tokens[:, None])[:, 0].tolist(), top)
 
     def _choose(
-        self, requests: Sequence[Request], widths: Sequence[int], logits: Tensor, tokens: list[int],
+        self, requests: Sequence[Request], row_counts: Sequence[int], logits: Tensor, tokens: list[int],
         logprobs: list[float], draws: Sequence[Draw | None],
-    ) -> list[Choice]:  # fmt: skip
+    ) -> list[NextToken]:  # fmt: skip
         """Choose the next token of each request, and advance beam searches.
 
-        widths: rows of each request in logits, tokens, logprobs and draws; a row with a draw gets a token drawn from
-        its logits instead of the one in `tokens`.
+        row_counts: rows of each request in logits, tokens, logprobs and draws; a row with a draw gets a token drawn
+        from its logits instead of the one in `tokens`.
         """
-        firsts = [end - width for end, width in zip(accumulate(widths), widths)]
-        self._search([(r.beams, range(at, at + n)) for r, at, n in zip(requests, firsts, widths) if r.beams], logits)
+        spans = [range(end - count, end) for end, count in zip(accumulate(row_counts), row_counts)]
+        self._search([(request.beams, span) for request, span in zip(requests, spans) if request.beams], logits)
+        firsts = [span.start for span in spans]
         rows = logits if len(firsts) == len(logits) else logits[firsts]
         tokens, logprobs = [tokens[at] for at in firsts], [logprobs[at] for at in firsts]
-        return choose(requests, rows, tokens, logprobs, [draws[at] for at in firsts])
+        return choose_tokens(requests, rows, tokens, logprobs, [draws[at] for at in firsts])
 
-    def _append(self, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
+    def _append(self, requests: Sequence[Request], next_tokens: Sequence[NextToken]) -> None:
         """Append its next token to each request, and end those that are complete.
 
         Raises the first error of an on_text or a grammar, Ctrl-C included, after all requests have their tokens.
         """
-        failed: BaseException | None = None
-        for request, choice in zip(requests, choices):
+        first_error: BaseException | None = None
+        for request, following in zip(requests, next_tokens):
             if request.finish:  # cancelled by the on_text of an earlier request
                 continue
             try:
-                if choice.error:
-                    raise choice.error
-                if request.beams:
-                    if request.beams.done:
-                        self._end(request, "stop" if request._text.ends(request.beams.best.tokens) else "length")
-                    continue
-                request.append(*choice[:3])
-                if request.finish:  # cancelled by its own on_text
-                    continue
-                if request._text.done:
-                    self._end(request, "stop")
-                elif len(request.tokens) == request.sampling.max_tokens:
-                    self._end(request, "length")
+                if following.error:
+                    raise following.error
+                if not request.beams:
+                    request.append(*following[:3])
+                if not request.finish and (why := request.completion):  # finish: its own on_text may have cancelled it
+                    self.schedule.end(request, why)
             except BaseException as error:  # raised below, after the other requests have their tokens
-                failed = failed or error
+                first_error = first_error or error
                 self._fail(request, error)
-        if failed:
-            raise failed
+        if first_error:
+            raise first_error
 
     def _search(self, searches: "Sequence[tuple[Beams, range]]", logits: Tensor) -> None:
         """Advance each beam search by its rows of the logits."""
         if not searches:
             return
-        rows = [row for _, own in searches for row in own]
+        rows = [row for _, span in searches for row in span]
         count = 2 * max(beams.sampling.num_beams for beams, _ in searches)
         logprobs, tokens = (x.cpu().numpy() for x in logits[rows].float().log_softmax(-1).topk(count))
         copies, at = [], 0
-        for beams, own in searches:
-            copies += beams.advance(logprobs[at : at + len(own)], tokens[at : at + len(own)])
-            at += len(own)
+        for beams, span in searches:
+            copies += beams.advance(logprobs[at : at + len(span)], tokens[at : at + len(span)])
+            at += len(span)
         self.cache.copy(copies)
-
-    def _end(self, request: Request, why: str) -> None:
-        self.schedule.end(request, why)
 
 
 def greedy(logits: Tensor) -> tuple[list[int], list[float]]:

@@ -1,7 +1,7 @@
-"""Cache of media features: a view is encoded when its rows of a prompt are due, and its features are kept by digest.
+"""Encode media when their rows of a prompt are due, and cache the features.
 
-A digest names a view by its kind and values, so that requests with the same views share their features. The least
-recently used features are evicted when all together exceed a number of bytes.
+The cache finds features by a view's digest, a hash of its kind and values, so that requests with the same views share
+them. The least recently used features are evicted when the cache exceeds a number of bytes.
 """
 
 from collections import OrderedDict
@@ -18,9 +18,9 @@ from mm1.engine.models.spec import LanguageModel
 
 
 class Features:
-    """Holds features [n, D] of views by their digests.
+    """Hold features [n, D] of views by their digests.
 
-    patches: the number that one call encodes at most, except for one view that has more; max_bytes: of the cache.
+    patches: limit of patches that one call encodes, except for a single view that has more; max_bytes: of the cache.
     """
 
     def __init__(self, model: LanguageModel, patches: int, max_bytes: int):
@@ -30,14 +30,14 @@ class Features:
         self.encoded = 0  # views that were encoded since the beginning
 
     def rows(self, requests: Sequence[Request]) -> tuple[np.ndarray, Tensor] | None:
-        """Return the places of media among all rows that are due, int64 [rows], and their features [rows, D].
+        """Return the indices of media among all rows that are due, int64 [rows], and their features [rows, D].
 
         Return None where no row of a medium is due. If the views have more patches than one call encodes, `due` is
-        lowered for the requests whose views are encoded in a later call, to 0 if need be.
+        lowered for the requests whose views are encoded in a later call, to 0 if necessary.
         """
         features: dict[bytes, Tensor] = {}
         missing: dict[bytes, View] = {}
-        patch, room = self.model.config.images.patch, self.patches
+        patch, patches = self.model.config.images.patch, self.patches
         for request in requests:
             first, last = request.media_range(request.computed, request.computed + request.due)
             for i in range(first, last):
@@ -47,10 +47,10 @@ class Features:
                     features[digest] = cached
                 elif digest not in missing:
                     size = view.patches(patch)
-                    if missing and size > room:
-                        request.due = max(int(request.places[i * request.slots]) - request.computed, 0)
+                    if missing and size > patches:
+                        request.due = max(int(request.media_rows[i * request.slots]) - request.computed, 0)
                         break
-                    missing[digest], room = view, room - size
+                    missing[digest], patches = view, patches - size
         features.update(self._encode(missing))
         self._cache(features)
         return self._gather(requests, features)
@@ -60,20 +60,20 @@ class Features:
         for request in requests:
             start, end = request.computed, request.computed + request.due
             first, last = request.media_range(start, end)
-            begin, stop = np.searchsorted(request.places, [start, end]).tolist()  # its rows among those of all views
+            begin, stop = np.searchsorted(request.media_rows, [start, end]).tolist()  # the due rows among media_rows
             digests = request.digests[first:last]
             if digests:
                 skipped = begin - first * request.slots  # rows of the first view before `start`
                 parts.append(torch.cat([features[digest] for digest in digests])[skipped : skipped + stop - begin])
-                places.append(request.places[begin:stop] + (offset - start))
-            # The features of a view that goes on in the next step are kept for it, whatever is evicted until then.
+                places.append(request.media_rows[begin:stop] + (offset - start))
+            # The features of a view with rows in the next step are kept until then, even if the cache evicts them.
             unfinished = digests and stop < last * request.slots
             request.features = {digests[-1]: features[digests[-1]]} if unfinished else {}
             offset += request.due
         return (np.concatenate(places), torch.cat(parts)) if places else None
 
     def _encode(self, missing: dict[bytes, View]) -> dict[bytes, Tensor]:
-        """Encode views in one call, equal sizes side by side."""
+        """Encode views in one call, with equal sizes next to each other."""
         if not missing:
             return {}
         order = sorted(missing, key=lambda digest: missing[digest].values.shape)

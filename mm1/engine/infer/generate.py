@@ -1,16 +1,16 @@
-"""Generate texts that continue prompts, and score given answers."""
+"""Generate texts that continue prompts, and score answers to prompts."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from mm1.engine.data.document import Document, joined_texts
-from mm1.engine.infer.beams import pages_of
+from mm1.engine.infer.beams import pages_needed
 from mm1.engine.infer.cache import PAGE
 from mm1.engine.infer.engine import TOKENS, Engine
 from mm1.engine.infer.prompts import Prompt, continued, encode_prompts, last_text, tokenizer_of
@@ -23,66 +23,45 @@ from mm1.kernels.dispatch import cdiv
 
 @torch.inference_mode()
 def generate(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    *,
-    max_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    stop: str | Sequence[str] = (),
-    seed: int | None = None,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    early_stopping: bool | Literal["never"] = False,
-    min_p: float = 0.0,
-    frequency_penalty: float = 0.0,
-    presence_penalty: float = 0.0,
-    logit_bias: Mapping[int, float] | None = None,
-    weights: str | None = None,
-    on_text: Callable[[int, str], None] | None = None,
-) -> list[str]:
+    model: LanguageModel, prompts: Sequence[Prompt], *, weights: str | None = None,
+    on_text: Callable[[int, str], None] | None = None, **settings: Any,
+) -> list[str]:  # fmt: skip
     """Continue each prompt, a sequence of texts and PIL images, and return the new texts.
 
-    Settings are those of Sampling, and `weights` is Engine's; prompt i is sampled with seed + i. on_text(prompt number,
-    piece) is called as text arrives; a beam search gives its text at the end. A text ends where prompt and text
-    together reach the length that the model was trained on. Raises UserError for a prompt that is longer.
+    settings: fields of Sampling, such as max_tokens=20, temperature=0.7, seed=1, stop=["!"]; prompt i is sampled with
+    seed + i. weights: of Engine. on_text(prompt number, piece): called as text arrives; a beam search passes its text
+    at the end. A text ends where prompt and text together reach the context that the model was trained on. Raises
+    UserError for a longer prompt and for an illegal setting.
     """
-    sampling = Sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
-        logit_bias=logit_bias or {}, stop=stop, num_beams=num_beams, length_penalty=length_penalty,
-        early_stopping=early_stopping,
-    )  # fmt: skip
+    sampling = Sampling(**settings)
     documents = encode_prompts(model, prompts)
     lengths = [len(document.tokens) for document in documents]
-    pages = [pages_of(length, fitted(sampling, length, model.config.context or TOKENS)) for length in lengths]
+    pages = [pages_needed(length, fitted(sampling, length, model.config.context or TOKENS)) for length in lengths]
     count = max(len(prompts), 1)
-    engine = Engine(model, tokens=_tokens(pages), batch=count * num_beams, queue=count, weights=weights)
+    engine = Engine(model, tokens=_tokens(pages), batch=count * sampling.num_beams, queue=count, weights=weights)
     requests = []
     for i, document in enumerate(documents):
-        own = replace(sampling, seed=None if seed is None else seed + i)
-        requests.append(engine.submit(document, own, partial(on_text, i) if on_text else None))
+        seed = None if sampling.seed is None else sampling.seed + i
+        requests.append(engine.submit(document, replace(sampling, seed=seed), partial(on_text, i) if on_text else None))
     engine.run()
     return [request.text for request in requests]
 
 
 @torch.inference_mode()
 def score(model: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Return the log-probability of each answer after its prompt, summed over its tokens: for multiple choice.
+    """Return the log-probability of each answer after its prompt, summed over its tokens, for multiple choice.
 
     Prompt and answer are encoded as one text, which is then cut after the prompt (`continued`). A prompt's answers
-    share its pages. Raises UserError for an empty answer, and if prompt and answer exceed the length that the model was
-    trained on.
+    share its pages. Raises UserError for an empty answer, and if prompt and answer exceed the context that the model
+    was trained on.
     """
     encoded = encode_prompts(model, prompts)
     if len(answers) != len(encoded) or any(isinstance(texts, str) for texts in answers):
-        raise UserError(f"{len(encoded)} prompts, expected as many lists of answers")
+        raise UserError(f"score has {len(encoded)} prompts, expected one list of answers for each")
     documents = []
     for document, parts, texts in zip(encoded, prompts, answers):
         if not all(texts):
-            raise UserError("an answer to score is empty")
+            raise UserError("an answer to score is empty, expected a text")
         document, ids = continued(tokenizer_of(model), document, last_text(joined_texts(parts)), texts)
         documents.append([(document, tokens) for tokens in ids])
     flat = [pair for pairs in documents for pair in pairs]
@@ -94,7 +73,7 @@ def score(model: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[Seq
 
 
 def _tokens(pages: Sequence[int]) -> int:
-    """Return the cache size for requests of so many pages each: their sum, but at most TOKENS or the largest one."""
+    """Return the tokens of a cache for requests of these pages: their sum, but at most TOKENS or the largest one."""
     return max(min(sum(pages), TOKENS // PAGE), *pages, 1) * PAGE
 
 
@@ -103,7 +82,7 @@ def several(engine: Engine, prompt: Prompt | Document, n: int, sampling: Samplin
 
     The engine's other requests go on meanwhile.
     """
-    document = prompt if isinstance(prompt, Document) else encode_prompts(engine.model, [prompt], engine.context)[0]
+    document = engine.encode(prompt)
     seed = random.randrange(1 << 32) if sampling.seed is None else sampling.seed
     requests: list[Request] = []
     while len(requests) < n:

@@ -1,9 +1,9 @@
 """Compute grammar masks: which tokens may come next in a text that must be JSON of a schema.
 
 llguidance (MIT, no dependencies) computes the masks from the bytes of each token, so any tokenizer works. Clients'
-schemas are not trusted: for some schemas the library's time and memory are unlimited (a multipleOf of eight digits
-takes gigabytes). A schema is therefore tried first in a separate process, which is killed after SECONDS: this file, run
-as a program with the schema as standard input.
+schemas are not trusted: some take the library unlimited time and memory (a multipleOf of eight digits takes
+gigabytes). A schema is therefore tried first in a separate process, which is killed after SECONDS: this file, run as a
+program with the schema as standard input.
 """
 
 import json
@@ -37,30 +37,23 @@ LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_state
 
 
 class SchemaError(ValueError):
-    """A schema cannot be followed. The message is one line that says why."""
+    """Report in one line why a schema cannot be used."""
 
 
 class Grammar:
-    """Holds the grammar of JSON texts of one schema, in the tokens of one tokenizer. Requests can share it."""
+    """Hold the grammar of a schema's JSON texts, in the tokens of one tokenizer, and the state of one text in it."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
-    def begin(self) -> "Progress":
-        """Return the state of an empty text."""
-        return Progress(self._matcher.deep_copy())
-
-
-class Progress:
-    """Tracks the state of one text in its grammar."""
-
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    def begin(self) -> "Grammar":
+        """Return a copy for a new text. Only copies take tokens, so that requests can share a compiled grammar."""
+        return Grammar(self._matcher.deep_copy())
 
     def allowed(self, vocabulary: int) -> np.ndarray:
         """Return bool [vocabulary]: the tokens that may come next, end-of-text where the text may end.
 
-        Raises RuntimeError if the library gives up.
+        Raises RuntimeError if llguidance fails.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=min(8 * len(bits), vocabulary), bitorder="little").astype(bool)
@@ -78,7 +71,7 @@ class Progress:
 
 
 class Grammars:
-    """Compiles and caches grammars for one tokenizer. Its methods can be called from any thread."""
+    """Compile and cache grammars for one tokenizer. The methods can be called from any thread."""
 
     def __init__(self, tokenizer: "TextTokenizer"):
         self.tokenizer = tokenizer
@@ -95,9 +88,9 @@ class Grammars:
         return entry
 
     def compile(self, schema: str) -> Grammar:
-        """Return the grammar of a JSON schema, given as text; it can take seconds. Raises SchemaError.
+        """Return the grammar of a JSON schema, which can take seconds. Raises SchemaError.
 
-        Errors are cached too, because they can take as long to find.
+        Errors are cached too, because trying a schema again can take as long.
         """
         if grammar := self.cached(schema):
             return grammar
@@ -115,7 +108,7 @@ class Grammars:
 
     def _compile(self, schema: str) -> Grammar:
         if not find_spec("llguidance"):
-            raise SchemaError("it needs llguidance: pip install 'mm1-engine[serve]'")
+            raise SchemaError("it needs llguidance: run pip install '.[serve]' in a clone of mm1")
         refuse_costly(schema)
         try_apart(schema)
         matcher = _matcher(_tokens_of(self.tokenizer), schema)
@@ -125,9 +118,9 @@ class Grammars:
 
 
 class Tokens:
-    """Adapts a tokenizer to llguidance: the bytes of each token, and the tokens of a text.
+    """Adapt a tokenizer to llguidance: the bytes of each token, and the tokens of a text.
 
-    tokens: bytes by id, empty for tokens without text; special: control tokens; eos: end-of-text; encode: the real
+    tokens: bytes by id, empty for tokens without text; special: control tokens; eos: end-of-text; encode: the
     tokenizer's function from a text to ids.
     """
 
@@ -140,7 +133,7 @@ class Tokens:
         self.longest = max(map(len, self.ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return tokens of exactly this text: the tokenizer's, or if it adds a space, the longest matches."""
+        """Return tokens of exactly this text: the tokenizer's, or the longest matches if the tokenizer adds a space."""
         ids = self.encode(text.decode("utf-8", "replace"))
         if b"".join(self.texts[i] for i in ids) == text:
             return ids
@@ -180,7 +173,7 @@ def _matcher(tokens: Any, schema: str) -> Any:
 
 
 def refuse_costly(schema: str) -> None:
-    """Raise SchemaError for a schema that is large or deep, or has numbers that need an automaton of many states."""
+    """Raise SchemaError for a schema that is large or deep, or needs an automaton of many states."""
     if len(schema) > LARGEST:
         raise SchemaError(f"it has {len(schema)} characters, expected at most {LARGEST}")
     for depth, key, value in _walk(json.loads(schema), 1):
@@ -201,7 +194,7 @@ def refuse_costly(schema: str) -> None:
 
 
 def _walk(value: Any, depth: int) -> Iterable[tuple[int, Any, Any]]:
-    """Yield (depth, key, value) of all entries of nested objects and lists, as deep as DEEPEST + 1."""
+    """Yield (depth, key, value) of all entries of nested objects and lists, to the depth DEEPEST + 1."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:
         yield depth, key, inner
@@ -211,7 +204,7 @@ def _walk(value: Any, depth: int) -> Iterable[tuple[int, Any, Any]]:
 
 def try_apart(schema: str) -> None:
     """Run `_try` in another process. Raises SchemaError if it fails or takes too long."""
-    # -P stops modules beside this file from hiding the standard library's; the process inherits no environment.
+    # -P stops modules in this folder from hiding the standard library's; the process inherits no environment.
     command = [sys.executable, "-P", str(Path(__file__))]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
@@ -225,7 +218,7 @@ def try_apart(schema: str) -> None:
 
 
 def _try(schema: str) -> None:
-    """Write three texts of a schema with single bytes as tokens: always the first, middle or last one that is allowed.
+    """Write three texts of a schema with single bytes as tokens: always the first, the middle or the last legal byte.
 
     Raises SchemaError and RuntimeError.
     """
@@ -235,19 +228,19 @@ def _try(schema: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     letters = Tokens([*(bytes([i]) for i in range(256)), b""], [256], 256, lambda text: list(text.encode()))
-    prototype = _matcher(letters.build(), schema)
+    grammar = Grammar(_matcher(letters.build(), schema))
     for share in (0.0, 0.5, 0.999):
-        progress = Progress(prototype.deep_copy())
+        text = grammar.begin()
         for _ in range(TRIAL_TOKENS):
-            progress._check()
+            text._check()
             begun = time.process_time()
-            tokens = np.flatnonzero(progress.allowed(257))
+            tokens = np.flatnonzero(text.allowed(257))
             if time.process_time() - begun > STEP_SECONDS:
                 raise SchemaError("it is too costly to follow")
             token = int(tokens[int(share * len(tokens))])
             if token == 256:
                 break
-            progress.take(token)
+            text.take(token)
 
 
 def _line(message: str) -> str:

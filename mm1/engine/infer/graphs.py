@@ -1,7 +1,7 @@
-"""Run a decoding step on a GPU without launches by the CPU: compiled blocks and sampling in one CUDA graph.
+"""Run a decoding step on a GPU as one CUDA graph of compiled blocks and sampling.
 
-A graph is captured when its batch size, a power of two, first occurs; unused rows work on a page of their own. Launched
-one by one, the few hundred kernels of a step would take longer than reading the weights does.
+A graph is captured when its batch size, a power of two, first occurs; unused rows use a page of their own. If the CPU
+launched them one by one, the few hundred kernels of a step would take longer than reading the weights does.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mm1.engine.infer.cache import PAGE, Cache, Rows
-from mm1.engine.infer.sampling import Draw, sample
+from mm1.engine.infer.sampler import draw_tokens
+from mm1.engine.infer.sampling import GREEDY, Draw
 from mm1.engine.layers.blocked import twin
 from mm1.kernels.dispatch import power_of_2
 
@@ -21,17 +22,17 @@ PAGES = 512  # limit of a text's pages, so that all tables have one shape; longe
 
 
 class Captured(NamedTuple):
-    """Holds a captured graph with its static inputs and outputs."""
+    """Hold a captured graph with its static inputs and outputs."""
 
     graph: "torch.cuda.CUDAGraph"
     whole: Tensor  # int32 [B, 2 + PAGES]: token, position, pages
-    draws: Tensor  # fp32 [B, 5]: the fields of Draw
+    draws: Tensor  # fp32 [B, fields of Draw]
     logits: Tensor  # fp32 [B, V]
     chosen: Tensor  # fp64 [B, 2]: token, its log-probability
 
 
 class Graphs:
-    """Decodes with a decoder, its head and a cache on a GPU, for at most `batch` texts at once."""
+    """Decode with a decoder, its head and a cache on a GPU, for at most `batch` texts at once."""
 
     def __init__(self, decoder: Any, head: nn.Module, cache: Cache, batch: int):
         self.decoder, self.head, self.cache = twin(decoder), head, cache
@@ -46,7 +47,7 @@ class Graphs:
             block.replace_forward(torch.compile(block.forward, fullgraph=True))  # pyright: ignore[reportCallIssue]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the graphs, which belong to this process; a copy captures its own."""
+        """Return the state without the graphs, which belong to this process. A copy captures its own."""
         return {**self.__dict__, "captured": {}, "pool": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -58,8 +59,8 @@ class Graphs:
     ) -> tuple[Tensor, list[int], list[float]]:
         """Return logits fp32 [B, V] after one token of each of B texts, the next tokens and their log-probabilities.
 
-        positions: the tokens' places, which are the numbers of rows in the cache; tables int32: the texts' pages, at
-        most PAGES each, this row's page included.
+        positions: of the tokens in their texts; tables int32: the pages of each text, at most PAGES, including the
+        page of the new row.
         """
         count, sampled = len(tokens), any(draw.temperature for draw in draws)
         key = (power_of_2(count), sampled)
@@ -85,24 +86,24 @@ class Graphs:
         return whole
 
     def step(self, whole: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return `logits` and `chosen` of Captured; without draws the likeliest tokens. Never waits for the device."""
+        """Return `logits` and `chosen` of Captured; without draws the likeliest tokens. Does not synchronize."""
         positions, tables = whole[:, 1].long(), whole[:, 2:]
         slots = tables.gather(1, positions[:, None] // PAGE)[:, 0].long() * PAGE + positions % PAGE
         cu_seqlens = torch.arange(len(whole) + 1, dtype=torch.int32, device=whole.device)
-        rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, 1, True)
+        rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, max_new_rows=1, has_cached_rows=True)
         x = self.decoder.embedding(whole[:, 0])
         # All engines of a process share Block.forward's code; each compiles four or five versions, and torch allows 8.
         with torch._dynamo.config.patch(recompile_limit=64):
             hidden = self.decoder(x, positions, cu_seqlens, attends=self.cache.attends(rows))[0]
         logits = self.head(hidden).float()
-        tokens = logits.argmax(-1) if draws is None else sample(logits, *draws.unbind(1))
+        tokens = logits.argmax(-1) if draws is None else draw_tokens(logits, draws)
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         return logits, torch.stack([tokens.double(), logprobs.double()], 1)
 
     def _capture(self, size: int, sampled: bool) -> Captured:
         device = self.cache.k.device
         whole = torch.from_numpy(self.inputs(size, [], [], [])).to(device)
-        draws = torch.zeros(size, len(Draw._fields), device=device)
+        draws = torch.tensor([GREEDY] * size, dtype=torch.float32, device=device)
         step = partial(self.step, whole, draws if sampled else None)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""Prompts of texts and media, encoded as a model was trained to see them."""
+"""Encode prompts of texts and media as the model's training data was encoded."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-Prompt = Sequence["str | Media | Image.Image"]  # texts, and media that are encoded, or decoded as by their codec
-CHARACTERS = 64  # of one token, at most, unless the vocabulary has longer ones: a tokenizer may drop spaces
+Prompt = Sequence["str | Media | Image.Image"]  # texts; media as bytes, or as their codec decodes them
+CHARACTERS = 64  # limit for one token, or the longest token if that has more: a tokenizer may drop spaces
 MARK = "<image>"
 
 
 def interleave(
     texts: Sequence[str], images: "Sequence[Image.Image]", *, strict: bool = True
 ) -> "list[list[str | Image.Image]]":
-    """Return one prompt a text, with the next image in the place of each `<image>`.
+    """Return a prompt for each text, with the next image in the place of each `<image>`.
 
-    Images without a mark open the first prompt. Marks beyond the number of images raise UserError, or are text where
+    Images without a mark begin the first prompt. Marks beyond the number of images raise UserError, or are text where
     `strict` is false.
     """
     marks = sum(text.count(MARK) for text in texts)
     if strict and marks > len(images):
-        raise UserError(f"the prompt has {marks} {MARK} marks for {len(images)} images")
+        raise UserError(f"the prompt has {marks} {MARK} marks, expected at most {len(images)}, one for each image")
     unmarked = max(len(images) - marks, 0)
     opening, following = list(images[:unmarked]), list(images[unmarked:])
     prompts: list[list[str | Image.Image]] = []
@@ -44,15 +44,13 @@ def interleave(
     return prompts
 
 
-def encode_prompts(
-    model: LanguageModel, prompts: Sequence[Prompt], context: int | None = None, codec: Codec | None = None
-) -> list[Document]:
-    """Return prompts as documents. codec: of their media (default: the model's).
+def encode_prompts(model: LanguageModel, prompts: Sequence[Prompt], context: int | None = None) -> list[Document]:
+    """Return prompts as documents.
 
     Raises UserError for a prompt that is longer than the model's context or than `context` tokens. A text that cannot
-    fit is refused before it is encoded, which takes time in proportion to its length.
+    fit is refused before it is encoded, because encoding takes time in proportion to its length.
     """
-    c, tokenizer, codec = model.config, tokenizer_of(model), codec or codec_of(model.config)
+    c, tokenizer, codec = model.config, tokenizer_of(model), codec_of(model.config)
     limit = min((tokens for tokens in (context, c.context) if tokens), default=None)
     documents = []
     for parts in prompts:
@@ -64,15 +62,17 @@ def encode_prompts(
 
 
 def character_limit(tokenizer: TextTokenizer, tokens: int) -> int:
-    """Return how many characters a text of so many tokens can have at most."""
+    """Return the largest number of characters that a text of `tokens` tokens can have."""
     return max(tokenizer.max_characters, CHARACTERS) * tokens
 
 
 def refuse_long_text(tokenizer: TextTokenizer, parts: Iterable[object], tokens: int) -> int:
-    """Return how many characters the texts among parts have. Raises UserError if so many tokens cannot hold them."""
+    """Return how many characters the texts among `parts` have. Raises UserError if `tokens` tokens cannot hold them."""
     size = sum(len(part) for part in parts if isinstance(part, str))
-    if size > character_limit(tokenizer, tokens):
-        raise UserError(f"the prompt has {size} characters, at most {tokens} tokens fit")
+    if size > (limit := character_limit(tokenizer, tokens)):
+        raise UserError(
+            f"the prompt has {size} characters, expected at most {limit}, the longest text of {tokens} tokens"
+        )
     return size
 
 
@@ -110,24 +110,22 @@ def refuse_long(tokens: int, trained: int | None, cache: int | None) -> None:
         raise UserError(f"the prompt has {tokens} tokens, the cache holds at most {cache}")
 
 
-def refuse_malformed(document: Document, slots: int, image_id: int, vocabulary: int, kind: str = "image") -> None:
-    """Raise UserError for a document of ids outside the vocabulary, or whose slots are not those of its views.
-
-    slots: tokens of one view. kind: of the media that the model takes.
-    """
-    tokens, views = document.tokens, len(document.media)
+def refuse_malformed(model: LanguageModel, document: Document) -> None:
+    """Raise UserError for a document with ids outside the vocabulary, or whose slots do not match its views."""
+    tokens, views, vocabulary = document.tokens, len(document.media), model.config.vocabulary
+    kind, expected = codec_of(model.config).kind, model.config.images.slots * views
     if not len(tokens):
         raise UserError("the prompt has no tokens, expected at least begin-of-text")
-    if (wrong := tokens[(tokens < 0) | (tokens >= vocabulary)]).size:
-        raise UserError(f"the prompt has the token id {wrong[0]}, expected 0 to {vocabulary - 1}")
-    if (count := int((tokens == image_id).sum())) != slots * views:
-        raise UserError(f"the prompt has {count} {kind} tokens, expected {slots * views} of its {views} {kind}s")
+    if (illegal := tokens[(tokens < 0) | (tokens >= vocabulary)]).size:
+        raise UserError(f"the prompt has the token id {illegal[0]}, expected 0 to {vocabulary - 1}")
+    if (count := int((tokens == tokenizer_of(model).image).sum())) != expected:
+        raise UserError(f"the prompt has {count} {kind} tokens, expected {expected} for its {views} {kind}s")
     if other := next((view.kind for view in document.media if view.kind != kind), None):
         raise UserError(f"the prompt has media of kind {other!r}, expected {kind!r}")
 
 
 def last_text(parts: Sequence[object]) -> str:
-    """Return the text that the parts end with, "" if they end with a medium."""
+    """Return the text at the end of `parts`, "" if they end with a medium or are empty."""
     return parts[-1] if parts and isinstance(parts[-1], str) else ""
 
 
@@ -141,18 +139,14 @@ def tokenizer_of(model: LanguageModel) -> TextTokenizer:
 def continued(
     tokenizer: TextTokenizer, prompt: Document, end: str, answers: Sequence[str]
 ) -> tuple[Document, list[list[int]]]:
-    """Return the prompt and each answer's tokens, as `end` (the prompt's last text) and the answer are encoded as one.
+    """Return the prompt and each answer's tokens. `end`, the prompt's last text, is encoded together with the answer.
 
     An answer that is encoded alone may begin with a token that never follows a text ("▁" in Llama's vocabulary).
     Tokens of `end` that an answer changes are moved from the prompt to the beginning of every answer.
     """
-    before = tokenizer.encode(end)
-    whole = [tokenizer.encode(end + answer) if answer else before for answer in answers]
-    shared = min((_common_length(before, ids) for ids in whole), default=len(before))
-    tokens = prompt.tokens[: len(prompt.tokens) - len(before) + shared]
+    end_ids = tokenizer.encode(end)
+    whole = [tokenizer.encode(end + answer) if answer else end_ids for answer in answers]
+    columns = enumerate(zip(end_ids, *whole))
+    shared = next((i for i, ids in columns if len(set(ids)) > 1), min(map(len, [end_ids, *whole])))
+    tokens = prompt.tokens[: len(prompt.tokens) - len(end_ids) + shared]
     return replace(prompt, tokens=tokens), [ids[shared:] for ids in whole]
-
-
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,30 +1,39 @@
-"""Define the sampling settings of a request, and draw tokens from logits."""
+"""Define the sampling settings of a request.
+
+To add a setting, add a field with its range and help text to Sampling: `generate` and the command `mm1 generate` then
+take it. Its effect belongs in sampler.py: in `adjusted` if it changes logits, or else as a field of Draw that
+`draw_tokens` obeys. Over HTTP a setting also needs its range in serve/fields.py and a line in docs/serve.md.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from mm1.errors import UserError
-
-if TYPE_CHECKING:
-    from mm1.engine.infer.grammar import Grammar
+from mm1.engine.infer.grammar import Grammar
+from mm1.engine.settings import Count, CountOrZero, Range, hints
+from mm1.errors import UserError, require
 
 TOP_LOGPROBS = 20  # limit of alternatives to a token
-STEEPEST = 10  # limit of |length_penalty|: length^length_penalty stays finite, and no score is rounded to zero
 LARGEST = 1e6  # limit of numbers that change logits: those must stay finite in fp32 to be sampled from
-BOUNDS = {
-    "temperature": (0, LARGEST), "top_p": (1 / LARGEST, 1), "top_k": (0, 1 << 24), "min_p": (0, 1),
-    "repetition_penalty": (1 / LARGEST, LARGEST), "frequency_penalty": (-LARGEST, LARGEST),
-    "presence_penalty": (-LARGEST, LARGEST), "length_penalty": (-STEEPEST, STEEPEST), "top_logprobs": (0, TOP_LOGPROBS),
-}  # fmt: skip
+Penalty = Annotated[float, Range(minimum=-LARGEST, maximum=LARGEST)]
+
+
+class Draw(NamedTuple):
+    """Hold the settings by which one token is drawn, and a random number u in [0, 1)."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    u: float
+    min_p: float = 0.0
+
+
+GREEDY = Draw(0.0, 1.0, 0, 0.0)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Says how the tokens of a text are chosen and when it ends. Raises UserError for a value outside its range.
+    """Define how the tokens of a text are chosen and when it ends. Raises UserError for a value outside its range.
 
     A text ends at end-of-text, before the first stop string of `stop`, or after max_tokens; with max_tokens 0 nothing
     is generated, which serves to score a prompt. Of overlapping stop strings the one that is complete first counts.
@@ -43,50 +52,60 @@ class Sampling:
     7. top_p: of these only from the smallest set whose probabilities, normalized to 1 before, sum to at least top_p.
     8. min_p: of these only from tokens with at least min_p times the probability of the likeliest one.
 
-    seed: of this request's random numbers; None draws a different text each time. top_logprobs: number of alternatives
-    that are recorded for each token. Log-probabilities are the model's own, before all of these steps.
-
-    num_beams > 1 returns the text that beam search scores best (beams.py). A score is the sum of the tokens'
-    log-probabilities over length^length_penalty, so that values above 0 favour long texts and values below 0 short
-    ones; length_penalty is from -10 to 10. early_stopping: when the search ends, as in transformers: False, True or
-    "never".
+    top_logprobs: number of alternatives that are recorded for each token. Log-probabilities are the model's own, before
+    all of these steps. num_beams > 1 returns the text that beam search scores best (beams.py): its log-probability
+    divided by length^length_penalty. early_stopping: when the search ends, as in transformers.
     """
 
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+    max_tokens: CountOrZero = 64
+    "tokens to generate at most; the text ends earlier where prompt and text reach the model's context."
+    temperature: Annotated[float, Range(minimum=0, maximum=LARGEST)] = 0.0
+    "divide logits by this before a token is drawn; 0: always take the most likely token (greedy)."
+    top_p: Annotated[float, Range(minimum=1 / LARGEST, maximum=1)] = 1.0
+    "sample only from the most likely tokens whose probabilities sum to this, 0 to 1; 1: no limit."
+    top_k: Annotated[int, Range(minimum=0, maximum=1 << 24)] = 0
+    "sample only from the k most likely tokens; 0: no limit."
+    repetition_penalty: Annotated[float, Range(minimum=1 / LARGEST, maximum=LARGEST)] = 1.0
+    """divide the positive logits of tokens that are in the prompt or the text by this, and multiply the negative ones;
+    1: none."""
     stop: str | Sequence[str] = ()
+    "end the text before this string."
     seed: int | None = None
-    num_beams: int = 1
-    length_penalty: float = 1.0
+    "seed of the sampling (default: another one each time)."
+    num_beams: Count = 1
+    "texts that beam search keeps; 1: no beam search."
+    # With steeper penalties length^length_penalty may be infinite, or a score rounded to zero.
+    length_penalty: Annotated[float, Range(minimum=-10, maximum=10)] = 1.0
+    """beam search divides a text's log-probability by its length to the power of this, -10 to 10; above 0 favours long
+    texts."""
     early_stopping: bool | Literal["never"] = False
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
+    min_p: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
+    "sample only tokens of at least this fraction of the most likely token's probability, 0 to 1; 0: no limit."
+    frequency_penalty: Penalty = 0.0
+    "subtract this from a token's logit for each time that it is in the text."
+    presence_penalty: Penalty = 0.0
+    "subtract this once from the logit of a token that is in the text."
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
-    top_logprobs: int = 0
-    grammar: "Grammar | None" = None
+    "add a number to the logit of the token with this id, such as 5=-100."
+    top_logprobs: Annotated[int, Range(minimum=0, maximum=TOP_LOGPROBS)] = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "logit_bias", tuple(dict(self.logit_bias).items()))  # hashable
-        valid = {
-            "max_tokens": (self.max_tokens >= (1 if self.num_beams > 1 else 0), "≥ 0, and of beams ≥ 1"),
-            "num_beams": (self.num_beams >= 1, "≥ 1"),
-            "early_stopping": (self.early_stopping in (False, True, "never"), 'False, True or "never"'),
-            "logit_bias": (
-                all(token >= 0 and abs(bias) <= LARGEST for token, bias in self.biases),
-                f"token ids ≥ 0 and numbers from {-LARGEST} to {LARGEST}",
-            ),
-        } | {name: (low <= getattr(self, name) <= high, f"{low} to {high}") for name, (low, high) in BOUNDS.items()}
-        for name, (good, expected) in valid.items():
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
-        if self.num_beams > 1 and not (self.plain and self.top_logprobs == 0):
-            others = "temperature, penalties, logit_bias, grammar or top_logprobs"
-            raise UserError(f"{self.num_beams} beams with {others}, expected either num_beams 1 or none of these")
+        for name, hint in hints(Sampling).items():
+            for legal in getattr(hint, "__metadata__", ()):
+                require(getattr(self, name) in legal, name, getattr(self, name), str(legal))
+        early = self.early_stopping
+        require(early in (False, True, "never"), "early_stopping", early, 'False, True or "never"')
+        legal_biases = all(token >= 0 and abs(bias) <= LARGEST for token, bias in self.biases)
+        expected = f"token ids ≥ 0 and numbers from {-LARGEST} to {LARGEST}"
+        require(legal_biases, "logit_bias", dict(self.biases), expected)
+        if self.num_beams > 1:
+            require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "≥ 1 for a beam search")
+            if not (self.plain and self.top_logprobs == 0):
+                others = "temperature, penalties, logit_bias, grammar or top_logprobs"
+                raise UserError(f"{self.num_beams} beams with {others}, expected either num_beams 1 or none of these")
 
     @property
     def biases(self) -> Sequence[tuple[int, float]]:
@@ -95,14 +114,18 @@ class Sampling:
 
     @property
     def alters(self) -> bool:
-        """Say whether any of steps 1 to 4 changes the logits."""
+        """Return whether any of steps 1 to 4 changes the logits."""
         penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
         return penalties or bool(self.logit_bias) or self.grammar is not None
 
     @property
     def plain(self) -> bool:
-        """Say whether the next token is the likeliest one of the unchanged logits."""
+        """Return whether the next token is the likeliest one of the unchanged logits."""
         return self.temperature == 0 and not self.alters
+
+    def draw(self, u: float) -> Draw:
+        """Return how a token is drawn with the random number u."""
+        return Draw(self.temperature, self.top_p, self.top_k, u, self.min_p)
 
 
 def read_biases(pairs: Sequence[str]) -> dict[int, float]:
@@ -111,49 +134,3 @@ def read_biases(pairs: Sequence[str]) -> dict[int, float]:
         return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
     except ValueError:
         raise UserError(f"logit_bias is {' '.join(pairs)!r}, expected TOKEN=BIAS, such as 5=-100") from None
-
-
-class Draw(NamedTuple):
-    """Says how one token is drawn: settings of Sampling, and a random number u in [0, 1)."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    u: float
-    min_p: float = 0.0
-
-
-def penalized(logits: Tensor, cells: Tensor | tuple[Tensor, Tensor], penalty: float | Tensor) -> Tensor:
-    """Return logits with the repetition penalty applied to some cells.
-
-    cells: tokens int64 [n] of logits [V], or rows and tokens int64 [n] of logits [B, V]; penalty: one number, or [n].
-    """
-    before, after = logits[cells], logits.clone()
-    after[cells] = torch.where(before > 0, before / penalty, before * penalty)
-    return after
-
-
-def sample(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, u: Tensor, min_p: Tensor | None = None
-) -> Tensor:
-    """Return token ids int64 [B] of logits [B, V], each by its own settings [B] of Sampling and a number u in [0, 1).
-
-    The token is the one at u · total in the remaining probabilities' cumulative sum, likeliest first, so that it does
-    not depend on other rows and is the same on every device. Nothing waits for the GPU.
-    """
-    hot = torch.where(temperature > 0, temperature, 1.0).clamp(min=1e-6)  # logits divided by less may be infinite
-    probability, token = (logits.float() / hot[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    keep = ((rank < top_k[:, None]) | (top_k[:, None] == 0)) & (probability > 0)
-    first_k = probability * keep
-    upto = first_k.cumsum(-1)
-    total = torch.where(top_k == 0, 1.0, upto[:, -1])[:, None]
-    keep = keep & (upto - first_k < top_p[:, None] * total)
-    if min_p is not None:
-        keep = keep & (probability >= min_p[:, None] * probability[:, :1])
-    upto = (probability * keep).cumsum(-1)
-    # Rounding can put u · total at or above the last sum, because u may be 1 in fp32: then the last kept token, whose
-    # probability is above 0, is drawn. If none is kept, as with NaN or a top_p that is 0 in fp32, the first token is.
-    place = (upto <= (u * upto[:, -1])[:, None]).sum(-1).clamp(max=keep.sum(-1) - 1).clamp(min=0)
-    place = torch.where(temperature > 0, place, 0)
-    return token.gather(-1, place[:, None])[:, 0]

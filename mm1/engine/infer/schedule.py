@@ -1,7 +1,7 @@
 """Schedule requests: which run, on which pages of the cache, and how many rows of their prompts a step prefills.
 
 Requests are admitted first-in, first-out with the pages of their prompts, and get one page at a time as they grow. At
-most PARTS long prompts are prefilled at once; short ones go ahead of long ones that wait. When no page is free, the
+most MAX_LONG long prompts are prefilled at once; short ones pass long ones that wait. When no page is free, the
 youngest running request is preempted and waits again at its old place in the queue; its full pages stay in the prefix
 cache until they are evicted. No request is preempted for a younger one, so the oldest always finishes. A beam search
 gets all its pages at admission and is never preempted, because pages of beams are not in the prefix cache and all of
@@ -16,15 +16,15 @@ from mm1.engine.infer.cache import PAGE, Cache
 from mm1.engine.infer.request import Request
 from mm1.kernels.dispatch import cdiv
 
-OVERTAKEN = 64  # limit of requests that are admitted before an older one that lacks pages
-SHORT = 8  # limit of requests that lack pages which one step skips to find one that does not
-PARTS = 4  # limit of long prompts in prefill; a prompt is long if it has more than 1 / PARTS of a step's rows
+MAX_OVERTAKEN = 64  # limit of requests that are admitted before an older one that lacks pages
+MAX_BLOCKED = 8  # limit of requests lacking pages that one step skips to find one that does not
+MAX_LONG = 4  # limit of long prompts in prefill; a prompt is long if it has more than 1 / MAX_LONG of a step's rows
 
 
 class Schedule:
-    """Holds the waiting and the running requests, both in the order of arrival.
+    """Hold the waiting and the running requests, both in the order of arrival.
 
-    batch: limit of running texts, each beam counts as one; prefill: rows of prompts in a step.
+    batch: limit of running texts, each beam counts as one; prefill: limit of rows of prompts in a step.
     """
 
     def __init__(self, cache: Cache, batch: int, prefill: int):
@@ -42,54 +42,55 @@ class Schedule:
     def admit(self) -> None:
         """Admit waiting requests while the batch has places and the cache has pages for their prompts.
 
-        A request is skipped while another one prefills a prefix of its prompt, which it then reuses; while PARTS long
-        prompts are in prefill and its own is long; or, up to OVERTAKEN times, while the cache lacks pages for it.
+        A request is skipped while another one prefills a prefix of its prompt, which it then reuses; while MAX_LONG
+        long prompts are in prefill and its own is long; or, up to MAX_OVERTAKEN times, while the cache lacks pages for
+        it.
         """
-        if not self.waiting:
+        texts = sum(request.sampling.num_beams for request in self.running)
+        if not self.waiting or texts >= self.batch:
             return
-        width = sum(request.sampling.num_beams for request in self.running)
-        if width >= self.batch:
-            return
-        growing = sum(len(request.pages) < request.room for request in self.running)
+        growing = sum(len(request.pages) < request.max_pages for request in self.running)
         prompts = [request for request in self.running if request.prefilling]
         computing = {name for request in prompts for name in request.page_names[request.computed // PAGE :]}
-        part = cdiv(self.prefill, PARTS)
-        long = sum(request.pending > part for request in prompts)
-        short: list[Request] = []  # requests that lack pages
+        long_rows = cdiv(self.prefill, MAX_LONG)
+        long_prefills = sum(request.pending > long_rows for request in prompts)
+        blocked: list[Request] = []  # requests that lack pages
         for request in list(self.waiting):
-            if width + request.sampling.num_beams > self.batch:
+            beams = request.sampling.num_beams
+            if texts + beams > self.batch:
                 return
-            if short and (short[0].preempted or short[0].overtaken >= OVERTAKEN or len(short) > SHORT):
+            if len(blocked) > MAX_BLOCKED:
+                return
+            if blocked and (blocked[0].preempted or blocked[0].overtaken >= MAX_OVERTAKEN):
                 return
             names = request.sharable
-            known = request.registered = self.cache.count_registered(names, request.registered)
-            if known < len(names) and names[known] in computing:
+            registered = request.registered = self.cache.count_registered(names, request.registered)
+            if registered < len(names) and names[registered] in computing:
                 continue
-            is_long = request.pending - known * PAGE > part
-            if is_long and long >= PARTS and not request.preempted:  # a preempted request resumes as soon as it can
+            is_long = request.pending - registered * PAGE > long_rows
+            if is_long and long_prefills >= MAX_LONG and not request.preempted:  # a preempted one resumes early
                 continue
-            state = (self.cache.released, known)
-            if request.short and request.short[:2] == state and growing >= request.short[2]:
-                short.append(request)  # no page has become free since pages were last lacking
+            state = (self.cache.released, registered)
+            if request.blocked_at and request.blocked_at[:2] == state and growing >= request.blocked_at[2]:
+                blocked.append(request)  # no page has become free since it last lacked pages
                 continue
-            shared = self.cache.find(names[:known])
-            whole = request.sampling.num_beams > 1
-            count = request.room if whole else cdiv(request.pending, PAGE)
-            ahead = min(request.room, self.cache.pages // self.batch)
+            shared = self.cache.find(names[:registered])
+            count = request.max_pages if beams > 1 else cdiv(request.pending, PAGE)
+            ahead = min(request.max_pages, self.cache.pages // self.batch)
             pages = self.cache.allocate(count, shared, leave=growing, ahead=ahead)
             if pages is None:
-                request.short = (*state, growing)
-                short.append(request)
+                request.blocked_at = (*state, growing)
+                blocked.append(request)
                 continue
-            for older in short:
+            for older in blocked:
                 older.overtaken += 1
             self.waiting.remove(request)
             request.admit(pages, len(shared))
             insort(self.running, request, key=attrgetter("number"))
             computing.update(request.page_names[len(shared) :])
-            width += request.sampling.num_beams
-            growing += len(request.pages) < request.room
-            long += is_long
+            texts += beams
+            growing += len(request.pages) < request.max_pages
+            long_prefills += is_long
 
     def plan_prefill(self) -> list[Request]:
         """Divide a step's rows among the prompts in prefill: set `request.due`, and return those that get any.
@@ -97,12 +98,10 @@ class Schedule:
         The shortest prompts go first; the oldest gets at least half of the rows, so that none waits forever.
         """
         prompts = [request for request in self.running if request.prefilling]
-        if not prompts:
-            return []
-        oldest, free = prompts[0], self.prefill
-        reserved = min(oldest.pending, cdiv(self.prefill, 2))
+        free = self.prefill
+        reserved = min(prompts[0].pending, cdiv(self.prefill, 2)) if prompts else 0
         for request in sorted(prompts, key=attrgetter("pending")):
-            reserved = 0 if request is oldest else reserved
+            reserved = 0 if request is prompts[0] else reserved
             request.due = min(request.pending, free - reserved)
             free -= request.due
         return [request for request in prompts if request.due]
@@ -127,22 +126,21 @@ class Schedule:
         return False
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's pages, and put it back to its place in the queue."""
+        """Release a running request's pages, and put it back to its place in the queue."""
         self.running.remove(request)
         self.cache.release(request.pages)
         request.preempt()
-        at = next((i for i, other in enumerate(self.waiting) if other.number > request.number), len(self.waiting))
-        self.waiting.insert(at, request)
+        self.waiting.insert(sum(other.number < request.number for other in self.waiting), request)
 
     def advance(self, request: Request, rows: int) -> None:
         """Count rows of a request as computed, and add pages that are now full to the prefix cache."""
         full = request.advance(rows)
         if full:
-            places = slice(full.start, full.stop)
-            self.cache.register(request.pages[places], request.page_names[places])
+            numbers = slice(full.start, full.stop)
+            self.cache.register(request.pages[numbers], request.page_names[numbers])
 
     def end(self, request: Request, why: str) -> None:
-        """Remove a request from the queue or from the running ones, and set why it has ended."""
+        """Remove a request from the queue or from the running requests, and end it for the reason `why`."""
         if request in self.running:
             self.running.remove(request)
             self.cache.release(request.pages)

@@ -169,7 +169,7 @@ class Service:
             return json_response({"status": "dead", "reason": "the engine has stopped"}, 503)
         if (seconds := self.engine.step_seconds) > STALL_SECONDS:
             return json_response({"status": "stalled", "seconds": round(seconds)}, 503)
-        pages = {"total": engine.pages, "free": engine.cache.room}
+        pages = {"total": engine.pages, "free": engine.cache.available}
         load = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
         limits = {"images": self.intake.max_images, "bytes": self.max_bytes}  # of a request, for the page
         return json_response({"status": "ok", "model": self.name, **load, "limits": limits})

@@ -99,7 +99,7 @@ class Reply(replies.Reply):
         text = self.tokenizer.decode(ids) if isinstance(prompt, Document) else str(prompt[0])
         if self.parsed.logprobs is None:
             return text, None
-        tops = [None, *scorer.score_top] if self.parsed.logprobs else [[] for _ in ids]
+        tops = [None, *scorer.score_top.tolist()] if self.parsed.logprobs else [[] for _ in ids]
         return text, self.logprob_columns(ids, [None, *scorer.scores], tops, self.tokenizer.pieces(ids), Offsets(0))
 
     def _logprobs(self, request: Request, text: "Offsets") -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ class Metrics:
         self.gauge("mm1_running", "Documents in the batch", lambda: len(engine.running))
         self.gauge("mm1_waiting", "Documents that wait to be admitted", lambda: len(engine.waiting))
         self.gauge("mm1_pages", "Pages of the cache", lambda: engine.pages)
-        self.gauge("mm1_pages_used", "Pages that running documents use", lambda: engine.pages - engine.cache.room)
+        self.gauge("mm1_pages_used", "Pages that running documents use", lambda: engine.pages - engine.cache.available)
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
         """Add a gauge that calls `read` at each scrape."""

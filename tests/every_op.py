@@ -1,4 +1,4 @@
-"""A small call of every public op, for tests of what all of them promise."""
+"""Provide a small call of every public op, for tests of the promises that all ops share."""
 
 from collections.abc import Callable
 from functools import partial
@@ -44,14 +44,14 @@ def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **mas
 
 
 def every_op(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
-    """Seeded values on the CPU, whatever the defaults of dtype and device are."""
+    """Return calls with seeded values on the CPU, whatever the default dtype and device are."""
     random = torch.Generator("cpu").manual_seed(0)
 
     def r(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(dtype)
 
-    def integers(most: int, *shape: int) -> Tensor:
-        return torch.randint(most, shape, generator=random, dtype=torch.int32, device="cpu")
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=random, dtype=torch.int32, device="cpu")
 
     C, S = 16, 4
     shapes = {
@@ -106,11 +106,11 @@ def every_op(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     }  # fmt: skip
 
 
-def results(found: Any) -> list[Tensor]:
-    """The tensors an op returned, one after another."""
-    if isinstance(found, Tensor):
-        return [found]
-    return [] if not isinstance(found, tuple) else [tensor for item in found for tensor in results(item)]
+def results(actual: Any) -> list[Tensor]:
+    """Return the tensors of an op's result as a flat list."""
+    if isinstance(actual, Tensor):
+        return [actual]
+    return [] if not isinstance(actual, tuple) else [tensor for item in actual for tensor in results(item)]
 
 
 def values_and_gradients(call: Call) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What every public op promises: devices, shapes without data, the derivatives there are, no dependence on defaults."""
+"""Test the promises of every public op: devices, meta tensors, derivatives, no dependence on defaults."""
 
 import subprocess
 import sys
@@ -28,9 +28,9 @@ def test_a_tensor_on_another_device_is_named(op, tensor):
 @pytest.mark.parametrize("op", OPS)
 def test_meta_tensors_give_shapes(op):
     call = every_op()[op]
-    truth, found = results(call()), results(call(**{name: x.to("meta") for name, x in call.tensors.items()}))
-    assert [(y.shape, y.dtype) for y in found] == [(y.shape, y.dtype) for y in truth]
-    assert all(y.is_meta for y in found)
+    truth, actual = results(call()), results(call(**{name: x.to("meta") for name, x in call.tensors.items()}))
+    assert [(y.shape, y.dtype) for y in actual] == [(y.shape, y.dtype) for y in truth]
+    assert all(y.is_meta for y in actual)
 
 
 TENSORS = [(op, name) for op, call in every_op().items() for name in call.tensors]
@@ -44,7 +44,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("op", OPS)
 def test_tensors_may_have_any_strides(op, form):
-    """But those of paged_attention's cache, which are refused: a copy of it would cost more than the op."""
+    """The cache of paged_attention is the exception: a copy of it would cost more than the op."""
     call, cache = every_op()[op], ("k", "v") if op == "paged_attention" else ()
     strided = {name: x if name in cache or x.ndim == 0 else FORMS[form](x) for name, x in call.tensors.items()}
     for y, truth in zip(values_and_gradients(call._replace(tensors=strided)), values_and_gradients(call), strict=True):
@@ -58,11 +58,11 @@ OTHERS = (torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool)
 @pytest.mark.parametrize("op, name", TENSORS)
 def test_dtypes_that_are_not_computed_are_refused_by_name(op, name):
     call = every_op()[op]
-    x, told = call.tensors[name], name.replace("_", ".") if op == "conv_block" else name
+    x, label = call.tensors[name], name.replace("_", ".") if op == "conv_block" else name
     for dtype in OTHERS if x.is_floating_point() else (torch.float32, torch.complex64, torch.bool):
         if (x.dtype == torch.uint8 and dtype == torch.float32) or x.dtype == dtype:
             continue
-        with pytest.raises(ValueError, match=rf"{op}: (dtypes? of .*{told.split('_')[-1]}.* is|{told} is)"):
+        with pytest.raises(ValueError, match=rf"{op}: (dtypes? of .*{label.split('_')[-1]}.* is|{label} is)"):
             call(**{name: x.to(dtype)})
 
 
@@ -76,7 +76,7 @@ def test_what_is_no_tensor_is_refused(op):
 
 
 DIFFERENTIABLE = [(op, name) for op, call in every_op().items() for name in call.differentiable]
-# Of these a gradient is made of ops that have gradients again.
+# The gradients of these are computed by ops that have gradients.
 TWICE = {
     *(("grouped_gemm", name) for name in ("a", "b", "bias")),
     *(("grouped_gemm_dw", name) for name in ("a", "dy")),
@@ -138,12 +138,12 @@ torch.save(all_results(), out)
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the CPU's own implementations")
 def test_defaults_of_the_process_and_a_missing_triton_change_nothing(tmp_path):
-    """A default dtype and device that are not the tensors': no result may take them, and no cache keep them."""
+    """No result may have the default dtype or device where the tensors have others, and no cache may keep them."""
     for state in ("as usual", "other defaults", "without triton"):
         command = [sys.executable, "-c", STATES, str(ROOT / "tests"), state, str(tmp_path / state)]
         subprocess.run(command, cwd=ROOT, check=True)
     truth = torch.load(tmp_path / "as usual")
     for name in ("other defaults.first", "other defaults", "without triton"):
-        for op, found, expected in zip(OPS, torch.load(tmp_path / name), truth, strict=True):
-            for y, right in zip(found, expected, strict=True):
+        for op, actual, expected in zip(OPS, torch.load(tmp_path / name), truth, strict=True):
+            for y, right in zip(actual, expected, strict=True):
                 assert torch.equal(y, right), f"{op}, {name}"

@@ -1,4 +1,4 @@
-"""moe_mlp: on CPU, or interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
+"""Test moe_mlp on a CPU, interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from mm1.kernels.moe.routing import route, sort_by_expert
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
-# bf16 and fp16: h, s, each slot's y and the sum are rounded; the interpreter cuts bf16 off instead of rounding.
+# bf16 and fp16: h, s, each slot's y and the sum are rounded; the interpreter truncates bf16 instead of rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2 if INTERPRETED else 8e-3, torch.float16: 8e-4}
 
 
@@ -35,22 +35,22 @@ TILES = {"T": 19, "D": 20, "width": 24}  # more than one of 16 in every dimensio
 
 def problem(T=SMALL["T"], k=2, E=3, D=SMALL["D"], width=SMALL["width"], *, gated=True, split=False, bias=False,
             dtype=torch.float32):  # fmt: skip
-    """Arguments of moe_mlp, every float one of which wants a gradient."""
+    """Return arguments of moe_mlp; all float tensors require gradients."""
     index = torch.rand(T, E, device=DEVICE).topk(k).indices.int()
     rows = width * (1 + (gated and not split))
-    given = {
+    inputs = {
         "x": randn(T, D),
         "weight": torch.rand(T, k, device=DEVICE) + 0.1,
         "gate_up": randn(E, rows, D) / D**0.5,
         "down": randn(E, D, width) / width**0.5,
     }
     if split:
-        given["up"] = randn(E, width, D) / D**0.5
+        inputs["up"] = randn(E, width, D) / D**0.5
     if bias:
-        given |= {"gate_up_bias": randn(E, rows)} if not split else {}
-        given |= {"down_bias": randn(E, D)}
-    given = {name: (t if name == "weight" else t.to(dtype)).requires_grad_() for name, t in given.items()}
-    return given | {"index": index}
+        inputs |= {"gate_up_bias": randn(E, rows)} if not split else {}
+        inputs |= {"down_bias": randn(E, D)}
+    inputs = {name: (t if name == "weight" else t.to(dtype)).requires_grad_() for name, t in inputs.items()}
+    return inputs | {"index": index}
 
 
 def leaves(p):
@@ -58,7 +58,7 @@ def leaves(p):
 
 
 def results(p, dy, run=moe_mlp, **options):
-    """y and the gradients by name."""
+    """Return y and the gradients by name."""
     y = run(**p, **options)
     wanted = leaves(p)
     return {"y": y} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy)))
@@ -74,15 +74,15 @@ def exactly(p, dy, **options):
 
 def compare(p, *, tolerance=TOLERANCE[torch.float32], dy=None, **options):
     dy = torch.randn_like(p["x"]) if dy is None else dy
-    found, truth = results(p, dy, **options), exactly(p, dy, **options)
-    assert found["y"].dtype == p["x"].dtype
+    actual, truth = results(p, dy, **options), exactly(p, dy, **options)
+    assert actual["y"].dtype == p["x"].dtype
     for name, t in truth.items():
-        assert relative_error(found[name], t) < tolerance, name
-    return found
+        assert relative_error(actual[name], t) < tolerance, name
+    return actual
 
 
-def same(found, expected):
-    return all(torch.equal(t, expected[name]) for name, t in found.items())
+def same(actual, expected):
+    return all(torch.equal(t, expected[name]) for name, t in actual.items())
 
 
 SHAPES = [TILES, {"T": 1, "k": 1, "D": 16, "width": 16}, {"T": 3, "k": 3, "D": 7, "width": 17}]
@@ -133,11 +133,11 @@ def test_layouts_of_gate_and_up(layout):
     if "gate_up_bias" not in p:
         compare(p, **options)
         return
-    found = compare(p, **options)
+    actual = compare(p, **options)
     if options.get("interleaved") and shape.get("gated", True):  # the same numbers in halves
         halves = {n: torch.cat([t[:, ::2], t[:, 1::2]], 1).detach() if n.startswith("gate_up") else t
                   for n, t in p.items()}  # fmt: skip
-        assert relative_error(moe_mlp(**halves), found["y"].double()) < 1e-6
+        assert relative_error(moe_mlp(**halves), actual["y"].double()) < 1e-6
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -147,10 +147,10 @@ def test_weights_may_be_stored_the_other_way_around(bias):
     expected = results(p, dy)
     stored = p | {n: t.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
                   for n, t in p.items() if n in {"gate_up", "down"}}  # fmt: skip
-    found = results(stored, dy)
+    actual = results(stored, dy)
     for name, t in expected.items():
-        assert relative_error(found[name], t) < 1e-6, name
-    assert found["gate_up"].stride() == stored["gate_up"].stride()  # no copy on the way into the optimiser
+        assert relative_error(actual[name], t) < 1e-6, name
+    assert actual["gate_up"].stride() == stored["gate_up"].stride()  # the optimizer needs no copy
 
 
 def test_gate_and_up_may_be_one_tensor():
@@ -181,10 +181,10 @@ def test_an_index_of_no_expert_contributes_nothing(no_expert, poisoned):
     p["index"] = torch.where(
         absent, some[torch.arange(absent.numel(), device=DEVICE).view(absent.shape) % len(some)], p["index"]
     )
-    found = compare(p)
-    assert not found["weight"][absent].any()
-    assert not found["y"][0].any()
-    assert not found["x"][0].any()
+    actual = compare(p)
+    assert not actual["weight"][absent].any()
+    assert not actual["y"][0].any()
+    assert not actual["x"][0].any()
     with torch.no_grad():
         p["weight"][absent] = torch.nan
         p["x"][0] = torch.inf
@@ -193,7 +193,7 @@ def test_an_index_of_no_expert_contributes_nothing(no_expert, poisoned):
     for name, t in results(p, dy).items():
         assert t.isfinite().all(), name
     with torch.no_grad():
-        assert relative_error(moe_mlp(**p), found["y"].double()) < 1e-6
+        assert relative_error(moe_mlp(**p), actual["y"].double()) < 1e-6
 
 
 def test_an_index_past_32_bits_is_no_expert():
@@ -231,8 +231,8 @@ def test_a_token_may_name_an_expert_twice():
 def test_one_expert_takes_all(expert, poisoned):
     p = problem(T=35, k=1)
     p["index"] = torch.full_like(p["index"], expert)
-    found = compare(p)
-    assert not found["down"][torch.arange(3) != expert].any()
+    actual = compare(p)
+    assert not actual["down"][torch.arange(3) != expert].any()
 
 
 def test_inputs_and_the_gradient_may_have_any_strides():
@@ -252,12 +252,12 @@ def test_frozen_parts_change_nothing_for_the_others(wanted):
     expected = results(p, dy)
     for name, t in leaves(p).items():
         t.requires_grad_(name in wanted)
-    found = results(p, dy)
-    assert found.keys() == {"y", *wanted}
-    assert same(found, expected)
+    actual = results(p, dy)
+    assert actual.keys() == {"y", *wanted}
+    assert same(actual, expected)
 
 
-# Without gradients, up to 256 slots and 16 an expert take a path of their own on a GPU.
+# Without gradients, a GPU computes up to 256 slots, at most 16 per expert, by other kernels.
 FEW = [
     ({"T": 19}, {}),
     ({"T": 2, "E": 9}, {}),  # fewer slots than experts
@@ -293,9 +293,9 @@ def test_order_may_be_given():
     routing = route(randn(19, 3), 2, mask=torch.rand(19, device=DEVICE) < 0.8, capacity=9)
     p |= {"index": routing.index, "weight": routing.weight.detach().requires_grad_()}
     dy = torch.randn_like(p["x"])
-    found = results(p, dy, order=routing.order)
-    assert same(found, results(p, dy))
-    assert relative_error(found["y"], exactly(p, dy)["y"]) < 1e-6
+    actual = results(p, dy, order=routing.order)
+    assert same(actual, results(p, dy))
+    assert relative_error(actual["y"], exactly(p, dy)["y"]) < 1e-6
 
 
 def test_autocast():
@@ -320,11 +320,11 @@ def test_the_weight_of_a_slot_may_be_of_any_float():
     p = problem(T=9, dtype=torch.bfloat16)
     dy = torch.randn_like(p["x"])
     p["weight"] = p["weight"].detach().bfloat16().requires_grad_()
-    found = results(p, dy)
-    assert found["weight"].dtype == torch.bfloat16
+    actual = results(p, dy)
+    assert actual["weight"].dtype == torch.bfloat16
     exact = results(p | {"weight": p["weight"].detach().float().requires_grad_()}, dy)
-    assert torch.equal(found["y"], exact["y"])
-    assert torch.equal(found["weight"], exact["weight"].bfloat16())
+    assert torch.equal(actual["y"], exact["y"])
+    assert torch.equal(actual["weight"], exact["weight"].bfloat16())
 
 
 def test_checkpointing():
@@ -339,19 +339,19 @@ def test_compiles_whole():
     p = problem(T=9, bias=True)
     dy = torch.randn_like(p["x"])
     compiled = torch.compile(moe_mlp, fullgraph=True)
-    found, expected = results(p, dy, compiled), results(p, dy)
+    actual, expected = results(p, dy, compiled), results(p, dy)
     for name, t in expected.items():
-        assert relative_error(found[name], t) < 1e-6, name
+        assert relative_error(actual[name], t) < 1e-6, name
     with torch.no_grad():
         assert relative_error(compiled(**p), expected["y"]) < 1e-6
 
 
-# Example, others: few and many slots an expert, one token, and as many as there are columns.
+# The exported example, then others: few and many slots per expert, one token, as many tokens as columns.
 TOKENS = (SMALL["D"], 7, 30, 1)
 
 
 def call_of(shape):
-    """moe_mlp as a function of its float tensors' values in a fixed order, x, index and weight last."""
+    """Return names of weights, and moe_mlp as a function of their values in this order, then x, index and weight."""
     names = [name for name in problem(T=1, **shape) if name not in ("x", "index", "weight")]
     return names, lambda *t: moe_mlp(**dict(zip([*names, "x", "index", "weight"], t, strict=True)))
 
@@ -393,14 +393,14 @@ def test_compiles_once_for_any_number_of_tokens():
 def test_op_contracts(shape):
     p = problem(T=5, D=8, width=8, **shape)
     order, optional = sort_by_expert(p["index"], 3), [p.get(n) for n in ("up", "down", "gate_up_bias", "down_bias")]
-    given = (p["weight"], p["gate_up"], *optional, "silu", None, 0.0, False)
+    inputs = (p["weight"], p["gate_up"], *optional, "silu", None, 0.0, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.mm1.moe_mlp.default, (p["x"], list(order), *given, True), test_utils=checks)
-    torch.library.opcheck(torch.ops.mm1.moe_mlp.default, (p["x"], list(order), *given, False), test_utils=checks[:3])
+    torch.library.opcheck(torch.ops.mm1.moe_mlp.default, (p["x"], list(order), *inputs, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.mm1.moe_mlp.default, (p["x"], list(order), *inputs, False), test_utils=checks[:3])
     p = {n: t.detach() for n, t in p.items()}
-    given = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in given)
-    h = torch.ops.mm1.moe_mlp(p["x"], list(order), *given, True)[1]
-    arguments = (torch.randn_like(p["x"]), p["x"], h, list(order), *given)
+    inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+    h = torch.ops.mm1.moe_mlp(p["x"], list(order), *inputs, True)[1]
+    arguments = (torch.randn_like(p["x"]), p["x"], h, list(order), *inputs)
     torch.library.opcheck(torch.ops.mm1.moe_mlp_backward.default, (*arguments, True), test_utils=checks[:3])
     torch.library.opcheck(torch.ops.mm1.moe_mlp_backward.default, (*arguments, False), test_utils=checks[:3])
 
@@ -408,8 +408,8 @@ def test_op_contracts(shape):
 @needs_triton
 def test_op_contract_without_gradients():
     p = {n: t.detach() for n, t in problem(T=5, bias=True).items()}
-    given = (p["gate_up"], None, p["down"], p["gate_up_bias"], p["down_bias"], "silu", None, 0.0, False)
-    torch.library.opcheck(torch.ops.mm1.moe_mlp_few.default, (p["x"], p["index"], p["weight"], *given),
+    inputs = (p["gate_up"], None, p["down"], p["gate_up_bias"], p["down_bias"], "silu", None, 0.0, False)
+    torch.library.opcheck(torch.ops.mm1.moe_mlp_few.default, (p["x"], p["index"], p["weight"], *inputs),
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
 
 
@@ -421,7 +421,7 @@ def test_forty_runs_give_the_same_bits():
     assert all(same(results(p, dy), first) for _ in range(39))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter cuts bf16 off")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter truncates bf16")
 def test_the_sum_over_experts_is_rounded_once():
     errors, rounded_every_time = [], []
     for k in (2, 4, 7, 10):
@@ -432,7 +432,7 @@ def test_the_sum_over_experts_is_rounded_once():
         for i in range(k):
             y += moe_mlp(**p | {"index": p["index"][:, i : i + 1], "weight": p["weight"][:, i : i + 1]})
         rounded_every_time.append(relative_error(y, truth))
-    # One rounding is off by 1.65e-3 (rms): s, y of a slot and the sum; on CPU gate, up and act(gate) before.
+    # One rounding has an error of 1.65e-3 (rms): of s, y of a slot and the sum; on a CPU of gate, up and act(gate) too.
     assert max(errors) < 1.8e-3 * (7 if DEVICE == "cpu" else 3) ** 0.5
     assert errors[3] < 1.1 * errors[0]
     assert rounded_every_time[3] > 1.2 * errors[3]
@@ -445,9 +445,9 @@ def test_the_gradient_of_a_slots_weight_is_fp32_however_large():
     dy = 10 * torch.randn_like(p["x"])
     truth = exactly(p, dy)["weight"]
     assert truth.abs().max() > 2 * torch.finfo(torch.float16).max
-    found = torch.autograd.grad(moe_mlp(**p), p["weight"], dy)[0]
-    assert found.dtype == torch.float32
-    assert relative_error(found, truth) < 1e-3
+    actual = torch.autograd.grad(moe_mlp(**p), p["weight"], dy)[0]
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, truth) < 1e-3
 
 
 @needs_triton
@@ -473,16 +473,16 @@ VARIANTS = {
 def test_the_walk_over_tiles_changes_no_bit(variant):
     changes, layout = VARIANTS[variant]
     shape, options = LAYOUTS[layout]
-    p, found = problem(**TILES | {"T": 24, "k": 1, "E": 2}, **shape), []
+    p, actual = problem(**TILES | {"T": 24, "k": 1, "E": 2}, **shape), []
     if variant == "tma, persistent":  # stored the other way around
         p["gate_up"] = p["gate_up"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     dy = torch.randn_like(p["x"])
     for config in ({}, changes):
         with tiles(**config):
-            found.append(results(p, dy, **options))
+            actual.append(results(p, dy, **options))
             with torch.no_grad():
-                found[-1]["few"] = moe_mlp(**p, **options)
-    assert same(*found)
+                actual[-1]["few"] = moe_mlp(**p, **options)
+    assert same(*actual)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -506,17 +506,17 @@ def test_only_x_and_h_are_saved(recompute, dtype):
 def test_the_error_measure_sees_wrong_references():
     p = problem()
     dy = torch.randn_like(p["x"])
-    found = results(p, dy)
+    actual = results(p, dy)
     swapped = p | {"gate_up": p["gate_up"].detach().roll(p["down"].shape[2], 1).requires_grad_()}
     scale = torch.tensor([1, 1.05, 1], device=DEVICE)[:, None, None]
     scaled = p | {"down": (p["down"] * scale).detach().requires_grad_()}
     for wrong in (swapped, scaled):
         truth = exactly(wrong, dy)
         for name in ("y", "x", "weight"):
-            assert relative_error(found[name], truth[name]) > TOLERANCE[torch.bfloat16], name
-    assert max(relative_error(found[n], exactly(swapped, dy)[n]) for n in found) > 0.1
+            assert relative_error(actual[name], truth[name]) > TOLERANCE[torch.bfloat16], name
+    assert max(relative_error(actual[n], exactly(swapped, dy)[n]) for n in actual) > 0.1
     other = p | {"index": p["index"].roll(1, 0)}
-    assert relative_error(found["y"], exactly(other, dy)["y"]) > 0.1
+    assert relative_error(actual["y"], exactly(other, dy)["y"]) > 0.1
 
 
 def test_refuses_bad_arguments():
@@ -560,7 +560,7 @@ def test_refuses_bad_arguments():
 
 @pytest.mark.slow
 def test_weights_past_two_to_the_31_elements():
-    """Memory of experts that no token chose is never touched (on CPU)."""
+    """A CPU never maps the memory of experts that no token chose."""
     E, D, width = 300, 2048, 2048
     touched = [3, E - 1]
     gate_up = torch.empty(E, 2 * width, D, dtype=torch.bfloat16, device=DEVICE)
@@ -600,10 +600,10 @@ def test_gradients_past_two_to_the_31_elements():
         p | {"gate_up": gate_up[:2], "down": down[touched].detach().requires_grad_(), "index": p["index"] // (E - 1)},
         dy,
     )
-    found = results(p, dy)
-    assert relative_error(found["down"][touched], truth["down"]) < 1e-2
-    assert not found["down"][1].any()
-    assert not found["down"][E - 2].any()
+    actual = results(p, dy)
+    assert relative_error(actual["down"][touched], truth["down"]) < 1e-2
+    assert not actual["down"][1].any()
+    assert not actual["down"][E - 2].any()
 
 
 @needs_gpu
@@ -630,11 +630,11 @@ def test_a_captured_graph_follows_the_routing():
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = results(p, dy)
+        actual = results(p, dy)
     for index in (torch.zeros_like(p["index"]), torch.rand(64, 8, device=DEVICE).topk(2).indices - 1):
         p["index"].copy_(index)
         graph.replay()
-        assert same(found, results(p, dy))
+        assert same(actual, results(p, dy))
 
 
 @needs_gpu
@@ -658,7 +658,7 @@ def test_peak_memory():
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (lambda order: order._replace(slots=order.slots[1:]), r"slots is \(5,\), expected \(6,\)"),
         (lambda order: order._replace(position=order.position[1:]), r"position is \(2, 2\), expected \(3, 2\)"),
@@ -666,9 +666,9 @@ def test_peak_memory():
         (lambda order: order._replace(slots=order.slots.to("meta")), "device of slots is meta"),
     ],
 )
-def test_an_order_of_other_tokens_is_refused(change, told):
+def test_an_order_of_other_tokens_is_refused(change, message):
     index = torch.randint(4, (3, 2), device=DEVICE)
     x, weight = torch.randn(3, 16, device=DEVICE), torch.rand(3, 2, device=DEVICE)
     gate_up, down = torch.randn(4, 24, 16, device=DEVICE), torch.randn(4, 16, 12, device=DEVICE)
-    with pytest.raises(ValueError, match=f"moe_mlp: {told}"):
+    with pytest.raises(ValueError, match=f"moe_mlp: {message}"):
         moe_mlp(x, index, weight, gate_up, down, order=change(sort_by_expert(index, 4)))

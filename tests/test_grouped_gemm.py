@@ -1,4 +1,4 @@
-"""grouped_gemm: on CPU, or interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
+"""Test grouped_gemm on a CPU, interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
-# Sums are of fp32, so what counts is the last rounding: 1.65e-3 of a bf16, rms, an eighth of an fp16. The interpreter
-# cuts bf16 off, which is twice as far.
+# Sums are computed in fp32, so errors are those of the last rounding: rms 1.65e-3 for bf16, an eighth of it for fp16.
+# The interpreter truncates bf16, which doubles the error.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3 if INTERPRETED else 2e-3, torch.float16: 3e-4}
 LAYOUTS = {"kn": lambda b: b, "nk": lambda b: b.transpose(1, 2).contiguous().transpose(1, 2)}
 
@@ -32,14 +32,14 @@ def dw_in_fp64(a, dy, offsets):
 
 
 def compare(a, b, offsets, bias=None, *, tolerance, dy=None):
-    """y and every gradient against fp64."""
-    given = [t.detach().requires_grad_() for t in (a, b, bias) if t is not None]
-    exact = [t.detach().double().requires_grad_() for t in given]
-    y, truth = grouped_gemm(*given[:2], offsets, *given[2:]), in_fp64(*exact[:2], offsets, *exact[2:])
+    """Compare y and every gradient with the reference in fp64."""
+    inputs = [t.detach().requires_grad_() for t in (a, b, bias) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y, truth = grouped_gemm(*inputs[:2], offsets, *inputs[2:]), in_fp64(*exact[:2], offsets, *exact[2:])
     assert relative_error(y, truth) < tolerance
     dy = torch.randn_like(y) if dy is None else dy
-    found, expected = torch.autograd.grad(y, given, dy), torch.autograd.grad(truth, exact, dy.double())
-    for name, g, t in zip("ab+", found, expected):
+    actual, expected = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(truth, exact, dy.double())
+    for name, g, t in zip("ab+", actual, expected):
         assert relative_error(g, t) < tolerance, name
 
 
@@ -128,14 +128,14 @@ def test_sizes_of_one_and_of_none(M, K, N, poisoned):
 
 @pytest.mark.parametrize("wanted", ["a", "b", "bias"])
 def test_one_gradient_alone_is_the_same(wanted):
-    given = {"a": randn(30, 24), "b": randn(3, 24, 20), "bias": randn(3, 20)}
-    names, offsets, dy = list(given), ends([4, 0, 23]), randn(30, 20)
-    every = [t.clone().requires_grad_() for t in given.values()]
+    inputs = {"a": randn(30, 24), "b": randn(3, 24, 20), "bias": randn(3, 20)}
+    names, offsets, dy = list(inputs), ends([4, 0, 23]), randn(30, 20)
+    every = [t.clone().requires_grad_() for t in inputs.values()]
     y = grouped_gemm(*every[:2], offsets, every[2])
     expected = torch.autograd.grad(y, every, dy)[names.index(wanted)]
-    given[wanted].requires_grad_()
-    y = grouped_gemm(given["a"], given["b"], offsets, given["bias"])
-    assert torch.equal(torch.autograd.grad(y, given[wanted], dy)[0], expected)
+    inputs[wanted].requires_grad_()
+    y = grouped_gemm(inputs["a"], inputs["b"], offsets, inputs["bias"])
+    assert torch.equal(torch.autograd.grad(y, inputs[wanted], dy)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -153,13 +153,13 @@ def test_weight_gradients_accumulate_in_fp32(dtype):
 
 def test_gradients_of_gradients():
     offsets = ends([17, 0, 4])
-    given = [randn(23, 24).requires_grad_(), randn(3, 24, 20).requires_grad_(), randn(23, 20).requires_grad_()]
-    exact = [t.detach().double().requires_grad_() for t in given]
-    found = []
-    for (a, b, dy), product in ((given, grouped_gemm), (exact, in_fp64)):
+    inputs = [randn(23, 24).requires_grad_(), randn(3, 24, 20).requires_grad_(), randn(23, 20).requires_grad_()]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    actual = []
+    for (a, b, dy), product in ((inputs, grouped_gemm), (exact, in_fp64)):
         da, db = torch.autograd.grad(product(a, b, offsets), [a, b], dy, create_graph=True)
-        found.append(torch.autograd.grad(da.sin().sum() + db.cos().sum(), [a, b, dy]))
-    for g, t in zip(*found):
+        actual.append(torch.autograd.grad(da.sin().sum() + db.cos().sum(), [a, b, dy]))
+    for g, t in zip(*actual):
         assert relative_error(g, t) < 1e-5
 
 
@@ -213,11 +213,11 @@ def test_the_walk_over_tiles_changes_no_bit(dtype, tma):
 def test_forty_runs_give_the_same_bits():
     a, b, offsets = randn(24, 24).bfloat16(), randn(3, 24, 20).bfloat16(), ends([17, 0, 3])
     dy, bias = randn(24, 20).bfloat16(), randn(3, 20).bfloat16()
-    given = [t.requires_grad_() for t in (a, b, bias)]
+    inputs = [t.requires_grad_() for t in (a, b, bias)]
 
     def run():
         y = grouped_gemm(a, b, offsets, bias)
-        return [y, *torch.autograd.grad(y, given, dy)]
+        return [y, *torch.autograd.grad(y, inputs, dy)]
 
     first = run()
     assert all(torch.equal(x, y) for _ in range(39) for x, y in zip(first, run()))
@@ -232,7 +232,7 @@ def test_the_error_measure_sees_a_wrong_expert():
 
 
 def sparse(*shape, dtype=torch.bfloat16):
-    """Memory that is not there until it is touched (on CPU)."""
+    """Allocate memory whose pages a CPU maps at their first write."""
     return torch.empty(*shape, dtype=dtype, device=DEVICE)
 
 
@@ -283,11 +283,11 @@ def test_a_bias_may_be_differentiated_twice():
         return torch.autograd.grad((first * weights).sum(), [a, b, bias])
 
     offsets = ends([4, 0, 3])
-    for found, expected in zip(
+    for actual, expected in zip(
         twice(lambda: grouped_gemm(a, b, offsets, bias)),
         twice(lambda: torch.cat([a[:4] @ b[0] + bias[0], a[4:7] @ b[2] + bias[2]])),
     ):
-        assert relative_error(found, expected) < 1e-5
+        assert relative_error(actual, expected) < 1e-5
 
 
 def test_refuses_bad_arguments():

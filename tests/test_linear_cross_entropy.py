@@ -23,8 +23,8 @@ def compare(x, weight, targets, reduction="mean", call=linear_cross_entropy):
     tolerance = TOLERANCE[weight.dtype]
     assert loss.dtype == torch.float32
     assert relative_error(loss, truth) < tolerance
-    for found, expected in zip(gradients(loss, [x, weight]), gradients(truth, [x, weight])):
-        assert relative_error(found, expected) < 5 * tolerance
+    for actual, expected in zip(gradients(loss, [x, weight]), gradients(truth, [x, weight])):
+        assert relative_error(actual, expected) < 5 * tolerance
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -34,7 +34,7 @@ def test_matches_cross_entropy_of_logits(shape, reduction):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 7, 33])  # of one chunk, of several, the last of one row or not
+@pytest.mark.parametrize("rows", [1, 2, 7, 33])  # one chunk or several, with a last chunk of one row or more
 def test_chunks_are_no_different_from_the_whole(dtype, rows, monkeypatch):
     monkeypatch.setitem(module.CHUNK, DEVICE, 2 * 50 * dtype.itemsize)
     compare(*problem(rows, 16, 50, dtype))
@@ -54,9 +54,9 @@ def test_fp32_weights_have_fp32_gradients_of_16_bit_products(monkeypatch):
         loss = linear_cross_entropy(x, weight, targets)
     dx, dw = gradients(loss, [x, weight])
     truth = F.cross_entropy(x.bfloat16().double() @ weight.bfloat16().double().T, targets.long())
-    for found, expected in zip((dx, dw), gradients(truth, [x, weight])):
-        assert found.dtype == torch.float32
-        assert relative_error(found, expected) < 1e-2
+    for actual, expected in zip((dx, dw), gradients(truth, [x, weight])):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, expected) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [0, 5])
@@ -74,22 +74,22 @@ def test_compiled_is_eager():
 
 def test_what_waits_for_backward_is_no_logits():
     x, weight, targets = problem(64, 8, 5000)
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         linear_cross_entropy(x, weight, targets)
-    assert sum(held) < x.numel() + weight.numel() + 10
+    assert sum(saved) < x.numel() + weight.numel() + 10
     with torch.no_grad():
         assert not linear_cross_entropy(x, weight, targets).requires_grad
 
 
-@pytest.mark.parametrize("strange", [-1, -99, -101, 50, 51, 2**31 - 1])
+@pytest.mark.parametrize("invalid", [-1, -99, -101, 50, 51, 2**31 - 1])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_a_target_that_is_no_class_is_refused_or_poisons_the_loss(strange, dtype):
+def test_a_target_that_is_no_class_is_refused_or_poisons_the_loss(invalid, dtype):
     x, weight, targets = problem(9, 16, 50)
     targets = targets.to(dtype)
-    targets[4] = strange
+    targets[4] = invalid
     if not TRITON:
-        with pytest.raises(ValueError, match=rf"target of row 4 is {strange}, expected 0 … 49, or -100"):
+        with pytest.raises(ValueError, match=rf"target of row 4 is {invalid}, expected 0 … 49, or -100"):
             linear_cross_entropy(x, weight, targets)
         return
     loss = linear_cross_entropy(x, weight, targets)
@@ -104,13 +104,13 @@ def test_fp16_sums_over_many_tokens_stay_finite():
     targets[targets > 2] = 7
     x = (x.detach() + 3000).requires_grad_()
     for half in (True, False):
-        given = [
+        inputs = [
             t.detach().half().requires_grad_() if half else t.detach().requires_grad_() for t in (x, weight / 3000)
         ]
         with torch.autocast(DEVICE, torch.float16, enabled=not half):
-            loss = linear_cross_entropy(*given, targets)
-        (dw,) = torch.autograd.grad(loss, given[1])
-        exact = [t.detach().half().double().requires_grad_() for t in given]
+            loss = linear_cross_entropy(*inputs, targets)
+        (dw,) = torch.autograd.grad(loss, inputs[1])
+        exact = [t.detach().half().double().requires_grad_() for t in inputs]
         (truth,) = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T, targets.long()), exact[1])
         count = (targets != -100).sum()
         assert (truth * count).abs().max() > torch.finfo(torch.float16).max, "the sum itself exceeds fp16"
@@ -165,7 +165,7 @@ def test_derivatives_that_are_not_computed_are_refused():
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets is \(4,\), expected \(3,\)"),
         ({"targets": torch.zeros(3)}, r"targets is torch.float32 \(3,\), expected integers"),
@@ -175,7 +175,7 @@ def test_derivatives_that_are_not_computed_are_refused():
         ({"reduction": "none"}, "reduction is none"),
     ],
 )
-def test_refuses_bad_arguments(change, told):
-    given = {"x": torch.randn(3, 4), "weight": torch.randn(9, 4), "targets": torch.zeros(3, dtype=torch.long)}
-    with pytest.raises(ValueError, match=f"linear_cross_entropy: {told}"):
-        linear_cross_entropy(**given | change)
+def test_refuses_bad_arguments(change, message):
+    inputs = {"x": torch.randn(3, 4), "weight": torch.randn(9, 4), "targets": torch.zeros(3, dtype=torch.long)}
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
+        linear_cross_entropy(**inputs | change)

@@ -1,13 +1,15 @@
-"""The libraries that can compute the engine's mixture of experts: each against the reference, where it is installed."""
+"""Compare each installed library that can compute the engine's mixture of experts with the reference."""
 
 import copy
 import dataclasses
 import pickle
+from typing import get_type_hints
 
 import pytest
 import torch
 from conftest import DEVICE, gradients, relative_error
 
+from mm1.engine.layers.config import Decoder
 from mm1.engine.layers.experts import Experts
 from mm1.engine.models.mm1_config import MODELS
 from mm1.engine.run_config import load_run
@@ -21,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def installed() -> list:
-    """Each library with the dtypes that it computes in here; one that is missing here is skipped, and says why."""
+    """Return each library with its dtypes; those that are not installed are skipped, with the reason."""
     cases = []
     for name, library in BACKENDS.items():
         why = library.missing() or (None if DEVICE in library.devices else f"runs on {library.devices} only")
@@ -93,8 +95,13 @@ def test_a_dtype_that_a_library_does_not_compute_in_is_named():
 
 @pytest.mark.skipif(BACKENDS["megablocks"].missing() is None, reason="megablocks is installed")
 def test_megablocks_says_what_it_lacks():
-    with pytest.raises(UserError, match=r'moe_backend "megablocks" needs megablocks: pip install "mm1-engine\[gpu\]"'):
+    with pytest.raises(UserError, match=r'moe_backend "megablocks" needs megablocks: pip install megablocks'):
         layer("megablocks")
+
+
+def test_the_setting_offers_the_backends_of_the_table():
+    hints = get_type_hints(Decoder, include_extras=True)
+    assert hints["moe_backend"].__metadata__[0].names == tuple(BACKENDS)
 
 
 def test_another_name_is_refused():
@@ -102,6 +109,6 @@ def test_another_name_is_refused():
         load_run("digits", ["model.decoder.moe_backend=fast"])
 
 
-def test_an_unknown_name_is_refused_with_those_there_are():
+def test_an_unknown_name_is_refused_with_the_choices():
     with pytest.raises(UserError, match="moe_backend is 'x', expected one of mm1, torch, megablocks"):
         find("x")

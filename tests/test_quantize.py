@@ -1,4 +1,4 @@
-"""Decoders and products with weights of fewer bits: what they compute is exact, what they round is bounded."""
+"""Test decoders and products with weights of fewer bits: products are exact, rounding errors bounded."""
 
 import sys
 from functools import partial
@@ -21,14 +21,14 @@ from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
 pytest.importorskip("torchao")
 pytestmark = pytest.mark.usefixtures("small_tiles")
 FP16, FP32, BF16, INT8, FLOAT8 = torch.float16, torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn
-# A CPU multiplies in bf16; Triton what it is given, but its interpreter wrongly in bf16.
+# A CPU multiplies in bf16, Triton in the dtype of x; its interpreter multiplies bf16 incorrectly.
 TOLERANCE = {FP32: 1e-6, FP16: 8e-4} if TRITON else {FP32: 4e-3}
 TOLERANCE |= {} if INTERPRETED else {BF16: 6e-3}
 NARROW = [INT8, FLOAT8] if TRITON else [INT8]
 
 
 def narrow(*shape, dtype=INT8):
-    """Any weight, rows of it differently large."""
+    """Return a random weight and its scale, which differs from row to row."""
     weight = torch.randint(-128, 128, shape).to(dtype) if dtype == INT8 else (50 * torch.randn(shape)).to(dtype)
     return weight.to(DEVICE), (torch.rand(shape[:-1]) / 100 + 1e-3).to(DEVICE)
 
@@ -42,7 +42,7 @@ def wide(weight, scale):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", NARROW, ids=str)
 def test_a_product_is_that_of_the_wide_weight(rows, shape, dtype, kind, monkeypatch):
-    monkeypatch.setattr(products, "CONVERTED", 300)  # rows at once: some, and not all
+    monkeypatch.setattr(products, "CONVERTED", 300)  # some rows at once, not all
     weight, scale = narrow(*shape, dtype=kind)
     x = torch.randn(2 * shape[1], rows).to(DEVICE, dtype).T[:, ::2]
     y = linear_8(x, weight, scale)
@@ -52,8 +52,8 @@ def test_a_product_is_that_of_the_wide_weight(rows, shape, dtype, kind, monkeypa
 
 def mixture(T, E, K, D=32, width=24, kind=INT8, dtype=FP32):
     index = torch.rand(T, E).topk(K).indices.int()
-    given = torch.randn(T, D).to(DEVICE, dtype), index.to(DEVICE), (torch.rand(T, K) + 0.1).to(DEVICE)
-    return *given, *narrow(E, 2 * width, D, dtype=kind), *narrow(E, D, width, dtype=kind)
+    inputs = torch.randn(T, D).to(DEVICE, dtype), index.to(DEVICE), (torch.rand(T, K) + 0.1).to(DEVICE)
+    return *inputs, *narrow(E, 2 * width, D, dtype=kind), *narrow(E, D, width, dtype=kind)
 
 
 MIXTURES = {
@@ -104,7 +104,7 @@ def test_operators_keep_their_contracts():
 @not_interpreted
 def test_arguments_that_do_not_fit_are_told():
     x, weight, scale = torch.randn(3, 32), *(t.cpu() for t in narrow(16, 32))
-    for given, message in (
+    for inputs, message in (
         ((x[0], weight, scale), r"x is \(32,\), expected \[T, K\]"),
         ((x[:, 1:], weight, scale), r"weight is \(16, 32\), expected \(16, 31\), contiguous"),
         ((x, weight.float(), scale), "dtype of weight is torch.float32"),
@@ -113,9 +113,9 @@ def test_arguments_that_do_not_fit_are_told():
         ((x, narrow(32, 16)[0].T, scale), r"weight is \(16, 32\), expected \(16, 32\), contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
-            linear_8(*given)
+            linear_8(*inputs)
     x, index, *rest = (t.cpu() for t in mixture(3, 4, 2))
-    for given, message in (
+    for inputs, message in (
         ((x[:, 1:], index, *rest), r"x is \(3, 31\), expected \[T, 32\]"),
         ((x, index[1:], *rest), r"index is \(2, 2\)"),
         ((x, index, rest[0][:, 1:], *rest[1:]), r"weight is \(3, 1\), expected \(3, 2\)"),
@@ -123,7 +123,7 @@ def test_arguments_that_do_not_fit_are_told():
         ((x, index, *rest[:3], rest[3], rest[4][:, 1:]), r"scale of down"),
     ):
         with pytest.raises(ValueError, match=message):
-            moe_mlp_8(*given)
+            moe_mlp_8(*inputs)
 
 
 def call(name, kind):
@@ -157,7 +157,7 @@ def test_its_code_fits_every_gpu(kind, device):
         assert bool(code.instructions["UTMALDG"]) == DEVICES[device].tma, code
 
 
-# Of decoders.
+# --- decoders ---
 
 
 @pytest.fixture(autouse=True)
@@ -166,12 +166,12 @@ def _small(monkeypatch):
 
 
 def decoder_of(**settings):
-    """Widths that int4 takes and, in the down projection, that it does not."""
+    """Return a decoder with widths that int4 supports and, in the down projection, one that it does not."""
     return small_mm1(seed=3, **settings).eval().decoder
 
 
 def weight_of(module):
-    """As it is after rounding, [..., N, K]."""
+    """Return the rounded weight of a module, [..., N, K]."""
     if isinstance(module, Linear8):
         return wide(module.weight, module.scale)
     return module(torch.eye(module.weight.shape[1])).T
@@ -179,7 +179,7 @@ def weight_of(module):
 
 @torch.no_grad()
 def widened(decoder, twin, head):
-    """Puts the rounded weights into an ordinary decoder; returns it and its head."""
+    """Copy the rounded weights into an ordinary decoder; return it and its head."""
     for own, other in zip(decoder.blocks.modules(), twin.blocks.modules()):
         if isinstance(other, Linear8 | Linear4):
             own.weight.copy_(weight_of(other))
@@ -196,7 +196,7 @@ def logits(decoder, head, ids, embedding):
     return head(decoder(x, torch.arange(len(ids)), cu_seqlens)[0])
 
 
-# Of all experts, so that no choice is on edge.
+# All experts are chosen, so that no choice depends on rounding.
 KINDS = {
     "dense": {"experts": 0},
     "mixture": {"experts": 4, "experts_per_token": 4},
@@ -212,12 +212,12 @@ modules = [pytest.param(s, id=name) for name, s in KINDS.items()]
 def test_logits_are_those_of_the_rounded_weights(settings, how, error, rows):
     decoder, ids = decoder_of(**settings), torch.randint(4, 384, (rows,))
     twin, head = quantized(decoder, how)
-    found = logits(twin, head, ids, decoder.embedding)
+    actual = logits(twin, head, ids, decoder.embedding)
     plain = logits(decoder, lambda x: x @ decoder.head_weight.T, ids, decoder.embedding)
     truth = logits(*widened(decoder_of(**settings), twin, head), ids, decoder.embedding)
-    assert found.dtype == torch.float32
-    assert relative_error(found, truth) < 1.2e-2  # products of bf16
-    assert 3e-3 < relative_error(found, plain) < error
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, truth) < 1.2e-2  # products of bf16
+    assert 3e-3 < relative_error(actual, plain) < error
 
 
 @not_interpreted
@@ -234,7 +234,7 @@ def test_without_units_of_bf16_they_are_so_to_the_last_digits(settings, monkeypa
 @not_interpreted
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_every_weight_is_rounded_to_the_nearest(how):
-    """Half a step: of int8 1/255 of what a row spans around zero, of int4 1/15 of what 32 neighbours span."""
+    """An error is at most half a step: 1/255 of a row's range around zero for int8, 1/15 of 32 neighbours' for int4."""
     decoder = decoder_of(experts=0)
     twin, _ = quantized(decoder, how)
     for name, child in decoder.blocks.named_modules():
@@ -248,7 +248,7 @@ def test_every_weight_is_rounded_to_the_nearest(how):
             assert how == "int4"
             groups = plain.unflatten(1, (-1, 32))
             step = (groups.amax(2) - groups.amin(2)).repeat_interleave(32, 1) / 15
-        # A row's largest may be cut by one half of a step; scales and zeros of int4 are bf16.
+        # A row's largest value may lose half a step; scales and zeros of int4 are bf16.
         assert ((weight_of(new) - plain).abs() <= step * (0.51 if isinstance(new, Linear8) else 0.6)).all(), name
 
 
@@ -315,7 +315,7 @@ def test_it_takes_less_memory():
     kept = memory(decoder.embedding, decoder.norm)
     plain = memory(decoder) - kept
     eight, four = (memory(*quantized(decoder, how)) - kept for how in ("int8", "int4"))
-    assert eight < 0.32 * plain  # of fp32, rows are 32 and 40 wide, with norms and router
+    assert eight < 0.32 * plain  # in fp32; rows have 32 and 40 values; with norms and router
     assert four < eight
 
 

@@ -134,7 +134,7 @@ def test_grouped_products_are_those_of_each_row_and_its_expert(sizes):
 
 def test_routing_weights_are_a_softmax_of_the_chosen_and_losses_are_their_formulas():
     logits = random(13, 5)
-    chosen = moe.choose(logits, None, 2, True)
+    chosen = moe.choose_experts(logits, None, 2, True)
     best, index = logits.topk(2)
     assert torch.equal(chosen.choice.long(), index)
     assert_same(chosen.weight, best.softmax(1), [logits])

@@ -1,4 +1,4 @@
-"""route and sort_by_expert: on CPU, or interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
+"""Test route and sort_by_expert on a CPU, interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ def randn(*shape):
 
 
 def choose(logits, k):
-    """The k largest of each row, ties to the lower expert."""
+    """Return the k largest of each row, ties to the lower expert."""
     E = logits.shape[1]
     rows = [sorted(range(E), key=lambda e: (-row[e], e))[:k] for row in logits.double().tolist()]
     return torch.tensor(rows, device=DEVICE).view(-1, k)
 
 
 def by_hand(logits, k, normalize=True, mask=None):
-    """weight, load balance and z in fp64, of the tokens the mask leaves; weight zero for the others."""
+    """Return weight, load balance and z in fp64 without masked tokens, whose weight is zero."""
     E = logits.shape[1]
     kept = torch.ones(len(logits), dtype=torch.bool, device=DEVICE) if mask is None else mask
     p = logits.exp() / logits.exp().sum(1, keepdim=True)
@@ -33,15 +33,15 @@ def by_hand(logits, k, normalize=True, mask=None):
 
 
 def compare(logits, k, tolerance=1e-6, **options):
-    """Choice, weights, losses and the gradients of each of them."""
+    """Compare choice, weights, losses and their gradients with the formulas."""
     logits = logits.detach().requires_grad_()
     exact = logits.detach().double().requires_grad_()
     routing, truth = route(logits, k, **options), by_hand(exact, k, **options)
     kept = slice(None) if options.get("mask") is None else options["mask"]
     assert torch.equal(routing.index[kept].long(), choose(logits, k)[kept])
-    found = (routing.weight, routing.load_balance, routing.z_loss)
+    actual = (routing.weight, routing.load_balance, routing.z_loss)
     assert routing.dropped == 0
-    for name, y, t in zip(("weight", "balance", "z"), found, truth):
+    for name, y, t in zip(("weight", "balance", "z"), actual, truth):
         assert y.dtype == (torch.float64 if logits.dtype == torch.float64 and not TRITON else torch.float32)
         assert relative_error(y, t) < 1e-6, name
         dy = torch.randn_like(y)
@@ -50,7 +50,7 @@ def compare(logits, k, tolerance=1e-6, **options):
         expected = torch.autograd.grad(t, exact, dy.double(), retain_graph=True)[0]
         error = (g.double() - expected).square().mean().sqrt()
         assert error <= tolerance * expected.square().mean().sqrt() + 1e-7 * dy.square().mean().sqrt(), name
-    total = sum(y.sum() for y in found), sum(t.sum() for t in truth)  # all three at once
+    total = sum(y.sum() for y in actual), sum(t.sum() for t in truth)  # all three at once
     g, expected = torch.autograd.grad(total[0], logits)[0], torch.autograd.grad(total[1], exact)[0]
     assert relative_error(g, expected) < tolerance
 
@@ -176,7 +176,7 @@ def test_even_routing_has_load_balance_one():
 
 
 def test_capacity_keeps_first_choices_before_second_ones():
-    # Expert 0 is second choice of tokens 0 and 1, first choice of 2 and 3: with room for two the first choices stay.
+    # Expert 0 is second choice of tokens 0 and 1, first choice of 2 and 3: at capacity 2 the first choices stay.
     logits = torch.tensor([[2.0, 3.0, 0.0], [2.0, 3.0, 0.0], [3.0, 2.0, 0.0], [3.0, 2.0, 0.0]], device=DEVICE)
     routing = route(logits, 2, capacity=2)
     assert routing.index.tolist() == [[1, 3], [1, 3], [0, 3], [0, 3]]
@@ -243,14 +243,14 @@ def test_sort_of_uneven_and_of_wide_indices():
 @pytest.mark.parametrize("form", ["transposed", "every second column", "one row for all"])
 def test_sort_takes_any_strides(form):
     index = FORMS[form](torch.randint(0, 5, (90, 3), device=DEVICE))
-    for found, expected in zip(sort_by_expert(index, 5), sort_by_expert(index.clone().contiguous(), 5)):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(sort_by_expert(index, 5), sort_by_expert(index.clone().contiguous(), 5)):
+        assert torch.equal(actual, expected)
 
 
 def test_order_of_a_routing_is_that_of_its_index():
     routing = route(randn(50, 8), 2, mask=torch.arange(50, device=DEVICE) < 44, capacity=9)
-    for found, expected in zip(routing.order, sort_by_expert(routing.index, 8)):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(routing.order, sort_by_expert(routing.index, 8)):
+        assert torch.equal(actual, expected)
     assert routing.offsets is routing.order.offsets
 
 
@@ -267,7 +267,7 @@ def test_forty_runs_give_the_same_bits():
     assert all(torch.equal(x, y) for _ in range(39) for x, y in zip(first, run()))
 
 
-# The fourth cannot add up integer outputs and float ones; test_compiles_whole is in its place.
+# The fourth check cannot add integer and float outputs; test_compiles_whole replaces it.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -291,17 +291,17 @@ def test_compiles_whole():
         return r.weight.square().sum() + r.load_balance + r.z_loss, r.index, r.order, r.dropped
 
     compiled = torch.compile(step, fullgraph=True)
-    found, expected = compiled(logits, mask), step(logits, mask)
-    assert relative_error(found[0], expected[0]) < 1e-6
-    for x, y in zip([found[1], *found[2], found[3]], [expected[1], *expected[2], expected[3]]):
+    actual, expected = compiled(logits, mask), step(logits, mask)
+    assert relative_error(actual[0], expected[0]) < 1e-6
+    for x, y in zip([actual[1], *actual[2], actual[3]], [expected[1], *expected[2], expected[3]]):
         assert torch.equal(x, y)
-    g, t = (torch.autograd.grad(total, logits)[0] for total in (found[0], expected[0]))
+    g, t = (torch.autograd.grad(total, logits)[0] for total in (actual[0], expected[0]))
     assert relative_error(g, t) < 1e-6
 
 
 def test_refuses_bad_arguments():
     logits = randn(3, 8)
-    for match, given, options in (
+    for match, inputs, options in (
         ("route: k is 9, expected 1 … 8", (logits, 9), {}),
         ("route: k is 0", (logits, 0), {}),
         ("route: k is 17, expected 1 … 16", (randn(3, 32), 17), {}),
@@ -314,7 +314,7 @@ def test_refuses_bad_arguments():
         ("route: capacity is -1", (logits, 2), {"capacity": -1}),
     ):
         with pytest.raises(ValueError, match=match):
-            route(*given, **options)
+            route(*inputs, **options)
     with pytest.raises(ValueError, match=r"sort_by_expert: index is torch.float32 \(3, 8\)"):
         sort_by_expert(logits, 8)
     with pytest.raises(ValueError, match=r"sort_by_expert: index is torch.int64 \(3,\)"):

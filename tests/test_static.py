@@ -32,16 +32,16 @@ def layer(T, sizes, dtype=BF16, apart=False, bias=False, transposed=False):
         gate_up, up = empty(E, F, D, dtype=dtype), empty(E, F, D, dtype=dtype)
     biases = (empty(E, 2 * F, dtype=dtype), empty(E, D, dtype=dtype)) if bias else (None, None)
     gate = ("quick_gelu", 7.0, 1.0, True) if bias else ("silu", None, 0.0, False)
-    experts.forward(x, order, weight, gate_up, up, down, *biases, *gate, True)
+    experts.moe_mlp_forward(x, order, weight, gate_up, up, down, *biases, *gate, True)
     h = empty(T * K, 2 * F, dtype=dtype)
-    experts.backward(x, x, h, order, weight, gate_up, up, down, *biases, *gate, True)
+    experts.moe_mlp_backward(x, x, h, order, weight, gate_up, up, down, *biases, *gate, True)
 
 
 def few(T, sizes, dtype=BF16):
     D, F, E, K = sizes
     weights = empty(E, 2 * F, D, dtype=dtype), None, empty(E, D, F, dtype=dtype)
     x, weight = empty(T, D, dtype=dtype), empty(T, K, dtype=FP32)
-    experts.forward_few(x, ints(T, K), weight, *weights, None, None, "silu", None, 0.0, False)
+    experts.moe_mlp_few(x, ints(T, K), weight, *weights, None, None, "silu", None, 0.0, False)
 
 
 def route(T, E, k):

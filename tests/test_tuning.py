@@ -1,4 +1,4 @@
-"""Configurations are looked up: in which order, by which intervals, for which device; nothing is measured."""
+"""Test the look-up of configurations: its steps, intervals and devices; nothing is measured."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def source(rows, block, origin="predicted", width=64, gated=False, bits=16, **mo
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    """Tables and cache of our own; returns what writes either."""
+    """Use temporary tables and cache; return a function that writes either."""
     monkeypatch.setattr(tuning, "tables", lambda: tmp_path / "tables")
     monkeypatch.setenv("MM1_CACHE", str(tmp_path / "cache"))
     tuning.clear_caches()
@@ -70,9 +70,9 @@ def folders(tmp_path, monkeypatch):
 
 def answer(shape=Shape(100, 64), dtype=BF16, device="h200"):
     device = DEVICES[device] if isinstance(device, str) else device
-    found = next(a for a in chain(TOY, shape, dtype, device) if a.config is not None)
-    assert config_for(TOY, shape, dtype, device) == found.config
-    return found.step, found.config.block
+    actual = next(a for a in chain(TOY, shape, dtype, device) if a.config is not None)
+    assert config_for(TOY, shape, dtype, device) == actual.config
+    return actual.step, actual.config.block
 
 
 def test_each_step_is_asked_in_its_turn(folders):
@@ -94,8 +94,8 @@ def test_each_step_is_asked_in_its_turn(folders):
 
 def test_intervals_hold_both_their_ends_and_nothing_beyond(folders):
     folders("tables", "h200", source([65, 128], 16), source([129, 256], 32))
-    found = {rows: answer(Shape(rows, 64)) for rows in (65, 128, 129, 256)}
-    assert found == {65: ("shipped", 16), 128: ("shipped", 16), 129: ("shipped", 32), 256: ("shipped", 32)}
+    actual = {rows: answer(Shape(rows, 64)) for rows in (65, 128, 129, 256)}
+    assert actual == {65: ("shipped", 16), 128: ("shipped", 16), 129: ("shipped", 32), 256: ("shipped", 32)}
     assert answer(Shape(512, 64)) == ("neighbour", 32)
     assert answer(Shape(33, 64)) == ("neighbour", 16)
     assert answer(Shape(513, 64))[0] == "model", "more than an octave away"
@@ -118,7 +118,7 @@ def test_what_is_no_size_must_be_equal(folders):
 
 
 def test_sizes_that_code_is_compiled_for_must_be_equal(folders, monkeypatch):
-    """Other code may spill, which no row of this size tells."""
+    """Code compiled for another size may spill, which a row of this size does not show."""
     monkeypatch.setattr(sys.modules[__name__], "TOY", TOY._replace(constants=("width",)))
     folders("tables", "h200", source([65, 128], 16))
     assert answer(Shape(200, 64)) == ("neighbour", 16)
@@ -150,9 +150,9 @@ def test_the_model_chooses_only_what_was_judged_and_is_clearly_better(folders):
     folders("tables", "h200", source([1 << 20, 1 << 21], 16))
     assert answer() == ("model", 16)
     near = TOY._replace(seconds=lambda config, *_: 0.96 if config.block == 16 else 1.0)
-    found = {a.step: a for a in chain(near, Shape(100, 64), BF16, DEVICES["h200"])}
-    assert found["model"].config is None
-    assert "0.96" in found["model"].why
+    actual = {a.step: a for a in chain(near, Shape(100, 64), BF16, DEVICES["h200"])}
+    assert actual["model"].config is None
+    assert "0.96" in actual["model"].why
 
 
 CORRUPT = ["", "{", "[]", '"row"', '{"when": {}}', json.dumps(source([65, 128], 16)),
@@ -199,11 +199,11 @@ def test_the_number_of_cached_answers_is_bounded(monkeypatch):
 
 
 def test_listeners_hear_every_look_up():
-    with listening() as found:
+    with listening() as actual:
         config_for(TOY, Shape(1, 2), BF16, DEVICES["h200"])
         config_for(TOY, Shape(1, 2), FP32, DEVICES["a100"])
     config_for(TOY, Shape(3, 2), BF16, DEVICES["h200"])
-    assert found == [("toy", Shape(1, 2), 16, "h200", Config(8)), ("toy", Shape(1, 2), 32, "a100", Config(8))]
+    assert actual == [("toy", Shape(1, 2), 16, "h200", Config(8)), ("toy", Shape(1, 2), 32, "a100", Config(8))]
 
 
 def test_the_look_up_imports_no_torch():
@@ -219,13 +219,13 @@ from mm1.kernels.tuning import listening
 a, b = torch.randn(20, 16, requires_grad=True), torch.randn(3, 16, 16, requires_grad=True)
 offsets = torch.tensor([5, 5, 20], dtype=torch.int32)
 compiled = torch.compile(grouped_gemm, fullgraph=True, backend="aot_eager")
-found = []
+actual = []
 for run in (grouped_gemm, compiled, compiled):
     with listening() as looked_up:
         run(a, b, offsets).sum().backward()
-    found.append(looked_up)
-assert [look_up.kernel for look_up in found[0]] == ["grouped_gemm", "grouped_gemm", "grouped_gemm_dw"], found
-assert found[0] == found[1] == found[2], found
+    actual.append(looked_up)
+assert [look_up.kernel for look_up in actual[0]] == ["grouped_gemm", "grouped_gemm", "grouped_gemm_dw"], actual
+assert actual[0] == actual[1] == actual[2], actual
 """
 
 
@@ -244,9 +244,9 @@ def test_the_digest_tells_other_rows_apart(folders):
 
 
 def test_who_is_who():
-    for known in DEVICES.values():
-        for pci in known.pci:
-            assert identify(known.arch, known.units, known.shared, pci, known.bandwidth * 1.02) is known
+    for device in DEVICES.values():
+        for pci in device.pci:
+            assert identify(device.arch, device.units, device.shared, pci, device.bandwidth * 1.02) is device
     assert identify("sm_90", 132, 227 << 10, 0x2335) is DEVICES["h200"], "a driver that tells no bandwidth"
     assert identify("sm_80", 108, 163 << 10, 0x20B0, 1555) is DEVICES["a100-40gb"]
     unknown = identify("sm_90", 114, 227 << 10, 0x2331, 2039)  # H100 PCIe
@@ -266,28 +266,28 @@ def test_a_gpu_is_known_by_its_slot_in_the_machine(tmp_path, monkeypatch):
         pci_bus_id=0x4A, pci_device_id=0, memory_clock_rate=3201000, memory_bus_width=6144,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    asked = []
-    monkeypatch.setattr(dispatch.Path, "read_text", lambda path: asked.append(str(path)) or "0x2335\n")
+    paths = []
+    monkeypatch.setattr(dispatch.Path, "read_text", lambda path: paths.append(str(path)) or "0x2335\n")
     dispatch.device_of_index.cache_clear()
     assert dispatch.device_of_index(0) is DEVICES["h200"]
-    assert asked == ["/sys/bus/pci/devices/0000:4a:00.0/device"]
+    assert paths == ["/sys/bus/pci/devices/0000:4a:00.0/device"]
     dispatch.device_of_index.cache_clear()
 
 
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_defaults_are_legal_and_space_holds_legal_configurations_alone(kernel, name):
-    tunable, known = KERNELS[kernel].tunable, DEVICES[name]
+    tunable, device = KERNELS[kernel].tunable, DEVICES[name]
     shapes = list(KERNELS[kernel].shapes())
     for dtype in (BF16, FP32):
         for shape in shapes[:: max(1, len(shapes) // 4)]:
-            default = tunable.default(shape, dtype, known)
-            assert tunable.legal(default, shape, dtype, known), (shape, default)
-            found = list(tunable.choices(shape, dtype, known))
-            assert found or dtype == FP32
-            assert all(tunable.legal(config, shape, dtype, known) for config in found)
-            assert len(set(found)) == len(found)
-            assert all(tunable.seconds(config, shape, dtype, known) > 0 for config in found[:20])
+            default = tunable.default(shape, dtype, device)
+            assert tunable.legal(default, shape, dtype, device), (shape, default)
+            actual = list(tunable.choices(shape, dtype, device))
+            assert actual or dtype == FP32
+            assert all(tunable.legal(config, shape, dtype, device) for config in actual)
+            assert len(set(actual)) == len(actual)
+            assert all(tunable.seconds(config, shape, dtype, device) > 0 for config in actual[:20])
 
 
 @compiles

@@ -69,7 +69,7 @@ def _moe(dtype: torch.dtype, dims: tuple[int, ...], k: int) -> None:
     x, weight = empty(slots // k, D, dtype=dtype), empty(slots // k, k, dtype=torch.float32)
     gate_up, down = empty(E, 2 * F, D, dtype=dtype), empty(E, D, F, dtype=dtype)
     order = empty(slots), empty(slots // k, k), empty(E)
-    experts.forward(x, order, weight, gate_up, None, down, None, None, "silu", None, 0.0, False, False)
+    experts.moe_mlp_forward(x, order, weight, gate_up, None, down, None, None, "silu", None, 0.0, False, False)
 
 
 def _embed(dtype: torch.dtype, dims: tuple[int, ...], option: tuple[int, bool, bool]) -> None:
@@ -234,7 +234,7 @@ def helpers(dtype: torch.dtype, block_m: set[int]) -> Iterator[Callable[[], obje
         yield partial(routing.sort, empty(1001, 2), bound)
     for k in TOP_K:
         y, weight = empty(2002, 2048, dtype=dtype), empty(1001, k, dtype=torch.float32)
-        yield partial(combine.combine_sorted, y, empty(1001, k), empty(5), weight)
+        yield partial(combine.combine, y, empty(1001, k), weight, offsets=empty(5))
     for option in OPS["patch_embed"].options:
         yield partial(_embed, dtype, (4001, 0, 1024), option)
 

@@ -130,7 +130,7 @@ def route(new: Inputs, tokens: int, count: int, k: int) -> Problem:
 
     def plain(leaves: Leaves) -> Tensor:
         logits = leaves["logits"]
-        chosen = moe_reference.choose(logits.to(wide(logits.dtype)), None, k, True)
+        chosen = moe_reference.choose_experts(logits.to(wide(logits.dtype)), None, k, True)
         # The op returns the order and the end offsets too, so they belong to the time.
         sizes = F.one_hot(chosen.choice.flatten().long(), count).sum(0)
         inputs.order = chosen.choice.flatten().argsort(stable=True), sizes.cumsum(0)

@@ -1,9 +1,10 @@
 """Predict the seconds of a configuration, to rank candidates; the times themselves are rough.
 
-A tiled product: as many programs share a multiprocessor as shared memory and registers allow, in waves; a step of a
+A tiled product runs in waves: as many programs share a multiprocessor as shared memory and registers allow. A step of a
 program's reduction takes the longest of multiplying, moving operands from L2, reading them from shared memory, and the
-memory latency that its pipeline does not hide. The total is at least the time to move all bytes once. A kernel of rows
-is limited by bandwidth, if enough bytes are in flight. The constants are round figures from microbenchmarks of Hopper.
+memory latency that its pipeline does not hide. The total is at least the time to move all bytes once. A kernel over
+rows is limited by bandwidth, if enough bytes are in flight. The constants are round figures from microbenchmarks of
+Hopper.
 """
 
 from math import ceil
@@ -11,15 +12,18 @@ from math import ceil
 from mm1.kernels.device import Device
 
 LATENCY = 0.5e-6  # seconds of a load
-L2_RATE = 2.2  # bandwidth of L2 over that of memory
+L2_RATE = 2.2  # ratio of the bandwidths of L2 and memory
 START = 1.5e-6  # seconds of a program for its first loads and last stores
-LAUNCH = 3e-6
+LAUNCH = 3e-6  # seconds to launch a kernel
 SHARED_RATE = 128 * 1.7e9  # bytes a second of one multiprocessor's shared memory
 REGISTERS = 65536  # in a multiprocessor; AMD's compute units have twice as many
 
 
 def resident(shared: int, registers: float, warps: int, device: Device) -> int:
-    """Return how many programs run on a multiprocessor at once."""
+    """Return how many programs run on a multiprocessor at once.
+
+    shared: bytes of shared memory a program. registers: a thread. warps: a program.
+    """
     threads = warps * device.warp
     file = REGISTERS * (2 if device.vendor == "amd" else 1)
     fits = (device.shared + 1024) // (shared + 1024), file // (min(registers, 255) * threads), 2048 // threads
@@ -30,10 +34,10 @@ def product_seconds(
     tiles: float, depth: int, m: int, n: int, k: int, warps: int, stages: int, shared: int, moved: int, itemsize: int,
     device: Device, finish: int = 1,
 ) -> float:  # fmt: skip
-    """Predict seconds of a tiled product.
+    """Predict the seconds of a tiled product.
 
-    tiles: of m × n, each a reduction over `depth` in steps of k. shared: bytes of shared memory a program. moved: bytes
-    that memory moves at least. finish: elements that a program moves at its end for each of its results.
+    tiles: number of tiles m × n, each a reduction over `depth` in steps of k. shared: bytes of shared memory a program.
+    moved: bytes read from and written to memory at least. finish: elements a program moves at its end for each result.
     """
     if tiles <= 0:
         return LAUNCH
@@ -73,10 +77,10 @@ def rows_seconds(
     rows: int, width: int, at_once: int, tensors: int, each: float, warps: int, programs: int | None, itemsize: int,
     device: Device,
 ) -> float:  # fmt: skip
-    """Predict seconds of a kernel that moves `tensors` tensors of [rows, width].
+    """Predict the seconds of a kernel that moves `tensors` tensors of [rows, width].
 
-    at_once: rows that a program holds, in `each` registers an element. programs: of a persistent kernel, the programs a
-    multiprocessor; None for others.
+    at_once: rows that a program holds, in `each` registers an element. programs: programs that a persistent kernel runs
+    on a multiprocessor; None for a kernel that is not persistent.
     """
     registers = 32 + each * at_once * width / (warps * device.warp)
     together = resident(0, registers, warps, device)

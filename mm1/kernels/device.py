@@ -1,68 +1,72 @@
-"""Describe GPUs by the properties that configurations depend on, and identify the one at hand.
+"""Describe GPUs by the properties that configurations depend on, and identify the GPU in use.
 
 A GPU is identified by vendor, PCI device id, multiprocessors and memory bandwidth, not by its marketing name, which
-drivers spell in several ways. A slice of a GPU (MIG) has its id, but fewer multiprocessors, and is another device.
+drivers spell in several ways. A slice of a GPU (MIG) has the GPU's id but fewer multiprocessors, and is another device.
 """
 
 from dataclasses import dataclass, replace
-from math import inf, log2
+from math import log2
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: look-ups do it at every launch
 class Device:
-    """Holds the properties of one GPU; rates are the vendor's, for dense bf16 products with sums in fp32."""
+    """Hold the properties of one GPU; rates are the vendor's, for dense bf16 products accumulated in fp32."""
 
-    name: str  # its tables' file name
+    name: str  # file name of its tables
     arch: str  # "sm_90", "gfx942"
     units: int  # streaming multiprocessors or compute units
     shared: int  # bytes of shared memory one program may use
     bandwidth: float = 2000.0  # of memory, GB/s
     tflops: float = 300.0
-    l2: int = 40  # MB
     pci: tuple[int, ...] = ()
 
     @property
     def vendor(self) -> str:
+        """Return "amd" or "nvidia"."""
         return "amd" if self.arch.startswith("gfx") else "nvidia"
 
     @property
     def tma(self) -> bool:
+        """Return whether the GPU has bulk tensor copies (TMA)."""
         return self.vendor == "nvidia" and int(self.arch[3:]) >= 90
 
     @property
     def wgmma(self) -> bool:
+        """Return whether warp groups multiply together, as only Hopper's do."""
         return self.arch == "sm_90"
 
     @property
     def warp(self) -> int:
+        """Return the number of threads of a warp."""
         return 64 if self.vendor == "amd" else 32
 
     @property
     def asynchronous(self) -> bool:
-        """Whether products read operands from shared memory, where a pipeline then keeps every stage."""
+        """Return whether products read operands from shared memory, so that a pipeline keeps all its stages there."""
         return self.arch in ("sm_90", "sm_100")
 
 
-# PCI ids: pci-ids.ucw.cz. Some are shared by variants of one chip, which differ in bandwidth.
+# PCI ids: pci-ids.ucw.cz. Variants of a chip that differ in bandwidth may share an id.
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", "sm_80", 108, 163 << 10, 2039, 312, 40, (0x20B2, 0x20B5, 0x20F3, 0x20F5)),
-        Device("a100-40gb", "sm_80", 108, 163 << 10, 1555, 312, 40, (0x20B0, 0x20B1, 0x20F1, 0x20BD, 0x20F6)),
-        Device("rtx4090", "sm_89", 128, 99 << 10, 1008, 165, 72, (0x2684,)),
-        Device("h100", "sm_90", 132, 227 << 10, 3352, 989, 50, (0x2330, 0x2336)),
-        Device("h200", "sm_90", 132, 227 << 10, 4800, 989, 50, (0x2335, 0x233B)),
-        Device("b200", "sm_100", 148, 227 << 10, 8000, 2250, 126, (0x2901, 0x2941)),
-        Device("rtx5090", "sm_120", 170, 99 << 10, 1792, 210, 96, (0x2B85,)),
-        Device("mi300x", "gfx942", 304, 64 << 10, 5300, 1307, 256, (0x74A1, 0x74A9, 0x74B5, 0x74BD)),
+        Device("a100", "sm_80", 108, 163 << 10, 2039, 312, (0x20B2, 0x20B5, 0x20F3, 0x20F5)),
+        Device("a100-40gb", "sm_80", 108, 163 << 10, 1555, 312, (0x20B0, 0x20B1, 0x20F1, 0x20BD, 0x20F6)),
+        Device("rtx4090", "sm_89", 128, 99 << 10, 1008, 165, (0x2684,)),
+        Device("h100", "sm_90", 132, 227 << 10, 3352, 989, (0x2330, 0x2336)),
+        Device("h200", "sm_90", 132, 227 << 10, 4800, 989, (0x2335, 0x233B)),
+        Device("b200", "sm_100", 148, 227 << 10, 8000, 2250, (0x2901, 0x2941)),
+        Device("rtx5090", "sm_120", 170, 99 << 10, 1792, 210, (0x2B85,)),
+        Device("mi300x", "gfx942", 304, 64 << 10, 5300, 1307, (0x74A1, 0x74A9, 0x74B5, 0x74BD)),
     )
 }
 
 
 def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwidth: float | None = None) -> Device:
-    """Return the GPU of DEVICES with these properties, or a new Device with rates scaled from the nearest one.
+    """Return the GPU of DEVICES with these properties, or a new Device with rates scaled from the most similar one.
 
-    bandwidth: in GB/s; None, as many drivers do not report it, to identify by id and units alone.
+    shared: bytes of shared memory one program may use. bandwidth: in GB/s; None where the driver does not report it, to
+    identify by id and units alone.
     """
     for device in DEVICES.values():
         same = device.arch == arch and device.units == units and pci in device.pci
@@ -70,21 +74,19 @@ def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwid
             return device
     vendor = "amd" if arch.startswith("gfx") else "nvidia"
     name = f"{vendor}-{'unknown' if pci is None else f'{pci:04x}'}-{units}"
-    near = nearest(arch, units, bandwidth)
-    if not near:
-        return Device(name, arch, units, shared)
-    share = units / near[0].units
+    similar = next(iter(nearest(arch, units, bandwidth)), Device(name, arch, units, shared))
+    share = units / similar.units
     return replace(
-        near[0], name=name, units=units, shared=shared, bandwidth=bandwidth or near[0].bandwidth * share,
-        tflops=near[0].tflops * share, pci=() if pci is None else (pci,),
+        similar, name=name, units=units, shared=shared, bandwidth=bandwidth or similar.bandwidth * share,
+        tflops=similar.tflops * share, pci=() if pci is None else (pci,),
     )  # fmt: skip
 
 
 def nearest(arch: str, units: int, bandwidth: float | None) -> list[Device]:
-    """Return the GPUs of DEVICES of one architecture, the most similar in units and bandwidth first."""
+    """Return the GPUs of DEVICES of one architecture, the most similar in units and bandwidth (GB/s) first."""
 
     def distance(device: Device) -> float:
         memory = 0.0 if bandwidth is None else abs(log2(bandwidth / device.bandwidth))
-        return abs(log2(units / device.units)) + memory if units > 0 else inf
+        return abs(log2(units / device.units)) + memory
 
     return sorted((d for d in DEVICES.values() if d.arch == arch), key=distance)

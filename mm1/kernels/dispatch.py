@@ -1,7 +1,7 @@
 """Define what all ops share: the cost of a call, checks of arguments, launches of Triton kernels and their device."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -14,38 +14,38 @@ from torch.autograd import forward_ad
 from mm1.kernels.device import DEVICES, Device, identify
 from mm1.kernels.language import INSTALLED, INTERPRETED
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-READ = (*FLOATS, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in these
+READ = (*FLOATS, torch.float64)  # kernels convert these as they read them
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Holds the least that one call must do: floating-point operations, and bytes read plus written once."""
+    """Hold the least work of one call: floating-point operations, and bytes read plus written once."""
 
     flops: int
     bytes: int
 
 
-def expect(condition: bool, op: str, argument: str, found: object, expected: object) -> None:
-    """Raise ValueError unless `condition` holds; the message names op, argument, the value found and the one expected.
+def expect(condition: bool, op: str, argument: str, value: object, expected: object) -> None:
+    """Raise ValueError unless `condition` holds; the message names op, argument, its value and the expected one.
 
     Pass a shape with letters as a list, [T, "D"]: a string of it would make its sizes constants of compiled code.
     """
     if not condition:
         expected = f"[{', '.join(map(str, expected))}]" if isinstance(expected, list) else expected
-        raise ValueError(f"{op}: {argument} is {found}, expected {expected}")
+        raise ValueError(f"{op}: {argument} is {value}, expected {expected}")
 
 
 def expect_float(op: str, name: str, x: Tensor | None) -> None:
-    """Raise ValueError unless the dtype of x is one that kernels compute in: FLOATS, on a CPU also fp64."""
+    """Raise ValueError unless x is None or has a dtype that kernels compute in: FLOATS, on a CPU also fp64."""
     if x is not None and x.dtype not in FLOATS:
         dtypes = FLOATS if INTERPRETED or x.is_cuda else READ
         expect(x.dtype in dtypes, op, f"dtype of {name}", x.dtype, dtypes)
 
 
 def expect_read(op: str, name: str, x: Tensor | None) -> None:
-    """Raise ValueError unless x is of a float dtype that kernels convert as they read it."""
+    """Raise ValueError unless x is None or has a float dtype that kernels convert as they read it."""
     expect(x is None or x.dtype in READ, op, f"dtype of {name}", None if x is None else x.dtype, READ)
 
 
@@ -53,6 +53,12 @@ def expect_integers(op: str, name: str, x: Tensor, ndim: int) -> None:
     """Raise ValueError unless x holds integers in `ndim` dimensions."""
     if x.dtype not in INTEGERS or x.ndim != ndim:
         expect(False, op, name, f"{x.dtype} {tuple(x.shape)}", f"integers of {ndim} dimensions")
+
+
+def expect_tensor(op: str, name: str, x: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    """Raise ValueError unless x is None or has this dtype and shape."""
+    if x is not None and (x.dtype != dtype or tuple(x.shape) != shape):
+        expect(False, op, name, f"{x.dtype} {tuple(x.shape)}", f"{dtype} {shape}")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,10 +69,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def expect_alike(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on one device, and TypeError for a value that is no tensor.
 
-    None is skipped. Raises RuntimeError for tangents of forward mode, which torch's custom ops drop silently.
+    Values of None are skipped. Raises RuntimeError for tensors with a forward-mode tangent, which torch's custom ops
+    would drop silently.
     """
     first = None
-    for name, tensor in tensors.items():  # runs at every call of every op: build strings only for errors
+    for name, tensor in tensors.items():  # runs at every call of every op, so strings are built only for errors
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
@@ -82,14 +89,14 @@ def expect_alike(op: str, **tensors: Tensor | None) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast gives products with x; None where it is off, and for fp64, which it ignores."""
+    """Return the dtype in which autocast computes products with x; None where it is off, and for fp64 x."""
     kind = x.device.type
     on = kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
 def refuse_second_order(op: Any, name: str) -> None:
-    """Make differentiating `op`, the backward op of the public op `name`, raise a RuntimeError that says so."""
+    """Make differentiating `op`, the backward op of the public op `name`, raise RuntimeError."""
 
     def refuse(*_: Any) -> None:
         raise RuntimeError(f"{name}: gradients of gradients are not computed")
@@ -111,18 +118,20 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 class Launch(NamedTuple):
-    """Holds one recorded launch of a Triton kernel, for static analysis to compile."""
+    """Hold one recorded launch of a Triton kernel, which static analysis compiles."""
 
     kernel: Any
     grid: int
-    arguments: dict[str, Any]  # by name: the kernel's parameters, and Triton's options of OPTIONS
+    arguments: dict[str, Any]  # by name: the kernel's parameters and Triton's OPTIONS
 
     @property
     def name(self) -> str:
+        """Return the name of the kernel's function."""
         return self.kernel.fn.__name__
 
     @property
     def options(self) -> dict[str, Any]:
+        """Return the arguments that are options of Triton."""
         return {name: self.arguments[name] for name in OPTIONS if name in self.arguments}
 
 
@@ -131,7 +140,7 @@ _recording: tuple[Device, list[Launch]] | None = None
 
 @contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Record launches in the block, as for `device`, instead of running them; tensors may be on "meta"."""
+    """Record the launches in the block instead of running them, configured for `device`; tensors may be on "meta"."""
     global _recording
     before, _recording = _recording, (device, [])
     try:
@@ -141,7 +150,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
 
 
 def device_of(x: Tensor) -> Device:
-    """Return the device of x; for tensors that are not on a GPU, as when kernels are interpreted, an H200."""
+    """Return the GPU of x, or an H200 for tensors that are not on a GPU, as when kernels are interpreted."""
     if _recording is not None:
         return _recording[0]
     return device_of_index(x.device.index) if x.is_cuda else DEVICES["h200"]
@@ -149,12 +158,15 @@ def device_of(x: Tensor) -> Device:
 
 @cache
 def device_of_index(index: int | None) -> Device:
-    """Return the device of the GPU with this number, as torch counts them."""
+    """Return the properties of the GPU with this index in torch."""
     p = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
     arch = p.gcnArchName.split(":")[0] if hip else f"sm_{p.major}{p.minor}"
     shared = 64 << 10 if hip else p.shared_memory_per_block_optin
-    clock, width = getattr(p, "memory_clock_rate", 0), getattr(p, "memory_bus_width", 0)  # kHz; bits, of two edges
+    clock, width = (
+        getattr(p, "memory_clock_rate", 0),
+        getattr(p, "memory_bus_width", 0),
+    )  # kHz and bits; two transfers a clock
     bandwidth = 2 * clock * width / 8 / 1e6 or None
     slot = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
     try:
@@ -167,9 +179,9 @@ def device_of_index(index: int | None) -> Device:
 def launch(kernel: Any, grid: int, /, **arguments: Any) -> None:
     """Run `grid` programs of a Triton kernel on the device and the current stream of its tensors.
 
-    arguments: the kernel's parameters by name, and num_warps and num_stages.
+    arguments: the kernel's parameters by name, num_warps and num_stages. Raises ImportError where Triton is missing.
     """
-    # Set explicitly because Triton's default is about to change, and all versions must round alike.
+    # Set explicitly, as Triton's default may change, and all versions must round alike.
     arguments["enable_fp_fusion"] = True
     if grid == 0:
         return
@@ -179,26 +191,32 @@ def launch(kernel: Any, grid: int, /, **arguments: Any) -> None:
     if not INSTALLED:
         raise ImportError("a kernel on a GPU needs Triton, which is not installed: pip install triton")
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(grid,)](**arguments)
-    else:
+    is_other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if is_other else nullcontext():
         kernel[(grid,)](**arguments)
 
 
 def strides(x: Tensor | None, *names: str) -> dict[str, int]:
-    """Return the strides of x as arguments of these names, one for each dimension; zeros for None."""
+    """Return the strides of x as arguments with these names, one for each dimension; zeros for None."""
     return dict(zip(names, (0,) * len(names) if x is None else x.stride()))
 
 
+def custom_op(name: str, body: Callable, cpu: Callable | None = None, mutates: tuple[str, ...] = ()) -> Any:
+    """Define the custom op mm1::name, whose body launches Triton kernels; `cpu` computes the same on CPU tensors."""
+    op = torch.library.custom_op(f"mm1::{name}", body, mutates_args=mutates)
+    if cpu is not None:
+        on_cpu(op, cpu)
+    return op
+
+
 def on_cpu(op: Any, implementation: Callable) -> None:
-    """Register what `op`, a custom op whose body launches Triton kernels, does on CPU tensors instead."""
+    """Register the implementation for CPU tensors of `op`, a custom op whose body launches Triton kernels."""
     if not INTERPRETED:
         op.register_kernel("cpu")(without_autocast(implementation))
 
 
 def without_autocast(implementation: Callable) -> Callable:
-    """Wrap the body of a custom op so that it runs without autocast, whose dtype the caller has applied already."""
+    """Wrap the body of a custom op so that it runs without autocast; its caller has cast the tensors already."""
 
     @wraps(implementation)
     def body(*arguments: Any) -> Any:

@@ -1,20 +1,20 @@
 """Import Triton for all kernel files, which take `triton` and `tl` from here.
 
-Triton 3.9 does not interpret masks that contain a scalar condition: set a bound to 0 instead, offs < tl.where(valid, D,
-0).
+Triton 3.9 does not interpret masks that contain a scalar condition: set a bound to 0 instead, as in
+offs < tl.where(valid, D, 0).
 
-Triton has no wheels for macOS and Windows. There a placeholder replaces it, so that the files can be imported and their
-CPU paths run; `dispatch.launch` raises an error that says so.
+Triton has no wheels for macOS and Windows. A placeholder replaces it there, so that the kernel files can be imported
+and their CPU implementations run; `dispatch.launch` raises an error that names the missing package.
 """
 
 from typing import TYPE_CHECKING, Any
 
 
 class _Placeholder:
-    """Stands for decorators, annotations and constants: each attribute of it, and each result of a call, is itself."""
+    """Replace Triton's decorators, annotations and constants; attributes and calls return the placeholder."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # protocols of Python, which it does not implement
+        if name.startswith("__"):  # Python's protocols, which it does not implement
             raise AttributeError(name)
         return self
 

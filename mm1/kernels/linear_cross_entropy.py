@@ -1,20 +1,19 @@
-"""Compute a language-model head and its cross-entropy in one op, which holds the logits of some rows at a time.
+"""Compute a language-model head and its cross-entropy in one op, which holds the logits of one chunk of rows at a time.
 
     loss = Σ_t logsumexp(W x_t) - (W x_t)[target_t],  over t with target ≠ -100
     dx = (softmax - onehot) W,   dW = (softmax - onehot)ᵀ x
 
-x [T, D], weight [V, D], targets int [T] -> scalar fp32. 2·T·D·V operations, and as many for each of the two gradients,
-which forward computes from a chunk's logits: no product is computed twice, and backward needs dx and dW instead of
-[T, V]. dW is accumulated and kept in fp32: before the mean divides, sums over thousands of tokens exceed fp16. A kernel
-reads a row of logits twice and overwrites it with its gradient.
+x [T, D], weight [V, D], targets int [T] -> scalar fp32. 2·T·D·V operations, and as many for each of the two gradients.
+Forward computes the gradients too, from each chunk's logits: no product is computed twice, and backward needs dx and dW
+instead of logits [T, V]. dW is accumulated and kept in fp32: before the mean divides, sums over thousands of tokens
+exceed fp16. A kernel reads a row of logits twice and overwrites it with its gradient.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mm1.kernels.dispatch import (
+    INTERPRETED,
     Cost,
     autocast_dtype,
     cdiv,
@@ -23,7 +22,6 @@ from mm1.kernels.dispatch import (
     expect_float,
     expect_integers,
     launch,
-    on_cpu,
     power_of_2,
     refuse_second_order,
     wide,
@@ -31,10 +29,10 @@ from mm1.kernels.dispatch import (
 )
 from mm1.kernels.language import tl, triton
 
-IGNORED = -100
+IGNORED = -100  # the target of a token without a loss
 _IGNORED = tl.constexpr(IGNORED)
-# Bytes of logits at a time, enough for 4096 to 8192 tokens in one chunk: each further chunk reads and writes dW once,
-# which takes a CPU as long as the products if chunks have 8 MB.
+# Bytes of a chunk's logits, enough for 4096 to 8192 tokens: each further chunk reads and writes dW once, which takes a
+# CPU as long as the products if chunks have 8 MB.
 CHUNK = {"cuda": 512 << 20, "cpu": 128 << 20}
 BLOCK = 4096  # logits that a program holds at once
 
@@ -43,7 +41,7 @@ BLOCK = 4096  # logits that a program holds at once
 def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """Store the loss of one row and, with GRAD, overwrite its logits with their gradient.
 
-    Both are zeros where there is no target, and NaN where the target is no class.
+    Both are zeros where the target is -100, and NaN where it is neither a class nor -100.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64)
@@ -74,6 +72,14 @@ def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK:
 def _loss(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
     """Store each row's loss in nll [rows]; grad: overwrite logits [rows, V] with their gradient."""
     rows, V = logits.shape
+    if not (INTERPRETED or logits.is_cuda):
+        counted, classes = targets != IGNORED, targets.clamp(min=0).long()[:, None]
+        p = torch.log_softmax(logits.to(nll.dtype), 1)
+        nll.copy_(torch.where(counted, -p.gather(1, classes)[:, 0], 0))
+        if grad:
+            p.exp_().scatter_add_(1, classes, p.new_full(classes.shape, -1.0))
+            torch.mul(p, counted[:, None], out=logits)
+        return
     block = min(BLOCK, power_of_2(V))
     launch(
         _loss_kernel, rows, logits_ptr=logits, targets_ptr=targets, nll_ptr=nll, V=V, GRAD=grad, BLOCK=block,
@@ -81,32 +87,28 @@ def _loss(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
     )  # fmt: skip
 
 
-def _loss_cpu(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
-    counted, at = targets != IGNORED, targets.clamp(min=0).long()[:, None]
-    p = torch.log_softmax(logits.to(nll.dtype), 1)
-    nll.copy_(torch.where(counted, -p.gather(1, at)[:, 0], 0))
-    if grad:
-        p.exp_().scatter_add_(1, at, p.new_full(at.shape, -1.0))
-        torch.mul(p, counted[:, None], out=logits)
-
-
 def _forward(
-    loss: Callable[[Tensor, Tensor, Tensor, bool], None], x: Tensor, weight: Tensor, targets: Tensor,
-    dtype: torch.dtype, need_x: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; unneeded ones have no rows."""
     (rows, D), V = x.shape, len(weight)
+    if not (INTERPRETED or x.is_cuda):
+        wrong = ((targets < 0) | (targets >= V)) & (targets != IGNORED)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(f"linear_cross_entropy: target of row {row} is {int(targets[row])}, expected "
+                             f"0 … {V - 1}, or {IGNORED} for none")  # fmt: skip
     x, w, targets = x.to(dtype), weight.to(dtype), targets.contiguous()
     nll = x.new_empty(rows, dtype=wide(dtype))
     dx = x.new_empty(rows if need_x else 0, D)
     dw = x.new_zeros(V if need_weight and not rows else 0, D, dtype=wide(dtype))
-    # Chunks of one size: a last one of few rows would be slow.
+    # All chunks are of one size: a last one of few rows would be slow.
     chunks = cdiv(rows * V * x.itemsize, CHUNK[x.device.type])
     step = cdiv(rows, max(chunks, 1))
     for begin in range(0, rows, max(step, 1)):
         part = slice(begin, begin + step)
         logits = torch.mm(x[part], w.t())
-        loss(logits, targets[part], nll[part], need_x or need_weight)
+        _loss(logits, targets[part], nll[part], need_x or need_weight)
         if need_x:
             torch.mm(logits, w, out=dx[part])
         if need_weight and begin == 0:
@@ -119,31 +121,13 @@ def _forward(
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a · b in fp32 or wider; a CPU rounds sums of bf16 to bf16, which cannot overflow."""
+    """Return a · b in fp32 or wider; a CPU rounds sums of bf16 to bf16, whose range suffices."""
     if a.dtype in (torch.bfloat16, torch.float16) and a.device.type != "cpu":
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b).to(wide(a.dtype))
 
 
-def forward(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(_loss, x, weight, targets, dtype, need_x, need_weight)
-
-
-def forward_cpu(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    wrong = ((targets < 0) | (targets >= len(weight))) & (targets != IGNORED)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(f"linear_cross_entropy: target of row {row} is {int(targets[row])}, expected "
-                         f"0 … {len(weight) - 1}, or {IGNORED} for none")  # fmt: skip
-    return _forward(_loss_cpu, x, weight, targets, dtype, need_x, need_weight)
-
-
-_op = torch.library.custom_op("mm1::linear_cross_entropy", without_autocast(forward), mutates_args=())
-on_cpu(_op, forward_cpu)
+_op = torch.library.custom_op("mm1::linear_cross_entropy", without_autocast(_forward), mutates_args=())
 
 
 @_op.register_fake
@@ -159,9 +143,9 @@ def _(x, weight, targets, dtype, need_x, need_weight):
 def _scaled(
     scale: Tensor, dx: Tensor, dw: Tensor, dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return scale · dx and scale · dw in their dtypes.
+    """Return scale · dx in `dtype` and scale · dw in `weight_dtype`.
 
-    The products are of fp32: a scale rounded to bf16 would change all values by up to 0.4 % in one direction.
+    The products are computed in fp32: a scale rounded to bf16 would change all values by up to 0.4 % in one direction.
     """
     return (dx.to(dw.dtype) * scale).to(dtype), (dw * scale).to(weight_dtype)
 
@@ -194,12 +178,13 @@ _op.register_autograd(_gradients, setup_context=_save)
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """Return the cross-entropy of x · weightᵀ and the targets, a scalar of fp32 (fp64 for fp64).
 
-    x [T, D], weight [V, D], targets int [T] of 0 … V - 1, or -100 for no loss. reduction: "mean" over the targets that
-    are not -100, or "sum". Any other target raises ValueError on a CPU; on a GPU loss and gradients become NaN, and
-    with TRITON_DEBUG=1 a device assertion fails. Without any target the loss is 0, and so are its gradients. Products
-    run in the dtype of autocast, or without it in that of the weight; the weight's gradient is accumulated in fp32.
-    Gradients are computed for those of x and weight that need them. Gradients of gradients and forward-mode derivatives
-    raise RuntimeError; other shapes, dtypes or devices raise ValueError.
+    x [T, D] and weight [V, D] in fp32, bf16 or fp16, on a CPU also fp64; targets int [T] in 0 … V - 1, or -100 for no
+    loss. reduction: "mean" over the targets that are not -100, or "sum". Any other target raises ValueError on a CPU;
+    on a GPU loss and gradients become NaN, and with TRITON_DEBUG=1 a device assertion fails. Without any target the
+    loss is 0, and so are its gradients. Products are computed in autocast's dtype, or in the weight's without autocast;
+    the weight's gradient is accumulated in fp32. Only the gradients of x and weight that are needed are computed.
+    Gradients of gradients and forward-mode derivatives raise RuntimeError; other shapes, dtypes or devices raise
+    ValueError.
     """
     op = "linear_cross_entropy"
     expect_alike(op, x=x, weight=weight, targets=targets)
@@ -217,7 +202,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
 
 
 def cost(tokens: int, width: int, vocabulary: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
-    """Return the cost; backward: of the gradients alone, from saved logits. tokens: the number with a target."""
+    """Return the cost of linear_cross_entropy; backward: of the gradients alone, from saved logits.
+
+    tokens: number of tokens with a target.
+    """
     once = (tokens + vocabulary) * width * itemsize
     if backward:
         return Cost(4 * tokens * width * vocabulary, 2 * once)

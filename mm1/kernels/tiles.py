@@ -1,8 +1,8 @@
-"""Provide what all grouped products share: tile sizes, the map from tiles to experts, loads and stores of tiles.
+"""Provide the parts that all grouped products share: tile sizes, the map from tiles to experts, loads and stores.
 
-The offsets of experts stay on the device: a kernel makes a map from tiles to experts there, with a static upper bound
-of tiles, and programs beyond the real tiles end at once. The map orders experts by falling size, so that the last
-programs to run work on the smallest.
+The offsets of experts stay on the device: a kernel computes the map from tiles to experts there, for a static upper
+bound of tiles, and programs without a tile end at once. The map orders experts by decreasing size, so that the last
+programs to run work on the smallest experts.
 """
 
 from collections.abc import Iterator
@@ -18,41 +18,42 @@ from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, launch, power_of_2
 from mm1.kernels.language import INSTALLED, TensorDescriptor, tl, triton
 
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 wrongly
-# On sm_120 Triton 3.6 spills for each descriptor of a loop, and takes up to 36 % more instructions than by addresses.
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 incorrectly
+# On sm_120 Triton 3.6 spills registers for each descriptor in a loop, and issues up to 36 % more instructions than with
+# addresses.
 SPILLS_DESCRIPTORS = INSTALLED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-MAP_TILES = 32  # tiles one program of the map places
-MAP_EXPERTS = 32  # experts it compares with all others at once
+MAP_TILES = 32  # tiles that one program of the map kernel assigns
+MAP_EXPERTS = 32  # experts that it compares with all others at once
 
 
 @dataclass(frozen=True)
 class Config:
-    """Holds the tile of the result and of the reduction, and how programs walk over tiles."""
+    """Hold the tile sizes of the result and of the reduction, and the order in which programs compute tiles."""
 
-    block_m: int = 128  # rows of one expert; of a weight gradient, rows of the result
+    block_m: int = 128  # rows of one expert; for a weight gradient, rows of the result
     block_n: int = 128
     block_k: int = 64
-    group_m: int = 8  # neighbouring tiles along m that run together, so that their columns of b stay in L2
+    group_m: int = 8  # neighbouring tiles along m that run at the same time, so that their columns of b stay in L2
     warps: int = 8
     stages: int = 3
     tma: bool = True  # bulk tensor copies, for operands whose layout allows them
-    persistent: bool = False  # one program a multiprocessor, which walks over tiles
+    persistent: bool = False  # one program a multiprocessor, which computes several tiles
 
     @property
     def arguments(self) -> dict[str, int]:
-        """Return the tile's sides and Triton's options, as arguments of a launch."""
+        """Return the tile sizes and Triton's options, as arguments of a launch."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
                 "num_warps": self.warps, "num_stages": self.stages}  # fmt: skip
 
 
 class Shape(NamedTuple):
-    """Sizes of a grouped product [rows, k] · [experts, k, n]."""
+    """Hold the sizes of a grouped product [rows, k] · [experts, k, n]."""
 
     rows: int
     experts: int
     k: int
     n: int
-    gated: bool = False  # gate and up are computed side by side
+    gated: bool = False  # gate and up are computed in the same program
 
     @property
     def sums(self) -> int:
@@ -61,9 +62,9 @@ class Shape(NamedTuple):
 
 
 def shared_bytes(config: Config, shape: Shape, itemsize: int, device: Device) -> int:
-    """Return the bytes of shared memory that the pipeline takes.
+    """Return the bytes of shared memory that the pipeline uses.
 
-    Where products read their operands from registers, the pipeline keeps one stage less.
+    Where products read their operands from registers, the pipeline keeps one stage fewer.
     """
     tile = (config.block_m + shape.sums * config.block_n) * config.block_k * itemsize
     return tile * (config.stages if device.asynchronous else max(1, config.stages - 1))
@@ -77,24 +78,15 @@ def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> b
 
 
 def space(shape: Any, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """Yield the configurations worth measuring, legal or not; none for fp32, which always runs with the default."""
+    """Yield the configurations worth measuring, legal or not; none for fp32, which always uses the default."""
     if dtype == torch.float32:
         return
-    axes = product(
-        (16, 32, 64, 128),
-        (32, 64, 128, 256),
-        (32, 64, 128),
-        (8, 16),
-        (4, 8),
-        (2, 3, 4, 5),
-        (True, False),
-        (False, True),
-    )
-    yield from (Config(*axis) for axis in axes)
+    sides = (16, 32, 64, 128), (32, 64, 128, 256), (32, 64, 128)
+    yield from (Config(*axis) for axis in product(*sides, (8, 16), (4, 8), (2, 3, 4, 5), (True, False), (False, True)))
 
 
 def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
-    """Choose a configuration by rows an expert and element size, with as many stages as fit."""
+    """Choose a configuration by rows per expert and element size, with as many stages as fit."""
     rows = shape.rows / max(shape.experts, 1)
     block_m = next((m for m in (16, 32, 64) if rows <= m), 128)
     wide = block_m == 128 and shape.n * shape.sums > 128 and device.wgmma
@@ -105,7 +97,6 @@ def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
         warps=8 if block_m == 128 else 4,
         stages=4 if block_m < 128 else 3,
         tma=device.tma,
-        persistent=False,
     )
     if dtype == torch.float32:  # without matrix units: small tiles in registers
         config = replace(config, block_m=min(block_m, 64), block_n=64, block_k=16, warps=8, stages=2, tma=False)
@@ -113,7 +104,7 @@ def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
 
 
 def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> Config:
-    """Reduce stages, then the steps of the reduction, until the configuration is legal."""
+    """Reduce the stages, then block_k, until the configuration is legal."""
     while config.stages > 2 and not legal(config, shape, dtype, device):
         config = replace(config, stages=config.stages - 1)
     while not legal(config, shape, dtype, device):
@@ -122,12 +113,12 @@ def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> 
 
 
 def by_pointers(config: Config, device: Device) -> float:
-    """Return the predicted factor of time for computing addresses in registers where a descriptor could be used."""
+    """Return the predicted factor of time for computing addresses where a descriptor could be used."""
     return 1.05 if device.tma and not config.tma else 1.0
 
 
 def seconds(config: Config, shape: Shape, dtype: torch.dtype, device: Device, finish: int = 1) -> float:
-    """Predict seconds of one run, with rows spread evenly over experts."""
+    """Predict the seconds of one run, with rows spread evenly over experts."""
     used = min(shape.experts, shape.rows)
     tall = used * cdiv(cdiv(shape.rows, max(used, 1)), config.block_m)
     size = dtype.itemsize
@@ -149,7 +140,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Return (m, n) of a tile; tiles go in groups of GROUP_M rows of tiles, column by column within a group."""
+    """Return (m, n) of a tile; tiles are numbered in groups of GROUP_M rows of tiles, by columns within a group."""
     group = tile // (GROUP_M * num_n)
     height = tl.minimum(num_m - group * GROUP_M, GROUP_M)
     inside = tile % (GROUP_M * num_n)
@@ -157,8 +148,16 @@ def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def mapped_tile(tiles_ptr, tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Return a tile's expert (-1: none), its first row, the end of the expert's rows, and its position along n."""
+    pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
+    tiles_ptr += pid_m
+    return tl.load(tiles_ptr), tl.load(tiles_ptr + num_m), tl.load(tiles_ptr + 2 * num_m), pid_n
+
+
+@triton.jit
 def load_rows(a, rows, row, k, stride_m, stride_k, K, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """Load [BLOCK_M, BLOCK_K] of a: by descriptor the rows from `row` on, else those of `rows`."""
+    """Load [BLOCK_M, BLOCK_K] of a: with a descriptor the rows from `row` on, else the rows in `rows`."""
     if TMA:
         return a.load([row, k])
     else:
@@ -172,7 +171,7 @@ def load_weight(
     b, expert, k, n, stride_e, stride_k, stride_n, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Load [BLOCK_K, BLOCK_N] of b[expert]; TMA: the order of the descriptor's last two axes, "" without one."""
+    """Load [BLOCK_K, BLOCK_N] of b[expert]; TMA: the order of the descriptor's last two axes, "" without descriptor."""
     if TMA == "kn":
         return tl.reshape(b.load([expert, k, n]), (BLOCK_K, BLOCK_N))
     elif TMA == "nk":
@@ -189,7 +188,7 @@ def load_weight(
 def store_tile(
     y_ptr, y_desc, value, row, end, n, stride_m, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr
 ):
-    """Store rows row … end - 1 of a tile into y, whose last axis is contiguous; whole tiles go by descriptor."""
+    """Store rows row … end - 1 of a tile in y, whose last axis is contiguous; TMA: whole tiles by descriptor."""
     value = value.to(y_ptr.dtype.element_ty)
     rows = row + tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
@@ -209,9 +208,9 @@ def _map_kernel(
     offsets_ptr, tiles_ptr, by_size_ptr, M, E, num_m, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Store expert (-1: none), first row and end of each of num_m tiles, experts by falling size.
+    """Store expert (-1: none), first row and end of each of num_m tiles, experts by decreasing size.
 
-    TAIL: the rows past the last offset follow, as tiles of expert E.
+    TAIL: tiles of expert E follow, for the rows past the last offset.
     """
     pid = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
@@ -238,10 +237,10 @@ def _map_kernel(
     last = tl.sum(tl.where(mine, end[None, :], 0), 1)
     if TAIL:
         used = tl.max(end, 0)
-        behind = used + (tile - tl.sum(count, 0)) * BLOCK_M
-        tail = (tile >= tl.sum(count, 0)) & (behind < M)
+        past = used + (tile - tl.sum(count, 0)) * BLOCK_M
+        tail = (tile >= tl.sum(count, 0)) & (past < M)
         expert = tl.where(tail, E, expert)
-        row = tl.where(tail, behind, row)
+        row = tl.where(tail, past, row)
         last = tl.where(tail, M, last)
     tl.store(tiles_ptr + tile, expert, tile < num_m)
     tl.store(tiles_ptr + num_m + tile, row, tile < num_m)
@@ -249,18 +248,19 @@ def _map_kernel(
 
 
 def programs(tiles: int, config: Config, device: Device) -> int:
-    """Return how many programs to launch for so many tiles."""
+    """Return the number of programs to launch for this number of tiles."""
     return min(tiles, device.units) if config.persistent else tiles
 
 
 def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) -> tuple[Tensor, Tensor, int]:
-    """Return the map int32 [3, tiles] of expert (-1: none), first row and end; int32 [E], the experts by falling size;
-    and the number of tiles, an upper bound that depends on shapes alone.
+    """Return the map of tiles, the experts by decreasing size (int32 [E]), and the number of tiles.
 
-    offsets: int32 [E], end of each expert's rows. tail: the rows past the last offset are tiles too, of expert E.
+    The map int32 [3, tiles] holds each tile's expert (-1: none), first row and end. The number of tiles is an upper
+    bound that depends on shapes alone. offsets: int32 [E], end of each expert's rows. tail: the rows past the last
+    offset have tiles too, of expert E.
     """
     E = len(offsets)
-    # A whole tile takes block_m rows, and no expert wastes more than one; with few rows each has its own.
+    # Each expert has at most one tile that is not full; and there are never more tiles than rows.
     num_m = min(cdiv(rows, block_m) + E + tail, rows)
     tiles = offsets.new_empty(3, num_m)
     by_size = torch.empty_like(offsets)
@@ -273,7 +273,7 @@ def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) ->
 
 
 def descriptor(x: Tensor, block: list[int], config: Config) -> Any:
-    """Return a descriptor of x for bulk copies of `block`; None where the layout of x or the configuration has none."""
+    """Return a descriptor of x for bulk copies of `block`; None where layout or configuration do not allow it."""
     if SPILLS_DESCRIPTORS and device_of(x).arch == "sm_120":
         return None
     size = x.element_size()
@@ -284,9 +284,9 @@ def descriptor(x: Tensor, block: list[int], config: Config) -> Any:
 
 
 def weight_operands(config: Config, *weights: Tensor) -> tuple[Any, ...]:
-    """Return what load_weight takes for weights [E, K, N] of one layout.
+    """Return the operands of load_weight for weights [E, K, N] of one layout, and its argument TMA.
 
-    These are their descriptors and the order of the last two axes there, or the weights themselves and "".
+    The operands are descriptors, and TMA is the order of their last two axes; or the weights themselves, and "".
     """
     for order, axes, block in (
         ("kn", (0, 1, 2), [1, config.block_k, config.block_n]),
@@ -299,8 +299,8 @@ def weight_operands(config: Config, *weights: Tensor) -> tuple[Any, ...]:
 
 
 def narrowed(config: Config, order: str, sums: int = 1) -> Config:
-    """Return the configuration for weights that have no descriptor (order ""): at most 128 columns of sums.
+    """Return the configuration for weights without descriptors (order ""), which has at most 128 columns of sums.
 
-    Addresses take the registers that bulk copies leave to sums: with 256 columns Triton 3.6 spilled up to 368 bytes.
+    Addresses take registers that sums need: with 256 columns Triton 3.6 spilled up to 368 bytes.
     """
     return replace(config, block_n=min(config.block_n, 128 // sums)) if config.tma and not order else config

@@ -1,22 +1,22 @@
-"""Look up the configuration that a kernel runs with in tables; nothing is measured here.
+"""Look up the configuration that a kernel runs with; nothing is measured here.
 
-    pinned      the caller's, within a block: `with pinned(grouped_gemm=Config(…))`
-    user        a row this user's `mm1 tune` wrote
+    pinned      the configuration that the caller sets in a block: `with pinned(grouped_gemm=Config(…))`
+    user        a row that this user's `mm1 tune` wrote
     shipped     a row of mm1/autotune/tables whose intervals contain the shape
     neighbour   a row for this GPU with every size within one octave of the shape
-    borrowed    the same two, for another GPU of this architecture
-    model       the one predicted to be fastest among those in the tables for this architecture
+    borrowed    the nearest row within one octave for another GPU of this architecture
+    model       the configuration predicted to be the fastest of those in the tables for this architecture
     default     the kernel's own choice, which compiles everywhere
 
-The first step with an answer decides. The answer depends on kernel, shape, element size, device and files alone, so
-every process that sees the same files gets the same one. Only the standard library is imported.
+The first step that has a configuration decides. The result depends on kernel, shape, element size, device and files
+alone, so processes that read the same files choose the same configuration. Only the standard library is imported.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from math import inf, log2
@@ -26,23 +26,23 @@ from typing import Any, NamedTuple
 from mm1.kernels.device import DEVICES, Device, nearest
 
 SCHEMA = 1
-CACHED_ANSWERS = 4096  # at most; a long-running server asks for ever new shapes
+CACHED_ANSWERS = 4096  # the largest number of cached answers, as a long-running server looks up ever new shapes
 
 
 class TuneError(ValueError):
-    """Says in one line why something cannot be tuned or explained."""
+    """State in one line why something cannot be tuned or explained."""
 
 
 class Tunable(NamedTuple):
-    """Describes a kernel that has configurations.
+    """Describe a kernel that has configurations.
 
-    Shapes are named tuples. Integers are sizes, for which rows have intervals, and which neighbours may miss by an
-    octave; bools, and sizes that are constants of the code, must be equal.
+    Shapes are named tuples. Their integers are sizes: rows have intervals for them, which a neighbour's size may miss
+    by an octave. Bools, and sizes that are constants of the compiled code, must be equal.
     """
 
     kernel: str
-    shape: Any  # its class
-    config: Any  # its class
+    shape: Any  # class of shapes
+    config: Any  # class of configurations
     space: Callable[[Any, Any, Device], Iterator[Any]]  # (shape, dtype, device): worth measuring, legal or not
     legal: Callable[[Any, Any, Any, Device], bool]  # (config, shape, dtype, device)
     default: Callable[[Any, Any, Device], Any]
@@ -50,49 +50,46 @@ class Tunable(NamedTuple):
     constants: tuple[str, ...] = ()  # names of sizes that are constants of the compiled code
 
     def choices(self, shape: Any, dtype: Any, device: Device) -> Iterator[Any]:
-        """Yield every legal configuration of the space."""
+        """Yield the legal configurations of the space."""
         return (c for c in self.space(shape, dtype, device) if self.legal(c, shape, dtype, device))
 
 
 class Row(NamedTuple):
-    """Holds one row of a table: the shapes that it is for, and their configuration."""
+    """Hold one row of a table: the shapes that it is for, and their configuration."""
 
     bits: int
-    when: tuple[Any, ...]  # by field of the shape: (low, high), or the value
+    when: tuple[Any, ...]  # for each field of the shape: an interval (low, high), or the value
     config: Any
-    source: dict[str, Any]  # as written
-
-    def holds(self, shape: tuple[Any, ...]) -> bool:
-        """Tell whether the row's intervals contain the shape."""
-        return all(w[0] <= s <= w[1] if type(w) is tuple else w == s for w, s in zip(self.when, shape))
+    source: dict[str, Any]  # the row as written in its file
 
     def alike(self, shape: tuple[Any, ...]) -> bool:
-        """Tell whether everything is equal that must be equal."""
+        """Tell whether all values are equal that must be equal."""
         return all(type(w) is tuple or w == s for w, s in zip(self.when, shape))
 
-    def octaves(self, shape: tuple[Any, ...]) -> float | None:
-        """Return the sum over sizes of log2 to the nearest end of the interval; None if one is more than 1."""
-        total = 0.0
+    def octaves(self, shape: tuple[Any, ...]) -> float:
+        """Return the distance to the shape: the sum over sizes of log2 to the nearest end of the interval.
+
+        inf where a size is more than one octave from its interval, or a value that must be equal is not.
+        """
+        total = 0.0 if self.alike(shape) else inf
         for w, s in zip(self.when, shape):
             if type(w) is tuple and not w[0] <= s <= w[1]:
-                miss = abs(log2(s / (w[0] if s < w[0] else w[1]))) if s and w[1] else inf
-                if miss > 1:
-                    return None
-                total += miss
-        return total if self.alike(shape) else None
+                distance = abs(log2(s / (w[0] if s < w[0] else w[1]))) if s and w[1] else inf
+                total += distance if distance <= 1 else inf
+        return total
 
 
 class Answer(NamedTuple):
-    """Holds one step's answer, and why."""
+    """Hold the answer of one step of the look-up, and the reason for it."""
 
     step: str
-    config: Any  # None: this step has none
+    config: Any  # None: the step has no configuration
     why: str
     row: Row | None = None
 
 
 class LookUp(NamedTuple):
-    """Holds one look-up, as `listening` records it."""
+    """Hold one look-up, as `listening` records it."""
 
     kernel: str
     shape: Any
@@ -108,7 +105,7 @@ _listeners: list[list[LookUp]] = []
 
 @contextmanager
 def pinned(**configs: object) -> Iterator[None]:
-    """Run the named kernels with these configurations in the block: `pinned(grouped_gemm=Config(…))`."""
+    """Run the named kernels with these configurations in the block, as in `pinned(grouped_gemm=Config(…))`."""
     before = dict(_pinned)
     _pinned.update(configs)
     try:
@@ -120,7 +117,7 @@ def pinned(**configs: object) -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[list[LookUp]]:
-    """Record the look-ups in the block, in their order."""
+    """Record the look-ups in the block, in order."""
     look_ups: list[LookUp] = []
     _listeners.append(look_ups)
     try:
@@ -144,12 +141,12 @@ def config_for(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Dev
 
 
 def pinned_or(name: str, otherwise: Callable[[], Any]) -> Any:
-    """Return what is pinned under this name, or `otherwise()`, for a choice that no table has rows for."""
+    """Return the value pinned under this name, or else `otherwise()`, for a choice that no table has rows for."""
     return _pinned[name] if name in _pinned else otherwise()
 
 
 def clear_caches() -> None:
-    """Read tables and the user's rows again at the next look-up."""
+    """Forget cached answers, tables and rows, so that the next look-up reads the files again."""
     _answers.clear()
     shipped.cache_clear()
     cached.cache_clear()
@@ -157,7 +154,7 @@ def clear_caches() -> None:
 
 
 def chain(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) -> Iterator[Answer]:
-    """Yield each step's answer, in order; the last step always has a configuration."""
+    """Yield the answer of each step, in order; the last one always has a configuration."""
     kernel, bits = tunable.kernel, 8 * dtype.itemsize
 
     def usable(rows: tuple[Row, ...]) -> list[Row]:
@@ -166,58 +163,45 @@ def chain(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) 
     pin = _pinned.get(kernel)
     yield Answer("pinned", pin, "by the caller" if pin is not None else "no configuration is pinned")
     rows = usable(cached(tunable, device.name))
-    yield _holding("user", rows, shape, str(cache_folder() / kernel / device.name))
+    yield _nearest("user", rows, shape, str(cache_folder() / kernel / device.name), 0)
     rows = usable(shipped(tunable, device.name))
-    yield _holding("shipped", rows, shape, f"{device.name}.json")
-    yield _near("neighbour", rows, shape, f"{device.name}.json")
-    borrowed = Answer("borrowed", None, f"no other {device.arch} has a row")
-    for other in nearest(device.arch, device.units, device.bandwidth):
-        if other.name != device.name:
-            rows = usable(shipped(tunable, other.name))
-            for answer in (_holding, _near):
-                result = answer("borrowed", rows, shape, f"{other.name}.json")
-                borrowed = result if borrowed.config is None and result.config is not None else borrowed
-    yield borrowed
+    yield _nearest("shipped", rows, shape, f"{device.name}.json", 0)
+    yield _nearest("neighbour", rows, shape, f"{device.name}.json", len(shape))
+    others = (d.name for d in nearest(device.arch, device.units, device.bandwidth) if d.name != device.name)
+    borrowed = (
+        _nearest("borrowed", usable(shipped(tunable, name)), shape, f"{name}.json", len(shape)) for name in others
+    )
+    none = Answer("borrowed", None, f"no other {device.arch} has a row for the shape")
+    yield next((answer for answer in borrowed if answer.config is not None), none)
     yield _modelled(tunable, shape, dtype, device)
     yield Answer("default", tunable.default(shape, dtype, device), "the kernel's own")
 
 
-def _holding(step: str, rows: list[Row], shape: tuple[Any, ...], where: str) -> Answer:
-    row = next((r for r in rows if r.holds(shape)), None)
-    if row is None:
-        return Answer(step, None, f"none of {len(rows)} usable rows in {where} holds the shape")
-    return Answer(step, row.config, f"{where}: {row.source['origin']}, {row.source['when']}", row)
-
-
-def _near(step: str, rows: list[Row], shape: tuple[Any, ...], where: str) -> Answer:
-    near = [(octaves, i) for i, row in enumerate(rows) if (octaves := row.octaves(shape)) is not None]
-    if not near:
-        return Answer(step, None, f"none of {len(rows)} usable rows in {where} is within an octave")
-    octaves, i = min(near)
-    why = f"{where}: {rows[i].source['origin']}, {rows[i].source['when']}, {octaves:.2f} octaves away"
-    return Answer(step, rows[i].config, why, rows[i])
+def _nearest(step: str, rows: list[Row], shape: tuple[Any, ...], where: str, farthest: int) -> Answer:
+    """Answer with the row nearest to the shape, if it is at most `farthest` octaves away; of equals the first."""
+    row = min(rows, key=lambda r: r.octaves(shape), default=None)
+    octaves = inf if row is None else row.octaves(shape)
+    if row is None or octaves > farthest:
+        condition = "is within an octave of" if farthest else "holds"
+        return Answer(step, None, f"none of {len(rows)} usable rows in {where} {condition} the shape")
+    why = f"{where}: {row.source['origin']}, {row.source['when']}"
+    return Answer(step, row.config, f"{why}, {octaves:.2f} octaves away" if octaves else why, row)
 
 
 def _modelled(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) -> Answer:
     """Choose by prediction among the configurations that were compiled and checked for this architecture.
 
-    The default stays unless another is predicted to be at least 5 % faster.
+    The step has no configuration unless one is predicted to be at least 5 % faster than the default.
     """
     rows = [r for r in _vetted(tunable, device.arch) if r.bits == 8 * dtype.itemsize and r.alike(shape)]
     vetted = [c for c in dict.fromkeys(r.config for r in rows) if tunable.legal(c, shape, dtype, device)]
     if not vetted:
         return Answer("model", None, f"no configuration was checked for such shapes on {device.arch}")
-    default = tunable.default(shape, dtype, device)
-    by_default = tunable.seconds(default, shape, dtype, device)
-    best = min(vetted, key=lambda config: tunable.seconds(config, shape, dtype, device))
-    seconds = tunable.seconds(best, shape, dtype, device)
-    if seconds > 0.95 * by_default:
-        return Answer(
-            "model", None, f"the best of {len(vetted)} is predicted to take {seconds / by_default:.2f} of default"
-        )
-    return Answer(
-        "model", best, f"best of {len(vetted)} checked for {device.arch}, {seconds / by_default:.2f} of default"
-    )
+    seconds = {c: tunable.seconds(c, shape, dtype, device) for c in vetted}
+    best, default = min(vetted, key=seconds.__getitem__), tunable.default(shape, dtype, device)
+    share = seconds[best] / tunable.seconds(default, shape, dtype, device)
+    why = f"the best of {len(vetted)} checked for {device.arch} is predicted to take {share:.2f} of the default's time"
+    return Answer("model", best if share <= 0.95 else None, why)
 
 
 def tables() -> Any:
@@ -232,7 +216,7 @@ def cache_folder() -> Path:
     try:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home, as some containers have
-        cache_home = Path(os.devnull)  # a path where no rows can be read or written
+        cache_home = Path(os.devnull)  # no rows can be read from or written to such a path
     return cache_home / "mm1" / "configs"
 
 
@@ -248,24 +232,19 @@ def shipped(tunable: Tunable, name: str) -> tuple[Row, ...]:
 
 @cache
 def cached(tunable: Tunable, name: str) -> tuple[Row, ...]:
-    """Read the user's rows, one a file, ordered by file name; files that cannot be read are skipped."""
+    """Read the user's rows, one in each file, ordered by file name; files that cannot be read are skipped."""
     rows = []
-    try:
-        paths = sorted((cache_folder() / tunable.kernel / name).glob("*.json"))
-    except OSError:
-        return ()
-    for path in paths:
-        try:
-            source = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        row = read(tunable, source) if isinstance(source, dict) and source.get("schema") == SCHEMA else None
-        rows += [] if row is None else [row]
+    with suppress(OSError):  # of the folder
+        for path in sorted((cache_folder() / tunable.kernel / name).glob("*.json")):
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                source = json.loads(path.read_text())
+                if source["schema"] == SCHEMA and (row := read(tunable, source)):
+                    rows.append(row)
     return tuple(rows)
 
 
 def read(tunable: Tunable, source: dict[str, Any]) -> Row | None:
-    """Parse a row; None unless it has exactly the fields of the kernel's shape and configuration."""
+    """Parse a row; return None unless it has exactly the fields of the kernel's shape and configuration."""
     try:
         when, config = dict(source["when"]), source["config"]
         bits = when.pop("bits")
@@ -292,7 +271,7 @@ def _vetted(tunable: Tunable, arch: str) -> tuple[Row, ...]:
 
 
 def digest(tunables: list[Tunable], device: Device) -> str:
-    """Return a digest of every row that look-ups on this device may use; ranks with equal digests choose alike."""
+    """Return a digest of all rows that look-ups on this device may use; ranks with equal digests choose alike."""
     seen = hashlib.sha256()
     for tunable in tunables:
         for rows in (cached(tunable, device.name), *(shipped(tunable, d.name) for d in DEVICES.values())):

@@ -1,11 +1,12 @@
-"""Compute the activation between an expert's two products, on tensors and inside kernels.
+"""Define the activations between an expert's two products, on tensors and inside kernels.
 
     s = act(gate)                              without a gate
     s = act(min(gate, limit)) · (clamp(up, ±limit) + shift)
 
 limit None clamps nothing; GPT-OSS is quick_gelu with limit 7 and shift 1, DeepSeek-V4 silu with a limit. silu x·σ(x);
 quick_gelu x·σ(1.702x); gelu x·Φ(x); gelu_tanh its tanh form (Hendrycks and Gimpel 2016); relu2 max(x, 0)² (So et al.
-2021, Primer).
+2021, Primer). The engine's decoders always use silu: neither a Backend (backends.py) nor moe_mlp_8 (quantized.py) nor
+the MLP in mm1/engine/layers/decoder.py takes an activation.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ QUICK = 1.702
 
 
 class Activation(NamedTuple):
-    """Holds value(x) = act(x), and backward(dy, x, out), which stores dy · act'(x) in out."""
+    """Hold value(x) = act(x), and backward(dy, x, out), which stores dy · act'(x) in out."""
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], object]
@@ -61,14 +62,14 @@ def _value_and_slope(x, ACT: tl.constexpr):
         value = x * sigmoid
         slope = sigmoid + 1.702 * value * (1 - sigmoid)
     elif ACT == "gelu":
-        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-        value = x * below
-        slope = below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        value = x * cdf
+        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        below = tl.sigmoid(2 * inner)  # (1 + tanh(inner)) / 2
-        value = x * below
-        slope = below + value * (1 - below) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+        cdf = tl.sigmoid(2 * inner)  # (1 + tanh(inner)) / 2
+        value = x * cdf
+        slope = cdf + value * (1 - cdf) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     elif ACT == "relu":
         value = tl.maximum(x, 0.0)
         slope = tl.where(x > 0, 1.0, 0.0)
@@ -81,7 +82,7 @@ def _value_and_slope(x, ACT: tl.constexpr):
 
 @triton.jit
 def slopes(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
-    """Return s, ∂s/∂gate and ∂s/∂up of fp32 tiles; without a gate the last is meaningless."""
+    """Return s, ∂s/∂gate and ∂s/∂up of fp32 tiles; not GATED: ignore the last."""
     if LIMIT is not None:
         value, slope = _value_and_slope(tl.minimum(gate, LIMIT), ACT)
         slope = tl.where(gate <= LIMIT, slope, 0.0)

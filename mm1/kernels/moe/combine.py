@@ -2,8 +2,8 @@
 
     out[t] = Σ_k weight[t, k] · y[row of slot (t, k)]     over slots that belong to an expert
 
-y [rows, D], weight fp32 [T, K] or None -> [T, D]; in fp32 and in the order of k, so the same bits every time. Reads
-T·K·D, writes T·D.
+y [rows, D], weight fp32 [T, K] or None -> [T, D]. Sums are computed in fp32 and in the order of k, so every run gives
+the same bits. Reads T·K·D elements, writes T·D.
 """
 
 from torch import Tensor
@@ -37,23 +37,22 @@ def _combine_kernel(
     tl.store(out_ptr + token * D + offs, acc.to(out_ptr.dtype.element_ty), offs < D)
 
 
-def combine_sorted(y: Tensor, position: Tensor, offsets: Tensor, weight: Tensor | None) -> Tensor:
-    """Combine rows y [S, D] sorted by expert: slot (t, k) is row position[t, k], if that is before the last offset."""
-    return _combine(y, position.shape, len(offsets), position, None, offsets, weight)
+def combine(
+    y: Tensor, slots: Tensor, weight: Tensor | None, *, offsets: Tensor | None = None, experts: int = 0
+) -> Tensor:
+    """Return the sums of y's rows over each token's slots, [T, D].
 
-
-def combine_slots(y: Tensor, index: Tensor, experts: int, weight: Tensor) -> Tensor:
-    """Combine rows y [T·K, D] in the order of slots; a slot counts if its index is one of the experts."""
-    return _combine(y, index.shape, experts, None, index, None, weight)
-
-
-def _combine(y, shape, experts, position, index, offsets, weight) -> Tensor:
-    (T, K), D = shape, y.shape[1]
+    With offsets int32 [E], y [S, D] is sorted by expert, and slots int32 [T, K] are rows of y; a slot counts if its row
+    is before the last offset. Without offsets, y [T·K, D] is in the order of slots, and slots int [T, K] are experts; a
+    slot counts if its expert is in 0 … experts - 1.
+    """
+    (T, K), D = slots.shape, y.shape[1]
+    position, index, experts = (None, slots, experts) if offsets is None else (slots, None, len(offsets))
     out = y.new_empty(T, D)
     block = min(1024, power_of_2(max(D, 1)))
     launch(
         _combine_kernel, T * cdiv(D, block), y_ptr=y, position_ptr=position, index_ptr=index, weight_ptr=weight,
-        offsets_ptr=offsets, out_ptr=out, D=D, E=experts, K=K, SORTED=position is not None,
-        HAS_WEIGHT=weight is not None, BLOCK=block, num_warps=4,
+        offsets_ptr=offsets, out_ptr=out, D=D, E=experts, K=K, SORTED=index is None, HAS_WEIGHT=weight is not None,
+        BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out

@@ -4,14 +4,14 @@
 
 x [T, D], index [T, K], weight [T, K], gate_up [E, 2F, D], down [E, D, F] -> [T, D]. 6·T·K·D·F operations, 12 backward.
 
-Forward, over rows sorted by expert: one product that gathers tokens as it loads them and applies the activation before
-it stores (gate and up are two accumulators, so their layout does not matter), a second product with contiguous stores,
-and a gather that sums each token's rows in fp32 and in order. Without scatters and atomics, the same inputs give the
-same bits every time.
+Forward computes, over rows sorted by expert, one product that gathers tokens as it loads them and applies the
+activation before it stores (gate and up are two accumulators, so their layout does not matter), a second product with
+contiguous stores, and a gather that sums each token's rows in fp32 and in order. Without scatters and atomics, the same
+inputs give the same bits every time.
 
-Backward keeps x and h, or x alone with `recompute`, but never s or y (Guo et al. 2025, SonicMoE):
-    da   = dy[t] · down[e]                   ∂/∂weight[t, k] = ⟨da, s⟩       without the weight
-    dh   = weight · da · ∂s/∂h               one kernel gives dh, ⟨da, s⟩ and weight · s
+Forward saves x and h, or x alone with `recompute`, but never s or y (Guo et al. 2025, SonicMoE). Backward computes
+    da   = dy[t] · down[e];   ∂/∂weight[t, k] = ⟨da, s⟩
+    dh   = weight · da · ∂s/∂h               one kernel computes dh, ⟨da, s⟩ and weight · s
     dx[t] = Σ_k dh · gate_up[e];   dgate_up[e] = dhᵀ x[t];   ddown[e] = dy[t]ᵀ (weight · s)
 Source: Jiang et al. 2024 (Mixtral), section 2.2.
 """
@@ -22,66 +22,46 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mm1.kernels import tiles
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import (
     INTERPRETED,
     Cost,
     autocast_dtype,
     cdiv,
+    custom_op,
     device_of,
     expect_alike,
     launch,
-    on_cpu,
     refuse_second_order,
     strides,
     wide,
 )
 from mm1.kernels.language import tl, triton
-from mm1.kernels.moe import cpu as experts_cpu
-from mm1.kernels.moe import few_tokens
+from mm1.kernels.moe import cpu, few_tokens
 from mm1.kernels.moe.activation import activate, slopes
-from mm1.kernels.moe.arguments import check
-from mm1.kernels.moe.combine import combine_sorted
+from mm1.kernels.moe.arguments import check, empty_gradients, halves, projections
+from mm1.kernels.moe.combine import combine
 from mm1.kernels.moe.grouped import dw, gemm
 from mm1.kernels.moe.routing import Order, sort, sort_by_expert
-from mm1.kernels.tiles import (
-    Config,
-    Shape,
-    default,
-    descriptor,
-    dot,
-    legal,
-    load_rows,
-    load_weight,
-    narrowed,
-    programs,
-    seconds,
-    space,
-    store_tile,
-    tile_map,
-    tile_of,
-    weight_operands,
-)
+from mm1.kernels.tiles import Config, Shape, dot, load_rows, load_weight, mapped_tile, store_tile
 from mm1.kernels.tuning import Tunable, config_for, pinned_or
 
 
 def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
-    """Tell whether the kernel fits; its accumulators must leave registers for gate, up and their slopes."""
-    return legal(config, shape, dtype, device) and 32 <= config.block_n <= _widest_dh(device)
+    """Tell whether the kernel fits, with registers left for gate, up and their slopes."""
+    widest = 128 if device.shared > 100 << 10 else 64
+    return tiles.legal(config, shape, dtype, device) and 32 <= config.block_n <= widest
 
 
 def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 128) -> Config:
-    """Choose the configuration of a plain product, with at most `widest` columns."""
-    config = default(shape, dtype, device)
-    return replace(config, block_n=min(config.block_n, _widest_dh(device), widest))
+    """Choose the configuration of an ordinary product, with at most `widest` columns."""
+    config = tiles.default(shape, dtype, device)
+    return replace(config, block_n=min(config.block_n, widest, 128 if device.shared > 100 << 10 else 64))
 
 
-def _widest_dh(device: Device) -> int:
-    return 128 if device.shared > 100 << 10 else 64
-
-
-UP = Tunable("experts_up", Shape, Config, space, legal, default, seconds)
-DH = Tunable("experts_dh", Shape, Config, space, legal_dh, default_dh, seconds)
+UP = Tunable("experts_up", Shape, Config, tiles.space, tiles.legal, tiles.default, tiles.seconds)
+DH = Tunable("experts_dh", Shape, Config, tiles.space, legal_dh, default_dh, tiles.seconds)
 
 
 @triton.jit
@@ -92,14 +72,11 @@ def _up_kernel(
     LIMIT: tl.constexpr, SHIFT: tl.constexpr, W_TMA: tl.constexpr, S_TMA: tl.constexpr, H_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Store s [rows, F] and, with KEEP, h [rows, 2F]."""
+    """Store s [rows, F] and, with KEEP, h [rows, 2F], gates before ups."""
     num_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(tiles_ptr + pid_m)
+        expert, row, end, pid_n = mapped_tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
         if expert >= 0:
-            row = tl.load(tiles_ptr + num_m + pid_m)
-            end = tl.load(tiles_ptr + 2 * num_m + pid_m)
             n = pid_n * BLOCK_N
             tokens = tl.load(slots_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)) // FAN
             acc_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -133,14 +110,11 @@ def _dh_kernel(
     ACT: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, W_TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Store dh [rows, 2F], weight · s [rows, F], and for each tile of F the rows' part of ⟨dy, y⟩."""
+    """Store dh [rows, 2F], weight · s [rows, F], and each tile's part of ⟨dy, y⟩ of its rows."""
     num_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(tiles_ptr + pid_m)
+        expert, row, end, pid_n = mapped_tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
         if expert >= 0:
-            row = tl.load(tiles_ptr + num_m + pid_m)
-            end = tl.load(tiles_ptr + 2 * num_m + pid_m)
             n = pid_n * BLOCK_N
             rows = row + tl.arange(0, BLOCK_M)
             slots = tl.load(slots_ptr + tl.minimum(rows, end - 1))
@@ -158,7 +132,7 @@ def _dh_kernel(
             if pid_n > 0:
                 dots = tl.zeros((BLOCK_M,), tl.float32)
             weight = tl.load(weight_ptr + slots)[:, None]
-            # In two halves: the registers do not hold gate, up, slopes and accumulators of a whole tile.
+            # Two halves, as registers do not hold gate, up, slopes and accumulators of a whole tile.
             left, right = tl.split(tl.permute(tl.reshape(da, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
             dots += _dh_part(
                 left, weight, h_ptr, dh_ptr, ws_ptr, rows, end, n, F, GATED, ACT, LIMIT, SHIFT, BLOCK_N // 2
@@ -175,7 +149,7 @@ def _dh_part(
     da, weight, h_ptr, dh_ptr, ws_ptr, rows, end, n, F, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store dh and weight · s of some columns, and return their part of ⟨da, s⟩."""
+    """Store dh and weight · s of BLOCK_N columns, and return their part of ⟨da, s⟩."""
     offs_n = n + tl.arange(0, BLOCK_N)
     inside = (rows < end)[:, None] & (offs_n < F)[None, :]
     places = rows.to(tl.int64)[:, None] * (2 * F if GATED else F) + offs_n[None, :]
@@ -194,41 +168,30 @@ def _dh_part(
     return dots
 
 
-def halves(whole: Tensor, up: Tensor | None, gated: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Return views [E, F, …] of gate and up, for each layout; without a gate the same tensor twice."""
-    if not gated:
-        return whole, whole
-    if up is not None:
-        return whole, up
-    if interleaved:
-        return whole[:, 0::2], whole[:, 1::2]
-    width = whole.shape[1] // 2
-    return whole[:, :width], whole[:, width:]
-
-
 def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit, shift, interleaved, keep):
-    """Launch the first product over rows sorted by expert; return s [S, F] and, with `keep`, h [S, 2F]."""
+    """Compute the first product of rows sorted by expert; return s [S, F] and, with `keep`, h [S, 2F]."""
     S, D = len(slots), x.shape[1]
     gated = up is not None or gate_up.shape[1] == 2 * width
     device = device_of(x)
     at = Shape(S, len(offsets), D, width, gated), x.dtype, device
-    # Biases and limits take registers; the tables' tiles were measured without them, and may not leave any.
+    # Biases and limits take registers that the tables' tiles, measured without them, may not leave.
     plain = bias is None and limit is None
-    config = config_for(UP, *at) if plain else pinned_or("experts_up", lambda: default(*at))
-    tiles, _, num_m = tile_map(offsets, S, config.block_m)
+    config = config_for(UP, *at) if plain else pinned_or("experts_up", lambda: tiles.default(*at))
+    tile_map, _, num_m = tiles.tile_map(offsets, S, config.block_m)
     gate, up = (half.transpose(1, 2) for half in halves(gate_up, up, gated, interleaved))
     gate_bias, up_bias = (None, None) if bias is None else halves(bias, None, gated, interleaved)
-    gate_any, up_any, order = weight_operands(config, gate, up)
-    config = narrowed(config, order, at[0].sums)
+    gate_any, up_any, order = tiles.weight_operands(config, gate, up)
+    config = tiles.narrowed(config, order, at[0].sums)
     s = x.new_empty(S, width)
     h = x.new_empty(S, (1 + gated) * width if keep else 0)
     h_gate, h_up = halves(h, None, gated, False)
     tile = [config.block_m, config.block_n]
-    s_desc, hg_desc, hu_desc = (descriptor(t, tile, config) for t in (s, h_gate, h_up))
+    s_desc, hg_desc, hu_desc = (tiles.descriptor(t, tile, config) for t in (s, h_gate, h_up))
+    grid = tiles.programs(num_m * cdiv(width, config.block_n), config, device)
     launch(
-        _up_kernel, programs(num_m * cdiv(width, config.block_n), config, device), x_ptr=x, gate=gate_any, up=up_any,
-        gate_bias_ptr=gate_bias, up_bias_ptr=up_bias, slots_ptr=slots, s_ptr=s, s_desc=s_desc, h_ptr=h,
-        hg_desc=hg_desc, hu_desc=hu_desc, tiles_ptr=tiles, **strides(x, "stride_xm", "stride_xk"),
+        _up_kernel, grid, x_ptr=x, gate=gate_any, up=up_any, gate_bias_ptr=gate_bias, up_bias_ptr=up_bias,
+        slots_ptr=slots, s_ptr=s, s_desc=s_desc, h_ptr=h, hg_desc=hg_desc, hu_desc=hu_desc, tiles_ptr=tile_map,
+        **strides(x, "stride_xm", "stride_xk"),
         **strides(gate, "stride_ge", "stride_gk", "stride_gn"), **strides(up, "stride_ue", "stride_uk", "stride_un"),
         **strides(gate_bias, "stride_be", "stride_bn"), D=D, F=width, num_m=num_m, FAN=fan, GATED=gated,
         HAS_BIAS=bias is not None, KEEP=keep, ACT=activation, LIMIT=limit, SHIFT=shift, W_TMA=order,
@@ -242,19 +205,19 @@ def gradient_of_h(
     dy: Tensor, h: Tensor, slots: Tensor, offsets: Tensor, fan: int, weight: Tensor, down: Tensor,
     down_bias: Tensor | None, activation: str, limit: float | None, shift: float, gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dh [S, 2F], weight · s [S, F], and ⟨dy, y⟩ of each row as parts [tiles of F, S] to be summed."""
+    """Return dh [S, 2F], weight · s [S, F], and parts [tiles of F, S] whose sum is ⟨dy, y⟩ of each row."""
     S, device, (E, D, width) = len(slots), device_of(h), down.shape
     at = Shape(S, E, D, width), h.dtype, device
     plain = down_bias is None and limit is None
-    widest = 128 if device.wgmma else 64  # 128 columns spill 20 times on an A100, 83 on a B200
+    widest = 128 if device.wgmma else 64  # with 128 columns 20 registers spill on an A100, 83 on a B200
     config = config_for(DH, *at) if plain else pinned_or("experts_dh", lambda: default_dh(*at, widest))
-    tiles, _, num_m = tile_map(offsets, S, config.block_m)
+    tile_map, _, num_m = tiles.tile_map(offsets, S, config.block_m)
     num_n = cdiv(width, config.block_n)
     dh, ws, dots = torch.empty_like(h), h.new_empty(S, width), weight.new_empty(num_n, S)
-    down_any, order = weight_operands(config, down)
+    down_any, order = tiles.weight_operands(config, down)
     launch(
-        _dh_kernel, programs(num_m * num_n, config, device), dy_ptr=dy, down=down_any, bias_ptr=down_bias, h_ptr=h,
-        slots_ptr=slots, weight_ptr=weight, dh_ptr=dh, ws_ptr=ws, dots_ptr=dots, tiles_ptr=tiles,
+        _dh_kernel, tiles.programs(num_m * num_n, config, device), dy_ptr=dy, down=down_any, bias_ptr=down_bias,
+        h_ptr=h, slots_ptr=slots, weight_ptr=weight, dh_ptr=dh, ws_ptr=ws, dots_ptr=dots, tiles_ptr=tile_map,
         **strides(dy, "stride_ym", "stride_yk"), **strides(down, "stride_we", "stride_wk", "stride_wn"), D=D, F=width,
         S=S, num_m=num_m, FAN=fan, GATED=gated, HAS_BIAS=down_bias is not None, ACT=activation, LIMIT=limit,
         SHIFT=shift, W_TMA=order, GROUP_M=config.group_m, **config.arguments,
@@ -262,71 +225,59 @@ def gradient_of_h(
     return dh, ws, dots
 
 
-def forward(
+def moe_mlp_forward(
     x: Tensor, order: Sequence[Tensor], weight: Tensor, gate_up: Tensor, up: Tensor | None, down: Tensor,
     gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
     interleaved: bool, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return y [T, D] and, with `keep`, h [T·K, 2F], else h without columns. order: slots, position, offsets."""
+    """Return y [T, D] and h [T·K, 2F], which has no columns without `keep`. order: slots, position, offsets."""
     slots, position, offsets = order
     K, width = position.shape[1], down.shape[2]
     s, h = up_rows(x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, keep)
     y = gemm(s, down.transpose(1, 2), offsets, down_bias)
-    return combine_sorted(y, position, offsets, weight), h
+    return combine(y, position, weight, offsets=offsets), h
 
 
-def backward(
+def moe_mlp_backward(
     dy: Tensor, x: Tensor, h: Tensor, order: Sequence[Tensor], weight: Tensor, gate_up: Tensor, up: Tensor | None,
     down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None,
-    shift: float, interleaved: bool, weights: bool,
+    shift: float, interleaved: bool, weight_gradients: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Return the gradients of x, weight and, with `weights`, of gate_up, up, down and the biases, else empty ones."""
+    """Return the gradients of x, weight, gate_up, up, down, gate_up_bias and down_bias.
+
+    Those of weights and biases are empty without weight_gradients, or where the tensor is None.
+    """
     slots, position, offsets = order
     K, width = position.shape[1], down.shape[2]
     gated = up is not None or gate_up.shape[1] == 2 * width
     if not h.shape[1]:
-        _, h = up_rows(
-            x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, True
-        )
+        operands = x, slots, offsets, K, gate_up, up, width, gate_up_bias
+        _, h = up_rows(*operands, activation, limit, shift, interleaved, True)
     dh, ws, dots = gradient_of_h(dy, h, slots, offsets, K, weight, down, down_bias, activation, limit, shift, gated)
     dweight = torch.where(position < offsets[-1], dots.sum(0)[position], 0.0)
 
-    split = gated and (up is not None or interleaved)  # gate and up are not one weight of 2F rows
-    if split:
-        gate, other = halves(gate_up, up, gated, interleaved)
-        dx = gemm(dh, gate, offsets, None, other)
-    else:
-        dx = gemm(dh, gate_up, offsets)
-    dx = combine_sorted(dx, position, offsets, None)
-    if not weights:
-        return [dx, dweight, *(x.new_empty(0) for _ in range(5))]
-    dgate_up, dup, ddown, dgate_up_bias, ddown_bias = empty_gradients(gate_up, up, down, gate_up_bias, down_bias)
-    parts = [(dgate_up, dgate_up_bias, dh)]
-    if split:
-        outs = halves(dgate_up, None if up is None else dup, gated, interleaved)
-        biases = (dgate_up_bias,) * 2 if gate_up_bias is None else halves(dgate_up_bias, None, gated, interleaved)
-        parts = zip(outs, biases, dh.split(width, 1))
-    for out, bias, rows in parts:
-        dw(rows, x, offsets, out, slots=slots, b_fan=K, bias=None if gate_up_bias is None else bias)
-    dw(dy, ws, offsets, ddown, slots=slots, a_fan=K, bias=None if down_bias is None else ddown_bias, scale=weight)
-    return [dx, dweight, dgate_up, dup, ddown, dgate_up_bias, ddown_bias]
+    (gate, _), *second = projections(gate_up, up, None, width, interleaved)
+    dx = combine(gemm(dh, gate, offsets, None, *(w for w, _ in second)), position, None, offsets=offsets)
+    parameters = gate_up, up, down, gate_up_bias, down_bias
+    gradients = empty_gradients(x, parameters, weight_gradients)
+    if weight_gradients:
+        dgate_up, dup, _, dbias, ddown_bias = (None if p is None else g for p, g in zip(parameters, gradients))
+        products = projections(dgate_up, dup, dbias, width, interleaved)
+        for (out, bias), rows in zip(products, dh.split(gate.shape[1], 1)):
+            dw(rows, x, offsets, out, slots=slots, b_fan=K, bias=bias)
+        dw(dy, ws, offsets, gradients[2], slots=slots, a_fan=K, bias=ddown_bias, scale=weight)
+    return [dx, dweight, *gradients]
 
 
-def empty_gradients(*weights: Tensor | None) -> list[Tensor]:
-    """Allocate each weight's gradient, in the weight's own layout where that is dense; empty for None."""
-    some = next(w for w in weights if w is not None)
-    return [some.new_empty(0) if w is None else torch.empty_like(w) for w in weights]
-
-
-def forward_few(
+def moe_mlp_few(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, up: Tensor | None, down: Tensor,
     gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, limit: float | None, shift: float,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    """Compute moe_mlp without gradients, by the kernels for few tokens where there are few."""
+    """Compute moe_mlp without gradients; calls with few tokens use the kernels for few tokens."""
     if not few_tokens.few(index.numel(), down.shape[0]):  # an exported program runs at sizes other than its example's
-        order, biases = sort(index, down.shape[0]), (gate_up_bias, down_bias)
-        return forward(x, order, weight, gate_up, up, down, *biases, activation, limit, shift, interleaved, False)[0]
+        order, biases, gate = sort(index, down.shape[0]), (gate_up_bias, down_bias), (activation, limit, shift)
+        return moe_mlp_forward(x, order, weight, gate_up, up, down, *biases, *gate, interleaved, False)[0]
     gated = up is not None or gate_up.shape[1] == 2 * down.shape[2]
     biases = (None, None) if gate_up_bias is None else halves(gate_up_bias, None, gated, interleaved)
     gate, up = halves(gate_up, up, gated, interleaved)
@@ -335,11 +286,9 @@ def forward_few(
     )
 
 
-_forward = torch.library.custom_op("mm1::moe_mlp", forward, mutates_args=())
-_backward = torch.library.custom_op("mm1::moe_mlp_backward", backward, mutates_args=())
-_few = torch.library.custom_op("mm1::moe_mlp_few", forward_few, mutates_args=())
-on_cpu(_forward, experts_cpu.forward)
-on_cpu(_backward, experts_cpu.backward)
+_forward = custom_op("moe_mlp", moe_mlp_forward, cpu.forward)
+_backward = custom_op("moe_mlp_backward", moe_mlp_backward, cpu.backward)
+_few = custom_op("moe_mlp_few", moe_mlp_few)
 
 
 @_forward.register_fake
@@ -350,10 +299,9 @@ def _(x, order, weight, gate_up, up, down, gate_up_bias, down_bias, activation, 
 
 @_backward.register_fake
 def _(dy, x, h, order, weight, gate_up, up, down, gate_up_bias, down_bias, activation, limit, shift, interleaved,
-      weights):  # fmt: skip
-    parameters = gate_up, up, down, gate_up_bias, down_bias
-    grads = empty_gradients(*parameters) if weights else [x.new_empty(0) for _ in parameters]
-    return [x.new_empty(x.shape), torch.empty_like(weight), *grads]
+      weight_gradients):  # fmt: skip
+    gradients = empty_gradients(x, (gate_up, up, down, gate_up_bias, down_bias), weight_gradients)
+    return [x.new_empty(x.shape), torch.empty_like(weight), *gradients]
 
 
 @_few.register_fake
@@ -369,11 +317,11 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy: Tensor, _):
     x, h, slots, position, offsets, weight, *parameters = ctx.saved_tensors
-    weights = any(ctx.needs_input_grad[3:8])
-    settings = ctx.activation, ctx.limit, ctx.shift, ctx.interleaved, weights
-    dx, dweight, *grads = _backward(dy, x, h, [slots, position, offsets], weight, *parameters, *settings)
-    grads = [grad if weights and p is not None else None for grad, p in zip(grads, parameters)]
-    return dx, [None] * 3, dweight, *grads, *(None,) * 5
+    needed = any(ctx.needs_input_grad[3:8])
+    settings = ctx.activation, ctx.limit, ctx.shift, ctx.interleaved, needed
+    dx, dweight, *gradients = _backward(dy, x, h, [slots, position, offsets], weight, *parameters, *settings)
+    gradients = [g if needed and p is not None else None for g, p in zip(gradients, parameters)]
+    return dx, [None] * 3, dweight, *gradients, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -381,33 +329,22 @@ refuse_second_order(_backward, "moe_mlp")
 
 
 def moe_mlp(
-    x: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    *,
-    up: Tensor | None = None,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    limit: float | None = None,
-    shift: float = 0.0,
-    interleaved: bool = False,
-    order: Order | None = None,
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, *, up: Tensor | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    limit: float | None = None, shift: float = 0.0, interleaved: bool = False, order: Order | None = None,
     recompute: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the weighted sum of each token's K experts, [T, D] in x's dtype.
 
-    x [T, D], index int [T, K], weight [T, K], gate_up [E, 2F, D] (not gated: [E, F, D]), down [E, D, F].
+    x [T, D], index int [T, K], weight [T, K], gate_up [E, 2F, D] (without a gate [E, F, D]), down [E, D, F].
     up [E, F, D]: gate and up are two tensors, and gate_up is the gate. interleaved: rows of gate and up alternate;
     else gate_up holds all rows of gate, then those of up. gate_up_bias [E, 2F], down_bias [E, D]. activation, limit,
-    shift: see activation.py. order: sort_by_expert(index, E), if you have it already. recompute: keep only x for
-    backward, and compute the first product again.
+    shift: see activation.py. order: a precomputed sort_by_expert(index, E). recompute: save only x for backward, which
+    then computes the first product again.
 
     An index outside 0 … E - 1 adds nothing, and the gradient of its weight is zero. Weights may have any strides: pass
-    a weight stored as [E, D, 2F] as its transpose(1, 2), without a copy. x, weights and biases are of one dtype, fp32,
-    bf16 or fp16, on a CPU also fp64; under autocast they are cast to its dtype; weight is of any float dtype. Sums are
+    a weight stored as [E, D, 2F] as its transpose(1, 2), without a copy. x, weights and biases have one dtype: fp32,
+    bf16 or fp16, on a CPU also fp64. Under autocast they are cast to its dtype. weight has any float dtype. Sums are
     computed in fp32 (fp64 for fp64). Raises ValueError for other shapes, dtypes or devices, naming the argument.
     """
     parameters = gate_up, up, down, gate_up_bias, down_bias
@@ -421,7 +358,7 @@ def moe_mlp(
     x, weight = x.to(dtype), weight.to(wide(dtype)).contiguous()
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *parameters))
     on_gpu = INTERPRETED or x.device.type != "cpu"
-    # An exported program serves any number of tokens, so the op itself looks at their number.
+    # An exported program runs with any number of tokens, so the op itself decides by their number.
     if on_gpu and not recorded and (torch.compiler.is_exporting() or few_tokens.few(index.numel(), down.shape[0])):
         return _few(x, index, weight, *parameters, activation, limit, shift, interleaved)
     rows = [t.contiguous() for t in (sort_by_expert(index, down.shape[0]) if order is None else order)]
@@ -432,7 +369,7 @@ def moe_mlp(
 def cost(tokens: int, k: int, experts: int, width: int, ffn: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
     """Return the cost of a gated moe_mlp; backward: of the gradients alone, without recomputation.
 
-    experts: the number that have at least one token, whose weights must be read.
+    experts: number of experts with at least one token, whose weights must be read.
     """
     flops, weights = 6 * tokens * k * width * ffn, experts * 3 * width * ffn
     if backward:  # reads x, dy and the first product of each slot, writes dx; weights are read, their gradients written

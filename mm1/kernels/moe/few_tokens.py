@@ -1,9 +1,9 @@
 """Compute the mixture-of-experts MLP for few tokens, as in decoding.
 
-The result is that of experts.py, without sorting, maps or saved activations: each program searches the at most 256
-slots for those of its expert, up to 16 at a time, and reads some rows of that expert's weight once. The time is that of
-reading the weights of the experts in use, 3·D·F elements each. Weights of 8 bits are converted to x's dtype in
-registers, and each row's scale multiplies its sums.
+The result is that of experts.py, without sorting, maps or saved activations. Each program searches the at most 256
+slots for those of its expert, multiplies up to 16 of them at a time, and reads its rows of that expert's weight once.
+The time is that of reading the weights of the experts in use, 3·D·F elements each. Weights of 8 bits are converted to
+x's dtype in registers, and each row's scale multiplies the row's sums.
 """
 
 from collections.abc import Iterator
@@ -18,21 +18,21 @@ from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.moe.activation import activate
-from mm1.kernels.moe.combine import combine_slots
+from mm1.kernels.moe.combine import combine
 from mm1.kernels.tiles import Config, Shape, dot, fitted, load_weight, weight_operands
 from mm1.kernels.tuning import Tunable, config_for
 
 MAX_SLOTS = 256
-ROWS = 16  # the fewest rows of a matrix instruction
+ROWS = 16  # the smallest number of rows of a matrix instruction
 
 
 def few(slots: int, experts: int) -> bool:
-    """Tell whether calls of so many slots take these kernels."""
+    """Tell whether calls with this number of slots use the kernels for few tokens."""
     return 0 < slots <= min(MAX_SLOTS, ROWS * experts)
 
 
 def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
-    """Choose tiles narrow enough that every multiprocessor has two programs, with many bytes in flight."""
+    """Choose tiles so narrow that every multiprocessor has two programs, with many bytes in flight."""
     config = Config(ROWS, 64, 256 // dtype.itemsize, group_m=1, warps=4, stages=4, tma=device.tma)
     active = min(shape.rows, shape.experts)
     while config.block_n > 16 and active * cdiv(shape.n, config.block_n) < 2 * device.units:
@@ -42,8 +42,8 @@ def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
 
 def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
     """Tell whether the kernel fits; it is never persistent, and its tiles are not grouped."""
-    plain = config.block_m == ROWS and not config.persistent and config.group_m == 1
-    return plain and tiles.legal(config, shape, dtype, device)
+    supported = config.block_m == ROWS and not config.persistent and config.group_m == 1
+    return supported and tiles.legal(config, shape, dtype, device)
 
 
 def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
@@ -65,19 +65,19 @@ def _few_kernel(
 ):  # fmt: skip
     """Store y[slot] = act(a[slot // FAN] · gate[e], a[slot // FAN] · up[e]).
 
-    ACT None: store the product with gate alone. index_ptr None: there is one expert, which all slots belong to.
+    ACT None: store the product with gate alone. index_ptr None: all slots belong to the one expert.
     """
     num_n = tl.cdiv(N, BLOCK_N)
-    which = tl.program_id(0) // num_n
+    pid = tl.program_id(0) // num_n
     n = tl.program_id(0) % num_n * BLOCK_N
     s = tl.arange(0, BLOCK_S)
     index = tl.zeros((BLOCK_S,), tl.int32) if index_ptr is None else tl.load(index_ptr + s, s < S, other=-1)
-    # With fewer slots than experts there are programs for each slot; those of an expert's first slot do all its slots.
-    expert = tl.load(index_ptr + which) if BY_SLOT else which
+    # With fewer slots than experts each slot has programs, and those of an expert's first slot compute all its slots.
+    expert = tl.load(index_ptr + pid) if BY_SLOT else pid
     mine = (index == expert) & (s < S)
     count = tl.sum(mine.to(tl.int32), 0)
     if BY_SLOT:
-        first_one = tl.sum((mine & (s < which)).to(tl.int32), 0) == 0
+        first_one = tl.sum((mine & (s < pid)).to(tl.int32), 0) == 0
         count = tl.where(first_one & (expert >= 0) & (expert < E), count, 0)
         expert = expert.to(tl.int32)
     place = tl.cumsum(mine.to(tl.int32), 0) - 1
@@ -114,14 +114,14 @@ def _few_kernel(
 
 
 def by_slot(
-    a: Tensor, index: Tensor | None, fan: int, gate: Tensor, up: Tensor | None, gate_bias: Tensor | None,
-    up_bias: Tensor | None, activation: str | None, limit: float | None, shift: float,
+    a: Tensor, index: Tensor | None, fan: int, gate: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None, activation: str | None = None, limit: float | None = None, shift: float = 0.0,
     gate_scale: Tensor | None = None, up_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return one product (and its activation) for each slot: a [S / fan, D], gate and up [E, N, D] -> [S, N].
+    """Return one product, and its activation, for each slot: a [S / fan, D], gate and up [E, N, D] -> [S, N].
 
-    gate_scale, up_scale: fp32 [E, N], of weights of 8 bits. up: None without a gate. index: int [T, K], None if there
-    is one expert.
+    gate_scale, up_scale: fp32 [E, N] for weights of 8 bits. up: None without a gate. index: int [T, K], or None if
+    there is one expert.
     """
     S, (E, N, D) = len(a) * fan if index is None else index.numel(), gate.shape
     device, gated = device_of(a), up is not None
@@ -149,5 +149,5 @@ def few_tokens(
     """Compute moe_mlp for at most MAX_SLOTS slots; gate and up [E, F, D] of any strides."""
     index, fan = index.contiguous(), index.shape[1]
     s = by_slot(x, index, fan, gate, up, gate_bias, up_bias, activation, limit, shift, gate_scale, up_scale)
-    y = by_slot(s, index, 1, down, None, down_bias, None, None, None, 0.0, down_scale)
-    return combine_slots(y, index, len(down), weight)
+    y = by_slot(s, index, 1, down, gate_bias=down_bias, gate_scale=down_scale)
+    return combine(y, index, weight, experts=len(down))

@@ -1,42 +1,37 @@
 """Multiply rows sorted by expert by their expert's matrix.
 
     y[r]  = a[r] · b[e] (+ bias[e])   for rows r of expert e: offsets[e-1] ≤ r < offsets[e];  0 past the last offset
-    dw[e] = a[rows of e]ᵀ · dy[rows of e],   exact zeros for an expert without rows
+    dw[e] = a[rows of e]ᵀ · dy[rows of e],   zeros for an expert without rows
 
-a [M, K], b [E, K, N] of any strides, so that both layouts of a weight are views -> y [M, N]. 2·M·K·N operations; at
-least M·(K + N) + E·K·N elements moved.
+a [M, K], b [E, K, N] -> y [M, N]; b may have any strides, so that both layouts of a weight are views. 2·M·K·N
+operations; at least M·(K + N) + E·K·N elements are read or written.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mm1.kernels import tiles
 from mm1.kernels.cost_model import product_seconds
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import Cost, cdiv, device_of, expect, expect_alike, expect_float, launch, on_cpu, strides
-from mm1.kernels.language import tl, triton
-from mm1.kernels.tiles import (
-    Config,
-    Shape,
-    by_pointers,
-    default,
-    descriptor,
-    dot,
-    legal,
-    load_rows,
-    load_weight,
-    narrowed,
-    programs,
-    seconds,
-    shared_bytes,
-    space,
-    store_tile,
-    tile_map,
-    tile_of,
-    weight_operands,
+from mm1.kernels.dispatch import (
+    Cost,
+    cdiv,
+    custom_op,
+    device_of,
+    expect,
+    expect_alike,
+    expect_float,
+    expect_tensor,
+    launch,
+    strides,
 )
+from mm1.kernels.language import tl, triton
+from mm1.kernels.moe import reference
+from mm1.kernels.tiles import Config, Shape, dot, load_rows, load_weight, mapped_tile, store_tile, tile_of
 from mm1.kernels.tuning import Tunable, config_for
 
 
@@ -47,25 +42,22 @@ def _gemm_kernel(
     PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Store y [M, N]; PAIR: a is [M, 2K], and its second half of columns is multiplied by b2."""
+    """Store y [M, N]; PAIR: a is [M, 2K], and b2 multiplies the second half of its columns."""
     num_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(tiles_ptr + pid_m)
+        expert, row, end, pid_n = mapped_tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
         if expert >= 0:
-            row = tl.load(tiles_ptr + num_m + pid_m)
-            end = tl.load(tiles_ptr + 2 * num_m + pid_m)
             n = pid_n * BLOCK_N
             rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
-            depth = tl.where(expert < E, K, 0)  # rows of no expert: zeros
+            depth = tl.where(expert < E, K, 0)  # rows past the last offset are zeros
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k in range(0, depth, BLOCK_K):
                 tile_a = load_rows(a, rows, row, k, stride_am, stride_ak, K, BLOCK_K, A_TMA)
                 tile_b = load_weight(b, expert, k, n, stride_be, stride_bk, stride_bn, K, N, BLOCK_K, BLOCK_N, B_TMA)
                 acc = dot(tile_a, tile_b, acc)
             if PAIR:
-                # The second half of a's columns. A first half that is no multiple of BLOCK_K was read into the second,
-                # where b's rows past K are zeros.
+                # The second half of a's columns. Where K is not a multiple of BLOCK_K the loop above read columns of
+                # this half too, and multiplied them by zeros: b has no rows past K.
                 for k in range(0, depth, BLOCK_K):
                     tile_a = load_rows(a, rows, row, K + k, stride_am, stride_ak, 2 * K, BLOCK_K, A_TMA)
                     tile_b = load_weight(
@@ -86,7 +78,7 @@ def _load_columns(
 ):  # fmt: skip
     """Load [BLOCK_K, BLOCK_N] of x from `row` on; MASKED: rows before `end` only.
 
-    FAN > 0: load the rows of the slots' tokens, of which each has FAN slots.
+    FAN > 0: a row is that of its slot's token, and each token has FAN slots.
     """
     if TMA and not MASKED:
         return x_desc.load([row, column])
@@ -110,7 +102,7 @@ def _dw_kernel(
     HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Store w[e] [K, N] (+)= Σ aᵀ b over the expert's rows, and bias[e] [K] = Σ a (scaled)."""
+    """Store w[e] [K, N] (+)= Σ aᵀ b over the expert's rows, and bias[e] [K] = Σ a, with HAS_SCALE times the scale."""
     num_m = tl.cdiv(K, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), E * num_m * num_n, tl.num_programs(0)):
@@ -171,46 +163,46 @@ def _column_sums(a, slots_ptr, scale_ptr, row, end, HAS_SCALE: tl.constexpr, BLO
 
 
 class DwShape(NamedTuple):
-    """Sizes of a weight gradient: the result of an expert is [k, n], the reduction goes over its rows."""
+    """Hold the sizes of a weight gradient: an expert's result [k, n] is a reduction over its rows."""
 
     rows: int
     experts: int
     k: int
     n: int
-    gathered: bool = False  # rows of one operand are those of slots' tokens
+    gathered: bool = False  # the rows of one operand are those of the slots' tokens
     bias: bool = False
 
 
 def legal_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> bool:
     """Tell whether the kernel fits into shared memory and registers."""
-    # With a product of 128 × 256 the sums for the bias spilled registers on an H200.
-    return legal(config, _tiled(shape), dtype, device) and not (shape.bias and config.block_n > 128)
+    # With tiles of 128 × 256 the sums for the bias spilled registers on an H200.
+    return tiles.legal(config, _tiled(shape), dtype, device) and not (shape.bias and config.block_n > 128)
 
 
 def default_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Config:
-    """Choose the configuration of a product with many rows, narrower where there are sums for a bias."""
-    config = default(_tiled(shape), dtype, device)
+    """Choose the configuration of a product with many rows, with at most 128 columns where a bias is summed."""
+    config = tiles.default(_tiled(shape), dtype, device)
     return replace(config, block_n=min(config.block_n, 128)) if shape.bias else config
 
 
 def seconds_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict seconds of one run, with rows spread evenly over experts."""
-    tiles = shape.experts * cdiv(shape.k, config.block_m) * cdiv(shape.n, config.block_n)
+    """Predict the seconds of one run, with rows spread evenly over experts."""
+    count = shape.experts * cdiv(shape.k, config.block_m) * cdiv(shape.n, config.block_n)
     moved = shape.rows * (shape.k + shape.n) + shape.experts * shape.k * shape.n
     size = dtype.itemsize
-    return by_pointers(config, device) * product_seconds(
-        tiles, cdiv(shape.rows, shape.experts), config.block_m, config.block_n, config.block_k, config.warps,
-        config.stages, shared_bytes(config, _tiled(shape), size, device), moved * size, size, device,
+    return tiles.by_pointers(config, device) * product_seconds(
+        count, cdiv(shape.rows, shape.experts), config.block_m, config.block_n, config.block_k, config.warps,
+        config.stages, tiles.shared_bytes(config, _tiled(shape), size, device), moved * size, size, device,
     )  # fmt: skip
 
 
 def _tiled(shape: DwShape) -> Shape:
-    """Return a product whose tiles are of the same sizes."""
+    """Return the sizes of a product with the same tiles."""
     return Shape(shape.k, 1, 128, shape.n)
 
 
-GEMM = Tunable("grouped_gemm", Shape, Config, space, legal, default, seconds)
-DW = Tunable("grouped_gemm_dw", DwShape, Config, space, legal_dw, default_dw, seconds_dw)
+GEMM = Tunable("grouped_gemm", Shape, Config, tiles.space, tiles.legal, tiles.default, tiles.seconds)
+DW = Tunable("grouped_gemm_dw", DwShape, Config, tiles.space, legal_dw, default_dw, seconds_dw)
 
 
 def gemm(
@@ -218,27 +210,24 @@ def gemm(
 ) -> Tensor:
     """Launch the forward kernel: a [M, K] · b [E, K, N] by expert -> [M, N].
 
-    b2 [E, K, N]: multiplies the second half of the columns of a, which is [M, 2K] then. tail: fill rows past the last
+    b2 [E, K, N] multiplies the second half of the columns of a, which is then [M, 2K]. tail: fill rows past the last
     offset with zeros; else they are undefined.
     """
     M, (E, K, N) = a.shape[0], b.shape
     device, y = device_of(a), a.new_empty(M, N)
     if y.numel() == 0:
         return y
-    if K == 0:  # descriptors have no empty sides
-        return gemm(a.new_zeros(M, 1), b.new_zeros(E, 1, N), offsets, bias, tail=tail)
     config = config_for(GEMM, Shape(M, E, K, N), a.dtype, device)
-    tiles, _, num_m = tile_map(offsets, M, config.block_m, tail=tail)
-    a_desc = descriptor(a, [config.block_m, config.block_k], config)
-    pair = b2 is not None
-    b2 = b if b2 is None else b2
-    b_any, b2_any, order = weight_operands(config, b, b2)
-    config = narrowed(config, order)
-    y_desc = descriptor(y, [config.block_m, config.block_n], config)
-    grid = programs(num_m * cdiv(N, config.block_n), config, device)
+    tile_map, _, num_m = tiles.tile_map(offsets, M, config.block_m, tail=tail)
+    a_desc = tiles.descriptor(a, [config.block_m, config.block_k], config)
+    pair, b2 = b2 is not None, b if b2 is None else b2
+    b_any, b2_any, order = tiles.weight_operands(config, b, b2)
+    config = tiles.narrowed(config, order)
+    y_desc = tiles.descriptor(y, [config.block_m, config.block_n], config)
+    grid = tiles.programs(num_m * cdiv(N, config.block_n), config, device)
     launch(
         _gemm_kernel, grid, a=a if a_desc is None else a_desc, b=b_any, b2=b2_any, bias_ptr=bias, y_ptr=y,
-        y_desc=y_desc, tiles_ptr=tiles, **strides(a, "stride_am", "stride_ak"),
+        y_desc=y_desc, tiles_ptr=tile_map, **strides(a, "stride_am", "stride_ak"),
         **strides(b, "stride_be", "stride_bk", "stride_bn"), **strides(b2, "stride_b2e", "stride_b2k", "stride_b2n"),
         stride_ym=y.stride(0), E=E, K=K, N=N, num_m=num_m, A_TMA=a_desc is not None, B_TMA=order,
         Y_TMA=y_desc is not None, PAIR=pair, HAS_BIAS=bias is not None, GROUP_M=config.group_m, **config.arguments,
@@ -252,26 +241,25 @@ def dw(
 ) -> None:  # fmt: skip
     """Launch the weight-gradient kernel: out [E, K, N] (+)= aᵀ b by expert, over its rows of a [., K] and b [., N].
 
-    a_fan, b_fan: where not 0, that operand's row is slots[row] // fan. bias [E, K]: receives the sums of a's rows, each
+    a_fan, b_fan: where not 0, the operand's row is slots[row] // fan. bias [E, K] receives the sums of a's rows, each
     times scale[slots[row]] if there is a scale. accumulate: add to `out` instead of overwriting it.
     """
     E, K, N = out.shape
     if K == 0 or (N == 0 and bias is None):
         return
-    if N == 0:  # only the sums of a
-        b, out = b.new_zeros(len(b), 1), out.new_empty(E, K, 1)
-        return dw(a, b, offsets, out, slots=slots, a_fan=a_fan, b_fan=b_fan, bias=bias, scale=scale)
+    if N == 0:  # the sums of a alone
+        b, out, N = b.new_zeros(len(b), 1), out.new_empty(E, K, 1), 1
     device = device_of(a)
     shape = DwShape(len(a) if b_fan else len(b), E, K, N, bool(a_fan or b_fan), bias is not None)
     config = config_for(DW, shape, a.dtype, device)
-    _, by_size, _ = tile_map(offsets, 0, config.block_m)
-    a_desc = None if a_fan else descriptor(a, [config.block_k, config.block_m], config)
-    b_desc = None if b_fan else descriptor(b, [config.block_k, config.block_n], config)
-    tiles = E * cdiv(K, config.block_m) * cdiv(N, config.block_n)
-    # Rows of tokens take two loads, slot and row; Triton for CUDA gives each of them half of the stages.
+    _, by_size, _ = tiles.tile_map(offsets, 0, config.block_m)
+    a_desc = None if a_fan else tiles.descriptor(a, [config.block_k, config.block_m], config)
+    b_desc = None if b_fan else tiles.descriptor(b, [config.block_k, config.block_n], config)
+    grid = tiles.programs(E * cdiv(K, config.block_m) * cdiv(N, config.block_n), config, device)
+    # A row of a token takes two loads, slot and row; Triton for CUDA gives each of them half of the stages.
     stages = 2 * config.stages - 1 if shape.gathered and device.vendor == "nvidia" else config.stages
     launch(
-        _dw_kernel, programs(tiles, config, device), a_ptr=a, a_desc=a_desc, b_ptr=b, b_desc=b_desc, slots_ptr=slots,
+        _dw_kernel, grid, a_ptr=a, a_desc=a_desc, b_ptr=b, b_desc=b_desc, slots_ptr=slots,
         scale_ptr=scale, w_ptr=out, bias_ptr=bias, offsets_ptr=offsets, by_size_ptr=by_size,
         **strides(a, "stride_am", "stride_ak"), **strides(b, "stride_bm", "stride_bn"),
         **strides(out, "stride_we", "stride_wk", "stride_wn"), **strides(bias, "stride_se", "stride_sk"), E=E, K=K,
@@ -281,17 +269,15 @@ def dw(
     )  # fmt: skip
 
 
-@torch.library.custom_op("mm1::grouped_gemm", mutates_args=())
-def _forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+def _gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     return gemm(a, b, offsets, bias, tail=True)
 
 
-@torch.library.custom_op("mm1::grouped_gemm_dw", mutates_args=())
-def _dw(a: Tensor, dy: Tensor, offsets: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+def _dw_and_sums(a: Tensor, dy: Tensor, offsets: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """Return dw [E, K, N] and, with `bias`, the bias's gradient [E, N]."""
     out = a.new_empty(len(offsets), a.shape[1], dy.shape[1])
     sums = a.new_empty(len(offsets), dy.shape[1] if bias else 0)
-    # The kernel sums its first operand: with a bias it computes the transpose.
+    # The kernel sums the rows of its first operand, so with a bias it computes the transpose.
     if bias:
         dw(dy, a, offsets, out.transpose(1, 2), bias=sums)
     else:
@@ -299,48 +285,22 @@ def _dw(a: Tensor, dy: Tensor, offsets: Tensor, bias: bool) -> tuple[Tensor, Ten
     return out, sums
 
 
-@torch.library.custom_op("mm1::grouped_gemm_dw_", mutates_args=("into",))
-def _dw_into(a: Tensor, dy: Tensor, offsets: Tensor, into: Tensor) -> None:
+def _accumulate(a: Tensor, dy: Tensor, offsets: Tensor, into: Tensor) -> None:
     dw(a, dy, offsets, into, accumulate=True)
 
 
-def _forward_cpu(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply once for each expert that has rows."""
-    out = a.new_empty(a.shape[0], b.shape[2])
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            torch.mm(a[start:end], b[expert], out=out[start:end])
-            if bias is not None:
-                out[start:end] += bias[expert]
-        start = end
-    out[start:].zero_()
-    return out
-
-
 def _dw_cpu(a: Tensor, dy: Tensor, offsets: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    out = a.new_empty(len(offsets), a.shape[1], dy.shape[1])
-    sums = a.new_empty(len(offsets), dy.shape[1] if bias else 0)
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        torch.mm(a[start:end].t(), dy[start:end], out=out[expert])  # of no rows: zeros
-        if bias:
-            torch.sum(dy[start:end], 0, out=sums[expert])
-        start = end
-    return out, sums
+    sums = [dy[begin:end].sum(0) if bias else dy.new_empty(0) for begin, end in pairwise([0, *offsets.tolist()])]
+    return reference.grouped_gemm_dw(a, dy, offsets), torch.stack(sums)
 
 
-def _dw_into_cpu(a: Tensor, dy: Tensor, offsets: Tensor, into: Tensor) -> None:
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            into[expert] += a[start:end].t().float() @ dy[start:end].float()
-        start = end
+def _accumulate_cpu(a: Tensor, dy: Tensor, offsets: Tensor, into: Tensor) -> None:
+    into += reference.grouped_gemm_dw(a.float(), dy.float(), offsets)
 
 
-on_cpu(_forward, _forward_cpu)
-on_cpu(_dw, _dw_cpu)
-on_cpu(_dw_into, _dw_into_cpu)
+_forward = custom_op("grouped_gemm", _gemm, reference.grouped_gemm)
+_dw = custom_op("grouped_gemm_dw", _dw_and_sums, _dw_cpu)
+_dw_into = custom_op("grouped_gemm_dw_", _accumulate, _accumulate_cpu, mutates=("into",))
 
 
 @_forward.register_fake
@@ -352,11 +312,6 @@ def _(a, b, offsets, bias):
 def _(a, dy, offsets, bias):
     sums = a.new_empty(offsets.shape[0], dy.shape[1] if bias else 0)
     return a.new_empty(offsets.shape[0], a.shape[1], dy.shape[1]), sums
-
-
-@_dw_into.register_fake
-def _(a, dy, offsets, into):
-    return None
 
 
 def _save(ctx, inputs, output):
@@ -393,56 +348,46 @@ _dw.register_autograd(_backward_dw, setup_context=_save_dw)
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a[r] · b[e] (+ bias[e]) for each row r of expert e, [M, N]; rows past the last offset are zeros.
 
-    a [M, K], b [E, K, N] of any strides and bias [E, N] are of one dtype: fp32, bf16 or fp16, on a CPU also fp64.
+    a [M, K], b [E, K, N] of any strides and bias [E, N] have one dtype: fp32, bf16 or fp16, on a CPU also fp64.
     offsets int32 [E], ascending: the end of each expert's rows, on a's device. Raises ValueError for other shapes,
-    dtypes or devices. a, b and bias have gradients, and these have gradients again.
+    dtypes or devices. a, b and bias have gradients, and these gradients are differentiable again.
     """
-    expect_alike("grouped_gemm", a=a, b=b, offsets=offsets, bias=bias)
-    expect_float("grouped_gemm", "a", a)
-    expect(
-        a.ndim == 2 and b.ndim == 3, "grouped_gemm", "a and b", (tuple(a.shape), tuple(b.shape)), "[M, K], [E, K, N]"
-    )
-    E, N = b.shape[0], b.shape[2]
-    expect(a.shape[1] == b.shape[1], "grouped_gemm", "b", tuple(b.shape), f"[E, {a.shape[1]}, N]")
-    expect(a.dtype == b.dtype, "grouped_gemm", "dtype of b", b.dtype, a.dtype)
-    expect_offsets("grouped_gemm", offsets, E)
-    expect(bias is None or (bias.shape == (E, N) and bias.dtype == a.dtype), "grouped_gemm", "bias",
-           None if bias is None else f"{bias.dtype} {tuple(bias.shape)}", f"{a.dtype} {(E, N)}")  # fmt: skip
+    op = "grouped_gemm"
+    expect_alike(op, a=a, b=b, offsets=offsets, bias=bias)
+    expect_float(op, "a", a)
+    expect(a.ndim == 2 and b.ndim == 3, op, "a and b", (tuple(a.shape), tuple(b.shape)), "[M, K], [E, K, N]")
+    expect(a.shape[1] == b.shape[1], op, "b", tuple(b.shape), ["E", a.shape[1], "N"])
+    expect(a.dtype == b.dtype, op, "dtype of b", b.dtype, a.dtype)
+    expect_tensor(op, "offsets", offsets, torch.int32, max(b.shape[0], 1))
+    expect_tensor(op, "bias", bias, a.dtype, b.shape[0], b.shape[2])
     return _forward(a, b, offsets.contiguous(), None if bias is None else bias.contiguous())
 
 
 def grouped_gemm_dw(a: Tensor, dy: Tensor, offsets: Tensor, *, into: Tensor | None = None) -> Tensor:
     """Return a[rows of e]ᵀ · dy[rows of e] for each expert e, [E, K, N]; zeros for an expert without rows.
 
-    a [M, K] and dy [M, N] of one dtype, offsets int32 [E] as in grouped_gemm. into: an fp32 buffer [E, K, N] to add the
-    result to and to return instead, without a gradient. Raises ValueError for other shapes, dtypes or devices.
+    a [M, K] and dy [M, N] have one dtype, offsets int32 [E] are as in grouped_gemm. into: an fp32 buffer [E, K, N], to
+    which the result is added, and which is returned, without a gradient. Raises ValueError for other shapes, dtypes or
+    devices.
     """
-    expect_alike("grouped_gemm_dw", a=a, dy=dy, offsets=offsets, into=into)
-    expect_float("grouped_gemm_dw", "a", a)
-    expect(a.ndim == 2 and dy.ndim == 2, "grouped_gemm_dw", "a and dy", (tuple(a.shape), tuple(dy.shape)),
-           "[M, K], [M, N]")  # fmt: skip
-    expect(a.shape[0] == dy.shape[0], "grouped_gemm_dw", "rows of dy", dy.shape[0], a.shape[0])
-    expect(a.dtype == dy.dtype, "grouped_gemm_dw", "dtype of dy", dy.dtype, a.dtype)
-    expect_offsets("grouped_gemm_dw", offsets, offsets.numel())
-    shape, offsets = (offsets.shape[0], a.shape[1], dy.shape[1]), offsets.contiguous()
+    op = "grouped_gemm_dw"
+    expect_alike(op, a=a, dy=dy, offsets=offsets, into=into)
+    expect_float(op, "a", a)
+    expect(a.ndim == 2 and dy.ndim == 2, op, "a and dy", (tuple(a.shape), tuple(dy.shape)), "[M, K], [M, N]")
+    expect(a.shape[0] == dy.shape[0], op, "rows of dy", dy.shape[0], a.shape[0])
+    expect(a.dtype == dy.dtype, op, "dtype of dy", dy.dtype, a.dtype)
+    expect_tensor(op, "offsets", offsets, torch.int32, max(offsets.numel(), 1))
+    expect_tensor(op, "into", into, torch.float32, offsets.shape[0], a.shape[1], dy.shape[1])
     if into is None:
-        return _dw(a, dy, offsets, False)[0]
-    expect(into.shape == shape and into.dtype == torch.float32, "grouped_gemm_dw", "into",
-           f"{into.dtype} {tuple(into.shape)}", f"{torch.float32} {shape}")  # fmt: skip
-    _dw_into(a, dy, offsets, into)
+        return _dw(a, dy, offsets.contiguous(), False)[0]
+    _dw_into(a, dy, offsets.contiguous(), into)
     return into
-
-
-def expect_offsets(op: str, offsets: Tensor, experts: int) -> None:
-    """Raise ValueError unless offsets are int32 [experts]."""
-    expect(offsets.shape == (experts,) and offsets.dtype == torch.int32 and experts > 0, op, "offsets",
-           f"{offsets.dtype} {tuple(offsets.shape)}", f"{torch.int32} {(max(experts, 1),)}")  # fmt: skip
 
 
 def cost(rows: int, experts: int, k: int, n: int, *, itemsize: int = 2, backward: bool = False) -> Cost:
     """Return the cost of grouped_gemm; backward: of the gradients of a and b alone.
 
-    experts: the number that have at least one row, whose weights must be read.
+    experts: number of experts with at least one row, whose weights must be read.
     """
     if backward:
         return Cost(4 * rows * k * n, (rows * (2 * k + n) + 2 * experts * k * n) * itemsize)

@@ -1,4 +1,4 @@
-"""Specify the family's ops in plain torch, in the dtype of their arguments; in fp64 they are the truth of all tests.
+"""Specify the family's ops in plain torch, in the dtype of their arguments; in fp64 all tests compare with them.
 
 The functions have the signatures and meaning of the public ops, and are differentiable.
 """
@@ -14,26 +14,26 @@ from mm1.kernels.moe.activation import ACTIVATIONS
 
 
 class Chosen(NamedTuple):
-    """Holds the experts chosen for each token, before masks and capacity."""
+    """Hold the experts chosen for each token, before masks and capacity."""
 
     choice: Tensor  # int32 [T, K]
     weight: Tensor  # [T, K]
-    first: Tensor  # [E], number of tokens whose first choice it is
+    first: Tensor  # [E], number of tokens whose first choice is each expert
     load_balance: Tensor  # []
     z_loss: Tensor  # []
 
 
-def choose(logits: Tensor, mask: Tensor | None, k: int, normalize: bool) -> Chosen:
+def choose_experts(logits: Tensor, mask: Tensor | None, k: int, normalize: bool) -> Chosen:
     """Return the k largest experts of each row of logits [T, E], ties to the lower expert, and both losses.
 
-    mask: bool [T], False for a token that counts in no loss, and whose logits may hold anything.
+    mask: bool [T], False for a token that counts in no loss, and whose logits may have any values.
     """
     E = logits.shape[1]
     counted = logits.new_ones(len(logits)) if mask is None else mask.to(logits.dtype)
     logits = masked(logits, mask)
     tokens = counted.sum().clamp(min=1)
     probability = logits.softmax(-1)
-    choice = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # topk promises no order of ties
+    choice = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # topk does not define the order of ties
     weight = probability.gather(1, choice)
     if normalize:
         weight = weight / weight.sum(-1, keepdim=True)
@@ -44,7 +44,7 @@ def choose(logits: Tensor, mask: Tensor | None, k: int, normalize: bool) -> Chos
 
 
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Replace the logits of masked tokens by zeros, so that nothing there, not even NaN, reaches a result."""
+    """Replace the logits of masked tokens by zeros, so that no value of theirs, not even NaN, reaches a result."""
     return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
 
 
@@ -66,7 +66,7 @@ def activate(
     h: Tensor, up: Tensor | None, width: int, activation: str = "silu", limit: float | None = None, shift: float = 0.0,
     interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return s [n, F] of the first product h [n, 2F], or of h [n, F] and up [n, F] or None; see activation.py."""
+    """Return s [n, F] for the first product h [n, 2F], or for h [n, F] and up [n, F] or None; see activation.py."""
     gate = h
     if up is None and h.shape[1] > width:
         gate, up = (h[:, ::2], h[:, 1::2]) if interleaved else h.chunk(2, 1)
@@ -82,13 +82,13 @@ def moe_mlp(
 ) -> Tensor:  # fmt: skip
     """Return the weighted sum of each token's experts, [T, D]; options: activation, limit, shift, interleaved.
 
-    The slots are sorted by expert, whose sizes the host reads, and each expert multiplies its rows at once.
+    The slots are sorted by expert, and each expert multiplies all its rows at once; the host reads their number.
     """
     (E, D, width), (T, K) = down.shape, index.shape
     expert = torch.where((index < 0) | (index >= E), E, index).flatten().long()
     order, sizes = expert.argsort(stable=True), F.one_hot(expert, E + 1).sum(0).tolist()
     parts = []
-    # unbind: the gradient of one expert's weight is then as small as that weight.
+    # After unbind the gradient of one expert's weight is as small as that weight.
     tensors = [[None] * E if t is None else t.unbind(0) for t in (gate_up, up, down, gate_up_bias, down_bias)]
     for rows, w, w_up, w_down, bias, bias_down in zip(x[order // max(K, 1)].split(sizes), *tensors):
         h, other = F.linear(rows, w, bias), None if w_up is None else F.linear(rows, w_up)

@@ -1,9 +1,9 @@
 """Route tokens to experts, and sort their slots by expert.
 
-    p = softmax(logits);  choice = the k largest logits, ties to the lower expert;  weight = p[choice] (/ Σ, normalize)
+    p = softmax(logits);  choice = the k largest logits, ties to the lower expert;  weight = p[choice] (/ their sum)
     load balance = E · Σ_e f_e · mean(p_e),  f_e the fraction of tokens whose first choice is e (before capacity)
     z            = mean(logsumexp(logits)²)
-    order        = the T·K slots t·K + k sorted by expert, stable: a counting sort
+    order        = the T·K slots t·K + k sorted by expert: a stable counting sort
 
 Forward and backward read logits [T, E] once each; the sort reads T·K indices twice and writes 2·T·K.
 Sources: Shazeer et al. 2017; GShard (Lepikhin et al. 2021), section 2.2 and algorithm 1 for capacity; ST-MoE (Zoph et
@@ -19,37 +19,38 @@ from mm1.kernels.dispatch import (
     INTERPRETED,
     Cost,
     cdiv,
+    custom_op,
     expect,
     expect_alike,
     expect_integers,
     expect_read,
+    expect_tensor,
     launch,
-    on_cpu,
     power_of_2,
     refuse_second_order,
     strides,
     wide,
 )
 from mm1.kernels.language import tl, triton
-from mm1.kernels.moe.reference import Chosen, choose, masked
+from mm1.kernels.moe.reference import Chosen, choose_experts, masked
 
 MAX_K, MAX_EXPERTS = 16, 512
 SORT_BLOCK = 128  # slots that a program compares with each other at once, in registers
-SORT_PROGRAMS = 128  # each reads the counts of all
+SORT_PROGRAMS = 128  # programs of a sort, each of which reads the counts of all
 
 
 class Order(NamedTuple):
-    """Holds the T·K slots sorted by expert; slots of no expert come last."""
+    """Hold the T·K slots sorted by expert; slots of no expert come last."""
 
-    slots: Tensor  # int32 [T·K], slot t·K + k of each row
-    position: Tensor  # int32 [T, K], row of each slot: the inverse
-    offsets: Tensor  # int32 [E], end of each expert's rows
+    slots: Tensor  # int32 [T·K], the slot t·K + k of each row
+    position: Tensor  # int32 [T, K], the row of each slot
+    offsets: Tensor  # int32 [E], the end of each expert's rows
 
 
 class Routing(NamedTuple):
-    """Holds the experts of each token, their weights, the slots sorted by expert, and the auxiliary losses."""
+    """Hold the experts of each token, their weights, the slots sorted by expert, and the auxiliary losses."""
 
-    # Hides tuple.index, which nobody calls.
+    # The field hides tuple.index, which nobody calls.
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # int32 [T, K], E where the slot is dropped or the token masked
     weight: Tensor  # fp32 [T, K]
     order: Order
@@ -59,12 +60,13 @@ class Routing(NamedTuple):
 
     @property
     def offsets(self) -> Tensor:
+        """Return the end of each expert's rows, int32 [E]."""
         return self.order.offsets
 
 
 @triton.jit
 def _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E: tl.constexpr):
-    """Return logits, softmax (0 past E) and logsumexp of these rows; a masked row is a row of zeros."""
+    """Return logits, softmax (0 past E) and logsumexp of these rows; a masked row counts as a row of zeros."""
     e = tl.arange(0, BLOCK_E)
     inside = (counted > 0)[:, None] & (e < E)[None, :]
     places = rows.to(tl.int64)[:, None] * stride_t + e[None, :] * stride_e
@@ -78,7 +80,7 @@ def _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E: tl.const
 
 @triton.jit
 def _counted(mask_ptr, rows, T, HAS_MASK: tl.constexpr):
-    """Return 1.0 for rows that are tokens and not masked, else 0.0."""
+    """Return 1.0 for rows of tokens that are not masked, else 0.0."""
     if HAS_MASK:
         return tl.load(mask_ptr + rows, rows < T, other=0).to(tl.float32)
     else:
@@ -99,8 +101,8 @@ def _route_kernel(
     counted = _counted(mask_ptr, rows, T, HAS_MASK)
     logits, probability, lse = _softmax(logits_ptr, stride_t, stride_e, rows, counted, E, BLOCK_E)
 
-    # One integer holds value and expert, so that one maximum gives both, and of equal values the lower expert: the
-    # bits of the float, in two's complement order, above BLOCK_E - 1 - e. 0.0 and -0.0 are one value.
+    # One integer holds value and expert, so that one maximum finds both, and the lower expert of equal values: its high
+    # bits are the float's in two's complement order, its low bits BLOCK_E - 1 - e. 0.0 and -0.0 are one value.
     bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     lowest = -0x7FFFFFFFFFFFFFFF
@@ -134,7 +136,7 @@ def _route_backward_kernel(
     dweight_ptr, dbalance_ptr, dz_ptr, logits_ptr, mask_ptr, choice_ptr, first_ptr, dlogits_ptr, stride_t, stride_e, T,
     E, K: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient [T, E] of the logits from those of the weights and of both losses."""
+    """Store the gradient [T, E] of the logits, from the gradients of the weights and of both losses."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     counted = _counted(mask_ptr, rows, T, HAS_MASK)
@@ -181,8 +183,7 @@ def _count_kernel(index_ptr, counts_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS:
 def _place_kernel(
     index_ptr, counts_ptr, slots_ptr, position_ptr, offsets_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):
-    """Store each slot's row: the rows of lower experts, plus the slots of its own expert in earlier programs, plus
-    earlier ones in this program."""
+    """Store each slot's row: the number of slots of lower experts, and of earlier slots of its own expert."""
     pid = tl.program_id(0)
     bins = tl.arange(0, BINS)
     total = tl.zeros((BINS,), tl.int32)
@@ -207,17 +208,18 @@ def _place_kernel(
         begin += tl.histogram(expert, BINS, mask=slots < S)
 
 
-def _block_t(block_e: int) -> int:
-    """Return how many tokens a program takes."""
-    return max(1, min(32, 4096 // block_e))  # 32 registers a thread and tensor
+def _blocks(experts: int) -> tuple[int, int]:
+    """Return BLOCK_E, and the tokens of a program, so that each tensor takes at most 32 registers of a thread."""
+    block_e = power_of_2(experts)
+    return block_e, max(1, min(32, 4096 // block_e))
 
 
 def route_forward(
     logits: Tensor, mask: Tensor | None, k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return choice int32 [T, k], weight fp32 [T, k], first choices fp32 [E] and both losses, fp32 []."""
     T, E = logits.shape
-    block_e = power_of_2(E)
-    block_t = _block_t(block_e)
+    block_e, block_t = _blocks(E)
     programs = cdiv(T, block_t)
     choice = logits.new_empty(T, k, dtype=torch.int32)
     weight = logits.new_empty(T, k, dtype=torch.float32)
@@ -237,9 +239,9 @@ def route_backward(
     dweight: Tensor, dbalance: Tensor, dz: Tensor, logits: Tensor, mask: Tensor | None, choice: Tensor, first: Tensor,
     normalize: bool,
 ) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits, [T, E], from those of weight [T, k] and of both losses."""
     T, E = logits.shape
-    block_e = power_of_2(E)
-    block_t = _block_t(block_e)
+    block_e, block_t = _blocks(E)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     launch(
         _route_backward_kernel, cdiv(T, block_t), dweight_ptr=dweight.contiguous(), dbalance_ptr=dbalance, dz_ptr=dz,
@@ -251,6 +253,7 @@ def route_backward(
 
 
 def sort(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the slots, position and offsets of an Order."""
     S = index.numel()
     slots, position = index.new_empty(S, dtype=torch.int32), index.new_empty(index.shape, dtype=torch.int32)
     offsets = index.new_zeros(experts, dtype=torch.int32)
@@ -268,8 +271,8 @@ def sort(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _route_cpu(logits: Tensor, mask: Tensor | None, k: int, normalize: bool):
-    choice, weight, first, load_balance, z_loss = choose(logits.to(wide(logits.dtype)), mask, k, normalize)
-    return choice.contiguous(), weight, first, load_balance, z_loss
+    choice, *others = choose_experts(logits.to(wide(logits.dtype)), mask, k, normalize)
+    return choice.contiguous(), *others
 
 
 def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, normalize):
@@ -294,21 +297,18 @@ def _sort_cpu(index: Tensor, experts: int):
     return order.int(), position.view(index.shape), offsets
 
 
-_route = torch.library.custom_op("mm1::route", route_forward, mutates_args=())
-_route_backward = torch.library.custom_op("mm1::route_backward", route_backward, mutates_args=())
-_sort = torch.library.custom_op("mm1::sort_by_expert", sort, mutates_args=())
-on_cpu(_route, _route_cpu)
-on_cpu(_route_backward, _route_backward_cpu)
-on_cpu(_sort, _sort_cpu)
+_route = custom_op("route", route_forward, _route_cpu)
+_route_backward = custom_op("route_backward", route_backward, _route_backward_cpu)
+_sort = custom_op("sort_by_expert", sort, _sort_cpu)
 
 
 @_route.register_fake
 def _(logits, mask, k, normalize):
-    on_gpu = INTERPRETED or logits.is_cuda  # where kernels do not compute in fp64
-    new = {"dtype": torch.float32 if on_gpu else wide(logits.dtype)}
-    scalars = logits.new_empty((), **new), logits.new_empty((), **new)
-    choice = logits.new_empty(logits.shape[0], k, dtype=torch.int32)
-    return choice, logits.new_empty(choice.shape, **new), logits.new_empty(logits.shape[1], **new), *scalars
+    T, E = logits.shape
+    on_gpu = INTERPRETED or logits.is_cuda  # kernels do not compute in fp64
+    dtype = torch.float32 if on_gpu else wide(logits.dtype)
+    results = (logits.new_empty(shape, dtype=dtype) for shape in ((T, k), (E,), (), ()))
+    return logits.new_empty(T, k, dtype=torch.int32), *results
 
 
 @_route_backward.register_fake
@@ -339,12 +339,13 @@ refuse_second_order(_route_backward, "route")
 def route(
     logits: Tensor, k: int, *, normalize: bool = True, capacity: int | None = None, mask: Tensor | None = None
 ) -> Routing:
-    """Choose the k largest of E experts for each token of logits [T, E], of any float dtype.
+    """Route each token to the k experts with the largest logits, and sort the slots by expert.
 
-    normalize: divide each token's weights by their sum. capacity: keep at most so many slots an expert, all first
-    choices before all second ones (GShard); None keeps every slot. mask bool [T]: False for padding, which goes to no
-    expert and counts in no loss. 1 ≤ k ≤ min(E, 16), E ≤ 512. Computed in fp32, on a CPU in fp64 for fp64. weight and
-    both losses have gradients. Raises ValueError for other shapes, dtypes, devices or sizes.
+    logits [T, E] of any float dtype; 1 ≤ k ≤ min(E, 16), E ≤ 512. normalize: divide each token's weights by their sum.
+    capacity: keep at most `capacity` slots per expert, all first choices before all second ones (GShard); None keeps
+    every slot. mask bool [T]: False for padding, which is routed to no expert and counts in no loss. Computed in fp32,
+    on a CPU in fp64 for fp64. weight and both losses have gradients. Raises ValueError for other shapes, dtypes,
+    devices or sizes.
     """
     expect_alike("route", logits=logits, mask=mask)
     expect(logits.ndim == 2, "route", "logits", tuple(logits.shape), "[T, E]")
@@ -352,16 +353,13 @@ def route(
     expect_read("route", "logits", logits)
     expect(1 <= E <= MAX_EXPERTS, "route", "experts", E, f"1 … {MAX_EXPERTS}")
     expect(1 <= k <= min(E, MAX_K), "route", "k", k, f"1 … {min(E, MAX_K)}")
-    if mask is not None:
-        fits = mask.shape == (T,) and mask.dtype == torch.bool
-        expect(fits, "route", "mask", f"{mask.dtype} {tuple(mask.shape)}", f"{torch.bool} {(T,)}")
-        mask = mask.contiguous()
+    expect_tensor("route", "mask", mask, torch.bool, T)
     expect(capacity is None or capacity >= 0, "route", "capacity", capacity, "0 or more")
-    chosen = Chosen(*_route(logits, mask, k, normalize))
+    chosen = Chosen(*_route(logits, None if mask is None else mask.contiguous(), k, normalize))
     index = chosen.choice if mask is None else torch.where(mask[:, None], chosen.choice, E)
     dropped = index.new_zeros((), dtype=torch.int64)
     if capacity is not None:
-        # In a sort of all first choices, then all second ones, a slot's rank is its row less its expert's first row.
+        # With all first choices sorted before all second ones, a slot's rank is its row minus its expert's first row.
         by_choice = sort_by_expert(index.t(), E)
         begins = torch.cat([by_choice.offsets.new_zeros(1), by_choice.offsets])
         over = (by_choice.position.t() - begins[index] >= capacity) & (index < E)
@@ -384,5 +382,5 @@ def sort_by_expert(index: Tensor, experts: int) -> Order:
 
 
 def cost(tokens: int, experts: int, k: int, *, itemsize: int = 2) -> Cost:
-    """Return the cost of route, with the sort; backward alone, which reads logits again, moves no more."""
+    """Return the cost of route, with the sort; backward, which reads the logits again, costs no more."""
     return Cost(4 * tokens * experts, tokens * (experts * itemsize + k * (8 + 2 * 4 + 2 * 4)))

@@ -1,11 +1,10 @@
-"""adaptive_pool: on CPU, or interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
+"""Test adaptive_pool on a CPU, interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
 
 import pytest
 import torch
 from conftest import DEVICE, INTERPRETED, gradients, not_interpreted, relative_error
 
-from mm1.kernels.abstractor import pooling as module
-from mm1.kernels.abstractor import reference
+from mm1.kernels.abstractor import pooling, reference
 from mm1.kernels.abstractor.pooling import adaptive_pool
 from mm1.kernels.patches.grids import Grids
 
@@ -20,7 +19,7 @@ def patches(grids):
 
 
 def images(x, grids):
-    """Packed rows -> one [1, C, h, w] an image."""
+    """Return the images [1, C, h, w] of packed rows."""
     parts = x[: patches(grids)].split([h * w for h, w in grids])
     return [part.T.reshape(1, -1, h, w) for part, (h, w) in zip(parts, grids)]
 
@@ -91,9 +90,9 @@ def test_x_and_its_gradient_may_have_any_strides():
 def test_ops_keep_their_declarations():
     grids = Grids(SMALL, images=8, patches=70, device=DEVICE)
     x = torch.randn(70, 5, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(module._forward, (x, grids.table, grids.owner, 2, 3))
+    torch.library.opcheck(pooling._forward, (x, grids.table, grids.owner, 2, 3))
     dy = torch.randn(48, 5, device=DEVICE)
-    torch.library.opcheck(module._backward, (dy, grids.table, grids.owner, 2, 3))
+    torch.library.opcheck(pooling._backward, (dy, grids.table, grids.owner, 2, 3))
 
 
 def test_refuses_bad_arguments():

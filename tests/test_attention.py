@@ -1,4 +1,4 @@
-"""Packed attention by every backend that a CPU has, against the mask's definition pair by pair."""
+"""Compare packed attention by every backend of a CPU with the mask's definition, pair by pair."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ def mask_of(name, segments):
 
 
 def visible(n, m, mask, segment):
-    """bool [n, m]: which of a segment's m keys its n queries see, the last query at the last key."""
+    """Return bool [n, m]: whether n queries see m keys of a segment; the last query has the place of the last key."""
     i, j = torch.arange(m - n, m)[:, None], torch.arange(m)
     if mask == Full():
         return torch.ones(n, m, dtype=torch.bool)
@@ -46,7 +46,7 @@ def visible(n, m, mask, segment):
 
 
 def by_hand(q, k, v, lengths_q, mask, lengths_k=None, used=None):
-    """Each segment alone, over all pairs in fp64; rows that see nothing, and rows of no segment, are zeros."""
+    """Return attention of each segment alone, over all pairs in fp64; rows that see nothing and padding are zeros."""
     lengths_k = lengths_q if lengths_k is None else lengths_k
     out, begin_q, begin_k = [], 0, 0
     k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -88,7 +88,7 @@ SIZES = [1, 2, 3, 17, 64, 300]
 @pytest.mark.parametrize("length", SIZES)
 @pytest.mark.parametrize("backend", ["segments", "reference", "two calls"])
 def test_a_prefix_is_exact_in_fp64(length, backend):
-    """Prefixes of no key, one, all but one, all, and more than there are; alone and among other segments."""
+    """Test prefixes of 0 keys, 1, all but one, all, and more than all, in a single segment and among others."""
     for prefix in {0, 1, length - 1, length, length + 7}:
         for others in ([], [5, 0, 1, length]):
             lengths = [length, *others]
@@ -114,7 +114,7 @@ def test_a_prefix_of_nothing_is_causal_and_of_everything_full_to_the_bit():
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_segment_gets_the_same_bits_packed_and_alone(mask):
-    """Also where neighbours of its length and prefix are computed with it as one batch."""
+    """The same holds where neighbours of equal length and prefix are computed in one batch with it."""
     lengths = [33, 33, 7, 7, 1, 64]
     mask = Prefix(torch.tensor([9, 9, 7, 2, 1, 63])) if mask == "prefix" else mask_of(mask, 6)
     tensors = inputs(sum(lengths))
@@ -228,12 +228,14 @@ def test_another_prefix_compiles_nothing():
 
 
 @pytest.mark.parametrize(
-    "backend, package", [("flash", "flash_attn"), ("flash3", "flash_attn_interface"), ("xformers", "xformers")]
+    "backend, module",
+    [("flash-attn", "flash_attn"), ("flash-attn-3", "flash_attn_interface"), ("xformers", "xformers")],
 )
-def test_a_package_that_is_not_there_is_named(backend, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_a_missing_package_is_named(backend, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
     q, k, v = inputs(6)
-    with pytest.raises(ImportError, match=r'needs pip install "mm1-engine\[gpu\]"'):
+    told = f'attention: backend "{backend}" needs the Python package {backend}: .*{module}'
+    with pytest.raises(ImportError, match=told):
         attention(q, k, v, cu_seqlens([6]), mask=Causal(), backend=backend)
 
 
@@ -242,15 +244,15 @@ def row(backend, forward, backward, width=80, causal=False, dtype="bfloat16"):
             "backward": backward}  # fmt: skip
 
 
-ROWS = [row("varlen", 0.5, 0.3), row("triton", 0.4, 0.5), row("flash", 0.7, 0.2), row("sdpa", 0.9, 0.9),
+ROWS = [row("varlen", 0.5, 0.3), row("triton", 0.4, 0.5), row("flash-attn", 0.7, 0.2), row("sdpa", 0.9, 0.9),
         row("flex", 0.6, 0.6, causal=True)]  # fmt: skip
 
 
 def test_the_fastest_measured_backend_that_is_usable_is_taken():
-    def best(usable=("varlen", "triton", "flex", "flash"), mask="Full", dtype="bfloat16", backward=False):
+    def best(usable=("varlen", "triton", "flex", "flash-attn"), mask="Full", dtype="bfloat16", backward=False):
         return fastest(ROWS, usable, 80, mask, dtype, backward)
 
-    assert best() == "flash"
+    assert best() == "flash-attn"
     assert best(usable=("varlen", "triton")) == "varlen"
     assert best(backward=True) == "triton"
     assert best(mask="Causal") == "flex"
@@ -266,7 +268,7 @@ def test_without_a_measurement_there_is_a_default():
         (64, "Prefix", "float64", "reference"),
     ):  # fmt: skip
         assert fastest([], BACKENDS, width, mask, dtype, True) == expected
-        assert backends.choose("no such GPU", width, mask, dtype, True, False) == expected
+        assert backends.choose_backend("no such GPU", width, mask, dtype, True, False) == expected
 
 
 def test_rows_are_read_from_a_file(tmp_path):
@@ -284,7 +286,9 @@ def test_every_table_has_rows_that_can_be_looked_up():
 
 def test_the_choice_is_a_constant_of_compiled_code():
     def run(x):
-        chosen = backends.choose("no such GPU", 80, "Full", str(x.dtype).removeprefix("torch."), x.requires_grad, False)
+        chosen = backends.choose_backend(
+            "no such GPU", 80, "Full", str(x.dtype).removeprefix("torch."), x.requires_grad, False
+        )
         return 2 * x if chosen == "triton" else 3 * x
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
@@ -456,7 +460,10 @@ def test_offsets_that_cannot_be_are_refused(backend, change, told):
         ({"mask": Prefix(torch.tensor([3.0]))}, "mask.lengths is torch.float32"),
         ({"mask": Prefix(torch.tensor([3], device="meta"))}, "device of mask.lengths is meta, expected cpu"),
         ({"mask": Prefix(torch.tensor([3])), "backend": "xformers"}, 'mask for backend "xformers" is Prefix, expected'),
-        ({"used_k": torch.tensor([3]), "backend": "flash"}, 'used_k for backend "flash" is a tensor, expected None'),
+        (
+            {"used_k": torch.tensor([3]), "backend": "flash-attn"},
+            'used_k for backend "flash-attn" is a tensor, expected None',
+        ),
     ],
 )
 def test_refuses_bad_arguments(change, told):
@@ -477,20 +484,20 @@ def test_backends_of_gpus_say_so_on_a_cpu():
 
 
 @pytest.mark.parametrize("mask", [True, None, Full, torch.tensor([3])], ids=str)
-def test_what_is_no_mask_is_refused(mask):
+def test_other_values_than_masks_are_refused(mask):
     with pytest.raises(TypeError, match=r"attention: mask is .*, expected Full\(\), Causal\(\) or Prefix\(lengths\)"):
         attention(*inputs(6), cu_seqlens([6]), mask=mask)
 
 
-@pytest.mark.parametrize("backend, package", [("flash", "flash_attn"), ("flash3", "flash_attn_interface")])
-def test_flash_attn_gets_a_prefix_in_two_calls(backend, package, monkeypatch):
+@pytest.mark.parametrize("backend, module", [("flash-attn", "flash_attn"), ("flash-attn-3", "flash_attn_interface")])
+def test_flash_attn_gets_a_prefix_in_two_calls(backend, module, monkeypatch):
     calls = []
 
     def attend(q, k, v, cu_q, cu_k, longest_q, longest_k, *, causal):
         calls.append((causal, tuple(cu_q.shape), tuple(cu_k.shape), longest_q, longest_k))
-        return (q, None) if backend == "flash3" else q
+        return (q, None) if backend == "flash-attn-3" else q
 
-    monkeypatch.setitem(sys.modules, package, SimpleNamespace(flash_attn_varlen_func=attend))
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=attend))
     tensors = [x.detach().to("meta") for x in inputs(12)]
     mask, cu = Prefix(torch.empty(2, dtype=torch.int32, device="meta")), cu_seqlens([5, 7]).to("meta")
     assert attention(*tensors, cu, mask=mask, max_length=7, backend=backend).shape == (12, 4, 16)
@@ -499,7 +506,7 @@ def test_flash_attn_gets_a_prefix_in_two_calls(backend, package, monkeypatch):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_torch_varlen_takes_every_mask(mask):
-    """On "meta", where its shapes are all that can be seen without a GPU."""
+    """The tensors are on "meta": without a GPU only shapes can be tested."""
     tensors = [x.detach().to("meta", torch.bfloat16) for x in inputs(12)]
     mask = Prefix(torch.empty(2, dtype=torch.int32, device="meta")) if mask == "prefix" else mask_of(mask, 2)
     cu = torch.empty(3, dtype=torch.int32, device="meta")

@@ -1,4 +1,4 @@
-"""conv_block: on CPU, or interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
+"""Test conv_block on a CPU, interpreted (TRITON_INTERPRET=1), or on a GPU (CUDA_VISIBLE_DEVICES=0)."""
 
 import itertools
 
@@ -10,11 +10,8 @@ from torch import nn
 
 from mm1.autotune.static import compile_launch, distinct
 from mm1.kernels import dispatch
-from mm1.kernels.abstractor import bottleneck as module
-from mm1.kernels.abstractor import gate as conv_gate
-from mm1.kernels.abstractor import pooling as adaptive_pool
-from mm1.kernels.abstractor import reference
-from mm1.kernels.abstractor import rows as conv_rows
+from mm1.kernels.abstractor import bottleneck, gate, pooling, reference
+from mm1.kernels.abstractor import rows as row_kernels
 from mm1.kernels.abstractor.bottleneck import NAMES, REQUIRED, conv_block
 from mm1.kernels.dispatch import DEVICES, Device, recording
 from mm1.kernels.patches.grids import Grids
@@ -31,19 +28,19 @@ ROW_KERNELS = ("conv_norm", "conv_join", "conv_join_backward", "conv_walk_value"
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    """When interpreted: several tiles of the product, several walks a program; a GPU runs its own defaults."""
+    """Where interpreted, let the product have several tiles and a program several walks."""
     if not INTERPRETED:
         yield
         return
-    gate = conv_gate.Config(16, 16, 16, 2, 4, 2, tma=False)
-    some = conv_rows.Config(rows=4, warps=4, programs=1)
-    with pytest.MonkeyPatch.context() as patch, pinned(conv_gate=gate, **dict.fromkeys(ROW_KERNELS, some)):
+    tile = gate.Config(16, 16, 16, 2, 4, 2, tma=False)
+    some = row_kernels.Config(rows=4, warps=4, programs=1)
+    with pytest.MonkeyPatch.context() as patch, pinned(conv_gate=tile, **dict.fromkeys(ROW_KERNELS, some)):
         patch.setitem(dispatch.DEVICES, "h200", Device("small", "sm_90", 3, 227 << 10))
         yield
 
 
 def weights_of(width_in=8, width=8, dtype=torch.float32):
-    """Of one block; with a convolved shortcut where the widths differ."""
+    """Return the weights of a block, with a convolved shortcut where the widths differ."""
     C, S = width, max(width_in // 4, 1)
     shapes = [(C, width_in, 1, 1), (C,), (C,), (C, 1, 3, 3), (C,), (C,), (S, C, 1, 1), (S,), (C, S, 1, 1), (C,),
               (C, C, 1, 1), (C,), (C,), (C, width_in, 1, 1), (C,), (C,)]  # fmt: skip
@@ -60,7 +57,7 @@ def in_fp64(x, grids, weights, pool=None):
 
 
 def compare(x, grids, weights, *, tolerance, pool=None, dy=None, packed=None):
-    """y and every gradient against fp64."""
+    """Compare y and every gradient with fp64."""
     x = x.detach().requires_grad_()
     y = conv_block(x, packed or grids, weights, pool=pool)
     truth = in_fp64(x, grids, weights, pool)
@@ -120,7 +117,7 @@ def test_a_large_image():
 @pytest.mark.parametrize("pool", [None, (2, 2)])
 @pytest.mark.parametrize("widths", [(6, 8)] if INTERPRETED else [(8, 8), (6, 8)], ids=str)
 def test_padding_and_absent_images_change_nothing(widths, pool, poisoned):
-    """Neither what x holds there, nor what comes back."""
+    """Neither the values of x nor the gradients in these rows count."""
     used = patches(GRIDS)
     x = torch.cat([torch.randn(used, widths[0]), 100 * torch.ones(9, widths[0])]).to(DEVICE)
     grids = Grids(GRIDS, images=len(GRIDS) + 3, patches=used + 9, device=DEVICE)
@@ -140,16 +137,16 @@ def test_padding_and_absent_images_change_nothing(widths, pool, poisoned):
 
 
 def test_images_between_which_rows_belong_to_none(poisoned):
-    """As Grids.of_tensors allows."""
-    sizes, starts = [(4, 3), (2, 5)], [2, 20]
+    """Grids.of_tensors allows gaps between images, also between neighbours of one size."""
+    sizes, starts = [(4, 3), (2, 5), (2, 5)], [2, 20, 31]
     column = lambda *values: torch.tensor(values, device=DEVICE)  # noqa: E731
-    grids = Grids.of_tensors(column(*starts), column(12, 10), column(4, 2), column(3, 5), 33)
-    x, weights = torch.randn(33, 8, device=DEVICE), weights_of()
+    grids = Grids.of_tensors(column(*starts), column(12, 10, 10), column(4, 2, 2), column(3, 5, 5), 43)
+    x, weights = torch.randn(43, 8, device=DEVICE), weights_of()
     inside = torch.cat([torch.arange(s, s + h * w) for s, (h, w) in zip(starts, sizes)]).to(DEVICE)
     y = conv_block(x.requires_grad_(), grids, weights)
     truth = in_fp64(x[inside], sizes, weights)
     assert relative_error(y[inside], truth) < 2e-6
-    outside = torch.ones(33, dtype=torch.bool, device=DEVICE).index_fill(0, inside, False)
+    outside = torch.ones(43, dtype=torch.bool, device=DEVICE).index_fill(0, inside, False)
     assert not y[outside].any()
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, [x, *weights.values()], dy)
@@ -173,7 +170,7 @@ def test_no_image_at_all_gives_zeros(count, length, pool, poisoned):
 @not_interpreted
 @pytest.mark.parametrize("pool", [None, (3, 2)])
 def test_an_image_gives_the_same_bits_packed_moved_and_again(pool):
-    """On CPU a product of other sizes rounds otherwise."""
+    """Other orders agree only up to rounding, because a CPU's product of other sizes rounds differently."""
     x, weights = torch.randn(patches(GRIDS), 8, device=DEVICE), weights_of()
     y = conv_block(x, GRIDS, weights, pool=pool)
     assert torch.equal(y, conv_block(x, GRIDS, weights, pool=pool))
@@ -241,21 +238,21 @@ def test_autocast_takes_weights_to_its_dtype():
 @needs_triton
 @pytest.mark.parametrize("change", [{"fused": False}, {"tma": True, "persistent": True}, {"group_m": 1}], ids=str)
 def test_every_way_to_gate_gives_the_same(change):
-    """Images shorter than a tile, and one that is several."""
+    """Images are shorter than a tile, and one has several tiles."""
     options = {"block_m": 16, "block_n": 16, "block_k": 16, "group_m": 2, "warps": 4, "stages": 2, "tma": False}
     owner = torch.tensor([0] * 3 + [1] + [2] * 40 + [3] * 6 + [-1] * 2, dtype=torch.int32, device=DEVICE)
-    b, gate, w = (torch.randn(*shape, device=DEVICE) for shape in ((len(owner), 24), (4, 24), (40, 24)))
+    b, gates, w = (torch.randn(*shape, device=DEVICE) for shape in ((len(owner), 24), (4, 24), (40, 24)))
     b[owner < 0] = 0
-    truth = (b.double() * gate.double()[owner.clamp(min=0)]) @ w.double().T
-    with pinned(conv_gate=conv_gate.Config(**options | change)):
-        assert relative_error(conv_gate.gated_mm(b.clone(), gate, owner, w), truth) < 1e-6
-        assert relative_error(conv_gate.gated_mm(b.clone(), gate, owner, w.T.contiguous().T), truth) < 1e-6
+    truth = (b.double() * gates.double()[owner.clamp(min=0)]) @ w.double().T
+    with pinned(conv_gate=gate.Config(**options | change)):
+        for weight in (w, w.T.contiguous().T):
+            assert relative_error(gate.gated_mm(b.clone(), gates, owner, weight), truth) < 1e-6
 
 
 @needs_triton
 @pytest.mark.parametrize("columns", [1, 2] if INTERPRETED else [1, 2, 4])
 def test_every_way_to_walk_gives_the_same(columns):
-    config = conv_rows.Config(rows=columns, warps=4, programs=1 + columns % 2)
+    config = row_kernels.Config(rows=columns, warps=4, programs=1 + columns % 2)
     grids = [(2, 3)] if INTERPRETED else GRIDS
     with pinned(**dict.fromkeys(ROW_KERNELS, config)):
         compare(torch.randn(patches(grids), 8, device=DEVICE), grids, weights_of(), tolerance=2e-6)
@@ -269,11 +266,11 @@ def test_ops_keep_their_declarations(widths):
     weights = [w.detach().flatten(1).requires_grad_() if w.ndim == 4 else w for w in weights_of(*widths).values()]
     geometry = [grids.table, grids.owner, grids.strips]
     for pool in ([0, 0], [2, 3]):
-        torch.library.opcheck(module._forward, (x, geometry, weights, pool, True))
-        y, *saved = (t.detach() for t in module._forward(x, geometry, weights, pool, True))
+        torch.library.opcheck(bottleneck._forward, (x, geometry, weights, pool, True))
+        y, *saved = (t.detach() for t in bottleneck._forward(x, geometry, weights, pool, True))
         detached = [w.detach() for w in weights]
         torch.library.opcheck(
-            module._backward, (torch.randn_like(y), x.detach(), saved, geometry, detached, pool, True, True)
+            bottleneck._backward, (torch.randn_like(y), x.detach(), saved, geometry, detached, pool, True, True)
         )
 
 
@@ -321,7 +318,7 @@ def test_refuses_bad_arguments():
 
 
 def launches(device, width_in, width, dtype=torch.bfloat16):
-    """Different launches of a block, pooled and not, forward and backward, over 64 images of 27 × 27."""
+    """Return the different launches of a block, pooled and not, forward and backward, for 64 images of 27 × 27."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -335,9 +332,9 @@ def launches(device, width_in, width, dtype=torch.bfloat16):
     x = empty(P, width_in)
     with recording(DEVICES[device]) as found:
         for pool in ((0, 0), (12, 12)):
-            y, *saved = module.forward(x, geometry, given, pool, True)
-            module.backward(y, x, saved, geometry, given, pool, True, True)
-        adaptive_pool.backward(adaptive_pool.forward(x, table, owner, 12, 12), table, owner, 12, 12)
+            y, *saved = bottleneck.forward(x, geometry, given, pool, True)
+            bottleneck.backward(y, x, saved, geometry, given, pool, True, True)
+        pooling.backward(pooling.forward(x, table, owner, 12, 12), table, owner, 12, 12)
     return distinct(found)
 
 

@@ -74,7 +74,7 @@ def test_in_a_process_of_its_own_it_is_quick_and_imports_nothing_optional():
 def test_back_ends_are_those_of_attention(monkeypatch):
     assert list(d.BACKENDS) == list(BACKENDS)
     for name, backend in BACKENDS.items():
-        assert backend.package is None or backend.package in d.BACKENDS[name]
+        assert backend.module is None or backend.module in d.BACKENDS[name]
         assert not backend.gpu or "a GPU" in d.BACKENDS[name]
     monkeypatch.setattr(d, "find_spec", lambda name: name == "flash_attn")
     assert d._usable(("a GPU", "xformers"), 0) == "needs a GPU and xformers"

@@ -1,5 +1,5 @@
-"""The Triton kernels of attention: interpreted (TRITON_INTERPRET=1), on a GPU (CUDA_VISIBLE_DEVICES=0), or compiled
-for GPUs that are not here."""
+"""Test the Triton kernels of attention: interpreted (TRITON_INTERPRET=1), on a GPU (CUDA_VISIBLE_DEVICES=0), or only
+compiled, for GPUs that this machine lacks."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ KERNELS = ("flash", "flash_dq", "flash_dkv")
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    """Unequal sides, so that nothing passes by symmetry; a GPU runs its own defaults."""
+    """Use tiles of unequal sides where interpreted, so that no error is hidden by symmetry."""
     small = {"flash": Config(16, 16, 4, 1), "flash_dq": Config(16, 32, 4, 1), "flash_dkv": Config(32, 16, 4, 1)}
     with pinned(**(small if INTERPRETED else {})):
         yield
@@ -34,13 +34,13 @@ def starts(lengths):
 
 
 def mask_of(name, segments):
-    """A prefix is shorter than its segment, none, longer, one, …; the segments' order in RAGGED is 18, 0, 1, 17."""
+    """Return a mask; prefixes are shorter than their segments in RAGGED (18, 0, 1, 17), 0, longer, 1, …."""
     prefixes = torch.tensor([[7, 3, 0, 30, 1, 16][b % 6] for b in range(segments)], dtype=torch.int32, device=DEVICE)
     return {"full": Full(), "causal": Causal(), "prefix": Prefix(prefixes)}[name]
 
 
 def truth_of(q, k, v, lengths, mask, lengths_k=None):
-    """The reference in fp64."""
+    """Return the reference's result in fp64."""
     cu_k = None if lengths_k is None else starts(lengths_k)
     return reference.attention(q.double(), k.double(), v.double(), starts(lengths), mask=mask, cu_seqlens_k=cu_k)
 
@@ -52,7 +52,7 @@ def inputs(rows, keys=None, heads=(2, 1), width=16, dtype=torch.float32):
 
 
 def compare(q, k, v, lengths, mask, lengths_k=None):
-    """y and every gradient against fp64."""
+    """Compare y and every gradient with fp64; return y."""
     tensors, mask = [q, k, v], mask_of(mask, len(lengths))
     y = attention(q, k, v, starts(lengths), mask=mask, backend="triton",
                   cu_seqlens_k=None if lengths_k is None else starts(lengths_k))  # fmt: skip
@@ -106,8 +106,7 @@ def test_keys_with_segments_of_their_own(lengths, lengths_k, mask, poisoned):
 @needs_triton
 @pytest.mark.parametrize("length", [1, 33])
 def test_every_prefix_of_a_segment(length):
-    """None, one key, all but one, all, more than there are; alone and before another segment; on both sides of tiles
-    of 16 and 32 rows."""
+    """Test prefixes of 0 keys, 1, all but one, all and more, below and above the sides of tiles of 16 and 32 rows."""
     for prefix in {0, 1, 15, 16, 17, length - 1, length, length + 40, 2**31 - 1, -5}:
         lengths, mask = [length, 5], Prefix(torch.tensor([prefix, 2], dtype=torch.int32, device=DEVICE))
         tensors = inputs(length + 6, heads=(1, 1))
@@ -283,7 +282,7 @@ def test_pieces_are_the_width_and_nothing_more(width):
     assert all(columns & (columns - 1) == 0 and columns >= 16 for _, columns in parts)
 
 
-# What the kernels compile to.
+# The compiled code of the kernels.
 
 SHAPES = {
     "ViT-H": (64 * 729, 16, 16, 80, "full"), "ViT-L": (64 * 576, 16, 16, 64, "full"),
@@ -292,7 +291,7 @@ SHAPES = {
 
 
 def launches(shape, device, dtype=torch.bfloat16):
-    """Forward's and backward's, without the maps."""
+    """Return the launches of forward and backward, without those of the maps."""
     T, H, G, width, mask = shape
 
     def empty(*size, dtype=dtype):
@@ -346,7 +345,7 @@ def test_every_width_has_code_that_fits_every_gpu(width, device):
 @compiles
 @pytest.mark.parametrize("prefixes", [False, True])
 def test_the_map_is_compiled_for_any_number_of_segments_and_rows_at_once(prefixes):
-    """Neither is a constant of the code, nor is a prefix."""
+    """These numbers and prefixes are no constants of the code."""
     forms = set()
     for B, rows in ((1, 64), (16, 1), (20, 48), (700, 1024)):
         q = torch.empty(rows, 2, 16, device="meta")
@@ -366,7 +365,7 @@ def test_a_small_gpu_gets_fewer_stages():
 
 @needs_triton
 def test_offsets_past_the_rows_read_nothing_beyond_them(poisoned):
-    """On a GPU nobody can refuse them without waiting: the segments end where the rows do."""
+    """On a GPU they cannot be refused without a synchronization, so segments are cut at the last row."""
     q, k, v = inputs(20, 12)
     past, own = [starts(lengths) for lengths in ([8, 30, 5], [8, 12, 0])]
     past[0] = -3

@@ -1,4 +1,4 @@
-"""Attention over pages gives what attention over rows in order gives, wherever the pages lie."""
+"""Compare attention over pages in any places with attention over the same rows in order."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ SEGMENTS = {  # (new rows, keys in all)
     "tokens that see equally many": [(1, 9)] * 3,
     "tokens of equally many pages": [(1, 9), (1, 12), (1, 11)],
     "prompts": [(5, 5), (1, 1), (7, 7)],
-    "behind prefixes": [(3, 20), (6, 8), (1, 17), (2, 2)],
+    "after prefixes": [(3, 20), (6, 8), (1, 17), (2, 2)],
     "some without": [(0, 5), (1, 6), (0, 0), (2, 9)],
 }
 HEADS = {"one group": (2, 1), "four groups": (4, 4), "two heads a group": (4, 2), "20 heads a group": (20, 1)}
 
 
 def problem(segments, heads=(4, 2), width=16, dtype=torch.float32, side_by_side=False):
-    """Pages in random order, or in order; what no segment has is not a number."""
+    """Return the arguments of a call, with pages in random order or in order, and NaN in all unused rows."""
     torch.manual_seed(0)
     H, G = heads
     need = [-(-length // PAGE) for _, length in segments]
@@ -46,7 +46,7 @@ def problem(segments, heads=(4, 2), width=16, dtype=torch.float32, side_by_side=
 
 
 def in_order(q, cu_q, lengths, rows):
-    """Packed attention's reference in fp64 over the same rows end to end."""
+    """Return the reference of packed attention in fp64 over the same rows in order."""
     k, v = torch.cat(rows, 1).double()
     cu_k = torch.nn.functional.pad(lengths.cpu().cumsum(0), (1, 0)).int()
     return reference.attention(q.double().cpu(), k, v, cu_q.cpu(), mask=Causal(), cu_seqlens_k=cu_k)
@@ -64,8 +64,8 @@ def test_it_is_attention_over_the_rows_in_order(segments, heads, side_by_side):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_segments_that_begin_with_the_same_pages(dtype):
-    """Three begin alike and go on for themselves, two others begin alike in another way, one is alone; their new rows
-    are one or several, and begin at a page's end or within one."""
+    """Three segments share pages, two others share other pages, one shares none; they have one or several new rows,
+    which begin at the end of a page or within one."""
     segments = [(3, 37), (1, 34), (20, 55), (2, 21), (5, 24), (4, 40)]
     q, k, v, cu_q, tables, lengths, rows, own = problem(segments, dtype=torch.float32)
     for pattern, of, count in ((0, (1, 2), 2), (3, (4,), 1)):
@@ -80,7 +80,7 @@ def test_segments_that_begin_with_the_same_pages(dtype):
 
 @pytest.mark.parametrize("width", [16, 32, 80])
 def test_widths_and_16_bits(width):
-    *tensors, rows, own = problem(SEGMENTS["behind prefixes"], width=width, dtype=torch.bfloat16)
+    *tensors, rows, own = problem(SEGMENTS["after prefixes"], width=width, dtype=torch.bfloat16)
     y = paged_attention(*tensors, rows=rows)
     assert y.dtype == torch.bfloat16
     own = [x.bfloat16() for x in own]
@@ -89,7 +89,7 @@ def test_widths_and_16_bits(width):
 
 @pytest.mark.parametrize("groups, parts", [(88, 1), (44, 2), (2, 8)])
 def test_keys_split_over_programs_give_one_softmax(groups, parts):
-    """Many blocks of keys in one program, whose maximum rises, to one block a program."""
+    """A program has many blocks of keys, with a rising maximum, down to a single one."""
     *tensors, rows, own = problem([(1, 70), (2, 33), (1, 3)], heads=(groups, groups))
     config = Config(block_n=16)
     assert paged.splits(config, PagedShape(128, 3 * groups, 2, 16), DEVICES["h200"]) == parts
@@ -106,7 +106,7 @@ def test_keys_split_over_programs_give_one_softmax(groups, parts):
     ids=lambda config: "-".join(map(str, vars(config).values())),
 )
 def test_every_configuration_gives_the_same(config, width):
-    """Of 17 new rows by 4 heads, which are several tiles or part of one."""
+    """17 new rows of 4 heads are several tiles, or a part of one."""
     *tensors, rows, own = problem([(17, 40), (1, 70), (0, 9), (5, 5)], heads=(8, 2), width=width)
     with pinned(paged_attention=config):
         y = paged_attention(*tensors, rows=rows)
@@ -114,7 +114,7 @@ def test_every_configuration_gives_the_same(config, width):
 
 
 def on_meta(B, rows, heads, groups, pages=256, width=128, dtype=torch.bfloat16, device="h200"):
-    """The launches of a call, whose tensors have no values that the host could wait for."""
+    """Return the launches of a call with tensors without values, for which the host cannot wait."""
     q = torch.empty(B * rows, heads, width, device="meta", dtype=dtype)
     k = torch.empty(4096, 16, groups, width, device="meta", dtype=dtype)
     cu_q, lengths = (torch.empty(n, device="meta", dtype=torch.int32) for n in (B + 1, B))
@@ -155,10 +155,10 @@ def test_keys_are_split_until_every_unit_is_busy_or_there_are_none_left(device):
                     shape = PagedShape(keys, groups, rows, 128)
                     count = paged.splits(config, shape, device)
                     tiles = groups * -(-rows // config.block_m)
-                    assert count == power_of_2(count) <= paged.MOST_SPLITS
+                    assert count == power_of_2(count) <= paged.MAX_SPLITS
                     assert count * config.block_n < 2 * max(keys, config.block_n)
                     busy = tiles * count >= config.programs * device.units
-                    assert busy or count == paged.MOST_SPLITS or count * config.block_n >= keys
+                    assert busy or count == paged.MAX_SPLITS or count * config.block_n >= keys
                     assert count == 1 or tiles * count < 2 * config.programs * device.units + tiles
 
 
@@ -173,12 +173,12 @@ def test_predictions_know_the_bandwidth_and_that_a_program_alone_is_slow():
     alone, split = Config(16, 128, programs=1), PagedShape(8192, 1, 4, 128)
     with pytest.MonkeyPatch.context() as patch:
         by_many = paged.seconds(alone, split, torch.bfloat16, DEVICES["h200"])
-        patch.setattr(paged, "MOST_SPLITS", 1)
+        patch.setattr(paged, "MAX_SPLITS", 1)
         assert paged.seconds(alone, split, torch.bfloat16, DEVICES["h200"]) > 2 * by_many
 
 
 def test_queries_of_any_strides_and_layers_of_one_tensor():
-    *tensors, rows, own = problem(SEGMENTS["behind prefixes"] + [(1, 13)], side_by_side=True)
+    *tensors, rows, own = problem(SEGMENTS["after prefixes"] + [(1, 13)], side_by_side=True)
     q, k, v, *rest = tensors
     both = torch.stack([k, v], 2)  # [pages, page, 2, G, Dh]
     wide = torch.cat([q, q], 2)[:, :, : q.shape[2]]
@@ -238,7 +238,7 @@ def check_code(launches, device, dtype=torch.bfloat16):
 @compiles
 @pytest.mark.parametrize("device", GPUS)
 def test_its_code_fits_every_gpu(device):
-    """A token of one document in MM1-3B, of many in a 7B, and a prompt behind a prefix."""
+    """Compile for one token of a document in MM1-3B, of many documents in a 7B, and a prompt after a cached prefix."""
     for sizes in ((1, 1, 24, 24), (64, 1, 32, 8), (4, 100, 32, 8)):
         check_code(on_meta(*sizes, device=device), device)
 
@@ -361,7 +361,7 @@ def test_segments_that_share_pages_may_have_fewer_keys_than_rows():
 @pytest.mark.parametrize("piece", [PAGE, 3 * PAGE, 8192])
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_cached_keys_are_seen_in_pieces(piece, side_by_side):
-    """Several segments of equal and unequal lengths, which begin alike or alone, and end anywhere in a page."""
+    """Segments have equal and unequal lengths, share pages or not, and end anywhere in a page."""
     segments = [(5, 45), (5, 45), (1, 37), (9, 30), (30, 31), (6, 6)]
     q, k, v, cu_q, tables, lengths, rows, own = problem(segments, side_by_side=side_by_side)
     for b in (1, 2):  # of the first as many pages as both have before their own rows
@@ -372,7 +372,7 @@ def test_cached_keys_are_seen_in_pieces(piece, side_by_side):
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the CPU's path")
-def test_rows_behind_cached_keys_make_no_tensor_of_all_pairs():
+def test_rows_after_cached_keys_allocate_no_tensor_of_all_pairs():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

@@ -17,8 +17,7 @@ from conftest import (
     relative_error,
 )
 
-from mm1.kernels.patches import embedding as module
-from mm1.kernels.patches import reference
+from mm1.kernels.patches import embedding, reference
 from mm1.kernels.patches.embedding import embed_patches, patch_embed
 from mm1.kernels.patches.grids import Grids
 from mm1.kernels.tiles import Config
@@ -33,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2 if I
 
 
 def tiles_of(block_m, block_n, rows):
-    """When interpreted, tiles block_m × block_n, of whose weight gradient a step takes so many patches."""
+    """Pin tiles block_m × block_n where interpreted, and steps of `rows` patches in the weight gradient."""
     small = Config(block_m=block_m, block_n=block_n, block_k=32, group_m=2, warps=4, stages=2, tma=False)
     gradient = replace(small, block_m=16, block_n=64, block_k=rows)
     return pinned(**({"patch_embed": small, "patch_embed_dw": gradient} if INTERPRETED else {}))
@@ -41,7 +40,7 @@ def tiles_of(block_m, block_n, rows):
 
 @pytest.fixture(autouse=True)
 def _tiles():
-    """So small that tiny shapes take several steps and a last one."""
+    """Use tiles so small that tiny shapes have several steps and a remainder."""
     with tiles_of(16, 16, 16):
         yield
 
@@ -165,7 +164,7 @@ def test_pixels_off_a_words_border():
     p, (weight, bias, table) = 4, parameters(4)
     pixels, grids = packed(images(p)), Grids(SIZES)
     bytes_ = torch.cat([pixels.new_zeros(1), pixels.view(-1)])[1:].view(-1, 3)
-    assert module.word_bytes(bytes_, p) == 1
+    assert embedding.word_bytes(bytes_, p) == 1
     found, truth = (patch_embed(x, grids, weight, bias, table, patch_size=p)[0] for x in (bytes_, pixels))
     assert relative_error(found, truth) < 1e-6
 
@@ -255,7 +254,7 @@ def test_compiles_with_a_list_of_sizes():
 
 
 def sides_of(sizes):
-    """First row, rows, h and w of each image, int64 [N]."""
+    """Return the first row, rows, h and w of each image, int64 [N]."""
     h, w = torch.tensor(sizes, device=DEVICE).unbind(1)
     return (h * w).cumsum(0) - h * w, h * w, h, w
 
@@ -294,11 +293,11 @@ def test_op_contracts():
     geometry = grids.table, grids.owner
     interpolation = "bilinear", True, False
     torch.library.opcheck(
-        module._forward,
+        embedding._forward,
         (packed(images(p)), weight, bias, table, *geometry, p, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], 1, *interpolation),
     )
     patches = torch.randn(USED, 48, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(module._embed_op, (patches, weight, bias, table, *geometry, 1, *interpolation))
+    torch.library.opcheck(embedding._embed_op, (patches, weight, bias, table, *geometry, 1, *interpolation))
 
 
 @needs_gpu
@@ -315,7 +314,7 @@ def test_no_synchronisation_on_a_gpu():
 
 @pytest.mark.slow
 def test_beyond_2_31_bytes_of_pixels():
-    """Of 14-pixel patches in images of 96 × 96, the last of which is far enough."""
+    """Patches have 14 pixels, images 96 × 96 patches; the last image begins beyond 2³¹ bytes."""
     p, side = 14, 96
     count = 2**31 // (side * side * p * p * 3) + 2
     weight = torch.randn(4, p * p * 3, device=DEVICE)

@@ -2,8 +2,7 @@ import pytest
 import torch
 from conftest import DEVICE, gradients, not_interpreted, relative_error
 
-from mm1.kernels.patches import position_tables as module
-from mm1.kernels.patches import reference
+from mm1.kernels.patches import position_tables, reference
 from mm1.kernels.patches.grids import Grids
 from mm1.kernels.patches.position_tables import positions
 
@@ -90,7 +89,7 @@ def test_same_bits_every_time(poisoned):
 @not_interpreted
 def test_op_contract():
     table, grids = torch.randn(5, 6, 7, device=DEVICE, requires_grad=True), Grids(SIZES, device=DEVICE)
-    torch.library.opcheck(module._forward, (table, grids.table, grids.owner, 1, "bilinear", True, False))
+    torch.library.opcheck(position_tables._forward, (table, grids.table, grids.owner, 1, "bilinear", True, False))
 
 
 def test_refuses_bad_arguments():

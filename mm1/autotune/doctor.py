@@ -24,7 +24,7 @@ from mm1.kernels.device import nearest
 from mm1.kernels.tuning import SCHEMA, cache_folder, tables
 
 PACKAGES = {
-    "flash-attn": 'attention backend "flash"', "xformers": 'attention backend "xformers"',
+    "flash-attn": 'attention backend "flash-attn"', "xformers": 'attention backend "xformers"',
     "megablocks": 'moe_backend "megablocks"', "nvidia-ml-py": "clocks, power, heat and energy in records",
     "transformers": "mm1's kernels in its models, and conversion of its checkpoints",
     "timm": "mm1's kernels in NaFlexVit", "torchtitan": "mm1's kernels there, by examples/torchtitan_experts.py",
@@ -34,8 +34,8 @@ PACKAGES = {
 INSTALL = {"flash-attn": "flash-attn --no-build-isolation", "megablocks": "megablocks grouped_gemm"}
 # Requirements of the attention backends, repeated here because importing them takes longer than everything else.
 BACKENDS = {
-    "reference": (), "segments": (), "varlen": ("a GPU",), "flash": ("a GPU", "flash_attn"),
-    "flash3": ("a GPU", "flash_attn_interface"), "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (),
+    "reference": (), "segments": (), "varlen": ("a GPU",), "flash-attn": ("a GPU", "flash_attn"),
+    "flash-attn-3": ("a GPU", "flash_attn_interface"), "xformers": ("a GPU", "xformers"), "flex": (), "sdpa": (),
     "triton": ("a GPU", "triton"),
 }  # fmt: skip
 BF16 = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16", "svebf16")  # names in /proc/cpuinfo on x86 and ARM

@@ -324,9 +324,9 @@ PEERS = [
     Peer("liger", {"moe_mlp": liger_experts, "linear_cross_entropy": liger_cross_entropy}, "liger_kernel", gpu=True),
     Peer("megablocks", {"moe_mlp": partial(layer_of, "megablocks")}, "megablocks", gpu=True),
     *(Peer(name, _attention(name), gpu=name != "segments")
-      for name in BACKENDS if name not in ("reference", "flash", "flash3", "xformers")),
-    Peer("flash-attn", {**_attention("flash"), "paged_attention": flash_pages}, "flash_attn", gpu=True),
-    Peer("flash-attn 3", _attention("flash3"), "flash_attn_interface", gpu=True),
+      for name in BACKENDS if name not in ("reference", "flash-attn", "flash-attn-3", "xformers")),
+    Peer("flash-attn", {**_attention("flash-attn"), "paged_attention": flash_pages}, "flash_attn", gpu=True),
+    Peer("flash-attn 3", _attention("flash-attn-3"), "flash_attn_interface", gpu=True),
     Peer("xformers", _attention("xformers"), "xformers", gpu=True),
 ]  # fmt: skip
 COMPILED = ("compiled", "max-autotune")  # they take a minute each on a CPU, and run there only if they are named

@@ -114,6 +114,11 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """Return x with a last stride of 1, copied where it has another one."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 

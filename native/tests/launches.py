@@ -158,7 +158,8 @@ def case_moe(arch: int, dtype: int, T: int, K: int, E: int, D: int, F: int) -> N
 
     def python():
         order = routing.sort(index, E)
-        out = experts.moe_mlp_forward(x, order, weight, gate_up, None, down, None, None, "silu", None, 0.0, False, False)[0]
+        gate = "silu", None, 0.0, False
+        out = experts.moe_mlp_forward(x, order, weight, gate_up, None, down, None, None, *gate, False)[0]
         kept.append(out)
         c.addresses[out.untyped_storage()._cdata] = y
 

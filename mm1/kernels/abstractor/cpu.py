@@ -1,53 +1,73 @@
 """Compute conv_block and adaptive_pool on a CPU: neighbouring images of one size are a batch of torch's convolutions.
 
-Forward's products are oneDNN's 1×1 convolutions of all patches at once: 92 ms where MKL's product took 104 (5832 × 1024
-× 1024, two threads), which makes a whole C-Abstractor 7 % faster; backward's are MKL's. bf16 and fp16 are computed in
-fp32: CPUs without units for them multiply them 200 times slower. fp64 stays fp64. Formulas: bottleneck.py.
+The products of forward are oneDNN's 1×1 convolutions of all patches at once: 92 ms where MKL's product took 104 (5832 ×
+1024 × 1024, two threads), which makes a whole C-Abstractor 7 % faster. Those of backward are MKL's. bf16 and fp16 are
+computed in fp32: CPUs without half-precision units multiply them 200 times slower. Formulas: bottleneck.py.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor
 
 from mm1.kernels.dispatch import expect, wide
 
 EPS = 1e-5
-CHUNK = 1 << 20  # values computed at once, 4 MB: with 1 MB two threads wait too often, 16 MB exceed the cache
+CHUNK = 1 << 20  # values of one step, 4 MB: with 1 MB two threads wait too often, 16 MB exceed the cache
 aten = torch.ops.aten
 
 
-def runs(table: Tensor, op: str) -> list[tuple[int, int, int, int, int]]:
-    """Return the runs of neighbouring images of one size: first image, images, first row, h, w.
+class Run(NamedTuple):
+    """Hold neighbouring images of one size, whose rows are adjacent."""
 
-    Raises ValueError for an image of which some patches are missing.
-    """
-    result: list[tuple[int, int, int, int, int]] = []
-    for i, (first, rows, h, w) in enumerate(table.tolist()):
+    image: int  # the first
+    n: int  # images
+    row: int  # the first
+    h: int
+    w: int
+
+    @property
+    def rows(self) -> slice:
+        """Return the rows of the images."""
+        return slice(self.row, self.row + self.n * self.h * self.w)
+
+    @property
+    def images(self) -> slice:
+        """Return the images."""
+        return slice(self.image, self.image + self.n)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return the view [n, h·w, C] of the rows of x."""
+        return x[self.rows].view(self.n, self.h * self.w, -1)
+
+    def batch(self, x: Tensor) -> Tensor:
+        """Return the view [n, C, h, w], channels last, of the rows of x."""
+        return x[self.rows].view(self.n, self.h, self.w, -1).permute(0, 3, 1, 2)
+
+
+def runs(table: Tensor, op: str) -> list[Run]:
+    """Return the runs of images; raise ValueError for an image of which some patches are missing."""
+    result: list[Run] = []
+    for i, (row, rows, h, w) in enumerate(table.tolist()):
         if rows == 0:
             continue
         expect(rows == h * w, op, f"patches of image {i}", rows, h * w)
-        image, n, start, *size = result[-1] if result else (0, 0, 0, 0, 0)
-        if n and size == [h, w] and image + n == i and start + n * h * w == first:
-            result[-1] = (image, n + 1, start, h, w)
+        last = result[-1] if result else Run(-1, 0, -1, 0, 0)
+        if (last.h, last.w, last.images.stop, last.rows.stop) == (h, w, i, row):
+            result[-1] = last._replace(n=last.n + 1)
         else:
-            result.append((i, 1, first, h, w))
+            result.append(Run(i, 1, row, h, w))
     return result
-
-
-def batch(x: Tensor, run: tuple[int, int, int, int, int]) -> Tensor:
-    """View the run's rows of x as [n, C, h, w], channels last."""
-    _, n, first, h, w = run
-    return x[first : first + n * h * w].view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 def pool(x: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tensor:
     """Pool x [P, C] -> [N·oh·ow, C]."""
     y = x.new_zeros(len(table), oh, ow, x.shape[1])
     for run in runs(table, "adaptive_pool"):
-        image, n, *_ = run
-        y[image : image + n] = F.adaptive_avg_pool2d(batch(x, run).to(wide(x.dtype)), (oh, ow)).permute(0, 2, 3, 1)
+        y[run.images] = F.adaptive_avg_pool2d(run.batch(x).to(wide(x.dtype)), (oh, ow)).permute(0, 2, 3, 1)
     return y.view(len(table) * oh * ow, x.shape[1])
 
 
@@ -55,10 +75,10 @@ def pool_backward(dy: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) ->
     """Return the gradient [P, C] of the pooled tensor."""
     dx, dy = dy.new_zeros(len(owner), dy.shape[1]), dy.contiguous().view(len(table), oh, ow, dy.shape[1])
     for run in runs(table, "adaptive_pool"):
-        image, n, *_ = run
-        into, d = batch(dx, run), dy[image : image + n].permute(0, 3, 1, 2)
+        into = run.batch(dx)
         exact = torch.empty_like(into, dtype=wide(dy.dtype))
-        into.copy_(aten._adaptive_avg_pool2d_backward(d.to(exact.dtype), exact))
+        d = dy[run.images].permute(0, 3, 1, 2).to(exact.dtype)
+        into.copy_(aten._adaptive_avg_pool2d_backward(d, exact))
     return dx
 
 
@@ -109,52 +129,50 @@ def _wide(*tensors: Tensor | None) -> list:
     return [None if t is None else t.to(wide(t.dtype)) for t in tensors]
 
 
-def _conv(a: Tensor, w: Tensor, images: Sequence[tuple]) -> Tensor:
-    """Convolve depthwise, 3×3, with w [C, 9]; zeros in rows of no image."""
-    C = a.shape[1]
+def _conv(a: Tensor, w: Tensor, images: Sequence[Run]) -> Tensor:
+    """Convolve depthwise, 3×3, with w [C, 1, 3, 3]; return zeros in rows of no image."""
     u = _rows_like(a, images)
     for run in images:
-        batch(u, run).copy_(F.conv2d(batch(a, run), w.view(C, 1, 3, 3), padding=1, groups=C))
+        run.batch(u).copy_(F.conv2d(run.batch(a), w, padding=1, groups=len(w)))
     return u
 
 
-def _rows_like(x: Tensor, images: Sequence[tuple]) -> Tensor:
+def _rows_like(x: Tensor, images: Sequence[Run]) -> Tensor:
     """Allocate a tensor like x: empty, or zeros if there are rows of no image."""
-    whole = sum(n * h * w for _, n, _, h, w in images) == len(x)
+    whole = sum(run.n * run.h * run.w for run in images) == len(x)
     return torch.empty_like(x) if whole else torch.zeros_like(x)
 
 
-def _gate(b: Tensor, gate: Tensor, images: Sequence[tuple]) -> None:
+def _gate(b: Tensor, gate: Tensor, images: Sequence[Run]) -> None:
     """Multiply b in place by its image's gate."""
-    for image, n, first, h, w in images:
-        b[first : first + n * h * w].view(n, h * w, -1).mul_(gate[image : image + n, None])
+    for run in images:
+        run.flat(b).mul_(gate[run.images, None])
 
 
 def forward(
     x: Tensor, geometry: Sequence[Tensor], weights: Sequence[Tensor], size: Sequence[int], keep: bool
 ) -> list[Tensor]:
-    """Return y and what backward needs; see bottleneck.forward."""
+    """Return y and the tensors for backward; see bottleneck.forward."""
     (table, owner, _), (oh, ow), dtype = geometry, size, x.dtype
     images = runs(table, "conv_block")
     x, w1, g1, b1, w2, g2, b2, f1, c1, f2, c2, w3, g3, b3, *down = _wide(x, *weights)
     wd, gd, bd = down or (None, None, None)
     u1 = _product(x, w1)
     a = _norm_silu(u1, g1, b1, torch.empty_like(u1) if keep else u1)
-    u2 = _conv(a, w2, images)
+    u2 = _conv(a, w2.view(-1, 1, 3, 3), images)
     b = _norm_silu(u2, g2, b2, u2)
     mean = b.new_zeros(len(table), b.shape[1])
-    for image, n, first, h, w in images:
-        part = b[first : first + n * h * w].view(n, h * w, -1)
-        torch.bmm(part.new_full((n, 1, h * w), 1 / (h * w)), part, out=mean[image : image + n, None])
+    for run in images:
+        n, area = run.n, run.h * run.w
+        torch.bmm(b.new_full((n, 1, area), 1 / area), run.flat(b), out=mean[run.images, None])
     hidden = torch.addmm(c1, mean, f1.t())
     gate = torch.sigmoid_(torch.addmm(c2, F.silu(hidden), f2.t()))
     _gate(b, gate, images)
     u3 = _product(b, w3)
     v = x.new_empty(0) if wd is None else _product(x, wd)
     y = _rows_like(u3, images)
-    for _, n, first, h, w in images:
-        rows = slice(first, first + n * h * w)
-        for u, s, into in _chunks(u3[rows], x[rows] if wd is None else v[rows], y[rows]):
+    for run in images:
+        for u, s, into in _chunks(*(t[run.rows] for t in (u3, x if wd is None else v, y))):
             shortcut = s if gd is None or bd is None else _norm(s, gd, bd)
             aten.silu.out(_norm(u, g3, b3).add_(shortcut), out=into)
     if oh:
@@ -177,9 +195,8 @@ def backward(
         dy = pool_backward(dy, table, owner, oh, ow)
     C = u1.shape[1]
     du3, ds, sums3 = _rows_like(u3, images), _rows_like(u3, images), u3.new_zeros(4, C)
-    for _, n, first, h, w in images:
-        rows = slice(first, first + n * h * w)
-        for d, u, s, du, dx in _chunks(dy[rows], u3[rows], x[rows] if wd is None else v[rows], du3[rows], ds[rows]):
+    for run in images:
+        for d, u, s, du, dx in _chunks(*(t[run.rows] for t in (dy, u3, x if wd is None else v, du3, ds))):
             z, m, r = torch.native_layer_norm(u, [C], g3, b3, EPS)
             shortcut = (s,) if wd is None else torch.native_layer_norm(s, [C], gd, bd, EPS)
             aten.silu_backward.grad_input(d, z.add_(shortcut[0]), grad_input=z)
@@ -190,31 +207,23 @@ def backward(
                 _norm_backward(z, s, shortcut[1], shortcut[2], gd, bd, dx, sums3[2], sums3[3])
     dc = torch.mm(du3, w3)
     a = _norm_silu(u1, g1, b1, torch.empty_like(u1))
-    u2 = _conv(a, w2, images)
+    kernel = w2.view(C, 1, 3, 3)
+    u2 = _conv(a, kernel, images)
     b = _norm_silu(u2, g2, b2, torch.empty_like(u2))
     dgate = torch.zeros_like(gate)
-    for image, n, first, h, w in images:
-        for i in range(n):
-            rows = slice(first + i * h * w, first + (i + 1) * h * w)
-            for p, q in _chunks(b[rows], dc[rows]):
-                dgate[image + i] += (p * q).sum(0)
+    for run in images:
+        for i, own, d in zip(range(run.image, run.images.stop), run.flat(b), run.flat(dc)):
+            for p, q in _chunks(own, d):
+                dgate[i] += (p * q).sum(0)
     dz = aten.sigmoid_backward(dgate, gate)
     dhidden = aten.silu_backward(torch.mm(dz, f2), hidden)
     dmean = torch.mm(dhidden, f1)
-    for image, n, first, h, w in images:
-        part, own = dc[first : first + n * h * w].view(n, h * w, C), slice(image, image + n)
-        part.mul_(gate[own, None]).add_(dmean[own, None], alpha=1 / (h * w))
-    du2, sums2 = _norm_silu_backward(dc, u2, g2, b2)
-    da, dw2 = _rows_like(a, images), w2.new_zeros(C, 1, 3, 3)
-    kernel = w2.view(C, 1, 3, 3)
     for run in images:
-        d = batch(du2, run)
-        batch(da, run).copy_(F.conv2d(d, kernel.flip(2, 3), padding=1, groups=C))
-        if need_weights:
-            one = [1, 1]
-            dw2 += aten.convolution_backward(
-                d, batch(a, run), kernel, None, one, one, one, False, [0, 0], C, [False, True, False]
-            )[1]
+        run.flat(dc).mul_(gate[run.images, None]).add_(dmean[run.images, None], alpha=1 / (run.h * run.w))
+    du2, sums2 = _norm_silu_backward(dc, u2, g2, b2)
+    da, dw2 = _conv(du2, kernel.flip(2, 3), images), torch.zeros_like(kernel)
+    for run in images if need_weights else ():
+        dw2 += torch.nn.grad.conv2d_weight(run.batch(a), kernel.shape, run.batch(du2), padding=1, groups=C)
     du1, sums1 = _norm_silu_backward(da, u1, g1, b1)
     dx = x.new_empty(0)
     if need_weights:  # before dx overwrites ds

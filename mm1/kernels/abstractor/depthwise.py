@@ -1,12 +1,12 @@
-"""Convolve packed images depthwise, 3×3, and compute what follows in conv_block before the result is written.
+"""Convolve packed images depthwise, 3×3, and compute the next steps of conv_block before the result is stored.
 
     u2[p] = Σ over the 9 neighbours q of p in its image of w2[q - p] · a[q];   b = silu(norm2(u2))
 
-A program goes down a few columns of a strip (grids.py), a walk, with all channels in registers, so that it can apply
-norm2. It loads each row at three shifts and adds it to the output rows above, beside and below: three loads an output
-instead of nine. The window's weights [9, C] are loaded again at each row, from L1: in registers they would take 72 of a
-thread's 255 at C = 1024. Sums over an image are sums of its walks, [walks, C], added in order. Values outside an image
-are zeros, and so are results in rows of no image.
+A program walks down a few columns of a strip (grids.py) with all channels in registers, so that it can apply norm2. It
+loads each row at three shifts and adds it to the output rows above, at and below its own: three loads for each output
+instead of nine. The window's weights [9, C] are loaded from L1 for each row: in registers they would take 72 of a
+thread's 255 at C = 1024. The sums of an image are those of its walks, [walks, C], added in order. Values outside an
+image are zeros, and so are results in rows of no image.
 
     walk "value"      b, and Σ b                                            forward
     walk "gated"      b · gate, and Σ b · dc                                backward: gate's gradient, operand of dw3
@@ -14,13 +14,13 @@ are zeros, and so are results in rows of no image.
     unwalk            du1 from da, the transposed convolution of du2        and the sums for w2, gamma1, beta1
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mm1.kernels.abstractor import rows as conv_rows
+from mm1.kernels.abstractor import rows
 from mm1.kernels.abstractor.rows import (
     Config,
     RowShape,
@@ -36,7 +36,7 @@ from mm1.kernels.abstractor.rows import (
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, launch, power_of_2
 from mm1.kernels.language import tl, triton
-from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, image_of
+from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, image_of, load_image
 
 HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
 SEARCH = tl.constexpr(128)  # images that one step of the search for a strip's image compares
@@ -44,7 +44,7 @@ SUM_ROWS, SUM_COLUMNS = 16, 128  # tile in which an image's sums are added
 
 
 class Geometry(NamedTuple):
-    """Holds the tensors of Grids that these kernels read."""
+    """Hold the tensors of Grids that these kernels read."""
 
     table: Tensor
     owner: Tensor
@@ -52,6 +52,7 @@ class Geometry(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Tensor]:
+        """Return the tensors as arguments of a kernel."""
         return {f"{name}_ptr": tensor for name, tensor in self._asdict().items()}
 
 
@@ -65,10 +66,7 @@ def _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP: tl.constexpr, COLUMNS: t
         end = tl.load(strips_ptr + 1 + n, n < N, other=0x7FFFFFFF)
         image += tl.sum((end <= strip).to(tl.int32), 0)
     within = strip - tl.load(strips_ptr + image)
-    first = tl.load(table_ptr + image * 4)
-    rows = tl.load(table_ptr + image * 4 + 1)
-    h = tl.load(table_ptr + image * 4 + 2)
-    w = tl.load(table_ptr + image * 4 + 3)
+    first, rows, h, w = load_image(table_ptr, image)
     across = tl.cdiv(w, WIDTH)
     left = within % across * WIDTH + walk % PER_STRIP * COLUMNS
     return image, first, rows, h, w, within // across * HEIGHT, left
@@ -85,10 +83,8 @@ def _load(ptr, first, r, c, rows, w, offs_c, C):
 
 @triton.jit
 def _mixed(w_ptr, before, here, after, offs_c, C):
-    """Return what a row adds to the outputs in whose window it is the row with the three weights at w_ptr."""
-    w0 = tl.load(w_ptr + offs_c, offs_c < C, other=0.0).to(tl.float32)
-    w1 = tl.load(w_ptr + C + offs_c, offs_c < C, other=0.0).to(tl.float32)
-    w2 = tl.load(w_ptr + 2 * C + offs_c, offs_c < C, other=0.0).to(tl.float32)
+    """Return a row's part of the outputs for which it is the window's row with the three weights at w_ptr."""
+    w0, w1, w2 = load_row(w_ptr, offs_c, C), load_row(w_ptr + C, offs_c, C), load_row(w_ptr + 2 * C, offs_c, C)
     return before * w0[None, :] + here * w1[None, :] + after * w2[None, :]
 
 
@@ -97,10 +93,10 @@ def _zero_tail(y_ptr, owner_ptr, table_ptr, offs_c, P, C, ROWS: tl.constexpr):
     """Store zeros in y's rows of no image."""
     for row in range(tl.program_id(0) * ROWS, P, tl.num_programs(0) * ROWS):
         rows = row + tl.arange(0, ROWS)
-        _, _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
-        nothing = ((rows < P) & (there == 0))[:, None] & (offs_c < C)[None, :]
+        _, _, _, _, valid = image_of(owner_ptr, table_ptr, rows, P)
+        padding = ((rows < P) & (valid == 0))[:, None] & (offs_c < C)[None, :]
         zeros = tl.zeros((ROWS, offs_c.shape[0]), y_ptr.dtype.element_ty)
-        tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], zeros, nothing)
+        tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], zeros, padding)
 
 
 @triton.jit
@@ -109,7 +105,7 @@ def _walk_kernel(
     P, N, C, walks, MODE: tl.constexpr, STORE: tl.constexpr, PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Store the results of a walk of this MODE; see the table at the head of this file."""
+    """Store the results of the walks of this MODE, which the table at the head of this file lists."""
     offs_c = tl.arange(0, BLOCK_C)
     in_c = offs_c < C
     gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
@@ -136,8 +132,8 @@ def _walk_kernel(
             if r > top:
                 u = above + _mixed(w_ptr + 6 * C, before, here, after, offs_c, C)
                 at = (r - 1) * w + c
-                there = (c < w) & (at < rows)
-                inside = there[:, None] & in_c[None, :]
+                valid = (c < w) & (at < rows)
+                inside = valid[:, None] & in_c[None, :]
                 places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
                 unit, rstd = normalised(u, in_c[None, :], C)
                 z = unit * gamma[None, :] + beta[None, :]
@@ -194,22 +190,6 @@ def _sums_kernel(
 
 
 @triton.jit
-def _unrow(du_ptr, w_ptr, first, r, c, rows, w, offs_c, C, da, a, k0, k1, k2):
-    """Add to da and to the weights' gradients the part of the outputs of row r through one row of their window."""
-    in_c = offs_c < C
-    d = _load(du_ptr, first, r, c + 1, rows, w, offs_c, C)
-    da += d * tl.load(w_ptr + offs_c, in_c, other=0.0).to(tl.float32)[None, :]
-    k0 += tl.sum(d * a, 0)
-    d = _load(du_ptr, first, r, c, rows, w, offs_c, C)
-    da += d * tl.load(w_ptr + C + offs_c, in_c, other=0.0).to(tl.float32)[None, :]
-    k1 += tl.sum(d * a, 0)
-    d = _load(du_ptr, first, r, c - 1, rows, w, offs_c, C)
-    da += d * tl.load(w_ptr + 2 * C + offs_c, in_c, other=0.0).to(tl.float32)[None, :]
-    k2 += tl.sum(d * a, 0)
-    return da, k0, k1, k2
-
-
-@triton.jit
 def _unwalk_kernel(
     u_ptr, du2_ptr, w_ptr, gamma_ptr, beta_ptr, table_ptr, owner_ptr, strips_ptr, du_ptr, sums_ptr, P, N, C, walks,
     PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -218,8 +198,9 @@ def _unwalk_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     in_c = offs_c < C
     gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
-    k00 = tl.zeros((BLOCK_C,), tl.float32)
-    k01, k02, k10, k11, k12, k20, k21, k22, dgamma, dbeta = k00, k00, k00, k00, k00, k00, k00, k00, k00, k00
+    zeros = tl.zeros((BLOCK_C,), tl.float32)
+    taps = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
+    dgamma, dbeta = zeros, zeros
     total = tl.minimum(tl.load(strips_ptr + N) * PER_STRIP, walks)
     for walk in range(tl.program_id(0), total, tl.num_programs(0)):
         _, first, rows, h, w, top, left = _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP, COLUMNS)
@@ -233,26 +214,20 @@ def _unwalk_kernel(
             z = unit * gamma[None, :] + beta[None, :]
             a = tl.where(inside, silu(z), 0.0).to(du_ptr.dtype.element_ty).to(tl.float32)
             da = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
-            da, k00, k01, k02 = _unrow(du2_ptr, w_ptr, first, r + 1, c, rows, w, offs_c, C, da, a, k00, k01, k02)
-            da, k10, k11, k12 = _unrow(du2_ptr, w_ptr + 3 * C, first, r, c, rows, w, offs_c, C, da, a, k10, k11, k12)
-            da, k20, k21, k22 = _unrow(
-                du2_ptr, w_ptr + 6 * C, first, r - 1, c, rows, w, offs_c, C, da, a, k20, k21, k22
-            )
+            sums = ()
+            for i in tl.static_range(9):  # the outputs whose tap i is this place
+                d = _load(du2_ptr, first, r + 1 - i // 3, c + 1 - i % 3, rows, w, offs_c, C)
+                da += d * load_row(w_ptr + i * C, offs_c, C)[None, :]
+                sums = sums + (taps[i] + tl.sum(d * a, 0),)
+            taps = sums
             dz = tl.where(inside, da * silu_slope(z), 0.0)
             dgamma += tl.sum(dz * unit, 0)
             dbeta += tl.sum(dz, 0)
             du = norm_backward(dz, unit, rstd, gamma, C)
             tl.store(du_ptr + places, du.to(du_ptr.dtype.element_ty), inside)
     sums_ptr += tl.program_id(0) * 11 * C + offs_c
-    tl.store(sums_ptr, k00, in_c)
-    tl.store(sums_ptr + C, k01, in_c)
-    tl.store(sums_ptr + 2 * C, k02, in_c)
-    tl.store(sums_ptr + 3 * C, k10, in_c)
-    tl.store(sums_ptr + 4 * C, k11, in_c)
-    tl.store(sums_ptr + 5 * C, k12, in_c)
-    tl.store(sums_ptr + 6 * C, k20, in_c)
-    tl.store(sums_ptr + 7 * C, k21, in_c)
-    tl.store(sums_ptr + 8 * C, k22, in_c)
+    for i in tl.static_range(9):
+        tl.store(sums_ptr + i * C, taps[i], in_c)
     tl.store(sums_ptr + 9 * C, dgamma, in_c)
     tl.store(sums_ptr + 10 * C, dbeta, in_c)
     _zero_tail(du_ptr, owner_ptr, table_ptr, offs_c, P, C, COLUMNS)
@@ -263,42 +238,37 @@ def _walks(P: int, N: int, config: Config) -> int:
     return min(P, P // STRIP_COLUMNS + N) * (STRIP_COLUMNS // config.rows)
 
 
-def _default(columns: int, warps: int) -> Callable[[RowShape, torch.dtype, Device], Config]:
-    """Return a default with `columns` columns a walk up to 2048 channels, beyond that one, and `warps` times the warps
-    of a kernel of rows. Beyond 1024 channels a few registers of unwalk, with its eleven sums, spill even so."""
+def _default(columns: int, warps: int, shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
+    """Choose `columns` columns in a walk, 1 beyond 2048 channels, and `warps` times the warps of a row.
 
-    def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
-        enough = min(conv_rows.default(shape, dtype, device).warps * warps, 16)
-        narrow = power_of_2(shape.channels) <= 2048
-        return Config(rows=columns if narrow else 1, warps=enough, programs=max(1, 8 // enough))
-
-    return default
+    Beyond 1024 channels a few registers of unwalk, which has eleven sums, still spill.
+    """
+    enough = min(rows.default(shape, dtype, device).warps * warps, 16)
+    narrow = power_of_2(shape.channels) <= 2048
+    return Config(rows=columns if narrow else 1, warps=enough, programs=max(1, 8 // enough))
 
 
-def _legal(registers: int) -> Callable[[Config, RowShape, torch.dtype, Device], bool]:
-    """Return a test of whether the kernel fits; registers: that a thread takes for each value it holds of a row."""
-
-    def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
-        values = power_of_2(shape.channels) / (device.warp * config.warps)
-        few = config.rows <= STRIP_COLUMNS and values * (registers + 6 * config.rows) <= 190
-        return few and conv_rows.legal(config, shape, dtype, device)
-
-    return legal
+def _legal(registers: int, config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
+    """Return whether the kernel fits; registers: those of a thread for each of its values of a row."""
+    values = power_of_2(shape.channels) / (device.warp * config.warps)
+    few = config.rows <= STRIP_COLUMNS and values * (registers + 6 * config.rows) <= 190
+    return few and rows.legal(config, shape, dtype, device)
 
 
+# (columns, warps) of the default, and registers of a value
 WALKS = {
-    "value": over_rows("conv_walk_value", 2, 11, True, _default(2, 1), _legal(6)),
-    "gated": over_rows("conv_walk_gated", 3, 11, True, _default(2, 1), _legal(8)),
-    "backward": over_rows("conv_walk_backward", 3, 18, True, _default(1, 1), _legal(12)),
+    "value": over_rows("conv_walk_value", 2, 11, True, partial(_default, 2, 1), partial(_legal, 6)),
+    "gated": over_rows("conv_walk_gated", 3, 11, True, partial(_default, 2, 1), partial(_legal, 8)),
+    "backward": over_rows("conv_walk_backward", 3, 18, True, partial(_default, 1, 1), partial(_legal, 12)),
 }
-UNWALK = over_rows("conv_unwalk", 3, 24, True, _default(1, 2), _legal(30))
+UNWALK = over_rows("conv_unwalk", 3, 24, True, partial(_default, 1, 2), partial(_legal, 30))
 
 
 def _walk(
     mode: str, a: Tensor, dc: Tensor | None, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor | None,
     dmean: Tensor | None, geometry: Geometry, store: bool,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """Launch a walk; return its result, its sums in fp32, and the number of walks a strip."""
+    """Launch a walk; return its result, its sums in fp32, and the number of walks of a strip."""
     (P, C), N = a.shape, len(geometry.table)
     config = config_of(WALKS[mode], a)
     walks = _walks(P, N, config)
@@ -337,7 +307,7 @@ def forward(a: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometr
 def gated(
     a: Tensor, dc: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, gate: Tensor, geometry: Geometry, store: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return b · gate [P, C] (empty unless `store`), and the gradient [N, C] of the argument of the gate's sigmoid."""
+    """Return b · gate [P, C] (empty unless `store`), and the gradient [N, C] before the gate's sigmoid."""
     c, sums, per_strip = _walk("gated", a, dc, w, gamma, beta, gate, None, geometry, store)
     return c, _image_sums(sums, per_strip, gate, geometry, a.dtype)
 

@@ -1,10 +1,10 @@
-"""Compute the second 1×1 product of conv_block, whose operand is multiplied by its image's gate as it is loaded.
+"""Compute the second 1×1 product of conv_block, and multiply its operand by the image's gate as it is loaded.
 
     y[p] = (b[p] · gate[image of p]) · Wᵀ        b [P, K], gate [N, K], W [C, K] -> [P, C]
 
-A kernel of its own for the gate would read and write b once more, 2·P·K elements: on an H200, for K = 1024 in bf16, a
-third of the product's time. A tile with rows of at most two images, as all tiles have if images have 128 rows, loads
-two rows of gates.
+A separate kernel for the gate would read and write b again, 2·P·K elements: a third of the product's time on an H200
+for K = 1024 in bf16. A tile loads two rows of gates where its rows belong to at most two images, which is always so if
+images have at least 128 rows.
 """
 
 from collections.abc import Iterator
@@ -34,13 +34,13 @@ from mm1.kernels.tuning import Tunable, config_for
 
 @dataclass(frozen=True)
 class Config(tiles.Config):
-    """Holds a tile, and whether the gate is part of the product."""
+    """Hold a tile, and whether the gate is part of the product."""
 
-    fused: bool = True  # False: a kernel of its own applies the gate, then cuBLAS multiplies
+    fused: bool = True  # False: a separate kernel applies the gate, then cuBLAS multiplies
 
 
 class GateShape(NamedTuple):
-    """Sizes of a gated product [rows, k] · [k, n]."""
+    """Hold the sizes of a gated product [rows, k] · [k, n]."""
 
     rows: int
     k: int
@@ -48,12 +48,16 @@ class GateShape(NamedTuple):
 
     @property
     def product(self) -> Shape:
+        """Return the shape of the product with a single weight."""
         return Shape(self.rows, 1, self.k, self.n)
 
 
 def legal(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> bool:
-    """Tell whether the configuration is worth using: cuBLAS multiplies fp32, twice as fast as Triton, and rows that are
-    not loaded 16 bytes at a time, whose gates spilled registers. Before Hopper so did tiles of 128 × 128 with gates."""
+    """Return whether the kernel is worth using and fits.
+
+    Not fused are fp32, which cuBLAS multiplies twice as fast as Triton, and rows that cannot be loaded 16 bytes at a
+    time, whose gates spill registers. Before Hopper tiles of 128 × 128 with gates spill too.
+    """
     if config.fused and (dtype == torch.float32 or shape.k % 16 or config.block_n > _widest(device)):
         return False
     return tiles.legal(config, shape.product, dtype, device)
@@ -73,7 +77,7 @@ def default(shape: GateShape, dtype: torch.dtype, device: Device) -> Config:
 
 
 def seconds(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict seconds of one run; unless fused, the gated operand is written and read once more."""
+    """Predict the seconds of one run; unless fused, the gated operand is written and read again."""
     again = 0 if config.fused else 2 * shape.rows * shape.k * dtype.itemsize
     return tiles.seconds(config, shape.product, dtype, device) + again / (device.bandwidth * 1e9)
 
@@ -108,7 +112,7 @@ def _gemm_kernel(
     """Store y [P, C] = (b · gate) · Wᵀ."""
     num_m = tl.cdiv(P, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
-    only = tl.full((), 0, tl.int32)  # the only weight
+    only = tl.full((), 0, tl.int32)  # the index of the single weight
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
         row = pid_m * BLOCK_M
@@ -128,7 +132,7 @@ def _gemm_kernel(
                 tile_w = load_weight(w, only, k, n, 0, stride_wk, stride_wn, K, N, BLOCK_K, BLOCK_N, W_TMA)
                 acc = dot(_times(tile_b, gates), tile_w, acc)
         else:
-            # Images of few rows; no pipeline, as a third operand in it took all of an H200's shared memory.
+            # Images of few rows; without a pipeline, whose third operand would take all of an H200's shared memory.
             for k in tl.range(0, K, BLOCK_K, num_stages=1):
                 gates = _gate_rows(gate_ptr, image, k, K, BLOCK_K)
                 tile_b = load_rows(b, rows, row, k, K, 1, K, BLOCK_K, B_TMA)

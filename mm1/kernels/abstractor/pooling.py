@@ -2,26 +2,25 @@
 
     y[n, i, j] = mean of x over rows floor(i·h/oh) … ceil((i+1)·h/oh) and columns likewise, of image n
 
-x [P, C] -> [N·oh·ow, C]; the windows of torch.nn.AdaptiveAvgPool2d: they overlap where h is no multiple of oh, and
-repeat where h < oh. Reads P·C, writes N·oh·ow·C. Backward is a gather without atomics: row r is part of the windows
-floor(r·oh/h) … ceil((r+1)·oh/h), so that every run gives the same bits.
+x [P, C] -> [N·oh·ow, C]. The windows are those of torch.nn.AdaptiveAvgPool2d: they overlap where h is no multiple of
+oh, and repeat where h < oh. Reads P·C, writes N·oh·ow·C. Backward is a gather without atomics, so that every run gives
+the same bits: row r is in the windows floor(r·oh/h) … ceil((r+1)·oh/h).
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from mm1.kernels.abstractor import cpu as conv_cpu
+from mm1.kernels.abstractor import cpu
 from mm1.kernels.abstractor.rows import config_of, gathered, over_rows, window_of
 from mm1.kernels.dispatch import (
     Cost,
     cdiv,
+    custom_op,
     expect,
     expect_alike,
     expect_float,
     launch,
-    on_cpu,
     power_of_2,
     refuse_second_order,
 )
@@ -35,7 +34,7 @@ POOL = over_rows("adaptive_pool", 2, 3, False)
 def _pool_kernel(
     x_ptr, table_ptr, y_ptr, C, OH: tl.constexpr, OW: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Store one place of one image."""
+    """Store the average of one window of an image."""
     place = tl.program_id(0)
     first, rows, w, top, left, columns, count = window_of(table_ptr, place, OH, OW)
     offs_c = tl.arange(0, BLOCK_C)
@@ -58,8 +57,8 @@ def _pool_backward_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
-    image, first, h, w, there = image_of(owner_ptr, table_ptr, rows, P)
-    dx = gathered(dy_ptr, image, rows - first, h, w, there, offs_c, C, OH, OW)
+    image, first, h, w, valid = image_of(owner_ptr, table_ptr, rows, P)
+    dx = gathered(dy_ptr, image, rows - first, h, w, valid, offs_c, C, OH, OW)
     places = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
     tl.store(dx_ptr + places, dx.to(dx_ptr.dtype.element_ty), (rows < P)[:, None] & in_c)
 
@@ -90,20 +89,10 @@ def backward(dy: Tensor, table: Tensor, owner: Tensor, oh: int, ow: int) -> Tens
     return dx
 
 
-_forward = torch.library.custom_op("mm1::adaptive_pool", forward, mutates_args=())
-_backward = torch.library.custom_op("mm1::adaptive_pool_backward", backward, mutates_args=())
-on_cpu(_forward, conv_cpu.pool)
-on_cpu(_backward, conv_cpu.pool_backward)
-
-
-@_forward.register_fake
-def _(x, table, owner, oh, ow):
-    return x.new_empty(table.shape[0] * oh * ow, x.shape[1])
-
-
-@_backward.register_fake
-def _(dy, table, owner, oh, ow):
-    return dy.new_empty(owner.shape[0], dy.shape[1])
+_forward = custom_op("adaptive_pool", forward, cpu.pool)
+_backward = custom_op("adaptive_pool_backward", backward, cpu.pool_backward)
+_forward.register_fake(lambda x, table, owner, oh, ow: x.new_empty(table.shape[0] * oh * ow, x.shape[1]))
+_backward.register_fake(lambda dy, table, owner, oh, ow: dy.new_empty(owner.shape[0], dy.shape[1]))
 
 
 def _save(ctx, inputs, output):
@@ -123,8 +112,8 @@ def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tu
     """Return the averages of out = (oh, ow) windows of each image of x [P, C], [N·oh·ow, C] in x's dtype.
 
     grids: the images' (h, w), or Grids; an absent image gives zeros. The windows are those of
-    torch.nn.AdaptiveAvgPool2d. x is fp32, bf16 or fp16, on a CPU also fp64, and has a gradient; sums are of fp32, or of
-    fp64 for fp64. Raises ValueError for other shapes or dtypes.
+    torch.nn.AdaptiveAvgPool2d. x is fp32, bf16 or fp16, on a CPU also fp64, and has a gradient; it is summed in fp32,
+    or in fp64. Raises ValueError for other shapes or dtypes, TypeError for an x that is no tensor.
     """
     expect_alike("adaptive_pool", x=x)
     grids = as_grids(grids, x.device)

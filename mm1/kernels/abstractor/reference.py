@@ -1,7 +1,7 @@
 """Specify the family's ops in plain torch, in the dtype of their arguments; in fp64 they are the truth of all tests.
 
-The functions have the signatures and meaning of the public ops, and are differentiable. Neighbouring images of one size
-are computed as a batch.
+The functions take the arguments of the public ops, and are differentiable. Neighbouring images of one size are computed
+as a batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from mm1.kernels.patches.reference import padded, runs
 def by_size(
     x: Tensor, sizes: Sequence[tuple[int, int, int]], shape: tuple[int, int], net: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Apply net, of images [n, C, h, w], to runs (n, h, w) of x [P, C]; return `shape`, zeros past the last image."""
+    """Apply net to images [n, C, h, w] of runs (n, h, w) of x [P, C]; return `shape`, zeros past the last image."""
     parts, first = [], 0
     for n, h, w in sizes:
         y = net(x[first : first + n * h * w].view(n, h, w, -1).permute(0, 3, 1, 2))
@@ -44,12 +44,9 @@ def block(image: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def conv_block(
-    x: Tensor,
-    grids: "Grids | Sequence[tuple[int, int]]",
-    weights: Mapping[str, Tensor],
-    *,
+    x: Tensor, grids: Grids | Sequence[tuple[int, int]], weights: Mapping[str, Tensor], *,
     pool: tuple[int, int] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the block's result for x [P, Cin]: [P, C], or pooled to pool = (oh, ow) places an image, [N·oh·ow, C]."""
     grids = as_grids(grids, x.device)
     shape = grids.patches, len(weights["conv1.conv.weight"])
@@ -57,7 +54,7 @@ def conv_block(
     return y if pool is None else adaptive_pool(y, grids, pool)
 
 
-def adaptive_pool(x: Tensor, grids: "Grids | Sequence[tuple[int, int]]", out: tuple[int, int] = (12, 12)) -> Tensor:
+def adaptive_pool(x: Tensor, grids: Grids | Sequence[tuple[int, int]], out: tuple[int, int] = (12, 12)) -> Tensor:
     """Return the averages of out = (oh, ow) windows of each image of x [P, C], [N·oh·ow, C]; absent images: zeros."""
     grids = as_grids(grids, x.device)
     shape = grids.images * prod(out), x.shape[1]

@@ -1,7 +1,7 @@
-"""Provide the kernels of conv_block that work row by row on [P, C], and the windows of a pool that may end a block.
+"""Provide the kernels of conv_block that work row by row on [P, C], and the windows of its pool.
 
-A program holds whole rows in registers, so that a norm needs no pass of its own. Backward computes mean and deviation
-again from the rows that it loads anyway, instead of loading saved ones.
+A program keeps whole rows in registers, so that a norm needs no separate pass. Backward recomputes mean and deviation
+from the rows that it loads anyway, instead of loading saved ones.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from mm1.kernels.cost_model import rows_seconds
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
 from mm1.kernels.language import tl, triton
-from mm1.kernels.patches.grids import image_of
+from mm1.kernels.patches.grids import image_of, load_image
 from mm1.kernels.tuning import Tunable, config_for
 
 EPS = tl.constexpr(1e-5)
@@ -24,7 +24,7 @@ EPS = tl.constexpr(1e-5)
 
 @dataclass(frozen=True)
 class Config:
-    """Holds the rows a program takes at once, its warps, and, for persistent kernels, programs a multiprocessor."""
+    """Hold the rows of a program's step, its warps and, for persistent kernels, the programs of a multiprocessor."""
 
     rows: int = 2
     warps: int = 4
@@ -32,13 +32,17 @@ class Config:
 
 
 class RowShape(NamedTuple):
+    """Hold the sizes of rows [rows, channels]."""
+
     rows: int
     channels: int
 
 
 def legal(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
-    """Tell whether the kernel fits: at most 32 values a thread and tile, of which registers hold 8 tiles, and no more
-    threads than a multiprocessor has."""
+    """Return whether the kernel fits.
+
+    A thread has at most 32 values of a tile, so that 8 tiles fit into registers. A multiprocessor has 2048 threads.
+    """
     values = config.rows * power_of_2(shape.channels) / (device.warp * config.warps)
     return values <= 32 and config.warps * config.programs * device.warp <= 2048 and config.warps * device.warp <= 1024
 
@@ -58,12 +62,12 @@ def default(shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
 def over_rows(
     kernel: str, tensors: int, registers: float, walks: bool, default: Any = default, legal: Any = legal
 ) -> Tunable:
-    """Define the Tunable of a kernel that moves `tensors` tensors of [rows, channels].
+    """Return the Tunable of a kernel that moves `tensors` tensors [rows, channels].
 
-    registers: that it takes for each element. walks: whether it is persistent, so that the number of programs matters.
+    registers: registers of each element. walks: whether the kernel is persistent, and depends on config.programs.
     """
 
-    def some(shape: RowShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
+    def distinct_space(shape: RowShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
         programs = default(shape, dtype, device).programs
         return (c for c in space(shape, dtype, device) if walks or c.programs == programs)
 
@@ -73,7 +77,7 @@ def over_rows(
             config.programs if walks else None, dtype.itemsize, device,
         )  # fmt: skip
 
-    return Tunable(kernel, RowShape, Config, some, legal, default, seconds, ("channels",))
+    return Tunable(kernel, RowShape, Config, distinct_space, legal, default, seconds, ("channels",))
 
 
 NORM = over_rows("conv_norm", 2, 2, False)
@@ -82,12 +86,12 @@ JOIN_BACKWARD = over_rows("conv_join_backward", 5, 9, True)
 
 
 def config_of(tunable: Tunable, x: Tensor) -> Config:
-    """Look up the configuration for rows x [P, C]."""
+    """Return the configuration for rows x [P, C]."""
     return config_for(tunable, RowShape(*x.shape), x.dtype, device_of(x))
 
 
 def programs(work: int, config: Config, x: Tensor) -> int:
-    """Return how many programs of a persistent kernel to launch."""
+    """Return the number of programs of a persistent kernel."""
     return max(1, min(work, config.programs * device_of(x).units))
 
 
@@ -95,6 +99,16 @@ def programs(work: int, config: Config, x: Tensor) -> int:
 def load_row(ptr, offs_c, C):
     """Load [C] in fp32."""
     return tl.load(ptr + offs_c, offs_c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_norms(gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, offs_c, C, DOWN: tl.constexpr):
+    """Load gamma and beta [C] of both norms of a block's last step; unless DOWN the shortcut has none."""
+    gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
+    gamma_x, beta_x = gamma, beta
+    if DOWN:
+        gamma_x, beta_x = load_row(gamma_x_ptr, offs_c, C), load_row(beta_x_ptr, offs_c, C)
+    return gamma, beta, gamma_x, beta_x
 
 
 @triton.jit
@@ -114,11 +128,13 @@ def norm_backward(dz, unit, rstd, gamma, C):
 
 @triton.jit
 def silu(z):
+    """Return z · sigmoid(z)."""
     return z * tl.sigmoid(z)
 
 
 @triton.jit
 def silu_slope(z):
+    """Return the derivative of silu."""
     s = tl.sigmoid(z)
     return s * (1 + z * (1 - s))
 
@@ -129,10 +145,7 @@ def window_of(table_ptr, place, OH: tl.constexpr, OW: tl.constexpr):
     image = place // (OH * OW)
     i = place // OW % OH
     j = place % OW
-    first = tl.load(table_ptr + image * 4)
-    rows = tl.load(table_ptr + image * 4 + 1)
-    h = tl.load(table_ptr + image * 4 + 2)
-    w = tl.load(table_ptr + image * 4 + 3)
+    first, rows, h, w = load_image(table_ptr, image)
     top = i * h // OH
     left = j * w // OW
     columns = tl.cdiv((j + 1) * w, OW) - left
@@ -140,14 +153,14 @@ def window_of(table_ptr, place, OH: tl.constexpr, OW: tl.constexpr):
 
 
 @triton.jit
-def gathered(dy_ptr, image, at, h, w, there, offs_c, C, OH: tl.constexpr, OW: tl.constexpr):
+def gathered(dy_ptr, image, at, h, w, valid, offs_c, C, OH: tl.constexpr, OW: tl.constexpr):
     """Return the gradient [rows, C] of the places `at` of images, gathered from the windows that contain them."""
     r = at // w
     c = at % w
     top = r * OH // h
     left = c * OW // w
     columns = tl.cdiv((c + 1) * OW, w) - left
-    count = tl.where(there, columns * (tl.cdiv((r + 1) * OH, h) - top), 0)
+    count = tl.where(valid, columns * (tl.cdiv((r + 1) * OH, h) - top), 0)
     total = tl.zeros((at.shape[0], offs_c.shape[0]), tl.float32)
     for k in range(0, tl.max(count, 0)):
         i = top + k // columns
@@ -172,8 +185,9 @@ def _norm_kernel(u_ptr, gamma_ptr, beta_ptr, y_ptr, P, C, ROWS: tl.constexpr, BL
 
 
 @triton.jit
-def _joined(u_ptr, x_ptr, places, inside, gamma, beta, gamma_x, beta_x, in_c, C, DOWN: tl.constexpr):
+def _joined(u_ptr, x_ptr, places, inside, norms, in_c, C, DOWN: tl.constexpr):
     """Return norm(u) + shortcut (norm(x) if DOWN, else x), and unit and 1 / deviation of both norms for backward."""
+    gamma, beta, gamma_x, beta_x = norms
     unit, rstd = normalised(tl.load(u_ptr + places, inside, other=0.0).to(tl.float32), in_c, C)
     x = tl.load(x_ptr + places, inside, other=0.0).to(tl.float32)
     s = unit * gamma[None, :] + beta[None, :]
@@ -193,14 +207,11 @@ def _join_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
-    _, _, _, _, there = image_of(owner_ptr, table_ptr, rows, P)
-    gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
-    gamma_x, beta_x = gamma, beta
-    if DOWN:
-        gamma_x, beta_x = load_row(gamma_x_ptr, offs_c, C), load_row(beta_x_ptr, offs_c, C)
+    _, _, _, _, valid = image_of(owner_ptr, table_ptr, rows, P)
+    norms = load_norms(gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, offs_c, C, DOWN)
     places = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
-    s, _, _, _, _ = _joined(u_ptr, x_ptr, places, there[:, None] & in_c, gamma, beta, gamma_x, beta_x, in_c, C, DOWN)
-    y = tl.where(there[:, None], silu(s), 0.0)
+    s, _, _, _, _ = _joined(u_ptr, x_ptr, places, valid[:, None] & in_c, norms, in_c, C, DOWN)
+    y = tl.where(valid[:, None], silu(s), 0.0)
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), (rows < P)[:, None] & in_c)
 
 
@@ -209,25 +220,20 @@ def _join_pool_kernel(
     u_ptr, x_ptr, gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, table_ptr, y_ptr, C, OH: tl.constexpr,
     OW: tl.constexpr, DOWN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Store one place of the pool of _join_kernel's result, which is never written."""
+    """Store one place of the pooled result of _join_kernel, which is never stored itself."""
     place = tl.program_id(0)
     first, rows, w, top, left, columns, count = window_of(table_ptr, place, OH, OW)
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
-    gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
-    gamma_x, beta_x = gamma, beta
-    if DOWN:
-        gamma_x, beta_x = load_row(gamma_x_ptr, offs_c, C), load_row(beta_x_ptr, offs_c, C)
+    norms = load_norms(gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, offs_c, C, DOWN)
     acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for start in range(0, count, ROWS):
         k = start + tl.arange(0, ROWS)
         at = (top + k // columns) * w + left + k % columns
-        there = (k < count) & (at < rows)
+        valid = (k < count) & (at < rows)
         places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
-        s, _, _, _, _ = _joined(
-            u_ptr, x_ptr, places, there[:, None] & in_c, gamma, beta, gamma_x, beta_x, in_c, C, DOWN
-        )
-        acc += tl.where(there[:, None], silu(s), 0.0)
+        s, _, _, _, _ = _joined(u_ptr, x_ptr, places, valid[:, None] & in_c, norms, in_c, C, DOWN)
+        acc += tl.where(valid[:, None], silu(s), 0.0)
     y = tl.sum(acc, 0) / tl.maximum(count, 1)
     tl.store(y_ptr + place.to(tl.int64) * C + offs_c, y.to(y_ptr.dtype.element_ty), offs_c < C)
 
@@ -243,35 +249,30 @@ def _join_backward_kernel(
     """
     offs_c = tl.arange(0, BLOCK_C)
     in_c = (offs_c < C)[None, :]
-    gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
-    gamma_x, beta_x = gamma, beta
-    if DOWN:
-        gamma_x, beta_x = load_row(gamma_x_ptr, offs_c, C), load_row(beta_x_ptr, offs_c, C)
+    norms = load_norms(gamma_ptr, beta_ptr, gamma_x_ptr, beta_x_ptr, offs_c, C, DOWN)
     dgamma = tl.zeros((BLOCK_C,), tl.float32)
     dbeta = tl.zeros((BLOCK_C,), tl.float32)
     dgamma_x = tl.zeros((BLOCK_C,), tl.float32)
     for row in range(tl.program_id(0) * ROWS, P, tl.num_programs(0) * ROWS):
         rows = row + tl.arange(0, ROWS)
-        image, first, h, w, there = image_of(owner_ptr, table_ptr, rows, P)
+        image, first, h, w, valid = image_of(owner_ptr, table_ptr, rows, P)
         places = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
-        inside = there[:, None] & in_c
+        inside = valid[:, None] & in_c
         if OH > 0:
-            dy = gathered(dy_ptr, image, rows - first, h, w, there, offs_c, C, OH, OW)
+            dy = gathered(dy_ptr, image, rows - first, h, w, valid, offs_c, C, OH, OW)
         else:
             dy = tl.load(dy_ptr + places, inside, other=0.0).to(tl.float32)
-        s, unit, rstd, unit_x, rstd_x = _joined(
-            u_ptr, x_ptr, places, inside, gamma, beta, gamma_x, beta_x, in_c, C, DOWN
-        )
+        s, unit, rstd, unit_x, rstd_x = _joined(u_ptr, x_ptr, places, inside, norms, in_c, C, DOWN)
         ds = dy * silu_slope(s)
         dgamma += tl.sum(ds * unit, 0)
         dbeta += tl.sum(ds, 0)
         inside = (rows < P)[:, None] & in_c
-        du = norm_backward(ds, unit, rstd, gamma, C)
+        du = norm_backward(ds, unit, rstd, norms[0], C)
         tl.store(du_ptr + places, du.to(du_ptr.dtype.element_ty), inside)
         dx = ds
         if DOWN:
             dgamma_x += tl.sum(ds * unit_x, 0)
-            dx = norm_backward(ds, unit_x, rstd_x, gamma_x, C)
+            dx = norm_backward(ds, unit_x, rstd_x, norms[2], C)
         tl.store(dx_ptr + places, dx.to(dx_ptr.dtype.element_ty), inside)
     sums_ptr += tl.program_id(0) * 3 * C + offs_c
     tl.store(sums_ptr, dgamma, offs_c < C)
@@ -294,7 +295,7 @@ def join(
     u: Tensor, shortcut: Tensor, gamma: Tensor, beta: Tensor, gamma_x: Tensor | None, beta_x: Tensor | None,
     table: Tensor, owner: Tensor, pool: tuple[int, int], out: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return silu(norm(u) + shortcut): [P, C], in `out` if there is one, or pooled [N·oh·ow, C] to pool = (oh, ow)."""
+    """Return silu(norm(u) + shortcut): [P, C], in `out` if it is a tensor, or pooled to (oh, ow): [N·oh·ow, C]."""
     P, C = u.shape
     config = config_of(JOIN, u)
     arguments = {

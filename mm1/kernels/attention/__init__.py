@@ -1,4 +1,4 @@
-"""Attention over packed sequences under a mask, and of new rows over a paged cache of keys and values."""
+"""Provide attention over packed sequences under a mask, and of new rows over a paged cache of keys and values."""
 
 from mm1.kernels.attention.masks import Causal, Full, Mask, Prefix
 from mm1.kernels.attention.paged import paged_attention

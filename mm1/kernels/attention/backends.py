@@ -1,15 +1,15 @@
-"""Who computes attention: this project's kernels, torch's and other libraries', one table, chosen at run time.
+"""Compute attention by one of several backends: this project's kernels, torch's, and those of other libraries.
 
-BACKENDS says of each what it needs and which calls it takes. A backend that computes no prefix mask itself gets two
-calls, of the queries that see just the prefix and of the others (`prefix_in_two_calls`), if it allows segments without
-keys. On a CPU "auto" is "segments"; on a GPU it is what `choose` says.
+BACKENDS declares what each backend needs and which calls it takes. A call with a prefix mask to a backend without one
+is split by `prefix_in_two_calls` into the queries that see only the prefix and the others, if the backend allows
+segments without keys. "auto" is "segments" on a CPU, and what `choose_backend` returns on a GPU.
 """
 
 import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from mm1.kernels.tuning import tables
 
 
 class Inputs(NamedTuple):
-    """The checked arguments of one call of `attention`; offsets are int32."""
+    """Hold the checked arguments of one call of `attention`; offsets are int32."""
 
     q: Tensor
     k: Tensor
@@ -39,63 +39,52 @@ class Inputs(NamedTuple):
 
     @property
     def prefix(self) -> Tensor | None:
-        """The prefix lengths int32 [B] of a prefix mask."""
+        """Return the prefix lengths int32 [B] of a prefix mask."""
         return self.mask.lengths if isinstance(self.mask, Prefix) else None
 
     @property
     def causal(self) -> bool:
-        """Whether a key after a query's place may be hidden."""
+        """Return whether the mask may hide keys after a query's place."""
         return not isinstance(self.mask, Full)
 
     @property
-    def longest(self) -> tuple[int, int]:
-        """An upper bound of the queries and of the keys of a segment."""
+    def max_lengths(self) -> tuple[int, int]:
+        """Return upper bounds of the queries and of the keys of a segment."""
         return self.max_length or self.q.shape[0], self.max_length or self.k.shape[0]
 
     @property
     def grouped(self) -> bool:
-        """Whether several heads of q share one of k and v."""
+        """Return whether several heads of q share one of k and v."""
         return self.q.shape[1] != self.k.shape[1]
 
-
-Attend = Callable[[Inputs], Tensor]
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of `segments` and `flash`."""
+        return self.q, self.k, self.v, self.cu_q, self.cu_k, self.used_k, self.prefix, self.causal
 
 
 def _reference(x: Inputs) -> Tensor:
     return reference.attention(x.q, x.k, x.v, x.cu_q, mask=x.mask, cu_seqlens_k=x.cu_k, used_k=x.used_k)
 
 
-def _segments(x: Inputs) -> Tensor:
-    return segments(x.q, x.k, x.v, x.cu_q, x.cu_k, x.used_k, x.prefix, x.causal)[0]
-
-
-def _triton(x: Inputs) -> Tensor:
-    return flash(x.q, x.k, x.v, x.cu_q, x.cu_k, x.used_k, x.prefix, x.causal)
-
-
 def _varlen(x: Inputs) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     window = (-1, 0) if x.causal else (-1, -1)
-    y = varlen_attn(
-        *_packed_rows(x), x.cu_q, x.cu_k, *x.longest, window_size=window, enable_gqa=x.grouped, seqused_k=x.used_k
+    y: Any = varlen_attn(
+        *_packed_rows(x), x.cu_q, x.cu_k, *x.max_lengths, window_size=window, enable_gqa=x.grouped, seqused_k=x.used_k
     )
-    return zero_past(y, x.cu_q[-1])  # pyright: ignore[reportArgumentType]
+    return zero_past(y, x.cu_q[-1])
 
 
-def _flash_attn_2(x: Inputs) -> Tensor:
-    attend = importlib.import_module("flash_attn").flash_attn_varlen_func
-    return zero_past(attend(*_packed_rows(x), x.cu_q, x.cu_k, *x.longest, causal=x.causal), x.cu_q[-1])
-
-
-def _flash_attn_3(x: Inputs) -> Tensor:
-    attend = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-    y = attend(*_packed_rows(x), x.cu_q, x.cu_k, *x.longest, causal=x.causal)
-    return zero_past(y[0] if isinstance(y, tuple) else y, x.cu_q[-1])  # early releases return the log-sums too
+def _flash_attn(module: str, x: Inputs) -> Tensor:
+    attend = importlib.import_module(module).flash_attn_varlen_func
+    y = attend(*_packed_rows(x), x.cu_q, x.cu_k, *x.max_lengths, causal=x.causal)
+    return zero_past(y[0] if isinstance(y, tuple) else y, x.cu_q[-1])  # early releases of 3 return the log-sums too
 
 
 def _xformers(x: Inputs) -> Tensor:
-    """Run xformers, whose mask wants lengths on the host: this waits for the device."""
+    """Compute attention by xformers, whose mask needs the lengths on the host: this waits for the device."""
     attend = importlib.import_module("xformers.ops").memory_efficient_attention
     masks = importlib.import_module("xformers.ops.fmha.attn_bias")
     bias = masks.BlockDiagonalMask.from_seqlens(x.cu_q.diff().tolist(), x.cu_k.diff().tolist())
@@ -107,7 +96,7 @@ def _xformers(x: Inputs) -> Tensor:
 
 
 def _flex(x: Inputs) -> Tensor:
-    """Run torch's FlexAttention with a block mask that is made at every call; on a CPU it has no gradients."""
+    """Compute attention by torch's FlexAttention, with a new block mask at every call; on a CPU without gradients."""
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v))
     expect(x.q.is_cuda or not recorded, "attention", 'device for gradients of backend "flex"', x.q.device, "a GPU")
     sees = reference.visible(x.cu_q, x.cu_k, x.used_k, x.q.shape[0], x.k.shape[0], x.mask)
@@ -119,7 +108,7 @@ def _flex(x: Inputs) -> Tensor:
 
 @cache
 def _flex_functions(gpu: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return attention and mask maker, on a GPU compiled: as they are, all pairs' scores and mask lie in memory."""
+    """Return attention and mask maker, compiled on a GPU: uncompiled they store the scores and mask of all pairs."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if gpu:
@@ -128,9 +117,9 @@ def _flex_functions(gpu: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _sdpa(x: Inputs) -> Tensor:
-    """Run torch's dense attention on segments that are all max_length long, queries and keys alike, and fill all rows.
+    """Compute torch's dense attention of segments that all have max_length queries and keys, and fill all rows.
 
-    Padding behind a shorter last segment counts as part of it.
+    Padding after a shorter last segment counts as part of it.
     """
     B, length = x.cu_q.shape[0] - 1, x.max_length or 0
     fits = x.q.shape[0] == x.k.shape[0] == B * length
@@ -151,59 +140,58 @@ def _sdpa(x: Inputs) -> Tensor:
 
 
 class Backend(NamedTuple):
-    """A row of the table."""
+    """Hold what a backend needs and which calls it takes."""
 
-    run: Attend
-    gpu: bool = False  # for GPUs only
-    package: str | None = None  # the optional module it needs
+    run: Callable[[Inputs], Tensor]
+    gpu: bool = False  # only GPUs
+    module: str | None = None  # the optional module that it imports
     used_k: bool = True  # takes used_k
     prefix: str = "one call"  # or "two calls", or "refused"
-    measured: bool = False  # a choice of "auto" where it was measured: never waits for the device
+    auto: bool = False  # "auto" may choose it; it never waits for the device
 
 
+# The backends that need an optional package have its name.
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(_reference),
-    "segments": Backend(_segments),  # torch's flash attention for CPUs
-    "varlen": Backend(_varlen, gpu=True, prefix="two calls", measured=True),  # torch's; bf16 and fp16
-    "flash": Backend(_flash_attn_2, True, "flash_attn", used_k=False, prefix="two calls", measured=True),
-    "flash3": Backend(_flash_attn_3, True, "flash_attn_interface", used_k=False, prefix="two calls", measured=True),
+    "segments": Backend(lambda x: segments(*x.arguments)[0]),  # torch's flash attention for CPUs
+    "varlen": Backend(_varlen, gpu=True, prefix="two calls", auto=True),  # torch's; bf16 and fp16
+    **{
+        name: Backend(partial(_flash_attn, module), True, module, used_k=False, prefix="two calls", auto=True)
+        for name, module in (("flash-attn", "flash_attn"), ("flash-attn-3", "flash_attn_interface"))
+    },
     "xformers": Backend(_xformers, True, "xformers", used_k=False, prefix="refused"),
-    "flex": Backend(_flex, measured=True),
+    "flex": Backend(_flex, auto=True),
     "sdpa": Backend(_sdpa, used_k=False),  # only a caller knows whether all segments are max_length long
-    "triton": Backend(_triton, measured=True),  # says itself what it needs
+    "triton": Backend(lambda x: flash(*x.arguments), auto=True),  # checks itself what it needs
 }
 
 
 def run(name: str, x: Inputs) -> Tensor:
     """Compute a call with the named backend.
 
-    Raise ValueError for what the table says it does not take, ImportError for a package that is not installed.
+    Raises ValueError for arguments that the backend does not take, ImportError where its package is not installed.
     """
     backend = BACKENDS[name]
     expect(backend.used_k or x.used_k is None, "attention", f'used_k for backend "{name}"', "a tensor", "None")
     refused = backend.prefix == "refused" and x.prefix is not None
     expect(not refused, "attention", f'mask for backend "{name}"', "Prefix", "Full or Causal")
-    if backend.package:
+    if backend.module:
         try:
-            importlib.import_module(backend.package)
+            importlib.import_module(backend.module)
         except ImportError as error:
-            needs = f'attention: backend "{name}" needs pip install "mm1-engine[gpu]" ({error})'
-            raise ImportError(needs) from None
+            raise ImportError(f'attention: backend "{name}" needs the Python package {name}: {error}') from None
     fits = not backend.gpu or x.q.is_cuda or x.q.is_meta
     expect(fits, "attention", f'device for backend "{name}"', x.q.device, "a GPU")
-    return (
-        prefix_in_two_calls(backend.run, x)
-        if backend.prefix == "two calls" and x.prefix is not None
-        else backend.run(x)
-    )
+    split = backend.prefix == "two calls" and x.prefix is not None
+    return prefix_in_two_calls(backend.run, x) if split else backend.run(x)
 
 
-def prefix_in_two_calls(attend: Attend, x: Inputs) -> Tensor:
+def prefix_in_two_calls(attend: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
     """Compute a prefix mask with a backend that has none: exact, because each query belongs to one of the calls.
 
-    The first queries of a segment see just the prefix (a full mask over its keys, which are gathered), the others all
-    keys up to their own place (a causal mask). Either call has two segments for each of x, the second call's first and
-    the first call's second without keys, so that queries stay where they are and the host knows all shapes.
+    The first queries of a segment see only the prefix (a full mask over its keys, which are gathered), the others all
+    keys up to their own place (a causal mask). Each call has two segments for every segment of x, one of them without
+    keys, so that queries keep their rows and the host knows all shapes.
     """
     assert x.prefix is not None
     length_q, length_k = x.cu_q.diff(), x.cu_k.diff() if x.used_k is None else x.used_k
@@ -231,12 +219,12 @@ def prefix_in_two_calls(attend: Attend, x: Inputs) -> Tensor:
 
 
 def zero_past(x: Tensor, rows: Tensor) -> Tensor:
-    """Return x [T, H, Dh] with zeros past its first `rows` (int []) rows, for results that libraries left unwritten."""
+    """Return x [T, H, Dh] with zeros past its first `rows` (int []) rows, which some libraries leave unwritten."""
     return torch.where((torch.arange(x.shape[0], device=x.device) < rows)[:, None, None], x, x.new_zeros(()))
 
 
 class ZeroGradientPast(torch.autograd.Function):
-    """Return x [T, H, Dh], whose gradient is zeros past the first `rows` (int []) rows, whatever comes back there."""
+    """Return x [T, H, Dh], and replace its gradient by zeros past the first `rows` (int []) rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -250,8 +238,7 @@ class ZeroGradientPast(torch.autograd.Function):
 
 def _packed_rows(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v for libraries that leave the gradients of rows past the last segment unwritten."""
-    ends = x.cu_q[-1], x.cu_k[-1], x.cu_k[-1]
-    q, k, v = (ZeroGradientPast.apply(t, end) for t, end in zip((x.q, x.k, x.v), ends))
+    q, k, v = (ZeroGradientPast.apply(t, cu[-1]) for t, cu in ((x.q, x.cu_q), (x.k, x.cu_k), (x.v, x.cu_k)))
     return q, k, v
 
 
@@ -265,22 +252,22 @@ def constant(function: Any) -> Any:
 
 
 @constant
-def choose(gpu: str, head_width: int, mask: str, dtype: str, backward: bool, used_k: bool) -> str:
-    """Return the backend that "auto" takes on a GPU of this name, of those that are installed.
+def choose_backend(gpu: str, head_width: int, mask: str, dtype: str, backward: bool, used_k: bool) -> str:
+    """Return the installed backend that "auto" takes on the GPU of this name.
 
-    mask: "Full", "Causal" or "Prefix". dtype: "bfloat16", …. backward: whether gradients will be wanted.
+    mask: "Full", "Causal" or "Prefix". dtype: "bfloat16", …. backward: whether gradients will be needed.
     """
-    usable = [n for n, b in BACKENDS.items() if b.measured and installed(n) and (b.used_k or not used_k)]
-    return fastest(table(gpu), usable, head_width, mask, dtype, backward)
+    usable = [n for n, b in BACKENDS.items() if b.auto and installed(n) and (b.used_k or not used_k)]
+    return fastest(read_table(tables() / "attention" / f"{gpu}.json"), usable, head_width, mask, dtype, backward)
 
 
 def fastest(
     rows: Iterable[dict[str, Any]], usable: Iterable[str], head_width: int, mask: str, dtype: str, backward: bool
 ) -> str:
-    """Return the usable backend that the rows say is fastest, or a default where no row fits.
+    """Return the usable backend that is fastest by the rows of a table, or a default where no row fits.
 
-    Rows give shares of the peak rate; backward takes 2.5 times the operations of forward. The prefix mask is not
-    measured: it takes the Triton kernel where that has the head width, because it computes no hidden tile in one call.
+    Rows hold shares of the peak rate; backward takes 2.5 times the operations of forward. The prefix mask is not
+    measured: it runs on the Triton kernel where that has the head width, which skips hidden tiles in a single call.
     """
     fits = {"head_width": head_width, "causal": mask == "Causal", "dtype": dtype}
     candidates = [row for row in rows if fits.items() <= row.items() and row["backend"] in usable]
@@ -296,26 +283,21 @@ def fastest(
 
 @cache
 def installed(backend: str) -> bool:
-    """Return whether the package that a backend needs is installed."""
-    package = BACKENDS[backend].package
-    return package is None or importlib.util.find_spec(package) is not None
-
-
-def table(gpu: str) -> list[dict[str, Any]]:
-    """Return the rows measured on a GPU of this name, as `read_table` reads them."""
-    return read_table(tables() / "attention" / f"{gpu}.json")
+    """Return whether the module that a backend imports is installed."""
+    module = BACKENDS[backend].module
+    return module is None or importlib.util.find_spec(module) is not None
 
 
 @cache
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file: head_width, causal, dtype, backend, and shares of the peak rate forward and backward.
 
-    A file that does not exist has none.
+    A missing file has no rows.
     """
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 @constant
 def gpu_name(index: int | None) -> str:
-    """Return the name that tables have for the GPU which torch counts as `index` (None: the current one)."""
+    """Return the name in tables of the GPU with this index in torch (None: the current one)."""
     return device_of_index(index).name

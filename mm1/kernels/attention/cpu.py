@@ -1,13 +1,13 @@
-"""Attention on a CPU: torch's flash attention, run over neighbouring segments of equal lengths as one batch.
+"""Compute attention on a CPU by torch's flash attention, with neighbouring segments of equal lengths as one batch.
 
-Every mask is two rectangles. The first P keys of a segment are seen by all its queries, the other n = Lk - P keys by
-the last n queries, causally:
+Every mask is two rectangles. All queries of a segment see its first P keys, and the last n queries see the other
+n = Lk - P keys causally:
 
     P = Lk (full),  max(Lk - Lq, 0) (causal),  max(Lk - Lq, prefix) up to Lk (prefix)
 
-so that no mask is stored and no hidden pair is computed but those under a causal square's diagonal. A query of both
-rectangles has two softmaxes, which become one by the logarithms of their sums; backward runs the rectangles one by one
-with the result and the logarithm of both, whose gradients add up (Dao 2023, FlashAttention-2, algorithm 2).
+Thus no mask is stored, and the only hidden pairs computed are those in a causal square. A query of both rectangles has
+two softmaxes, which are merged by the logarithms of their sums. Backward runs the rectangles one by one with the merged
+result and logarithm, and adds their gradients (Dao 2023, FlashAttention-2, algorithm 2).
 """
 
 from collections.abc import Iterator
@@ -17,24 +17,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels.dispatch import expect, refuse_second_order, wide
+from mm1.kernels.dispatch import expect, refuse_second_order, unit_stride, wide
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Part(NamedTuple):
-    """A rectangle of a segment: its first query and their number, its first key and their number."""
+    """Hold a rectangle of a segment, which reaches to its last query."""
 
-    query: int
-    queries: int
-    key: int
+    query: int  # the first
+    key: int  # the first
     keys: int
     causal: bool
 
 
 class _Run(NamedTuple):
-    """Neighbouring segments of the same lengths, whose queries are adjacent and whose keys begin `step` rows apart."""
+    """Hold neighbouring segments of equal lengths; their queries are adjacent, their keys begin `step` rows apart."""
 
     segments: int
     start_q: int
@@ -45,23 +44,23 @@ class _Run(NamedTuple):
     prefix: int  # keys that all queries of a segment see
 
     def parts(self) -> Iterator[_Part]:
-        """Yield the rectangles that have pairs."""
-        own = self.length_k - self.prefix
+        """Yield the rectangles that are not empty."""
+        rest = self.length_k - self.prefix
         if self.prefix:
-            yield _Part(0, self.length_q, 0, self.prefix, False)
-        if own:
-            yield _Part(self.length_q - own, own, self.prefix, own, True)
+            yield _Part(0, 0, self.prefix, False)
+        if rest:
+            yield _Part(self.length_q - rest, self.prefix, rest, True)
 
     def queries(self, x: Tensor, part: _Part) -> Tensor:
         """Return the view [n, H, Lq, Dh] of the part's queries in x [T, H, Dh]."""
-        return self._view(x, self.start_q + part.query, part.queries, self.length_q)
+        return self._view(x, self.start_q + part.query, self.length_q - part.query, self.length_q)
 
     def keys(self, x: Tensor, part: _Part) -> Tensor:
         """Return the view [n, H, Lk, Dh] of the part's keys in x [S, H, Dh]."""
         return self._view(x, self.start_k + part.key, part.keys, self.step)
 
     def _view(self, x: Tensor, start: int, length: int, step: int) -> Tensor:
-        # One call instead of slice, unflatten and transpose: with short segments their overhead is what counts.
+        # One call instead of slice, unflatten and transpose, whose overhead dominates with short segments.
         row, head, item = x.stride()
         size = (self.segments, x.shape[1], length, x.shape[2])
         return x.as_strided(size, (step * row, head, row, item), x.storage_offset() + start * row)
@@ -74,15 +73,15 @@ def segments(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return attention [T, H, Dh] and the logarithm of each softmax's sum [T, H], fp32 or fp64.
 
-    Segments of equal lengths (and equal prefixes) run fastest side by side. prefix int [B] implies causal.
+    Neighbouring segments of equal lengths and prefixes run fastest. prefix int [B] implies causal.
     """
-    q, k, v = _rows(q), _rows(repeat_heads(k, q)), _rows(repeat_heads(v, q))
+    q, k, v = _operands(q, k, v)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_zeros(*q.shape[:2], 1, dtype=wide(q.dtype))
     end = 0
     for run in _runs(cu_q, cu_k, used_k, prefix, causal, len(q), len(k)):
         last = run.start_q + run.segments * run.length_q
-        # Rows before the run that see nothing; in the run queries before the first key, if there are any.
+        # Clear the rows before the run, which see nothing, and in the run the queries before the first key.
         y[end : run.start_q if run.prefix or run.length_q == run.length_k else last].zero_()
         for part in run.parts():
             result, sums = _FORWARD(run.queries(q, part), run.keys(k, part), run.keys(v, part), 0.0, part.causal)
@@ -99,19 +98,14 @@ def segments(
     return y, lse.squeeze(2)
 
 
-@segments.register_fake
-def _(q, k, v, cu_q, cu_k, used_k, prefix, causal):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
-
-
 @torch.library.custom_op("mm1::attention_segments_backward", mutates_args=())
 def segments_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
     used_k: Tensor | None, prefix: Tensor | None, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of q, k and v, in their shapes, computed run by run as forward."""
-    groups = k.shape[1]
-    q, k, v, lse = _rows(q), _rows(repeat_heads(k, q)), _rows(repeat_heads(v, q)), lse.unsqueeze(2)
+    """Return the gradients of q, k and v, in their shapes, computed run by run as in forward."""
+    groups, lse = k.shape[1], lse.unsqueeze(2)
+    q, k, v = _operands(q, k, v)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for run in _runs(cu_q, cu_k, used_k, prefix, causal, len(q), len(k)):
         for part in run.parts():
@@ -127,9 +121,8 @@ def segments_backward(
     return dq, dk, dv
 
 
-@segments_backward.register_fake
-def _(dy, q, k, v, y, lse, cu_q, cu_k, used_k, prefix, causal):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+segments.register_fake(lambda q, *others: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide(q.dtype))))
+segments_backward.register_fake(lambda dy, q, k, v, *others: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 
 
 def _save(ctx, inputs, output):
@@ -150,12 +143,17 @@ def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def lengths_on_host(
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v with the heads of q, and a last stride of 1, which torch's flash attention on a CPU assumes."""
+    return unit_stride(q), unit_stride(repeat_heads(k, q)), unit_stride(repeat_heads(v, q))
+
+
+def checked_lengths(
     cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, rows: int, keys: int
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return where each segment's queries and keys begin, and how many of each it has.
+    """Check offsets int [B + 1] on the host; return the starts of queries and of keys, and each segment's lengths.
 
-    Raise ValueError for offsets that fall or reach past the rows, and for more used keys than there are.
+    Raises ValueError for offsets that decrease or exceed the rows, and for more used keys than a segment has.
     """
     starts = []
     for name, cu, size in (("cu_seqlens", cu_q, rows), ("cu_seqlens_k", cu_k, keys)):
@@ -166,19 +164,14 @@ def lengths_on_host(
     lengths_q, lengths_k = ([end - start for start, end in pairwise(offsets)] for offsets in starts)
     if used_k is not None:
         used = used_k.tolist()
-        fits = all(0 <= n <= room for n, room in zip(used, lengths_k))
+        fits = all(0 <= n <= length for n, length in zip(used, lengths_k))
         expect(fits, "attention", "used_k", used, f"at most the segments' numbers of keys, {lengths_k}")
         lengths_k = used
     return *starts, lengths_q, lengths_k
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x with a last stride of 1, which torch's flash attention on a CPU takes for granted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _seen_by_all(length_q: int, length_k: int, prefix: int, causal: bool) -> int:
-    """Return how many keys of a segment all its queries see."""
+def _prefix(length_q: int, length_k: int, prefix: int, causal: bool) -> int:
+    """Return the number of keys of a segment that all its queries see."""
     if not causal or length_q == 1:
         return length_k
     return min(max(length_k - length_q, prefix, 0), length_k)
@@ -188,16 +181,16 @@ def _runs(
     cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, prefix: Tensor | None, causal: bool, rows: int, keys: int
 ) -> Iterator[_Run]:
     """Yield the runs that have queries and keys, in order."""
-    starts_q, starts_k, lengths_q, lengths_k = lengths_on_host(cu_q, cu_k, used_k, rows, keys)
+    starts_q, starts_k, lengths_q, lengths_k = checked_lengths(cu_q, cu_k, used_k, rows, keys)
     prefixes = [0] * len(lengths_q) if prefix is None else prefix.tolist()
-    sizes = [(q, k, _seen_by_all(q, k, s, causal)) for q, k, s in zip(lengths_q, lengths_k, prefixes)]
+    sizes = [(q, k, _prefix(q, k, s, causal)) for q, k, s in zip(lengths_q, lengths_k, prefixes)]
     first = 0
     while first < len(sizes):
         step = starts_k[first + 1] - starts_k[first]
         last = first + 1
         while last < len(sizes) and sizes[last] == sizes[first] and starts_k[last] - starts_k[last - 1] == step:
             last += 1
-        length_q, length_k, seen = sizes[first]
+        length_q, length_k, prefix_keys = sizes[first]
         if length_q and length_k:
-            yield _Run(last - first, starts_q[first], length_q, starts_k[first], length_k, step, seen)
+            yield _Run(last - first, starts_q[first], length_q, starts_k[first], length_k, step, prefix_keys)
         first = last

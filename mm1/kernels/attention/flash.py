@@ -1,16 +1,16 @@
-"""Attention inside each segment of a packed sequence, never storing the scores; forward and backward in Triton.
+"""Compute attention inside each segment of a packed sequence in Triton, forward and backward, without storing scores.
 
     s[i, j] = q[i, h] · k[j, g] / √Dh;   y[i, h] = Σ_j exp(s[i, j] - lse[i]) v[j, g],   lse[i] = log Σ_j exp(s[i, j])
 
-q [T, H, Dh], k and v [S, G, Dh], H a multiple of G; i sees the keys j of its segment that the mask lets it see. Under
-a causal or prefix mask that is one bound a row: j < max(i + 1, prefix), i and j counted as masks.py says. Tiles of keys
-past the bound of all their queries, and of queries whose bounds lie before all their keys, are not computed. Forward
-keeps lse fp32 [H, T].
+q [T, H, Dh], k and v [S, G, Dh], H a multiple of G; j runs over the keys of i's segment that the mask lets i see. A
+causal or prefix mask is one bound for each row: j < max(i + 1, prefix), with the places i and j of masks.py. Tiles
+without a visible pair are not computed. Forward saves lse fp32 [H, T] for backward.
 
-Backward recomputes p = exp(s - lse) tile by tile, twice, so that nothing is added by atomics and bits are the same:
-    Δ[i] = ⟨dy[i], y[i]⟩;   ds = p (dy·vᵀ - Δ);   dq = ds · k / √Dh        a program a tile of queries, which stores Δ
-    dv = pᵀ · dy;   dk = dsᵀ · q / √Dh                                     a program a tile of keys, for a group's heads
-4·Dh operations a visible pair of rows and a head forward, 14·Dh backward.
+Backward recomputes p = exp(s - lse) tile by tile, twice, so that no atomics are needed and every run gives the same
+bits:
+    Δ[i] = ⟨dy[i], y[i]⟩;   ds = p (dy·vᵀ - Δ);   dq = ds · k / √Dh        one program per tile of queries; it stores Δ
+    dv = pᵀ · dy;   dk = dsᵀ · q / √Dh                                     one per tile of keys, for a group's heads
+4·Dh operations for each visible pair of rows and head forward, 14·Dh backward.
 
 Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2.
 """
@@ -23,8 +23,8 @@ from torch import Tensor
 from mm1.kernels.attention.pieces import add_product, load, pieces, row_products, scaled, scores, store, zeros
 from mm1.kernels.attention.tile_map import place, tile_map
 from mm1.kernels.attention.tiles import DKV, DQ, FLASH, FlashShape
-from mm1.kernels.dispatch import FLOATS, INTERPRETED, device_of, expect, launch, refuse_second_order
-from mm1.kernels.language import tl, triton
+from mm1.kernels.dispatch import FLOATS, custom_op, device_of, expect, launch, refuse_second_order, unit_stride
+from mm1.kernels.language import INTERPRETED, tl, triton
 from mm1.kernels.tuning import config_for
 
 WIDTHS = range(16, 129, 16)
@@ -32,9 +32,9 @@ WIDTHS = range(16, 129, 16)
 
 @triton.jit
 def _key_ranges(row, end, begin_k, end_k, prefix_end, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return where the keys that all queries of a tile see end, in whole blocks; where those end that any sees; shift.
+    """Return the end of the whole blocks that all queries of a tile see, the end of the keys that any sees, and shift.
 
-    Query row sees the keys up to max(row + shift, prefix_end - 1).
+    A query at `row` sees the keys up to max(row + shift, prefix_end - 1).
     """
     shift = end_k - end
     stop = end_k
@@ -47,7 +47,7 @@ def _key_ranges(row, end, begin_k, end_k, prefix_end, MASK: tl.constexpr, BLOCK_
 
 @triton.jit
 def _seen(rows, keys, end_k, prefix_end, shift, MASK: tl.constexpr):
-    """Return which of the keys each row sees, bool [rows, keys]."""
+    """Return whether each row sees each key, bool [rows, keys]."""
     seen = (keys < end_k)[None, :]
     if MASK == "causal":
         seen = seen & (keys[None, :] <= (rows + shift)[:, None])
@@ -61,7 +61,7 @@ def _forward_range(
     acc, top, total, q, rows, k_ptr, v_ptr, stride_k, stride_v, low, high, end_k, prefix_end, shift, scale,
     MASKED: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Add keys low … high to the sums, their largest score so far (base 2) and total weight; return all three."""
+    """Add keys low … high to the sums, the largest score so far (base 2) and the total weight; return all three."""
     for start in range(low, high, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         places = tl.minimum(keys, end_k - 1) if MASKED else keys
@@ -70,7 +70,7 @@ def _forward_range(
         if MASKED:
             s = tl.where(_seen(rows, keys, end_k, prefix_end, shift, MASK), s, float("-inf"))
         larger = tl.maximum(top, tl.max(s, 1) * scale)
-        # A row that has seen nothing yet would compute -inf - -inf.
+        # A row that sees none of the keys so far would compute -inf - -inf.
         shown = tl.where(larger == float("-inf"), 0.0, larger) if MASKED else larger
         p = tl.exp2(s * scale - shown[:, None])
         factor = tl.exp2(top - shown)
@@ -87,7 +87,7 @@ def _forward_kernel(
     tiles, T, H, GROUP, scale, MASK: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write y and lse of one tile of queries for one head."""
+    """Store y and lse of one tile of queries for one head."""
     head, row, end, begin_k, end_k, prefix_end = place(map_ptr, tiles, H, False, MASK, BLOCK_M)
     if head >= 0:
         rows = row + tl.arange(0, BLOCK_M)
@@ -98,20 +98,17 @@ def _forward_kernel(
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         whole, stop, shift = _key_ranges(row, end, begin_k, end_k, prefix_end, MASK, BLOCK_M, BLOCK_N)
-        acc, top, total = _forward_range(
-            acc, top, total, q, rows, k_ptr, v_ptr, stride_kt, stride_vt, begin_k, whole, end_k, prefix_end, shift,
-            scale, False, MASK, BLOCK_M, BLOCK_N, P,
-        )  # fmt: skip
-        acc, top, total = _forward_range(
-            acc, top, total, q, rows, k_ptr, v_ptr, stride_kt, stride_vt, whole, stop, end_k, prefix_end, shift,
-            scale, True, MASK, BLOCK_M, BLOCK_N, P,
-        )  # fmt: skip
-        # A row that sees nothing: y = 0, and +inf, which makes its weights 0 in backward too.
-        some = total > 0.0
-        acc = scaled(acc, 1.0 / tl.where(some, total, 1.0), P)
+        for masked in tl.static_range(2):  # first the blocks that all queries see
+            acc, top, total = _forward_range(
+                acc, top, total, q, rows, k_ptr, v_ptr, stride_kt, stride_vt, whole if masked else begin_k,
+                stop if masked else whole, end_k, prefix_end, shift, scale, masked == 1, MASK, BLOCK_M, BLOCK_N, P,
+            )  # fmt: skip
+        # A row that sees nothing gets y = 0, and lse = +inf, which makes its weights 0 in backward.
+        sees_any = total > 0.0
+        acc = scaled(acc, 1.0 / tl.where(sees_any, total, 1.0), P)
         inside = rows < end
         store(y_ptr + head.to(tl.int64) * WIDTH, rows, inside, H * WIDTH, acc, P)
-        lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
+        lse = tl.where(sees_any, top + tl.log2(tl.where(sees_any, total, 1.0)), float("inf"))
         tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse * 0.6931471805599453, inside)
 
 
@@ -120,7 +117,7 @@ def _dq_range(
     dq, q, dy, lse, delta, rows, k_ptr, v_ptr, stride_k, stride_v, low, high, end_k, prefix_end, shift, scale,
     MASKED: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Return dq / (log 2 / √Dh) with what keys low … high add to it."""
+    """Add the part of keys low … high to dq / (log 2 / √Dh), and return it."""
     for start in range(low, high, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         places = tl.minimum(keys, end_k - 1) if MASKED else keys
@@ -140,7 +137,7 @@ def _dq_kernel(
     stride_kt, stride_kh, stride_vt, stride_vh, tiles, T, H, GROUP, scale, MASK: tl.constexpr, P: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dq and Δ of one tile of queries for one head."""
+    """Store dq and Δ of one tile of queries for one head."""
     head, row, end, begin_k, end_k, prefix_end = place(map_ptr, tiles, H, False, MASK, BLOCK_M)
     if head >= 0:
         rows = row + tl.arange(0, BLOCK_M)
@@ -156,14 +153,11 @@ def _dq_kernel(
         lse = tl.load(lse_ptr + head.to(tl.int64) * T + places) * 1.4426950408889634
         dq = zeros(BLOCK_M, P)
         whole, stop, shift = _key_ranges(row, end, begin_k, end_k, prefix_end, MASK, BLOCK_M, BLOCK_N)
-        dq = _dq_range(
-            dq, q, dy, lse, delta, rows, k_ptr, v_ptr, stride_kt, stride_vt, begin_k, whole, end_k, prefix_end, shift,
-            scale, False, MASK, BLOCK_M, BLOCK_N, P,
-        )  # fmt: skip
-        dq = _dq_range(
-            dq, q, dy, lse, delta, rows, k_ptr, v_ptr, stride_kt, stride_vt, whole, stop, end_k, prefix_end, shift,
-            scale, True, MASK, BLOCK_M, BLOCK_N, P,
-        )  # fmt: skip
+        for masked in tl.static_range(2):
+            dq = _dq_range(
+                dq, q, dy, lse, delta, rows, k_ptr, v_ptr, stride_kt, stride_vt, whole if masked else begin_k,
+                stop if masked else whole, end_k, prefix_end, shift, scale, masked == 1, MASK, BLOCK_M, BLOCK_N, P,
+            )  # fmt: skip
         factor = tl.full((BLOCK_M,), 0.6931471805599453, tl.float32) * scale
         store(dq_ptr + head.to(tl.int64) * WIDTH, rows, inside, H * WIDTH, scaled(dq, factor, P), P)
 
@@ -174,7 +168,7 @@ def _dkv_kernel(
     stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tiles, T, G, GROUP, scale, MASK: tl.constexpr,
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of one tile of keys for one key-value head."""
+    """Store dk and dv of one tile of keys for one key-value head."""
     group, row, end, begin_q, end_q, prefix_end = place(map_ptr, tiles, G, True, MASK, BLOCK_M)
     if group >= 0:
         keys = row + tl.arange(0, BLOCK_M)
@@ -189,7 +183,7 @@ def _dkv_kernel(
             low = tl.maximum(begin_q, row - shift)  # the first query that sees one of these keys
         if MASK == "prefix":
             low = tl.where(row < prefix_end, begin_q, low)
-        # One loop over heads and tiles: two, one inside the other, spill 200 registers at 128 columns.
+        # A single loop over heads and tiles: two nested loops spill 200 registers at 128 columns.
         blocks = tl.maximum(tl.cdiv(end_q - low, BLOCK_N), 0)
         for i in range(GROUP * blocks):
             head = (group * GROUP + i // blocks).to(tl.int64)
@@ -198,10 +192,10 @@ def _dkv_kernel(
             q = load(q_ptr + head * stride_qh, places, stride_qt, P)
             dy = load(dy_ptr + head * stride_dh, places, stride_dt, P)
             delta = tl.load(delta_ptr + head * T + places)
-            # Queries past the end weigh exp(-inf), and keys past theirs are not stored: neither needs a mask.
+            # Queries past their end weigh exp(-inf), and keys past theirs are not stored: neither needs a mask.
             lse = tl.load(lse_ptr + head * T + rows, rows < end_q, other=float("inf")) * 1.4426950408889634
             p = tl.exp2(scores(k, q, BLOCK_M, BLOCK_N, P) * scale - lse[None, :])
-            # In all tiles: a second loop for those on the diagonal spills registers.
+            # Applied to all tiles: a second loop for the tiles on the diagonal spills registers.
             if MASK == "causal":
                 p = tl.where(keys[:, None] <= (rows + shift)[None, :], p, 0.0)
             if MASK == "prefix":
@@ -215,18 +209,13 @@ def _dkv_kernel(
         store(dv_ptr + group.to(tl.int64) * WIDTH, keys, inside, G * WIDTH, dv, P)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x with a last stride of 1; the kernels take any other strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Return stride_qt and stride_qh for q, and so for each [rows, heads, width], as arguments of a kernel."""
+    """Return the strides of tensors [rows, heads, width] as arguments of a kernel: stride_qt and stride_qh for q."""
     return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("th")}
 
 
 def _mask_name(prefix: Tensor | None, causal: bool) -> str:
-    """Return the constant MASK that kernels are compiled for."""
+    """Return the kernels' constant MASK."""
     return "prefix" if prefix is not None else "causal" if causal else "full"
 
 
@@ -234,11 +223,11 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, prefix: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return y [T, H, Dh] and lse fp32 [H, T], +inf where a row sees nothing; arguments as `flash` takes them."""
+    """Return y [T, H, Dh] and lse fp32 [H, T], +inf where a row sees nothing; the arguments are those of `flash`."""
     (T, H, width), G = q.shape, k.shape[1]
     y, lse = q.new_empty(T, H, width), q.new_empty(H, T, dtype=torch.float32)
     config = config_for(FLASH, FlashShape(T, H, G, width, causal), q.dtype, device_of(q))
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     columns, tiles = tile_map(cu_q, cu_k, used_k, prefix, T, k.shape[0], config.block_m, False)
     launch(
         _forward_kernel, tiles * H, q_ptr=q, k_ptr=k, v_ptr=v, y_ptr=y, lse_ptr=lse, map_ptr=columns,
@@ -255,9 +244,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v, in their shapes."""
     (T, H, width), (S, G, _) = q.shape, k.shape
-    dy, q, k, v = _rows(dy), _rows(q), _rows(k), _rows(v)
+    dy, q, k, v = unit_stride(dy), unit_stride(q), unit_stride(k), unit_stride(v)
     dq, delta = q.new_empty(T, H, width), torch.empty_like(lse)
-    # Keys that do not count are in no tile.
+    # Keys beyond used_k are in no tile, and get zeros.
     dk, dv = ((x.new_empty if used_k is None else x.new_zeros)(S, G, width) for x in (k, v))
     shape, device = FlashShape(T, H, G, width, causal), device_of(q)
     shared = {
@@ -280,18 +269,12 @@ def backward(
     return dq, dk, dv
 
 
-_forward = torch.library.custom_op("mm1::flash", forward, mutates_args=())
-_backward = torch.library.custom_op("mm1::flash_backward", backward, mutates_args=())
-
-
-@_forward.register_fake
-def _(q, k, v, cu_q, cu_k, used_k, prefix, causal):
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@_backward.register_fake
-def _(dy, q, k, v, y, lse, cu_q, cu_k, used_k, prefix, causal):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+_forward = custom_op("flash", forward)
+_backward = custom_op("flash_backward", backward)
+_forward.register_fake(
+    lambda q, *others: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32))
+)
+_backward.register_fake(lambda dy, q, k, v, *others: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 
 
 def _save(ctx, inputs, output):
@@ -314,10 +297,10 @@ def flash(
 ) -> Tensor:  # fmt: skip
     """Return attention [T, H, Dh] of q [T, H, Dh] to k and v [S, G, Dh], in their dtype.
 
-    cu_q and cu_k int32 [B+1], used_k int32 [B]. causal: mask what lies after a query; prefix int32 [B] implies it, and
-    lets all queries of segment b see its first prefix[b] keys. Dh a multiple of 16 up to 128; bf16, fp16 or fp32; q, k
-    and v of any strides. Keys that do not count get zeros as gradient. Raise ValueError for another width, dtype or a
-    device without kernels.
+    cu_q and cu_k int32 [B+1], used_k int32 [B]. causal: hide the keys after a query. prefix int32 [B] implies causal,
+    and shows the first prefix[b] keys of segment b to all its queries. Dh is a multiple of 16 up to 128; q, k and v are
+    bf16, fp16 or fp32, of any strides. Keys beyond used_k get a gradient of zeros. Raises ValueError for another width
+    or dtype, and for a device without kernels.
     """
     expect(INTERPRETED or q.device.type != "cpu", "flash", "device", q.device, "a GPU, or TRITON_INTERPRET=1")
     expect(q.shape[2] in WIDTHS, "flash", "head width", q.shape[2], "a multiple of 16 up to 128")

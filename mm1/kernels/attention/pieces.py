@@ -1,8 +1,8 @@
-"""Rows of a head in pieces whose widths are powers of two, which products of tiles want.
+"""Load, multiply and store the rows of a head in pieces whose widths are powers of two, as Triton's products require.
 
-80 columns are 64 and 16 instead of being padded to 128, which would be 60 % more work: scores are summed over pieces,
-and each piece of a result has its own accumulator. Kernels get P, the pieces (first column, columns), as a constant;
-tensors of them come and go as tuples, a piece each.
+80 columns are 64 and 16; padding them to 128 would be 60 % more work. Scores are summed over pieces, and each piece of
+a result has its own accumulator. Kernels take P, the pieces (first column, columns), as a constant. A tensor of rows is
+a tuple with one element for each piece.
 """
 
 # pyright: reportArgumentType=false
@@ -13,7 +13,7 @@ from mm1.kernels.tiles import dot
 
 
 def pieces(width: int) -> tuple[tuple[int, int], ...]:
-    """Return (first column, columns) of each power of two in the width, the largest first."""
+    """Return (first column, columns) of each power of two in the width, largest first."""
     parts, first = [], 0
     for bit in reversed(range(width.bit_length())):
         if width >> bit & 1:
@@ -29,7 +29,7 @@ def _load_piece(ptr, rows, stride, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load(ptr, rows, stride, P: tl.constexpr):
-    """Return the given rows of a matrix, in its dtype."""
+    """Load rows of a matrix, in its dtype."""
     x = ()
     for i in tl.static_range(len(P)):
         x = x + (_load_piece(ptr, rows, stride, P[i][0], P[i][1]),)
@@ -94,6 +94,6 @@ def _store_piece(ptr, rows, inside, stride, x, FIRST: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def store(ptr, rows, inside, stride, x, P: tl.constexpr):
-    """Write x to those rows of a matrix that are inside, rounded to its dtype."""
+    """Store x, rounded to the matrix's dtype, in the rows that are inside."""
     for i in tl.static_range(len(P)):
         _store_piece(ptr, rows, inside, stride, x[i], P[i][0], P[i][1])

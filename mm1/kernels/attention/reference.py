@@ -1,8 +1,8 @@
-"""Attention in plain torch: the definition that kernels, other libraries and documentation are compared with.
+"""Specify attention in plain torch: the truth of all tests.
 
     y[i, h] = Σ_j softmax_j(q[i, h] · k[j, g] / √Dh) v[j, g],   j in i's segment, where the mask lets i see j
 
-All pairs of rows are computed, in fp32 or, where an input is fp64, in fp64: O(T·S) memory, any device, no wait for it.
+All pairs of rows are computed in fp32, or in fp64 for fp64: O(T·S) memory, on any device, without synchronization.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, cu_seqlens_k: Tensor | None = None,
     used_k: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return attention's result [T, H, Dh] in the dtype of q, differentiable; arguments as `attention` takes them.
+    """Return attention [T, H, Dh] in the dtype of q, differentiable; the arguments are those of varlen.attention.
 
     q [T, H, Dh], k and v [S, G, Dh], H a multiple of G, cu_seqlens and cu_seqlens_k int [B + 1], used_k int [B].
     Rows that see no key, and rows past the last segment, are zeros.
@@ -36,7 +36,7 @@ def attention(
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-    """Return causal attention [T, H, Dh] of new rows over pages of keys and values; arguments as `paged_attention`'s.
+    """Return causal attention [T, H, Dh] of new rows over pages; the arguments are those of paged.paged_attention.
 
     q [T, H, Dh], k and v [pages, page, G, Dh], cu_q int [B + 1], tables int [B, M], lengths int [B]. Waits for the
     device.
@@ -54,7 +54,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tenso
 def visible(
     cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None, rows: int, keys: int, mask: Mask
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function (i, j) -> bool that says whether packed row i sees packed key j, for tensors of indices."""
+    """Return the function (i, j) -> bool: whether packed row i sees packed key j, for tensors of indices."""
     segment_q, place_q = places(cu_q, rows)
     segment_k, place_k = places(cu_k, keys)
     length_q, length_k = cu_q.diff(), cu_k.diff() if used_k is None else used_k

@@ -1,7 +1,7 @@
-"""Which rows each program of attention's kernels works at: a map from tiles to segments, made on the device.
+"""Map the programs of attention's kernels to rows: a map from tiles to segments, made on the device.
 
-A segment's rows are cut into tiles of BLOCK_M; none holds rows of two segments. The host knows an upper bound of their
-number alone, so that nothing waits for the device.
+A segment's rows are cut into tiles of BLOCK_M; no tile has rows of two segments. The host computes only an upper bound
+of the number of tiles, so that nothing waits for the device.
 """
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from mm1.kernels.dispatch import cdiv, launch
 from mm1.kernels.language import tl, triton
 
-TILES, SEGMENTS = 32, 64  # tiles one program of the map places, segments it compares them with at once
+TILES, SEGMENTS = 32, 64  # tiles of one program, and segments that it compares them with in one step
 
 
 @triton.jit(do_not_specialize=["rows", "other_rows", "B", "tiles"])
@@ -17,19 +17,15 @@ def map_kernel(
     own_ptr, other_ptr, used_ptr, prefix_ptr, map_ptr, rows, other_rows, B, tiles, KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Write the columns of the map, int32 [5 or 6, tiles], as `tile_map` says.
+    """Store the map, int32 [5 or 6, tiles], which `tile_map` describes.
 
-    KEYS: the tiles' own rows are keys. Rows past the last segment are one segment more, with nothing on the other side.
-    Offsets outside the rows, which nobody can refuse here, are cut to them, so that no kernel reads beyond its tensors.
+    KEYS: the tiles' own rows are keys. Rows past the last segment are one more segment, with no rows on the other side.
+    Offsets are clamped to the rows, so that no kernel reads outside its tensors.
     """
     tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     before = tl.zeros((), tl.int32)
-    first = tl.full((BLOCK_T,), -1, tl.int32)
-    begin = tl.zeros((BLOCK_T,), tl.int32)
-    end = tl.zeros((BLOCK_T,), tl.int32)
-    other_begin = tl.zeros((BLOCK_T,), tl.int32)
-    other_end = tl.zeros((BLOCK_T,), tl.int32)
-    prefix_end = tl.zeros((BLOCK_T,), tl.int32)
+    zeros = tl.zeros((BLOCK_T,), tl.int32)
+    columns = (zeros - 1, zeros, zeros, zeros, zeros, zeros)
     for start in range(0, B + 1, BLOCK_B):
         s = start + tl.arange(0, BLOCK_B)
         real = s < B
@@ -50,35 +46,30 @@ def map_kernel(
         count = tl.where(s <= B, tl.cdiv(tl.maximum(s_end - s_begin, 0), BLOCK_M), 0)
         until = before + tl.cumsum(count, 0)
         mine = (tile[:, None] >= (until - count)[None, :]) & (tile[:, None] < until[None, :])
-        first += tl.sum(tl.where(mine, (until - count + 1)[None, :], 0), 1)
-        begin += tl.sum(tl.where(mine, s_begin[None, :], 0), 1)
-        end += tl.sum(tl.where(mine, s_end[None, :], 0), 1)
-        other_begin += tl.sum(tl.where(mine, o_begin[None, :], 0), 1)
-        other_end += tl.sum(tl.where(mine, o_end[None, :], 0), 1)
+        prefix_end = s_begin
         if prefix_ptr is not None:
             prefix = tl.maximum(tl.load(prefix_ptr + s, real, other=0), 0)
             if KEYS:
-                seen = s_begin + tl.minimum(prefix, tl.maximum(s_end - s_begin, 0))
+                prefix_end = s_begin + tl.minimum(prefix, tl.maximum(s_end - s_begin, 0))
             else:
-                seen = o_begin + tl.minimum(prefix, tl.maximum(o_end - o_begin, 0))
-            prefix_end += tl.sum(tl.where(mine, seen[None, :], 0), 1)
+                prefix_end = o_begin + tl.minimum(prefix, tl.maximum(o_end - o_begin, 0))
+        values = (until - count + 1, s_begin, s_end, o_begin, o_end, prefix_end)
+        sums = ()
+        for i in tl.static_range(6):
+            sums = sums + (columns[i] + tl.sum(tl.where(mine, values[i][None, :], 0), 1),)
+        columns = sums
         before += tl.sum(count, 0)
-    inside = tile < tiles
-    tl.store(map_ptr + tile, first, inside)
-    tl.store(map_ptr + tiles + tile, begin, inside)
-    tl.store(map_ptr + 2 * tiles + tile, end, inside)
-    tl.store(map_ptr + 3 * tiles + tile, other_begin, inside)
-    tl.store(map_ptr + 4 * tiles + tile, other_end, inside)
-    if prefix_ptr is not None:
-        tl.store(map_ptr + 5 * tiles + tile, prefix_end, inside)
+    for i in tl.static_range(6):
+        if i < 5 or prefix_ptr is not None:
+            tl.store(map_ptr + i * tiles + tile, columns[i], tile < tiles)
 
 
 @triton.jit
 def place(map_ptr, tiles, heads, KEYS: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return head (-1: no tile), first row and end of this program's tile, the other side's, and the prefix's end.
+    """Return this program's head (-1: no tile), its tile's first row and end, the other side's, and the prefix's end.
 
-    Programs go segment by segment, head by head, tile by tile, so that those which share rows meet in L2. Tiles of
-    queries go from the segment's last one, which under a causal mask sees most keys, to its first.
+    Programs are ordered by segment, head and tile, so that programs with the same rows share them in L2. Tiles of
+    queries run from the segment's last tile, which sees the most keys under a causal mask, to its first.
     """
     pid = tl.program_id(0)
     column = map_ptr + pid // heads
@@ -103,11 +94,12 @@ def tile_map(
     own: Tensor, other: Tensor, used_k: Tensor | None, prefix: Tensor | None, rows: int, other_rows: int, block: int,
     keys: bool,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """Return the map int32 [5 or 6, tiles], and how many tiles there are at most: no segment wastes more than one.
+    """Return the map int32 [5 or 6, tiles] and an upper bound of the number of tiles.
 
-    Of each tile: the first tile of its segment (-1: no tile), the segment's first row and end, the other side's first
-    row and end, and with prefix int32 [B] the end of the keys that all queries of the segment see. own, other int32
-    [B + 1]: offsets of the tiles' rows (keys: they are keys) and of those on the other side; used_k int32 [B].
+    The map has for each tile: the first tile of its segment (-1: no tile), the segment's first row and end, the first
+    row and end on the other side, and with prefix int32 [B] the end of the keys that all queries of the segment see.
+    own, other int32 [B + 1]: offsets of the tiles' rows (keys: whether these are keys) and of the rows on the other
+    side. used_k int32 [B].
     """
     B = own.shape[0] - 1
     tiles = min(cdiv(rows, block) + B + 1, rows)

@@ -1,4 +1,4 @@
-"""Tiles of attention's kernels: which fit a GPU, which are the default, how fast they are predicted to be."""
+"""Define the tiles of attention's kernels: those that fit a GPU, the default, and their predicted seconds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +16,7 @@ from mm1.kernels.tuning import Tunable
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a program: it keeps block_m rows (queries; for dk and dv keys) and takes block_n of the other side at
-    once."""
+    """Hold a program's tile: block_m rows (queries; keys for dk and dv) times block_n rows of the other side a step."""
 
     block_m: int = 128
     block_n: int = 64
@@ -26,7 +25,7 @@ class Config:
 
 
 class FlashShape(NamedTuple):
-    """The sizes that a configuration depends on. causal: a causal or a prefix mask."""
+    """Hold the sizes that a configuration depends on. causal: whether the mask is causal or a prefix."""
 
     rows: int
     heads: int
@@ -36,26 +35,26 @@ class FlashShape(NamedTuple):
 
 
 def shared_bytes(kernel: str, config: Config, width: int, itemsize: int, device: Device) -> int:
-    """Return the bytes that the tiles of both sides take; before Hopper asynchronous copies keep one stage less."""
+    """Return the shared memory of both sides' tiles in bytes; before Hopper asynchronous copies use one stage less."""
     kept, weights = {"flash": (1, 0), "flash_dq": (2, 1), "flash_dkv": (2, 2)}[kernel]
-    if device.vendor == "amd":  # what a program keeps is in registers
+    if device.vendor == "amd":  # a program keeps its own rows in registers
         kept = 0
     stages = config.stages if device.asynchronous else max(1, config.stages - 1)
     shared = (kept * config.block_m + 2 * stages * config.block_n) * width * itemsize + 4096
-    if device.arch == "sm_100" or not kept:  # weights go through it too
+    if device.arch == "sm_100" or not kept:  # weights pass through shared memory too
         shared += max(weights, not kept) * config.block_m * config.block_n * itemsize
     return shared
 
 
 def legal(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> bool:
-    """Return whether both sides' tiles fit shared memory, and sums with two tiles of scores the registers."""
+    """Return whether the tiles fit into shared memory, and the sums with two tiles of scores into registers."""
     sums = 2 if kernel == "flash_dkv" else 1
     registers = config.block_m * (sums * shape.width + 2 * config.block_n) / (config.warps * device.warp)
     return shared_bytes(kernel, config, shape.width, dtype.itemsize, device) <= device.shared and registers <= 192
 
 
 def space(shape: FlashShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
-    """Yield the configurations that are worth measuring where they are legal."""
+    """Yield the configurations worth measuring, legal or not."""
     return (Config(*axis) for axis in product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)))
 
 
@@ -63,7 +62,7 @@ def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) 
     """Return the largest tiles that spill no register at any width, with as many stages as fit."""
     width, asynchronous = shape.width, device.asynchronous
     wide, three = width > (96 if asynchronous else 80), width == 112  # the only width of three pieces
-    if dtype == torch.float32:  # products of fp32 are made of single multiplications: small tiles in registers
+    if dtype == torch.float32:  # no matrix units: small tiles in registers
         config = Config(32, 16 if width > 64 else 32, 8, 2)
     elif device.vendor == "amd":  # with a second stage each of backward's kernels spills
         config = Config() if kernel == "flash" else Config(64, 32, 4, 1) if wide else Config(128, 32, 8, 1)
@@ -81,7 +80,7 @@ def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) 
 
 
 def seconds(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict the time for one segment of all rows, whose scores and results are products side by side."""
+    """Predict the seconds of one run over a single segment, with scores and results as products side by side."""
     products = {"flash": 2, "flash_dq": 3, "flash_dkv": 4}[kernel]
     heads = shape.kv_heads if kernel == "flash_dkv" else shape.heads
     depth = products * shape.width * cdiv(shape.rows * shape.heads // heads, config.block_n) // (1 + shape.causal)

@@ -1,18 +1,17 @@
-"""Embed the patches of images of different sizes in one packed batch.
+"""Embed the patches of images of any sizes in one packed batch.
 
     tokens[p] = W · (pixels of patch p / 255 - mean) / std + b + resample(table, grid of p's image)[place of p]
 
-uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values a patch in (row, column, channel) order. Reads ΣHW·3
-pixels, the weight and the table once, writes P·Dv; 2·P·K·Dv operations. Patches are never cut out or normalised in
-memory: the product itself gathers pixels, shifted to -128 … 127, which every dtype holds exactly, and mean and std go
-into the weight and the bias (pixels.py). Bias and positions are added to the accumulator of a tile.
+uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values of a patch in (row, column, channel) order. Reads
+ΣHW·3 pixels, the weight and the table once, writes P·Dv; 2·P·K·Dv operations. Patches are never cut out or normalised
+in memory: the product gathers pixels, shifted to -128 … 127, which every dtype represents exactly, and mean and std are
+folded into the weight and the bias (pixels.py). Bias and positions are added to a tile's accumulator.
 
-The reduction runs over steps of block_k and one last, narrower step for the remainder (588 = 9 · 64 + 12). Backward
-gathers the pixels again, and keeps only the arguments.
+The reduction runs over steps of block_k and a last, narrower step for the remainder (588 = 9 · 64 + 12). Only the
+arguments are saved for backward, which gathers the pixels again.
 Source: Dosovitskiy et al. 2021 (ViT), section 3.1 and 3.2 (resampled positions).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -22,35 +21,44 @@ from mm1.kernels.dispatch import (
     READ,
     Cost,
     cdiv,
+    custom_op,
     device_of,
     expect,
     expect_alike,
     expect_float,
     expect_read,
     launch,
-    on_cpu,
     power_of_2,
     refuse_second_order,
     strides,
+    unit_stride,
 )
 from mm1.kernels.language import tl, triton
-from mm1.kernels.patches import position_tables as positions_module
-from mm1.kernels.patches.cpu import backward_cpu, embed_cpu, forward_cpu
+from mm1.kernels.patches import cpu, position_tables
 from mm1.kernels.patches.grids import Grids, as_grids, image_of
-from mm1.kernels.patches.pixels import as_words, fold, gather, places_of, scatter, unfold, values, word_bytes
-from mm1.kernels.patches.position_tables import INTERPOLATIONS, expect_interpolation, place_of, resample
+from mm1.kernels.patches.pixels import (
+    as_words,
+    fold,
+    gather,
+    normalisation,
+    places_of,
+    scattered,
+    unfold,
+    values,
+    word_bytes,
+)
+from mm1.kernels.patches.position_tables import INTERPOLATIONS, place_of, resample, settings_of
 from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape, splits_of
 from mm1.kernels.tiles import descriptor, dot, tile_of
 from mm1.kernels.tuning import config_for
 
-CENTRE = 128
-PART = tl.constexpr(32)  # columns of a tile that get bias and positions at once
+PART = tl.constexpr(32)  # columns of a tile that get bias and positions in one step
 
 
 @triton.jit
 def _load_w(w, w_tail, n, k, stride, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
             TAIL: tl.constexpr):  # fmt: skip
-    """Load [BLOCK_K, BLOCK_N] of Wᵀ; w_tail: a descriptor with blocks as wide as the last step."""
+    """Load [BLOCK_K, BLOCK_N] of Wᵀ; w_tail: a descriptor whose blocks are as wide as the last step."""
     if TMA:
         return w_tail.load([n, k]).T if TAIL else w.load([n, k]).T
     else:
@@ -62,16 +70,19 @@ def _load_w(w, w_tail, n, k, stride, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def _part(x, p: tl.constexpr, PARTS: tl.constexpr):
-    """Return the columns of part p of 2 or 4."""
+    """Return the columns of part p of 1, 2 or 4."""
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
-    first, second = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
-    half = second if 2 * p >= PARTS else first
-    if PARTS == 2:
-        return half
+    if PARTS == 1:
+        return x
     else:
-        first, second = tl.split(tl.permute(tl.reshape(half, (M, 2, N // 4)), (0, 2, 1)))
-        return second if p % 2 == 1 else first
+        first, second = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+        half = second if 2 * p >= PARTS else first
+        if PARTS == 2:
+            return half
+        else:
+            first, second = tl.split(tl.permute(tl.reshape(half, (M, 2, N // 4)), (0, 2, 1)))
+            return second if p % 2 == 1 else first
 
 
 @triton.jit
@@ -80,16 +91,16 @@ def _finish(
     HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Add bias and positions to the tile's columns from n on, and store them."""
+    """Add bias and positions to columns n, n + 1, … of a tile, and store them."""
     offs_n = n + tl.arange(0, acc.shape[1])
-    _, first, h, w, there = image_of(owner_ptr, images_ptr, rows, P)
+    _, first, h, w, valid = image_of(owner_ptr, images_ptr, rows, P)
     if HAS_TABLE:
         row, column = place_of(rows - first, w, MERGE)
-        acc += resample(table_ptr, row, column, h, w, there, Gh, Gw, offs_n, N, MODE, ANTIALIAS, ALIGN)
+        acc += resample(table_ptr, row, column, h, w, valid, Gh, Gw, offs_n, N, MODE, ANTIALIAS, ALIGN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, offs_n < N, other=0.0).to(tl.float32)[None, :]
     if WORD > 0:
-        acc = tl.where(there[:, None], acc, 0.0)
+        acc = tl.where(valid[:, None], acc, 0.0)
     places = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(y_ptr + places, acc.to(y_ptr.dtype.element_ty), (rows < P)[:, None] & (offs_n < N)[None, :])
 
@@ -97,15 +108,15 @@ def _finish(
 @triton.jit
 def _embed_kernel(
     x_ptr, word_ptr, stride_ptr, w, w_tail, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, P, N, Gh, Gw, stride_w,
-    stride_x, K: tl.constexpr, ROW: tl.constexpr, WORD: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_TABLE: tl.constexpr, MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    stride_x, K: tl.constexpr, ROW: tl.constexpr, WORD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr,
+    MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Store y [P, Dv] = pixels of patches · Wᵀ + bias + positions.
 
-    WORD 0: x holds cut patches [P, K], all rows of which are multiplied, also those of no image.
+    WORD 0: x holds cut patches [P, K], and rows of no image are multiplied too.
     """
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     m, n = tile_of(tl.program_id(0), tl.cdiv(P, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -126,7 +137,7 @@ def _embed_kernel(
         q = tl.arange(0, BLOCK_K // GROUP)
         groups = gather(x_ptr, word, stride, q, MAIN // WORD, ROW, WORD)
         for k in range(0, MAIN, BLOCK_K):
-            # The pixels of the next step are on their way while this one is multiplied.
+            # Load the pixels of the next step while this one is multiplied.
             after = gather(x_ptr, word, stride, q + (k + BLOCK_K) // GROUP, MAIN // WORD, ROW, WORD)
             b = _load_w(w, w_tail, n * BLOCK_N, k, stride_w, K, N, BLOCK_K, BLOCK_N, TMA, False)
             acc = dot(values(groups, WORD, DTYPE), b, acc)
@@ -136,17 +147,12 @@ def _embed_kernel(
             groups = gather(x_ptr, word, stride, tail, K // WORD, ROW, WORD)
             b = _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True)
             acc = dot(values(groups, WORD, DTYPE), b, acc)
-    # Part by part: a whole tile of table entries and a wide accumulator together spilled registers.
-    if BLOCK_N > PART:
-        for p in tl.static_range(BLOCK_N // PART):
-            _finish(
-                _part(acc, p, BLOCK_N // PART), bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows,
-                n * BLOCK_N + p * PART, P, N, Gh, Gw, WORD, HAS_BIAS, HAS_TABLE, MERGE, MODE, ANTIALIAS, ALIGN,
-            )  # fmt: skip
-    else:
+    # In parts: a whole tile of table entries and a wide accumulator together spilled registers.
+    PARTS: tl.constexpr = BLOCK_N // PART if BLOCK_N > PART else 1
+    for p in tl.static_range(PARTS):
         _finish(
-            acc, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows, n * BLOCK_N, P, N, Gh, Gw, WORD, HAS_BIAS,
-            HAS_TABLE, MERGE, MODE, ANTIALIAS, ALIGN,
+            _part(acc, p, PARTS), bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows, n * BLOCK_N + p * PART, P,
+            N, Gh, Gw, WORD, HAS_BIAS, HAS_TABLE, MERGE, MODE, ANTIALIAS, ALIGN,
         )  # fmt: skip
 
 
@@ -155,7 +161,7 @@ def _embed_dw_kernel(
     x_ptr, word_ptr, stride_ptr, dy_ptr, part_ptr, bias_ptr, P, N, stride_dm, stride_dn, share, K: tl.constexpr,
     ROW: tl.constexpr, WORD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store part[s] [Dv, K] = dyᵀ · pixels and bias[s] = Σ dy, over `share` patches from s · share on.
+    """Store part[s] [Dv, K] = dyᵀ · pixels and bias[s] = Σ dy, over `share` patches from patch s · share on.
 
     BLOCK_M is along Dv.
     """
@@ -195,12 +201,12 @@ def _embed_dw_kernel(
 
 
 def _embed(
-    x: Tensor, word: int, row: int, places: tuple[Tensor | None, Tensor | None], weight: Tensor, k: int,
-    bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor, dtype: torch.dtype, merge: int,
-    mode: str, antialias: bool, align: bool,
+    x: Tensor, k: int, weight: Tensor, bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor,
+    merge: int, mode: str, antialias: bool, align: bool, word: int = 0, row: int = 1,
+    places: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:  # fmt: skip
     """Launch the forward kernel with W' [Dv, ≥ k]; word 0: x holds cut patches."""
-    P, N = len(owner), len(weight)
+    P, N, dtype = len(owner), len(weight), weight.dtype
     config = config_for(EMBED, PatchShape(P, k, N, word), dtype, device_of(x))
     y = x.new_empty(P, N, dtype=dtype)
     # The last step is a power of two, and at least the 16 of a matrix instruction.
@@ -213,13 +219,10 @@ def _embed(
         stride_ptr=places[1], w=weight if w is None else w, w_tail=w_tail, bias_ptr=bias,
         table_ptr=table if table is None else table.contiguous(), owner_ptr=owner, images_ptr=images, y_ptr=y, P=P,
         N=N, Gh=Gh, Gw=Gw, stride_w=weight.stride(0), stride_x=x.stride(0), K=k, ROW=row, WORD=word,
-        DTYPE=_TYPES[dtype], HAS_BIAS=bias is not None, HAS_TABLE=table is not None, MERGE=merge, MODE=mode,
-        ANTIALIAS=antialias, ALIGN=align, TMA=w is not None, TAIL=tail, GROUP_M=config.group_m, **config.arguments,
+        HAS_BIAS=bias is not None, HAS_TABLE=table is not None, MERGE=merge, MODE=mode, ANTIALIAS=antialias,
+        ALIGN=align, TMA=w is not None, TAIL=tail, GROUP_M=config.group_m, **config.arguments,
     )  # fmt: skip
     return y
-
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def forward(
@@ -228,14 +231,12 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """Embed pixels x [ΣHW, 3] -> [P, Dv].
 
-    A byte u of channel c stands for scale[c] · (u - 128) + shift[c], a float x for scale[c] · x + shift[c].
+    The value of a byte u in channel c is scale[c] · (u - 128) + shift[c], that of a float x is scale[c] · x + shift[c].
     """
     word = word_bytes(x, patch)
-    places = places_of(images, owner, patch, word, merge)
-    folded, folded_bias = fold(weight, bias, scale, shift)
     return _embed(
-        as_words(x, word), word, patch * 3 // word, places, folded, weight.shape[1], folded_bias, table, images,
-        owner, weight.dtype, merge, mode, antialias, align,
+        as_words(x, word), weight.shape[1], *fold(weight, bias, scale, shift), table, images, owner, merge, mode,
+        antialias, align, word, patch * 3 // word, places_of(images, owner, patch, word, merge),
     )  # fmt: skip
 
 
@@ -265,9 +266,7 @@ def backward(
         unfold(parts, sums, dw, db, scale, shift)
     if need_x:
         words, lines = places_of(images, owner, patch, 1, merge)
-        dpatches = dy @ fold(weight, None, scale, shift)[0]
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format)  # pixels of no image have no gradient
-        scatter(dpatches, K, words, lines, patch, dx)
+        dx = scattered((dy @ fold(weight, None, scale, shift)[0])[:, :K], words, lines, patch, x.shape)
     return dx, dw, db
 
 
@@ -279,20 +278,15 @@ def embed(
     K = weight.shape[1]
     if weight.stride(1) != 1 or weight.stride(0) * weight.element_size() % 16:
         weight = fold(weight, None, (1.0,) * 3, (0.0,) * 3)[0]
-    patches = patches if patches.stride(1) == 1 else patches.contiguous()
-    return _embed(
-        patches, 0, 1, (None, None), weight, K, bias, table, images, owner, weight.dtype, merge, mode, antialias, align
-    )
+    return _embed(unit_stride(patches), K, weight, bias, table, images, owner, merge, mode, antialias, align)
 
 
-_forward = torch.library.custom_op("mm1::patch_embed", forward, mutates_args=())
-_backward = torch.library.custom_op("mm1::patch_embed_backward", backward, mutates_args=())
-_embed_op = torch.library.custom_op("mm1::embed_patches", embed, mutates_args=())
-on_cpu(_forward, forward_cpu)
-on_cpu(_backward, backward_cpu)
-on_cpu(_embed_op, embed_cpu)
+_forward = custom_op("patch_embed", forward, cpu.patch_embed)
+_embed_op = custom_op("embed_patches", embed, cpu.embed_patches)
+_backward = custom_op("patch_embed_backward", backward, cpu.patch_embed_backward)
 
 
+@_embed_op.register_fake
 @_forward.register_fake
 def _(x, weight, bias, table, images, owner, *settings):
     return weight.new_empty(owner.shape[0], weight.shape[0])
@@ -303,15 +297,9 @@ def _(dy, x, weight, images, owner, patch, scale, shift, merge, need_x, need_wei
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-@_embed_op.register_fake
-def _(patches, weight, bias, table, images, owner, *settings):
-    return weight.new_empty(owner.shape[0], weight.shape[0])
-
-
 def _save(ctx, inputs, output):
-    x, weight, bias, table, images, owner, *ctx.settings = inputs
-    ctx.table = None if table is None else (table.shape, table.dtype)
-    ctx.has_bias = bias is not None
+    x, weight, _, table, images, owner, *ctx.settings = inputs
+    ctx.shape, ctx.dtype = (None, None) if table is None else (table.shape, table.dtype)
     ctx.save_for_backward(x, weight, images, owner)
 
 
@@ -321,40 +309,27 @@ def _grad(ctx, dy: Tensor):
     need_x, need_weight, need_bias, need_table = ctx.needs_input_grad[:4]
     dx = dw = db = dtable = None
     if need_x or need_weight or need_bias:
-        dx, dw, db = _backward(dy, x, weight, images, owner, patch, scale, shift, merge, need_x,
-                               need_weight or need_bias)  # fmt: skip
+        need_weight = need_weight or need_bias
+        dx, dw, db = _backward(dy, x, weight, images, owner, patch, scale, shift, merge, need_x, need_weight)
     if need_table:
-        dtable = _table_gradient(dy, images, ctx.table, merge, interpolation)
-    return dx if need_x else None, dw, db if ctx.has_bias else None, dtable, *(None,) * 9
-
-
-def _save_embed(ctx, inputs, output):
-    patches, weight, bias, table, images, _, *ctx.settings = inputs
-    ctx.table, ctx.has_bias = (table.shape, table.dtype), bias is not None
-    ctx.save_for_backward(patches, weight, images)
+        dtable = position_tables.backward_op(dy, images, ctx.shape, merge, *interpolation).to(ctx.dtype)
+    return dx if need_x else None, dw, db if need_bias else None, dtable, *(None,) * 9
 
 
 def _grad_embed(ctx, dy: Tensor):
-    patches, weight, images = ctx.saved_tensors
+    patches, weight, images, _ = ctx.saved_tensors
     merge, *interpolation = ctx.settings
     need_patches, need_weight, need_bias, need_table = ctx.needs_input_grad[:4]
-    return (
-        dy @ weight if need_patches else None,
-        dy.t() @ patches if need_weight else None,
-        dy.sum(0) if need_bias and ctx.has_bias else None,
-        _table_gradient(dy, images, ctx.table, merge, interpolation) if need_table else None,
-        *(None,) * 6,
-    )
-
-
-def _table_gradient(dy: Tensor, images: Tensor, table, merge: int, interpolation) -> Tensor:
-    shape, dtype = table
-    return positions_module._backward(dy, images, shape, merge, *interpolation).to(dtype)
+    dtable = None
+    if need_table:
+        dtable = position_tables.backward_op(dy, images, ctx.shape, merge, *interpolation).to(ctx.dtype)
+    dpatches, dw = dy @ weight if need_patches else None, dy.t() @ patches if need_weight else None
+    return dpatches, dw, dy.sum(0) if need_bias else None, dtable, *(None,) * 6
 
 
 _forward.register_autograd(_grad, setup_context=_save)
 refuse_second_order(_backward, "patch_embed")
-_embed_op.register_autograd(_grad_embed, setup_context=_save_embed)
+_embed_op.register_autograd(_grad_embed, setup_context=_save)
 
 
 def patch_embed(
@@ -379,8 +354,9 @@ def patch_embed(
     image's grid as torch.nn.functional.interpolate does, and added; interpolation "bilinear", "bicubic", "nearest", or
     None to add nothing. uint8 pixels are divided by 255; then mean is subtracted and std divides, one value a channel.
 
-    Rows of no image are zeros. Pixels, if they are floats, weight, bias and pos_embed have gradients. weight is fp32,
-    bf16 or fp16, on a CPU also fp64. Raises ValueError for other shapes, dtypes, devices or settings.
+    Rows of no image are zeros. Float pixels, weight, bias and pos_embed have gradients. weight is fp32, bf16 or fp16,
+    on a CPU also fp64. Raises ValueError for other shapes, dtypes, devices or settings, TypeError for arguments that
+    are no tensors.
     """
     op, p = "patch_embed", patch_size
     images = {"pixels": pixels} if isinstance(pixels, Tensor) else {f"pixels[{i}]": x for i, x in enumerate(pixels)}
@@ -400,25 +376,16 @@ def patch_embed(
         shapes = [tuple(image.shape) for image in pixels]
         expected = [(h * p, w * p, 3) for h, w in grids.sizes or ()]
         expect(shapes == expected, op, "pixels", shapes, expected)
-        rows = [image.reshape(-1, 3) for image in pixels]
-        pixels = torch.cat(rows) if rows else weight.new_zeros(0, 3)
+        pixels = torch.cat([image.reshape(-1, 3) for image in pixels]) if shapes else weight.new_zeros(0, 3)
     shape, area = tuple(pixels.shape), p * p
-    # Compare with the padded size first: how many rows are used must not become a constant of a compiled program.
+    # Compare with the padded size first: the number of used rows must not become a constant of a compiled program.
     fits = shape == (grids.patches * area, 3) or grids.used is None or shape == (grids.used * area, 3)
     expect(fits, op, "pixels", shape, (grids.patches * area, 3))
     expect(pixels.dtype in (torch.uint8, *READ), op, "dtype of pixels", pixels.dtype, (torch.uint8, *READ))
-    mean, std = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
-    expect(len(mean) == 3 and all(math.isfinite(m) for m in mean), op, "mean", mean, "3 finite values")
-    expect(len(std) == 3 and all(math.isfinite(s) and s > 0 for s in std), op, "std", std, "3 positive values")
-    if pixels.dtype == torch.uint8:
-        scale = [1 / (255 * s) for s in std]
-        shift = [(CENTRE / 255 - m) / s for m, s in zip(mean, std)]
-    else:
-        scale = [1 / s for s in std]
-        shift = [-m / s for m, s in zip(mean, std)]
+    scale_shift = normalisation(op, pixels.dtype == torch.uint8, mean, std)
     table, *settings = _table(op, pos_embed, weight, bias, interpolation, antialias, align_corners)
     tokens = _forward(
-        pixels.contiguous(), weight, bias, table, grids.table, grids.owner, p, scale, shift, grids.merge, *settings
+        pixels.contiguous(), weight, bias, table, grids.table, grids.owner, p, *scale_shift, grids.merge, *settings
     )
     return tokens, grids.cu_seqlens
 
@@ -434,10 +401,10 @@ def embed_patches(
     antialias: bool = True,
     align_corners: bool = False,
 ) -> Tensor:
-    """Embed patches [P, K] that are cut already: patches · weightᵀ + bias + positions, [P, Dv] in the weight's dtype.
+    """Embed cut patches [P, K]: patches · weightᵀ + bias + positions, [P, Dv] in the weight's dtype.
 
-    weight [Dv, K], bias [Dv], pos_embed [Gh, Gw, Dv]; grids: the images' (h, w), or Grids. patches may be of any float
-    dtype. Rows of no image are projected like any other, and get no position. Positions, gradients, dtypes and errors
+    weight [Dv, K], bias [Dv], pos_embed [Gh, Gw, Dv]; grids: the images' (h, w), or Grids. patches may have any float
+    dtype. Rows of no image are projected like all others, and get no position. Positions, gradients, dtypes and errors
     are those of patch_embed.
     """
     op = "embed_patches"
@@ -456,25 +423,25 @@ def embed_patches(
 
 
 def _table(op, table, weight, bias, interpolation, antialias, align_corners):
-    """Check weight, bias and table; return the table, None if none is to be added, and its interpolation settings."""
+    """Check weight, bias and table; return the table, None for no positions, and the settings of its resampling."""
     width = weight.shape[0]
     expect_float(op, "weight", weight)
     expect_read(op, "bias", bias)
     expect_read(op, "pos_embed", table)
     expect(bias is None or bias.shape == (width,), op, "bias", bias is not None and tuple(bias.shape), f"[{width}]")
-    expect_interpolation(op, interpolation, INTERPOLATIONS)
+    expect(interpolation in (*INTERPOLATIONS, None), op, "interpolation", interpolation, (*INTERPOLATIONS, None))
     if table is None or interpolation is None:
-        return None, "nearest", False, False
+        return None, *settings_of("nearest", False, False)
     expect(table.ndim == 3 and table.shape[2] == width and min(table.shape) > 0, op, "pos_embed", tuple(table.shape),
            f"[Gh, Gw, {width}]")  # fmt: skip
-    return table, interpolation, *((False, False) if interpolation == "nearest" else (antialias, align_corners))
+    return table, *settings_of(interpolation, antialias, align_corners)
 
 
 def cost(patches: int, width: int, k: int, *, table: int = 0, itemsize: int = 2, bytes_in: int = 1) -> Cost:
     """Return the cost of patch_embed or embed_patches.
 
-    k: values of a patch, of bytes_in bytes each (1: uint8 pixels); table: entries Gh·Gw of the position table. Backward
-    alone, of weight, bias and table but not of pixels, costs as much.
+    k: values of a patch, of bytes_in bytes each (1: uint8 pixels). table: Gh·Gw, the entries of the position table.
+    Backward costs the same, with gradients of weight, bias and table but not of pixels.
     """
     weights = (k * width + table * width) * itemsize
     return Cost(2 * patches * k * width, patches * k * bytes_in + patches * width * itemsize + weights)

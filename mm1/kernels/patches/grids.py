@@ -1,9 +1,9 @@
 """Describe the geometry of a packed batch of images in tensors that every vision kernel reads.
 
-N images of (h, w) patches stand one after another, row by row, in P rows. Rows past the last image are padding, and
-images past the last one are absent: both let a training loop keep P and N constant, so that new sizes change values in
-tensors but no shapes, and nothing recompiles. Kernels derive the rest (taps of an interpolation, windows of a pool,
-neighbours of a convolution) from (h, w) in a few integer operations.
+The patches of N images of (h, w) patches are stored image after image, row by row, in P rows. Rows past the last image
+are padding, and images past the last one are absent. With both, a training loop keeps P and N constant, so that new
+sizes change values in tensors but no shapes, and nothing recompiles. Kernels derive everything else (taps of an
+interpolation, windows of a pool, neighbours of a convolution) from (h, w) in a few integer operations.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from mm1.kernels.language import tl, triton
 
-# The depthwise kernels divide each image into strips of so many rows and columns.
+# The rows and columns of the strips into which the depthwise kernels divide each image.
 STRIP_ROWS, STRIP_COLUMNS = 16, 4
 
 
 class Grids:
-    """Holds the grids (h, w) of N images in P packed patches, on one device.
+    """Hold the grids (h, w) of N images in P packed patches, on one device.
 
     sizes: list of (h, w). images, patches: N and P to pad to (default: no padding). longest: an upper bound of the
-    patches of one image, by which attention sizes its launches (default: those of the largest image, or P where patches
-    is set). merge: the patches of an image come in blocks of merge × merge, as in Qwen-VL, instead of row by row.
-    Raises ValueError if a side is not positive or no multiple of merge, or if the images exceed a budget.
+    patches of one image, which determines the launches of attention (default: those of the largest image, or P where
+    patches is set). merge: the patches of an image are ordered in blocks of merge × merge, as in Qwen-VL, instead of
+    row by row. Raises ValueError if a side is not positive or no multiple of merge, or if the images exceed a budget.
 
     table int32 [N, 4]: first row, rows, h, w. owner int32 [P]: image of each row; for a row of no image, -1 or an image
-    that does not have the row. cu_seqlens int32 [N+1]: where each image's patches begin, and the end. strips int32
-    [N+1]: the same for its strips.
+    that does not have the row. cu_seqlens int32 [N+1]: the first row of each image, and the end of the last. strips
+    int32 [N+1]: the same for its strips.
     """
 
     def __init__(
@@ -63,16 +63,15 @@ class Grids:
         if largest > self.longest:
             raise ValueError(f"grids: an image of {largest} patches exceeds longest = {self.longest}")
         table += [first, 0, 0, 0] * (images - len(self.sizes))
-        with torch.inference_mode(False):  # tensors made in inference mode could not be trained with later
-            self._fill(
-                moved_to(torch.tensor(table, dtype=torch.int32, device="cpu").view(-1, 4), device), patches, merge
-            )
+        with torch.inference_mode(False):  # tensors made in inference mode could not be used in training
+            rows = torch.tensor(table, dtype=torch.int32, device="cpu").view(-1, 4)
+            self._fill(moved_to(rows, device), patches, merge)
 
     @classmethod
     def of_tensors(cls, first: Tensor, rows: Tensor, h: Tensor, w: Tensor, patches: int, *, merge: int = 1) -> "Grids":
-        """Make Grids from tensors [N], whose values the host does not read; first rows ascend, and may leave gaps.
+        """Return Grids from tensors [N], whose values the host does not read; first rows ascend, and may leave gaps.
 
-        rows: how many of an image's h·w patches the batch holds, counted from its first.
+        rows: the number of an image's h·w patches that are in the batch, from its first patch on.
         """
         grids = cls.__new__(cls)
         grids.sizes = grids.used = None
@@ -85,16 +84,14 @@ class Grids:
         first, rows, h, w = table.unbind(1)
         places = torch.arange(patches, dtype=torch.int32, device=table.device)
         self.owner = torch.searchsorted(first.contiguous(), places, right=True, out_int32=True) - 1
-        end = F.pad(first + rows, (1, 0))[
-            -1:
-        ]  # 0 without images; a branch on their number would make it a constant of a compiled program
-        self.cu_seqlens = torch.cat([first, end])
+        # Padding gives 0 without images; a branch on their number would make it a constant of a compiled program.
+        self.cu_seqlens = torch.cat([first, F.pad(first + rows, (1, 0))[-1:]])
         strips = -(-h // STRIP_ROWS) * -(-w // STRIP_COLUMNS)
         self.strips = F.pad(strips.cumsum(0, dtype=torch.int32), (1, 0))
         self._elsewhere: dict[str, Grids] = {}
 
     def to(self, device: torch.device | str) -> "Grids":
-        """Return the same grids on a device; they are copied there once, without waiting for the device."""
+        """Return the same grids on a device, copied once and asynchronously."""
         if torch.device(device) == self.table.device:
             return self
         if str(device) not in self._elsewhere:
@@ -107,11 +104,12 @@ class Grids:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """Return table, owner, cu_seqlens and strips."""
         return self.table, self.owner, self.cu_seqlens, self.strips
 
     def with_class_token(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layout with a class token before each image: int64 rows of the N tokens and of the P patches, and
-        cu_seqlens int32 [N+1]."""
+        """Return the layout with a class token before each image: int64 rows of the N class tokens, int64 rows of the P
+        patches, and cu_seqlens int32 [N+1]."""
         n = torch.arange(self.images + 1, dtype=torch.int32, device=self.table.device)
         rows = torch.arange(self.patches, device=self.table.device)
         cu_seqlens = self.cu_seqlens + n
@@ -132,12 +130,19 @@ def as_grids(grids: "Grids | Sequence[tuple[int, int]]", device: torch.device | 
 
 
 @triton.jit
+def load_image(table_ptr, image):
+    """Load an image's first row, rows, h and w."""
+    row = table_ptr + image * 4
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+
+
+@triton.jit
 def image_of(owner_ptr, table_ptr, rows, P):
-    """Return each row's image, that image's first row, h and w, and whether the row belongs to it (else h = w = 1)."""
+    """Return each row's image, its first row, h and w (1 for a row of no image), and whether the row belongs to it."""
     image = tl.load(owner_ptr + rows, rows < P, other=-1)
-    there = image >= 0
-    first = tl.load(table_ptr + image * 4, there, other=0)
-    there = there & (rows - first < tl.load(table_ptr + image * 4 + 1, there, other=0))
-    h = tl.load(table_ptr + image * 4 + 2, there, other=1)
-    w = tl.load(table_ptr + image * 4 + 3, there, other=1)
-    return image, first, h, w, there
+    valid = image >= 0
+    first = tl.load(table_ptr + image * 4, valid, other=0)
+    valid = valid & (rows - first < tl.load(table_ptr + image * 4 + 1, valid, other=0))
+    h = tl.load(table_ptr + image * 4 + 2, valid, other=1)
+    w = tl.load(table_ptr + image * 4 + 3, valid, other=1)
+    return image, first, h, w, valid

@@ -1,7 +1,7 @@
 """Load the packed pixels of images as one operand of a product with the patch weight.
 
-A row of a patch is 3p neighbouring bytes, read as whole words of 1, 2 or 4 bytes, whichever is the widest that divides
-3p. Bytes u become u - 128 by two operations on bits; mean and std go into the weight and the bias:
+A row of a patch is 3p neighbouring bytes, read in words of 4, 2 or 1 bytes, the widest that divide 3p. Bytes u become
+u - 128 by two bit operations; mean and std are folded into the weight and the bias:
 
     W · ((u / 255 - mean) / std) + b = W' · (u - 128) + b',   W' = W · scale, b' = b + Σ W · shift,
     scale = 1 / (255 std), shift = (128 / 255 - mean) / std   by channel; of floats: 1 / std and -mean / std
@@ -10,22 +10,24 @@ and for their gradients dW = scale · dW' + shift · db.
 """
 
 from collections.abc import Sequence
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
-from mm1.kernels.dispatch import cdiv, launch, strides
+from mm1.kernels.dispatch import cdiv, expect, launch, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patches.grids import image_of
 from mm1.kernels.patches.position_tables import place_of
 
+CENTRE = 128  # is subtracted from bytes
 ROWS = 128  # patches whose places one program computes
-BLOCK = 1024  # values of a patch one step of a program takes
+BLOCK = 1024  # values of a patch that one step of a program reads
 
 
 @triton.jit
 def _channel(k, c0, c1, c2):
-    """Return the value of k's channel."""
+    """Return the value of the channel of k."""
     return tl.where(k % 3 == 0, c0, tl.where(k % 3 == 1, c1, c2))
 
 
@@ -50,38 +52,18 @@ def _fold_kernel(
 
 
 @triton.jit
-def _unfold_kernel(
-    part_ptr, bias_ptr, dw_ptr, db_ptr, N, K, splits, scale0, scale1, scale2, shift0, shift1, shift2,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Store dW = scale · Σ of the splits + shift · db and db = Σ of the splits; a program computes a row."""
-    n = tl.program_id(0).to(tl.int64)
-    db = 0.0
-    for split in range(splits):
-        db += tl.load(bias_ptr + split * N + n)
-    tl.store(db_ptr + n, db)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        dw = tl.zeros((BLOCK_K,), tl.float32)
-        for split in range(splits):
-            dw += tl.load(part_ptr + (split * N + n) * K + k, k < K, other=0.0)
-        dw = dw * _channel(k, scale0, scale1, scale2) + db * _channel(k, shift0, shift1, shift2)
-        tl.store(dw_ptr + n * K + k, dw.to(dw_ptr.dtype.element_ty), k < K)
-
-
-@triton.jit
 def _places_kernel(
     owner_ptr, images_ptr, word_ptr, stride_ptr, P, PATCH: tl.constexpr, WORD: tl.constexpr, MERGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store where each patch's pixels begin (-1: a row of no image) and the distance of its rows, in words."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _, first, _, w, there = image_of(owner_ptr, images_ptr, rows, P)
+    _, first, _, w, valid = image_of(owner_ptr, images_ptr, rows, P)
     row, column = place_of(rows - first, w, MERGE)
     line = w * (PATCH * 3) // WORD
     begin = first.to(tl.int64) * (PATCH * PATCH * 3) // WORD
     word = begin + row * PATCH * line.to(tl.int64) + column * (PATCH * 3 // WORD)
-    tl.store(word_ptr + rows, tl.where(there, word, -1), rows < P)
+    tl.store(word_ptr + rows, tl.where(valid, word, -1), rows < P)
     tl.store(stride_ptr + rows, line, rows < P)
 
 
@@ -96,8 +78,8 @@ def _words(x_ptr, word, stride, q, last, ROW: tl.constexpr):
 def gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
     """Load groups q of each patch, [rows, len(q)]: an int32 of 4 pixel values, or one value where words are of 1 byte.
 
-    last: the number of the patch's words; values past it are finite, and meet zeros of the weight. Two 2-byte words
-    become one int32, which takes 15 % fewer instructions than two words apart.
+    last: the number of the patch's words; values past it are finite, and multiply zeros of the weight. Two 2-byte words
+    are combined to one int32, which takes 15 % fewer instructions than separate words.
     """
     if WORD == 2:
         low = _words(x_ptr, word, stride, 2 * q, last, ROW).to(tl.int32)
@@ -109,7 +91,7 @@ def gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
 @triton.jit
 def _centred(byte):
     """Return byte - 128 in fp32."""
-    # 2²³ + byte in fp32 by its bits, minus 2²³ + 128: a conversion from integer has an eighth of this throughput.
+    # Build 2²³ + byte in fp32 by its bits, minus 2²³ + 128: integer conversion has an eighth of this throughput.
     return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
 
 
@@ -119,7 +101,7 @@ def values(groups, WORD: tl.constexpr, DTYPE: tl.constexpr):
     M: tl.constexpr = groups.shape[0]
     Q: tl.constexpr = groups.shape[1]
     if WORD > 1:
-        # Convert to DTYPE last: Triton 3.6 cannot use joined 16-bit values as a product's operand.
+        # Convert to DTYPE last: Triton 3.6 cannot multiply joined 16-bit values.
         even = tl.join(_centred(groups & 0xFF), _centred((groups >> 16) & 0xFF))
         odd = tl.join(_centred((groups >> 8) & 0xFF), _centred((groups >> 24) & 0xFF))
         return tl.reshape(tl.join(even, odd), (M, Q * 4)).to(DTYPE)
@@ -129,23 +111,19 @@ def values(groups, WORD: tl.constexpr, DTYPE: tl.constexpr):
         return groups.to(DTYPE)
 
 
-@triton.jit
-def _scatter_kernel(
-    patches_ptr, word_ptr, stride_ptr, x_ptr, stride, K: tl.constexpr, ROW: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Store each patch's values at its pixels; every pixel belongs to one patch at most."""
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.load(word_ptr + row)
-    line = tl.load(stride_ptr + row)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = k < tl.where(word >= 0, K, 0)
-        value = tl.load(patches_ptr + row * stride + k, inside, other=0.0)
-        tl.store(x_ptr + word + k // ROW * line + k % ROW, value.to(x_ptr.dtype.element_ty), inside)
+def normalisation(
+    op: str, of_bytes: bool, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """Return scale and shift of each channel, from mean and std (None: 0 and 1)."""
+    mean, std = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
+    expect(len(mean) == 3 and all(isfinite(m) for m in mean), op, "mean", mean, "3 finite values")
+    expect(len(std) == 3 and all(isfinite(s) and s > 0 for s in std), op, "std", std, "3 positive values")
+    unit, centre = (255, CENTRE / 255) if of_bytes else (1, 0)
+    return [1 / (unit * s) for s in std], [(centre - m) / s for m, s in zip(mean, std)]
 
 
 def word_bytes(x: Tensor, patch: int) -> int:
-    """Return the widest word, in bytes, that a patch's rows can be read by; float pixels are read one by one."""
+    """Return the widest word, in bytes, in which a patch's rows can be read; float pixels are read one by one."""
     if x.dtype != torch.uint8:
         return 1
     return next(n for n in (4, 2, 1) if patch * 3 % n == 0 and x.data_ptr() % n == 0 and x.numel() % n == 0)
@@ -159,24 +137,19 @@ def as_words(x: Tensor, word: int) -> Tensor:
 def fold(weight: Tensor, bias: Tensor | None, scale: Sequence[float], shift: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return W' [Dv, K rounded up to 16] and b' fp32 [Dv]."""
     N, K = weight.shape
-    folded = weight.new_empty(N, cdiv(K, 16) * 16)  # bulk copies need rows of whole 32 bytes
+    folded = weight.new_empty(N, cdiv(K, 16) * 16)  # bulk copies need rows of a multiple of 32 bytes
     folded_bias = weight.new_empty(N, dtype=torch.float32)
     launch(
         _fold_kernel, N, w_ptr=weight, bias_ptr=bias, folded_ptr=folded, folded_bias_ptr=folded_bias,
-        **strides(weight, "stride_n", "stride_k"), K=K, K_PADDED=folded.shape[1], **_normalisation(scale, shift),
+        **strides(weight, "stride_n", "stride_k"), K=K, K_PADDED=folded.shape[1],
+        **{f"scale{c}": s for c, s in enumerate(scale)}, **{f"shift{c}": s for c, s in enumerate(shift)},
         HAS_BIAS=bias is not None, BLOCK_K=BLOCK, num_warps=4,
     )  # fmt: skip
     return folded, folded_bias
 
 
-def _normalisation(scale: Sequence[float], shift: Sequence[float]) -> dict[str, float]:
-    return {
-        f"{name}{c}": value for name, values in (("scale", scale), ("shift", shift)) for c, value in enumerate(values)
-    }
-
-
 def places_of(images: Tensor, owner: Tensor, patch: int, word: int, merge: int) -> tuple[Tensor, Tensor]:
-    """Return int64 [P], each patch's first word (-1: none), and int32 [P], the words from one of its rows to the next.
+    """Return int64 [P], each patch's first word (-1: no image), and int32 [P], the words between its rows.
 
     images and owner: table and owner of Grids.
     """
@@ -190,16 +163,17 @@ def places_of(images: Tensor, owner: Tensor, patch: int, word: int, merge: int) 
 
 def unfold(part: Tensor, sums: Tensor, dw: Tensor, db: Tensor, scale: Sequence[float], shift: Sequence[float]) -> None:
     """Store dw [Dv, K] and db [Dv], from fp32 parts [S, Dv, K] and sums [S, Dv] of S splits."""
-    splits, N, K = part.shape
-    launch(
-        _unfold_kernel, N, part_ptr=part, bias_ptr=sums, dw_ptr=dw, db_ptr=db, N=N, K=K, splits=splits,
-        **_normalisation(scale, shift), BLOCK_K=BLOCK, num_warps=4,
-    )  # fmt: skip
+    weight, bias = part.sum(0), sums.sum(0)
+    for c in range(3):
+        weight[:, c::3].mul_(scale[c]).add_(bias[:, None], alpha=shift[c])
+    dw.copy_(weight)
+    db.copy_(bias)
 
 
-def scatter(patches: Tensor, k: int, words: Tensor, lines: Tensor, patch: int, x: Tensor) -> None:
-    """Store the first k columns of patches [P, ≥ k] at their pixels in x [ΣHW, 3]."""
-    launch(
-        _scatter_kernel, len(patches), patches_ptr=patches, word_ptr=words, stride_ptr=lines, x_ptr=x,
-        stride=patches.stride(0), K=k, ROW=patch * 3, BLOCK_K=BLOCK, num_warps=4,
-    )  # fmt: skip
+def scattered(patches: Tensor, words: Tensor, lines: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
+    """Return pixels of `shape` [ΣHW, 3] with the values of patches [P, K] at their places, zeros where no image is."""
+    row, size = patch * 3, prod(shape)
+    k = torch.arange(patches.shape[1], device=patches.device)
+    places = words[:, None] + k // row * lines[:, None] + k % row
+    places = torch.where(words[:, None] < 0, size, places)  # an extra last element takes the rows of no image
+    return patches.new_zeros(size + 1).scatter_(0, places.flatten(), patches.flatten())[:-1].view(shape)

@@ -1,10 +1,11 @@
 """Specify the family's ops in plain torch, in the dtype of their arguments; in fp64 they are the truth of all tests.
 
-The functions have the signatures and meaning of the public ops, and are differentiable. Neighbouring images of one size
-are computed as a batch.
+The functions take the arguments of the public ops, and are differentiable. Neighbouring images of one size are computed
+as a batch.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +16,11 @@ from mm1.kernels.patches.grids import Grids, as_grids
 
 def runs(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """Return (n, h, w) for each run of n neighbouring images of one size."""
-    result: list[tuple[int, int, int]] = []
-    for h, w in sizes:
-        if result and result[-1][1:] == (h, w):
-            result[-1] = result[-1][0] + 1, h, w
-        else:
-            result.append((1, h, w))
-    return result
+    return [(len([*run]), h, w) for (h, w), run in groupby(sizes)]
 
 
 def padded(parts: Sequence[Tensor], rows: int, like: Tensor) -> Tensor:
-    """Concatenate parts [., D], and append zeros up to so many rows; without parts D and dtype are those of `like`."""
+    """Concatenate parts [., D] and zeros to [rows, D]; without parts D and dtype are those of `like`."""
     count = sum(map(len, parts))
     if count < rows or not parts:
         like = parts[0] if parts else like
@@ -38,8 +33,8 @@ def interpolate(
 ) -> Tensor:
     """Resample table [Gh, Gw, D] -> [h, w, D].
 
-    torch's antialiased result of one column is wrong on a CPU where rows grow: [5, 1] → [7, 1] differs from [1, 5] →
-    [1, 7] transposed. So a column is computed as a row.
+    torch's antialiased result of a single column is wrong on a CPU where rows grow: [5, 1] → [7, 1] differs from
+    [1, 5] → [1, 7] transposed. So a column is computed as a row.
     """
     if w == 1 < h:
         return interpolate(table.transpose(0, 1), w, h, interpolation, antialias, align_corners).transpose(0, 1)
@@ -48,12 +43,9 @@ def interpolate(
 
 
 def positions(
-    table: Tensor,
-    grids: "Grids | Sequence[tuple[int, int]]",
-    interpolation: str = "bilinear",
-    antialias: bool = True,
+    table: Tensor, grids: Grids | Sequence[tuple[int, int]], interpolation: str = "bilinear", antialias: bool = True,
     align_corners: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Resample table [Gh, Gw, D] to each image's grid; return [P, D], zeros in rows of no image."""
     grids = as_grids(grids, table.device)
     m, parts = grids.merge, []
@@ -85,13 +77,9 @@ def cut(
 
 
 def embed_patches(
-    patches: Tensor,
-    grids: "Grids | Sequence[tuple[int, int]]",
-    weight: Tensor,
-    bias: Tensor | None = None,
-    pos_embed: Tensor | None = None,
-    **interpolation: object,
-) -> Tensor:
+    patches: Tensor, grids: Grids | Sequence[tuple[int, int]], weight: Tensor, bias: Tensor | None = None,
+    pos_embed: Tensor | None = None, **interpolation: object,
+) -> Tensor:  # fmt: skip
     """Return patches · weightᵀ + bias + positions, [P, Dv]; interpolation: the settings of `positions`."""
     y = F.linear(patches.to(weight.dtype), weight, bias)
     # CPUs and GPUs interpolate half precision less exactly than they round it.
@@ -100,17 +88,9 @@ def embed_patches(
 
 
 def patch_embed(
-    pixels: Tensor,
-    grids: Grids,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    pos_embed: Tensor | None = None,
-    *,
-    patch_size: int,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    **interpolation: object,
-) -> tuple[Tensor, Tensor]:
+    pixels: Tensor, grids: Grids, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None, *,
+    patch_size: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, **interpolation: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Embed packed pixels; return tokens [P, Dv], zeros in rows of no image, and cu_seqlens int32 [N+1].
 
     weight: [Dv, p·p·3], in (row, column, channel) order.

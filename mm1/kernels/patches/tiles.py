@@ -1,4 +1,4 @@
-"""Choose tiles for patch embedding's kernels: the legal ones, the default, and their predicted seconds."""
+"""Define the tiles of patch embedding's kernels: the legal ones, the default, and their predicted seconds."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from mm1.kernels.dispatch import cdiv
 from mm1.kernels.tiles import Config, Shape, fitted, space
 from mm1.kernels.tuning import Tunable
 
-WAVES = 2  # the weight gradient is split into about so many waves of programs
+WAVES = 2  # waves of programs into which the weight gradient is split
 
 
 class PatchShape(NamedTuple):
-    """Sizes of a patch embedding [patches, k] · [k, width]."""
+    """Hold the sizes of a patch embedding [patches, k] · [k, width]."""
 
     patches: int
     k: int
@@ -25,13 +25,14 @@ class PatchShape(NamedTuple):
 
     @property
     def product(self) -> Shape:
+        """Return the shape of the product with a single weight."""
         return Shape(self.patches, 1, self.k, self.width)
 
 
 def legal(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
-    """Tell whether the forward kernel fits into shared memory and registers."""
+    """Return whether the forward kernel fits into shared memory and registers."""
     plain = not config.persistent and config.block_n in (32, 64, 128) and config.block_k <= _step(device)
-    # With 64 rows of fp32 Triton 3.7 makes a TF32 product on a B200, whatever precision it is asked for.
+    # With 64 rows of fp32 Triton 3.7 emits a TF32 product on a B200, whatever precision is requested.
     small = dtype != torch.float32 or (config.block_m <= 32 and not config.tma)
     return plain and small and tiles.legal(config, shape.product, dtype, device)
 
@@ -43,7 +44,7 @@ def default(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
 
 
 def legal_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> bool:
-    """Tell whether the weight-gradient kernel fits; it uses no descriptors and does not group tiles."""
+    """Return whether the weight-gradient kernel fits; it uses no descriptors and does not group tiles."""
     return not config.tma and config.group_m == 8 and legal(config, shape, dtype, device)
 
 
@@ -64,12 +65,12 @@ def _fitted(config: Config, shape: PatchShape, dtype: torch.dtype, device: Devic
 
 
 def seconds(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict seconds of one run; each result is finished with four table entries and the bias."""
+    """Predict the seconds of one run; each result takes four table entries and the bias."""
     return tiles.seconds(config, shape.product, dtype, device, finish=6)
 
 
 def seconds_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict seconds of one run of the weight-gradient kernel."""
+    """Predict the seconds of one run of the weight-gradient kernel."""
     part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
     splits = splits_of(shape.patches, part, config, device)
     size, shared = dtype.itemsize, tiles.shared_bytes(config, shape.product, dtype.itemsize, device)
@@ -81,7 +82,7 @@ def seconds_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: De
 
 
 def splits_of(patches: int, part: int, config: Config, device: Device) -> int:
-    """Return how many programs share the patches of each of `part` tiles."""
+    """Return the number of programs that share the patches of each of `part` tiles."""
     return max(1, min(cdiv(patches, 8 * config.block_k), WAVES * device.units // max(part, 1)))
 
 

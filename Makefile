@@ -8,7 +8,7 @@ GPU_PYTHON ?= $(BIN)/python
 TUNE_SECONDS ?= 240
 GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
 
-.PHONY: demo test test-slow chaos test-gpu lint docs bench bench-gpu tune-gpu tables check-tables clean
+.PHONY: demo test test-slow chaos test-gpu first-contact lint docs bench bench-gpu tune-gpu tables check-tables clean
 
 demo: .venv/demo
 	$(BIN)/mm1 demo

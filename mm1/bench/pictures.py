@@ -37,7 +37,7 @@ def figure(height: float, draw: Draw) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("charts need matplotlib: pip install 'mm1-engine[report]'") from None
+        raise UserError("charts need matplotlib: pip install matplotlib") from None
     chart = Figure((WIDTH, height), facecolor="white")
     axes = chart.subplots()
     axes.spines[["top", "right"]].set_visible(False)

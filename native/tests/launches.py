@@ -176,7 +176,7 @@ def case_embed(arch: int, dtype: int, P: int, width: int, patch: int, has_table:
     y, ws = 90 * BASE, 91 * BASE
     room = size("patch_embed", dtype, P, width, patch)
     scale = [1 / (255 * s) for s in STD]
-    shift = [(embedding.CENTRE / 255 - m) / s for m, s in zip(MEAN, STD)]
+    shift = [(128 / 255 - m) / s for m, s in zip(MEAN, STD)]
     mode = ("bilinear", True, False) if has_table else ("nearest", False, False)
     kept = []
 

@@ -97,7 +97,7 @@ class ParquetShard(Shard):
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise UserError("reading parquet needs pyarrow: pip install 'mm1-engine[data]'") from None
+            raise UserError("reading parquet needs pyarrow: pip install pyarrow") from None
         try:
             parquet = pq.ParquetFile(file.path)
         except (pa.ArrowException, ValueError) as error:

@@ -156,7 +156,7 @@ def _tell(out: Path, summary: dict[str, Any], pictures: bool) -> None:
     print(f"questions about unseen images answered correctly: {_shown(summary['questions'])}")
     print("unseen images written in a notation that only the shots of the prompt show, with 95 % intervals:")
     print("   ".join(f"{shots}: {_shown(score)}" for shots, score in summary["notations"].items()))
-    files = "loss.png, samples.png, summary.json" if pictures else "summary.json (pictures need mm1-engine[report])"
+    files = "loss.png, samples.png, summary.json" if pictures else "summary.json (pictures need matplotlib)"
     print(f"\n{out}/ holds checkpoint/, metrics.jsonl, {files}. Try next:")
     command = f"  mm1 generate {out}/checkpoint --image photo.png"
     print(f"{command}\n{command} --prompt 'quiz\n<image>question: how many sevens? answer:'")

@@ -25,7 +25,11 @@ test-slow: .venv/ready
 chaos: .venv/ready
 	$(BIN)/python tests/chaos_run.py --seconds 600 --clients 200
 
-# The three targets for a GPU run with any Python that has torch and pytest: GPU_PYTHON=python3
+# The four targets for a GPU run with any Python that has torch, triton and numpy; the tests also need pytest.
+# GPU_PYTHON=python3 names it. The first contact takes four minutes at most, and continues after every failure.
+first-contact:
+	$(GPU_PYTHON) -m mm1.bench.contact --out mm1/bench/results
+
 test-gpu:
 	CUDA_VISIBLE_DEVICES=0 $(GPU_PYTHON) -m pytest -q $(KERNELS)
 

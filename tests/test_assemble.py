@@ -234,12 +234,12 @@ def test_upcycle_returns_a_copy_that_computes_the_same_as_the_dense_model(dense,
     assert after.state_dict().keys() == written.keys()
     assert all(torch.equal(value, written[name]) for name, value in after.state_dict().items())
     _, packed = batch()
-    truth = before.logits(packed)
-    assert relative_error(after.logits(packed), truth) < 1e-5
+    truth = logits_of(before, packed)
+    assert relative_error(logits_of(after, packed), truth) < 1e-5
     assert after.tokenizer is before.tokenizer
     for p in after.parameters():  # an expert is no view of the MLP, nor of another expert
         p.zero_()
-    assert torch.equal(before.logits(packed), truth)
+    assert torch.equal(logits_of(before, packed), truth)
     assert upcycle(before.bfloat16(), 4).decoder.blocks[1].mlp.down.dtype == torch.bfloat16
     with pytest.raises(UserError, match="the decoder has 5 experts already, expected a dense one"):
         upcycle(after, 2)

@@ -100,7 +100,7 @@ def test_the_ladder_has_its_rung_where_it_may_win(monkeypatch):
     (rung,) = (rung for rung in bench.ladder(small_model(), "bf16") if rung.float8)
     steps = bench.Steps(small_model(experts=0), 192, "cpu", "bf16", 1e9)
     rung = rung._replace(compiled=False)
-    plain, wide = (steps._try(r) for r in (rung._replace(float8=False), rung))
+    plain, wide = (steps.attempt(r) for r in (rung._replace(float8=False), rung))
     assert plain.results["loss"] != wide.results["loss"]
-    assert steps._differs(wide, plain) is None
+    assert steps.differs(wide, plain) is None
     assert not any(type(m).__name__ == "Float8Linear" for m in steps.model.modules())

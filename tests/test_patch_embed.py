@@ -101,11 +101,15 @@ def test_64_images_from_one_patch_to_96_by_96():
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "pixel_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("p", [4, pytest.param(14, marks=not_interpreted)])
-def test_float_pixels_have_a_gradient(p, dtype):
+def test_float_pixels_have_a_gradient(p, dtype, pixel_dtype):
     inputs = parameters(p, dtype=dtype)
-    pixels = packed(images(p, dtype=dtype)).requires_grad_()
+    pixels = packed(images(p, dtype=pixel_dtype)).requires_grad_()
     y, _ = patch_embed(pixels, Grids(SIZES, images=7, patches=USED + 4), *inputs, patch_size=p, **NORMAL)
     truth = in_fp64(pixels, p, *inputs)
     assert relative_error(y[:USED], truth) < TOLERANCE[dtype]

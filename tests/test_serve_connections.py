@@ -529,7 +529,7 @@ def test_the_command_withstands_half_open_connections_and_keeps_its_key(tmp_path
         assert (status, b"sesame" in answer) == (401, False)
         process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=60)
-        told = "served was not trained on conversations: chats are given to it as plain text\n"
+        told = "served was not trained on conversations: chats become plain text\n"
         assert (process.returncode, out, errors) == (0, "", told)
     finally:
         process.kill()

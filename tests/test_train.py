@@ -220,7 +220,7 @@ def test_too_many_in_a_row_rewind_and_go_on_with_other_data(tmp_path):
 def test_a_run_that_rewinds_too_often_stops_with_one_line(tmp_path):
     trainer = Trainer(small_run(skips=1, rewinds=1), tmp_path / "run", Told(), False)
     Poison(trainer, set(range(5, 100)))
-    why = "2 bad steps in a row, the last with loss nan, gradient norm nan at step 6, .*; the run was rewound 1 times"
+    why = "2 bad steps in a row, the last with loss nan, gradient norm nan at step 6 .*; the run was rewound 1 times"
     with pytest.raises(FloatingPointError, match=why):
         trainer.fit()
     assert checkpoint.latest(tmp_path / "run").name == "step-00000004"
@@ -249,8 +249,8 @@ def test_single_steps_are_saved_and_closing_ends_the_thread_that_loads_ahead(tmp
         trainer.step()
         trainer.settle()
         trainer.save()
-        assert "feed" in {thread.name for thread in threading.enumerate()}
-    assert "feed" not in {thread.name for thread in threading.enumerate()}
+        assert any(thread.name.startswith("feed") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
     assert checkpoint.latest(tmp_path / "run").name == "step-00000001"
     Trainer(small_run(steps=2), tmp_path / "unused", Quiet()).close()
 

@@ -187,7 +187,7 @@ def default_of(name: str, dtype: torch.dtype, device: Device, dims: tuple[int, .
 
 
 def table_rows(op: Op, table: dict[str, Any], bits: int, count: int) -> list[tuple[When, Any]]:
-    """Return conditions and configurations of the rows of a table that have one of its `count` commonest ones."""
+    """Return conditions and configurations of the rows whose configuration is among the `count` most frequent."""
     rows = []
     for row in table["rows"]:
         when = {name: (v, v) if isinstance(v, int) else v for name, v in row["when"].items() if name in op.dims}

@@ -37,7 +37,7 @@ def tune(
         device: a GPU that has tables, such as h200.
         out: folder of tables to write or to check (default: this package's; measured rows go to the user's cache).
         log: file of trials to continue from and to append to (default: in the user's cache).
-        processes: number of processes that compile at once (default: one for each CPU core).
+        processes: number of processes that compile at once; without it, one for each CPU core.
     """
     if device and not (static or check):
         raise TuneError("--device needs --static or --check; measuring uses this machine's GPU")

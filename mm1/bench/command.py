@@ -23,9 +23,9 @@ def kernels(
 
     Args:
         ops: names of ops, such as moe_mlp (default: all).
-        shapes: part of a case's name; other cases are skipped (default: all cases).
+        shapes: part of a case's name; other cases are skipped.
         dtype: precision (default: bf16 on a GPU, fp32 on a CPU).
-        peers: name of a peer; other peers are skipped (default: all, on a CPU those without torch.compile).
+        peers: name of a peer; other peers are skipped. Without it all are timed, on a CPU those without torch.compile.
         budget: seconds for each row (default: 0.4 on a GPU, 4 on a CPU).
         json: file of results to write, or to continue if it exists (default: none).
     """

@@ -2,8 +2,8 @@
 
     python -m mm1.bench.contact [--out FOLDER] [--seconds 240] [--jobs 8] [CHECK …]
 
-It needs torch and triton, and no other package. Each check runs in a process of its own, several at once, which also
-spreads the compilation of kernels over the processor's cores. A case that fails, dies or hangs costs that case
+It needs torch, triton and numpy, and no other package. Each check runs in a process of its own, several at once, which
+also spreads the compilation of kernels over the processor's cores. A case that fails, dies or hangs costs that case
 alone: the check continues with the next one. All results go into one record, failures with their tracebacks.
 """
 
@@ -63,15 +63,18 @@ Case = Callable[
 
 
 class Wrong(Exception):
-    """Means that a case ran, and its results are too far from the reference's."""
+    """Raised by a case whose results are too far from the reference's."""
 
 
 class Context(NamedTuple):
+    """Say where cases run."""
+
     device: str  # "cuda", "cuda:1" or "cpu"
     dtypes: tuple[str, ...]
 
     @property
     def large(self) -> bool:
+        """Return whether cases may have the sizes of a GPU."""
         return self.device == "cuda"
 
 
@@ -141,8 +144,9 @@ def train_cases(on: Context) -> Iterator[tuple[str, Case]]:
     first = []
 
     def attempt(rung: Any) -> dict[str, float]:
+        if not first:  # also where the process that took the plain step died
+            first.append(steps.attempt(plain))
         way = steps.attempt(rung)
-        first.append(way)
         if wrong := steps.differs(way, first[0]):
             raise Wrong(wrong)
         return way.results
@@ -224,7 +228,7 @@ def run_check(cases: Iterable[tuple[str, Case]], skip: int, out: Path) -> None:
 
 @dataclass
 class Process:
-    """Holds a running check."""
+    """Hold a running check."""
 
     command: Sequence[str]
     check: str
@@ -277,9 +281,9 @@ def contact(
 ) -> bool:
     """Run the checks, add a row for each case to the record, and return whether all were right.
 
-    seconds: limit in all; what has not run by then gets the status "not run". jobs: processes at once (default: one for
-    each two cores, at most 8). patience: seconds a case (default: of PATIENCE). command: what runs a check, given its
-    name, the number of cases to skip, and the file for the results.
+    seconds: limit in all; a check that is not done by then has the status "not run". jobs: processes at once (default:
+    one for each two cores, at most 8). patience: seconds of a case (default: of PATIENCE). command: what runs a
+    check, given its name, the number of cases to skip, and the file for the results.
     """
     end = time.monotonic() + seconds
     patience = patience or PATIENCE["cuda" if torch.cuda.is_available() else "cpu"]
@@ -329,8 +333,9 @@ def contact(
 
 
 def main() -> None:
+    """Run the command line of this file."""
     parser = argparse.ArgumentParser(prog="python -m mm1.bench.contact", description=__doc__)
-    parser.add_argument("checks", nargs="*", help=f"of {', '.join(CHECKS)} (default: all)")
+    parser.add_argument("checks", nargs="*", help=f"checks to run, of {', '.join(CHECKS)} (default: all)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of records (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=240.0, help="limit in all (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="processes at once (default: half of the cores, at most 8)")

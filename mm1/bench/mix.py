@@ -1,4 +1,4 @@
-"""Draw random documents in the proportions of MM1's training (section 3.2 of the paper), and pack or pad them.
+"""Draw random documents in the proportions of MM1's training (section 4 of the paper), and pack or pad them.
 
 Of all tokens, 45 % are in captions with their image, 45 % in documents of images and texts, 10 % in texts.
 """

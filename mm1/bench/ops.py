@@ -231,7 +231,7 @@ def packed(
 
 
 def below(prefix: str, leaves: Leaves) -> Leaves:
-    """Return the leaves whose names begin with the prefix, by the rest of their names; x is none of them."""
+    """Return the leaves whose names begin with the prefix, by the rest of their names; x is never among them."""
     return {name.removeprefix(prefix): w for name, w in leaves.items() if name.startswith(prefix) and name != "x"}
 
 

@@ -127,6 +127,8 @@ def backends(rows: Iterable[Row], peak: dict[str, float]) -> list[dict[str, Any]
             if peer in forward["variants"] and peer in both["variants"]:
                 seconds = forward["variants"][peer]["median"]
                 backward, flops = both["variants"][peer]["median"] - seconds, forward["flops"]
+                if backward <= 0:
+                    continue  # noise: the two were measured apart
                 speeds.append({
                     "head_width": width, "causal": causal, "dtype": str(DTYPES[dtype]).removeprefix("torch."),
                     "backend": name, "forward": flops / seconds / peak[dtype],

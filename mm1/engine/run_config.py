@@ -50,7 +50,7 @@ DIGITS_RUN = Run(
 
 
 # A recipe's changes to the defaults, which are MM1's pre-training: 4096 tokens and up to 16 images a sequence, 512
-# sequences a step, the law's learning rate, nothing frozen (section 3.3). Fine-tuning (section 4.1): 10k steps of 256
+# sequences a step, the law's learning rate, nothing frozen (section 4). Fine-tuning (section 5): 10k steps of 256
 # sequences of 2048 tokens, positions interpolated to 672 pixels, an image of 1344 as five of 144 tokens each. Its
 # warm-up was not published: the default's 3 % are 300 steps.
 RECIPES: dict[str, dict[str, Any]] = {

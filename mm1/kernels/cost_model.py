@@ -22,7 +22,7 @@ REGISTERS = 65536  # in a multiprocessor; AMD's compute units have twice as many
 def resident(shared: int, registers: float, warps: int, device: Device) -> int:
     """Return how many programs run on a multiprocessor at once.
 
-    shared: bytes of shared memory a program. registers: a thread. warps: a program.
+    shared: bytes of shared memory a program. registers: per thread; warps: per program.
     """
     threads = warps * device.warp
     file = REGISTERS * (2 if device.vendor == "amd" else 1)

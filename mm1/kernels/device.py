@@ -75,7 +75,7 @@ def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwid
     vendor = "amd" if arch.startswith("gfx") else "nvidia"
     name = f"{vendor}-{'unknown' if pci is None else f'{pci:04x}'}-{units}"
     similar = next(iter(nearest(arch, units, bandwidth)), Device(name, arch, units, shared))
-    share = units / similar.units
+    share = max(units, 1) / max(similar.units, 1)
     return replace(
         similar, name=name, units=units, shared=shared, bandwidth=bandwidth or similar.bandwidth * share,
         tflops=similar.tflops * share, pci=() if pci is None else (pci,),
@@ -87,6 +87,6 @@ def nearest(arch: str, units: int, bandwidth: float | None) -> list[Device]:
 
     def distance(device: Device) -> float:
         memory = 0.0 if bandwidth is None else abs(log2(bandwidth / device.bandwidth))
-        return abs(log2(units / device.units)) + memory
+        return abs(log2(max(units, 1) / device.units)) + memory
 
     return sorted((d for d in DEVICES.values() if d.arch == arch), key=distance)

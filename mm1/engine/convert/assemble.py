@@ -2,7 +2,7 @@
 
 Nothing is downloaded. Files are memory-mapped and copied tensor by tensor, which takes the memory of one model in fp32.
 Sources: Hewitt 2021 (Initializing New Word Embeddings for Pretrained Language Models) for the rows of new tokens;
-Komatsuzaki et al. 2023 (Sparse Upcycling, arXiv 2212.05055), which MM1's section 3.4 uses to initialize experts.
+Komatsuzaki et al. 2023 (Sparse Upcycling, arXiv 2212.05055), which MM1's section 4 uses to initialize experts.
 """
 
 import json

@@ -132,6 +132,6 @@ def pack(
         target_rows=torch.from_numpy(rows_with_target),
         target_count=len(rows_with_target),
         used_tokens=used,
-        digest=zlib.crc32(values.numpy().tobytes(), zlib.crc32(tokens.data)),
+        digest=zlib.crc32(values.numpy().data, zlib.crc32(tokens.data)),
         keys=tuple(d.key for d in documents),
     )

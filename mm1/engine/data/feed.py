@@ -1,7 +1,7 @@
 """Feed one process: a thread loads the next batches of its streams onto the device."""
 
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,15 +12,6 @@ if TYPE_CHECKING:  # a bare GPU image has no Grain
     from mm1.engine.data.streams import Streams
 
 AHEAD = {"cuda": 2, "cpu": 0}  # batches that are loaded in advance
-
-
-class Loaded(NamedTuple):
-    """Hold a batch on the device, and the streams' state and number of bad records after it."""
-
-    batch: Batch
-    state: dict[str, Any]
-    skipped: int
-    ready: Any  # CUDA event after the copy, or None
 
 
 class Feed:
@@ -34,19 +25,17 @@ class Feed:
         self.streams, self.device = streams, device
         self.state, self.skipped = streams.state(), streams.skipped
         self.ahead = AHEAD[device.type] if ahead is None else ahead
-        self._side = torch.cuda.Stream(device) if self.ahead and device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, "feed")
-        self._loading: deque[Future[Loaded]] = deque()  # one more than `ahead`: that which the thread works on
-        for _ in range(self.ahead + 1 if self.ahead else 0):
-            self._loading.append(self._thread.submit(self._load))
+        self._queue: queue.Queue[Loaded | BaseException] = queue.Queue(self.ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
+        if self.ahead:
+            self._thread.start()
 
     def __next__(self) -> Batch:
-        if self.ahead:
-            loaded = self._loading[0].result()  # an error stays the first result: the next call raises it again
-            self._loading.popleft()
-            self._loading.append(self._thread.submit(self._load))
-        else:
-            loaded = self._load()
+        loaded = self._queue.get() if self.ahead else self._load(None)
+        if isinstance(loaded, BaseException):
+            self._queue.put(loaded)  # the next call raises it again
+            raise loaded
         self.state, self.skipped = loaded.state, loaded.skipped
         if loaded.ready is not None:
             current = torch.cuda.current_stream()
@@ -56,11 +45,39 @@ class Feed:
 
     def close(self) -> None:
         """End the thread, and the threads and processes of the streams."""
-        self._thread.shutdown(cancel_futures=True)
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
         self.streams.close()
 
-    def _load(self) -> Loaded:
-        with torch.cuda.stream(self._side):
+    def _load(self, side: "torch.cuda.Stream | None") -> "Loaded":
+        with torch.cuda.stream(side):
             batch = next(self.streams).to(self.device)
-            ready = self._side.record_event() if self._side else None
-            return Loaded(batch, self.streams.state(), self.streams.skipped, ready)
+            return Loaded(batch, self.streams.state(), self.streams.skipped, side.record_event() if side else None)
+
+    def _work(self) -> None:
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        try:
+            while not self._closed.is_set():
+                self._put(self._load(side))
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, loaded: "Loaded | BaseException") -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(loaded, timeout=0.1)
+            except queue.Full:
+                continue
+
+
+class Loaded(NamedTuple):
+    """Hold a batch on the device, and the streams' state and number of bad records after it."""
+
+    batch: Batch
+    state: dict[str, Any]
+    skipped: int
+    ready: Any  # CUDA event after the copy, or None

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Appended:
-    """Append objects to a file of JSON lines. Objects that cannot be written are written with the next one."""
+    """Append objects to a file of JSON lines. Objects whose write fails are kept, and written with the next one."""
 
     def __init__(self, path: Path):
         self.path, self.pending, self.failing = path, list[str](), False

@@ -119,7 +119,7 @@ class Form:
 
 
 def rows_at(key: str | None, column: str = "") -> "Callable[[Loaded], bool]":
-    """Return a function that tests whether one of the files has a list of rows at this key; None: is such a list.
+    """Return a function that tests whether one of the files has a list of rows at this key (None: is such a list).
 
     column: a field that the first row must have.
     """

@@ -54,6 +54,7 @@ class Cache:
         self.pages = pages
         self.users = [0] * pages  # documents that use each page
         self.free = bytearray(b"\1") * pages  # 1 where a page is free: contiguous pages are found by a search for bytes
+        self.free_count = pages
         self.cursor = 0  # the search for the next document's run begins here
         self.released = 0  # pages that became free or idle since the beginning
         self.page_of: dict[bytes, int] = {}  # registered pages by their names
@@ -63,7 +64,7 @@ class Cache:
     @property
     def available(self) -> int:
         """Return the number of pages that can be allocated."""
-        return self.free.count(1) + len(self.idle)
+        return self.free_count + len(self.idle)
 
     def allocate(self, count: int, shared: Sequence[int] = (), *, leave: int = 0, ahead: int = 0) -> list[int] | None:
         """Return `count` pages for a document that begins with the pages `shared`, None if fewer than `leave` remain.
@@ -82,7 +83,8 @@ class Cache:
         if new:
             self.cursor = new[-1] + 1 + max(ahead - count, 0)
         for page in new:
-            self.users[page], self.free[page] = 1, 0
+            self.users[page] = 1
+            self._mark(page, free=False)
         return [*shared, *new]
 
     def extend(self, last: int) -> int | None:
@@ -91,15 +93,20 @@ class Cache:
             return None
         self._evict(1)
         page = last + 1 if last + 1 < self.pages and self.free[last + 1] else self._run(1)[0]
-        self.users[page], self.free[page] = 1, 0
+        self.users[page] = 1
+        self._mark(page, free=False)
         return page
+
+    def _mark(self, page: int, free: bool) -> None:
+        self.free_count += free - self.free[page]
+        self.free[page] = free
 
     def _evict(self, count: int) -> None:
         """Evict idle pages until `count` pages are free."""
-        for _ in range(count - self.free.count(1)):
+        for _ in range(count - self.free_count):
             page, _ = self.idle.popitem(last=False)
             del self.page_of[self.name_of.pop(page)]
-            self.free[page] = 1
+            self._mark(page, free=True)
 
     def _run(self, count: int) -> list[int]:
         """Return contiguous free pages, or else any free pages."""
@@ -117,7 +124,7 @@ class Cache:
                 if page in self.name_of:
                     self.idle[page] = None
                 else:
-                    self.free[page] = 1
+                    self._mark(page, free=True)
 
     def count_registered(self, names: Sequence[bytes], previous: int) -> int:
         """Return how many of these names, from the first on, are registered. previous: the result of the last call.
@@ -149,7 +156,7 @@ class Cache:
     def clear(self) -> None:
         """Drop the prefix cache: free idle pages; pages in use stay with their users, unregistered."""
         for page in self.idle:
-            self.free[page] = 1
+            self._mark(page, free=True)
         self.page_of, self.name_of = {}, {}
         self.idle.clear()
 

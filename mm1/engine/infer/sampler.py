@@ -97,17 +97,20 @@ def _adjusted(rows: Tensor, requests: Sequence[Request]) -> tuple[Tensor, dict[i
     """Return logits [n, V] after bias, penalties and grammar, and the errors of grammars by row."""
     numbered = [(i, request, request.sampling) for i, request in enumerate(requests)]
     row, token, bias = _entries(rows, ((i, [t for t, _ in s.biases], [b for _, b in s.biases]) for i, _, s in numbered))
-    rows[row, token] += bias
+    if len(row):
+        rows[row, token] += bias
     row, token, penalty = _entries(rows, (
         (i, r.seen, np.full(len(r.seen), s.repetition_penalty)) for i, r, s in numbered if s.repetition_penalty != 1
     ))  # fmt: skip
-    logit = rows[row, token]
-    rows[row, token] = torch.where(logit > 0, logit / penalty, logit * penalty)
+    if len(row):
+        logit = rows[row, token]
+        rows[row, token] = torch.where(logit > 0, logit / penalty, logit * penalty)
     row, token, penalty = _entries(rows, (
         (i, list(r.counts), [n * s.frequency_penalty + s.presence_penalty for n in r.counts.values()])
         for i, r, s in numbered if s.frequency_penalty or s.presence_penalty
     ))  # fmt: skip
-    rows[row, token] -= penalty
+    if len(row):
+        rows[row, token] -= penalty
     errors: dict[int, Exception] = {}
     for i, request, _ in numbered:
         if request.grammar:

@@ -1,7 +1,7 @@
 """Define the sampling settings of a request.
 
 To add a setting, add a field with its range and help text to Sampling: `generate` and the command `mm1 generate` then
-take it. Its effect belongs in sampler.py: in `adjusted` if it changes logits, or else as a field of Draw that
+take it. Its effect belongs in sampler.py: in `_adjusted` if it changes logits, or else as a field of Draw that
 `draw_tokens` obeys. Over HTTP a setting also needs its range in serve/fields.py and a line in docs/serve.md.
 """
 
@@ -92,7 +92,7 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "logit_bias", tuple(dict(self.logit_bias).items()))  # hashable
+        object.__setattr__(self, "logit_bias", tuple(dict(self.logit_bias or ()).items()))  # hashable
         for name, hint in hints(Sampling).items():
             for legal in getattr(hint, "__metadata__", ()):
                 require(getattr(self, name) in legal, name, getattr(self, name), str(legal))

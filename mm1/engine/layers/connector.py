@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mm1.engine.layers.config import POOL_HEADS, Connector
 from mm1.engine.layers.layer import LEARNED_STD, BlockLayer, Fill, Layer, fan_in, normal
 from mm1.engine.layers.workload import Layout, Operations, Workload, attention_operations
+from mm1.errors import require
 from mm1.kernels.abstractor.bottleneck import conv_block
 from mm1.kernels.abstractor.bottleneck import cost as block_cost
 from mm1.kernels.abstractor.pooling import adaptive_pool
@@ -228,6 +229,7 @@ def build_connector(c: Connector, in_width: int, out_width: int, encoder_layers:
         return AveragePool(in_width, out_width, tokens=c.tokens, readout_depth=c.readout_depth)
     if c.kind == "attention":
         return AttentionPool(in_width, out_width, tokens=c.tokens, encoder_layers=encoder_layers)
+    require(c.kind == "c-abstractor", "setting model.connector.kind", c.kind, "a connector of build_connector")
     return CAbstractor(
         in_width, out_width, hidden=c.hidden, depth=c.depth, tokens=c.tokens, readout_depth=c.readout_depth,
         position_grid=c.position_grid, encoder_layers=encoder_layers,

@@ -1,7 +1,7 @@
 """Define the decoder on packed documents: RMSNorm, RoPE, grouped-query attention, gated MLP or mixture of experts.
 
     L × [x += attention(norm(x)), causal, inside each document;  x += mlp(norm(x))];  norm
-Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 3.4 for the layers with experts.
+Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 4 for the layers with experts.
 """
 
 from collections.abc import Callable, Sequence

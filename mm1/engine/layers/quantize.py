@@ -144,7 +144,7 @@ def importing_torchao(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f'{what}: needs torchao: pip install torchao ({error})') from None
+        raise UserError(f"{what}: needs torchao: pip install torchao ({error})") from None
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)

@@ -3,7 +3,7 @@
     features = connector(vision(pixels))                 [N·n, D]
     x = embed(tokens);  x[media.slots] = features        [T, D]
     loss = mean over targets of -log p(target), + 0.01 · load balance + 0.001 · router z
-Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.
+Source: McKinzie et al. 2024 (MM1, arXiv 2403.09611), sections 3 and 4.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ class MM1(Model):
         return expert_metrics(counts)
 
     def default_peak_lr(self) -> float:
-        """Return MM1's peak learning rate for the non-embedding parameters of the decoder (paper, section 3.4).
+        """Return MM1's peak learning rate for the non-embedding parameters of the decoder (paper, section 4).
 
         A mixture counts as its dense equivalent.
         """
@@ -100,8 +100,8 @@ class MM1(Model):
 
     def kept_bytes(self, workload: Workload, layout: Layout) -> float:
         kept = sum(part.kept_bytes(workload, layout) for part in (self.vision, self.connector, self.decoder))
-        slots = workload.images * self.config.connector.tokens
-        return kept + 4 * slots * self.config.decoder.width  # the input of the image norm, in fp32
+        normed = workload.images * self.config.connector.tokens * self.config.connector.output_norm
+        return kept + 4 * normed * self.config.decoder.width  # the input of the image norm, in fp32
 
     def temporary_bytes(self, workload: Workload, layout: Layout) -> dict[str, float]:
         return self.decoder.temporary_bytes(workload, layout)

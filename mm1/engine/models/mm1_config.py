@@ -65,7 +65,7 @@ class MM1Config:
 def peak_lr(parameters: int) -> float:
     """Return MM1's peak learning rate: exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder.
 
-    Source: the MM1 paper, section 3.3.
+    Source: the MM1 paper, section 4.
     """
     return math.exp(-0.4214 * math.log(parameters) - 0.5535)
 

@@ -59,7 +59,7 @@ class Losses(NamedTuple):
 
 
 class ModelConfig(Protocol):
-    """Require of a model's config, a frozen dataclass of settings (settings.py), what the engine reads."""
+    """Declare what the engine reads from a model's config, a frozen dataclass of settings (settings.py)."""
 
     @property
     def kind(self) -> str:
@@ -68,7 +68,10 @@ class ModelConfig(Protocol):
 
     @property
     def context(self) -> int | None:
-        """Return the tokens of the longest document in training, None if unknown. It is a field: a run writes it."""
+        """Return the tokens of the longest document in training, None if unknown.
+
+        It must be a field of the dataclass, because a run sets it at its start.
+        """
         ...
 
     @property
@@ -131,7 +134,7 @@ class Model(Layer):
 
 
 class LanguageModel(Protocol):
-    """Require of a model what inference needs to continue token documents."""
+    """Declare what inference needs of a model to continue token documents."""
 
     config: Any  # a ModelConfig; config.decoder has the decoder's sizes
     tokenizer: TextTokenizer | None

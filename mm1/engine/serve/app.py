@@ -252,7 +252,9 @@ def serve(
     if missing := [name for name in PACKAGES if not find_spec(name)]:
         raise UserError(f"packages for serving are missing: pip install {' '.join(missing)}")
     if not api_key and not _is_loopback(host):
-        raise UserError(f"{host or 'every address'} can be reached by others: set MM1_API_KEY, or serve on 127.0.0.1")
+        raise UserError(
+            f"{host or 'every address'} can be reached by others: set MM1_API_KEY (api_key), or serve on 127.0.0.1"
+        )
     forbid_inspection()
     connections.raise_descriptor_limit()
     folder = checkpoint.absolute()

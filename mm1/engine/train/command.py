@@ -83,8 +83,8 @@ def train(
 ) -> None:
     """Train a named size or the run of a TOML file.
 
-    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop with status 143, or 130 for Ctrl-C. All settings are options
-    too; docs/settings.md has them in tables.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop with status 143, or 130 for Ctrl-C; 1 if nothing was saved.
+    All settings are options too; docs/settings.md has them in tables.
 
     Args:
         run: a named size (digits, mm1-3b, …) or a .toml file.

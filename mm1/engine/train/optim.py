@@ -1,9 +1,9 @@
 """Define the learning-rate schedule and AdamW of MM1's recipe.
 
-After a linear warm-up the rate falls along a cosine to a tenth. This file alone knows the optimizer: how it is created,
-how it steps, which state a checkpoint stores, and the bytes that `mm1 plan` counts.
+After a linear warm-up the rate falls along a cosine to a tenth. This file holds how the optimizer is created, how it
+steps, which state a checkpoint stores, and the bytes that `mm1 plan` counts; other files only call these functions.
 
-Sources: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 3.3; Loshchilov & Hutter 2019 (Decoupled Weight Decay
+Sources: McKinzie et al. 2024 (MM1, arXiv 2403.09611), section 4; Loshchilov & Hutter 2019 (Decoupled Weight Decay
 Regularization, arXiv 1711.05101), Algorithm 2.
 """
 

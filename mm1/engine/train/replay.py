@@ -122,7 +122,7 @@ def verdict(
     elif (again := first.differs(second)) > 0:
         lines.append(f"hardware: two computations of the same step differ by {again:.1g}")
     elif other_result is not None and run_layout is None:
-        lines.append(f"hardware: step {other_result} differs from the recorded result")
+        lines.append(f"hardware or software: step {other_result} differs from the recorded result")
     elif other_result is not None:
         lines.append(
             f"layout: step {other_result} differs from the recorded result by more than {TOLERANCE[dtype]:g}; "

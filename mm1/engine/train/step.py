@@ -30,7 +30,7 @@ class Observer:
         """Run before a micro-batch is requested."""
 
     def batch_drawn(self, batch: Batch) -> None:
-        """Run after it arrived, before its forward and backward pass."""
+        """Run after the micro-batch arrived, before its forward and backward pass."""
 
     def gradients_complete(self) -> None:
         """Run when parameters have the gradients of all micro-batches, summed over target tokens."""
@@ -56,7 +56,7 @@ class MicroBatches:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Hold the results of a step; on a GPU they may still be computed."""
+    """Hold the results of a step; on a GPU they may not be ready yet."""
 
     step: int
     values: Tensor  # the named sums, COUNTS and the model's counts, on the host once `arrived`

@@ -277,7 +277,9 @@ class Trainer:
         if self.bad_steps > self.run.train.skips:
             self.pending.clear()
             documents = done.keys[0] if done.keys else "no documents"
-            self._rewind(f"{self.bad_steps} bad steps in a row, the last with {why} at step {done.step}, {documents}")
+            self._rewind(
+                f"{self.bad_steps} bad steps in a row, the last with {why} at step {done.step} ({documents}, …)"
+            )
 
     def _rewind(self, why: str) -> None:
         """Restore the weights of the last checkpoint, and continue with the data after the bad steps."""

@@ -1,10 +1,10 @@
 """Pool packed images of any grids to one common grid by adaptive averages.
 
-    y[n, i, j] = mean of x over rows floor(i·h/oh) … ceil((i+1)·h/oh) and columns likewise, of image n
+    y[n, i, j] = mean of x over rows floor(i·h/oh) … ceil((i+1)·h/oh) - 1 and columns likewise, of image n
 
 x [P, C] -> [N·oh·ow, C]. The windows are those of torch.nn.AdaptiveAvgPool2d: they overlap where h is no multiple of
 oh, and repeat where h < oh. Reads P·C, writes N·oh·ow·C. Backward is a gather without atomics, so that every run gives
-the same bits: row r is in the windows floor(r·oh/h) … ceil((r+1)·oh/h).
+the same bits: row r is in the windows floor(r·oh/h) … ceil((r+1)·oh/h) - 1.
 """
 
 from collections.abc import Sequence

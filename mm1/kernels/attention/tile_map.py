@@ -24,8 +24,9 @@ def map_kernel(
     """
     tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     before = tl.zeros((), tl.int32)
+    COLUMNS: tl.constexpr = 5 if prefix_ptr is None else 6
     zeros = tl.zeros((BLOCK_T,), tl.int32)
-    columns = (zeros - 1, zeros, zeros, zeros, zeros, zeros)
+    columns = (zeros - 1, zeros, zeros, zeros, zeros, zeros)[:COLUMNS]
     for start in range(0, B + 1, BLOCK_B):
         s = start + tl.arange(0, BLOCK_B)
         real = s < B
@@ -55,13 +56,12 @@ def map_kernel(
                 prefix_end = o_begin + tl.minimum(prefix, tl.maximum(o_end - o_begin, 0))
         values = (until - count + 1, s_begin, s_end, o_begin, o_end, prefix_end)
         sums = ()
-        for i in tl.static_range(6):
+        for i in tl.static_range(COLUMNS):
             sums = sums + (columns[i] + tl.sum(tl.where(mine, values[i][None, :], 0), 1),)
         columns = sums
         before += tl.sum(count, 0)
-    for i in tl.static_range(6):
-        if i < 5 or prefix_ptr is not None:
-            tl.store(map_ptr + i * tiles + tile, columns[i], tile < tiles)
+    for i in tl.static_range(COLUMNS):
+        tl.store(map_ptr + i * tiles + tile, columns[i], tile < tiles)
 
 
 @triton.jit

@@ -358,7 +358,8 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = No
     expect(a.ndim == 2 and b.ndim == 3, op, "a and b", (tuple(a.shape), tuple(b.shape)), "[M, K], [E, K, N]")
     expect(a.shape[1] == b.shape[1], op, "b", tuple(b.shape), ["E", a.shape[1], "N"])
     expect(a.dtype == b.dtype, op, "dtype of b", b.dtype, a.dtype)
-    expect_tensor(op, "offsets", offsets, torch.int32, max(b.shape[0], 1))
+    expect(b.shape[0] > 0, op, "b", tuple(b.shape), "at least one expert")
+    expect_tensor(op, "offsets", offsets, torch.int32, b.shape[0])
     expect_tensor(op, "bias", bias, a.dtype, b.shape[0], b.shape[2])
     return _forward(a, b, offsets.contiguous(), None if bias is None else bias.contiguous())
 

@@ -42,7 +42,7 @@ from mm1.kernels.patches.pixels import (
     gather,
     normalisation,
     places_of,
-    scattered,
+    scatter,
     unfold,
     values,
     word_bytes,
@@ -266,7 +266,8 @@ def backward(
         unfold(parts, sums, dw, db, scale, shift)
     if need_x:
         words, lines = places_of(images, owner, patch, 1, merge)
-        dx = scattered((dy @ fold(weight, None, scale, shift)[0])[:, :K], words, lines, patch, x.shape)
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format)  # pixels of no image have no gradient
+        scatter(dy @ fold(weight, None, scale, shift)[0], K, words, lines, patch, dx)
     return dx, dw, db
 
 

@@ -10,7 +10,7 @@ and for their gradients dW = scale · dW' + shift · db.
 """
 
 from collections.abc import Sequence
-from math import isfinite, prod
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -49,6 +49,26 @@ def _fold_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + n).to(tl.float32)
     tl.store(folded_bias_ptr + n, total)
+
+
+@triton.jit
+def _unfold_kernel(
+    part_ptr, bias_ptr, dw_ptr, db_ptr, N, K, splits, scale0, scale1, scale2, shift0, shift1, shift2,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Store dW = scale · Σ of the splits + shift · db and db = Σ of the splits; a program computes a row."""
+    n = tl.program_id(0).to(tl.int64)
+    db = 0.0
+    for split in range(splits):
+        db += tl.load(bias_ptr + split * N + n)
+    tl.store(db_ptr + n, db)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        dw = tl.zeros((BLOCK_K,), tl.float32)
+        for split in range(splits):
+            dw += tl.load(part_ptr + (split * N + n) * K + k, k < K, other=0.0)
+        dw = dw * _channel(k, scale0, scale1, scale2) + db * _channel(k, shift0, shift1, shift2)
+        tl.store(dw_ptr + n * K + k, dw.to(dw_ptr.dtype.element_ty), k < K)
 
 
 @triton.jit
@@ -111,6 +131,21 @@ def values(groups, WORD: tl.constexpr, DTYPE: tl.constexpr):
         return groups.to(DTYPE)
 
 
+@triton.jit
+def _scatter_kernel(
+    patches_ptr, word_ptr, stride_ptr, x_ptr, stride, K: tl.constexpr, ROW: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Store each patch's values at its pixels; every pixel belongs to one patch at most."""
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.load(word_ptr + row)
+    line = tl.load(stride_ptr + row)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < tl.where(word >= 0, K, 0)
+        value = tl.load(patches_ptr + row * stride + k, inside, other=0.0)
+        tl.store(x_ptr + word + k // ROW * line + k % ROW, value.to(x_ptr.dtype.element_ty), inside)
+
+
 def normalisation(
     op: str, of_bytes: bool, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
@@ -142,8 +177,7 @@ def fold(weight: Tensor, bias: Tensor | None, scale: Sequence[float], shift: Seq
     launch(
         _fold_kernel, N, w_ptr=weight, bias_ptr=bias, folded_ptr=folded, folded_bias_ptr=folded_bias,
         **strides(weight, "stride_n", "stride_k"), K=K, K_PADDED=folded.shape[1],
-        **{f"scale{c}": s for c, s in enumerate(scale)}, **{f"shift{c}": s for c, s in enumerate(shift)},
-        HAS_BIAS=bias is not None, BLOCK_K=BLOCK, num_warps=4,
+        **_by_channel(scale, shift), HAS_BIAS=bias is not None, BLOCK_K=BLOCK, num_warps=4,
     )  # fmt: skip
     return folded, folded_bias
 
@@ -163,17 +197,21 @@ def places_of(images: Tensor, owner: Tensor, patch: int, word: int, merge: int) 
 
 def unfold(part: Tensor, sums: Tensor, dw: Tensor, db: Tensor, scale: Sequence[float], shift: Sequence[float]) -> None:
     """Store dw [Dv, K] and db [Dv], from fp32 parts [S, Dv, K] and sums [S, Dv] of S splits."""
-    weight, bias = part.sum(0), sums.sum(0)
-    for c in range(3):
-        weight[:, c::3].mul_(scale[c]).add_(bias[:, None], alpha=shift[c])
-    dw.copy_(weight)
-    db.copy_(bias)
+    splits, N, K = part.shape
+    launch(
+        _unfold_kernel, N, part_ptr=part, bias_ptr=sums, dw_ptr=dw, db_ptr=db, N=N, K=K, splits=splits,
+        **_by_channel(scale, shift), BLOCK_K=BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
-def scattered(patches: Tensor, words: Tensor, lines: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
-    """Return pixels of `shape` [ΣHW, 3] with the values of patches [P, K] at their places, zeros where no image is."""
-    row, size = patch * 3, prod(shape)
-    k = torch.arange(patches.shape[1], device=patches.device)
-    places = words[:, None] + k // row * lines[:, None] + k % row
-    places = torch.where(words[:, None] < 0, size, places)  # an extra last element takes the rows of no image
-    return patches.new_zeros(size + 1).scatter_(0, places.flatten(), patches.flatten())[:-1].view(shape)
+def scatter(patches: Tensor, k: int, words: Tensor, lines: Tensor, patch: int, x: Tensor) -> None:
+    """Store the first k columns of patches [P, ≥ k] at their pixels in x [ΣHW, 3]."""
+    launch(
+        _scatter_kernel, len(patches), patches_ptr=patches, word_ptr=words, stride_ptr=lines, x_ptr=x,
+        stride=patches.stride(0), K=k, ROW=patch * 3, BLOCK_K=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def _by_channel(scale: Sequence[float], shift: Sequence[float]) -> dict[str, float]:
+    """Return the arguments of kernels for the values of the three channels."""
+    return {**{f"scale{c}": s for c, s in enumerate(scale)}, **{f"shift{c}": s for c, s in enumerate(shift)}}

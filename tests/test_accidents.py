@@ -366,7 +366,7 @@ def test_a_checkpoint_without_an_identity_is_continued_only_when_told_to(texts, 
     tensors = {name: checkpoint.read_tensors(source, name) for name in ("model.safetensors", "optimizer.safetensors")}
     texts_of = {name: (source / name).read_text() for name in ("config.json", "tokenizer.json")}
     checkpoint.write(folder / "step-00000004", tensors, texts_of | {"state.json": json.dumps(state)})
-    with pytest.raises(UserError, match="the checkpoint does not say on which"):
+    with pytest.raises(UserError, match="the checkpoint does not record on which"):
         Trainer(of_texts(texts, "a"), folder, Told(), True)
     assert Trainer(of_texts(texts, "a"), folder, Told(), True, accept_other_data=True).steps_done == 4
 

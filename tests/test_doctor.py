@@ -26,7 +26,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(d, "_driver", lambda: None)
+    monkeypatch.setattr(d, "driver_version", lambda: None)
     monkeypatch.setattr(d, "SOFTWARE", {name: ask for name, ask in d.SOFTWARE.items() if name != "torchvision"})
 
 
@@ -136,7 +136,7 @@ def test_torchvision_of_another_build(monkeypatch, tmp_path, build, cuda, broken
 def test_why_no_gpu_is_seen(visit, monkeypatch, cuda, hip, driver, hide, expected):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(d, "_driver", lambda: driver)
+    monkeypatch.setattr(d, "driver_version", lambda: driver)
     if hide is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hide)
     _, report, todo = visit()
@@ -153,7 +153,7 @@ def test_driver(monkeypatch, number, name):
         pointer._obj.value = number
 
     monkeypatch.setattr(d.ctypes, "CDLL", lambda path: SimpleNamespace(cuDriverGetVersion=version))
-    assert d._driver() == name
+    assert d.driver_version() == name
 
 
 @pytest.fixture

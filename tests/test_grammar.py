@@ -205,7 +205,7 @@ def test_the_last_used_grammars_are_kept(monkeypatch, model):
 
 def test_without_the_library_a_schema_is_refused_with_the_way_to_get_it(monkeypatch, grammars):
     monkeypatch.setattr("mm1.engine.infer.grammar.find_spec", lambda name: None)
-    with pytest.raises(SchemaError, match=r"run pip install '\.\[serve\]' in a clone of mm1"):
+    with pytest.raises(SchemaError, match=r"needs llguidance: pip install llguidance"):
         grammars.compile('{"type": "null"}')
 
 

@@ -176,7 +176,7 @@ def test_a_hundred_in_a_row_of_one_source_stop_the_run_and_name_the_shard(tmp_pa
     batches = flaky_loader(tmp_path, Flaky(), Broken())
     with pytest.raises(
         UserError,
-        match=r"b\.tar: 100 unreadable records in a row \(setting data\.max_bad\), the last because broken image",
+        match=r"b\.tar: 100 unreadable records in a row \(setting data\.max_bad\), the last one: broken image",
     ):
         list(itertools.islice(batches, 100))
     assert sum(line["shard"] == "b.tar" for line in quarantined(tmp_path)) == 30  # different ones

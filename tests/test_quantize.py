@@ -82,7 +82,7 @@ def test_few_tokens_read_narrow_weights_alone(monkeypatch):
     def refuse(*_):
         raise AssertionError("a weight was made wide")
 
-    monkeypatch.setattr(products, "_dequantized", refuse)
+    monkeypatch.setattr(products, "dequantized", refuse)
     x = torch.randn(65, 16).to(DEVICE)
     linear_8(x[1:], *narrow(16, 16))
     moe_mlp_8(*mixture(16, 2, 2))

@@ -283,7 +283,7 @@ def as_rank() -> None:
     """Run in each of two processes: tune, then with other rows, then with an error on one rank."""
     rank, found = int(os.environ["RANK"]), {}
     KERNELS["toy"] = KERNEL
-    tune._here = lambda: HERE
+    tune.this_device = lambda: HERE
     tune.Workers = lambda *_: Gpu() if rank == 0 else None
     with group(120) as ranks:
         result = tune.tune(["toy"], 60.0)

@@ -90,8 +90,8 @@ def isolated(tmp_path, monkeypatch):
     monkeypatch.setenv("MM1_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "tables", lambda: tmp_path / "tables")
     monkeypatch.setitem(KERNELS, "toy", KERNEL)
-    monkeypatch.setattr(tune, "_here", lambda: HERE)
-    monkeypatch.setattr(timing, "_now", [])
+    monkeypatch.setattr(tune, "this_device", lambda: HERE)
+    monkeypatch.setattr(timing, "current", [])
     tuning.clear_caches()
     yield
     tuning.clear_caches()

@@ -23,7 +23,7 @@ def tune(
     log: Path | None = None,
     processes: int = os.cpu_count() or 1,
 ) -> None:
-    """Find the configurations that kernels run with. The last line of standard output is one JSON object.
+    """Find the configurations that kernels run with. The last line of standard output is JSON.
 
     Measures on this machine's GPU, and keeps configurations that are faster than the default in the user's cache.
     Under torchrun rank 0 measures for all ranks.

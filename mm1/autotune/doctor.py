@@ -104,7 +104,7 @@ def _torchvision(advise: Advise) -> str | None:
     return number
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     """Return the newest CUDA version that the NVIDIA driver supports, or None without a driver."""
     number = ctypes.c_int()
     with suppress(OSError):
@@ -117,7 +117,11 @@ def _gpus(advise: Advise) -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    cuda, driver, hidden = torch.version.cuda, _driver(), [name for name in os.environ if "VISIBLE_DEVICES" in name]
+    cuda, driver, hidden = (
+        torch.version.cuda,
+        driver_version(),
+        [name for name in os.environ if "VISIBLE_DEVICES" in name],
+    )
     if _build() == "CPU":
         if driver or Path("/dev/kfd").exists():
             advise(f"torch is a CPU build, but the driver of a GPU is here: {BUILDS}")
@@ -227,7 +231,7 @@ SOFTWARE = {
         installed_version("triton") or installed_version("triton-rocm") or advise("no Triton: pip install triton")
     ),
     "torchvision": _torchvision,
-    "cuda driver": lambda _: _driver(),
+    "cuda driver": lambda _: driver_version(),
     "compiler": lambda advise: shutil.which("cc") or advise("no C compiler, which Triton needs: apt-get install g++"),
 }
 CPU = {

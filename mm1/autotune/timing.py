@@ -76,15 +76,15 @@ def device_named(name: str | None) -> Device:
     return DEVICES[name]
 
 
-_now: list["Bench"] = []
+current: list["Bench"] = []
 
 
 def _bench(*key: Any) -> "Bench":
     """Return the bench for this key. Only one is kept, because its inputs may need most of the memory."""
-    if not _now or _now[0].key != key:
-        _now.clear()
-        _now.append(Bench(*key))
-    return _now[0]
+    if not current or current[0].key != key:
+        current.clear()
+        current.append(Bench(*key))
+    return current[0]
 
 
 class Bench:

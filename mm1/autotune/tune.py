@@ -50,7 +50,7 @@ def tune(
     file of trials (None: in the user's cache). processes: number that compile at once. bits: per element. Raises
     TuneError for an unknown kernel or shape, and without a GPU.
     """
-    tunables, device = chosen(names), _here()
+    tunables, device = chosen(names), this_device()
     wanted = [(t, shape_named(t, shape)) for t in tunables] if shape else list(_by_importance(tunables))
 
     def keep(kernel: str, source: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def tune(
     return report
 
 
-def _here() -> Device:
+def this_device() -> Device:
     """Return the device to measure on. Raises TuneError if there is none."""
     if where() == "cuda":
         return device_of_index(None)

@@ -19,7 +19,7 @@ CHOSEN = [peer for peer in PEERS if DEVICE == "cuda" or peer.name not in COMPILE
 
 
 class Replay:
-    """Tell the time such that each round takes as long as the next of these samples."""
+    """Be a clock for pytest-benchmark, on which each round takes as long as the next of `samples`."""
 
     def __init__(self):
         self.samples: Iterator[float] = iter(())

@@ -38,8 +38,8 @@ def assemble(
     """Write a checkpoint to the folder `out`, and return `out`.
 
     Its weights come from `vision` and `decoder`, or from `source`, a checkpoint of mm1.
-    vision, decoder: a folder of transformers (config.json, and safetensors in one file or in shards), a .safetensors
-    file next to its config.json, or a named size of mm1, which means random weights. connector: Honeybee's
+    vision, decoder: a folder of Hugging Face transformers (config.json, and safetensors in one file or in shards), a
+    .safetensors file next to its config.json, or a named size of mm1, which means random weights. connector: Honeybee's
     .safetensors; None: random weights. tokenizer: a tokenizer.json; None: the decoder's. image_tokens: tokens of an
     image; None: 144. image_size: side of an image in pixels; None: the encoder's. context: limit of a document's
     tokens, which a sliding window must cover. experts: copies of the dense MLP in every moe_every-th layer; 0: none.

@@ -26,8 +26,8 @@ def convert(
 
     Args:
         out: folder to write.
-        vision: the image encoder, a CLIP or AIM, as a folder of transformers, as a .safetensors file next to its
-            config.json, or as a named size of mm1, which means random weights (default: that of --from).
+        vision: the image encoder, a CLIP or AIM, as a folder of Hugging Face transformers, as a .safetensors file next
+            to its config.json, or as a named size of mm1, which means random weights (default: that of --from).
         decoder: the decoder, a Llama, Mistral, Mixtral or Qwen3, in the same forms (default: that of --from).
         source: checkpoint of mm1, instead of --vision and --decoder (default: none).
         connector: the connector, Honeybee's .safetensors file (default: random weights).

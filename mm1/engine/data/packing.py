@@ -204,5 +204,5 @@ class Loader:
         self.quarantine.add(bad.shard, bad.key, reason, self.position)
         if count >= self.max_bad:
             raise UserError(
-                f"{bad.shard}: {count} unreadable records in a row (setting data.max_bad), the last because {reason}"
+                f"{bad.shard}: {count} unreadable records in a row (setting data.max_bad), the last one: {reason}"
             )

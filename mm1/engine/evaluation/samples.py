@@ -187,7 +187,7 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError("reading parquet needs pyarrow: run pip install '.[data]' in a clone of mm1") from None
+        raise UserError("reading parquet needs pyarrow: pip install pyarrow") from None
     try:
         table = parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:

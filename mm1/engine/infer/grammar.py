@@ -108,7 +108,7 @@ class Grammars:
 
     def _compile(self, schema: str) -> Grammar:
         if not find_spec("llguidance"):
-            raise SchemaError("it needs llguidance: run pip install '.[serve]' in a clone of mm1")
+            raise SchemaError("it needs llguidance: pip install llguidance")
         refuse_costly(schema)
         try_apart(schema)
         matcher = _matcher(_tokens_of(self.tokenizer), schema)

@@ -139,7 +139,9 @@ class Service:
             return Refusal(401, "wrong or missing API key", "invalid_api_key", www_authenticate="Bearer")
         host, origin = headers.get(b"host", b""), headers.get(b"origin")
         if not LOOPBACK.fullmatch(host) or origin not in (None, b"http://" + host):
-            return Refusal(403, "without an API key this server answers only its page and requests to loopback names")
+            return Refusal(
+                403, "without an API key the server answers only requests to localhost and from its own page"
+            )
         return None
 
     @asynccontextmanager

@@ -111,7 +111,9 @@ def _schema(value: Any) -> str | None:
     form = members("response_format", value, ("type", "json_schema"))
     kind = one_of("response_format.type", form.get("type"), ("text", "json_object", "json_schema"))
     if (kind == "json_schema") != ("json_schema" in form):
-        raise WrongField("response_format", f"is of type {kind}, expected json_schema together with a json_schema")
+        raise WrongField(
+            "response_format", f"has type {kind}, expected json_schema if and only if there is a json_schema"
+        )
     if kind != "json_schema":
         return '{"type": "object"}' if kind == "json_object" else None
     where, kinds = "response_format.json_schema", {"name": str, "description": str, "strict": bool}

@@ -110,7 +110,8 @@ def train(
 def replay(folder: Path, /, step: int) -> None:
     """Compute one step of a run again, and tell whether its data, the hardware or a kernel makes it differ.
 
-    Replay a run of several processes under torchrun on the same number, or on one within the rounding of its dtype.
+    For a run of several processes, start it under torchrun with as many, which compares exactly, or as one process,
+    which compares within the rounding of the dtype.
     The last line of standard output is one JSON object.
 
     Args:

@@ -19,7 +19,8 @@ class Train:
     accumulate: Count = 512
     """Packed sequences of a step, over all processes; MM1's pre-training has 512."""
     peak_lr: Positive | None = None
-    """Peak learning rate; none: MM1's law, exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder."""
+    """Peak learning rate; none: MM1's law, exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder;
+    a mixture counts as its dense equivalent."""
     final_lr: Annotated[float, Range(minimum=0, maximum=1)] = 0.1
     """Learning rate after the cosine schedule, as a fraction of the peak; MM1's is 0.1."""
     warmup: CountOrZero | None = None

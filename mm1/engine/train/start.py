@@ -58,7 +58,7 @@ def open_run(
     changed = []
     if state:
         saved = state.get("identity")  # earlier versions of mm1 did not store it
-        changed = differences(saved, streams.identity) if saved else ["the checkpoint does not say on which"]
+        changed = differences(saved, streams.identity) if saved else ["the checkpoint does not record on which"]
     if changed and not accept_other_data:
         raise UserError(
             f"{newest} was trained on other data than this run's: {'; '.join(changed)}; "

@@ -31,7 +31,7 @@ from mm1.engine.train.start import Start, load_initial_weights, named_dtype, ope
 from mm1.engine.train.state import TrainingState
 from mm1.engine.train.step import Observer, StepResult, run_micro_batches, sum_and_update
 
-MAX_DROPPED = 0.001  # share of the routed slots; above it a run warns once
+MAX_DROPPED = 0.001  # share of the token-expert pairs; above it a run warns once
 log = logging.getLogger(__name__)
 
 
@@ -241,7 +241,7 @@ class Trainer:
         metrics = self._metrics(done, sums, seconds)
         if metrics.get("dropped", 0.0) > MAX_DROPPED and not self.warned_of_drops:
             self.warned_of_drops = True
-            share = f"experts were full and dropped {metrics['dropped']:.1%} of the routed slots"
+            share = f"experts were full and dropped {metrics['dropped']:.1%} of the token-expert pairs"
             self.display.warn(f"step {done.step}: {share}; raise parallel.capacity, or leave it out to drop none")
         self.display.step(done.step, metrics)
 

@@ -24,7 +24,7 @@ CONVERTED = 1 << 20  # elements of a weight that a CPU converts at once, and mul
 
 def _linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if len(x) > FEW_ROWS:
-        return F.linear(x, _dequantized(weight, scale, x.dtype))
+        return F.linear(x, dequantized(weight, scale, x.dtype))
     return few_tokens.by_slot(x, None, 1, weight[None], gate_scale=scale[None])
 
 
@@ -32,7 +32,7 @@ def _moe(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
     if not few_tokens.few(index.numel(), len(down)):
-        weights = (_dequantized(w, scale, x.dtype) for w, scale in ((gate_up, gate_up_scale), (down, down_scale)))
+        weights = (dequantized(w, scale, x.dtype) for w, scale in ((gate_up, gate_up_scale), (down, down_scale)))
         return experts.moe_mlp(x, index, weight, *weights)
     (gate, up), (gate_scale, up_scale) = gate_up.chunk(2, 1), gate_up_scale.chunk(2, 1)
     return few_tokens.few_tokens(
@@ -40,7 +40,7 @@ def _moe(
     )
 
 
-def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_(scale[..., None])
 
 

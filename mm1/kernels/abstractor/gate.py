@@ -2,9 +2,9 @@
 
     y[p] = (b[p] · gate[image of p]) · Wᵀ        b [P, K], gate [N, K], W [C, K] -> [P, C]
 
-A separate kernel for the gate would read and write b again, 2·P·K elements: by the cost model a third of the product's time
-on an H200 for K = 1024 in bf16. A tile loads two rows of gates where its rows belong to at most two images, which is always so if
-images have at least 128 rows.
+A separate kernel for the gate would read and write b again, 2·P·K elements: by the cost model a third of the product's
+time on an H200 for K = 1024 in bf16. A tile loads two rows of gates where its rows belong to at most two images, which
+is always so if images have at least 128 rows.
 """
 
 from collections.abc import Iterator

@@ -37,8 +37,8 @@ def attention(
     mask: Full(), Causal() or Prefix(lengths int [B]). cu_seqlens_k int [B + 1]: the segments of the keys, where they
     differ from those of the queries. used_k int [B]: the number of valid keys of each segment, for a cache that is not
     full. max_length: an upper bound of a segment's rows, if the host knows one; torch's and flash-attn's kernels launch
-    programs for that many rows of every segment; without it, for as many as all rows together. backend: one of BACKENDS, or "auto":
-    "segments" on a CPU, the one measured to be fastest on a GPU (backends.choose_backend).
+    programs for that many rows of every segment; without it, for as many as all rows together. backend: one of
+    BACKENDS, or "auto": "segments" on a CPU, the one measured to be fastest on a GPU (backends.choose_backend).
 
     q, k and v have one dtype, which the result gets; under autocast they are cast to its dtype, except fp64.
 

@@ -3,8 +3,8 @@
     y[r]  = a[r] · b[e] (+ bias[e])   for rows r of expert e: offsets[e-1] ≤ r < offsets[e];  0 past the last offset
     dw[e] = a[rows of e]ᵀ · dy[rows of e],   zeros for an expert without rows
 
-a [M, K], b [E, K, N] -> y [M, N]; b may have any strides, so that a weight [E, N, K] is passed as its transpose. 2·M·K·N
-operations; at least M·(K + N) + E·K·N elements are read or written.
+a [M, K], b [E, K, N] -> y [M, N]; b may have any strides, so that a weight [E, N, K] is passed as its transpose.
+2·M·K·N operations; at least M·(K + N) + E·K·N elements are read or written.
 """
 
 from dataclasses import replace

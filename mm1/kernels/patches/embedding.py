@@ -47,7 +47,7 @@ from mm1.kernels.patches.pixels import (
     values,
     word_bytes,
 )
-from mm1.kernels.patches.position_tables import INTERPOLATIONS, place_of, resample, settings_of
+from mm1.kernels.patches.position_tables import INTERPOLATIONS, SIDES, place_of, resample, settings_of
 from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape, splits_of
 from mm1.kernels.tiles import descriptor, dot, tile_of
 from mm1.kernels.tuning import config_for
@@ -105,7 +105,7 @@ def _finish(
     tl.store(y_ptr + places, acc.to(y_ptr.dtype.element_ty), (rows < P)[:, None] & (offs_n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIDES)
 def _embed_kernel(
     x_ptr, word_ptr, stride_ptr, w, w_tail, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, P, N, Gh, Gw, stride_w,
     stride_x, K: tl.constexpr, ROW: tl.constexpr, WORD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr,

@@ -34,6 +34,7 @@ from mm1.kernels.patches.grids import Grids, as_grids, image_of, load_image
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 BLOCK_ROWS, BLOCK_WIDTH = 16, 128  # the tile of y that one program computes
 BLOCK_COLUMNS = 32  # image columns of one step of the gradient
+SIDES = ["Gh", "Gw"]  # of the table: a side of 1 would be a Python int in the kernel, which has no type to convert
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def resample(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIDES)
 def _positions_kernel(
     table_ptr, owner_ptr, images_ptr, y_ptr, P, N, Gh, Gw, MERGE: tl.constexpr, MODE: tl.constexpr,
     ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -184,7 +185,7 @@ def _pull(tap, place, out, size, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, AL
         return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIDES)
 def _dtable_kernel(
     dy_ptr, images_ptr, part_ptr, stride_p, stride_n, images, N, Gh, Gw, share, MERGE: tl.constexpr,
     MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_G: tl.constexpr,

@@ -257,10 +257,10 @@ def test_parquet_rows_are_found_across_row_groups(tmp_path):
         Interleaved(tmp_path / "t.parquet")
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"pip install 'mm1-engine\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install pyarrow"):
         TextSource(tmp_path / "a.parquet")
 
 

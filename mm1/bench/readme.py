@@ -135,8 +135,8 @@ def _summary(results: Sequence[Result]) -> Lines:
                     title, f"{digits(low)}×" if low == high else f"{digits(low)}× … {digits(high)}×",
                     *(str(kinds.count(kind)) if kind in kinds else "" for kind in ("faster", "even", "slower")), device,
                 ])  # fmt: skip
-    notes = ["The first column of numbers is the fastest peer's time over mm1's, its range over all cases: above 1 mm1",
-             "is faster. The next three count cases; `within noise` means that two runs of mm1 differ by as much.",
+    notes = ["The first column of numbers is the range, over all cases, of the fastest peer's time divided by mm1's:",
+             "above 1 mm1 is faster. The next three count cases; `within noise`: two runs of mm1 differ by at least as much.",
              "Machines: " + "; ".join(f"{letter} is {name}" for name, letter in devices.items()) + "."]  # fmt: skip
     return ["", "peer's time / mm1's", "faster", "within noise", "slower", "machine"], lines, notes
 

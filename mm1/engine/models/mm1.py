@@ -45,7 +45,7 @@ class MM1(Model):
 
     def forward(self, batch: Batch) -> Losses:
         """Return the next-token loss, the load-balancing loss and the router's z-loss of a packed batch."""
-        hidden, load_balance, z_loss, slots = self.hidden(batch)
+        hidden, load_balance, z_loss, routed = self.hidden(batch)
         rows = batch.target_rows
         nll = linear_cross_entropy(hidden[rows], self.decoder.head_weight, batch.targets[rows], reduction="sum")
         c = self.config.decoder
@@ -55,13 +55,17 @@ class MM1(Model):
             "load_balance": Sum(load_balance, "batches"),
             "z_loss": Sum(z_loss, "batches"),
         }
-        return Losses(objective, sums, torch.stack(slots) if slots else batch.tokens.new_zeros(0, dtype=torch.int64))
+        counts = torch.stack(routed) if routed else batch.tokens.new_zeros(0, dtype=torch.int64)
+        return Losses(objective, sums, counts)
 
     def document_losses(self, batch: Batch) -> Tensor:
         return self.decoder.document_losses(self.hidden(batch)[0], batch.targets, batch.cu_seqlens)
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Return the final hidden states [T, D], load-balance and z-loss fp32 [], and each mixture layer's slots."""
+        """Return the final hidden states [T, D], load-balance and z-loss fp32 [], and what each mixture layer routed.
+
+        The last is, for each mixture layer, the int64 [E + 1] of Experts: ends of the experts' token-expert pairs.
+        """
         x = self.embed(batch)
         mask = torch.arange(len(x), device=x.device) < batch.cu_seqlens[-1]
         return self.decoder(x, batch.positions, batch.cu_seqlens, mask)

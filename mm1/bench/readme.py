@@ -136,7 +136,8 @@ def _summary(results: Sequence[Result]) -> Lines:
                     *(str(kinds.count(kind)) if kind in kinds else "" for kind in ("faster", "even", "slower")), device,
                 ])  # fmt: skip
     notes = ["The first column of numbers is the range, over all cases, of the fastest peer's time divided by mm1's:",
-             "above 1 mm1 is faster. The next three count cases; `within noise`: two runs of mm1 differ by at least as much.",
+             "above 1 mm1 is faster. The next three count cases; `within noise`: two runs of mm1 differ by at least as",
+             "much.",
              "Machines: " + "; ".join(f"{letter} is {name}" for name, letter in devices.items()) + "."]  # fmt: skip
     return ["", "peer's time / mm1's", "faster", "within noise", "slower", "machine"], lines, notes
 

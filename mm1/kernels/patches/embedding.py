@@ -234,9 +234,10 @@ def forward(
     The value of a byte u in channel c is scale[c] · (u - 128) + shift[c], that of a float x is scale[c] · x + shift[c].
     """
     word = word_bytes(x, patch)
+    places = places_of(images, owner, patch, word, merge)
     return _embed(
         as_words(x, word), weight.shape[1], *fold(weight, bias, scale, shift), table, images, owner, merge, mode,
-        antialias, align, word, patch * 3 // word, places_of(images, owner, patch, word, merge),
+        antialias, align, word, patch * 3 // word, places,
     )  # fmt: skip
 
 

@@ -47,13 +47,32 @@ def test_cases_of_an_op_are_right_here(op):
         assert max(run().values()) < 1e-4
 
 
+def faulty(op, monkeypatch, change):
+    """Let an op's own implementation pass its leaves through `change`."""
+    original = OPS[op]
+
+    def problem(new, *sizes):
+        made = original.problem(new, *sizes)
+        return replace(made, ours=lambda leaves: made.ours(change(leaves)))
+
+    monkeypatch.setitem(OPS, op, original._replace(problem=problem))
+
+
 def test_a_wrong_gradient_is_seen(monkeypatch):
-    op = OPS["linear_cross_entropy"]
-
-    def faulty(new, *sizes):
-        problem, leaves = op.problem(new, *sizes), lambda x: {"x": x["x"].detach() + 0.01 * (x["x"] - x["x"].detach())}
-        return replace(problem, ours=lambda x: problem.ours({**x, **leaves(x)}))
-
-    monkeypatch.setitem(OPS, "linear_cross_entropy", op._replace(problem=faulty))
+    faulty("linear_cross_entropy", monkeypatch, lambda x: {
+        **x, "x": x["x"].detach() + 0.01 * (x["x"] - x["x"].detach())})  # fmt: skip
     with pytest.raises(Wrong, match=r"x by 0\.99"):
         compare("linear_cross_entropy", (33, 72, 100), torch.float32, "cpu")
+
+
+def test_a_gradient_that_should_be_zero_and_is_not_is_seen(monkeypatch):
+    """Over one key the softmax is constant: the gradients of q and k are zero but for rounding."""
+    sizes = (1, 1, 2, 2, 64, True)
+    assert max(compare("attention", sizes, torch.float32, "cpu").values()) < 1e-5
+    faulty("attention", monkeypatch, lambda x: {**x, "v": x["v"] + 0.001 * (x["q"] - x["q"].detach())})
+    with pytest.raises(Wrong, match="q by 0"):
+        compare("attention", sizes, torch.float32, "cpu")
+
+
+def test_gradients_of_a_step_without_tokens_are_zeros():
+    assert max(compare("moe_mlp", ("fine", 0), torch.float32, "cpu").values()) == 0

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from mm1.autotune.space import Inputs
-from mm1.bench.kernels import TOLERANCE, WIDE, rms_error
+from mm1.bench.kernels import TOLERANCE, WIDE, rms, rms_error
 from mm1.bench.ops import OPS
 from mm1.bench.record import OUT, Record, machine_name
 from mm1.bench.roofline import DTYPES
@@ -55,7 +55,7 @@ SMALL: dict[str, list[tuple[Any, ...]]] = {
     "linear_cross_entropy": [(1, 64, 10), (33, 72, 1000)],
 }
 LARGE = {"moe_mlp": "olmoe T=8192"}  # where the first case fills a GPU that other checks share
-ZERO = 1e-6  # rms of a gradient that is zero but for rounding
+ZERO = 1e-6  # of the largest rms: a smaller result is zero but for rounding
 
 Case = Callable[
     [], dict[str, float]
@@ -99,12 +99,11 @@ def compare(op: str, args: tuple[Any, ...], dtype: torch.dtype, device: str) -> 
     wide = {name: leaf.detach().to(WIDE[dtype]) for name, leaf in problem.leaves.items()}
     truth, dy = _results(problem.plain, wide, OPS[op].backward)
     ours, _ = _results(problem.ours, problem.leaves, OPS[op].backward, dy)
-    # A gradient that is zero, as that of a softmax over one key, has no scale of its own: dy is 1.
-    zero = {name: bool(truth[name].square().mean() < ZERO**2) for name in ours}
-    errors = {
-        name: float(ours[name].double().square().mean().sqrt()) if zero[name] else rms_error(ours[name], truth[name])
-        for name in ours
-    }
+    # A gradient that is zero, as that of a softmax over one key, has no scale of its own: the largest one's counts.
+    sizes = {name: rms(truth[name]) for name in ours}
+    largest = max(sizes.values())
+    scales = {name: size if size >= ZERO * largest else largest for name, size in sizes.items()}
+    errors = {name: rms_error(ours[name], truth[name], scales[name]) for name in ours}
     limit = TOLERANCE[dtype] * problem.tolerance
     if wrong := [f"{name} by {error:.2g}" for name, error in errors.items() if not error <= limit]:
         raise Wrong(f"relative to rms and with a tolerance of {limit:.2g}: {', '.join(wrong)}")

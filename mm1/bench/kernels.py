@@ -212,10 +212,12 @@ def _host_and_energy(call: Call) -> dict[str, Any]:
     return {"host": host, "joules": gpu["joules"] and gpu["joules"] / max(count, 1)}
 
 
-def rms_error(result: Tensor, truth: Tensor) -> float:
-    """Return the rms error relative to the rms of the truth; 0 for results without elements."""
-    if not truth.numel():
-        return 0.0
-    truth = truth.reshape(result.shape)
-    scale = truth.double().square().mean().sqrt()
-    return float((result.double() - truth.double()).square().mean().sqrt() / scale.clamp(min=1e-30))
+def rms(x: Tensor) -> float:
+    """Return the root of the mean square; 0 for a tensor without elements."""
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def rms_error(result: Tensor, truth: Tensor, scale: float | None = None) -> float:
+    """Return the rms error relative to `scale` (default: the rms of the truth)."""
+    difference = result.double() - truth.reshape(result.shape).double()
+    return rms(difference) / max(rms(truth) if scale is None else scale, 1e-30)

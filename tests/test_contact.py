@@ -7,9 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm1.bench.contact import CHECKS, SMALL, Context, Wrong, compare, contact, op_cases
+from mm1.bench.contact import (
+    CHECKS,
+    SMALL,
+    Context,
+    Wrong,
+    attention_cases,
+    compare,
+    contact,
+    masked_attention,
+    op_cases,
+)  # fmt: skip
 from mm1.bench.ops import OPS
 from mm1.bench.record import Record, read
+from mm1.kernels.attention import Causal, Full
+from mm1.kernels.attention.reference import attention
 
 BAD = [sys.executable, str(Path(__file__).with_name("contact_checks.py"))]
 
@@ -76,3 +88,22 @@ def test_a_gradient_that_should_be_zero_and_is_not_is_seen(monkeypatch):
 
 def test_gradients_of_a_step_without_tokens_are_zeros():
     assert max(compare("moe_mlp", ("fine", 0), torch.float32, "cpu").values()) == 0
+
+
+def test_every_backend_of_attention_that_a_gpu_may_choose_is_checked():
+    """Also the Triton kernel, which "auto" leaves out where torch's is as fast."""
+    on = Context("cuda", ("bf16", "fp16", "fp32"))
+    names = {name: [case for case, _ in attention_cases(name, on)] for name in ("varlen", "triton", "flex")}
+    assert len(names["triton"]) == 9
+    assert {case.split()[0] for case in names["varlen"]} == {"full", "causal", "prefix"}
+    assert {f"attention {name}" for name in names} < set(CHECKS)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "prefix"])
+def test_a_wrong_mask_is_seen(mask, monkeypatch):
+    assert max(masked_attention("segments", mask, torch.float32, "cpu").values()) < 1e-5
+    other = Full() if mask == "causal" else Causal()
+    truth = lambda q, k, v, cu_seqlens, **_: attention(q, k, v, cu_seqlens, mask=other)  # noqa: E731
+    monkeypatch.setattr("mm1.bench.contact.attention_reference", truth)
+    with pytest.raises(Wrong):
+        masked_attention("segments", mask, torch.float32, "cpu")

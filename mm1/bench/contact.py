@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,15 @@ from torch import Tensor
 
 from mm1.autotune.space import Inputs
 from mm1.bench.kernels import TOLERANCE, WIDE, rms, rms_error
-from mm1.bench.ops import OPS
+from mm1.bench.ops import OPS, Problem, calls
 from mm1.bench.record import OUT, Record, machine_name
 from mm1.bench.roofline import DTYPES
+from mm1.kernels.attention import Causal, Full, Prefix, attention
+from mm1.kernels.attention.backends import BACKENDS, installed
+from mm1.kernels.attention.masks import Mask
+from mm1.kernels.attention.reference import attention as attention_reference
+from mm1.kernels.dispatch import Cost
+from mm1.kernels.language import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "mm1.bench.contact", "--run")
@@ -54,12 +60,15 @@ SMALL: dict[str, list[tuple[Any, ...]]] = {
     "route": [(1, 4, 1), (77, 8, 2), (33, 512, 8)],
     "linear_cross_entropy": [(1, 64, 10), (33, 72, 1000)],
 }
+MASKS: dict[str, Callable[[str], Mask]] = {
+    "full": lambda device: Full(), "causal": lambda device: Causal(),
+    "prefix": lambda device: Prefix(torch.tensor([0, 20, 5, 200], device=device, dtype=torch.int32)),
+}  # fmt: skip
 LARGE = {"moe_mlp": "olmoe T=8192"}  # where the first case fills a GPU that other checks share
 ZERO = 1e-6  # of the largest rms: a smaller result is zero but for rounding
 
-Case = Callable[
-    [], dict[str, float]
-]  # returns errors by name, relative to the rms of the truth; raises where one is too large
+# A case returns errors by name, relative to the rms of the truth, and raises where one is too large.
+Case = Callable[[], dict[str, float]]
 
 
 class Wrong(Exception):
@@ -93,12 +102,16 @@ def op_cases(op: str, on: Context) -> Iterator[tuple[str, Case]]:
 
 
 def compare(op: str, args: tuple[Any, ...], dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Return the errors of an op's result and gradients. Raises Wrong for one beyond its tolerance."""
+    """Check an op at one size; see `check`."""
     torch.manual_seed(0)
-    problem = OPS[op].problem(Inputs(device, dtype), *args)
+    return check(OPS[op].problem(Inputs(device, dtype), *args), dtype, OPS[op].backward)
+
+
+def check(problem: Problem, dtype: torch.dtype, backward: bool = True) -> dict[str, float]:
+    """Return the errors of a problem's result and gradients. Raises Wrong for one beyond its tolerance."""
     wide = {name: leaf.detach().to(WIDE[dtype]) for name, leaf in problem.leaves.items()}
-    truth, dy = _results(problem.plain, wide, OPS[op].backward)
-    ours, _ = _results(problem.ours, problem.leaves, OPS[op].backward, dy)
+    truth, dy = _results(problem.plain, wide, backward)
+    ours, _ = _results(problem.ours, problem.leaves, backward, dy)
     # A gradient that is zero, as that of a softmax over one key, has no scale of its own: the largest one's counts.
     sizes = {name: rms(truth[name]) for name in ours}
     largest = max(sizes.values())
@@ -122,6 +135,35 @@ def _results(
     gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype), allow_unused=True)
     found = {name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None}
     return {"y": y.detach(), **found}, dy
+
+
+def attention_cases(backend: str, on: Context) -> Iterator[tuple[str, Case]]:
+    """Yield cases of one backend of attention, which "auto" may not choose: every mask, segments of 0 to 130 rows."""
+    properties = BACKENDS[backend]
+    here = (
+        properties.auto or properties.gpu
+        if on.large
+        else backend == "segments" or (backend == "triton" and INTERPRETED)
+    )
+    if not (here and installed(backend)):
+        return
+    for mask in MASKS if properties.prefix != "refused" else ("full", "causal"):
+        for dtype in on.dtypes if backend in ("triton", "segments") else ("bf16", "fp16"):
+            yield f"{mask} {dtype}", partial(masked_attention, backend, mask, DTYPES[dtype], on.device)
+
+
+def masked_attention(backend: str, mask: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Check a backend on ragged segments against the reference, which compares every pair of rows."""
+    torch.manual_seed(0)
+    new, lengths = Inputs(device, dtype), [1, 37, 0, 130]
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], device=device, dtype=torch.int32)
+    inputs = {"cu_seqlens": cu_seqlens, "mask": MASKS[mask](device)}
+    q, k, v = (new.floats(sum(lengths), heads, 64) for heads in (4, 2, 2))
+    ours = partial(attention, **inputs, max_length=max(lengths), backend=backend)
+    problem = Problem(
+        {}, {"q": q, "k": k, "v": v}, calls(ours), calls(attention_reference, **inputs), (Cost(0, 0), Cost(0, 0))
+    )
+    return check(problem, dtype)
 
 
 def second_gpu_cases(on: Context) -> Iterator[tuple[str, Case]]:
@@ -195,6 +237,7 @@ def decode_cases(on: Context) -> Iterator[tuple[str, Case]]:
 
 CHECKS: dict[str, Callable[[Context], Iterator[tuple[str, Case]]]] = {
     **{op: partial(op_cases, op) for op in SMALL},
+    **{f"attention {name}": partial(attention_cases, name) for name in BACKENDS if name not in ("reference", "sdpa")},
     "train": train_cases, "decode": decode_cases, "second GPU": second_gpu_cases,
 }  # fmt: skip
 

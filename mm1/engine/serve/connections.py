@@ -106,12 +106,12 @@ def server_of(app: Any, stop_seconds: float = STOP_SECONDS) -> "uvicorn.Server":
             self.conn = Reader()
             self.half_closed = self.lingers = False
             self.discarded = 0
+            self.stage: tuple[str, Any] = ("head", None)  # as _stage returns it
+            self.since = self.begun = self.loop.time()  # beginning of the stage, and of all stages of its name in a row
+            self.patience = math.inf  # seconds, limit of the latter
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(cast("Any", Transport(transport, self)))
-            self.since = self.begun = self.loop.time()  # beginning of the stage, and of all stages of its name in a row
-            self.patience = math.inf  # seconds, limit of the latter
-            self.stage = self._stage()
             if len(self.connections) > max_connections:
                 dropped = self._least_needed()
                 dropped.transport.abort()

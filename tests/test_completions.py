@@ -227,6 +227,23 @@ def test_what_is_wrong_is_refused_with_its_name(port, body):
     assert 0 < len(error["message"]) < 400
 
 
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ([1], "the request is of type array, expected object"),
+        ({"prompt": {}}, "prompt is of type object, expected array"),
+        ({"prompt": "x", "echo": "yes"}, "echo is of type string, expected boolean"),
+        ({"prompt": "x", "n": 1.5}, "n is of type number, expected integer"),
+        ({"prompt": "x", "top_p": True}, "top_p is of type boolean, expected number"),
+        ({"prompt": "x", "logit_bias": []}, "logit_bias is of type array, expected object"),
+    ],
+)
+def test_types_have_the_names_of_json(body, message):
+    with pytest.raises(UserError) as refused:
+        completions.parse(json.dumps(body).encode())
+    assert str(refused.value) == message
+
+
 def test_no_prompt_is_the_beginning_of_a_document(model, client):
     truth = Engine(model, tokens=256)
     request = truth.submit([""], Sampling(max_tokens=5))

@@ -26,6 +26,8 @@ NEUTRAL = {"tools": ([],), "tool_choice": ("none",), "functions": ([],), "functi
 # Parameters of OpenAI's accounts, storage and caches that change no text: any value is accepted.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                   "prompt_cache_options", "prompt_cache_retention"}  # fmt: skip
+JSON = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number",
+        type(None): "null"}  # fmt: skip
 COMMON = {*WHOLE, *REAL, "model", "stop", "stream", "stream_options", "logprobs", "logit_bias", "response_format"}
 
 
@@ -134,7 +136,7 @@ def members(name: str, value: Any, supported: Collection[str]) -> dict[str, Any]
 def typed(name: str, value: Any, kind: type) -> Any:
     """Return the value of a field. Raises WrongField if it is of another type."""
     if not isinstance(value, kind):
-        raise WrongField(name, f"is of type {type(value).__name__}, expected {kind.__name__}")
+        raise WrongField(name, f"is of type {JSON[type(value)]}, expected {JSON[kind]}")
     return value
 
 
@@ -148,7 +150,7 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
 def number(name: str, value: Any, kind: type, minimum: float, maximum: float) -> Any:
     """Return the value of a field, an int or a float from minimum to maximum. Raises WrongField otherwise."""
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise WrongField(name, f"is of type {type(value).__name__}, expected {kind.__name__}")
+        raise WrongField(name, f"is of type {JSON[type(value)]}, expected {JSON[kind]}")
     if not minimum <= value <= maximum:
         raise WrongField(name, f"is {str(value)[:60]}, expected {minimum} to {maximum}")
     return value
@@ -168,5 +170,5 @@ def json_object(body: bytes) -> dict[str, Any]:
     """Parse a request's JSON object, and omit entries that are null. Raises UserError."""
     value = loads(body)
     if not isinstance(value, dict):
-        raise UserError(f"the request is of type {type(value).__name__}, expected dict")
+        raise UserError(f"the request is of type {JSON[type(value)]}, expected {JSON[dict]}")
     return {key: entry for key, entry in value.items() if entry is not None}

@@ -31,6 +31,12 @@ def mostly_slow(first: str, *others: str) -> list:
     return [first, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
 
 
+if INTERPRETED:
+    import hostile
+
+    hostile.install()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -82,9 +88,9 @@ def assert_exports(call, dynamic_shapes, *cases, strict=False, parameters=()):
         torch.testing.assert_close(program(*case), module(*case), rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=INTERPRETED)
 def poisoned():
-    """torch.empty gives NaN, and the largest integer."""
+    """torch.empty gives NaN, and the largest integer; for all interpreted tests."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -5,6 +5,7 @@ import torch
 from conftest import mostly_slow
 
 from mm1.autotune.static import Compiled, compile_launch, distinct
+from mm1.kernels import tiles
 from mm1.kernels.dispatch import DEVICES, Launch, recording
 from mm1.kernels.moe import experts, routing
 from mm1.kernels.patches import embedding, position_tables
@@ -49,6 +50,7 @@ def route(T, E, k):
     choice, weight, first, balance, z = routing.route_forward(logits, None, k, True)
     routing.route_backward(weight, balance, z, logits, None, choice, first, True)
     routing.sort(choice, E)
+    tiles.tile_map(ints(E), T * k, 64)
 
 
 def embed(p, width, side, dtype=BF16, pixels=torch.uint8, mode="bilinear"):

@@ -11,13 +11,17 @@ import torch
 
 from mm1.autotune import predict as room
 from mm1.autotune.predict import check, predict
-from mm1.autotune.space import KERNELS, interval
+from mm1.autotune.space import DTYPES, KERNELS, interval
 from mm1.autotune.static import Compiled, Task, compile_task, fault
 from mm1.autotune.tables import TABLES, read_table, static_facts, write_table
 from mm1.autotune.workers import Failed
-from mm1.kernels import tuning
+from mm1.kernels import tiles, tuning
+from mm1.kernels.abstractor import gate
+from mm1.kernels.attention import tiles as attention
 from mm1.kernels.device import DEVICES
+from mm1.kernels.dispatch import power_of_2
 from mm1.kernels.moe.grouped import DwShape
+from mm1.kernels.patches import tiles as patches
 from mm1.kernels.tiles import Config, Shape
 from mm1.kernels.tuning import chain
 from tests.conftest import not_interpreted
@@ -50,6 +54,47 @@ def test_each_gpu_has_rows_for_each_kernel(kernel, device):
         assert row["origin"] in ("predicted", "measured")
         assert ("us" in row) == ("default_us" in row) == (row["origin"] == "measured"), "a prediction has no times"
         assert row["static"]["shared"] <= DEVICES[device].shared
+
+
+def closed_form(kernel, config, shape, dtype, device):
+    """Return the bytes of shared memory by the formulas of `legal`; None for a kernel over rows, which has none."""
+    if kernel.startswith("flash"):
+        return attention.shared_bytes(kernel, config, shape.width, dtype.itemsize, device)
+    if kernel == "paged_attention":
+        return attention.shared_bytes("flash", config, power_of_2(shape.width), dtype.itemsize, device)
+    if kernel == "conv_gate":
+        return gate.shared_bytes(config, shape, dtype, device)
+    if kernel.startswith("patch_embed"):
+        return patches.shared_bytes(config, shape, dtype, device)
+    if kernel == "grouped_gemm_dw":
+        return tiles.shared_bytes(config, Shape(shape.k, 1, 128, shape.n), dtype.itemsize, device, stores=False)
+    stores = kernel in ("grouped_gemm", "experts_up")
+    return tiles.shared_bytes(config, shape, dtype.itemsize, device, stores) if isinstance(shape, Shape) else None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_shared_memory_of_compiled_rows_is_what_legal_expects(kernel):
+    """A formula below the truth lets the tuner choose configurations that cannot be launched."""
+    tunable = KERNELS[kernel].tunable
+    for device in DEVICES.values():
+        for source in read_table(TABLES, kernel, device):
+            row = tuning.read(tunable, source)
+            shape = tunable.shape(*(w[1] if isinstance(w, tuple) else w for w in row.when))
+            expected = closed_form(kernel, row.config, shape, DTYPES[row.bits], device)
+            assert expected is None or source["static"]["shared"] <= expected + 1024, (device.name, source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["a100", "h200", "b200", "rtx5090", "mi300x"])
+@pytest.mark.parametrize("kernel", [name for name, kernel in KERNELS.items() if kernel.multiplies])
+def test_the_largest_legal_configurations_fit(kernel, device):
+    tunable, device = KERNELS[kernel].tunable, DEVICES[device]
+    shape = max(KERNELS[kernel].shapes(), key=lambda shape: shape[0])
+    legal = list(tunable.choices(shape, BF16, device))
+    legal.sort(key=lambda config: closed_form(kernel, config, shape, BF16, device))
+    for config in legal[-64::16]:
+        for code in compile_task(Task(kernel, tuple(shape), config, 16, device.name)):
+            assert code.shared <= device.shared, config
 
 
 def test_rows_of_today_compile_to_sound_code():

@@ -256,20 +256,42 @@ def test_who_is_who():
     assert [d.name for d in devices.nearest("sm_90", 132, 4700)] == ["h200", "h100"]
 
 
-def test_a_gpu_is_known_by_its_slot_in_the_machine(tmp_path, monkeypatch):
+def test_an_architecture_without_devices_is_judged_as_the_one_that_it_is_compiled_like():
+    """B300, Thor, GB10, RTX 3090, Orin and MI350X: their code, their tables, their rates."""
+    for arch, name in (("sm_103", "b200"), ("sm_110", "b200"), ("sm_121", "rtx5090"), ("sm_86", "rtx4090"),
+                       ("sm_87", "a100"), ("gfx950", "mi300x")):  # fmt: skip
+        like, device = DEVICES[name], identify(arch, 100, DEVICES[name].shared, 0x9999, 3000.0)
+        assert (device.arch, device.family) == (arch, like.arch)
+        for judged in ("asynchronous", "wgmma", "tma", "warp", "vendor"):
+            assert getattr(device, judged) == getattr(like, judged), (arch, judged)
+        assert device.tflops == pytest.approx(like.tflops * 100 / like.units)
+        assert devices.nearest(arch, like.units, like.bandwidth)[0] is like
+    assert devices.nearest("sm_75", 40, 300.0) == []
+
+
+@pytest.mark.parametrize(
+    "name, properties, shared",
+    [("h200", {"major": 9, "minor": 0, "memory_clock_rate": 3201000, "memory_bus_width": 6144}, 227 << 10),
+     ("mi300x", {"gcnArchName": "gfx942:sramecc+:xnack-", "memory_clock_rate": 1300000, "memory_bus_width": 8192},
+      64 << 10)],
+)  # fmt: skip
+def test_a_gpu_is_known_by_its_slot_in_the_machine(name, properties, shared, monkeypatch):
     from types import SimpleNamespace
 
     from mm1.kernels import dispatch
 
+    device = DEVICES[name]
+    amd = device.vendor == "amd"
     properties = SimpleNamespace(
-        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10, pci_domain_id=0,
-        pci_bus_id=0x4A, pci_device_id=0, memory_clock_rate=3201000, memory_bus_width=6144,
+        multi_processor_count=device.units, pci_domain_id=0, pci_bus_id=0x4A, pci_device_id=0, **properties,
+        **{"shared_memory_per_block" + ("" if amd else "_optin"): shared},
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
     paths = []
-    monkeypatch.setattr(dispatch.Path, "read_text", lambda path: paths.append(str(path)) or "0x2335\n")
+    monkeypatch.setattr(dispatch.Path, "read_text", lambda path: paths.append(str(path)) or f"{device.pci[0]:#x}\n")
     dispatch.device_of_index.cache_clear()
-    assert dispatch.device_of_index(0) is DEVICES["h200"]
+    assert dispatch.device_of_index(0) is device
     assert paths == ["/sys/bus/pci/devices/0000:4a:00.0/device"]
     dispatch.device_of_index.cache_clear()
 

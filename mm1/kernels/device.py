@@ -26,6 +26,11 @@ class Device:
         return "amd" if self.arch.startswith("gfx") else "nvidia"
 
     @property
+    def family(self) -> str:
+        """Return the architecture of DEVICES whose machine code is like this one's."""
+        return LIKE.get(self.arch, self.arch)
+
+    @property
     def tma(self) -> bool:
         """Return whether the GPU has bulk tensor copies (TMA)."""
         return self.vendor == "nvidia" and int(self.arch[3:]) >= 90
@@ -43,9 +48,13 @@ class Device:
     @property
     def asynchronous(self) -> bool:
         """Return whether products read operands from shared memory, so that a pipeline keeps all its stages there."""
-        return self.arch in ("sm_90", "sm_100")
+        return self.family in ("sm_90", "sm_100")
 
 
+# Architectures that Triton compiles as it compiles one of DEVICES: A10 and RTX 30; Jetson Orin; B300 and Jetson Thor,
+# which have tcgen05 as a B200; GB10; MI350X.
+LIKE = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
+        "gfx950": "gfx942"}  # fmt: skip
 # PCI ids: pci-ids.ucw.cz. Variants of a chip that differ in bandwidth may share an id.
 DEVICES = {
     device.name: device
@@ -77,16 +86,17 @@ def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwid
     similar = next(iter(nearest(arch, units, bandwidth)), Device(name, arch, units, shared))
     share = max(units, 1) / max(similar.units, 1)
     return replace(
-        similar, name=name, units=units, shared=shared, bandwidth=bandwidth or similar.bandwidth * share,
+        similar, name=name, arch=arch, units=units, shared=shared, bandwidth=bandwidth or similar.bandwidth * share,
         tflops=similar.tflops * share, pci=() if pci is None else (pci,),
     )  # fmt: skip
 
 
 def nearest(arch: str, units: int, bandwidth: float | None) -> list[Device]:
-    """Return the GPUs of DEVICES of one architecture, the most similar in units and bandwidth (GB/s) first."""
+    """Return the GPUs of DEVICES of an architecture's family, the most similar in units and bandwidth (GB/s) first."""
+    family = LIKE.get(arch, arch)
 
     def distance(device: Device) -> float:
         memory = 0.0 if bandwidth is None else abs(log2(bandwidth / device.bandwidth))
         return abs(log2(max(units, 1) / device.units)) + memory
 
-    return sorted((d for d in DEVICES.values() if d.arch == arch), key=distance)
+    return sorted((d for d in DEVICES.values() if d.arch == family), key=distance)

@@ -167,12 +167,10 @@ def device_of_index(index: int | None) -> Device:
     p = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
     arch = p.gcnArchName.split(":")[0] if hip else f"sm_{p.major}{p.minor}"
-    shared = 64 << 10 if hip else p.shared_memory_per_block_optin
-    clock, width = (
-        getattr(p, "memory_clock_rate", 0),
-        getattr(p, "memory_bus_width", 0),
-    )  # kHz and bits; two transfers a clock
-    bandwidth = 2 * clock * width / 8 / 1e6 or None
+    shared = p.shared_memory_per_block if hip else p.shared_memory_per_block_optin
+    clock, width = getattr(p, "memory_clock_rate", 0), getattr(p, "memory_bus_width", 0)  # kHz and bits
+    transfers = 4 if arch in ("gfx942", "gfx950") else 2  # a clock: AMD reports 1300 MHz for HBM3 of 5.2 GT/s
+    bandwidth = transfers * clock * width / 8 / 1e6 or None
     slot = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
     try:
         pci = int(Path(f"/sys/bus/pci/devices/{slot}/device").read_text(), 16)

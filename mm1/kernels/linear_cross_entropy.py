@@ -69,10 +69,10 @@ def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK:
             tl.store(logits_ptr + row * V + offs, dx.to(logits_ptr.dtype.element_ty), offs < V)
 
 
-def _loss(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
+def loss_in_place(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
     """Store each row's loss in nll [rows]; grad: overwrite logits [rows, V] with their gradient."""
     rows, V = logits.shape
-    if not (INTERPRETED or logits.is_cuda):
+    if logits.device.type == "cpu" and not INTERPRETED:
         counted, classes = targets != IGNORED, targets.clamp(min=0).long()[:, None]
         p = torch.log_softmax(logits.to(nll.dtype), 1)
         nll.copy_(torch.where(counted, -p.gather(1, classes)[:, 0], 0))
@@ -92,7 +92,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; unneeded ones have no rows."""
     (rows, D), V = x.shape, len(weight)
-    if not (INTERPRETED or x.is_cuda):
+    if x.device.type == "cpu" and not INTERPRETED:
         wrong = ((targets < 0) | (targets >= V)) & (targets != IGNORED)
         if wrong.any():
             row = int(wrong.nonzero()[0])
@@ -108,7 +108,7 @@ def _forward(
     for begin in range(0, rows, max(step, 1)):
         part = slice(begin, begin + step)
         logits = torch.mm(x[part], w.t())
-        _loss(logits, targets[part], nll[part], need_x or need_weight)
+        loss_in_place(logits, targets[part], nll[part], need_x or need_weight)
         if need_x:
             torch.mm(logits, w, out=dx[part])
         if need_weight and begin == 0:

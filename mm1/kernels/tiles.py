@@ -22,8 +22,8 @@ UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 incorrectl
 # On sm_120 Triton 3.6 spills registers for each descriptor in a loop, and issues up to 36 % more instructions than with
 # addresses.
 SPILLS_DESCRIPTORS = INSTALLED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-MAP_TILES = 32  # tiles that one program of the map kernel assigns
-MAP_EXPERTS = 32  # experts that it compares with all others at once
+MAP_SIDE = 32  # tiles that a program of the map kernel assigns, and experts that it compares with all others at once
+MAP_PAIRS = 16384  # pairs of them and experts: of more, or of as many with 4 warps, registers spilled
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,21 @@ class Shape(NamedTuple):
         return 1 + self.gated
 
 
-def shared_bytes(config: Config, shape: Shape, itemsize: int, device: Device) -> int:
-    """Return the bytes of shared memory that the pipeline uses.
+def shared_bytes(config: Config, shape: Shape, itemsize: int, device: Device, stores: bool = True) -> int:
+    """Return the bytes of shared memory that a program uses at most, without barriers and reductions (up to 1 KB).
 
-    Where products read their operands from registers, the pipeline keeps one stage fewer.
+    Where products read their operands from registers, the pipeline keeps one stage fewer. stores: whether the kernel
+    stores its result by bulk copies, for which a tile of it passes through shared memory.
     """
     tile = (config.block_m + shape.sums * config.block_n) * config.block_k * itemsize
-    return tile * (config.stages if device.asynchronous else max(1, config.stages - 1))
+    stored = config.block_m * config.block_n * itemsize if stores and config.tma else 0
+    return tile * (config.stages if device.asynchronous else max(1, config.stages - 1)) + stored
 
 
-def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
+def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device, stores: bool = True) -> bool:
     """Tell whether a kernel of this configuration fits into shared memory, and its accumulators into registers."""
     sums = config.block_m * config.block_n * shape.sums / (device.warp * config.warps)
-    fits = shared_bytes(config, shape, dtype.itemsize, device) <= device.shared
+    fits = shared_bytes(config, shape, dtype.itemsize, device, stores) <= device.shared
     return fits and sums <= 128 and (device.tma or not config.tma) and min(config.block_k, config.block_n) >= 16
 
 
@@ -264,17 +266,19 @@ def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) ->
     num_m = min(cdiv(rows, block_m) + E + tail, rows)
     tiles = offsets.new_empty(3, num_m)
     by_size = torch.empty_like(offsets)
+    block_e = power_of_2(E)
+    side = max(1, min(MAP_SIDE, MAP_PAIRS // block_e))
     launch(
-        _map_kernel, max(cdiv(num_m, MAP_TILES), min(E, 1)), offsets_ptr=offsets, tiles_ptr=tiles, by_size_ptr=by_size,
-        M=rows, E=E, num_m=num_m, TAIL=tail, BLOCK_M=block_m, BLOCK_E=power_of_2(E), BLOCK_T=MAP_TILES,
-        CHUNK=min(MAP_EXPERTS, power_of_2(E)), num_warps=4,
+        _map_kernel, max(cdiv(num_m, side), min(E, 1)), offsets_ptr=offsets, tiles_ptr=tiles, by_size_ptr=by_size,
+        M=rows, E=E, num_m=num_m, TAIL=tail, BLOCK_M=block_m, BLOCK_E=block_e, BLOCK_T=side, CHUNK=min(side, block_e),
+        num_warps=8 if block_e >= 512 else 4,
     )  # fmt: skip
     return tiles, by_size, num_m
 
 
 def descriptor(x: Tensor, block: list[int], config: Config) -> Any:
     """Return a descriptor of x for bulk copies of `block`; None where layout or configuration do not allow it."""
-    if SPILLS_DESCRIPTORS and device_of(x).arch == "sm_120":
+    if SPILLS_DESCRIPTORS and device_of(x).family == "sm_120":
         return None
     size = x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in x.stride()[:-1])

@@ -193,7 +193,7 @@ def _modelled(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Devi
 
     The step has no configuration unless one is predicted to be at least 5 % faster than the default.
     """
-    rows = [r for r in _vetted(tunable, device.arch) if r.bits == 8 * dtype.itemsize and r.alike(shape)]
+    rows = [r for r in _vetted(tunable, device.family) if r.bits == 8 * dtype.itemsize and r.alike(shape)]
     vetted = [c for c in dict.fromkeys(r.config for r in rows) if tunable.legal(c, shape, dtype, device)]
     if not vetted:
         return Answer("model", None, f"no configuration was checked for such shapes on {device.arch}")
@@ -265,8 +265,8 @@ def _interval(value: Any) -> Any:
 
 
 @cache
-def _vetted(tunable: Tunable, arch: str) -> tuple[Row, ...]:
-    rows = [r for d in DEVICES.values() if d.arch == arch for r in shipped(tunable, d.name)]
+def _vetted(tunable: Tunable, family: str) -> tuple[Row, ...]:
+    rows = [r for d in DEVICES.values() if d.family == family for r in shipped(tunable, d.name)]
     return tuple(sorted(rows, key=lambda r: tuple(vars(r.config).values())))
 
 

@@ -60,7 +60,16 @@ def legal(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) 
     """
     if config.fused and (dtype == torch.float32 or shape.k % 16 or config.block_n > _widest(device)):
         return False
-    return tiles.legal(config, shape.product, dtype, device)
+    return (
+        tiles.legal(config, shape.product, dtype, device)
+        and shared_bytes(config, shape, dtype, device) <= device.shared
+    )
+
+
+def shared_bytes(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> int:
+    """Return the bytes of shared memory of a program: a plain product's, and a gated operand's."""
+    gated = config.block_m * config.block_k * dtype.itemsize if config.fused and device.vendor == "nvidia" else 0
+    return tiles.shared_bytes(config, shape.product, dtype.itemsize, device) + gated
 
 
 def space(shape: GateShape, dtype: torch.dtype, device: Device) -> Iterator[Config]:

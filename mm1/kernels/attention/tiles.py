@@ -41,7 +41,7 @@ def shared_bytes(kernel: str, config: Config, width: int, itemsize: int, device:
         kept = 0
     stages = config.stages if device.asynchronous else max(1, config.stages - 1)
     shared = (kept * config.block_m + 2 * stages * config.block_n) * width * itemsize + 4096
-    if device.arch == "sm_100" or not kept:  # weights pass through shared memory too
+    if device.family == "sm_100" or not kept:  # weights pass through shared memory too
         shared += max(weights, not kept) * config.block_m * config.block_n * itemsize
     return shared
 
@@ -63,12 +63,13 @@ def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) 
     width, asynchronous = shape.width, device.asynchronous
     wide, three = width > (96 if asynchronous else 80), width == 112  # the only width of three pieces
     if dtype == torch.float32:  # no matrix units: small tiles in registers
-        config = Config(32, 16 if width > 64 else 32, 8, 2)
+        few = width > 64 or (kernel == "flash_dkv" and device.vendor == "amd")  # with 32 up to 119 registers spilled
+        config = Config(32, 16 if few else 32, 8, 2)
     elif device.vendor == "amd":  # with a second stage each of backward's kernels spills
         config = Config() if kernel == "flash" else Config(64, 32, 4, 1) if wide else Config(128, 32, 8, 1)
     elif asynchronous:
         config = Config(128, 32 if wide else 64, 8, 2) if kernel == "flash_dkv" else Config()
-        if kernel == "flash_dq" and three and device.arch == "sm_100":  # with 64 no code comes out
+        if kernel == "flash_dq" and three and device.family == "sm_100":  # with 64 no code comes out
             config = Config(128, 32, 8, 2)
     elif wide and kernel != "flash":
         config = Config(64, 16, 4, 2) if kernel == "flash_dkv" and three else Config(64, 32, 8, 2)

@@ -51,13 +51,15 @@ from mm1.kernels.tuning import Tunable, config_for, pinned_or
 def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
     """Tell whether the kernel fits, with registers left for gate, up and their slopes."""
     widest = 128 if device.shared > 100 << 10 else 64
-    return tiles.legal(config, shape, dtype, device) and 32 <= config.block_n <= widest
+    return tiles.legal(config, shape, dtype, device, stores=False) and 32 <= config.block_n <= widest
 
 
 def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 128) -> Config:
     """Choose the configuration of an ordinary product, with at most `widest` columns."""
     config = tiles.default(shape, dtype, device)
-    return replace(config, block_n=min(config.block_n, widest, 128 if device.shared > 100 << 10 else 64))
+    config = replace(config, block_n=min(config.block_n, widest, 128 if device.shared > 100 << 10 else 64))
+    # With 4 warps 26 registers spill on an A100.
+    return replace(config, warps=8) if config.block_n == 128 and not device.asynchronous else config
 
 
 UP = Tunable("experts_up", Shape, Config, tiles.space, tiles.legal, tiles.default, tiles.seconds)

@@ -176,7 +176,7 @@ class DwShape(NamedTuple):
 def legal_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> bool:
     """Tell whether the kernel fits into shared memory and registers."""
     # With tiles of 128 × 256 the sums for the bias spilled registers on an H200.
-    return tiles.legal(config, _tiled(shape), dtype, device) and not (shape.bias and config.block_n > 128)
+    return tiles.legal(config, _tiled(shape), dtype, device, stores=False) and not (shape.bias and config.block_n > 128)
 
 
 def default_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Config:

@@ -208,10 +208,13 @@ def _place_kernel(
         begin += tl.histogram(expert, BINS, mask=slots < S)
 
 
-def _blocks(experts: int) -> tuple[int, int]:
-    """Return BLOCK_E, and the tokens of a program, so that each tensor takes at most 32 registers of a thread."""
+def _blocks(experts: int) -> tuple[int, int, int]:
+    """Return BLOCK_E, the tokens of a program, and its warps, so that a tensor takes at most 16 registers of a thread.
+
+    With 32 registers the choice among 256 experts spilled up to 30 others.
+    """
     block_e = power_of_2(experts)
-    return block_e, max(1, min(32, 4096 // block_e))
+    return block_e, max(1, min(32, 4096 // block_e)), 8 if block_e >= 128 else 4
 
 
 def route_forward(
@@ -219,7 +222,7 @@ def route_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return choice int32 [T, k], weight fp32 [T, k], first choices fp32 [E] and both losses, fp32 []."""
     T, E = logits.shape
-    block_e, block_t = _blocks(E)
+    block_e, block_t, warps = _blocks(E)
     programs = cdiv(T, block_t)
     choice = logits.new_empty(T, k, dtype=torch.int32)
     weight = logits.new_empty(T, k, dtype=torch.float32)
@@ -227,7 +230,7 @@ def route_forward(
     launch(
         _route_kernel, programs, logits_ptr=logits, mask_ptr=mask, choice_ptr=choice, weight_ptr=weight, sums_ptr=sums,
         **strides(logits, "stride_t", "stride_e"), T=T, E=E, K=k, NORMALIZE=normalize, HAS_MASK=mask is not None,
-        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=power_of_2(k), num_warps=4,
+        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=power_of_2(k), num_warps=warps,
     )  # fmt: skip
     first, probability, z = sums.sum(0).split([E, E, 1])
     tokens = first.sum().clamp(min=1)
@@ -241,13 +244,13 @@ def route_backward(
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits, [T, E], from those of weight [T, k] and of both losses."""
     T, E = logits.shape
-    block_e, block_t = _blocks(E)
+    block_e, block_t, warps = _blocks(E)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     launch(
         _route_backward_kernel, cdiv(T, block_t), dweight_ptr=dweight.contiguous(), dbalance_ptr=dbalance, dz_ptr=dz,
         logits_ptr=logits, mask_ptr=mask, choice_ptr=choice, first_ptr=first, dlogits_ptr=dlogits,
         **strides(logits, "stride_t", "stride_e"), T=T, E=E, K=choice.shape[1], NORMALIZE=normalize,
-        HAS_MASK=mask is not None, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4,
+        HAS_MASK=mask is not None, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=warps,
     )  # fmt: skip
     return dlogits
 

@@ -248,7 +248,7 @@ def backward(
     device = device_of(dy)
     if len(images) == 0:
         return dy.new_zeros(Gh, Gw, N, dtype=torch.float32)
-    half = dy.dtype != torch.float32 and device.arch.startswith("sm_")
+    half = dy.dtype != torch.float32 and device.vendor == "nvidia"
     block_n, precision = (64, "tf32") if half else (32, "ieee")  # TF32's 11 bits hold a half-precision gradient
     # A few waves of programs, each with its share of the images, summed in a fixed order.
     splits = min(len(images), max(1, cdiv(4 * device.units, Gh * cdiv(N, block_n))))
@@ -260,7 +260,7 @@ def backward(
         **strides(dy, "stride_p", "stride_n"), images=len(images), N=N, Gh=Gh, Gw=Gw, share=share, MERGE=merge,
         MODE=mode, ANTIALIAS=antialias, ALIGN=align, PRECISION=precision, BLOCK_G=max(16, power_of_2(Gw)),
         BLOCK_C=BLOCK_COLUMNS, BLOCK_N=block_n,
-        num_warps=8 if device.arch == "sm_89" else 4,  # on sm_89 ptxas spills with 4 warps
+        num_warps=8 if device.family == "sm_89" else 4,  # on sm_89 ptxas spills with 4 warps
     )  # fmt: skip
     return part[0] if splits == 1 else part.sum(0)
 

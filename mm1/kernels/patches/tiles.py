@@ -34,7 +34,14 @@ def legal(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device)
     plain = not config.persistent and config.block_n in (32, 64, 128) and config.block_k <= _step(device)
     # With 64 rows of fp32 Triton 3.7 emits a TF32 product on a B200, whatever precision is requested.
     small = dtype != torch.float32 or (config.block_m <= 32 and not config.tma)
-    return plain and small and tiles.legal(config, shape.product, dtype, device)
+    fits = shared_bytes(config, shape, dtype, device) <= device.shared
+    return plain and small and fits and tiles.legal(config, shape.product, dtype, device, stores=False)
+
+
+def shared_bytes(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> int:
+    """Return the bytes of shared memory of a program, which may change the layout of its fp32 sums there at the end."""
+    pipeline = tiles.shared_bytes(config, shape.product, dtype.itemsize, device, stores=False)
+    return max(pipeline, 4 * config.block_m * config.block_n)
 
 
 def default(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:

@@ -130,7 +130,7 @@ BAD = [
     (["generate", "out", "--top-k", "some"], "Error parsing --top-k: invalid literal for int() with base 10: 'some'"),
     (["generate", "out", "--weights", "int2"], "invalid choice 'int2' for argument '--weights'"),
     (["serve", "out", "--port", "70000"], "port is 70000, expected 0 to 65535"),
-    (["bench"], "Expected one of {kernels, train, generate, all, report, readme}"),
+    (["bench"], "Expected one of {kernels, static, train, generate, all, report, readme}"),
     (["bench", "kernel"], "Unrecognized options: kernel"),
     (["train", "mm1-4b"], "unknown size 'mm1-4b', and no such file or folder; expected one of digits"),
     (["train", "nothing.toml"], "no such file: nothing.toml"),
@@ -161,6 +161,8 @@ BAD = [
     (["generate", "out/checkpoint", "--prompt", "<image>"], "1 <image> marks, expected at most 0"),
     (["generate", "digits"], "no tokenizer"),
     (["bench", "kernels", "softmax"], "unknown op 'softmax'"),
+    (["bench", "static", "softmax"], "unknown op 'softmax'"),
+    (["bench", "static", "--device", "mi300x"], "device is 'mi300x', expected one of a100"),
     (["bench", "train", "mm1-9b"], "unknown size 'mm1-9b'"),
     (["bench", "kernels", "--json", "run.toml"], "run.toml is not a record"),
 ]
@@ -199,7 +201,7 @@ def boxed(text):
     return [line[2:].rstrip(" │") for line in text.splitlines()]
 
 
-BENCHMARKS = ("kernels", "train", "generate", "all", "report", "readme")
+BENCHMARKS = ("kernels", "static", "train", "generate", "all", "report", "readme")
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mm1.autotune import machine_code
+from mm1.autotune.machine_code import Loop, main_loop
 from mm1.autotune.space import DTYPES, KERNELS, Inputs
 from mm1.autotune.workers import Failed, Workers
 from mm1.kernels.cost_model import resident
@@ -34,6 +37,7 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8", torch.int16: "i16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
+NO_LOOP = Loop()
 LIMIT = 60.0  # seconds to compile a configuration, which takes one to four, or minutes with thousands of spills
 MATRIX = re.compile(r"HGMMA|UTC.*MMA|HMMA|v_mfma")  # wgmma, tcgen05, mma.sync, MFMA
 
@@ -50,6 +54,7 @@ class Compiled:
     shared: int  # bytes
     code: int  # bytes
     instructions: Counter[str]  # number of each opcode, without its modifiers
+    loop: Loop = NO_LOOP  # only of NVIDIA code
 
     @property
     def matrix(self) -> int:
@@ -115,19 +120,25 @@ def fault(task: Task, codes: list[Compiled] | Failed) -> str | None:
 def compile_launch(launch: Launch, device: Device) -> Compiled:
     """Compile one recorded launch for `device`, or read its facts from the cache."""
     arguments, options = specialize(launch), launch.options
-    key = launch.kernel.cache_key, *arguments, options, device.arch, triton.__version__
+    key = launch.kernel.cache_key, *arguments, options, device.arch, triton.__version__, _reader()
     path = cache_folder().parent / "static" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         facts = json.loads(path.read_text())
-        return Compiled(**{**facts, "instructions": Counter(facts["instructions"])})
+        return Compiled(**facts | {"instructions": Counter(facts["instructions"]), "loop": Loop(**facts["loop"])})
     from triton.compiler import ASTSource
 
     compiled: Any = triton.compile(ASTSource(launch.kernel, *arguments), target=target_of(device), options=options)
     read = _read_amd if device.vendor == "amd" else _read_nvidia
     result = read(launch.name, compiled)
     with contextlib.suppress(OSError):
-        write(path, json.dumps(vars(result)))
+        write(path, json.dumps({**vars(result), "loop": vars(result.loop)}))
     return result
+
+
+@cache
+def _reader() -> str:
+    """Return a hash of the program that reads machine code, so that facts of an earlier version are not used."""
+    return hashlib.sha256(Path(machine_code.__file__).read_bytes()).hexdigest()
 
 
 def write(path: Path, text: str) -> None:
@@ -191,7 +202,7 @@ def _read_nvidia(name: str, compiled: Any) -> Compiled:
     last = max((int(at, 16) for at in re.findall(r"/\*([0-9a-f]{4,})\*/", code.stdout)), default=0)
     spills = opcodes["STL"] + opcodes["LDL"]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    return Compiled(name, warps, registers, spills, stack, shared, last + 16, opcodes)
+    return Compiled(name, warps, registers, spills, stack, shared, last + 16, opcodes, main_loop(code.stdout, warps))
 
 
 def _read_amd(name: str, compiled: Any) -> Compiled:

@@ -1,4 +1,4 @@
-"""Define the commands `mm1 bench kernels|train|generate|all|report|readme`."""
+"""Define the commands `mm1 bench kernels|static|train|generate|all|report|readme`."""
 
 import sys
 from collections.abc import Callable
@@ -32,6 +32,19 @@ def kernels(
     from mm1.bench.kernels import measure
 
     _measure(lambda record: measure(record, ops, shapes=shapes, dtype=dtype, peers=peers, budget=budget), json)
+
+
+def static(ops: tuple[str, ...] = (), /, device: str = "h200", json: Path | None = None) -> None:
+    """Compile kernels for a GPU that need not be here, and judge their machine code, beside that of other libraries.
+
+    Args:
+        ops: names of ops, such as moe_mlp (default: all).
+        device: name of the GPU, one of NVIDIA.
+        json: file of results to write (default: none).
+    """
+    from mm1.bench.static import measure
+
+    _measure(lambda record: measure(record, ops, device), json)
 
 
 def train(models: tuple[str, ...] = (), /, rounds: int | None = None, json: Path | None = None) -> None:
@@ -103,7 +116,8 @@ def readme(pictures: Path | None = None) -> None:
 
 
 bench = {
-    "kernels": kernels, "train": train, "generate": generate, "all": everything, "report": report, "readme": readme,
+    "kernels": kernels, "static": static, "train": train, "generate": generate, "all": everything, "report": report,
+    "readme": readme,
 }  # fmt: skip
 
 

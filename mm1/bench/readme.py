@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm1.bench.comparison import DENSE, OWN, Result, fastest, gather, label, newest, peers, verdict
+from mm1.bench.comparison import DENSE, OWN, Result, fastest, gather, label, newest, peers, subject, verdict
 from mm1.bench.page import digits, percent
 from mm1.bench.record import RESULTS, Row
 from mm1.bench.timing import CONTROL
@@ -55,6 +55,8 @@ def _table(results: Sequence[Result], bench: str, machine: str, name: str, patte
     if bench == "summary":
         return _markdown(*_summary(results))
     results = [result for result in results if result.machine == machine]
+    if bench == "static":
+        return _static(results, name)
     result, rows = newest(results, bench).get(name, (None, []))
     rows = [row for row in rows if row["variants"] and re.search(pattern or "", label(row))]
     if result is None or not rows:
@@ -115,6 +117,31 @@ def _ladder(rows: list[Row]) -> Lines:
         digits(times.get("tokens_per_s")), percent(times.get("mfu")), percent(times.get("hfu")),
     ] for row in rows for name, times in row["variants"].items() if name != CONTROL]  # fmt: skip
     return ["", "adds", "ms a step", "tokens/s", "MFU", "HFU"], lines, [f"A step: {row.get('case')}." for row in rows]
+
+
+def _static(results: Sequence[Result], name: str) -> str:
+    """Return a line for each kernel of an op, or for "all" of all ops: what `mm1 bench static` read in machine code."""
+    results = [result for result in results if any(name in ("all", subject(row)) for row in result.rows)]
+    if not results:
+        raise UserError(f"no record has rows of static {name}")
+    result = results[-1]
+    rows = [row for row in result.rows if name in ("all", subject(row))]
+    count = lambda row, field: f"{row[field]:.0f}" if row[field] else ""  # noqa: E731
+    scaled = lambda row, field, by: digits(by * row[field]) if field in row else ""  # noqa: E731
+    lines = [[
+        f"{row['op']}, {row['case']}", f"{row['mode']} `{row['what']}`", digits(row.get("instructions")),
+        count(row, "issue"), count(row, "tensor"), percent(row.get("share")), percent(row.get("in_loop")),
+        count(row, "barriers"), str(row["registers"]), f"{row['shared'] / 1024:.0f}", str(row["programs"]),
+        count(row, "spills"), scaled(row, "seconds", 1e6), scaled(row, "bytes", 1e-6),
+    ] for row in rows if "registers" in row]  # fmt: skip
+    failed = [f"{peer}: {why}" for row in rows for peer, why in (row.get("failed") or {}).items()]
+    head = ["", "", "instructions a MFLOP", "issue", "tensor", "tensor share", "in loop", "barriers", "registers",
+            "KiB", "programs", "spills", "µs", "MB"]  # fmt: skip
+    gpu, versions = result.machine.removeprefix("static-"), result.header["versions"]
+    words = [
+        f"Compiled for {gpu} by Triton {versions.get('triton')} and not run, {result.date}, commit {result.commit}."
+    ]
+    return _markdown(head, lines, words + [f"Not compiled: {'; '.join(failed)}."] * bool(failed))
 
 
 def _summary(results: Sequence[Result]) -> Lines:

@@ -1,22 +1,68 @@
 """Predict the seconds of a configuration, to rank candidates; the times themselves are rough.
 
-A tiled product runs in waves: as many programs share a multiprocessor as shared memory and registers allow. A step of a
-program's reduction takes the longest of multiplying, moving operands from L2, reading them from shared memory, and the
-memory latency that its pipeline does not hide. The total is at least the time to move all bytes once. A kernel over
-rows is limited by bandwidth, if enough bytes are in flight. The constants are round figures from microbenchmarks of
-Hopper.
+A program of a tiled product takes the sum of its ends and its steps. Ends: its start, the first load, and the stores
+and their instructions, during which its matrix units rest. A step of its reduction takes the longest of multiplying,
+issuing instructions, moving operands from L2, reading them from shared memory, and the memory latency that its pipeline
+does not hide. Programs that share a multiprocessor add up their work, but the ends of one run under the steps of
+another; as many share it as shared memory, registers and threads allow. Programs run in waves, and the total is at
+least the time to move all bytes once. A kernel over rows is limited by bandwidth, by the
+instructions that it issues, or, with few programs, by the latency of each step.
+
+Instructions and registers are those of the machine code where it is known (`Code`), else estimates, fitted to the code
+of this project's kernels for sm_90. The other constants are round figures from microbenchmarks of Hopper.
 """
 
-from math import ceil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, erfc, exp, sqrt
+from typing import Any, NamedTuple
 
 from mm1.kernels.device import Device
 
-LATENCY = 0.5e-6  # seconds of a load
-L2_RATE = 2.2  # ratio of the bandwidths of L2 and memory
-START = 1.5e-6  # seconds of a program for its first loads and last stores
+LATENCY = 0.6e-6  # seconds of a load
+START = 1.0e-6  # seconds until a program's first load: launch, addresses, the map of tiles
 LAUNCH = 3e-6  # seconds to launch a kernel
-SHARED_RATE = 128 * 1.7e9  # bytes a second of one multiprocessor's shared memory
+SHARED_BYTES = 128  # a clock of one multiprocessor's shared memory
 REGISTERS = 65536  # in a multiprocessor; AMD's compute units have twice as many
+SCHEDULERS = 4  # of a multiprocessor; each issues an instruction of one warp a clock
+WARP_CLOCKS = 2  # between two instructions of one warp, with some of them independent
+SUSTAINED = 0.8  # share of the vendor's rate of products that cuBLAS's best product reaches on H100: 794 of 989 TFLOP/s
+COPIED = 0.9  # share of the vendor's bandwidth of memory that a copy reaches
+SPREAD = 0.3  # standard deviation of an expert's rows over their mean, as a router leaves it
+OTHERS = 64  # registers of a thread besides its sums
+STEP = 75  # instructions of a step besides products and loads by addresses
+ENDS = 250  # instructions of a program besides its steps and those for each sum
+BY_WAY = 2  # times that bytes loaded by addresses take shared memory, whose store L1 shares, besides their copy there
+COPY = 12  # instructions to load 16 bytes by addresses
+
+
+class Code(NamedTuple):
+    """Hold what the machine code of a kernel shows; instructions are those of one warp."""
+
+    registers: int
+    step: float  # instructions of a step of the reduction, or of all rows that a program holds at once
+    ends: float = 0.0  # instructions before and after all steps
+
+
+class Times(NamedTuple):
+    """Hold the parts of a program's time in seconds, and the number of programs on a multiprocessor."""
+
+    step: float  # of a program that has the multiprocessor to itself
+    work: float  # of a step: what programs on one multiprocessor cannot do at the same time
+    ends: float
+    steps: int
+    programs: int
+
+    @property
+    def alone(self) -> float:
+        """Return the seconds of a program that has the multiprocessor to itself."""
+        return self.ends + self.steps * self.step
+
+    @property
+    def in_loop(self) -> float:
+        """Return the share of the multiprocessor's time in which some program runs its loop."""
+        return min(1.0, self.programs * self.steps * self.step / self.alone)
 
 
 def resident(shared: int, registers: float, warps: int, device: Device) -> int:
@@ -26,69 +72,157 @@ def resident(shared: int, registers: float, warps: int, device: Device) -> int:
     """
     threads = warps * device.warp
     file = REGISTERS * (2 if device.vendor == "amd" else 1)
-    fits = (device.shared + 1024) // (shared + 1024), file // (min(registers, 255) * threads), 2048 // threads
+    allocated = ceil(min(registers, 255) / 8) * 8  # a thread's registers are multiples of 8
+    fits = (device.shared + 1024) // (shared + 1024), file // (allocated * threads), 2048 // threads
     return max(1, int(min(fits)))
 
 
-def product_seconds(
-    tiles: float, depth: int, m: int, n: int, k: int, warps: int, stages: int, shared: int, moved: int, itemsize: int,
-    device: Device, finish: int = 1,
-) -> float:  # fmt: skip
-    """Predict the seconds of a tiled product.
+@lru_cache(4096)
+def expert_tiles(rows: int, experts: int, block: int) -> tuple[float, float]:
+    """Return the expected numbers of tiles of `block` rows, and of experts with rows.
 
-    tiles: number of tiles m × n, each a reduction over `depth` in steps of k. shared: bytes of shared memory a program.
-    moved: bytes read from and written to memory at least. finish: elements a program moves at its end for each result.
+    Rows of an expert are normally distributed around their mean, with the deviation of random choices and SPREAD. So
+    tiles as high as the mean would often need a second one.
     """
-    if tiles <= 0:
-        return LAUNCH
-    sums = m * n / (warps * device.warp)
-    together = resident(shared, sums + 64, warps, device)
-    rows = m // max(1, warps // 4)  # of a warp group
-    full_rate = device.tflops * 1e12 / device.units
-    if itemsize == 4:
-        full_rate /= 16  # without matrix units
-    elif device.wgmma and (m < 64 or rows < 64):
-        full_rate *= 0.6  # mma.sync
-    elif m < 64:
-        full_rate *= m / 64 * 0.8 + 0.2
-    operands = (m + n) * k * itemsize
-    group = max(1, warps // 4) if device.asynchronous else warps**0.5
-    again = (m + n * group) * k * itemsize if device.asynchronous else (m + n) * k * itemsize * group
-    steps = max(1, ceil(depth / k))
+    if experts <= 1:
+        return -(-rows // block), 1
+    mean = rows / experts
+    used = experts * (1 - exp(-mean))
+    deviation = sqrt(2 * (mean + (SPREAD * mean) ** 2))
+    beyond: Callable[[int], float] = lambda j: erfc((j * block + 0.5 - mean) / deviation) / 2  # noqa: E731
+    more = sum(beyond(j) for j in range(1, ceil((mean + 4 * deviation) / block))) if mean < 20 * block else 0.0
+    return (used + experts * more if mean < 20 * block else rows / block + experts / 2), used
 
-    def wave(c: int) -> float:
-        step = c * max(
-            2 * m * n * k / full_rate,
-            operands * device.units / (L2_RATE * device.bandwidth * 1e9),
-            (operands + again) / SHARED_RATE,
+
+@dataclass(frozen=True)
+class Product:
+    """Describe a tiled product: sizes, options of its programs, and the work beside the products themselves."""
+
+    tiles: float  # of m × n results, each a reduction over `depth` in steps of k
+    depth: int
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    shared: int  # bytes of shared memory a program
+    moved: float  # bytes read from and written to memory at least
+    itemsize: int
+    fetched: float | None = None  # elements of a step's operands that come from L2; None: all
+    addressed: float = 0.0  # elements of a step's operands that are loaded by addresses, 16 bytes at a time
+    loading: float = 0.0  # further instructions a thread and step
+    products: int = 1  # in a step, all of m × n × k
+    finish: float = 1.0  # elements that a program moves at its end for each result
+    finishing: float = 2.2  # instructions a thread for each result
+    programs: int | None = None  # maximum on a multiprocessor
+    beside: float = 0.0  # seconds of other kernels
+
+    @property
+    def operations(self) -> int:
+        """Return the floating-point operations of a step."""
+        return 2 * self.products * self.m * self.n * self.k
+
+    def estimate(self, device: Device) -> Code:
+        """Return the expected machine code."""
+        threads = self.warps * device.warp
+        sums, multiplied = self.m * self.n / threads, self.products * self.m * self.n * self.k
+        if self.itemsize == 4:
+            multiply = multiplied / threads
+        elif device.asynchronous and self.m >= 64:
+            multiply = multiplied / (64 * min(self.n, 256) * 16) / max(1, self.warps // 4)
+        else:  # two instructions for each three products of 16 × 8 × 16 load their operands
+            multiply = 1.5 * multiplied / 2048 / self.warps
+        loading = COPY * self.addressed * self.itemsize / 16 / threads + self.loading
+        return Code(min(255, int(sums + OTHERS)), STEP + multiply + loading, ENDS + self.finishing * sums)
+
+    def times(self, device: Device, code: Code | None = None) -> Times:
+        """Predict the parts of the time of one program. code: of its kernel, if it was compiled."""
+        code = code or self.estimate(device)
+        together = resident(self.shared, code.registers, self.warps, device)
+        # A multiprocessor's port carries twice its share of L2's bandwidth, which it gets if others have no program.
+        l2 = device.l2 * 1e9 / max(min(device.units, self.tiles), device.units / 2)
+        operands = (self.m + self.n) * self.k
+        fetched = operands if self.fetched is None else self.fetched
+        group = max(1, self.warps // 4) if device.asynchronous else self.warps**0.5
+        again = self.products * ((self.m + self.n * group) * self.k if device.asynchronous else operands * group)
+        work = max(
+            self.operations / self._rate(device),
+            code.step * self.warps / SCHEDULERS / device.clock,
+            fetched * self.itemsize / l2,
+            (fetched + again + BY_WAY * self.addressed) * self.itemsize / (SHARED_BYTES * device.clock),
         )
         # With one stage a program waits for each step's operands.
-        step = max(step, LATENCY / (stages - 1)) if stages > 1 else max(step, step / c + LATENCY)
-        stored = c * finish * m * n * itemsize * device.units / (L2_RATE * device.bandwidth * 1e9)
-        return START + steps * step + stored
+        hidden = LATENCY / (self.stages - 1) if self.stages > 1 else work + LATENCY
+        issue, stores = code.ends / device.clock, self.finish * self.m * self.n * self.itemsize / l2
+        return Times(
+            max(work, hidden, code.step * WARP_CLOCKS / device.clock), work,
+            START + LATENCY + issue * max(WARP_CLOCKS, self.warps / SCHEDULERS) + stores,
+            max(1, ceil(self.depth / self.k)), together if self.programs is None else min(together, self.programs),
+        )  # fmt: skip
 
-    slots = device.units * together
-    waves, rest = divmod(ceil(tiles), slots)
-    seconds = waves * wave(together) + (wave(ceil(rest / device.units)) if rest else 0.0)
-    return LAUNCH + max(seconds, moved / (device.bandwidth * 1e9))
+    def seconds(self, device: Device, code: Code | None = None) -> float:
+        """Predict the seconds of the whole product. code: of its kernel, if it was compiled."""
+        if self.tiles <= 0:
+            return LAUNCH + self.beside
+        t = self.times(device, code)
+        busy = t.steps * t.work + t.ends - START - LATENCY  # what programs on a multiprocessor do one after the other
+
+        def wave(programs: int) -> float:
+            return max(t.alone, programs * busy)
+
+        waves, rest = divmod(ceil(self.tiles), device.units * t.programs)
+        seconds = waves * wave(t.programs) + (wave(ceil(rest / device.units)) if rest else 0.0)
+        return LAUNCH + self.beside + max(seconds, self.moved / (COPIED * device.bandwidth * 1e9))
+
+    def _rate(self, device: Device) -> float:
+        """Return the operations a second of one multiprocessor for tiles of this size."""
+        rate = SUSTAINED * device.tflops * 1e12 / device.units
+        if self.itemsize == 4:
+            return rate / 16  # without matrix units
+        if device.wgmma and self.m // max(1, self.warps // 4) < 64:  # rows of a warp group
+            return rate * 0.6  # mma.sync
+        return rate * (self.m / 64 * 0.8 + 0.2) if self.m < 64 else rate
 
 
-def rows_seconds(
-    rows: int, width: int, at_once: int, tensors: int, each: float, warps: int, programs: int | None, itemsize: int,
-    device: Device,
-) -> float:  # fmt: skip
-    """Predict the seconds of a kernel that moves `tensors` tensors of [rows, width].
+@dataclass(frozen=True)
+class Rows:
+    """Describe a kernel that moves `tensors` tensors of [rows, width]."""
 
-    at_once: rows that a program holds, in `each` registers an element. programs: programs that a persistent kernel runs
-    on a multiprocessor; None for a kernel that is not persistent.
-    """
-    registers = 32 + each * at_once * width / (warps * device.warp)
-    together = resident(0, registers, warps, device)
-    together = together if programs is None else min(programs, together)
-    in_flight = together * at_once * width * itemsize * max(1, tensors - 1) / 2
-    needed = LATENCY * device.bandwidth * 1e9 / device.units
-    waves = ceil(max(1, rows) / (at_once * together * device.units))
-    moved = max(1, rows) * width * itemsize * tensors
-    latency = waves * (LATENCY + warps * 2e-8)  # sums over a row combine all its warps
-    spilled = 1 + max(0.0, registers - 255) / 64
-    return LAUNCH + spilled * max(moved / (device.bandwidth * 1e9) / min(1.0, in_flight / needed), latency)
+    rows: int
+    width: int
+    at_once: int  # rows that a program holds
+    tensors: int
+    each: float  # registers of an element
+    warps: int
+    programs: int | None  # that a persistent kernel runs on a multiprocessor; None for a kernel that is not persistent
+    itemsize: int
+
+    @property
+    def moved(self) -> int:
+        """Return the bytes read from and written to memory at least."""
+        return max(1, self.rows) * self.width * self.itemsize * self.tensors
+
+    def seconds(self, device: Device, code: Code | None = None) -> float:
+        """Predict the seconds of one run. code: of its kernel, if it was compiled."""
+        elements = self.at_once * self.width / (self.warps * device.warp)
+        registers = 32 + self.each * elements
+        spilled = 1.0 if code else 1 + max(0.0, registers - 255) / 64
+        code = code or Code(min(255, int(registers)), 100 + 6 * self.each * elements)
+        together = resident(0, code.registers, self.warps, device)
+        together = together if self.programs is None else min(self.programs, together)
+        steps = ceil(max(1, self.rows) / self.at_once / device.units)  # of a multiprocessor
+        issue, memory = code.step / device.clock, self.moved / (COPIED * device.bandwidth * 1e9)
+        # A program loads, computes and stores one after the other; sums over a row combine all its warps.
+        alone = LATENCY + issue * WARP_CLOCKS + self.warps * 2e-8
+        return LAUNCH + spilled * max(memory, steps * issue * self.warps / SCHEDULERS, ceil(steps / together) * alone)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predict seconds from the work that a configuration does."""
+
+    work: Callable[[Any, Any, Any, Device], Product | Rows]  # (config, shape, dtype, device)
+
+    def __call__(self, config: Any, shape: Any, dtype: Any, device: Device, code: Code | None = None) -> float:
+        """Predict the seconds of one run. code: of the kernel, if it was compiled."""
+        return self.work(config, shape, dtype, device).seconds(device, code)

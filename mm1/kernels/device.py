@@ -7,6 +7,14 @@ drivers spell in several ways. A slice of a GPU (MIG) has the GPU's id but fewer
 from dataclasses import dataclass, replace
 from math import log2
 
+# Of one multiprocessor a clock, by architecture: operations of bf16 products, and bytes read from L2. The clock follows
+# from the former and `tflops`. L2: about half of what its ports carry; measured on A100, H100 and RTX 4090 (Chips and
+# Cheese 2022 and 2023), by analogy on others.
+PER_CLOCK = {
+    "sm_80": (2048, 30), "sm_86": (512, 16), "sm_89": (512, 16), "sm_90": (4096, 32), "sm_100": (8192, 64),
+    "sm_103": (8192, 64), "sm_120": (512, 16), "gfx942": (2048, 18), "gfx950": (4096, 18),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: look-ups do it at every launch
 class Device:
@@ -39,6 +47,16 @@ class Device:
     def wgmma(self) -> bool:
         """Return whether warp groups multiply together, as only Hopper's do."""
         return self.arch == "sm_90"
+
+    @property
+    def clock(self) -> float:
+        """Return the clocks a second at which the vendor's rate of products holds."""
+        return self.tflops * 1e12 / max(self.units, 1) / PER_CLOCK.get(self.arch, (2048, 32))[0]
+
+    @property
+    def l2(self) -> float:
+        """Return the bandwidth of L2, GB/s; an H200's is that of an H100, whatever its memory."""
+        return PER_CLOCK.get(self.arch, (2048, 32))[1] * self.clock * max(self.units, 1) / 1e9
 
     @property
     def warp(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels.cost_model import product_seconds
+from mm1.kernels.cost_model import Predicted, Product, expert_tiles
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import INTERPRETED, cdiv, device_of, launch, power_of_2
 from mm1.kernels.language import INSTALLED, TensorDescriptor, tl, triton
@@ -114,21 +114,27 @@ def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> 
     return config
 
 
-def by_pointers(config: Config, device: Device) -> float:
-    """Return the predicted factor of time for computing addresses where a descriptor could be used."""
-    return 1.05 if device.tma and not config.tma else 1.0
+def work(
+    config: Config, shape: Shape, dtype: torch.dtype, device: Device, *, gathered: bool = False, finish: float = 1.0,
+    finishing: float = 2.2,
+) -> Product:  # fmt: skip
+    """Describe the work of one run, with rows spread over experts as a router spreads them.
 
-
-def seconds(config: Config, shape: Shape, dtype: torch.dtype, device: Device, finish: int = 1) -> float:
-    """Predict the seconds of one run, with rows spread evenly over experts."""
-    used = min(shape.experts, shape.rows)
-    tall = used * cdiv(cdiv(shape.rows, max(used, 1)), config.block_m)
-    size = dtype.itemsize
-    moved = shape.rows * (shape.k + shape.n * shape.sums) + used * shape.k * shape.n * shape.sums
-    return by_pointers(config, device) * product_seconds(
-        tall * cdiv(shape.n, config.block_n), shape.k, config.block_m, config.block_n * shape.sums, config.block_k,
-        config.warps, config.stages, shared_bytes(config, shape, size, device), moved * size, size, device, finish,
+    gathered: whether rows of a are loaded by addresses even with descriptors. finish: elements moved for each result;
+    finishing: instructions a thread for each result.
+    """
+    tall, used = expert_tiles(shape.rows, shape.experts, config.block_m)
+    m, n, k, size = config.block_m, config.block_n * shape.sums, config.block_k, dtype.itemsize
+    by_addresses = m * k * (gathered or not config.tma) + n * k * (not config.tma)
+    moved = shape.rows * (shape.k + shape.n * shape.sums * finish) + used * shape.k * shape.n * shape.sums
+    return Product(
+        tall * cdiv(shape.n, config.block_n), shape.k, m, n, k, config.warps, config.stages,
+        shared_bytes(config, shape, size, device), moved * size, size,
+        addressed=by_addresses, finish=finish, finishing=finishing, programs=1 if config.persistent else None,
     )  # fmt: skip
+
+
+seconds = Predicted(work)
 
 
 @triton.jit

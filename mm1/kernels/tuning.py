@@ -46,7 +46,7 @@ class Tunable(NamedTuple):
     space: Callable[[Any, Any, Device], Iterator[Any]]  # (shape, dtype, device): worth measuring, legal or not
     legal: Callable[[Any, Any, Any, Device], bool]  # (config, shape, dtype, device)
     default: Callable[[Any, Any, Device], Any]
-    seconds: Callable[[Any, Any, Any, Device], float]  # predicted
+    seconds: Callable[..., float]  # predicted, from config, shape, dtype, device and, if it was compiled, Code
     constants: tuple[str, ...] = ()  # names of sizes that are constants of the compiled code
 
     def choices(self, shape: Any, dtype: Any, device: Device) -> Iterator[Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mm1.kernels import tiles
+from mm1.kernels.cost_model import Predicted, Product
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, strides
 from mm1.kernels.language import tl, triton
@@ -85,17 +86,17 @@ def default(shape: GateShape, dtype: torch.dtype, device: Device) -> Config:
     return Config(**vars(tile), fused=dtype != torch.float32 and shape.k % 16 == 0)
 
 
-def seconds(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict the seconds of one run; unless fused, the gated operand is written and read again."""
+def work(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> Product:
+    """Describe the work of one run; unless fused, the gated operand is written and read again."""
     again = 0 if config.fused else 2 * shape.rows * shape.k * dtype.itemsize
-    return tiles.seconds(config, shape.product, dtype, device) + again / (device.bandwidth * 1e9)
+    return replace(tiles.work(config, shape.product, dtype, device), beside=again / (device.bandwidth * 1e9))
 
 
 def _widest(device: Device) -> int:
     return 256 if device.asynchronous else 64
 
 
-GATE = Tunable("conv_gate", GateShape, Config, space, legal, default, seconds)
+GATE = Tunable("conv_gate", GateShape, Config, space, legal, default, Predicted(work))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels.cost_model import rows_seconds
+from mm1.kernels.cost_model import Predicted, Rows
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
 from mm1.kernels.language import tl, triton
@@ -71,13 +71,13 @@ def over_rows(
         programs = default(shape, dtype, device).programs
         return (c for c in space(shape, dtype, device) if walks or c.programs == programs)
 
-    def seconds(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> float:
-        return rows_seconds(
+    def work(config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> Rows:
+        return Rows(
             shape.rows, power_of_2(shape.channels), config.rows, tensors, registers, config.warps,
-            config.programs if walks else None, dtype.itemsize, device,
+            config.programs if walks else None, dtype.itemsize,
         )  # fmt: skip
 
-    return Tunable(kernel, RowShape, Config, distinct_space, legal, default, seconds, ("channels",))
+    return Tunable(kernel, RowShape, Config, distinct_space, legal, default, Predicted(work), ("channels",))
 
 
 NORM = over_rows("conv_norm", 2, 2, False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mm1.kernels.attention import tiles
-from mm1.kernels.cost_model import LAUNCH, product_seconds
+from mm1.kernels.cost_model import LAUNCH, Predicted, Product
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import (
     INTERPRETED,
@@ -110,21 +110,23 @@ def default(shape: PagedShape, dtype: torch.dtype, device: Device) -> Config:
     return config
 
 
-def seconds(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict the seconds of one run where all segments have `keys` keys: two products, then the merge."""
+def work(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) -> Product:
+    """Describe the work of one run where all segments have `keys` keys: two products, then the merge."""
     count, width, size = splits(config, shape, device), power_of_2(shape.width), dtype.itemsize
-    depth = 2 * width * cdiv(cdiv(shape.keys, config.block_n), count)
+    depth = width * cdiv(cdiv(shape.keys, config.block_n), count)
     shared = tiles.shared_bytes("flash", config, width, size, device)
     parts = 0 if count == 1 else 4 * count * shape.groups * shape.rows * shape.width
     moved = 2 * shape.groups * shape.width * size * (shape.keys + shape.rows) + parts
     merging = LAUNCH + parts / (device.bandwidth * 1e9) if parts else 0.0
-    return merging + product_seconds(
+    # 3.4 instead of 2: a row's address takes its page number, which is loaded first.
+    return Product(
         shape.groups * shape.tiles(config) * count, depth, config.block_m, config.block_n, width, config.warps,
-        config.stages, shared, moved, size, device,
+        config.stages, shared, moved, size, 2 * config.block_n * width, 3.4 * config.block_n * width, products=2,
+        beside=merging,
     )  # fmt: skip
 
 
-PAGED = Tunable("paged_attention", PagedShape, Config, space, legal, default, seconds, ("width",))
+PAGED = Tunable("paged_attention", PagedShape, Config, space, legal, default, Predicted(work), ("width",))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from mm1.kernels.cost_model import product_seconds
+from mm1.kernels.cost_model import Predicted, Product
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.tuning import Tunable
@@ -80,22 +80,27 @@ def default(kernel: str, shape: FlashShape, dtype: torch.dtype, device: Device) 
     return config
 
 
-def seconds(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict the seconds of one run over a single segment, with scores and results as products side by side."""
-    products = {"flash": 2, "flash_dq": 3, "flash_dkv": 4}[kernel]
+def work(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, device: Device) -> Product:
+    """Describe the work of one run over a single segment."""
+    # Instructions for each score: exponentials, sums, conversions.
+    products, instructions = {"flash": (2, 6.8), "flash_dq": (3, 5.2), "flash_dkv": (4, 11.3)}[kernel]
     heads = shape.kv_heads if kernel == "flash_dkv" else shape.heads
-    depth = products * shape.width * cdiv(shape.rows * shape.heads // heads, config.block_n) // (1 + shape.causal)
+    depth = shape.width * cdiv(shape.rows * shape.heads // heads, config.block_n) // (1 + shape.causal)
     moved = 4 * shape.rows * shape.heads * shape.width * dtype.itemsize
-    return product_seconds(
+    size = dtype.itemsize
+    return Product(
         heads * cdiv(shape.rows, config.block_m), depth, config.block_m, config.block_n, shape.width, config.warps,
-        config.stages, shared_bytes(kernel, config, shape.width, dtype.itemsize, device), moved, dtype.itemsize, device,
+        config.stages, shared_bytes(kernel, config, shape.width, size, device), moved, size,
+        products=products, fetched=2 * config.block_n * shape.width, addressed=2 * config.block_n * shape.width,
+        finishing=12,
+        loading=instructions * config.block_m * config.block_n / (config.warps * device.warp),
     )  # fmt: skip
 
 
 FLASH, DQ, DKV = (
     Tunable(
         name, FlashShape, Config, space, partial(legal, name), partial(default, name),
-        partial(seconds, name), ("width",),
+        Predicted(partial(work, name)), ("width",),
     )
     for name in ("flash", "flash_dq", "flash_dkv")
 )  # fmt: skip

@@ -18,11 +18,13 @@ Source: Jiang et al. 2024 (Mixtral), section 2.2.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mm1.kernels import tiles
+from mm1.kernels.cost_model import Predicted
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import (
     INTERPRETED,
@@ -62,8 +64,14 @@ def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 1
     return replace(config, warps=8) if config.block_n == 128 and not device.asynchronous else config
 
 
-UP = Tunable("experts_up", Shape, Config, tiles.space, tiles.legal, tiles.default, tiles.seconds)
-DH = Tunable("experts_dh", Shape, Config, tiles.space, legal_dh, default_dh, tiles.seconds)
+# Of two sums up stores both and their product. For each sum dh reads gate and up and stores their gradients and s.
+UP, DH = (
+    Tunable(name, Shape, Config, tiles.space, legal, default, Predicted(partial(tiles.work, gathered=True, **ends)))
+    for name, legal, default, ends in (
+        ("experts_up", tiles.legal, tiles.default, {"finish": 1.5, "finishing": 12}),
+        ("experts_dh", legal_dh, default_dh, {"finish": 5, "finishing": 36}),
+    )
+)
 
 
 @triton.jit

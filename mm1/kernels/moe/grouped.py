@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mm1.kernels import tiles
-from mm1.kernels.cost_model import product_seconds
+from mm1.kernels.cost_model import Predicted, Product
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import (
     Cost,
@@ -185,14 +185,16 @@ def default_dw(shape: DwShape, dtype: torch.dtype, device: Device) -> Config:
     return replace(config, block_n=min(config.block_n, 128)) if shape.bias else config
 
 
-def seconds_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict the seconds of one run, with rows spread evenly over experts."""
+def work_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) -> Product:
+    """Describe the work of one run, with rows spread evenly over experts."""
     count = shape.experts * cdiv(shape.k, config.block_m) * cdiv(shape.n, config.block_n)
     moved = shape.rows * (shape.k + shape.n) + shape.experts * shape.k * shape.n
-    size = dtype.itemsize
-    return tiles.by_pointers(config, device) * product_seconds(
-        count, cdiv(shape.rows, shape.experts), config.block_m, config.block_n, config.block_k, config.warps,
-        config.stages, tiles.shared_bytes(config, _tiled(shape), size, device), moved * size, size, device,
+    m, n, k, size = config.block_m, config.block_n, config.block_k, dtype.itemsize
+    by_addresses = m * k * (not config.tma) + n * k * (shape.gathered or not config.tma)
+    return Product(
+        count, cdiv(shape.rows, shape.experts), m, n, k, config.warps, config.stages,
+        tiles.shared_bytes(config, _tiled(shape), size, device), moved * size, size,
+        addressed=by_addresses, finishing=5.5, programs=1 if config.persistent else None,
     )  # fmt: skip
 
 
@@ -202,7 +204,7 @@ def _tiled(shape: DwShape) -> Shape:
 
 
 GEMM = Tunable("grouped_gemm", Shape, Config, tiles.space, tiles.legal, tiles.default, tiles.seconds)
-DW = Tunable("grouped_gemm_dw", DwShape, Config, tiles.space, legal_dw, default_dw, seconds_dw)
+DW = Tunable("grouped_gemm_dw", DwShape, Config, tiles.space, legal_dw, default_dw, Predicted(work_dw))
 
 
 def gemm(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from mm1.kernels import tiles
-from mm1.kernels.cost_model import product_seconds
+from mm1.kernels.cost_model import Predicted, Product
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv
 from mm1.kernels.tiles import Config, Shape, fitted, space
@@ -71,20 +71,32 @@ def _fitted(config: Config, shape: PatchShape, dtype: torch.dtype, device: Devic
     return fitted(config, shape.product, dtype, device)
 
 
-def seconds(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict the seconds of one run; each result takes four table entries and the bias."""
-    return tiles.seconds(config, shape.product, dtype, device, finish=6)
+def work(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Product:
+    """Describe the work of one run.
+
+    Each result takes four table entries; neighbours share two thirds of them, which L1 keeps.
+    """
+    product = tiles.work(config, shape.product, dtype, device, finishing=15)
+    if not shape.word:
+        return replace(product, finish=2.5)
+    fetched = (config.block_m / dtype.itemsize + config.block_n) * config.block_k  # pixels are bytes
+    return replace(product, loading=_loading(config, shape, device), addressed=0, fetched=fetched, finish=2.5)
 
 
-def seconds_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> float:
-    """Predict the seconds of one run of the weight-gradient kernel."""
+def _loading(config: Config, shape: PatchShape, device: Device) -> float:
+    """Return the instructions a thread and step for a tile of pixels: some 11 a value for addresses and conversion."""
+    return 11 * config.block_m * config.block_k / (config.warps * device.warp)
+
+
+def work_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Product:
+    """Describe the work of one run of the weight-gradient kernel."""
     part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
     splits = splits_of(shape.patches, part, config, device)
     size, shared = dtype.itemsize, tiles.shared_bytes(config, shape.product, dtype.itemsize, device)
     moved = shape.patches * (shape.k // 2 + shape.width) * size + 8 * splits * shape.width * shape.k
-    return product_seconds(
+    return Product(
         splits * part, cdiv(shape.patches, splits), config.block_m, config.block_n, config.block_k, config.warps,
-        config.stages, shared, moved, size, device,
+        config.stages, shared, moved, size, loading=_loading(config, shape, device), finish=2, finishing=8,
     )  # fmt: skip
 
 
@@ -93,5 +105,5 @@ def splits_of(patches: int, part: int, config: Config, device: Device) -> int:
     return max(1, min(cdiv(patches, 8 * config.block_k), WAVES * device.units // max(part, 1)))
 
 
-EMBED = Tunable("patch_embed", PatchShape, Config, space, legal, default, seconds, ("k", "word"))
-EMBED_DW = Tunable("patch_embed_dw", PatchShape, Config, space, legal_dw, default_dw, seconds_dw, ("k", "word"))
+EMBED = Tunable("patch_embed", PatchShape, Config, space, legal, default, Predicted(work), ("k", "word"))
+EMBED_DW = Tunable("patch_embed_dw", PatchShape, Config, space, legal_dw, default_dw, Predicted(work_dw), ("k", "word"))

@@ -473,16 +473,18 @@ int mm1_moe_mlp(int dtype, const void *x, const void *index, const void *weight,
     int second = choose_product(&call, MM1_GROUPED_GEMM, dtype, &m.sorted, ffn, width);
     if (first < 0 || second < 0)
         return MM1_UNSUPPORTED;
-    struct step steps[] = {
+    struct step steps[MOST_STEPS] = {
         sort_step(KERNEL_count, &m, index),
         sort_step(KERNEL_place, &m, index),
         map_step(&m.sorted, first),
         up_step(&m, dtype, first, top_k, x, gate_up, width, ffn),
-        map_step(&m.sorted, second),
-        gemm_step(&m.sorted, dtype, second, true, m.s, address(down), m.y, ffn, width),
-        combine_step(&m, dtype, top_k, weight, y, width),
     };
-    return run(&call, steps, 7);
+    int count = 4;
+    if (variants[second].block_m != variants[first].block_m) /* else both products have the same map */
+        steps[count++] = map_step(&m.sorted, second);
+    steps[count++] = gemm_step(&m.sorted, dtype, second, true, m.s, address(down), m.y, ffn, width);
+    steps[count++] = combine_step(&m, dtype, top_k, weight, y, width);
+    return run(&call, steps, count);
 }
 
 int mm1_grids(const int32_t *sizes, int64_t count, int64_t patches, int32_t *table, int32_t *owner)

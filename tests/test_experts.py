@@ -6,6 +6,7 @@ from conftest import (
     DEVICE,
     INTERPRETED,
     assert_exports,
+    compiles,
     needs_gpu,
     needs_triton,
     not_interpreted,
@@ -14,10 +15,14 @@ from conftest import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from mm1.kernels.device import DEVICES
+from mm1.kernels.dispatch import recording
 from mm1.kernels.moe import reference
 from mm1.kernels.moe.activation import ACTIVATIONS
-from mm1.kernels.moe.experts import moe_mlp
+from mm1.kernels.moe.experts import moe_mlp, moe_mlp_backward, moe_mlp_forward
 from mm1.kernels.moe.routing import route, sort_by_expert
+from mm1.kernels.tiles import Config
+from mm1.kernels.tuning import pinned
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -483,6 +488,36 @@ def test_the_walk_over_tiles_changes_no_bit(variant):
             with torch.no_grad():
                 actual[-1]["few"] = moe_mlp(**p, **options)
     assert same(*actual)
+
+
+@needs_triton
+def test_products_with_tiles_of_other_heights_change_no_bit():
+    p = problem(**TILES | {"T": 60}, bias=True)
+    dy, heights = torch.randn_like(p["x"]), iter((64, 16, 32, 16))
+    with tiles():
+        expected = results(p, dy)
+        other = {name: Config(next(heights), 16, 16, 2, 4, 2, False) for name in
+                 ("experts_up", "grouped_gemm", "experts_dh", "grouped_gemm_dw")}  # fmt: skip
+        with pinned(**other):
+            assert same(results(p, dy), expected)
+
+
+@compiles
+def test_products_with_tiles_of_one_height_share_a_map():
+    T, D, F, E, K = 4096, 256, 512, 8, 2
+    names = ("experts_up", "grouped_gemm", "experts_dh", "grouped_gemm_dw")
+    for heights, maps in (((128,) * 4, (1, 1)), ((128, 64, 64, 32), (2, 1)), ((64, 128, 64, 64), (2, 2))):
+        x, dy = (torch.empty(T, D, device="meta", dtype=torch.bfloat16) for _ in range(2))
+        weight, gate_up, down = torch.empty(T, K, device="meta"), x.new_empty(E, 2 * F, D), x.new_empty(E, D, F)
+        order = [x.new_empty(shape, dtype=torch.int32) for shape in ((T * K,), (T, K), (E,))]
+        arguments = (order, weight, gate_up, None, down, None, None, "silu", None, 0.0, False, True)
+        with pinned(**{name: Config(block_m=m) for name, m in zip(names, heights)}):
+            with recording(DEVICES["h200"]) as forward:
+                _, h = moe_mlp_forward(x, *arguments)
+            with recording(DEVICES["h200"]) as backward:
+                moe_mlp_backward(dy, x, h, *arguments)
+        counts = tuple(sum(x.name == "_map_kernel" for x in launches) for launches in (forward, backward))
+        assert counts == maps, heights
 
 
 @pytest.mark.parametrize("recompute", [False, True])

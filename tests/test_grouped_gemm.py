@@ -129,7 +129,10 @@ def test_weight_bias_and_offsets_may_have_any_strides():
 
 @pytest.mark.parametrize("M, K, N", [(0, 8, 12), (21, 1, 12), (21, 8, 1), (1, 1, 1), (21, 0, 12), (0, 0, 3)])
 def test_sizes_of_one_and_of_none(M, K, N, poisoned):
-    compare(randn(M, K), randn(3, K, N), ends([M // 3, 0, M // 2]), randn(3, N), tolerance=1e-6)
+    a, dy, offsets, into = randn(M, K), randn(M, N), ends([M // 3, 0, M // 2]), randn(3, K, N)
+    truth = into.double() + dw_in_fp64(a, dy, offsets)
+    assert relative_error(grouped_gemm_dw(a, dy, offsets, into=into), truth) < 1e-6
+    compare(a, randn(3, K, N), offsets, randn(3, N), tolerance=1e-6)
     compare(randn(M, K), randn(3, K, N), ends([M, 0, 0]), tolerance=1e-6)
 
 
@@ -214,6 +217,17 @@ def test_the_walk_over_tiles_changes_no_bit(dtype, tma):
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(other, results[0]))
     for y, truth in zip(results[0], (in_fp64(a, b, offsets), in_fp64(a, b, offsets, bias), dw_in_fp64(a, dy, offsets))):
         assert relative_error(y, truth) < TOLERANCE[dtype]
+
+
+@needs_triton
+def test_a_wide_tile_is_added_in_parts():
+    a, dy, offsets, begin = randn(40, 20), randn(40, 200), ends([17, 0, 21]), randn(3, 20, 200)
+    into = []
+    for columns in (16, 256):
+        with tiles(block_n=columns):
+            into.append(grouped_gemm_dw(a, dy, offsets, into=begin.clone()))
+    assert torch.equal(*into)
+    assert relative_error(into[1], begin.double() + dw_in_fp64(a, dy, offsets)) < 1e-6
 
 
 @not_interpreted

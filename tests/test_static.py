@@ -7,7 +7,7 @@ from conftest import mostly_slow
 from mm1.autotune.static import Compiled, compile_launch, distinct
 from mm1.kernels import tiles
 from mm1.kernels.dispatch import DEVICES, Launch, recording
-from mm1.kernels.moe import experts, routing
+from mm1.kernels.moe import experts, grouped, routing
 from mm1.kernels.patches import embedding, position_tables
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -53,6 +53,12 @@ def route(T, E, k):
     tiles.tile_map(ints(E), T * k, 64)
 
 
+def add_gradient(dtype=BF16):
+    """Add a weight gradient to an fp32 buffer, as gradient accumulation does."""
+    a, dy, into = empty(8192, 2048, dtype=dtype), empty(8192, 1024, dtype=dtype), empty(8, 2048, 1024, dtype=FP32)
+    grouped.dw(a, dy, ints(8), into, accumulate=True)
+
+
 def embed(p, width, side, dtype=BF16, pixels=torch.uint8, mode="bilinear"):
     """Embed 64 images of side × side patches with a table as large, from pixels and from cut patches, both ways."""
     P = 64 * side * side
@@ -75,6 +81,7 @@ CALLS = {
     "gpt-oss": lambda: layer(8192, (2880, 2880, 32, 4), bias=True, transposed=True),
     "fp16": lambda: layer(8192, FINE, FP16),
     "fp32": lambda: layer(8192, FINE, FP32),
+    "gradient": add_gradient,
     "decode 1": lambda: few(1, COARSE),
     "decode 16": lambda: few(16, FINE),
     "route": lambda: route(8192, 64, 8),
@@ -116,8 +123,8 @@ def check(call: str, device: str) -> None:
         assert bool(code.instructions["UTMASTG"]) == (code.name in ("_up_kernel", "_gemm_kernel")), code
 
 
-@pytest.mark.parametrize("call", ["coarse", "fine", "gpt-oss", "fp32", "decode 1", "decode 16", "route", "route wide",
-                                  "vit-h-14"])  # fmt: skip
+@pytest.mark.parametrize("call", ["coarse", "fine", "gpt-oss", "gradient", "fp32", "decode 1", "decode 16", "route",
+                                  "route wide", "vit-h-14"])  # fmt: skip
 def test_h200_code_has_wgmma_bulk_copies_and_no_spills(call):
     check(call, "h200")
 

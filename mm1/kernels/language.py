@@ -25,6 +25,7 @@ class _Placeholder:
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     INSTALLED = INTERPRETED = False
@@ -32,13 +33,14 @@ else:
     try:
         import triton
         import triton.language as tl
+        from triton.language.extra import libdevice
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         INSTALLED = True
         # TRITON_INTERPRET=1: Triton source runs interpreted on CPU tensors, which tests it without a GPU.
         INTERPRETED = bool(triton.knobs.runtime.interpret)
     except ImportError:
-        triton = tl = TensorDescriptor = _Placeholder()
+        triton = tl = libdevice = TensorDescriptor = _Placeholder()
         INSTALLED = INTERPRETED = False
 
-__all__ = ["INSTALLED", "INTERPRETED", "TensorDescriptor", "tl", "triton"]
+__all__ = ["INSTALLED", "INTERPRETED", "TensorDescriptor", "libdevice", "tl", "triton"]

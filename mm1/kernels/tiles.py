@@ -147,6 +147,12 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def split_columns(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the left and the right half of a tile [BLOCK_M, BLOCK_N]; every thread keeps its sums of products."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
     """Return (m, n) of a tile; tiles are numbered in groups of GROUP_M rows of tiles, by columns within a group."""
     group = tile // (GROUP_M * num_n)
@@ -160,7 +166,9 @@ def mapped_tile(tiles_ptr, tile, num_m, num_n, GROUP_M: tl.constexpr):
     """Return a tile's expert (-1: none), its first row, the end of the expert's rows, and its position along n."""
     pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
     tiles_ptr += pid_m
-    return tl.load(tiles_ptr), tl.load(tiles_ptr + num_m), tl.load(tiles_ptr + 2 * num_m), pid_n
+    expert, row, end = tl.load(tiles_ptr), tl.load(tiles_ptr + num_m), tl.load(tiles_ptr + 2 * num_m)
+    # Row and end are 0 without an expert. As the caller's branch depends on all three, they are loaded at once.
+    return tl.where(row < end, expert, -1), row, end, pid_n
 
 
 @triton.jit
@@ -280,6 +288,26 @@ def tile_map(offsets: Tensor, rows: int, block_m: int, *, tail: bool = False) ->
         num_warps=8 if block_e >= 512 else 4,
     )  # fmt: skip
     return tiles, by_size, num_m
+
+
+class Maps:
+    """Hold the maps of rows sorted by expert, so that the products of an op share them. offsets: as of tile_map."""
+
+    def __init__(self, offsets: Tensor):
+        self.offsets = offsets
+        self.made: dict[tuple[int, int, bool], tuple[Tensor, Tensor, int]] = {}
+
+    def of(self, rows: int, block_m: int, tail: bool = False) -> tuple[Tensor, Tensor, int]:
+        """Return tile_map(offsets, rows, block_m, tail=tail), which is computed once."""
+        key = rows, block_m, tail
+        if key not in self.made:
+            self.made[key] = tile_map(self.offsets, rows, block_m, tail=tail)
+        return self.made[key]
+
+    @property
+    def by_size(self) -> Tensor:
+        """Return the experts by decreasing size, int32 [E], which come with any map."""
+        return self.of(*next(iter(self.made), (0, 128, False)))[1]
 
 
 def descriptor(x: Tensor, block: list[int], config: Config) -> Any:

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm1.kernels.language import tl, triton
+from mm1.kernels.language import INTERPRETED, libdevice, tl, triton
 
 QUICK = 1.702
+LIBDEVICE = tl.constexpr(not INTERPRETED)
 
 
 class Activation(NamedTuple):
@@ -51,14 +52,28 @@ ACTIVATIONS = {
 
 
 @triton.jit
+def _sigmoid(x):
+    """Return 1 / (1 + e^-x) of fp32; 0 below -87.3.
+
+    tl.sigmoid takes 14 instructions on NVIDIA GPUs, and this takes 6: 8 of the 14 are a negation and the scaling of
+    operands whose exponential or inverse is not a normal number, which are 0 here.
+    """
+    power = tl.exp2(x * -1.4426950408889634)
+    if LIBDEVICE:
+        return libdevice.fast_dividef(1.0, 1 + power)
+    else:
+        return 1 / (1 + power)
+
+
+@triton.jit
 def _value_and_slope(x, ACT: tl.constexpr):
     """Return act(x) and act'(x)."""
     if ACT == "silu":
-        sigmoid = tl.sigmoid(x)
+        sigmoid = _sigmoid(x)
         value = x * sigmoid
         slope = sigmoid + value * (1 - sigmoid)
     elif ACT == "quick_gelu":
-        sigmoid = tl.sigmoid(1.702 * x)
+        sigmoid = _sigmoid(1.702 * x)
         value = x * sigmoid
         slope = sigmoid + 1.702 * value * (1 - sigmoid)
     elif ACT == "gelu":
@@ -67,7 +82,7 @@ def _value_and_slope(x, ACT: tl.constexpr):
         slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        cdf = tl.sigmoid(2 * inner)  # (1 + tanh(inner)) / 2
+        cdf = _sigmoid(2 * inner)  # (1 + tanh(inner)) / 2
         value = x * cdf
         slope = cdf + value * (1 - cdf) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     elif ACT == "relu":
@@ -94,7 +109,8 @@ def slopes(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr
         if LIMIT is not None:
             factor = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
             within = tl.where(tl.abs(up) <= LIMIT, value, 0.0)
-        factor = factor + SHIFT
+        if SHIFT != 0:  # the compiler does not remove the addition of 0.0
+            factor = factor + SHIFT
         return value * factor, slope * factor, within
     else:
         return value, slope, value

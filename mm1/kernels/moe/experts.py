@@ -46,7 +46,7 @@ from mm1.kernels.moe.arguments import check, empty_gradients, halves, projection
 from mm1.kernels.moe.combine import combine
 from mm1.kernels.moe.grouped import dw, gemm
 from mm1.kernels.moe.routing import Order, sort, sort_by_expert
-from mm1.kernels.tiles import Config, Shape, dot, load_rows, load_weight, mapped_tile, store_tile
+from mm1.kernels.tiles import Config, Shape, dot, load_rows, load_weight, mapped_tile, split_columns, store_tile
 from mm1.kernels.tuning import Tunable, config_for, pinned_or
 
 
@@ -57,11 +57,15 @@ def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -
 
 
 def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 128) -> Config:
-    """Choose the configuration of an ordinary product, with at most `widest` columns."""
+    """Choose the configuration of an ordinary product, with at most `widest` columns and, for 16 bits, 4 stages.
+
+    A step of 128 columns takes 280 ns on an H200, so that 2 steps ahead, those of 3 stages, do not hide a load.
+    """
     config = tiles.default(shape, dtype, device)
-    config = replace(config, block_n=min(config.block_n, widest, 128 if device.shared > 100 << 10 else 64))
-    # With 4 warps 26 registers spill on an A100.
-    return replace(config, warps=8) if config.block_n == 128 and not device.asynchronous else config
+    columns = min(config.block_n, widest, 128 if device.shared > 100 << 10 else 64)
+    warps = 8 if columns == 128 and not device.asynchronous else config.warps  # with 4 26 registers spill on an A100
+    stages = 4 if dtype.itemsize == 2 else config.stages
+    return tiles.fitted(replace(config, block_n=columns, warps=warps, stages=stages), shape, dtype, device)
 
 
 # Of two sums up stores both and their product. For each sum dh reads gate and up and stores their gradients and s.
@@ -117,10 +121,14 @@ def _up_kernel(
 def _dh_kernel(
     dy_ptr, down, bias_ptr, h_ptr, slots_ptr, weight_ptr, dh_ptr, ws_ptr, dots_ptr, tiles_ptr, stride_ym, stride_yk,
     stride_we, stride_wk, stride_wn, D, F, S, num_m, FAN: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACT: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, W_TMA: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ACT: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, W_TMA: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Store dh [rows, 2F], weight · s [rows, F], and each tile's part of ⟨dy, y⟩ of its rows."""
+    """Store dh [rows, 2F], weight · s [rows, F], and each tile's part of ⟨dy, y⟩ of its rows.
+
+    EARLY: load the first gates before the products, and all else together after them, where registers hold it. One load
+    waits for memory then, else six.
+    """
     num_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         expert, row, end, pid_n = mapped_tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
@@ -129,6 +137,10 @@ def _dh_kernel(
             rows = row + tl.arange(0, BLOCK_M)
             slots = tl.load(slots_ptr + tl.minimum(rows, end - 1))
             tokens = slots // FAN
+            # Two halves, as registers do not hold gate, up, slopes and accumulators of a whole tile.
+            HALF: tl.constexpr = BLOCK_N // 2
+            if EARLY:
+                gate_l = _load_half(h_ptr, rows, end, n, F, GATED, HALF)
             da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             dots = tl.zeros((BLOCK_M,), tl.float32)
             for k in range(0, D, BLOCK_K):
@@ -141,44 +153,60 @@ def _dh_kernel(
                     dots += tl.sum(dy.to(tl.float32) * bias.to(tl.float32)[None, :], 1)
             if pid_n > 0:
                 dots = tl.zeros((BLOCK_M,), tl.float32)
-            weight = tl.load(weight_ptr + slots)[:, None]
-            # Two halves, as registers do not hold gate, up, slopes and accumulators of a whole tile.
-            left, right = tl.split(tl.permute(tl.reshape(da, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            left, right = split_columns(da, BLOCK_M, BLOCK_N)
+            if not EARLY:
+                gate_l = _load_half(h_ptr, rows, end, n, F, GATED, HALF)
+            up_l = _load_half(h_ptr + F, rows, end, n, F, GATED, HALF) if GATED else gate_l
+            if EARLY:
+                gate_r = _load_half(h_ptr, rows, end, n + HALF, F, GATED, HALF)
+                up_r = _load_half(h_ptr + F, rows, end, n + HALF, F, GATED, HALF) if GATED else gate_r
             dots += _dh_part(
-                left, weight, h_ptr, dh_ptr, ws_ptr, rows, end, n, F, GATED, ACT, LIMIT, SHIFT, BLOCK_N // 2
+                left, gate_l, up_l, weight_ptr + slots, dh_ptr, ws_ptr, rows, end, n, F, GATED, ACT, LIMIT, SHIFT, HALF
             )
+            if not EARLY:
+                gate_r = _load_half(h_ptr, rows, end, n + HALF, F, GATED, HALF)
+                up_r = _load_half(h_ptr + F, rows, end, n + HALF, F, GATED, HALF) if GATED else gate_r
             dots += _dh_part(
-                right, weight, h_ptr, dh_ptr, ws_ptr, rows, end, n + BLOCK_N // 2, F, GATED, ACT, LIMIT, SHIFT,
-                BLOCK_N // 2,
+                right, gate_r, up_r, weight_ptr + slots, dh_ptr, ws_ptr, rows, end, n + HALF, F, GATED, ACT, LIMIT,
+                SHIFT, HALF,
             )  # fmt: skip
             tl.store(dots_ptr + pid_n.to(tl.int64) * S + rows, dots, rows < end)
 
 
 @triton.jit
+def _places(rows, end, n, stride, F, BLOCK_N: tl.constexpr):
+    """Return the places of BLOCK_N columns from n on, and which of them are before row `end` and column F."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    return rows.to(tl.int64)[:, None] * stride + offs_n[None, :], (rows < end)[:, None] & (offs_n < F)[None, :]
+
+
+@triton.jit
+def _load_half(h_ptr, rows, end, n, F, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Load BLOCK_N columns of h."""
+    places, inside = _places(rows, end, n, 2 * F if GATED else F, F, BLOCK_N)
+    return tl.load(h_ptr + places, inside, other=0.0)
+
+
+@triton.jit
 def _dh_part(
-    da, weight, h_ptr, dh_ptr, ws_ptr, rows, end, n, F, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
+    da, gate, up, weights, dh_ptr, ws_ptr, rows, end, n, F, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store dh and weight · s of BLOCK_N columns, and return their part of ⟨da, s⟩."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    inside = (rows < end)[:, None] & (offs_n < F)[None, :]
-    places = rows.to(tl.int64)[:, None] * (2 * F if GATED else F) + offs_n[None, :]
-    gate = tl.load(h_ptr + places, inside, other=0.0).to(tl.float32)
-    up = gate
-    if GATED:
-        up = tl.load(h_ptr + F + places, inside, other=0.0).to(tl.float32)
-    s, slope_g, slope_u = slopes(gate, up, ACT, GATED, LIMIT, SHIFT)
+    s, slope_g, slope_u = slopes(gate.to(tl.float32), up.to(tl.float32), ACT, GATED, LIMIT, SHIFT)
     dots = tl.sum(da * s, 1)
+    weight = tl.load(weights)[:, None]
     da = da * weight
+    places, inside = _places(rows, end, n, 2 * F if GATED else F, F, BLOCK_N)
     tl.store(dh_ptr + places, (da * slope_g).to(dh_ptr.dtype.element_ty), inside)
     if GATED:
         tl.store(dh_ptr + F + places, (da * slope_u).to(dh_ptr.dtype.element_ty), inside)
-    places = rows.to(tl.int64)[:, None] * F + offs_n[None, :]
+    places, inside = _places(rows, end, n, F, F, BLOCK_N)
     tl.store(ws_ptr + places, (weight * s).to(ws_ptr.dtype.element_ty), inside)
     return dots
 
 
-def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit, shift, interleaved, keep):
+def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit, shift, interleaved, keep, maps=None):
     """Compute the first product of rows sorted by expert; return s [S, F] and, with `keep`, h [S, 2F]."""
     S, D = len(slots), x.shape[1]
     gated = up is not None or gate_up.shape[1] == 2 * width
@@ -187,7 +215,7 @@ def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit,
     # Biases and limits take registers that the tables' tiles, measured without them, may not leave.
     plain = bias is None and limit is None
     config = config_for(UP, *at) if plain else pinned_or("experts_up", lambda: tiles.default(*at))
-    tile_map, _, num_m = tiles.tile_map(offsets, S, config.block_m)
+    tile_map, _, num_m = (maps or tiles.Maps(offsets)).of(S, config.block_m)
     gate, up = (half.transpose(1, 2) for half in halves(gate_up, up, gated, interleaved))
     gate_bias, up_bias = (None, None) if bias is None else halves(bias, None, gated, interleaved)
     gate_any, up_any, order = tiles.weight_operands(config, gate, up)
@@ -214,6 +242,7 @@ def up_rows(x, slots, offsets, fan, gate_up, up, width, bias, activation, limit,
 def gradient_of_h(
     dy: Tensor, h: Tensor, slots: Tensor, offsets: Tensor, fan: int, weight: Tensor, down: Tensor,
     down_bias: Tensor | None, activation: str, limit: float | None, shift: float, gated: bool,
+    maps: tiles.Maps | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dh [S, 2F], weight · s [S, F], and parts [tiles of F, S] whose sum is ⟨dy, y⟩ of each row."""
     S, device, (E, D, width) = len(slots), device_of(h), down.shape
@@ -221,7 +250,7 @@ def gradient_of_h(
     plain = down_bias is None and limit is None
     widest = 128 if device.wgmma else 64  # with 128 columns 20 registers spill on an A100, 83 on a B200
     config = config_for(DH, *at) if plain else pinned_or("experts_dh", lambda: default_dh(*at, widest))
-    tile_map, _, num_m = tiles.tile_map(offsets, S, config.block_m)
+    tile_map, _, num_m = (maps or tiles.Maps(offsets)).of(S, config.block_m)
     num_n = cdiv(width, config.block_n)
     dh, ws, dots = torch.empty_like(h), h.new_empty(S, width), weight.new_empty(num_n, S)
     down_any, order = tiles.weight_operands(config, down)
@@ -230,7 +259,7 @@ def gradient_of_h(
         h_ptr=h, slots_ptr=slots, weight_ptr=weight, dh_ptr=dh, ws_ptr=ws, dots_ptr=dots, tiles_ptr=tile_map,
         **strides(dy, "stride_ym", "stride_yk"), **strides(down, "stride_we", "stride_wk", "stride_wn"), D=D, F=width,
         S=S, num_m=num_m, FAN=fan, GATED=gated, HAS_BIAS=down_bias is not None, ACT=activation, LIMIT=limit,
-        SHIFT=shift, W_TMA=order, GROUP_M=config.group_m, **config.arguments,
+        SHIFT=shift, W_TMA=order, EARLY=plain and device.asynchronous, GROUP_M=config.group_m, **config.arguments,
     )  # fmt: skip
     return dh, ws, dots
 
@@ -243,8 +272,9 @@ def moe_mlp_forward(
     """Return y [T, D] and h [T·K, 2F], which has no columns without `keep`. order: slots, position, offsets."""
     slots, position, offsets = order
     K, width = position.shape[1], down.shape[2]
-    s, h = up_rows(x, slots, offsets, K, gate_up, up, width, gate_up_bias, activation, limit, shift, interleaved, keep)
-    y = gemm(s, down.transpose(1, 2), offsets, down_bias)
+    operands, maps = (x, slots, offsets, K, gate_up, up, width, gate_up_bias), tiles.Maps(offsets)
+    s, h = up_rows(*operands, activation, limit, shift, interleaved, keep, maps)
+    y = gemm(s, down.transpose(1, 2), offsets, down_bias, maps=maps)
     return combine(y, position, weight, offsets=offsets), h
 
 
@@ -260,22 +290,23 @@ def moe_mlp_backward(
     slots, position, offsets = order
     K, width = position.shape[1], down.shape[2]
     gated = up is not None or gate_up.shape[1] == 2 * width
+    gate, maps = (activation, limit, shift), tiles.Maps(offsets)
     if not h.shape[1]:
-        operands = x, slots, offsets, K, gate_up, up, width, gate_up_bias
-        _, h = up_rows(*operands, activation, limit, shift, interleaved, True)
-    dh, ws, dots = gradient_of_h(dy, h, slots, offsets, K, weight, down, down_bias, activation, limit, shift, gated)
+        _, h = up_rows(x, slots, offsets, K, gate_up, up, width, gate_up_bias, *gate, interleaved, True, maps)
+    dh, ws, dots = gradient_of_h(dy, h, slots, offsets, K, weight, down, down_bias, *gate, gated, maps)
     dweight = torch.where(position < offsets[-1], dots.sum(0)[position], 0.0)
 
-    (gate, _), *second = projections(gate_up, up, None, width, interleaved)
-    dx = combine(gemm(dh, gate, offsets, None, *(w for w, _ in second)), position, None, offsets=offsets)
+    (first, _), *second = projections(gate_up, up, None, width, interleaved)
+    rows = gemm(dh, first, offsets, None, *(w for w, _ in second), maps=maps)
+    dx = combine(rows, position, None, offsets=offsets)
     parameters = gate_up, up, down, gate_up_bias, down_bias
     gradients = empty_gradients(x, parameters, weight_gradients)
     if weight_gradients:
         dgate_up, dup, _, dbias, ddown_bias = (None if p is None else g for p, g in zip(parameters, gradients))
         products = projections(dgate_up, dup, dbias, width, interleaved)
-        for (out, bias), rows in zip(products, dh.split(gate.shape[1], 1)):
-            dw(rows, x, offsets, out, slots=slots, b_fan=K, bias=bias)
-        dw(dy, ws, offsets, gradients[2], slots=slots, a_fan=K, bias=ddown_bias, scale=weight)
+        for (out, bias), part in zip(products, dh.split(first.shape[1], 1)):
+            dw(part, x, offsets, out, slots=slots, b_fan=K, bias=bias, maps=maps)
+        dw(dy, ws, offsets, gradients[2], slots=slots, a_fan=K, bias=ddown_bias, scale=weight, maps=maps)
     return [dx, dweight, *gradients]
 
 

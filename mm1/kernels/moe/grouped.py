@@ -31,7 +31,17 @@ from mm1.kernels.dispatch import (
 )
 from mm1.kernels.language import tl, triton
 from mm1.kernels.moe import reference
-from mm1.kernels.tiles import Config, Shape, dot, load_rows, load_weight, mapped_tile, store_tile, tile_of
+from mm1.kernels.tiles import (
+    Config,
+    Shape,
+    dot,
+    load_rows,
+    load_weight,
+    mapped_tile,
+    split_columns,
+    store_tile,
+    tile_of,
+)
 from mm1.kernels.tuning import Tunable, config_for
 
 
@@ -135,20 +145,31 @@ def _dw_kernel(
             acc = dot(a.T, b, acc)
             if HAS_BIAS:
                 bias += _column_sums(a, slots_ptr, scale_ptr, whole, end, HAS_SCALE, BLOCK_K)
+        w = w_ptr + expert.to(tl.int64) * stride_we
+        _store_dw(acc, w, m, n, stride_wk, stride_wn, K, N, ACCUMULATE, BLOCK_M, BLOCK_N)
+        if HAS_BIAS:
+            offs_m = m + tl.arange(0, BLOCK_M)
+            bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_se + offs_m * stride_sk
+            tl.store(bias_ptrs, bias.to(bias_ptr.dtype.element_ty), offs_m < tl.where(pid_n == 0, K, 0))
+
+
+@triton.jit
+def _store_dw(
+    acc, w_ptr, m, n, stride_k, stride_n, K, N, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store a tile of w[e]; ACCUMULATE: add it, 64 columns at a time: with 256 at once 121 instructions spill."""
+    if ACCUMULATE and BLOCK_N > 64:
+        left, right = split_columns(acc, BLOCK_M, BLOCK_N)
+        _store_dw(left, w_ptr, m, n, stride_k, stride_n, K, N, ACCUMULATE, BLOCK_M, BLOCK_N // 2)
+        _store_dw(right, w_ptr, m, n + BLOCK_N // 2, stride_k, stride_n, K, N, ACCUMULATE, BLOCK_M, BLOCK_N // 2)
+    else:
         offs_m = m + tl.arange(0, BLOCK_M)
         offs_n = n + tl.arange(0, BLOCK_N)
-        w_ptrs = (
-            w_ptr
-            + expert.to(tl.int64) * stride_we
-            + (offs_m.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn)
-        )
+        w_ptrs = w_ptr + (offs_m.to(tl.int64)[:, None] * stride_k + offs_n.to(tl.int64)[None, :] * stride_n)
         inside = (offs_m < K)[:, None] & (offs_n < N)[None, :]
         if ACCUMULATE:
             acc += tl.load(w_ptrs, inside, other=0.0)
         tl.store(w_ptrs, acc.to(w_ptr.dtype.element_ty), inside)
-        if HAS_BIAS:
-            bias_ptrs = bias_ptr + expert.to(tl.int64) * stride_se + offs_m * stride_sk
-            tl.store(bias_ptrs, bias.to(bias_ptr.dtype.element_ty), offs_m < tl.where(pid_n == 0, K, 0))
 
 
 @triton.jit
@@ -208,19 +229,20 @@ DW = Tunable("grouped_gemm_dw", DwShape, Config, tiles.space, legal_dw, default_
 
 
 def gemm(
-    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None, b2: Tensor | None = None, *, tail: bool = False
-) -> Tensor:
+    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None, b2: Tensor | None = None, *, tail: bool = False,
+    maps: tiles.Maps | None = None,
+) -> Tensor:  # fmt: skip
     """Launch the forward kernel: a [M, K] · b [E, K, N] by expert -> [M, N].
 
     b2 [E, K, N] multiplies the second half of the columns of a, which is then [M, 2K]. tail: fill rows past the last
-    offset with zeros; else they are undefined.
+    offset with zeros; else they are undefined. maps: those of `offsets`, which the caller's products share.
     """
     M, (E, K, N) = a.shape[0], b.shape
     device, y = device_of(a), a.new_empty(M, N)
     if y.numel() == 0:
         return y
     config = config_for(GEMM, Shape(M, E, K, N), a.dtype, device)
-    tile_map, _, num_m = tiles.tile_map(offsets, M, config.block_m, tail=tail)
+    tile_map, _, num_m = (maps or tiles.Maps(offsets)).of(M, config.block_m, tail)
     a_desc = tiles.descriptor(a, [config.block_m, config.block_k], config)
     pair, b2 = b2 is not None, b if b2 is None else b2
     b_any, b2_any, order = tiles.weight_operands(config, b, b2)
@@ -239,12 +261,12 @@ def gemm(
 
 def dw(
     a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, slots: Tensor | None = None, a_fan: int = 0, b_fan: int = 0,
-    bias: Tensor | None = None, scale: Tensor | None = None, accumulate: bool = False,
+    bias: Tensor | None = None, scale: Tensor | None = None, accumulate: bool = False, maps: tiles.Maps | None = None,
 ) -> None:  # fmt: skip
     """Launch the weight-gradient kernel: out [E, K, N] (+)= aᵀ b by expert, over its rows of a [., K] and b [., N].
 
     a_fan, b_fan: where not 0, the operand's row is slots[row] // fan. bias [E, K] receives the sums of a's rows, each
-    times scale[slots[row]] if there is a scale. accumulate: add to `out` instead of overwriting it.
+    times scale[slots[row]] if there is a scale. accumulate: add to `out` instead of overwriting it. maps: as for gemm.
     """
     E, K, N = out.shape
     if K == 0 or (N == 0 and bias is None):
@@ -254,7 +276,6 @@ def dw(
     device = device_of(a)
     shape = DwShape(len(a) if b_fan else len(b), E, K, N, bool(a_fan or b_fan), bias is not None)
     config = config_for(DW, shape, a.dtype, device)
-    _, by_size, _ = tiles.tile_map(offsets, 0, config.block_m)
     a_desc = None if a_fan else tiles.descriptor(a, [config.block_k, config.block_m], config)
     b_desc = None if b_fan else tiles.descriptor(b, [config.block_k, config.block_n], config)
     grid = tiles.programs(E * cdiv(K, config.block_m) * cdiv(N, config.block_n), config, device)
@@ -262,7 +283,8 @@ def dw(
     stages = 2 * config.stages - 1 if shape.gathered and device.vendor == "nvidia" else config.stages
     launch(
         _dw_kernel, grid, a_ptr=a, a_desc=a_desc, b_ptr=b, b_desc=b_desc, slots_ptr=slots,
-        scale_ptr=scale, w_ptr=out, bias_ptr=bias, offsets_ptr=offsets, by_size_ptr=by_size,
+        scale_ptr=scale, w_ptr=out, bias_ptr=bias, offsets_ptr=offsets,
+        by_size_ptr=(maps or tiles.Maps(offsets)).by_size,
         **strides(a, "stride_am", "stride_ak"), **strides(b, "stride_bm", "stride_bn"),
         **strides(out, "stride_we", "stride_wk", "stride_wn"), **strides(bias, "stride_se", "stride_sk"), E=E, K=K,
         N=N, A_FAN=a_fan, B_FAN=b_fan, A_TMA=a_desc is not None, B_TMA=b_desc is not None, ACCUMULATE=accumulate,

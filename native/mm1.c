@@ -505,17 +505,19 @@ int mm1_grids(const int32_t *sizes, int64_t count, int64_t patches, int32_t *tab
     return MM1_OK;
 }
 
+enum { TAPS = 9 }; /* the fields of a patch's taps in a table of positions, for which it has room without one too */
+
 struct embed {
     int64_t k, padded;
-    int64_t words, strides, weight, bias, end;
+    int64_t cut, taps, weight, bias, end;
 };
 
 static struct embed embed_of(int64_t at, int dtype, int64_t patches, int64_t width, int64_t patch_size)
 {
     struct embed e = {.k = 3 * patch_size * patch_size};
     e.padded = cdiv(e.k, 16) * 16;
-    e.words = take(&at, 8 * patches);
-    e.strides = take(&at, 4 * patches);
+    e.cut = take(&at, patches * e.padded * bytes(dtype));
+    e.taps = take(&at, 4 * TAPS * patches);
     e.weight = take(&at, width * e.padded * bytes(dtype));
     e.bias = take(&at, 4 * width);
     e.end = at;
@@ -573,15 +575,16 @@ int mm1_patch_embed(int dtype, const void *pixels, const void *table, const void
         return MM1_UNSUPPORTED;
     int64_t grid = cdiv(patches, variants[variant].block_m) * cdiv(width, variants[variant].block_n);
     struct step steps[] = {
-        {KERNEL_places, 0, -1, {patch_size}, cdiv(patches, 128),
-         {[ARG_owner_ptr] = address(owner), [ARG_images_ptr] = address(table), [ARG_word_ptr] = e.words,
-          [ARG_stride_ptr] = e.strides, [ARG_P] = patches}},
+        {KERNEL_cut, dtype, -1, {patch_size, positions != NULL}, cdiv(patches, 32) * cdiv(e.padded, 128),
+         {[ARG_x_ptr] = address(pixels), [ARG_owner_ptr] = address(owner), [ARG_images_ptr] = address(table),
+          [ARG_cut_ptr] = e.cut, [ARG_taps_ptr] = e.taps, [ARG_P] = patches, [ARG_Gh] = positions ? rows : 1,
+          [ARG_Gw] = positions ? columns : 1}},
         fold_step(&e, dtype, weight, bias, width, mean, std),
-        {KERNEL_embed, dtype, variant, {e.k, positions != NULL}, grid,
-         {[ARG_x_ptr] = address(pixels), [ARG_word_ptr] = e.words, [ARG_stride_ptr] = e.strides, [ARG_w] = e.weight,
-          [ARG_bias_ptr] = e.bias, [ARG_table_ptr] = address(positions), [ARG_owner_ptr] = address(owner),
-          [ARG_images_ptr] = address(table), [ARG_y_ptr] = address(tokens), [ARG_P] = patches, [ARG_N] = width,
-          [ARG_Gh] = positions ? rows : 1, [ARG_Gw] = positions ? columns : 1, [ARG_stride_w] = e.padded}},
+        {KERNEL_embed, dtype, variant, {e.padded, positions != NULL}, grid,
+         {[ARG_x] = e.cut, [ARG_w] = e.weight, [ARG_bias_ptr] = e.bias, [ARG_table_ptr] = address(positions),
+          [ARG_taps_ptr] = e.taps, [ARG_y_ptr] = address(tokens), [ARG_P] = patches, [ARG_N] = width,
+          [ARG_Gh] = positions ? rows : 1, [ARG_Gw] = positions ? columns : 1, [ARG_stride_x] = e.padded,
+          [ARG_stride_w] = e.padded}},
     };
     return run(&call, steps, 3);
 }

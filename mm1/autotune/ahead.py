@@ -108,7 +108,7 @@ OPS = {
     "grouped_gemm": Op("_gemm_kernel", _BY_ROWS, {"gated": (False,)}, tiles.Config, _gemm, (False, True), _RUNGS),
     "experts_up": Op("_up_kernel", _BY_ROWS, {"gated": (True,)}, tiles.Config, _moe, TOP_K, _RUNGS),
     "patch_embed": Op(
-        "_embed_kernel", ("patches", "k", "width"), {"word": (2, 4)}, tiles.Config, _embed,
+        "_embed_kernel", ("patches", "k", "width"), {}, tiles.Config, _embed,
         tuple((p, table, bias) for p in PATCHES for table, bias in ((False, True), (True, False))),
         (({}, (4001, 588, 1024)),),
     ),
@@ -129,7 +129,7 @@ KEYS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     "_count_kernel": lambda v: (0, 0, v["BINS"]),
     "_place_kernel": lambda v: (0, 0, v["BINS"]),
     "_combine_kernel": lambda v: (v["K"], v["BLOCK"], 0),
-    "_places_kernel": lambda v: (v["PATCH"], 0, 0),
+    "_cut_kernel": lambda v: (v["PATCH"], v["HAS_TABLE"], 0),
     "_fold_kernel": lambda v: (v["HAS_BIAS"], 0, 0),
 }
 KERNELS = tuple(KEYS)

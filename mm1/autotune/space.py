@@ -99,11 +99,11 @@ def interval(size: int) -> list[int]:
 
 # (D, F, E): MM1-3B-MoE and MM1-7B-MoE; Mixtral 8×7B, Phi-3.5-MoE, OLMoE, Qwen3-30B-A3B
 LAYERS = ((3072, 8064, 64), (4096, 13312, 32), (4096, 14336, 8), (4096, 6400, 16), (2048, 1024, 64), (2048, 768, 128))
-# (width, K, pixels): ViT-L, SO400M, ViT-H with patches of 14 pixels; ViT-B, ViT-L, SO400M with 16, from pixels and from
-# patches that are cut already; Qwen-VL
-EMBEDDINGS = ((1024, 588, True), (1152, 588, True), (1280, 588, True), (768, 768, True), (1024, 768, True),
-              (1152, 768, True), (768, 768, False), (1024, 768, False), (1152, 768, False), (1280, 1176, False),
-              (1152, 1536, False))  # fmt: skip
+# (width, K): ViT-L, SO400M, ViT-H with patches of 14 pixels; ViT-B, ViT-L, SO400M with 16; Qwen-VL's cut patches
+EMBEDDINGS = (
+    (1024, 588), (1152, 588), (1280, 588), (768, 768), (1024, 768), (1152, 768), (1280, 1176), (1152, 1536),
+)  # fmt: skip
+PIXELS = (588, 768)  # values of a patch that is cut from pixels
 CHANNELS = (768, 1024)  # of C-Abstractors
 HEADS = ((16, 16, 80, False), (16, 16, 64, False), (32, 8, 128, True))  # (H, G, Dh, causal)
 # (key-value heads, query heads for each) of MM1-3B, MM1-7B and Qwen3-30B-A3B, all of width 128
@@ -123,10 +123,7 @@ def _row_shapes() -> Iterator[RowShape]:
 
 
 def _embed_shapes() -> Iterator[PatchShape]:
-    for width, k, pixels in EMBEDDINGS:
-        for patches in octaves(256, 262144):
-            # A patch has rows of 3·p bytes: they are read in words of 2 bytes for p = 14, of 4 bytes for p = 16.
-            yield PatchShape(patches, k, width, (2 if k == 588 else 4) if pixels else 0)
+    return (PatchShape(patches, k, width) for width, k in EMBEDDINGS for patches in octaves(256, 262144))
 
 
 def _flash_shapes() -> Iterator[FlashShape]:
@@ -197,7 +194,7 @@ def _embed(s: PatchShape, new: Inputs) -> Callable[[], Any]:
     # Machine code is judged in the mode that needs the most registers.
     mode = "bicubic" if new.device == "meta" else "bilinear"
     geometry, modes = (grids.table, grids.owner), (1, mode, True, False)
-    if not s.word:
+    if s.k not in PIXELS:
         patches = new.floats(s.patches, s.k)
         return lambda: embedding.embed(patches, weight, bias, table, *geometry, *modes)
     pixels, side = _pixels(s, new), round((s.k // 3) ** 0.5)
@@ -317,8 +314,8 @@ _BY_ROWS = [
          _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.gated(a, dc, w, gamma, beta, gate, at, True))),
         (WALKS["backward"], ("_walk_kernel",),
          _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.backward(a, dc, w, gamma, beta, gate, gate, at))),
-        (depthwise.UNWALK, ("_unwalk_kernel",),
-         _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.unwalk(a, dc, w, gamma, beta, at))),
+        (WALKS["input"], ("_walk_kernel",),
+         _depthwise(lambda a, dc, w, gamma, beta, gate, at: depthwise.input_gradient(a, dc, w, gamma, beta, at))),
         (pooling.POOL, ("_pool_kernel", "_pool_backward_kernel"), _pool),
     )
 ]  # fmt: skip
@@ -336,7 +333,8 @@ KERNELS = {
                _layers(lambda n, E, D, F: Shape(n, E, D, F, True), lambda n, E, D, F: Shape(n, E, F, D),
                        rows=octaves(1, few_tokens.MAX_SLOTS)), _few),
         Kernel(EMBED, ("_embed_kernel",), True, True, _embed_shapes, _embed),
-        Kernel(EMBED_DW, ("_embed_dw_kernel",), True, True, lambda: (s for s in _embed_shapes() if s.word), _embed_dw),
+        Kernel(EMBED_DW, ("_embed_dw_kernel",), True, True,
+               lambda: (s for s in _embed_shapes() if s.k in PIXELS), _embed_dw),
         Kernel(GATE, ("_gemm_kernel", "_gate_kernel"), True, True,
                lambda: (GateShape(rows, C, C) for C in CHANNELS for rows in ROWS), _gate),
         *_BY_ROWS,

@@ -11,10 +11,11 @@ channels, eps 1e-5. About 4·P·C² operations forward, 8·P·C² backward.
 Forward moves 11 tensors of P·C elements (eager torch: 24): 2 in each product of cuBLAS, of which the third applies the
 gate as it loads (gate.py); 2 in norm1; 2 in the depthwise convolution with norm2 and the sums for the mean
 (depthwise.py); 3 in the last step. x, u1, W3 c and tensors of N rows are saved for backward, which recomputes the
-statistics, a and b, and moves 25 tensors:
+statistics, a and b, and moves 27 tensors:
     ds, du3      5   from dy, W3 c, x            dc = du3 W3        2       a again         2
     b · gate     3   from a, dc; dgate           dW3 = du3ᵀ c       2       du2             3   from a, dc
-    du1          3   from du2, u1; dW2           dx = du1 W1 + ds   3       dW1 = du1ᵀ x    2
+    du1          3   from du2, u1                dx = du1 W1 + ds   3       dW1 = du1ᵀ x    2
+    dW2          2   from du2, a
 Source: Cha et al. 2024 (Honeybee), section 3.2; Radosavovic et al. 2020 (RegNet); the block is that of timm's RegStage.
 """
 
@@ -105,14 +106,14 @@ def backward(
     c, dz = depthwise.gated(a, dc, w2, w.g2, w.b2, s.gate, at, need_weights)
     dhidden = torch.ops.aten.silu_backward(torch.mm(dz, w.f2), s.hidden)
     du2, sums2 = depthwise.backward(a, dc, w2, w.g2, w.b2, s.gate, torch.mm(dhidden, w.f1), at)
-    du1, sums1 = depthwise.unwalk(s.u1, du2, w2, w.g1, w.b1, at)
+    du1, sums1 = depthwise.input_gradient(s.u1, du2, w2, w.g1, w.b1, at)
     dx = x.new_empty(0)
     if need_x:
         dx = dshortcut.addmm_(du1, w.w1) if w.wd is None else torch.mm(du1, w.w1).addmm_(dshortcut, w.wd)
     if not need_weights:
         return [dx, *(x.new_empty(0) for _ in weights)]
     grads = [
-        torch.mm(du1.t(), x), sums1[9], sums1[10], sums1[:9].t(), *sums2, torch.mm(dhidden.t(), s.mean),
+        torch.mm(du1.t(), x), *sums1, depthwise.taps_gradient(a, du2, at).t(), *sums2, torch.mm(dhidden.t(), s.mean),
         dhidden.sum(0), torch.mm(dz.t(), F.silu(s.hidden)), dz.sum(0), torch.mm(du3.t(), c), sums3[0], sums3[1],
         *(() if w.wd is None else (torch.mm(dshortcut.t(), x), sums3[2], sums3[1])),
     ]  # fmt: skip

@@ -11,7 +11,11 @@ image are zeros, and so are results in rows of no image.
     walk "value"      b, and Σ b                                            forward
     walk "gated"      b · gate, and Σ b · dc                                backward: gate's gradient, operand of dw3
     walk "backward"   du2 from db = dc · gate + dmean / area                and the sums for gamma2, beta2
-    unwalk            du1 from da, the transposed convolution of du2        and the sums for w2, gamma1, beta1
+    walk "input"      du1 from da, the transposed convolution of du2        and the sums for gamma1, beta1
+    taps              dw2[i] = Σ du2[p] · a[neighbour i of p]
+
+The taps' gradient has a kernel of its own, because it needs no norm: its programs work on few channels, and loads of a
+row serve three rows of outputs there too. Within "input" its nine sums left registers for one program a multiprocessor.
 """
 
 from functools import partial
@@ -26,7 +30,6 @@ from mm1.kernels.abstractor.rows import (
     RowShape,
     config_of,
     load_row,
-    norm_backward,
     normalised,
     over_rows,
     programs,
@@ -34,13 +37,15 @@ from mm1.kernels.abstractor.rows import (
     silu_slope,
 )
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import cdiv, launch, power_of_2
+from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, image_of, load_image
 
 HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
 SEARCH = tl.constexpr(128)  # images that one step of the search for a strip's image compares
 SUM_ROWS, SUM_COLUMNS = 16, 128  # tile in which an image's sums are added
+TAP_CHANNELS = 256  # channels of a program that adds the taps' gradient
+TAP_PROGRAMS = 3  # of which a multiprocessor runs this number
 
 
 class Geometry(NamedTuple):
@@ -99,13 +104,19 @@ def _zero_tail(y_ptr, owner_ptr, table_ptr, offs_c, P, C, ROWS: tl.constexpr):
         tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], zeros, padding)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "N", "walks"])
 def _walk_kernel(
     a_ptr, dc_ptr, w_ptr, gamma_ptr, beta_ptr, gate_ptr, dmean_ptr, table_ptr, owner_ptr, strips_ptr, y_ptr, sums_ptr,
     P, N, C, walks, MODE: tl.constexpr, STORE: tl.constexpr, PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Store the results of the walks of this MODE, which the table at the head of this file lists."""
+    """Store the results of the walks of this MODE, which the table at the head of this file lists.
+
+    "input": a_ptr is du2, whose convolution is transposed by the order of the taps, and dc_ptr is u1.
+    """
+    FLIPPED: tl.constexpr = MODE == "input"
+    LAST: tl.constexpr = 0 if MODE == "input" else 6  # the window's row that the output row below does not share
+    NORM_SUMS: tl.constexpr = MODE == "backward" or MODE == "input"
     offs_c = tl.arange(0, BLOCK_C)
     in_c = offs_c < C
     gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
@@ -117,7 +128,7 @@ def _walk_kernel(
     for walk in range(tl.program_id(0), total, tl.num_programs(0)):
         image, first, rows, h, w, top, left = _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP, COLUMNS)
         c = left + tl.arange(0, COLUMNS)
-        if MODE != "value":
+        if MODE == "gated" or MODE == "backward":
             gate = load_row(gate_ptr + image.to(tl.int64) * C, offs_c, C)
         if MODE == "backward":
             spread = load_row(dmean_ptr + image.to(tl.int64) * C, offs_c, C) / rows
@@ -126,39 +137,47 @@ def _walk_kernel(
         below = tl.zeros((COLUMNS, BLOCK_C), tl.float32)  # for r, then for r + 1
         bottom = tl.minimum(top + HEIGHT, h)
         for r in range(top - 1, bottom + 1):
-            before = _load(a_ptr, first, r, c - 1, rows, w, offs_c, C)
+            before = _load(a_ptr, first, r, c - 1 + 2 * FLIPPED, rows, w, offs_c, C)
             here = _load(a_ptr, first, r, c, rows, w, offs_c, C)
-            after = _load(a_ptr, first, r, c + 1, rows, w, offs_c, C)
+            after = _load(a_ptr, first, r, c + 1 - 2 * FLIPPED, rows, w, offs_c, C)
             if r > top:
-                u = above + _mixed(w_ptr + 6 * C, before, here, after, offs_c, C)
+                u = above + _mixed(w_ptr + LAST * C, before, here, after, offs_c, C)
                 at = (r - 1) * w + c
                 valid = (c < w) & (at < rows)
                 inside = valid[:, None] & in_c[None, :]
                 places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
+                da = u
+                if MODE == "input":
+                    u = tl.load(dc_ptr + places, inside, other=0.0).to(tl.float32)
                 unit, rstd = normalised(u, in_c[None, :], C)
                 z = unit * gamma[None, :] + beta[None, :]
                 if MODE == "value":
                     y = silu(z).to(y_ptr.dtype.element_ty)
                     sums += tl.sum(tl.where(inside, y.to(tl.float32), 0.0), 0)
                     tl.store(y_ptr + places, y, inside)
-                else:
+                elif MODE == "gated":
                     dc = tl.load(dc_ptr + places, inside, other=0.0).to(tl.float32)
-                    if MODE == "gated":
-                        y = silu(z).to(dc_ptr.dtype.element_ty).to(tl.float32)
-                        sums += tl.sum(y * dc, 0)
-                        if STORE:
-                            tl.store(y_ptr + places, (y * gate[None, :]).to(y_ptr.dtype.element_ty), inside)
-                    else:
-                        dz = tl.where(inside, (dc * gate[None, :] + spread[None, :]) * silu_slope(z), 0.0)
-                        dgamma += tl.sum(dz * unit, 0)
-                        dbeta += tl.sum(dz, 0)
-                        du = norm_backward(dz, unit, rstd, gamma, C)
-                        tl.store(y_ptr + places, du.to(y_ptr.dtype.element_ty), inside)
+                    y = silu(z).to(dc_ptr.dtype.element_ty).to(tl.float32)
+                    sums += tl.sum(y * dc, 0)
+                    if STORE:
+                        tl.store(y_ptr + places, (y * gate[None, :]).to(y_ptr.dtype.element_ty), inside)
+                else:
+                    if MODE == "backward":
+                        dc = tl.load(dc_ptr + places, inside, other=0.0).to(tl.float32)
+                        da = dc * gate[None, :] + spread[None, :]
+                    dz = tl.where(inside, da * silu_slope(z), 0.0)
+                    dgamma += tl.sum(dz * unit, 0)
+                    dbeta += tl.sum(dz, 0)
+                    # The norm's gradient, both sums in one reduction with three barriers instead of two with six.
+                    d = dz * gamma[None, :]
+                    mean, slope = tl.split(tl.sum(tl.join(d, d * unit), 1) * (rstd / C)[:, None])
+                    du = d * rstd[:, None] - mean[:, None] - unit * slope[:, None]
+                    tl.store(y_ptr + places, du.to(y_ptr.dtype.element_ty), inside)
             above = below + _mixed(w_ptr + 3 * C, before, here, after, offs_c, C)
-            below = _mixed(w_ptr, before, here, after, offs_c, C)
-        if MODE != "backward":
+            below = _mixed(w_ptr + (6 - LAST) * C, before, here, after, offs_c, C)
+        if not NORM_SUMS:
             tl.store(sums_ptr + tl.cast(walk, tl.int64) * C + offs_c, sums, in_c)
-    if MODE == "backward":
+    if NORM_SUMS:
         sums_ptr += tl.program_id(0) * 2 * C + offs_c
         tl.store(sums_ptr, dgamma, in_c)
         tl.store(sums_ptr + C, dbeta, in_c)
@@ -189,48 +208,33 @@ def _sums_kernel(
     tl.store(y_ptr + places, acc.to(y_ptr.dtype.element_ty), offs_c < C)
 
 
-@triton.jit
-def _unwalk_kernel(
-    u_ptr, du2_ptr, w_ptr, gamma_ptr, beta_ptr, table_ptr, owner_ptr, strips_ptr, du_ptr, sums_ptr, P, N, C, walks,
-    PER_STRIP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Store du1 from du2 and u1, and each program's sums [11, C] for the nine taps of w2, gamma1 and beta1."""
-    offs_c = tl.arange(0, BLOCK_C)
-    in_c = offs_c < C
-    gamma, beta = load_row(gamma_ptr, offs_c, C), load_row(beta_ptr, offs_c, C)
-    zeros = tl.zeros((BLOCK_C,), tl.float32)
+@triton.jit(do_not_specialize=["N", "strips"])
+def _taps_kernel(
+    a_ptr, du_ptr, table_ptr, strips_ptr, sums_ptr, N, C, strips, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Store each program's sums fp32 [9, C] of du[p] · a[neighbour i of p], over its strips and a block of channels."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    program = tl.program_id(0) // blocks
+    offs_c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    zeros = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
     taps = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
-    dgamma, dbeta = zeros, zeros
-    total = tl.minimum(tl.load(strips_ptr + N) * PER_STRIP, walks)
-    for walk in range(tl.program_id(0), total, tl.num_programs(0)):
-        _, first, rows, h, w, top, left = _walk_of(walk, table_ptr, strips_ptr, N, PER_STRIP, COLUMNS)
+    total = tl.minimum(tl.load(strips_ptr + N), strips)
+    for strip in range(program, total, tl.num_programs(0) // blocks):
+        _, first, rows, h, w, top, left = _walk_of(strip, table_ptr, strips_ptr, N, 1, COLUMNS)
         c = left + tl.arange(0, COLUMNS)
-        for r in range(top, tl.minimum(top + HEIGHT, h)):
-            at = r * w + c
-            inside = ((c < w) & (at < rows))[:, None] & in_c[None, :]
-            places = (first + at).to(tl.int64)[:, None] * C + offs_c[None, :]
-            u = tl.load(u_ptr + places, inside, other=0.0).to(tl.float32)
-            unit, rstd = normalised(u, in_c[None, :], C)
-            z = unit * gamma[None, :] + beta[None, :]
-            a = tl.where(inside, silu(z), 0.0).to(du_ptr.dtype.element_ty).to(tl.float32)
-            da = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
+        bottom = tl.minimum(top + HEIGHT, h)
+        above, here = zeros, zeros  # the rows r - 1 and r of du, zero outside the strip
+        for r in range(top - 1, bottom + 1):
+            below = _load(du_ptr, first, r + 1, c, tl.minimum(rows, bottom * w), w, offs_c, C)
             sums = ()
-            for i in tl.static_range(9):  # the outputs whose tap i is this place
-                d = _load(du2_ptr, first, r + 1 - i // 3, c + 1 - i % 3, rows, w, offs_c, C)
-                da += d * load_row(w_ptr + i * C, offs_c, C)[None, :]
-                sums = sums + (taps[i] + tl.sum(d * a, 0),)
+            for i in tl.static_range(9):
+                du = below if i < 3 else (here if i < 6 else above)
+                sums = sums + (taps[i] + du * _load(a_ptr, first, r, c + i % 3 - 1, rows, w, offs_c, C),)
             taps = sums
-            dz = tl.where(inside, da * silu_slope(z), 0.0)
-            dgamma += tl.sum(dz * unit, 0)
-            dbeta += tl.sum(dz, 0)
-            du = norm_backward(dz, unit, rstd, gamma, C)
-            tl.store(du_ptr + places, du.to(du_ptr.dtype.element_ty), inside)
-    sums_ptr += tl.program_id(0) * 11 * C + offs_c
+            above, here = here, below
+    sums_ptr += program * 9 * C + offs_c
     for i in tl.static_range(9):
-        tl.store(sums_ptr + i * C, taps[i], in_c)
-    tl.store(sums_ptr + 9 * C, dgamma, in_c)
-    tl.store(sums_ptr + 10 * C, dbeta, in_c)
-    _zero_tail(du_ptr, owner_ptr, table_ptr, offs_c, P, C, COLUMNS)
+        tl.store(sums_ptr + i * C, tl.sum(taps[i], 0), offs_c < C)
 
 
 def _walks(P: int, N: int, config: Config) -> int:
@@ -239,10 +243,7 @@ def _walks(P: int, N: int, config: Config) -> int:
 
 
 def _default(columns: int, warps: int, shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
-    """Choose `columns` columns in a walk, 1 beyond 2048 channels, and `warps` times the warps of a row.
-
-    Beyond 1024 channels a few registers of unwalk, which has eleven sums, still spill.
-    """
+    """Choose `columns` columns in a walk, 1 beyond 2048 channels, and `warps` times the warps of a row."""
     enough = min(rows.default(shape, dtype, device).warps * warps, 16)
     narrow = power_of_2(shape.channels) <= 2048
     return Config(rows=columns if narrow else 1, warps=enough, programs=max(1, 8 // enough))
@@ -260,8 +261,8 @@ WALKS = {
     "value": over_rows("conv_walk_value", 2, 11, True, partial(_default, 2, 1), partial(_legal, 6)),
     "gated": over_rows("conv_walk_gated", 3, 11, True, partial(_default, 2, 1), partial(_legal, 8)),
     "backward": over_rows("conv_walk_backward", 3, 18, True, partial(_default, 1, 1), partial(_legal, 12)),
+    "input": over_rows("conv_walk_input", 3, 18, True, partial(_default, 1, 1), partial(_legal, 12)),
 }
-UNWALK = over_rows("conv_unwalk", 3, 24, True, partial(_default, 1, 2), partial(_legal, 30))
 
 
 def _walk(
@@ -274,7 +275,7 @@ def _walk(
     walks = _walks(P, N, config)
     grid = programs(walks, config, a)
     y = torch.empty_like(a) if store else a.new_empty(0, C)
-    shape = (grid, 2, C) if mode == "backward" else (walks, C)
+    shape = (grid, 2, C) if mode in ("backward", "input") else (walks, C)
     sums = a.new_empty(shape, dtype=torch.float32)
     launch(
         _walk_kernel, grid, a_ptr=a, dc_ptr=dc, w_ptr=w, gamma_ptr=gamma, beta_ptr=beta, gate_ptr=gate,
@@ -320,16 +321,23 @@ def backward(
     return du2, sums.sum(0)
 
 
-def unwalk(u: Tensor, du2: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Return du1 [P, C], and the gradients fp32 [11, C] of the nine taps, gamma and beta."""
-    (P, C), N = u.shape, len(geometry.table)
-    config = config_of(UNWALK, u)
-    walks = _walks(P, N, config)
-    grid = programs(walks, config, u)
-    du, sums = torch.empty_like(u), u.new_empty(grid, 11, C, dtype=torch.float32)
+def input_gradient(
+    u: Tensor, du2: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Return du1 [P, C], and the gradients fp32 [2, C] of gamma and beta."""
+    du1, sums, _ = _walk("input", du2, u, w, gamma, beta, None, None, geometry, True)
+    return du1, sums.sum(0)
+
+
+def taps_gradient(a: Tensor, du2: Tensor, geometry: Geometry) -> Tensor:
+    """Return the gradient fp32 [9, C] of the nine taps."""
+    (P, C), N = a.shape, len(geometry.table)
+    strips, block_c = min(P, P // STRIP_COLUMNS + N), min(power_of_2(C), TAP_CHANNELS)
+    blocks = cdiv(C, block_c)
+    programs = min(strips, cdiv(TAP_PROGRAMS * device_of(a).units, blocks))
+    sums = a.new_empty(programs, 9, C, dtype=torch.float32)
     launch(
-        _unwalk_kernel, grid, u_ptr=u, du2_ptr=du2, w_ptr=w, gamma_ptr=gamma, beta_ptr=beta, **geometry.arguments,
-        du_ptr=du, sums_ptr=sums, P=P, N=N, C=C, walks=walks, PER_STRIP=STRIP_COLUMNS // config.rows,
-        COLUMNS=config.rows, BLOCK_C=power_of_2(C), num_warps=config.warps,
+        _taps_kernel, programs * blocks, a_ptr=a, du_ptr=du2, table_ptr=geometry.table, strips_ptr=geometry.strips,
+        sums_ptr=sums, N=N, C=C, strips=strips, COLUMNS=STRIP_COLUMNS, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
-    return du, sums.sum(0)
+    return sums.sum(0)

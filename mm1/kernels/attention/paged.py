@@ -159,14 +159,20 @@ def _paged_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     span = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     stop = tl.where(m * BLOCK_M < n * R, tl.minimum((split + 1) * span, length), 0)
+    table_ptr += b * stride_table
+    j = split * span + tl.arange(0, BLOCK_N)
+    page = tl.load(table_ptr + j.to(tl.uint32) // PAGE, j < stop, other=0)
     for start in range(split * span, stop, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         real = j < length
-        page = tl.load(table_ptr + b * stride_table + j // PAGE, real, other=0).to(tl.int64)
-        at = page * stride_kp + (j % PAGE) * stride_kr + g * stride_kg
+        # Unsigned numbers take 56 instructions less: shifts instead of divisions that round towards zero.
+        inside_page = (j.to(tl.uint32) % PAGE).to(tl.int32)
+        at = page.to(tl.uint32).to(tl.int64) * stride_kp + inside_page * stride_kr + g * stride_kg
         loaded = real[:, None] & wide[None, :]
         k = tl.load(k_ptr + at[:, None] + d[None, :], loaded, other=0.0)
         v = tl.load(v_ptr + at[:, None] + d[None, :], loaded, other=0.0)
+        # Load the pages of the next step now: a load of keys that waits for its pages takes two stages of the pipeline.
+        page = tl.load(table_ptr + (j + BLOCK_N).to(tl.uint32) // PAGE, j + BLOCK_N < stop, other=0)
         s = dot(q, k.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
         s = tl.where(real[None, :] & (j[None, :] <= last[:, None]), s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))

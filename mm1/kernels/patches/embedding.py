@@ -2,13 +2,14 @@
 
     tokens[p] = W · (pixels of patch p / 255 - mean) / std + b + resample(table, grid of p's image)[place of p]
 
-uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values of a patch in (row, column, channel) order. Reads
-ΣHW·3 pixels, the weight and the table once, writes P·Dv; 2·P·K·Dv operations. Patches are never cut out or normalised
-in memory: the product gathers pixels, shifted to -128 … 127, which every dtype represents exactly, and mean and std are
-folded into the weight and the bias (pixels.py). Bias and positions are added to a tile's accumulator.
+uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values of a patch in (row, column, channel) order;
+2·P·K·Dv operations. Pixels are first cut into patches [P, K] of the weight's dtype (pixels.py), shifted to -128 … 127,
+which every dtype represents exactly; mean and std are folded into the weight and the bias. A product that gathers
+pixels itself saves 4·P·K bytes, but gathers and converts them again for every tile of columns: on an H200 its issue
+slots took 1.7 times as long as its matrix instructions, those of this product take a third. The cut also stores where
+each patch lies in the position table, so that a tile only adds weighted table entries and the bias to its accumulator.
 
-The reduction runs over steps of block_k and a last, narrower step for the remainder (588 = 9 · 64 + 12). Only the
-arguments are saved for backward, which gathers the pixels again.
+Only the arguments are saved for backward, which cuts the pixels again.
 Source: Dosovitskiy et al. 2021 (ViT), section 3.1 and 3.2 (resampled positions).
 """
 
@@ -28,44 +29,20 @@ from mm1.kernels.dispatch import (
     expect_float,
     expect_read,
     launch,
-    power_of_2,
     refuse_second_order,
     strides,
     unit_stride,
 )
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patches import cpu, position_tables
-from mm1.kernels.patches.grids import Grids, as_grids, image_of
-from mm1.kernels.patches.pixels import (
-    as_words,
-    fold,
-    gather,
-    normalisation,
-    places_of,
-    scatter,
-    unfold,
-    values,
-    word_bytes,
-)
-from mm1.kernels.patches.position_tables import INTERPOLATIONS, SIDES, place_of, resample, settings_of
+from mm1.kernels.patches.grids import Grids, as_grids
+from mm1.kernels.patches.pixels import cut, fold, normalisation, scatter, unfold
+from mm1.kernels.patches.position_tables import INTERPOLATIONS, SIDES, load_taps, resample, settings_of
 from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape, splits_of
-from mm1.kernels.tiles import descriptor, dot, tile_of
+from mm1.kernels.tiles import descriptor, dot, load_rows, tile_of
 from mm1.kernels.tuning import config_for
 
 PART = tl.constexpr(32)  # columns of a tile that get bias and positions in one step
-
-
-@triton.jit
-def _load_w(w, w_tail, n, k, stride, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-            TAIL: tl.constexpr):  # fmt: skip
-    """Load [BLOCK_K, BLOCK_N] of Wᵀ; w_tail: a descriptor whose blocks are as wide as the last step."""
-    if TMA:
-        return w_tail.load([n, k]).T if TAIL else w.load([n, k]).T
-    else:
-        offs_k = k + tl.arange(0, BLOCK_K)
-        offs_n = n + tl.arange(0, BLOCK_N)
-        inside = (offs_k < K)[:, None] & (offs_n < N)[None, :]
-        return tl.load(w + offs_k[:, None] + offs_n.to(tl.int64)[None, :] * stride, inside, other=0.0)
 
 
 @triton.jit
@@ -87,83 +64,54 @@ def _part(x, p: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows, n, P, N, Gh, Gw, WORD: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    acc, bias_ptr, table_ptr, taps, y_ptr, rows, n, P, N, Gh, Gw, CUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
 ):  # fmt: skip
     """Add bias and positions to columns n, n + 1, … of a tile, and store them."""
     offs_n = n + tl.arange(0, acc.shape[1])
-    _, first, h, w, valid = image_of(owner_ptr, images_ptr, rows, P)
     if HAS_TABLE:
-        row, column = place_of(rows - first, w, MERGE)
-        acc += resample(table_ptr, row, column, h, w, valid, Gh, Gw, offs_n, N, MODE, ANTIALIAS, ALIGN)
+        acc += resample(table_ptr, taps, Gh, Gw, offs_n, N, MODE, ANTIALIAS)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if WORD > 0:
-        acc = tl.where(valid[:, None], acc, 0.0)
+    if CUT:
+        acc = tl.where((taps[0] >= 0)[:, None], acc, 0.0)
     places = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(y_ptr + places, acc.to(y_ptr.dtype.element_ty), (rows < P)[:, None] & (offs_n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=SIDES)
+@triton.jit(do_not_specialize=["P", *SIDES])
 def _embed_kernel(
-    x_ptr, word_ptr, stride_ptr, w, w_tail, bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, P, N, Gh, Gw, stride_w,
-    stride_x, K: tl.constexpr, ROW: tl.constexpr, WORD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr,
-    MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr, GROUP_M: tl.constexpr,
+    x, w, bias_ptr, table_ptr, taps_ptr, y_ptr, P, N, Gh, Gw, stride_x, stride_w, K: tl.constexpr, CUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Store y [P, Dv] = pixels of patches · Wᵀ + bias + positions.
-
-    WORD 0: x holds cut patches [P, K], and rows of no image are multiplied too.
-    """
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    """Store y [P, Dv] = patches [P, K] · Wᵀ + bias + positions; CUT: zeros in rows of no image."""
     m, n = tile_of(tl.program_id(0), tl.cdiv(P, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    MAIN: tl.constexpr = K // BLOCK_K * BLOCK_K
-    if WORD == 0:
-        pointers = x_ptr + tl.minimum(rows, P - 1).to(tl.int64)[:, None] * stride_x
-        for k in range(0, MAIN, BLOCK_K):
-            a = tl.load(pointers + k + tl.arange(0, BLOCK_K)[None, :]).to(DTYPE)
-            acc = dot(a, _load_w(w, w_tail, n * BLOCK_N, k, stride_w, K, N, BLOCK_K, BLOCK_N, TMA, False), acc)
-        if TAIL > 0:
-            offs_k = MAIN + tl.arange(0, TAIL)
-            a = tl.load(pointers + offs_k[None, :], (offs_k < K)[None, :], other=0.0).to(DTYPE)
-            acc = dot(a, _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True), acc)
-    else:
-        word = tl.load(word_ptr + rows, rows < P, other=-1)
-        stride = tl.load(stride_ptr + rows, rows < P, other=0)
-        GROUP: tl.constexpr = 4 if WORD > 1 else 1
-        q = tl.arange(0, BLOCK_K // GROUP)
-        groups = gather(x_ptr, word, stride, q, MAIN // WORD, ROW, WORD)
-        for k in range(0, MAIN, BLOCK_K):
-            # Load the pixels of the next step while this one is multiplied.
-            after = gather(x_ptr, word, stride, q + (k + BLOCK_K) // GROUP, MAIN // WORD, ROW, WORD)
-            b = _load_w(w, w_tail, n * BLOCK_N, k, stride_w, K, N, BLOCK_K, BLOCK_N, TMA, False)
-            acc = dot(values(groups, WORD, DTYPE), b, acc)
-            groups = after
-        if TAIL > 0:
-            tail = MAIN // GROUP + tl.arange(0, TAIL // GROUP)
-            groups = gather(x_ptr, word, stride, tail, K // WORD, ROW, WORD)
-            b = _load_w(w, w_tail, n * BLOCK_N, MAIN, stride_w, K, N, TAIL, BLOCK_N, TMA, True)
-            acc = dot(values(groups, WORD, DTYPE), b, acc)
+    for k in range(0, K, BLOCK_K):
+        a = load_rows(x, tl.minimum(rows, P - 1), m * BLOCK_M, k, stride_x, 1, K, BLOCK_K, X_TMA)
+        b = load_rows(w, tl.minimum(columns, N - 1), n * BLOCK_N, k, stride_w, 1, K, BLOCK_K, W_TMA)
+        acc = dot(a, b.T, acc)
+    taps = load_taps(taps_ptr, rows, P, HAS_TABLE)
     # In parts: a whole tile of table entries and a wide accumulator together spilled registers.
     PARTS: tl.constexpr = BLOCK_N // PART if BLOCK_N > PART else 1
     for p in tl.static_range(PARTS):
         _finish(
-            _part(acc, p, PARTS), bias_ptr, table_ptr, owner_ptr, images_ptr, y_ptr, rows, n * BLOCK_N + p * PART, P,
-            N, Gh, Gw, WORD, HAS_BIAS, HAS_TABLE, MERGE, MODE, ANTIALIAS, ALIGN,
+            _part(acc, p, PARTS), bias_ptr, table_ptr, taps, y_ptr, rows, n * BLOCK_N + p * PART, P, N, Gh, Gw, CUT,
+            HAS_BIAS, HAS_TABLE, MODE, ANTIALIAS,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "share"])
 def _embed_dw_kernel(
-    x_ptr, word_ptr, stride_ptr, dy_ptr, part_ptr, bias_ptr, P, N, stride_dm, stride_dn, share, K: tl.constexpr,
-    ROW: tl.constexpr, WORD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, taps_ptr, dy_ptr, part_ptr, bias_ptr, P, N, stride_x, stride_dm, stride_dn, share, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store part[s] [Dv, K] = dyᵀ · pixels and bias[s] = Σ dy, over `share` patches from patch s · share on.
+    """Store part[s] [Dv, K] = dyᵀ · patches and bias[s] = Σ dy, over `share` patches from patch s · share on.
 
-    BLOCK_M is along Dv.
+    BLOCK_M is along Dv. x [P, stride_x]: cut patches.
     """
     num_m = tl.cdiv(N, BLOCK_M)
     num_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -171,56 +119,46 @@ def _embed_dw_kernel(
     pid_m = tl.program_id(0) % (num_m * num_n) // num_n
     pid_n = tl.program_id(0) % num_n
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    GROUP: tl.constexpr = 4 if WORD > 1 else 1
-    q = pid_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+    offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * share
     end = tl.minimum(begin + share, P)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias = tl.zeros((BLOCK_M,), tl.float32)
-    rows = begin + tl.arange(0, BLOCK_K)
-    word = tl.load(word_ptr + rows, rows < end, other=-1)
-    stride = tl.load(stride_ptr + rows, rows < end, other=0)
-    groups = gather(x_ptr, word, stride, q, K // WORD, ROW, WORD)
+    ones = tl.full((BLOCK_K, 16), 1.0, tl.float32).to(dy_ptr.dtype.element_ty)
+    bias = tl.zeros((BLOCK_M, 16), tl.float32)  # of equal columns
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
-        inside = (word >= 0)[:, None] & (offs_m < N)[None, :]
+        valid = tl.load(taps_ptr + rows, rows < end, other=-1.0) >= 0
         places = rows.to(tl.int64)[:, None] * stride_dm + offs_m.to(tl.int64)[None, :] * stride_dn
-        dy = tl.load(dy_ptr + places, inside, other=0.0)
-        rows += BLOCK_K
-        word = tl.load(word_ptr + rows, rows < end, other=-1)
-        stride = tl.load(stride_ptr + rows, rows < end, other=0)
-        after = gather(x_ptr, word, stride, q, K // WORD, ROW, WORD)
-        acc = dot(dy.T, values(groups, WORD, dy.dtype), acc)
-        bias += tl.sum(dy.to(tl.float32), 0)
-        groups = after
-    offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        dy = tl.load(dy_ptr + places, valid[:, None] & (offs_m < N)[None, :], other=0.0)
+        places = rows.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
+        b = tl.load(x + places, (rows < end)[:, None] & (offs_k < stride_x)[None, :], other=0.0)
+        acc = dot(dy.T, b, acc)
+        if pid_n == 0:
+            bias = dot(dy.T, ones, bias)
     places = (split * N + offs_m).to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(part_ptr + places, acc, (offs_m < N)[:, None] & (offs_k < K)[None, :])
     if pid_n == 0:
-        tl.store(bias_ptr + split * N + offs_m, bias, offs_m < N)
+        tl.store(bias_ptr + split * N + offs_m, tl.max(bias, 1), offs_m < N)
 
 
 def _embed(
-    x: Tensor, k: int, weight: Tensor, bias: Tensor | None, table: Tensor | None, images: Tensor, owner: Tensor,
-    merge: int, mode: str, antialias: bool, align: bool, word: int = 0, row: int = 1,
-    places: tuple[Tensor | None, Tensor | None] = (None, None),
+    x: Tensor, k: int, weight: Tensor, bias: Tensor | None, table: Tensor | None, taps: Tensor, cut: bool, mode: str,
+    antialias: bool,
 ) -> Tensor:  # fmt: skip
-    """Launch the forward kernel with W' [Dv, ≥ k]; word 0: x holds cut patches."""
-    P, N, dtype = len(owner), len(weight), weight.dtype
-    config = config_for(EMBED, PatchShape(P, k, N, word), dtype, device_of(x))
+    """Launch the forward kernel with patches x [P, ≥ k] and weight [Dv, ≥ k], both zero past k or of k columns."""
+    P, N, dtype = len(x), len(weight), weight.dtype
+    config = config_for(EMBED, PatchShape(P, k, N), dtype, device_of(x))
     y = x.new_empty(P, N, dtype=dtype)
-    # The last step is a power of two, and at least the 16 of a matrix instruction.
-    tail = k % config.block_k and max(16, power_of_2(k % config.block_k))
+    patches = descriptor(x, [config.block_m, config.block_k], config)
     w = descriptor(weight, [config.block_n, config.block_k], config)
-    w_tail = descriptor(weight, [config.block_n, tail], config) if tail else w
     Gh, Gw = table.shape[:2] if table is not None else (1, 1)
     launch(
-        _embed_kernel, cdiv(P, config.block_m) * cdiv(N, config.block_n), x_ptr=x, word_ptr=places[0],
-        stride_ptr=places[1], w=weight if w is None else w, w_tail=w_tail, bias_ptr=bias,
-        table_ptr=table if table is None else table.contiguous(), owner_ptr=owner, images_ptr=images, y_ptr=y, P=P,
-        N=N, Gh=Gh, Gw=Gw, stride_w=weight.stride(0), stride_x=x.stride(0), K=k, ROW=row, WORD=word,
-        HAS_BIAS=bias is not None, HAS_TABLE=table is not None, MERGE=merge, MODE=mode, ANTIALIAS=antialias,
-        ALIGN=align, TMA=w is not None, TAIL=tail, GROUP_M=config.group_m, **config.arguments,
+        _embed_kernel, cdiv(P, config.block_m) * cdiv(N, config.block_n), x=x if patches is None else patches,
+        w=weight if w is None else w, bias_ptr=bias, table_ptr=table if table is None else table.contiguous(),
+        taps_ptr=taps, y_ptr=y, P=P, N=N, Gh=Gh, Gw=Gw, stride_x=x.stride(0), stride_w=weight.stride(0),
+        K=min(x.shape[1], weight.shape[1]), CUT=cut, HAS_BIAS=bias is not None, HAS_TABLE=table is not None, MODE=mode,
+        ANTIALIAS=antialias, X_TMA=patches is not None, W_TMA=w is not None, GROUP_M=config.group_m,
+        **config.arguments,
     )  # fmt: skip
     return y
 
@@ -233,12 +171,9 @@ def forward(
 
     The value of a byte u in channel c is scale[c] · (u - 128) + shift[c], that of a float x is scale[c] · x + shift[c].
     """
-    word = word_bytes(x, patch)
-    places = places_of(images, owner, patch, word, merge)
-    return _embed(
-        as_words(x, word), weight.shape[1], *fold(weight, bias, scale, shift), table, images, owner, merge, mode,
-        antialias, align, word, patch * 3 // word, places,
-    )  # fmt: skip
+    patches, taps = cut(x, table, images, owner, patch, merge, mode, antialias, align, weight.dtype)
+    folded, bias = fold(weight, bias, scale, shift)
+    return _embed(patches, weight.shape[1], folded, bias, table, taps, True, mode, antialias)
 
 
 def backward(
@@ -250,9 +185,8 @@ def backward(
     device = device_of(x)
     dx, dw, db = x.new_empty(0), torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(N)
     if need_weight:
-        word = word_bytes(x, patch)
-        config = config_for(EMBED_DW, PatchShape(P, K, N, word), dy.dtype, device)
-        words, lines = places_of(images, owner, patch, word, merge)
+        config = config_for(EMBED_DW, PatchShape(P, K, N), dy.dtype, device)
+        patches, taps = cut(x, None, images, owner, patch, merge, "nearest", False, False, dy.dtype)
         part = cdiv(N, config.block_m) * cdiv(K, config.block_n)
         splits = splits_of(P, part, config, device)
         share = cdiv(cdiv(P, splits), config.block_k) * config.block_k
@@ -260,15 +194,14 @@ def backward(
         parts = dy.new_empty(splits, N, K, dtype=torch.float32)
         sums = dy.new_empty(splits, N, dtype=torch.float32)
         launch(
-            _embed_dw_kernel, splits * part, x_ptr=as_words(x, word), word_ptr=words, stride_ptr=lines, dy_ptr=dy,
-            part_ptr=parts, bias_ptr=sums, P=P, N=N, **strides(dy, "stride_dm", "stride_dn"), share=share, K=K,
-            ROW=patch * 3 // word, WORD=word, **config.arguments,
+            _embed_dw_kernel, splits * part, x=patches, taps_ptr=taps, dy_ptr=dy, part_ptr=parts, bias_ptr=sums, P=P,
+            N=N, stride_x=patches.shape[1], **strides(dy, "stride_dm", "stride_dn"), share=share, K=K,
+            **config.arguments,
         )  # fmt: skip
         unfold(parts, sums, dw, db, scale, shift)
     if need_x:
-        words, lines = places_of(images, owner, patch, 1, merge)
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format)  # pixels of no image have no gradient
-        scatter(dy @ fold(weight, None, scale, shift)[0], K, words, lines, patch, dx)
+        scatter(dy @ fold(weight, None, scale, shift)[0], images, owner, patch, merge, dx)
     return dx, dw, db
 
 
@@ -280,7 +213,8 @@ def embed(
     K = weight.shape[1]
     if weight.stride(1) != 1 or weight.stride(0) * weight.element_size() % 16:
         weight = fold(weight, None, (1.0,) * 3, (0.0,) * 3)[0]
-    return _embed(unit_stride(patches), K, weight, bias, table, images, owner, merge, mode, antialias, align)
+    taps = position_tables.taps(table, images, owner, merge, mode, antialias, align)
+    return _embed(unit_stride(patches), K, weight, bias, table, taps, False, mode, antialias)
 
 
 _forward = custom_op("patch_embed", forward, cpu.patch_embed)

@@ -1,7 +1,7 @@
-"""Load the packed pixels of images as one operand of a product with the patch weight.
+"""Cut the packed pixels of images into patches, one operand of a product with the patch weight.
 
 A row of a patch is 3p neighbouring bytes, read in words of 4, 2 or 1 bytes, the widest that divide 3p. Bytes u become
-u - 128 by two bit operations; mean and std are folded into the weight and the bias:
+u - 128, which every dtype represents exactly; mean and std are folded into the weight and the bias:
 
     W · ((u / 255 - mean) / std) + b = W' · (u - 128) + b',   W' = W · scale, b' = b + Σ W · shift,
     scale = 1 / (255 std), shift = (128 / 255 - mean) / std   by channel; of floats: 1 / std and -mean / std
@@ -18,10 +18,10 @@ from torch import Tensor
 from mm1.kernels.dispatch import cdiv, expect, launch, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.patches.grids import image_of
-from mm1.kernels.patches.position_tables import place_of
+from mm1.kernels.patches.position_tables import SIDES, empty_taps, place_of, store_taps
 
 CENTRE = 128  # is subtracted from bytes
-ROWS = 128  # patches whose places one program computes
+CUT_ROWS, CUT_VALUES = 32, 128  # the tile of cut patches that one program stores
 BLOCK = 1024  # values of a patch that one step of a program reads
 
 
@@ -72,19 +72,12 @@ def _unfold_kernel(
 
 
 @triton.jit
-def _places_kernel(
-    owner_ptr, images_ptr, word_ptr, stride_ptr, P, PATCH: tl.constexpr, WORD: tl.constexpr, MERGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Store where each patch's pixels begin (-1: a row of no image) and the distance of its rows, in words."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _, first, _, w, valid = image_of(owner_ptr, images_ptr, rows, P)
-    row, column = place_of(rows - first, w, MERGE)
+def _place(first, row, column, w, valid, PATCH: tl.constexpr, WORD: tl.constexpr):
+    """Return where each patch's pixels begin (-1: a row of no image) and the distance of its rows, in words."""
     line = w * (PATCH * 3) // WORD
     begin = first.to(tl.int64) * (PATCH * PATCH * 3) // WORD
     word = begin + row * PATCH * line.to(tl.int64) + column * (PATCH * 3 // WORD)
-    tl.store(word_ptr + rows, tl.where(valid, word, -1), rows < P)
-    tl.store(stride_ptr + rows, line, rows < P)
+    return tl.where(valid, word, -1), line
 
 
 @triton.jit
@@ -95,11 +88,11 @@ def _words(x_ptr, word, stride, q, last, ROW: tl.constexpr):
 
 
 @triton.jit
-def gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
+def _gather(x_ptr, word, stride, q, last, ROW: tl.constexpr, WORD: tl.constexpr):
     """Load groups q of each patch, [rows, len(q)]: an int32 of 4 pixel values, or one value where words are of 1 byte.
 
-    last: the number of the patch's words; values past it are finite, and multiply zeros of the weight. Two 2-byte words
-    are combined to one int32, which takes 15 % fewer instructions than separate words.
+    last: the number of the patch's words. Two 2-byte words are combined to one int32, which takes 15 % fewer
+    instructions than separate words.
     """
     if WORD == 2:
         low = _words(x_ptr, word, stride, 2 * q, last, ROW).to(tl.int32)
@@ -116,34 +109,61 @@ def _centred(byte):
 
 
 @triton.jit
-def values(groups, WORD: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the pixel values [M, 4 Q] of groups [M, Q] from `gather`, or [M, Q] where words are of 1 byte."""
+def _values(groups, WORD: tl.constexpr):
+    """Return the pixel values fp32 [M, 4 Q] of groups [M, Q] from `_gather`, or [M, Q] where words are of 1 byte."""
     M: tl.constexpr = groups.shape[0]
     Q: tl.constexpr = groups.shape[1]
     if WORD > 1:
-        # Convert to DTYPE last: Triton 3.6 cannot multiply joined 16-bit values.
         even = tl.join(_centred(groups & 0xFF), _centred((groups >> 16) & 0xFF))
         odd = tl.join(_centred((groups >> 8) & 0xFF), _centred((groups >> 24) & 0xFF))
-        return tl.reshape(tl.join(even, odd), (M, Q * 4)).to(DTYPE)
+        return tl.reshape(tl.join(even, odd), (M, Q * 4))
     elif groups.dtype == tl.uint8:
-        return _centred(groups.to(tl.int32)).to(DTYPE)
+        return _centred(groups.to(tl.int32))
     else:
-        return groups.to(DTYPE)
+        return groups.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["P", *SIDES])
+def _cut_kernel(
+    x_ptr, owner_ptr, images_ptr, cut_ptr, taps_ptr, P, Gh, Gw, PATCH: tl.constexpr, WORD: tl.constexpr,
+    MERGE: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr,
+    K_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of cut [P, K_PADDED], zeros past K and in rows of no image, and the taps of its rows."""
+    K: tl.constexpr = PATCH * PATCH * 3
+    STEPS: tl.constexpr = (K_PADDED + BLOCK_K - 1) // BLOCK_K
+    rows = tl.program_id(0) // STEPS * BLOCK_M + tl.arange(0, BLOCK_M)
+    step = tl.program_id(0) % STEPS
+    _, first, h, w, valid = image_of(owner_ptr, images_ptr, rows, P)
+    row, column = place_of(rows - first, w, MERGE)
+    if step == 0:
+        store_taps(taps_ptr, rows, P, row, column, h, w, valid, Gh, Gw, HAS_TABLE, MODE, ANTIALIAS, ALIGN)
+    word, line = _place(first, row, column, w, valid, PATCH, WORD)
+    GROUP: tl.constexpr = 4 if WORD > 1 else 1
+    q = step * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
+    x = _values(_gather(x_ptr, word, line, q, K // WORD, PATCH * 3 // WORD, WORD), WORD)
+    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    x = tl.where(valid[:, None] & (k < K)[None, :], x, 0.0).to(cut_ptr.dtype.element_ty)
+    places = rows.to(tl.int64)[:, None] * K_PADDED + k[None, :]
+    tl.store(cut_ptr + places, x, (rows < P)[:, None] & (k < K_PADDED)[None, :])
 
 
 @triton.jit
 def _scatter_kernel(
-    patches_ptr, word_ptr, stride_ptr, x_ptr, stride, K: tl.constexpr, ROW: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    patches_ptr, owner_ptr, images_ptr, x_ptr, stride, P, PATCH: tl.constexpr, MERGE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Store each patch's values at its pixels; every pixel belongs to one patch at most."""
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.load(word_ptr + row)
-    line = tl.load(stride_ptr + row)
-    for start in range(0, K, BLOCK_K):
+    at = tl.program_id(0).to(tl.int64)
+    _, first, _, w, valid = image_of(owner_ptr, images_ptr, at, P)
+    row, column = place_of(at - first, w, MERGE)
+    word, line = _place(first, row, column, w, valid, PATCH, 1)
+    for start in range(0, PATCH * PATCH * 3, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = k < tl.where(word >= 0, K, 0)
-        value = tl.load(patches_ptr + row * stride + k, inside, other=0.0)
-        tl.store(x_ptr + word + k // ROW * line + k % ROW, value.to(x_ptr.dtype.element_ty), inside)
+        inside = k < tl.where(valid, PATCH * PATCH * 3, 0)
+        value = tl.load(patches_ptr + at * stride + k, inside, other=0.0)
+        pixels = x_ptr + word + k // (PATCH * 3) * line + k % (PATCH * 3)
+        tl.store(pixels, value.to(x_ptr.dtype.element_ty), inside)
 
 
 def normalisation(
@@ -182,17 +202,24 @@ def fold(weight: Tensor, bias: Tensor | None, scale: Sequence[float], shift: Seq
     return folded, folded_bias
 
 
-def places_of(images: Tensor, owner: Tensor, patch: int, word: int, merge: int) -> tuple[Tensor, Tensor]:
-    """Return int64 [P], each patch's first word (-1: no image), and int32 [P], the words between its rows.
+def cut(
+    x: Tensor, table: Tensor | None, images: Tensor, owner: Tensor, patch: int, merge: int, mode: str,
+    antialias: bool, align: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cut pixels x [ΣHW, 3] into patches [P, K rounded up to 16], zeros past K; return them and the patches' taps.
 
-    images and owner: table and owner of Grids.
+    Bytes are shifted to -128 … 127. taps: those of `taps_of` for the table, of one field without a table.
     """
-    words, lines = owner.new_empty(len(owner), dtype=torch.int64), torch.empty_like(owner)
+    word, P, padded = word_bytes(x, patch), len(owner), cdiv(3 * patch * patch, 16) * 16
+    patches, taps = owner.new_empty(P, padded, dtype=dtype), empty_taps(owner, table)
+    Gh, Gw = (1, 1) if table is None else table.shape[:2]
     launch(
-        _places_kernel, cdiv(len(owner), ROWS), owner_ptr=owner, images_ptr=images, word_ptr=words, stride_ptr=lines,
-        P=len(owner), PATCH=patch, WORD=word, MERGE=merge, BLOCK=ROWS, num_warps=4,
+        _cut_kernel, cdiv(P, CUT_ROWS) * cdiv(padded, CUT_VALUES), x_ptr=as_words(x, word), owner_ptr=owner,
+        images_ptr=images, cut_ptr=patches, taps_ptr=taps, P=P, Gh=Gh, Gw=Gw, PATCH=patch, WORD=word, MERGE=merge,
+        HAS_TABLE=table is not None, MODE=mode, ANTIALIAS=antialias, ALIGN=align, K_PADDED=padded, BLOCK_M=CUT_ROWS,
+        BLOCK_K=CUT_VALUES, num_warps=4,
     )  # fmt: skip
-    return words, lines
+    return patches, taps
 
 
 def unfold(part: Tensor, sums: Tensor, dw: Tensor, db: Tensor, scale: Sequence[float], shift: Sequence[float]) -> None:
@@ -204,11 +231,11 @@ def unfold(part: Tensor, sums: Tensor, dw: Tensor, db: Tensor, scale: Sequence[f
     )  # fmt: skip
 
 
-def scatter(patches: Tensor, k: int, words: Tensor, lines: Tensor, patch: int, x: Tensor) -> None:
-    """Store the first k columns of patches [P, ≥ k] at their pixels in x [ΣHW, 3]."""
+def scatter(patches: Tensor, images: Tensor, owner: Tensor, patch: int, merge: int, x: Tensor) -> None:
+    """Store the first 3·patch² columns of patches [P, …] at their pixels in x [ΣHW, 3]."""
     launch(
-        _scatter_kernel, len(patches), patches_ptr=patches, word_ptr=words, stride_ptr=lines, x_ptr=x,
-        stride=patches.stride(0), K=k, ROW=patch * 3, BLOCK_K=BLOCK, num_warps=4,
+        _scatter_kernel, len(patches), patches_ptr=patches, owner_ptr=owner, images_ptr=images, x_ptr=x,
+        stride=patches.stride(0), P=len(patches), PATCH=patch, MERGE=merge, BLOCK_K=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

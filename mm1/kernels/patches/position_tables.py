@@ -34,6 +34,8 @@ from mm1.kernels.patches.grids import Grids, as_grids, image_of, load_image
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 BLOCK_ROWS, BLOCK_WIDTH = 16, 128  # the tile of y that one program computes
 BLOCK_COLUMNS = 32  # image columns of one step of the gradient
+BLOCK_TAPS = 128  # patches whose taps one program computes
+TAPS = tl.constexpr(9)  # fields that describe a patch's taps
 SIDES = ["Gh", "Gw"]  # of the table: a side of 1 would be a Python int in the kernel, which has no type to convert
 
 
@@ -125,29 +127,70 @@ def _total(first, count, taps, centre, inverse, MODE: tl.constexpr, ANTIALIAS: t
 
 
 @triton.jit
-def resample(
-    table_ptr, row, column, h, w, valid, Gh, Gw, offs_n, N, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Return the table [Gh, Gw, N] at places of images, fp32 [rows, len(offs_n)]; zeros where `valid` is false."""
+def taps_of(row, column, h, w, valid, Gh, Gw, MODE: tl.constexpr, ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr):
+    """Return the taps of places of images: number (-1: no image), first, centre and inverse width of the filter along
+    rows and columns, and the reciprocal of the total weight."""
     y, ny, cy, iy = _taps(row, h, Gh, MODE, ANTIALIAS, ALIGN)
     x, nx, cx, ix = _taps(column, w, Gw, MODE, ANTIALIAS, ALIGN)
-    ny = tl.where(valid, ny, 0)
+    ny = tl.where(valid, tl.maximum(ny, 0), -1)
     nx = tl.where(valid, nx, 0)
-    taps_y = tl.max(ny, 0)
-    taps_x = tl.max(nx, 0)
-    total = _total(y, ny, taps_y, cy, iy, MODE, ANTIALIAS) * _total(x, nx, taps_x, cx, ix, MODE, ANTIALIAS)
-    acc = tl.zeros((row.shape[0], offs_n.shape[0]), tl.float32)
-    for ty in range(taps_y):
-        wy = tl.where(ty < ny, _weight(y + ty, cy, iy, MODE, ANTIALIAS), 0.0) / total
+    total = _total(y, ny, tl.max(ny, 0), cy, iy, MODE, ANTIALIAS) * _total(
+        x, nx, tl.max(nx, 0), cx, ix, MODE, ANTIALIAS
+    )
+    return ny, nx, y, x, cy, cx, iy, ix, 1 / total
+
+
+@triton.jit
+def store_taps(
+    taps_ptr, rows, P, row, column, h, w, valid, Gh, Gw, HAS_TABLE: tl.constexpr, MODE: tl.constexpr,
+    ANTIALIAS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Store the fields of `taps_of` in taps fp32 [TAPS, P]; without a table only the first one, which is 1 or -1."""
+    if HAS_TABLE:
+        taps = taps_of(row, column, h, w, valid, Gh, Gw, MODE, ANTIALIAS, ALIGN)
+        for i in tl.static_range(TAPS):
+            tl.store(taps_ptr + tl.cast(P, tl.int64) * i + rows, taps[i].to(tl.float32), rows < P)
+    else:
+        tl.store(taps_ptr + rows, tl.where(valid, 1.0, -1.0), rows < P)
+
+
+@triton.jit
+def load_taps(taps_ptr, rows, P, HAS_TABLE: tl.constexpr):
+    """Load the fields that `store_taps` stored: four int32 [rows], and five fp32."""
+    taps = ()
+    for i in tl.static_range(TAPS if HAS_TABLE else 1):
+        field = tl.load(taps_ptr + tl.cast(P, tl.int64) * i + rows, rows < P, other=-1.0)
+        taps = taps + ((field.to(tl.int32) if i < 4 else field),)
+    return taps
+
+
+@triton.jit
+def resample(table_ptr, taps, Gh, Gw, offs_n, N, MODE: tl.constexpr, ANTIALIAS: tl.constexpr):
+    """Return columns of the table [Gh, Gw, N] at places with these taps, fp32 [rows, len(offs_n)]."""
+    ny, nx, y, x, cy, cx, iy, ix, scale = taps
+    acc = tl.zeros((ny.shape[0], offs_n.shape[0]), tl.float32)
+    for ty in range(tl.max(ny, 0)):
+        wy = tl.where(ty < ny, _weight(y + ty, cy, iy, MODE, ANTIALIAS), 0.0) * scale
         at_y = tl.minimum(tl.maximum(y + ty, 0), Gh - 1) * Gw
-        for tx in range(taps_x):
+        for tx in range(tl.max(nx, 0)):
             weight = wy * tl.where(tx < nx, _weight(x + tx, cx, ix, MODE, ANTIALIAS), 0.0)
             at = at_y + tl.minimum(tl.maximum(x + tx, 0), Gw - 1)
             places = at.to(tl.int64)[:, None] * N + offs_n[None, :]
             inside = (weight != 0)[:, None] & (offs_n < N)[None, :]
             acc += weight[:, None] * tl.load(table_ptr + places, inside, other=0.0).to(tl.float32)
     return acc
+
+
+@triton.jit(do_not_specialize=["P", *SIDES])
+def _taps_kernel(
+    owner_ptr, images_ptr, taps_ptr, P, Gh, Gw, MERGE: tl.constexpr, MODE: tl.constexpr, ANTIALIAS: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the taps of every patch."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _, first, h, w, valid = image_of(owner_ptr, images_ptr, rows, P)
+    row, column = place_of(rows - first, w, MERGE)
+    store_taps(taps_ptr, rows, P, row, column, h, w, valid, Gh, Gw, True, MODE, ANTIALIAS, ALIGN)
 
 
 @triton.jit(do_not_specialize=SIDES)
@@ -161,7 +204,8 @@ def _positions_kernel(
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     _, first, h, w, valid = image_of(owner_ptr, images_ptr, rows, P)
     row, column = place_of(rows - first, w, MERGE)
-    y = resample(table_ptr, row, column, h, w, valid, Gh, Gw, offs_n, N, MODE, ANTIALIAS, ALIGN)
+    taps = taps_of(row, column, h, w, valid, Gh, Gw, MODE, ANTIALIAS, ALIGN)
+    y = resample(table_ptr, taps, Gh, Gw, offs_n, N, MODE, ANTIALIAS)
     places = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), (rows < P)[:, None] & (offs_n < N)[None, :])
 
@@ -236,6 +280,21 @@ def forward(
         _positions_kernel, cdiv(P, BLOCK_ROWS) * cdiv(N, BLOCK_WIDTH), table_ptr=table.contiguous(), owner_ptr=owner,
         images_ptr=images, y_ptr=y, P=P, N=N, Gh=Gh, Gw=Gw, MERGE=merge, MODE=mode, ANTIALIAS=antialias, ALIGN=align,
         BLOCK_M=BLOCK_ROWS, BLOCK_N=BLOCK_WIDTH, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def empty_taps(owner: Tensor, table: Tensor | None) -> Tensor:
+    """Return an uninitialised tensor for the taps of patches in a table, fp32 [fields, P]."""
+    return owner.new_empty(1 if table is None else TAPS.value, len(owner), dtype=torch.float32)
+
+
+def taps(table: Tensor, images: Tensor, owner: Tensor, merge: int, mode: str, antialias: bool, align: bool) -> Tensor:
+    """Return the taps of every patch, fp32 [9, P]: the fields of `taps_of`."""
+    y, P = empty_taps(owner, table), len(owner)
+    launch(
+        _taps_kernel, cdiv(P, BLOCK_TAPS), owner_ptr=owner, images_ptr=images, taps_ptr=y, P=P, Gh=table.shape[0],
+        Gw=table.shape[1], MERGE=merge, MODE=mode, ANTIALIAS=antialias, ALIGN=align, BLOCK=BLOCK_TAPS, num_warps=4,
     )  # fmt: skip
     return y
 

@@ -21,7 +21,6 @@ class PatchShape(NamedTuple):
     patches: int
     k: int
     width: int
-    word: int  # bytes of one load of pixels; 0: the input holds cut patches
 
     @property
     def product(self) -> Shape:
@@ -46,7 +45,10 @@ def shared_bytes(config: Config, shape: PatchShape, dtype: torch.dtype, device: 
 
 def default(shape: PatchShape, dtype: torch.dtype, device: Device) -> Config:
     """Choose tiles that let two programs share a multiprocessor: one multiplies while the other loads or stores."""
-    config = Config(64, 128, _step(device), warps=4 if device.wgmma else 8, tma=device.tma)
+    tall = device.asynchronous and cdiv(shape.patches, 128) * cdiv(shape.width, 128) >= device.units
+    config = Config(
+        128 if tall else 64, 128, _step(device), warps=4 if device.wgmma and not tall else 8, tma=device.tma
+    )
     return _fitted(config, shape, dtype, device)
 
 
@@ -76,16 +78,7 @@ def work(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) 
 
     Each result takes four table entries; neighbours share two thirds of them, which L1 keeps.
     """
-    product = tiles.work(config, shape.product, dtype, device, finishing=15)
-    if not shape.word:
-        return replace(product, finish=2.5)
-    fetched = (config.block_m / dtype.itemsize + config.block_n) * config.block_k  # pixels are bytes
-    return replace(product, loading=_loading(config, shape, device), addressed=0, fetched=fetched, finish=2.5)
-
-
-def _loading(config: Config, shape: PatchShape, device: Device) -> float:
-    """Return the instructions a thread and step for a tile of pixels: some 11 a value for addresses and conversion."""
-    return 11 * config.block_m * config.block_k / (config.warps * device.warp)
+    return tiles.work(config, shape.product, dtype, device, finish=2.5, finishing=15)
 
 
 def work_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Product:
@@ -93,10 +86,11 @@ def work_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Devic
     part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
     splits = splits_of(shape.patches, part, config, device)
     size, shared = dtype.itemsize, tiles.shared_bytes(config, shape.product, dtype.itemsize, device)
-    moved = shape.patches * (shape.k // 2 + shape.width) * size + 8 * splits * shape.width * shape.k
+    moved = shape.patches * (shape.k + shape.width) * size + 8 * splits * shape.width * shape.k
     return Product(
         splits * part, cdiv(shape.patches, splits), config.block_m, config.block_n, config.block_k, config.warps,
-        config.stages, shared, moved, size, loading=_loading(config, shape, device), finish=2, finishing=8,
+        config.stages, shared, moved, size, addressed=(config.block_m + config.block_n) * config.block_k, finish=2,
+        finishing=8,
     )  # fmt: skip
 
 
@@ -105,5 +99,5 @@ def splits_of(patches: int, part: int, config: Config, device: Device) -> int:
     return max(1, min(cdiv(patches, 8 * config.block_k), WAVES * device.units // max(part, 1)))
 
 
-EMBED = Tunable("patch_embed", PatchShape, Config, space, legal, default, Predicted(work), ("k", "word"))
-EMBED_DW = Tunable("patch_embed_dw", PatchShape, Config, space, legal_dw, default_dw, Predicted(work_dw), ("k", "word"))
+EMBED = Tunable("patch_embed", PatchShape, Config, space, legal, default, Predicted(work), ("k",))
+EMBED_DW = Tunable("patch_embed_dw", PatchShape, Config, space, legal_dw, default_dw, Predicted(work_dw), ("k",))

@@ -37,7 +37,7 @@ COMMANDS = {
     "bench": ("mm1.bench.command", "Measure the speed of kernels, training and generation."),
     "tune": ("mm1.autotune.command", "Find the fastest configurations of kernels."),
     "explain": ("mm1.autotune.command", "Print the configuration that a kernel runs with, and why."),
-    "doctor": ("mm1.autotune.command", "Print the GPU, versions and backends of this machine, and which are missing."),
+    "doctor": ("mm1.bench.command", "Print the GPU, versions and backends of this machine, and which are missing."),
 }
 DESCRIPTION = (
     "Train and run MM1-type multimodal models. `mm1 COMMAND --help` explains a command, "

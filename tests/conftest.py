@@ -4,6 +4,7 @@ import os
 from contextlib import contextmanager
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests compare on the CPU, also where there is a GPU
+os.environ.setdefault("MM1_STRICT", "1")  # a kernel that fails must fail its test
 
 import pytest
 import torch

@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm1.bench.contact import (
+from mm1.bench.checks import (
     CHECKS,
     SMALL,
     Context,
     Wrong,
     attention_cases,
     compare,
-    contact,
     masked_attention,
     op_cases,
-)  # fmt: skip
+)
+from mm1.bench.contact import contact, examine
 from mm1.bench.ops import OPS
 from mm1.bench.record import Record, read
 from mm1.kernels.attention import Causal, Full
 from mm1.kernels.attention.reference import attention
+from mm1.kernels.fallback import remembered
 
 BAD = [sys.executable, str(Path(__file__).with_name("contact_checks.py"))]
 
@@ -40,6 +41,23 @@ def test_errors_deaths_and_hangs_cost_one_case_each(tmp_path, capsys):
     assert "in failing" in trace["errors", "c"]
     assert "illegal memory access" in trace["deaths", "b"]
     assert "no kernel image is available" in capsys.readouterr().out
+
+
+def test_later_runs_avoid_the_ops_to_blame(tmp_path, monkeypatch, capsys):
+    """An op is to blame without whose kernels the case is right, or that ran when the process ended."""
+    monkeypatch.setenv("MM1_CACHE", str(tmp_path))
+    assert not examine("cpu", checks=["ops"], command=BAD, patience=3, out=tmp_path)
+    (path,) = tmp_path.glob("*/contact-*.json")
+    rows = read(path)["rows"]
+    assert {row["case"]: (row["status"], [name for name, _ in row.get("blamed", [])]) for row in rows} == {
+        "sound": ("right", []), "bad": ("wrong", ["bad"]), "both": ("wrong", ["worse", "sound", "bad"]),
+        "raises": ("failed", ["raises"]), "neither": ("wrong", []), "breaks": ("failed", ["breaks"]),
+        "after": ("right", []), "hangs": ("hung", ["hangs"]),
+    }  # fmt: skip
+    why = remembered()
+    assert {name for _, name, _ in why} == {"bad", "worse", "sound", "raises", "breaks", "hangs"}
+    assert why["cpu", "bad", "float32"] == "ops bad was wrong (Wrong: y is 10.0)"
+    assert "bad (float32) will run in plain torch: ops bad was wrong" in capsys.readouterr().out
 
 
 def test_what_has_no_time_is_recorded_as_not_run(tmp_path):
@@ -104,6 +122,6 @@ def test_a_wrong_mask_is_seen(mask, monkeypatch):
     assert max(masked_attention("segments", mask, torch.float32, "cpu").values()) < 1e-5
     other = Full() if mask == "causal" else Causal()
     truth = lambda q, k, v, cu_seqlens, **_: attention(q, k, v, cu_seqlens, mask=other)  # noqa: E731
-    monkeypatch.setattr("mm1.bench.contact.attention_reference", truth)
+    monkeypatch.setattr("mm1.bench.checks.attention_reference", truth)
     with pytest.raises(Wrong):
         masked_attention("segments", mask, torch.float32, "cpu")

@@ -12,9 +12,12 @@ import torch
 
 from mm1.autotune import doctor as d
 from mm1.autotune import gpu_state
+from mm1.bench import command
+from mm1.errors import UserError
 from mm1.kernels import dispatch
 from mm1.kernels.attention.backends import BACKENDS
 from mm1.kernels.device import DEVICES, identify
+from mm1.kernels.fallback import remember
 from mm1.kernels.tuning import SCHEMA
 
 
@@ -220,8 +223,21 @@ def test_cache(visit, tmp_path):
     (folder / "h.json").mkdir()
     _, report, todo = visit()
     assert report["cache"] == {"folder": str(tmp_path / "cache" / "configs"),
-                               "files": {"grouped_gemm/h200": 8}}  # fmt: skip
+                               "files": {"grouped_gemm/h200": 8}, "plain torch": []}  # fmt: skip
     assert todo == [f"not a row of this version of mm1, delete it: {folder / name}.json" for name in "cdefgh"]
+
+
+def test_ops_that_run_in_plain_torch_are_named(visit):
+    remember("NVIDIA H200", {("route", "float32"): "route 77 8 2 was wrong (y by 0.3)"})
+    _, report, todo = visit()
+    assert report["cache"]["plain torch"] == ["route (float32)"]
+    assert todo == ["route (float32) runs in plain torch on NVIDIA H200, as route 77 8 2 was wrong (y by 0.3): update, "
+                    "then mm1 doctor --gpu"]  # fmt: skip
+
+
+def test_first_contact_needs_a_gpu():
+    with pytest.raises(UserError, match=r"torch sees no GPU.* mm1\.bench\.contact.*TRITON_INTERPRET=1"):
+        command.doctor(gpu=True)
 
 
 def test_it_never_raises(visit, monkeypatch, gpus):

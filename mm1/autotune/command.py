@@ -1,4 +1,4 @@
-"""Define the commands about kernels and the machine: `mm1 tune`, `mm1 explain` and `mm1 doctor`."""
+"""Define the commands about configurations of kernels: `mm1 tune` and `mm1 explain`."""
 
 import json
 import os
@@ -76,14 +76,3 @@ def explain(kernel: str, shape: tuple[str, ...], /, device: str | None = None) -
     from mm1.autotune.explain import explain
 
     print(json.dumps(explain(kernel, " ".join(shape), device)))
-
-
-def doctor(json: bool = False) -> None:
-    """Print GPU, driver, versions, backends and tables of this machine, and how to install what is missing.
-
-    Args:
-        json: print one JSON object as the last line.
-    """
-    from mm1.autotune.doctor import doctor
-
-    doctor(json)

@@ -68,7 +68,7 @@ def doctor(as_json: bool = False) -> None:
         ask(f"gpu {i}", {name: lambda advise, i=i, f=f: f(i, advise) for name, f in GPU.items()})
     ask("packages", {name: lambda _, n=name: _package(n) for name in PACKAGES})
     ask("attention", {name: lambda _, n=needs: _usable(n, gpus) for name, needs in BACKENDS.items()})
-    ask("cache", {"folder": lambda _: str(cache_folder()), "files": _cache})
+    ask("cache", {"folder": lambda _: str(cache_folder()), "files": _cache, "plain torch": _plain_ops})
     print("\nWhat to do", *(todo or ["nothing: all is well"]), sep="\n  ")
     if as_json:
         print(json.dumps(report | {"what to do": todo}))
@@ -197,6 +197,15 @@ def _cache(advise: Advise) -> dict[str, int]:
                 continue
         advise(f"not a row of this version of mm1, delete it: {path}")
     return Counter("/".join(path.parts[-3:-1]) for path in paths)
+
+
+def _plain_ops(advise: Advise) -> list[str]:
+    """Return the ops whose kernels `mm1 doctor --gpu` found wrong with these versions, and their dtypes."""
+    from mm1.kernels.fallback import remembered
+
+    for (gpu, op, dtypes), why in remembered().items():
+        advise(f"{op} ({dtypes}) runs in plain torch on {gpu}, as {why}: update, then mm1 doctor --gpu")
+    return [f"{op} ({dtypes})" for _, op, dtypes in remembered()]
 
 
 def installed_version(package: str) -> str | None:

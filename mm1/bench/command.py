@@ -1,5 +1,6 @@
-"""Define the commands `mm1 bench kernels|static|train|generate|all|report|readme`."""
+"""Define the commands `mm1 bench kernels|static|train|generate|all|report|readme` and `mm1 doctor`."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,10 +122,37 @@ bench = {
 }  # fmt: skip
 
 
+def doctor(json: bool = False, gpu: bool = False) -> None:
+    """Print GPU, driver, versions, backends and tables of this machine, and how to install what is missing.
+
+    Args:
+        json: print one JSON object as the last line.
+        gpu: then run every op on the GPU beside its reference, which takes at most four minutes, and write one file
+            with all failures. From then on this user's runs compute an op whose kernels are wrong there in plain torch.
+    """
+    import torch
+
+    from mm1.autotune.doctor import doctor
+    from mm1.errors import UserError
+
+    if gpu and not torch.cuda.is_available():
+        raise UserError(
+            "doctor --gpu: torch sees no GPU, and `mm1 doctor` says why; `python -m mm1.bench.contact` checks the ops "
+            "on a CPU, and with TRITON_INTERPRET=1 the source of their kernels"
+        )
+    doctor(json)
+    if gpu:
+        from mm1.bench.contact import examine
+        from mm1.kernels.fallback import gpu_name
+
+        sys.exit(0 if examine(gpu_name(torch.device("cuda", torch.cuda.current_device()))) else 1)
+
+
 def _measure(measure: Callable[[Any], bool | None], path: Path | None) -> None:
     """Fill a record by `measure`, print it as one line, and exit with status 1 if an op's result was wrong."""
     from mm1.bench.record import Record
 
+    os.environ.setdefault("MM1_STRICT", "1")  # what plain torch computes is not mm1's kernel
     record = Record(path)
     correct = measure(record) is not False
     print(record.last_line())

@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,11 @@ def machine_name() -> str:
 @functools.cache
 def header() -> dict[str, Any]:
     """Return date, time, commit, machine and versions."""
-    git = lambda *args: subprocess.run(  # noqa: E731
-        ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    gpu, changed = torch.cuda.is_available(), "+changes" if git("status", "--porcelain", "-uno") else ""
+    gpu, changed = torch.cuda.is_available(), "+changes" if _git("status", "--porcelain", "-uno") else ""
     return {
         "date": datetime.date.today().isoformat(),
         "time": datetime.datetime.now().time().isoformat("seconds"),
-        "commit": (git("rev-parse", "HEAD") or "unknown") + changed,
+        "commit": (_git("rev-parse", "HEAD") or "unknown") + changed,
         "machine": machine_name(),
         "device": torch.cuda.get_device_name() if gpu else f"{_processor()}, {torch.get_num_threads()} threads",
         "gpu": gpu,
@@ -134,6 +131,14 @@ def header() -> dict[str, Any]:
             **{name: installed_version(name) for name in ("triton", *PEERS)},
         },
     }  # fmt: skip
+
+
+def _git(*arguments: str) -> str:
+    """Return what git prints, or nothing where it is not installed, as in bare images, or this is no clone."""
+    with suppress(OSError):
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def rounded(value: Any) -> Any:

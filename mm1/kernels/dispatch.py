@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mm1.kernels.device import DEVICES, Device, identify
+from mm1.kernels.fallback import KernelError, guarded, is_strict, recoverable
 from mm1.kernels.language import INSTALLED, INTERPRETED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in these
@@ -182,7 +183,8 @@ def device_of_index(index: int | None) -> Device:
 def launch(kernel: Any, grid: int, /, **arguments: Any) -> None:
     """Run `grid` programs of a Triton kernel on the device and the current stream of its tensors.
 
-    arguments: the kernel's parameters by name, num_warps and num_stages. Raises ImportError where Triton is missing.
+    arguments: the kernel's parameters by name, num_warps and num_stages. Raises ImportError where Triton is missing,
+    KernelError where the kernel cannot run but its op can be computed in plain torch, and other errors as they are.
     """
     # Set explicitly, as Triton's default may change, and all versions must round alike.
     arguments["enable_fp_fusion"] = True
@@ -196,7 +198,12 @@ def launch(kernel: Any, grid: int, /, **arguments: Any) -> None:
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     is_other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if is_other else nullcontext():
-        kernel[(grid,)](**arguments)
+        try:
+            kernel[(grid,)](**arguments)
+        except Exception as error:
+            if is_strict() or not recoverable(error, device):
+                raise
+            raise KernelError(kernel.fn.__name__, error) from error
 
 
 def strides(x: Tensor | None, *names: str) -> dict[str, int]:
@@ -204,18 +211,21 @@ def strides(x: Tensor | None, *names: str) -> dict[str, int]:
     return dict(zip(names, (0,) * len(names) if x is None else x.stride()))
 
 
-def custom_op(name: str, body: Callable, cpu: Callable | None = None, mutates: tuple[str, ...] = ()) -> Any:
-    """Define the custom op mm1::name, whose body launches Triton kernels; `cpu` computes the same on CPU tensors."""
+def custom_op(
+    name: str, body: Callable, cpu: Callable | None = None, mutates: tuple[str, ...] = (), plain: Callable | None = None
+) -> Any:
+    """Define the custom op mm1::name, whose body launches Triton kernels.
+
+    cpu: computes the same on CPU tensors. plain: computes the same with torch on any device, for GPUs that cannot run
+    the kernels (see fallback.py); `cpu` by default.
+    """
+    computed = plain or cpu
+    assert computed is not None, f"{name} needs an implementation in plain torch"
+    body = guarded(name, body, without_autocast(computed))
     op = torch.library.custom_op(f"mm1::{name}", body, mutates_args=mutates)
-    if cpu is not None:
-        on_cpu(op, cpu)
+    if cpu is not None and not INTERPRETED:
+        op.register_kernel("cpu")(without_autocast(cpu))
     return op
-
-
-def on_cpu(op: Any, implementation: Callable) -> None:
-    """Register the implementation for CPU tensors of `op`, a custom op whose body launches Triton kernels."""
-    if not INTERPRETED:
-        op.register_kernel("cpu")(without_autocast(implementation))
 
 
 def without_autocast(implementation: Callable) -> Callable:

@@ -9,6 +9,8 @@ instead of logits [T, V]. dW is accumulated and kept in fp32: before the mean di
 exceed fp16. A kernel reads a row of logits twice and overwrites it with its gradient.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from mm1.kernels.dispatch import (
     Cost,
     autocast_dtype,
     cdiv,
+    custom_op,
     expect,
     expect_alike,
     expect_float,
@@ -72,14 +75,6 @@ def _loss_kernel(logits_ptr, targets_ptr, nll_ptr, V, GRAD: tl.constexpr, BLOCK:
 def loss_in_place(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
     """Store each row's loss in nll [rows]; grad: overwrite logits [rows, V] with their gradient."""
     rows, V = logits.shape
-    if logits.device.type == "cpu" and not INTERPRETED:
-        counted, classes = targets != IGNORED, targets.clamp(min=0).long()[:, None]
-        p = torch.log_softmax(logits.to(nll.dtype), 1)
-        nll.copy_(torch.where(counted, -p.gather(1, classes)[:, 0], 0))
-        if grad:
-            p.exp_().scatter_add_(1, classes, p.new_full(classes.shape, -1.0))
-            torch.mul(p, counted[:, None], out=logits)
-        return
     block = min(BLOCK, power_of_2(V))
     launch(
         _loss_kernel, rows, logits_ptr=logits, targets_ptr=targets, nll_ptr=nll, V=V, GRAD=grad, BLOCK=block,
@@ -87,10 +82,32 @@ def loss_in_place(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> N
     )  # fmt: skip
 
 
+def _plain_loss(logits: Tensor, targets: Tensor, nll: Tensor, grad: bool) -> None:
+    """Compute `loss_in_place` in plain torch."""
+    valid = (targets >= 0) & (targets < logits.shape[1])
+    share = valid.to(nll.dtype).masked_fill_(~valid & (targets != IGNORED), float("nan"))
+    classes = targets.clamp(0, logits.shape[1] - 1).long()[:, None]
+    p = torch.log_softmax(logits.to(nll.dtype), 1)
+    nll.copy_(torch.where(valid, -p.gather(1, classes)[:, 0], share))
+    if grad:
+        p.exp_().scatter_add_(1, classes, p.new_full(classes.shape, -1.0))
+        torch.mul(p, share[:, None], out=logits)
+
+
 def _forward(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses, dx [T, D] in `dtype` and dW [V, D] in fp32 or wider; unneeded ones have no rows."""
+    return _computed(loss_in_place, x, weight, targets, dtype, need_x, need_weight)
+
+
+def _plain(x, weight, targets, dtype, need_x, need_weight) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `_forward` in plain torch."""
+    return _computed(_plain_loss, x, weight, targets, dtype, need_x, need_weight)
+
+
+def _computed(loss: Callable, x, weight, targets, dtype, need_x, need_weight) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the results of `_forward`; `loss` computes what `loss_in_place` does."""
     (rows, D), V = x.shape, len(weight)
     if x.device.type == "cpu" and not INTERPRETED:
         wrong = ((targets < 0) | (targets >= V)) & (targets != IGNORED)
@@ -103,12 +120,12 @@ def _forward(
     dx = x.new_empty(rows if need_x else 0, D)
     dw = x.new_zeros(V if need_weight and not rows else 0, D, dtype=wide(dtype))
     # All chunks are of one size: a last one of few rows would be slow.
-    chunks = cdiv(rows * V * x.itemsize, CHUNK[x.device.type])
+    chunks = cdiv(rows * V * x.itemsize, CHUNK["cpu" if x.device.type == "cpu" else "cuda"])
     step = cdiv(rows, max(chunks, 1))
     for begin in range(0, rows, max(step, 1)):
         part = slice(begin, begin + step)
         logits = torch.mm(x[part], w.t())
-        loss_in_place(logits, targets[part], nll[part], need_x or need_weight)
+        loss(logits, targets[part], nll[part], need_x or need_weight)
         if need_x:
             torch.mm(logits, w, out=dx[part])
         if need_weight and begin == 0:
@@ -127,7 +144,7 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b).to(wide(a.dtype))
 
 
-_op = torch.library.custom_op("mm1::linear_cross_entropy", without_autocast(_forward), mutates_args=())
+_op = custom_op("linear_cross_entropy", without_autocast(_forward), _plain)
 
 
 @_op.register_fake

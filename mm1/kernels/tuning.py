@@ -145,6 +145,11 @@ def pinned_or(name: str, otherwise: Callable[[], Any]) -> Any:
     return _pinned[name] if name in _pinned else otherwise()
 
 
+def is_pinned() -> bool:
+    """Return whether the caller has pinned a configuration."""
+    return bool(_pinned)
+
+
 def clear_caches() -> None:
     """Forget cached answers, tables and rows, so that the next look-up reads the files again."""
     _answers.clear()

@@ -4,7 +4,7 @@ A graph is captured when its batch size, a power of two, first occurs; unused ro
 launched them one by one, the few hundred kernels of a step would take longer than reading the weights does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from mm1.engine.infer.sampler import draw_tokens
 from mm1.engine.infer.sampling import GREEDY, Draw
 from mm1.engine.layers.blocked import twin
 from mm1.kernels.dispatch import power_of_2
+from mm1.kernels.fallback import plain_calls
 
 PAGES = 512  # limit of a text's pages, so that all tables have one shape; longer texts are decoded without a graph
 
@@ -24,11 +25,23 @@ PAGES = 512  # limit of a text's pages, so that all tables have one shape; longe
 class Captured(NamedTuple):
     """Hold a captured graph with its static inputs and outputs."""
 
-    graph: "torch.cuda.CUDAGraph"
+    graph: "torch.cuda.CUDAGraph | Stepwise"
     whole: Tensor  # int32 [B, 2 + PAGES]: token, position, pages
     draws: Tensor  # fp32 [B, fields of Draw]
     logits: Tensor  # fp32 [B, V]
     chosen: Tensor  # fp64 [B, 2]: token, its log-probability
+
+
+class Stepwise(NamedTuple):
+    """Stand for the graph of a step that cannot be captured: ops in plain torch read sizes on the host."""
+
+    step: Callable[[], tuple[Tensor, Tensor]]
+    results: tuple[Tensor, Tensor]
+
+    def replay(self) -> None:
+        """Run the step, and store what it returns in the results."""
+        for kept, new in zip(self.results, self.step()):
+            kept.copy_(new)
 
 
 class Graphs:
@@ -108,9 +121,12 @@ class Graphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # warm-up: compiles, and chooses kernels
-                step()
+            before = plain_calls()
+            step()  # compiles, and chooses kernels
+            results = step()
         torch.cuda.current_stream().wait_stream(stream)
+        if plain_calls() > before:
+            return Captured(Stepwise(step, results), whole, draws, *results)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits, chosen = step()

@@ -118,7 +118,7 @@ def _norm_backward(dz, u, mean, rstd, gamma, beta, du, dgamma, dbeta) -> None:
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
     """Return x [P, K] · wᵀ, w [C, K], -> [P, C]."""
-    if x.numel() == 0:
+    if x.numel() == 0 or x.device.type != "cpu":
         return torch.mm(x, w.t())
     y = F.conv2d(x.view(1, 1, len(x), -1).permute(0, 3, 1, 2), w.view(*w.shape, 1, 1))
     return y.permute(0, 2, 3, 1).reshape(len(x), len(w))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm1.kernels.attention import tiles
+from mm1.kernels.attention import plain, tiles
 from mm1.kernels.cost_model import LAUNCH, Predicted, Product
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import (
@@ -334,7 +334,7 @@ def _common_pages(tables: list[list[int]]) -> int:
     return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*tables))) if len(tables) > 1 else 0
 
 
-_forward = custom_op("paged_attention", forward, on_host)
+_forward = custom_op("paged_attention", forward, on_host, plain=plain.paged)
 _forward.register_fake(lambda q, *others: q.new_empty(q.shape))
 
 

@@ -127,6 +127,8 @@ def _runs(ends: list[int]) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
 
 def _units(x: Tensor) -> torch.dtype:
     """Return the dtype in which products are computed."""
+    if x.device.type != "cpu":
+        return x.dtype
     if x.dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return wide(x.dtype)

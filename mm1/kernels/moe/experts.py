@@ -45,7 +45,7 @@ from mm1.kernels.moe.activation import activate, slopes
 from mm1.kernels.moe.arguments import check, empty_gradients, halves, projections
 from mm1.kernels.moe.combine import combine
 from mm1.kernels.moe.grouped import dw, gemm
-from mm1.kernels.moe.routing import Order, sort, sort_by_expert
+from mm1.kernels.moe.routing import Order, sort, sort_by_expert, sort_plain
 from mm1.kernels.tiles import Config, Shape, dot, load_rows, load_weight, mapped_tile, split_columns, store_tile
 from mm1.kernels.tuning import Tunable, config_for, pinned_or
 
@@ -327,9 +327,17 @@ def moe_mlp_few(
     )
 
 
+def moe_mlp_few_plain(
+    x, index, weight, gate_up, up, down, gate_up_bias, down_bias, activation, limit, shift, interleaved
+) -> Tensor:
+    """Compute moe_mlp_few in plain torch."""
+    order, biases, gate = sort_plain(index, down.shape[0]), (gate_up_bias, down_bias), (activation, limit, shift)
+    return cpu.forward(x, order, weight, gate_up, up, down, *biases, *gate, interleaved, False)[0]
+
+
 _forward = custom_op("moe_mlp", moe_mlp_forward, cpu.forward)
 _backward = custom_op("moe_mlp_backward", moe_mlp_backward, cpu.backward)
-_few = custom_op("moe_mlp_few", moe_mlp_few)
+_few = custom_op("moe_mlp_few", moe_mlp_few, plain=moe_mlp_few_plain)
 
 
 @_forward.register_fake

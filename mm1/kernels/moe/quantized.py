@@ -24,7 +24,7 @@ CONVERTED = 1 << 20  # elements of a weight that a CPU converts at once, and mul
 
 def _linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if len(x) > FEW_ROWS:
-        return F.linear(x, dequantized(weight, scale, x.dtype))
+        return _linear_plain(x, weight, scale)
     return few_tokens.by_slot(x, None, 1, weight[None], gate_scale=scale[None])
 
 
@@ -42,6 +42,15 @@ def _moe(
 
 def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_(scale[..., None])
+
+
+def _linear_plain(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, dequantized(weight, scale, x.dtype))
+
+
+def _moe_plain(x, index, weight, gate_up, gate_up_scale, down, down_scale) -> Tensor:
+    gate_up, down = dequantized(gate_up, gate_up_scale, x.dtype), dequantized(down, down_scale, x.dtype)
+    return experts.moe_mlp_few_plain(x, index, weight, gate_up, None, down, None, None, "silu", None, 0.0, False)
 
 
 def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -73,8 +82,8 @@ def _moe_cpu(
     return y.to(x.dtype)
 
 
-_linear_op = custom_op("linear_8", _linear, _linear_cpu)
-_moe_op = custom_op("moe_mlp_8", _moe, _moe_cpu)
+_linear_op = custom_op("linear_8", _linear, _linear_cpu, plain=_linear_plain)
+_moe_op = custom_op("moe_mlp_8", _moe, _moe_cpu, plain=_moe_plain)
 
 
 @_linear_op.register_fake

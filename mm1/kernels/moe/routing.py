@@ -292,7 +292,8 @@ def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, norm
     return (dlogits + (dz * 2 / tokens) * counted * x.logsumexp(-1, keepdim=True) * probability).to(logits.dtype)
 
 
-def _sort_cpu(index: Tensor, experts: int):
+def sort_plain(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the results of `sort`, computed in plain torch."""
     flat, like = index.reshape(-1).long(), {"dtype": torch.int32, "device": index.device}
     expert, order = torch.where((flat < 0) | (flat > experts), experts, flat).int().sort(stable=True)
     position = torch.empty_like(expert).scatter_(0, order, torch.arange(len(flat), **like))
@@ -302,7 +303,7 @@ def _sort_cpu(index: Tensor, experts: int):
 
 _route = custom_op("route", route_forward, _route_cpu)
 _route_backward = custom_op("route_backward", route_backward, _route_backward_cpu)
-_sort = custom_op("sort_by_expert", sort, _sort_cpu)
+_sort = custom_op("sort_by_expert", sort, sort_plain)
 
 
 @_route.register_fake

@@ -106,18 +106,19 @@ def positions(
     table: Tensor, images: Tensor, owner: Tensor, merge: int, mode: str, antialias: bool, align: bool
 ) -> Tensor:
     """Resample table [Gh, Gw, D] -> [P, D]: embedding_bag sums the taps of each place."""
-    Gh, Gw, N = table.shape
-    counts = table.new_zeros(len(owner) + 1, dtype=torch.int64)
-    indices, weights = [table.new_zeros(0, dtype=torch.int64)], [table.new_zeros(0, dtype=torch.float32)]
+    Gh, Gw, _ = table.shape
+    # The taps are computed on the host, whatever the table's device.
+    counts = torch.zeros(len(owner) + 1, dtype=torch.int64, device="cpu")
+    indices, weights = [counts[:0]], [torch.zeros(0, dtype=torch.float32, device="cpu")]
     for first, rows, h, w in _images(images):
         index, weight = _image_taps(h, w, Gh, Gw, merge, mode, antialias, align)
         counts[first + 1 : first + 1 + rows] = index.shape[1]
         indices.append(index[:rows].view(-1))
         weights.append(weight[:rows].view(-1))
-    entries = table.to(wide(table.dtype)).reshape(Gh * Gw, N)
+    entries = table.to(wide(table.dtype)).flatten(0, 1)
     y = F.embedding_bag(
-        torch.cat(indices), entries, counts.cumsum(0), mode="sum", include_last_offset=True,
-        per_sample_weights=torch.cat(weights).to(entries.dtype),
+        torch.cat(indices).to(table.device), entries, counts.cumsum(0).to(table.device), mode="sum",
+        include_last_offset=True, per_sample_weights=torch.cat(weights).to(entries),
     )  # fmt: skip
     return y.to(table.dtype)
 
@@ -135,7 +136,7 @@ def positions_backward(
     dtable = dy.new_zeros(Gh, Gw * N, dtype=dtype)
     for (h, w), total in sums.items():
         vertical, horizontal = (
-            _resample_matrix(size, out, mode, antialias, align).to(dtype) for size, out in ((Gh, h), (Gw, w))
+            _resample_matrix(size, out, mode, antialias, align).to(dy.device, dtype) for size, out in ((Gh, h), (Gw, w))
         )
         if merge > 1:
             total = total[_block_order(h, w, merge).argsort()]

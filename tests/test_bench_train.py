@@ -89,7 +89,7 @@ def test_rungs_give_the_same_gradient_of_every_parameter(c):
             assert relative_error(found, expected) < 1e-4, (rung.name, name)
 
 
-def values_alone(self, q, k, v, cu_seqlens, mask):
+def values_alone(self, q, k, v, cu_seqlens, mask, max_length):
     return v.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 

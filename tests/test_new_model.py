@@ -75,7 +75,8 @@ class TextModel(Model):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the final hidden states [T, D] of a packed batch."""
-        return self.decoder(self.decoder.embedding(batch.tokens), batch.positions, batch.cu_seqlens)[0]
+        x = self.decoder.embedding(batch.tokens)
+        return self.decoder(x, batch.positions, batch.cu_seqlens, longest=batch.longest)[0]
 
     def forward(self, batch: Batch) -> Losses:
         """Return the next-token loss of a packed batch."""

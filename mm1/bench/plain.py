@@ -14,12 +14,12 @@ from mm1.kernels.patches.grids import Grids
 from mm1.kernels.patches.reference import runs
 
 
-def batched_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, max_length: int = 0
-) -> Tensor:
-    """Compute torch's dense attention in segments of one length, which fill all rows."""
-    length = max_length or len(q) // (len(cu_seqlens) - 1)
-    return attention(q, k, v, cu_seqlens, mask=mask, max_length=length, backend="sdpa")
+def batched_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, max_length: int) -> Tensor:
+    """Compute torch's dense attention in segments of max_length rows each."""
+    rows = max_length * (len(cu_seqlens) - 1)
+    q, k, v, rest = q[:rows], k[:rows], v[:rows], len(q) - rows
+    y = attention(q, k, v, cu_seqlens, mask=mask, max_length=max_length, backend="sdpa")
+    return F.pad(y, (0, 0, 0, 0, 0, rest))
 
 
 class MaskedAttention:
@@ -27,7 +27,9 @@ class MaskedAttention:
 
     seen: Tensor | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, mask: Mask, max_length: int
+    ) -> Tensor:  # fmt: skip
         if self.seen is None:
             segment = places(cu_seqlens, len(q))[0]
             self.seen = (segment[:, None] == segment[None]).tril()

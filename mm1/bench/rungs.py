@@ -29,6 +29,7 @@ CHANGES = {
     "attention": Rung("attention", "inside each document and image, without padding or mask"),
     "vision": Rung("vision kernels", "patch embedding and C-Abstractor of images of any size at once"),
     "experts": Rung("experts", "instead of torch's grouped_mm"),
+    "casts": Rung("bf16 weights", "matrices of blocks cast once a step, not in each pass"),
     "optimizer": Rung("fused AdamW", "one pass over weights, gradients and state"),
 }
 FULL = Rung("torch.compile", "each kind of block compiled", compiled=True)
@@ -55,7 +56,8 @@ def peers(device: str) -> list[Rung]:
 
 def ladder(c: MM1Config, dtype: str = "fp32") -> list[Rung]:
     """Return the rungs from plain to FULL, then float8, two recomputations, and plain with torch.compile alone."""
-    parts = [part for part in CHANGES if part != "experts" or c.decoder.experts]
+    has = {"experts": c.decoder.experts > 0, "casts": dtype == "bf16"}
+    parts = [part for part in CHANGES if has.get(part, True)]
     every = frozenset(parts)
     rungs = [Rung("plain", "documents padded to the longest, torch's attention, all eager", every)]
     rungs += [CHANGES[part]._replace(plain=frozenset(parts[i + 1 :])) for i, part in enumerate(parts)]

@@ -9,7 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,8 +35,10 @@ from mm1.engine.models import spec
 from mm1.engine.models.mm1_config import MODELS, MM1Config
 from mm1.engine.models.registry import model_class, named
 from mm1.engine.train.config import Train
+from mm1.engine.train.copies import WeightCopies
 from mm1.engine.train.ledger import Ledger, ledger, workload
 from mm1.engine.train.optim import adamw
+from mm1.engine.train.prepare import compiled
 from mm1.engine.train.recompute import recomputed
 from mm1.errors import UserError
 from mm1.kernels.moe.backends import find
@@ -128,6 +130,7 @@ class Steps:
         torch.compiler.reset()  # the model before may have blocks of the same code
         self.model = model_class(c.kind)(c).init_weights().to(device)
         self.optimizers = _optimizers(self.model)
+        self.copies = WeightCopies(self.model, torch.bfloat16) if dtype == "bf16" else nullcontext()
         self.compiled: dict[tuple[nn.Module, str, bool], Callable] = {}
 
     def row(self, rounds: int | None, budget: float) -> Row:
@@ -248,6 +251,8 @@ class Steps:
                     swap(block, "forward", self._compiled(block, rung))
             else:
                 self._change(rung, swap)
+                if "casts" not in rung.plain:
+                    stack.enter_context(self.copies)
             narrow = [block for block in self.model.blocks() if block.float8 and rung.float8]
             for parent, name, linear in converted(narrow, "tensorwise") if narrow else ():
                 stack.enter_context(patch.dict(parent._modules, {name: linear}))
@@ -275,7 +280,9 @@ class Steps:
             # A plain baseline has batches of several shapes, which torch turns into variables from the second batch on.
             # A peer is compiled for one shape, which makes it fastest.
             dynamic = None if rung.baseline and not rung.peer else False
-            self.compiled[key] = torch.compile(forward, dynamic=dynamic)
+            # torch's dense attention makes constants of the segments' number and length.
+            compiler = torch.compile if "attention" in rung.plain else compiled
+            self.compiled[key] = compiler(forward, dynamic=dynamic)
         return self.compiled[key]
 
     def _compilable(self, block: BlockLayer, rung: Rung) -> bool:
@@ -337,7 +344,7 @@ class Steps:
 
     def release(self) -> None:
         """Free both models, so that the GPU has memory for the next ones."""
-        for name in ("model", "optimizers", "compiled", "peer", "peer_inputs", "peer_optimizer"):
+        for name in ("model", "optimizers", "copies", "compiled", "peer", "peer_inputs", "peer_optimizer"):
             vars(self).pop(name, None)
         gc.collect()
         if self.device.type == "cuda":

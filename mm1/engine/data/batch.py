@@ -40,7 +40,8 @@ class Batch:
     tokens: Tensor  # int32 [T]
     targets: Tensor  # int32 [T], the next token, -100 where there is no loss: media, prompts, padding
     positions: Tensor  # int32 [T], position inside the document
-    cu_seqlens: Tensor  # int32 [B+1]; documents past the last are empty
+    cu_seqlens: Tensor  # int32 [B+1], B ≥ 1
+    longest: int  # tokens of the longest document
     media: PackedMedia
     target_rows: Tensor  # int64 [target_count], rows with a target: the output head computes only these
     target_count: int
@@ -106,8 +107,6 @@ def pack(
         tokens[rows] = document.tokens
         positions[rows] = np.arange(length)
         targets[end - length : end - 1] = np.where(document.targets(image_id), document.tokens[1:], IGNORED)
-    cu_seqlens = np.full(budget.documents + 1, used, np.int32)
-    cu_seqlens[: len(documents) + 1] = np.concatenate([[0], ends])
     slot_rows = np.full(budget.media * slots, budget.tokens, np.int64)
     media_rows = np.flatnonzero(tokens[:used] == image_id)
     if len(media_rows) != len(views) * slots:
@@ -127,7 +126,8 @@ def pack(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
+        cu_seqlens=torch.tensor([0, *(ends if documents else [0])], dtype=torch.int32),
+        longest=max(lengths, default=0),
         media=PackedMedia(empty.kind, values, grids, torch.from_numpy(slot_rows)),
         target_rows=torch.from_numpy(rows_with_target),
         target_count=len(rows_with_target),

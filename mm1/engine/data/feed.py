@@ -38,7 +38,7 @@ class Feed:
             raise loaded
         self.state, self.skipped = loaded.state, loaded.skipped
         if loaded.ready is not None:
-            current = torch.cuda.current_stream()
+            current = torch.cuda.current_stream(self.device)
             current.wait_event(loaded.ready)
             loaded.batch.record_stream(current)
         return loaded.batch

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mm1.engine.layers.config import Decoder, is_moe
 from mm1.engine.layers.experts import Experts
 from mm1.engine.layers.layer import BlockLayer, Fill, Layer, fan_in, prefixed, product_dtype
+from mm1.engine.layers.segments import Segments
 from mm1.engine.layers.sharding import DeviceMesh, all_reduce_around, all_reduce_norm_gradient, split_linear
 from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Traffic, Workload, attention_operations
 from mm1.kernels.attention import Causal, attention
@@ -61,11 +62,14 @@ class Attention(Layer):
         self.q_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, attend=None) -> Tensor:
+    def forward(self, x: Tensor, angles: Rope, documents: Segments, attend=None) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (-1, self.queries_per_kv + 2, self.head_width))
         q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]  # (T, H | G, Dh)
         q, k = (rotate(norm(x.float()), angles).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        y = attention(q, k, v, cu_seqlens, mask=Causal()) if attend is None else attend(q, k, v)
+        if attend is None:
+            y = attention(q, k, v, documents.cu_seqlens, mask=Causal(), max_length=documents.longest)
+        else:
+            y = attend(q, k, v)
         return self.out(y.flatten(1))
 
     def initial_values(self) -> dict[str, Fill]:
@@ -150,8 +154,8 @@ class Block(BlockLayer):
         self.norm2 = nn.RMSNorm(c.width, c.eps)
         self.mlp = Experts(c) if moe else MLP(c)
 
-    def forward(self, x: Tensor, angles: Rope, cu_seqlens: Tensor, mask: Tensor | None = None, attend=None):
-        x = x + self.attention(self.norm1(x), angles, cu_seqlens, attend)
+    def forward(self, x: Tensor, angles: Rope, documents: Segments, mask: Tensor | None = None, attend=None):
+        x = x + self.attention(self.norm1(x), angles, documents, attend)
         y, load_balance, z_loss, slots = self.mlp(self.norm2(x), mask)
         return x + y, load_balance, z_loss, slots
 
@@ -205,20 +209,22 @@ class DecoderLM(Layer):
 
     def forward(
         self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None,
-        attends: Sequence[AttentionFunction] = (),
+        attends: Sequence[AttentionFunction] = (), longest: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """Compute hidden states of embedded tokens x [T, D] of packed documents.
 
         positions int [T]; mask bool [T], False: padding. attends: the attention function of each layer, if documents
-        have earlier tokens, such as those in a Cache. Returns hidden [T, D] after the final norm, the means over the
-        mixture layers of load-balance and z-loss, and each mixture layer's slots (see Experts).
+        have earlier tokens, such as those in a Cache. longest: tokens of the longest document (None: T). Returns hidden
+        [T, D] after the final norm, the means over the mixture layers of load-balance and z-loss, and each mixture
+        layer's slots (see Experts).
         """
         c = self.config
+        documents = Segments(cu_seqlens) if attends else Segments.of(cu_seqlens, longest or len(x))
         angles = rope(positions, c.head_width, c.rope_theta)
         load_balance = z_loss = x.new_zeros((), dtype=torch.float32)
         slots: list[Tensor] = []
         for block, attend in zip_longest(self.blocks, attends):
-            x, balance, z, routed = block(x, angles, cu_seqlens, mask, attend)
+            x, balance, z, routed = block(x, angles, documents, mask, attend)
             load_balance, z_loss = load_balance + balance, z_loss + z
             slots += [] if routed is None else [routed]
         mixtures = max(1, len(slots))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm1.engine.layers.config import Vision
 from mm1.engine.layers.layer import LEARNED_STD, BlockLayer, Fill, Layer, fan_in, fill_zeros, normal
+from mm1.engine.layers.segments import Segments
 from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Workload, attention_operations
 from mm1.kernels.attention import Full, attention
 from mm1.kernels.patches.embedding import cost as embedding_cost
@@ -73,9 +74,10 @@ class VisionBlock(BlockLayer):
         self.fc1 = nn.Linear(c.width, c.ffn, bias=c.bias)
         self.fc2 = nn.Linear(c.ffn, c.width, bias=c.bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    def forward(self, x: Tensor, images: Segments) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # (P, H, Dh) each
-        x = x + self.out(attention(q, k, v, cu_seqlens, mask=Full(), max_length=longest).flatten(1))
+        y = attention(q, k, v, images.cu_seqlens, mask=Full(), max_length=images.longest)
+        x = x + self.out(y.flatten(1))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
     def initial_values(self) -> dict[str, Fill]:
@@ -159,6 +161,11 @@ class VisionEncoder(Layer):
             tokens = self.class_token.to(x.dtype).expand(grids.images, -1)
             x = torch.cat([tokens, x]).index_select(0, torch.cat([class_rows, patch_rows]).argsort())
         x = self.pre_norm(x)
+        longest = grids.longest
+        if grids.sizes is not None:  # images past these only fill the budget
+            cu_seqlens = cu_seqlens[: max(len(grids.sizes), 1) + 1]
+            longest = max((h * w for h, w in grids.sizes), default=0)
+        images = Segments.of(cu_seqlens, longest + c.class_token)
         for block in self.blocks:
-            x = block(x, cu_seqlens, grids.longest + c.class_token)
+            x = block(x, images)
         return x if patch_rows is None else x.index_select(0, patch_rows)

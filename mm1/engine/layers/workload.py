@@ -52,8 +52,7 @@ class Workload:
         """Return the query-key pairs of one layer of an encoder with full attention inside each image."""
         if self.computed_patch_pairs is not None:
             return self.computed_patch_pairs
-        padding = self.images - len(self.grids)  # images of a class token alone
-        return sum((h * w + class_token) ** 2 for h, w in self.grids) + class_token * padding
+        return sum((h * w + class_token) ** 2 for h, w in self.grids)
 
     @property
     def expert_rows(self) -> int:

@@ -68,7 +68,7 @@ class MM1(Model):
         """
         x = self.embed(batch)
         mask = torch.arange(len(x), device=x.device) < batch.cu_seqlens[-1]
-        return self.decoder(x, batch.positions, batch.cu_seqlens, mask)
+        return self.decoder(x, batch.positions, batch.cu_seqlens, mask, longest=batch.longest)
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the rows [T, D] of text and images that enter the decoder."""

@@ -4,11 +4,13 @@ Float8 replaces linears, whose parameters are sharded afterwards. Memory is allo
 shard alone. Recomputation comes before compilation, so that the graph of a block includes it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from mm1.engine.layers.float8 import float8_linears
+from mm1.engine.layers.segments import Segments
 from mm1.engine.models.registry import model_class
 from mm1.engine.models.spec import Model, ModelConfig
 from mm1.engine.train.config import Train
@@ -42,10 +44,23 @@ def prepare(c: ModelConfig, t: Train, world: World, dtype: torch.dtype, backend:
 
 
 def compile_blocks(model: Model, fullgraph: bool = False, **options: Any) -> None:
-    """Compile each kind of block once; its shapes are the packed budgets and never change.
+    """Compile each kind of block once; its shapes are the packed budgets and never change, except those of Segments.
 
     fullgraph: a graph break is an error. options: of torch.compile. Only `forward` is compiled, not the call with its
     hooks, which gather a block's parameters. Copies and pickles of the model are not compiled.
     """
     for block in model.blocks():
-        block.replace_forward(torch.compile(block.forward, dynamic=False, fullgraph=fullgraph, **options))
+        block.replace_forward(compiled(block.forward, dynamic=False, fullgraph=fullgraph, **options))
+
+
+def compiled(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return a block's forward compiled for any segments. options: of torch.compile."""
+    code = torch.compile(forward, **options)
+
+    def run(*arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, Segments):
+                argument.mark_dynamic()
+        return code(*arguments)
+
+    return run

@@ -1,6 +1,7 @@
 """Hold the weights and the optimizer of a run on this process; store and restore them."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mm1.engine.models.spec import Model
 from mm1.engine.run_config import changes, stored_model
 from mm1.engine.train import checkpoint
 from mm1.engine.train.config import Train
+from mm1.engine.train.copies import WeightCopies
 from mm1.engine.train.optim import adamw, update
 from mm1.engine.train.parallel import World
 from mm1.errors import UserError
@@ -21,15 +23,18 @@ from mm1.errors import UserError
 class TrainingState:
     """Hold a model and its optimizer.
 
-    local_parameters: this process's shard of each parameter by name, which the optimizer updates.
+    dtype: autocast's. local_parameters: this process's shard of each parameter by name, which the optimizer updates.
+    copies: a context in which the model computes with copies of its weights in this dtype, if it is not sharded.
     """
 
-    def __init__(self, model: Model, t: Train, peak: float, world: World):
+    def __init__(self, model: Model, t: Train, peak: float, world: World, dtype: torch.dtype):
         self.model, self.world = model, world
         self.local_parameters: dict[str, nn.Parameter] = {
             name: p if local_part(p) is p else nn.Parameter(local_part(p.detach()))
             for name, p in model.named_parameters()
         }
+        narrow = world.size == 1 and dtype != torch.float32
+        self.copies = WeightCopies(model, dtype) if narrow else nullcontext()
         self.optimizer = adamw(self.local_parameters.items(), t, peak, learned_vectors(model))
 
     def local_gradients(self) -> list[Tensor]:

@@ -128,10 +128,15 @@ def sum_and_update(
     assert done.totals is not None
     assert done.counts is not None
     gradients = state.local_gradients()
-    counts = torch.tensor([done.tokens, done.targets, done.images, *flags, done.digest], dtype=torch.float64)
+    # Filled on the device, because the host would wait for a copy from its pageable memory.
+    counts = [
+        torch.full((), count, dtype=torch.float64, device=world.device)
+        for count in (done.tokens, done.targets, done.images, *flags, done.digest)
+    ]
     square = world.square_norm(p.grad for p in state.model.parameters() if p.grad is not None)
-    counts = counts.to(world.device, non_blocking=True)
-    values = world.sum(torch.cat([done.totals, counts, square.double()[None], done.counts.flatten().double()]))
+    values = world.sum(
+        torch.cat([done.totals, torch.stack(counts), square.double()[None], done.counts.flatten().double()])
+    )
     loss, targets, norm = ([*done.per, *COUNTS].index(name) for name in ("loss", "targets", "norm"))
     # Gradients were summed over target tokens; dividing by the tokens of all processes gives the mean of the step.
     mean = 1 / values[targets].clamp(min=1)

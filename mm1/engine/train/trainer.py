@@ -84,7 +84,7 @@ class Trainer:
         torch.manual_seed(t.seed)
         self.model = prepare(self.run.model, t, self.world, self.dtype, backend)
         self.peak_rate = t.peak_lr or self.model.default_peak_lr()
-        self.state = TrainingState(self.model, t, self.peak_rate, self.world)
+        self.state = TrainingState(self.model, t, self.peak_rate, self.world, self.dtype)
         self.saver = Saver(folder, t, self.state, display.warn, lambda: not self.bad_steps)
         self.stop = safety.Stop()
         self.observers: list[Observer] = list(observers)
@@ -207,7 +207,8 @@ class Trainer:
         for observer in self.observers:
             observer.step_begins(number)
         count = t.accumulate // self.world.data_size
-        done = run_micro_batches(self.state, self.feed, count, self.dtype, self.observers)
+        with self.state.copies:
+            done = run_micro_batches(self.state, self.feed, count, self.dtype, self.observers)
         for observer in self.observers:
             observer.gradients_complete()
         rate = learning_rate(self.steps_done, t, self.peak_rate)

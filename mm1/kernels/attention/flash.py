@@ -82,7 +82,7 @@ def _forward_range(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, map_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     tiles, T, H, GROUP, scale, MASK: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -132,7 +132,7 @@ def _dq_range(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _dq_kernel(
     dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, map_ptr, stride_dt, stride_dh, stride_qt, stride_qh,
     stride_kt, stride_kh, stride_vt, stride_vh, tiles, T, H, GROUP, scale, MASK: tl.constexpr, P: tl.constexpr,
@@ -163,7 +163,7 @@ def _dq_kernel(
         store(dq_ptr + head.to(tl.int64) * WIDTH, rows, inside, H * WIDTH, scaled(dq, factor, P), P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _dkv_kernel(
     dy_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, map_ptr, stride_dt, stride_dh, stride_qt,
     stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tiles, T, G, GROUP, scale, MASK: tl.constexpr,

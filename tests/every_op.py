@@ -13,7 +13,7 @@ from mm1.kernels.attention import Prefix, attention, paged_attention
 from mm1.kernels.linear_cross_entropy import linear_cross_entropy
 from mm1.kernels.moe.experts import moe_mlp
 from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw
-from mm1.kernels.moe.routing import route, sort_by_expert
+from mm1.kernels.moe.routing import choose, route, sort_by_expert
 from mm1.kernels.patches.embedding import embed_patches, patch_embed
 from mm1.kernels.patches.position_tables import positions
 
@@ -68,6 +68,7 @@ def every_op(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             {}, ("x", "weight", "gate_up", "down", "gate_up_bias", "down_bias"),
         ),
         "route": Call(partial(route, k=2), {"logits": r(9, 4), "mask": r(9) > 0}, {}, ("logits",)),
+        "choose": Call(partial(choose, k=2), {"logits": r(9, 4), "mask": r(9) > 0}),
         "sort_by_expert": Call(partial(sort_by_expert, experts=4), {"index": integers(5, 9, 2)}),
         "grouped_gemm": Call(
             grouped_gemm, {"a": r(9, 16), "b": r(3, 16, 8), "offsets": offsets(4, 4, 8), "bias": r(3, 8)}, {},

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import aclosing
 from functools import partial
 from itertools import pairwise
@@ -427,3 +428,53 @@ def test_a_slow_reader_gets_all_in_few_pieces(model):
             return [piece async for piece in stream]
 
     assert asyncio.run(slow()) == [alone(model, PROMPTS[0], Sampling(60)).text]
+
+
+class Parts(Engine):
+    """An engine with a warm-up of these parts."""
+
+    def __init__(self, model, parts):
+        super().__init__(model)
+        self.parts, self.done = parts, 0
+
+    def warm_up(self):
+        for part in self.parts:
+            part()
+            self.done += 1
+            yield
+
+
+def test_requests_are_answered_while_the_engine_warms_up(model):
+    """The warm-up ends only when they are: steps are taken between its parts."""
+    answered = threading.Event()
+    engine = Parts(model, (partial(time.sleep, 0.001) for _ in iter(answered.is_set, True)))
+
+    async def run():
+        async with AsyncEngine(engine) as running:
+            running.warm_up(60)
+            found = await running.generate(PROMPTS[0], Sampling(12))
+            assert not running.warm
+            answered.set()
+            await until(lambda: running.warm)
+            return found
+
+    assert asyncio.run(run()).tokens == alone(model, PROMPTS[0], Sampling(12)).tokens
+    assert engine.done > 12
+
+
+@pytest.mark.parametrize("why", ["time", "failure"])
+def test_a_warm_up_ends_at_its_limit_or_first_failure_and_requests_go_on(model, why, caplog):
+    def fail():
+        raise RuntimeError("no memory for a graph")
+
+    engine = Parts(model, [fail] if why == "failure" else [partial(time.sleep, 0.02)] * 1000)
+
+    async def run():
+        async with AsyncEngine(engine) as running:
+            running.warm_up(60 if why == "failure" else 0.1)
+            await until(lambda: running.warm)
+            return await running.generate(PROMPTS[0], Sampling(4))
+
+    assert asyncio.run(run()).tokens == alone(model, PROMPTS[0], Sampling(4)).tokens
+    assert engine.done < 10
+    assert ("no memory for a graph" in caplog.text) == (why == "failure")

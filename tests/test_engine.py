@@ -14,6 +14,7 @@ from test_generate import PROMPTS, picture
 from mm1.engine.data.batch import exact_budget, pack
 from mm1.engine.data.document import Document
 from mm1.engine.data.record import View, view_digest
+from mm1.engine.infer import cache as cache_module
 from mm1.engine.infer import engine as engine_module
 from mm1.engine.infer import generate as generating
 from mm1.engine.infer.cache import PAGE, Cache, page_names
@@ -497,15 +498,12 @@ class Inside:
         self.step, self.draws = step, []
 
     def __call__(self, tokens, positions, tables, draws):
-        assert max(map(len, tables)) <= engine_module.PAGES
         self.draws.append(list(draws))
         return self.step(tokens, positions, tables)
 
 
-@pytest.mark.parametrize("pages", [512, 1])
-def test_by_graphs_penalties_are_outside_and_long_documents_go_without(model, pages, monkeypatch):
-    """A greedy text with a penalty, among others, is the same; of more pages than a graph holds, torch's step."""
-    monkeypatch.setattr(engine_module, "PAGES", pages)
+def test_by_graphs_penalties_are_outside(model):
+    """A greedy text with a penalty, among others, is the same."""
     sampling = Sampling(max_tokens=6, repetition_penalty=1.8)
     found = []
     for by in ("one call", "graphs"):
@@ -516,9 +514,25 @@ def test_by_graphs_penalties_are_outside_and_long_documents_go_without(model, pa
         engine.run()
         found.append([r.tokens for r in requests])
         if by == "graphs":
+            assert engine.graphs.draws
             assert all(draw == GREEDY for draws in engine.graphs.draws for draw in draws)
-            assert bool(engine.graphs.draws) == (pages == 512)
     assert found[0] == found[1]
+
+
+def test_a_prefill_passes_the_length_of_its_longest_prompt_to_attention(model, monkeypatch):
+    """Without it, torch's kernel launches programs for all rows of the batch in each of its segments."""
+    lengths, attention = [], cache_module.attention
+    monkeypatch.setattr(
+        cache_module,
+        "attention",
+        lambda *args, **known: lengths.append(known["max_length"]) or attention(*args, **known),
+    )
+    monkeypatch.setattr(engine_module, "step_of", lambda *_: None)
+    engine = Engine(model)
+    for size in (40, 3, 7):
+        engine.submit(document(size), Sampling(max_tokens=1))
+    engine.run()
+    assert lengths == [41] * model.config.decoder.layers  # with begin-of-text
 
 
 def test_pages_used_longest_ago_go_first_and_forgotten_ones_are_free(model):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from small import document, packed, small_run
+from two_gpus import TwoGPUs
 
 from mm1.engine.data.feed import Feed
 from mm1.engine.data.streams import Streams, make_streams, merged
@@ -55,6 +56,38 @@ def test_the_state_is_that_after_the_last_batch_taken(ahead):
     resumed = streams()
     resumed.restore(state)
     assert keys(Feed(resumed, CPU, ahead), 3) == truth[5:]
+
+
+class OnSecondGPU:
+    """Stand for streams and for their batch, and record where the batch was copied and on which stream it is used."""
+
+    skipped = 0
+
+    def __init__(self, gpus):
+        self.gpus, self.state, self.close = gpus, dict, lambda: None
+
+    def __next__(self):
+        return self
+
+    def to(self, device):
+        self.copied_on = self.gpus.current_stream(device)
+        return self
+
+    def record_stream(self, stream):
+        self.used_on = stream
+
+
+def test_batches_for_the_second_gpu_are_copied_beside_its_own_stream_and_waited_for_there(monkeypatch):
+    gpus = TwoGPUs()
+    gpus.replace(monkeypatch)
+    feed = Feed(OnSecondGPU(gpus), torch.device("cuda:1"))
+    batch = next(feed)
+    feed.close()
+    current = gpus.current_stream("cuda:1")
+    assert batch.used_on is current
+    assert current.waited_for.device == torch.device("cuda:1")
+    assert current.waited_for is batch.copied_on
+    assert current.waited_for is not current
 
 
 class Broken(Streams):

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import not_interpreted
@@ -181,20 +182,24 @@ def test_a_packed_linear_is_packed_anew(way, dtype):
 @way
 def test_graphs_are_captured_anew_by_a_copy_of_its_own_weights(way, monkeypatch):
     """On a GPU; here the compiled blocks are seen, which must not be those of the original."""
-    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda *args: forward(*args))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: function(*args))
     decoder = small_mm1().eval().decoder
     cache = Cache(decoder.config, 3, torch.device("cpu"), torch.float32)
     graphs = Graphs(decoder, Head(decoder), cache, 2)
-    graphs.captured[1, False] = graphs.pool = lambda: "of this process"
+    graphs.captured[graphs.kinds[0]] = graphs.pool = lambda: "of this process"
     other = way(graphs)
     assert (other.captured, other.pool, other.spare) == ({}, None, graphs.spare)
-    assert "forward" in vars(other.decoder.blocks[0])
-    x, positions, ends = torch.randn(3, 32), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32)
-    truth = graphs.decoder(x, positions, ends)[0]
-    assert torch.equal(other.decoder(x, positions, ends)[0], truth)
-    torch.nn.init.zeros_(other.decoder.blocks[0].attention.out.weight)
-    assert not torch.equal(other.decoder(x, positions, ends)[0], truth)
-    assert torch.equal(graphs.decoder(x, positions, ends)[0], truth)
+
+    def logits(of):
+        whole = torch.from_numpy(of.inputs(of.kinds[0], [9], [0], [np.array([2], np.int32)]))
+        return of.step(whole, None)[0]
+
+    with torch.inference_mode():
+        truth = logits(graphs)
+        assert torch.equal(logits(other), truth)
+        other.decoder.blocks[0].attention.out.weight.zero_()
+        assert not torch.equal(logits(other), truth)
+        assert torch.equal(logits(graphs), truth)
 
 
 @way

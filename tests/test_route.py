@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE, INTERPRETED, TRITON, needs_gpu, not_interpreted, relative_error
 
+from mm1.kernels.moe.routing import choose as choose_experts
 from mm1.kernels.moe.routing import route, sort_by_expert
 
 
@@ -73,6 +74,19 @@ def test_every_k(k):
 def test_logits_of_any_float_are_computed_in_fp32_or_wider(dtype, tolerance):
     logits = randn(40, 8)
     compare(logits.bfloat16().to(dtype), 2, tolerance)  # with ties
+
+
+@pytest.mark.parametrize("T, E, k", [(0, 4, 2), (1, 1, 1), (1, 5, 2), (37, 7, 2), (9, 512, 16)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_choose_gives_the_bits_of_route_and_masked_tokens_no_expert(T, E, k, masked):
+    logits, mask = randn(T, E), torch.rand(T, device=DEVICE) < 0.6 if masked else None
+    if masked:
+        logits[~mask] = float("nan")  # nothing of them is read
+    truth, (index, weight) = route(logits, k, mask=mask), choose_experts(logits, k, mask=mask)
+    assert torch.equal(index, truth.index)
+    assert torch.equal(weight, truth.weight)
+    assert (index.dtype, weight.dtype) == (torch.int32, torch.float32)
+    assert masked == bool((index == E).any()) or T < 9
 
 
 FORMS = {

@@ -267,7 +267,14 @@ def test_with_a_key_nothing_is_answered_without_it(model):
             assert create_chat(client, ["one"], max_tokens=1).choices
         with openai_client(port, "sesamf") as client, pytest.raises(openai.AuthenticationError, match="API key"):
             create_chat(client, ["one"], max_tokens=1)
-        for path, status in {"/v1/models": 401, "/metrics": 401, "/v1/files": 401, "/health": 200, "/": 200}.items():
+        for path, status in {
+            "/v1/models": 401,
+            "/metrics": 401,
+            "/v1/files": 401,
+            "/health": 200,
+            "/ready": 200,
+            "/": 200,
+        }.items():
             assert http_request(port, "GET", path)[0] == status
             assert http_request(port, "GET", path, headers={"Authorization": "Bearer sesam\xe9"})[0] == status
         for scheme, status in {"Bearer ": 200, "bearer ": 200, "BEARER  ": 200, "Basic ": 401, "": 401}.items():
@@ -576,6 +583,18 @@ def test_a_failing_step_is_logged_and_told_by_a_number_and_the_next_request_is_a
             == run_alone(model, PROMPTS[0], 5).text
         )
         assert is_idle(port)
+
+
+def test_ready_is_health_once_the_engine_is_warm(model):
+    with serving(model) as (port, service):
+        wait_until(lambda: http_request(port, "GET", "/ready")[0] == 200)
+        assert json.loads(http_request(port, "GET", "/ready")[2]) == health(port)
+        service.engine.warm = False
+        status, headers, answer = http_request(port, "GET", "/ready")
+        assert (status, headers["retry-after"], json.loads(answer)) == (503, "1", {"status": "warming up"})
+        assert health(port)["status"] == "ok"  # requests are answered, though slowly
+        service.engine.dead = Dead("gone")
+        assert json.loads(http_request(port, "GET", "/ready")[2])["status"] == "dead"
 
 
 def test_a_dead_engine_is_told_by_health_and_to_every_client(model):

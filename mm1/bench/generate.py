@@ -41,6 +41,7 @@ from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.graphs import Graphs
 from mm1.engine.infer.sampling import Draw, Sampling
 from mm1.engine.layers.blocked import Head, blocked
+from mm1.engine.layers.generation import hidden_states
 from mm1.engine.layers.quantize import quantized
 from mm1.engine.layers.workload import Workload
 from mm1.engine.models.mm1_config import DIGITS, MODELS, MM1Config
@@ -353,7 +354,7 @@ class Bench:
             # The engine chooses between the two implementations in the same way.
             if step and step.is_faster(len(x), sum(n * (n + 1) // 2 for n in lengths)):
                 return step(x.float(), batch.positions.numpy(), pages, last.numpy())[0]
-            return head(decoder(x, batch.positions, batch.cu_seqlens, attends=attends)[0][last])
+            return head(hidden_states(decoder, x, batch.positions, attends)[last])
 
         return call, cache, tables
 

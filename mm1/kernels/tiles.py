@@ -219,7 +219,7 @@ def store_tile(
         tl.store(y_ptr + places, value, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "num_m"])
 def _map_kernel(
     offsets_ptr, tiles_ptr, by_size_ptr, M, E, num_m, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, CHUNK: tl.constexpr,

@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
@@ -85,6 +85,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.dead: Exception | None = None
+        self.warm = False  # whether `warm_up` has ended
         self._closed = False
         self._opened = 0  # requests; used only by the loop
         self._awake: float | None = None  # begin of the thread's current step or command; None while it waits for work
@@ -108,6 +109,14 @@ class AsyncEngine:
     def call(self, function: Callable[[], None]) -> None:
         """Call a function in the thread between two steps. If it raises, all requests end with a Dead."""
         self._inbox.put(function)
+
+    def warm_up(self, seconds: float) -> None:
+        """Warm the engine up between the steps of requests; `warm` is true when that ends.
+
+        No part begins after this number of seconds: what is missing then is compiled and captured when requests need
+        it, as it is after a failure, which is logged.
+        """
+        self.call(partial(self._warm_up, self.engine.warm_up(), time.monotonic() + seconds))
 
     def stop(self) -> None:
         """End the thread after its current step, and all requests with a Dead."""
@@ -200,11 +209,12 @@ class AsyncEngine:
         """Run commands and steps until None is in the inbox."""
         more = False
         while True:
-            until = time.monotonic() + BETWEEN_SECONDS if more else math.inf
+            until = math.inf
             while not more or not self._inbox.empty():
                 self._awake = time.monotonic() if more else None
                 command = self._inbox.get()
                 self._awake = time.monotonic()
+                until = min(until, self._awake + BETWEEN_SECONDS)
                 if command is None:
                     self._fail(list(self._streams), self.dead or Dead("the engine is closed"))
                     return self._report()
@@ -215,6 +225,16 @@ class AsyncEngine:
             self._awake = time.monotonic()
             more = not self.dead and self._step()
             self._report()
+
+    def _warm_up(self, parts: Iterator[None], until: float) -> None:
+        """Do one part, and put the next one behind the commands that have arrived meanwhile."""
+        try:
+            self.warm = time.monotonic() >= until or next(parts, True) is True
+        except Exception:
+            logging.getLogger("mm1").exception("the warm-up failed: kernels are compiled when requests need them")
+            self.warm = True
+        if not (self.warm or self.dead):
+            self.call(partial(self._warm_up, parts, until))
 
     def _die(self, why: Dead) -> None:
         """End all requests, and every later one, with this error."""

@@ -187,7 +187,7 @@ def _attend(keys: Tensor, values: Tensor, rows: Rows, q: Tensor, k: Tensor, v: T
     keys.flatten(0, 1).index_copy_(0, rows.slots, k)
     values.flatten(0, 1).index_copy_(0, rows.slots, v)
     if not rows.has_cached_rows:
-        return attention(q, k, v, rows.cu_seqlens, mask=Causal())
+        return attention(q, k, v, rows.cu_seqlens, mask=Causal(), max_length=rows.max_new_rows)
     return paged_attention(q, keys, values, rows.cu_seqlens, rows.tables, rows.lengths, rows=rows.max_new_rows)
 
 

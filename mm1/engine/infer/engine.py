@@ -20,13 +20,21 @@ from mm1.engine.infer.cache import PAGE, Cache, Rows, page_names
 from mm1.engine.infer.decode import step_of
 from mm1.engine.infer.detokenizer import TextStream
 from mm1.engine.infer.features import Features
-from mm1.engine.infer.graphs import PAGES, Graphs
-from mm1.engine.infer.prompts import Prompt, encode_prompts, refuse_long, refuse_malformed, tokenizer_of
+from mm1.engine.infer.graphs import Graphs
+from mm1.engine.infer.prompts import (
+    Prompt,
+    encode_prompts,
+    refuse_long,
+    refuse_malformed,
+    sample_document,
+    tokenizer_of,
+)
 from mm1.engine.infer.request import Request, fitted
 from mm1.engine.infer.sampler import NextToken, alternatives, choose_tokens
 from mm1.engine.infer.sampling import GREEDY, Draw, Sampling
 from mm1.engine.infer.schedule import Schedule
 from mm1.engine.layers.blocked import Head, blocked
+from mm1.engine.layers.generation import hidden_states
 from mm1.engine.layers.quantize import quantized
 from mm1.engine.models.spec import LanguageModel
 from mm1.errors import Busy, UserError, at_least
@@ -73,7 +81,8 @@ class Engine:
         self.pages = cdiv(tokens, PAGE)
         self.context = min(self.pages * PAGE, model.config.context or self.pages * PAGE)
         self.cache = Cache(model.config.decoder, self.pages + graphs, weight.device, weight.dtype)
-        self.graphs = Graphs(self.decoder, self.head, self.cache, batch) if graphs else None
+        longest = cdiv(self.context, PAGE)
+        self.graphs = Graphs(self.decoder, self.head, self.cache, batch, longest) if graphs else None
         plain = (self.decoder, self.head) if weights else (model.decoder, Head(model.decoder))
         self.one_step = step_of(*plain, self.cache)
         self.batch, self.queue = batch, queue
@@ -137,6 +146,24 @@ class Engine:
             raise UserError("an answer to score is empty, expected tokens")
         document = replace(prompt, tokens=np.array([*prompt.tokens, *answer], np.int32))
         return self.submit(document, Sampling(max_tokens=0), scored=len(answer))
+
+    @torch.inference_mode()
+    def warm_up(self) -> Iterator[None]:
+        """Do on a GPU, part by part, what the first requests would wait for: compile kernels and capture graphs.
+
+        The caller takes steps between the parts. On a CPU there are no parts. Raises Busy if the queue is full.
+        """
+        if not self.graphs:
+            return
+        tokens = min(self.model.config.images.slots + 2 * PAGE, self.context)
+        document = sample_document(self.model, tokens)
+        for _ in range(2):  # the second prompt finds its first pages in the cache, which takes other kernels
+            request = self.submit(document, Sampling(max_tokens=1))
+            while not request.finish:
+                yield
+        for kind in self.graphs.kinds:
+            self.graphs.capture(kind)
+            yield
 
     def forget(self) -> None:
         """Drop the prefix cache and the cached features of images."""
@@ -244,7 +271,7 @@ class Engine:
         remaining: Sequence[Draw | None] = draws
         if self.one_step:
             following = self.one_step(tokens, starts, tables)
-        elif self.graphs and max(map(len, tables)) <= PAGES:
+        elif self.graphs:
             inside = [GREEDY if r.sampling.alters else draw for r, draw in zip(owners, draws)]
             remaining = [draw if r.sampling.alters else None for r, draw in zip(owners, draws)]
             following = self.graphs(tokens, starts, tables, inside)
@@ -256,7 +283,7 @@ class Engine:
         return [len(rows) for rows in last_rows], following, remaining
 
     def _hidden(self, x: Tensor, positions: Tensor, rows: Rows) -> Tensor:
-        return self.decoder(x, positions, rows.cu_seqlens, attends=self.cache.attends(rows))[0]
+        return hidden_states(self.decoder, x, positions, self.cache.attends(rows))
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -1,7 +1,9 @@
 """Run a decoding step on a GPU as one CUDA graph of compiled blocks and sampling.
 
-A graph is captured when its batch size, a power of two, first occurs; unused rows use a page of their own. If the CPU
-launched them one by one, the few hundred kernels of a step would take longer than reading the weights does.
+There is a graph for each batch size that is a power of two, for texts of up to PAGES pages and for longer ones, with
+and without random draws. Engine.warm_up captures them all; one that is needed before is captured then. Unused rows use
+a page of their own and no expert. If the CPU launched them one by one, the few hundred kernels of a step would take
+longer than reading the weights does.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +17,26 @@ from torch import Tensor, nn
 from mm1.engine.infer.cache import PAGE, Cache, Rows
 from mm1.engine.infer.sampler import draw_tokens
 from mm1.engine.infer.sampling import GREEDY, Draw
-from mm1.engine.layers.blocked import twin
+from mm1.engine.layers.generation import block_output, hidden_states
 from mm1.kernels.dispatch import power_of_2
 from mm1.kernels.fallback import plain_calls
 
-PAGES = 512  # limit of a text's pages, so that all tables have one shape; longer texts are decoded without a graph
+PAGES = 512  # pages of narrow tables, 8,192 tokens: tables of 65,536 tokens take a megabyte for 64 texts in every step
+
+
+class Kind(NamedTuple):
+    """Identify a graph."""
+
+    size: int  # of the batch
+    pages: int  # of each table
+    sampled: bool  # whether some texts have a temperature
 
 
 class Captured(NamedTuple):
     """Hold a captured graph with its static inputs and outputs."""
 
     graph: "torch.cuda.CUDAGraph | Stepwise"
-    whole: Tensor  # int32 [B, 2 + PAGES]: token, position, pages
+    whole: Tensor  # int32 [B, 2 + pages]: token, position, pages
     draws: Tensor  # fp32 [B, fields of Draw]
     logits: Tensor  # fp32 [B, V]
     chosen: Tensor  # fp64 [B, 2]: token, its log-probability
@@ -45,23 +55,30 @@ class Stepwise(NamedTuple):
 
 
 class Graphs:
-    """Decode with a decoder, its head and a cache on a GPU, for at most `batch` texts at once."""
+    """Decode with a decoder, its head and a cache on a GPU, for at most `batch` texts at once.
 
-    def __init__(self, decoder: Any, head: nn.Module, cache: Cache, batch: int):
-        self.decoder, self.head, self.cache = twin(decoder), head, cache
+    longest: limit of a text's pages (default: all pages of the cache). kinds: those of all graphs, in the order that
+    compiles least code and then shares most memory. device: that of the cache, whatever the current device is.
+    """
+
+    def __init__(self, decoder: Any, head: nn.Module, cache: Cache, batch: int, longest: int | None = None):
+        self.decoder, self.head, self.cache, self.device = decoder, head, cache, cache.k.device
         self._compile()
         spare = cache.allocate(1)
         assert spare, "a cache of no pages"
         self.spare, self.captured, self.pool = spare[0], {}, None
-        self.whole = np.zeros((power_of_2(batch), 2 + PAGES), np.int32)
+        largest, longest = power_of_2(batch), longest or cache.pages
+        self.whole = np.zeros((largest, 2 + longest), np.int32)
+        self.widths = sorted({min(PAGES, longest), longest})
+        sizes = [1, *(largest >> i for i in range(largest.bit_length() - 1))]
+        self.kinds = [Kind(n, w, sampled) for n in sizes for w in reversed(self.widths) for sampled in (True, False)]
 
     def _compile(self) -> None:
-        for block in self.decoder.blocks:
-            block.replace_forward(torch.compile(block.forward, fullgraph=True))  # pyright: ignore[reportCallIssue]
+        self.block_output = torch.compile(block_output, fullgraph=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the graphs, which belong to this process. A copy captures its own."""
-        return {**self.__dict__, "captured": {}, "pool": None}
+        """Return the state without code and graphs, which belong to this process. A copy makes its own."""
+        return {**self.__dict__, "captured": {}, "pool": None, "block_output": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -72,26 +89,25 @@ class Graphs:
     ) -> tuple[Tensor, list[int], list[float]]:
         """Return logits fp32 [B, V] after one token of each of B texts, the next tokens and their log-probabilities.
 
-        positions: of the tokens in their texts; tables int32: the pages of each text, at most PAGES, including the
-        page of the new row.
+        positions: of the tokens in their texts; tables int32: the pages of each text, including the page of the new
+        row.
         """
-        count, sampled = len(tokens), any(draw.temperature for draw in draws)
-        key = (power_of_2(count), sampled)
-        if key not in self.captured:
-            self.captured[key] = self._capture(*key)
-        c = self.captured[key]
-        c.whole.copy_(torch.from_numpy(self.inputs(key[0], tokens, positions, tables)))
-        if sampled:
+        count, longest = len(tokens), max(map(len, tables))
+        pages = next(width for width in self.widths if width >= longest)
+        kind = Kind(power_of_2(count), pages, any(draw.temperature for draw in draws))
+        c = self.capture(kind)
+        c.whole.copy_(torch.from_numpy(self.inputs(kind, tokens, positions, tables)))
+        if kind.sampled:
             c.draws[:count].copy_(torch.tensor(draws, dtype=torch.float32))
         c.graph.replay()
         chosen = c.chosen[:count].tolist()
         return c.logits[:count], [int(token) for token, _ in chosen], [logprob for _, logprob in chosen]
 
     def inputs(
-        self, size: int, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray]
+        self, kind: Kind, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """Return a graph's input int32 [size, 2 + PAGES]: token, position and pages; unused rows use the spare page."""
-        whole = self.whole[:size]
+        """Return a graph's input int32 [size, 2 + pages]: token, position and pages; unused rows use the spare page."""
+        whole = self.whole[: kind.size, : 2 + kind.pages]
         whole[:, :2], whole[:, 2] = 0, self.spare
         whole[: len(tokens), 0], whole[: len(tokens), 1] = tokens, positions
         for row, table in zip(whole, tables):
@@ -100,35 +116,47 @@ class Graphs:
 
     def step(self, whole: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return `logits` and `chosen` of Captured; without draws the likeliest tokens. Does not synchronize."""
-        positions, tables = whole[:, 1].long(), whole[:, 2:]
+        positions, tables = whole[:, 1].long(), whole[:, 2:].contiguous()  # once, not in each layer
+        torch._dynamo.maybe_mark_dynamic(tables, 1)
         slots = tables.gather(1, positions[:, None] // PAGE)[:, 0].long() * PAGE + positions % PAGE
         cu_seqlens = torch.arange(len(whole) + 1, dtype=torch.int32, device=whole.device)
         rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, max_new_rows=1, has_cached_rows=True)
         x = self.decoder.embedding(whole[:, 0])
-        # All engines of a process share Block.forward's code; each compiles four or five versions, and torch allows 8.
+        # All engines of a process share block_output's code; each compiles four or five versions, and torch allows 8.
         with torch._dynamo.config.patch(recompile_limit=64):
-            hidden = self.decoder(x, positions, cu_seqlens, attends=self.cache.attends(rows))[0]
+            hidden = hidden_states(
+                self.decoder, x, positions, self.cache.attends(rows), mask=tables[:, 0] != self.spare,
+                block_output=self.block_output,
+            )  # fmt: skip
         logits = self.head(hidden).float()
         tokens = logits.argmax(-1) if draws is None else draw_tokens(logits, draws)
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         return logits, torch.stack([tokens.double(), logprobs.double()], 1)
 
-    def _capture(self, size: int, sampled: bool) -> Captured:
-        device = self.cache.k.device
-        whole = torch.from_numpy(self.inputs(size, [], [], [])).to(device)
-        draws = torch.tensor([GREEDY] * size, dtype=torch.float32, device=device)
-        step = partial(self.step, whole, draws if sampled else None)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            before = plain_calls()
-            step()  # compiles, and chooses kernels
-            results = step()
-        torch.cuda.current_stream().wait_stream(stream)
-        if plain_calls() > before:
-            return Captured(Stepwise(step, results), whole, draws, *results)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits, chosen = step()
+    def capture(self, kind: Kind) -> Captured:
+        """Return the graph of this kind, which is captured if it was not yet."""
+        if kind not in self.captured:
+            self.captured[kind] = self._capture(kind)
+        return self.captured[kind]
+
+    def _capture(self, kind: Kind) -> Captured:
+        whole = torch.from_numpy(self.inputs(kind, [], [], []).copy()).to(self.cache.k.device)
+        draws = self.cache.k.new_tensor([GREEDY] * kind.size, dtype=torch.float32)
+        step = partial(self.step, whole, draws if kind.sampled else None)
+        with torch.cuda.device(self.device):
+            stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                before = plain_calls()
+                step()  # compiles, and chooses kernels
+                results = step()
+            current.wait_stream(stream)
+            if plain_calls() > before:
+                return Captured(Stepwise(step, results), whole, draws, *results)
+            graph = torch.cuda.CUDAGraph()
+            # Without `stream`, torch captures on a stream of the first device that captured in this process.
+            # "thread_local": other threads may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                logits, chosen = step()
         self.pool = graph.pool()  # graphs that are replayed one at a time can share memory
         return Captured(graph, whole, draws, logits, chosen)

@@ -1,8 +1,11 @@
 """Encode prompts of texts and media as the model's training data was encoded."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mm1.engine.data.codecs import Codec, codec_of
 from mm1.engine.data.document import Document, document_of, joined_texts
@@ -59,6 +62,18 @@ def encode_prompts(model: LanguageModel, prompts: Sequence[Prompt], context: int
         documents.append(document_of(tokenizer, c.images.slots, with_views(codec, parts)))
         refuse_long(len(documents[-1].tokens), c.context, context)
     return documents
+
+
+def sample_document(model: LanguageModel, tokens: int) -> Document:
+    """Return a document of `tokens` tokens that begins with a medium of the largest size, if the model takes media."""
+    codec, slots, image = codec_of(model.config), model.config.images.slots, tokenizer_of(model).image
+    side, channels = codec.patch * math.isqrt(codec.max_patches), codec.empty.values.shape[2]
+    view = View(codec.kind, np.zeros((side, side, channels), codec.empty.values.dtype))
+    ids = np.full(tokens, int(not image), np.int32)  # any other token
+    if not 0 < slots < tokens:
+        return Document(ids, (), "")
+    ids[:slots] = image
+    return Document(ids, (view,), "")
 
 
 def character_limit(tokenizer: TextTokenizer, tokens: int) -> int:

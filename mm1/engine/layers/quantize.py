@@ -26,7 +26,7 @@ from mm1.engine.layers.decoder import DecoderLM
 from mm1.engine.layers.experts import Experts
 from mm1.errors import UserError
 from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
-from mm1.kernels.moe.routing import route
+from mm1.kernels.moe.routing import choose
 
 NEEDED = {"int8": (0, 0), "int4": (8, 0), "float8": (8, 9)}  # compute capability of a GPU
 MIN_NUMBERS = 1 << 17  # a smaller weight saves too little to matter
@@ -56,7 +56,7 @@ class Linear4(nn.Module):
 
 
 class Experts8(nn.Module):
-    """Replace Experts by frozen 8-bit weights."""
+    """Replace Experts by frozen 8-bit weights, for generation: without losses and counts."""
 
     def __init__(self, experts: Experts, how: str):
         super().__init__()
@@ -64,10 +64,11 @@ class Experts8(nn.Module):
         self.gate_up, self.gate_up_scale = map(nn.Buffer, rounded(experts.gate_up, how))
         self.down, self.down_scale = map(nn.Buffer, rounded(experts.down, how))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r = route(self.router(x), self.k, mask=mask)
-        y = moe_mlp_8(x, r.index, r.weight, self.gate_up, self.gate_up_scale, self.down, self.down_scale)
-        return y, r.load_balance, r.z_loss, torch.cat([r.offsets, r.dropped[None]])
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
+        index, weight = choose(self.router(x), self.k, mask=mask)
+        zero = x.new_zeros((), dtype=torch.float32)
+        y = moe_mlp_8(x, index, weight, self.gate_up, self.gate_up_scale, self.down, self.down_scale)
+        return y, zero, zero, None
 
 
 @torch.no_grad()

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
+WARM_SECONDS = 300  # limit of the warm-up, after which /ready answers in any case
 STALL_SECONDS = 120  # limit of one step of the engine; a longer one makes /health report "stalled"
 PACKAGES = ("starlette", "uvicorn", "h11", "python_multipart", "prometheus_client")
-OPEN_PATHS = ("/", "/health")  # answered without a key
+OPEN_PATHS = ("/", "/health", "/ready")  # answered without a key
 LOOPBACK = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?", re.IGNORECASE)
 PAGE_FILE = Path(__file__).with_name("page.html")
 
@@ -79,8 +80,9 @@ class Service:
         self.page = PAGE_FILE.read_text()
         post = partial(Route, methods=["POST"])
         routes = [
-            Route("/", self._page), Route("/health", self._health), Route("/metrics", self._metrics),
-            Route("/v1/models", self._models), Route("/v1/models/{name:path}", self._model),
+            Route("/", self._page), Route("/health", self._health), Route("/ready", self._ready),
+            Route("/metrics", self._metrics), Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
             post("/v1/files", self._upload),
             post("/v1/chat/completions", self._endpoint(self._parse_chat, chat.Reply)),
             post("/v1/completions", self._endpoint(completions.parse, completions.Reply)),
@@ -147,6 +149,7 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _: object) -> AsyncIterator[None]:
         async with self.engine, self.decoder:
+            self.engine.warm_up(WARM_SECONDS)
             yield
         self.intake.close()
         self.answers.close()
@@ -175,6 +178,12 @@ class Service:
         load = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
         limits = {"images": self.intake.max_images, "bytes": self.max_bytes}  # of a request, for the page
         return json_response({"status": "ok", "model": self.name, **load, "limits": limits})
+
+    async def _ready(self, request: "Request") -> "Response":
+        """Return what /health returns, or 503 while requests would wait for kernels to be compiled."""
+        if self.engine.alive and not self.engine.warm:
+            return json_response({"status": "warming up"}, 503, {"retry-after": "1"})
+        return await self._health(request)
 
     async def _metrics(self, _: "Request") -> "Response":
         text, media_type = self.metrics.text()

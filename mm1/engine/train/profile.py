@@ -88,7 +88,7 @@ class Profile(Observer):
             clock: Any = perf_counter()
             if self.cuda:
                 clock = torch.cuda.Event(enable_timing=True)
-                clock.record()
+                clock.record(torch.cuda.current_stream(self.world.device))
             self.marks.append((name, clock))
 
     def _register(self) -> None:
@@ -110,7 +110,7 @@ class Profile(Observer):
     def seconds(self) -> dict[str, float]:
         """Return the mean seconds of a step by part. Waits for the device."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.world.device)
         seconds: dict[str, float] = defaultdict(float)
         for (name, begin), (_, end) in pairwise(self.marks):
             seconds[name] += (begin.elapsed_time(end) / 1e3 if self.cuda else end - begin) / STEPS
@@ -152,20 +152,21 @@ class Trace:
     """Record every operation of a step, from construction to `stop`."""
 
     def __init__(self, folder: Path, world: World):
-        self.folder, self.rank, self.device = folder, world.rank, world.device.type
-        if self.device == "cuda":
+        self.folder, self.rank, self.device = folder, world.rank, world.device
+        self.cuda = self.device.type == "cuda"
+        if self.cuda:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
-        self.profiler = torch.profiler.profile(record_shapes=True, profile_memory=self.device != "cuda")
+        self.profiler = torch.profiler.profile(record_shapes=True, profile_memory=not self.cuda)
         self.profiler.start()
 
     def stop(self) -> str:
         """Write the trace, and return a table of the operations that took the longest time."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
         self.profiler.stop()
         self.profiler.export_chrome_trace(str(self.folder / f"trace-{self.rank}.json.gz"))
-        if self.device == "cuda":
+        if self.cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{self.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        order = "self_device_time_total" if self.device == "cuda" else f"self_{self.device}_time_total"
+        order = "self_device_time_total" if self.cuda else "self_cpu_time_total"
         return self.profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50)

@@ -148,6 +148,5 @@ def sum_and_update(
     arrived = None
     if world.device.type == "cuda":
         values = values.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        arrived = torch.cuda.current_stream(world.device).record_event()
     return values, arrived, done.counts.shape

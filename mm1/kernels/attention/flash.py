@@ -82,7 +82,7 @@ def _forward_range(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["tiles", "T"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, map_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     tiles, T, H, GROUP, scale, MASK: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,

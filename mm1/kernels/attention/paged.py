@@ -129,7 +129,7 @@ def work(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) 
 PAGED = Tunable("paged_attention", PagedShape, Config, space, legal, default, Predicted(work), ("width",))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table", "T", "splits", "tiles"])
 def _paged_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, table_ptr, lengths_ptr, y_ptr, lse_ptr, stride_qt, stride_qh, stride_kp, stride_kr,
     stride_kg, stride_table, T, splits, tiles, scale, H: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr,
@@ -191,7 +191,7 @@ def _paged_kernel(
         tl.store(lse_ptr + out, lse, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "B"])
 def _merge_kernel(
     y_ptr, lse_ptr, cu_ptr, out_ptr, rows, B, H: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,

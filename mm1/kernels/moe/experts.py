@@ -78,7 +78,7 @@ UP, DH = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m"])
 def _up_kernel(
     x_ptr, gate, up, gate_bias_ptr, up_bias_ptr, slots_ptr, s_ptr, s_desc, h_ptr, hg_desc, hu_desc, tiles_ptr,
     stride_xm, stride_xk, stride_ge, stride_gk, stride_gn, stride_ue, stride_uk, stride_un, stride_be, stride_bn, D, F,

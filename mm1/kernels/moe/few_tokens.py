@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm1.kernels import tiles
 from mm1.kernels.device import Device
-from mm1.kernels.dispatch import cdiv, device_of, launch, power_of_2, strides
+from mm1.kernels.dispatch import cdiv, device_of, launch, strides
 from mm1.kernels.language import tl, triton
 from mm1.kernels.moe.activation import activate
 from mm1.kernels.moe.combine import combine
@@ -23,6 +23,7 @@ from mm1.kernels.tiles import Config, Shape, dot, fitted, load_weight, weight_op
 from mm1.kernels.tuning import Tunable, config_for
 
 MAX_SLOTS = 256
+SEARCHED = (64, MAX_SLOTS)  # numbers of slots that a program searches; each is another code
 ROWS = 16  # the smallest number of rows of a matrix instruction
 
 
@@ -55,7 +56,7 @@ def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
 FEW = Tunable("few_tokens", Shape, Config, space, legal, default, tiles.seconds)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _few_kernel(
     a_ptr, gate, up, gate_scale_ptr, up_scale_ptr, gate_bias_ptr, up_bias_ptr, index_ptr, y_ptr, stride_am, stride_ak,
     stride_ge, stride_gk, stride_gn, stride_ue, stride_uk, stride_un, stride_se, stride_sn, stride_be, stride_bn, S, E,
@@ -136,7 +137,7 @@ def by_slot(
         **strides(up_b, "stride_ue", "stride_uk", "stride_un"), **strides(gate_scale, "stride_se", "stride_sn"),
         **strides(gate_bias, "stride_be", "stride_bn"), S=S, E=E, D=D, N=N, FAN=fan, GATED=gated,
         HAS_SCALE=gate_scale is not None, HAS_BIAS=gate_bias is not None, ACT=activation, LIMIT=limit, SHIFT=shift,
-        W_TMA=order, BY_SLOT=S < E, BLOCK_S=power_of_2(S), **config.arguments,
+        W_TMA=order, BY_SLOT=S < E, BLOCK_S=next(size for size in SEARCHED if size >= S), **config.arguments,
     )  # fmt: skip
     return y
 

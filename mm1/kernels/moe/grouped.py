@@ -45,7 +45,7 @@ from mm1.kernels.tiles import (
 from mm1.kernels.tuning import Tunable, config_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m"])
 def _gemm_kernel(
     a, b, b2, bias_ptr, y_ptr, y_desc, tiles_ptr, stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_b2e,
     stride_b2k, stride_b2n, stride_ym, E, K, N, num_m, A_TMA: tl.constexpr, B_TMA: tl.constexpr, Y_TMA: tl.constexpr,

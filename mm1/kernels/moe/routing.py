@@ -87,13 +87,16 @@ def _counted(mask_ptr, rows, T, HAS_MASK: tl.constexpr):
         return (rows < T).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_kernel(
     logits_ptr, mask_ptr, choice_ptr, weight_ptr, sums_ptr, stride_t, stride_e, T, E, K: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store choice and weight [T, K], and the program's sums [2E + 1] of first choices, probabilities and lse²."""
+    """Store choice and weight [T, K], and the program's sums [2E + 1] of first choices, probabilities and lse².
+
+    sums_ptr None: store no sums, and masked tokens have choice E and weight 0.
+    """
     pid = tl.program_id(0)
     rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
@@ -120,15 +123,19 @@ def _route_kernel(
         weights = tl.where(slots[None, :] == k, tl.sum(tl.where(hit, probability, 0.0), 1)[:, None], weights)
     if NORMALIZE:
         weights = weights / tl.sum(weights, 1)[:, None]
+    if HAS_MASK and sums_ptr is None:
+        choices = tl.where((counted > 0)[:, None], choices, E)
+        weights = tl.where((counted > 0)[:, None], weights, 0.0)
     places = rows.to(tl.int64)[:, None] * K + slots[None, :]
     inside = (rows < T)[:, None] & (slots < K)[None, :]
     tl.store(choice_ptr + places, choices, inside)
     tl.store(weight_ptr + places, weights, inside)
 
-    sums_ptr += pid * (2 * E + 1)
-    tl.store(sums_ptr + e, tl.sum(tl.where(e[None, :] == first[:, None], counted[:, None], 0.0), 0), e < E)
-    tl.store(sums_ptr + E + e, tl.sum(probability * counted[:, None], 0), e < E)
-    tl.store(sums_ptr + 2 * E, tl.sum(lse * lse * counted, 0))
+    if sums_ptr is not None:
+        sums_ptr += pid * (2 * E + 1)
+        tl.store(sums_ptr + e, tl.sum(tl.where(e[None, :] == first[:, None], counted[:, None], 0.0), 0), e < E)
+        tl.store(sums_ptr + E + e, tl.sum(probability * counted[:, None], 0), e < E)
+        tl.store(sums_ptr + 2 * E, tl.sum(lse * lse * counted, 0))
 
 
 @triton.jit
@@ -165,7 +172,7 @@ def _route_backward_kernel(
     tl.store(dlogits_ptr + places, dlogits, (rows < T)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _count_kernel(index_ptr, counts_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """Count this program's CHUNK slots by expert; slots of no expert count as expert E."""
     pid = tl.program_id(0)
@@ -179,7 +186,7 @@ def _count_kernel(index_ptr, counts_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS:
     tl.store(counts_ptr + pid * BINS + bins, counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _place_kernel(
     index_ptr, counts_ptr, slots_ptr, position_ptr, offsets_ptr, S, E, CHUNK, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):
@@ -217,21 +224,34 @@ def _blocks(experts: int) -> tuple[int, int, int]:
     return block_e, max(1, min(32, 4096 // block_e)), 8 if block_e >= 128 else 4
 
 
+def _choose(
+    logits: Tensor, mask: Tensor | None, k: int, normalize: bool, sums: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return choice int32 [T, k] and weight fp32 [T, k], and fill `sums` if it is a tensor."""
+    T, E = logits.shape
+    block_e, block_t, warps = _blocks(E)
+    choice = logits.new_empty(T, k, dtype=torch.int32)
+    weight = logits.new_empty(T, k, dtype=torch.float32)
+    launch(
+        _route_kernel, cdiv(T, block_t), logits_ptr=logits, mask_ptr=mask, choice_ptr=choice, weight_ptr=weight,
+        sums_ptr=sums, **strides(logits, "stride_t", "stride_e"), T=T, E=E, K=k, NORMALIZE=normalize,
+        HAS_MASK=mask is not None, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=power_of_2(k), num_warps=warps,
+    )  # fmt: skip
+    return choice, weight
+
+
+def choose_forward(logits: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Return what `choose` returns."""
+    return _choose(logits, mask, k, True, None)
+
+
 def route_forward(
     logits: Tensor, mask: Tensor | None, k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return choice int32 [T, k], weight fp32 [T, k], first choices fp32 [E] and both losses, fp32 []."""
-    T, E = logits.shape
-    block_e, block_t, warps = _blocks(E)
-    programs = cdiv(T, block_t)
-    choice = logits.new_empty(T, k, dtype=torch.int32)
-    weight = logits.new_empty(T, k, dtype=torch.float32)
-    sums = logits.new_empty(programs, 2 * E + 1, dtype=torch.float32)
-    launch(
-        _route_kernel, programs, logits_ptr=logits, mask_ptr=mask, choice_ptr=choice, weight_ptr=weight, sums_ptr=sums,
-        **strides(logits, "stride_t", "stride_e"), T=T, E=E, K=k, NORMALIZE=normalize, HAS_MASK=mask is not None,
-        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=power_of_2(k), num_warps=warps,
-    )  # fmt: skip
+    (T, E), (_, block_t, _) = logits.shape, _blocks(logits.shape[1])
+    sums = logits.new_empty(cdiv(T, block_t), 2 * E + 1, dtype=torch.float32)
+    choice, weight = _choose(logits, mask, k, normalize, sums)
     first, probability, z = sums.sum(0).split([E, E, 1])
     tokens = first.sum().clamp(min=1)
     load_balance = E * (first * probability).sum() / tokens.square()
@@ -278,6 +298,13 @@ def _route_cpu(logits: Tensor, mask: Tensor | None, k: int, normalize: bool):
     return choice.contiguous(), *others
 
 
+def _choose_cpu(logits: Tensor, mask: Tensor | None, k: int):
+    choice, weight, *_ = _route_cpu(logits, mask, k, True)
+    if mask is None:
+        return choice, weight
+    return torch.where(mask[:, None], choice, logits.shape[1]), torch.where(mask[:, None], weight, 0.0)
+
+
 def _route_backward_cpu(dweight, dbalance, dz, logits, mask, choice, first, normalize):
     x = masked(logits, mask).to(first.dtype)
     counted = x.new_ones(len(x), 1) if mask is None else mask.to(x.dtype)[:, None]
@@ -302,6 +329,7 @@ def sort_plain(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _route = custom_op("route", route_forward, _route_cpu)
+_choose_op = custom_op("choose_experts", choose_forward, _choose_cpu)
 _route_backward = custom_op("route_backward", route_backward, _route_backward_cpu)
 _sort = custom_op("sort_by_expert", sort, sort_plain)
 
@@ -313,6 +341,11 @@ def _(logits, mask, k, normalize):
     dtype = torch.float32 if on_gpu else wide(logits.dtype)
     results = (logits.new_empty(shape, dtype=dtype) for shape in ((T, k), (E,), (), ()))
     return logits.new_empty(T, k, dtype=torch.int32), *results
+
+
+@_choose_op.register_fake
+def _(logits, mask, k):
+    return _route(logits, mask, k, True)[:2]
 
 
 @_route_backward.register_fake
@@ -351,13 +384,8 @@ def route(
     on a CPU in fp64 for fp64. weight and both losses have gradients. Raises ValueError for other shapes, dtypes,
     devices or sizes.
     """
-    expect_alike("route", logits=logits, mask=mask)
-    expect(logits.ndim == 2, "route", "logits", tuple(logits.shape), "[T, E]")
-    T, E = logits.shape
-    expect_read("route", "logits", logits)
-    expect(1 <= E <= MAX_EXPERTS, "route", "experts", E, f"1 … {MAX_EXPERTS}")
-    expect(1 <= k <= min(E, MAX_K), "route", "k", k, f"1 … {min(E, MAX_K)}")
-    expect_tensor("route", "mask", mask, torch.bool, T)
+    _check("route", logits, k, mask)
+    E = logits.shape[1]
     expect(capacity is None or capacity >= 0, "route", "capacity", capacity, "0 or more")
     chosen = Chosen(*_route(logits, None if mask is None else mask.contiguous(), k, normalize))
     index = chosen.choice if mask is None else torch.where(mask[:, None], chosen.choice, E)
@@ -372,6 +400,25 @@ def route(
     if mask is not None or capacity is not None:
         weight = torch.where(index < E, weight, 0.0)
     return Routing(index, weight, sort_by_expert(index, E), chosen.load_balance, chosen.z_loss, dropped)
+
+
+def choose(logits: Tensor, k: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return index int32 [T, k] and weight fp32 [T, k] of `route`, without sort, losses and gradients.
+
+    It takes one kernel, and so suits generation. Raises ValueError as `route` does.
+    """
+    _check("choose", logits, k, mask)
+    return _choose_op(logits, None if mask is None else mask.contiguous(), k)
+
+
+def _check(op: str, logits: Tensor, k: int, mask: Tensor | None) -> None:
+    expect_alike(op, logits=logits, mask=mask)
+    expect(logits.ndim == 2, op, "logits", tuple(logits.shape), "[T, E]")
+    T, E = logits.shape
+    expect_read(op, "logits", logits)
+    expect(1 <= E <= MAX_EXPERTS, op, "experts", E, f"1 … {MAX_EXPERTS}")
+    expect(1 <= k <= min(E, MAX_K), op, "k", k, f"1 … {min(E, MAX_K)}")
+    expect_tensor(op, "mask", mask, torch.bool, T)
 
 
 def sort_by_expert(index: Tensor, experts: int) -> Order:

@@ -17,8 +17,8 @@ from mm1.autotune.static import compile_launch, distinct
 from mm1.bench.contact import SMALL
 
 pytestmark = compiles
-# Instructions: to fit one more program on a multiprocessor, ptxas may save up to four registers outside of loops. Spills
-# in a loop take dozens.
+# Instructions: to fit one more program on a multiprocessor, ptxas saves up to four registers. Where registers do not
+# suffice, dozens spill.
 SAVED = 10
 UNALIGNED = "(100, 8, 72, 200)"  # rows of 144 bytes, which only bulk copies load without spills
 BY_TORCH = ("qwen_embed",)  # without positions it is one product of torch
@@ -34,7 +34,8 @@ def check(gpu: str, op: str, folder: Path, only: str = "") -> None:
     cases = {id(launch): case for case, launch in launches}
     faults = []
     for launch in distinct(launch for _, launch in launches):
-        place = f"{launch.name} of {cases[id(launch)]}"
+        case = cases[id(launch)]
+        place = f"{launch.name} of {case}"
         try:
             code = compile_launch(launch, device)
         except Exception as error:

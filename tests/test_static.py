@@ -108,7 +108,7 @@ def check(call: str, device: str) -> None:
         assert code.shared <= DEVICES[device].shared, code
         multiplies = code.name in MULTIPLY
         if call.endswith("fp32"):  # products of single multiplications; AMD's matrix cores have true fp32
-            assert code.spills <= 8, code
+            assert code.spills <= 10, code  # ptxas keeps to 80 registers, for three programs on a multiprocessor
             assert code.matrix == 0 or device == "mi300x", "TF32 where fp32 is meant"
             continue
         assert code.spills == 0, code

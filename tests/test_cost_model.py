@@ -13,7 +13,7 @@ import torch
 from mm1.autotune.space import KERNELS
 from mm1.kernels import tiles
 from mm1.kernels.cost_model import SPREAD, Code, Product, Rows, expert_tiles, resident
-from mm1.kernels.device import DEVICES
+from mm1.kernels.device import DEVICES, PER_CLOCK
 from mm1.kernels.tiles import Config, Shape
 
 BF16, H200 = torch.bfloat16, DEVICES["h200"]
@@ -99,6 +99,13 @@ def test_bulk_copies_are_faster_than_addresses_by_as_much_as_was_measured():
              for config in (replace(TILE, tma=True, stages=3), TILE)]  # fmt: skip
     assert 564 <= rates[0] <= 1.05 * 628
     assert 469 <= rates[1] <= 1.15 * 490
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+def test_every_gpu_has_a_plausible_clock_and_more_bandwidth_of_l2_than_of_memory(device):
+    assert device.arch in PER_CLOCK
+    assert 1.2e9 < device.clock < 2.7e9
+    assert 1.5 < device.l2 / device.bandwidth < 6
 
 
 def test_an_h200_has_the_l2_of_an_h100_but_more_memory():

@@ -26,7 +26,7 @@ from mm1.bench.record import Record, Row
 from mm1.bench.static_peers import PEERS, Peer
 from mm1.errors import UserError
 from mm1.kernels.cost_model import SCHEDULERS, Code, Product, Rows, resident
-from mm1.kernels.device import DEVICES, PER_CLOCK, Device
+from mm1.kernels.device import DEVICES, Device
 from mm1.kernels.dispatch import Launch, launch, recording
 from mm1.kernels.linear_cross_entropy import BLOCK, _loss_kernel
 from mm1.kernels.moe import combine, routing
@@ -192,7 +192,8 @@ def _row(
     op: str, case: str, mode: str, compiled: Compiled, device: Device, work: Product | Rows | None = None
 ) -> Row:  # fmt: skip
     loop, warps = compiled.loop, compiled.warps
-    issue, tensor = loop.instructions * warps / SCHEDULERS, loop.flops / PER_CLOCK[device.arch][0]
+    issue = loop.instructions * warps / SCHEDULERS
+    tensor = loop.flops * device.units * device.clock / (device.tflops * 1e12)
     facts: dict[str, Any] = {
         "registers": compiled.registers, "shared": compiled.shared, "spills": compiled.spills,
         "programs": resident(compiled.shared, max(compiled.registers, 16), warps, device),

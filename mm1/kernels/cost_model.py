@@ -5,11 +5,12 @@ and their instructions, during which its matrix units rest. A step of its reduct
 issuing instructions, moving operands from L2, reading them from shared memory, and the memory latency that its pipeline
 does not hide. Programs that share a multiprocessor add up their work, but the ends of one run under the steps of
 another; as many share it as shared memory, registers and threads allow. Programs run in waves, and the total is at
-least the time to move all bytes once. A kernel over rows is limited by bandwidth, by the
-instructions that it issues, or, with few programs, by the latency of each step.
+least the time to move all bytes once. A kernel over rows is limited by bandwidth, by the instructions
+that it issues, or, with few programs, by the latency of each step.
 
 Instructions and registers are those of the machine code where it is known (`Code`), else estimates, fitted to the code
-of this project's kernels for sm_90. The other constants are round figures from microbenchmarks of Hopper.
+of this project's kernels for sm_90. BY_WAY and SPREAD were chosen to agree with published measurements on H200, which
+tests/test_cost_model.py lists. The other constants are round figures from microbenchmarks of Hopper.
 """
 
 from collections.abc import Callable

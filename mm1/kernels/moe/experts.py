@@ -57,14 +57,15 @@ def legal_dh(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -
 
 
 def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 128) -> Config:
-    """Choose the configuration of an ordinary product, with at most `widest` columns and, for 16 bits, 4 stages.
+    """Choose the configuration of an ordinary product, with at most `widest` columns.
 
-    A step of 128 columns takes 280 ns on an H200, so that 2 steps ahead, those of 3 stages, do not hide a load.
+    A step of 128 columns takes 280 ns on an H200, so that the 2 steps ahead of 3 stages may not hide a load: there it
+    has 4 stages, which spill on an A100.
     """
     config = tiles.default(shape, dtype, device)
     columns = min(config.block_n, widest, 128 if device.shared > 100 << 10 else 64)
     warps = 8 if columns == 128 and not device.asynchronous else config.warps  # with 4 26 registers spill on an A100
-    stages = 4 if dtype.itemsize == 2 else config.stages
+    stages = 4 if device.asynchronous and dtype.itemsize == 2 else config.stages
     return tiles.fitted(replace(config, block_n=columns, warps=warps, stages=stages), shape, dtype, device)
 
 

@@ -380,6 +380,7 @@ def test_plain_attention_of_a_gpu(mask, part, monkeypatch):
     masks = {"full": Full(), "causal": Causal(), "prefix": Prefix(prefix) if prefix is not None else None}
     truth = attention(q, k, v, cu_q, mask=masks[mask], cu_seqlens_k=cu_k, used_k=used)
     close(y, truth.detach())
+    assert torch.equal((lse == float("inf")).all(0), (truth == 0).all(2).all(1))  # rows that see nothing
     dy = torch.randn_like(y)
     gradients = computed_elsewhere(plain.backward, (dy, *(x.detach() for x in (q, k, v)), y, lse, *arguments))
     close(gradients, torch.autograd.grad(truth, (q, k, v), dy))
@@ -388,10 +389,10 @@ def test_plain_attention_of_a_gpu(mask, part, monkeypatch):
 @not_interpreted
 def test_plain_paged_attention_ignores_entries_past_the_keys():
     call = CALLS["paged_attention"]
-    tables = torch.tensor([[3, 1, -7], [0, 4, 1 << 20]], dtype=torch.int32)
-    tensors = call.tensors | {"tables": tables}
+    lengths = torch.tensor([7, 3], dtype=torch.int32)
+    tensors = call.tensors | {"lengths": lengths, "tables": torch.tensor([[3, 1, -7], [0, 1 << 20, 9]]).int()}
     y = plain.paged(*(tensors[name] for name in ("q", "k", "v", "cu_q", "tables", "lengths")), 2)
-    close(y, call())
+    close(y, call(lengths=lengths))
 
 
 @not_interpreted

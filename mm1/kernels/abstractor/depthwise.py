@@ -44,8 +44,8 @@ from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, image_of, load_
 HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
 SEARCH = tl.constexpr(128)  # images that one step of the search for a strip's image compares
 SUM_ROWS, SUM_COLUMNS = 16, 128  # tile in which an image's sums are added
-TAP_CHANNELS = 256  # channels of a program that adds the taps' gradient
-TAP_PROGRAMS = 3  # of which a multiprocessor runs this number
+TAP_CHANNELS = 128  # channels of a program that adds the taps' gradient; with 256 some versions of Triton spill registers
+TAP_PROGRAMS = 5  # of which a multiprocessor runs this number
 
 
 class Geometry(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mm1.engine.infer.cache import PAGE, Cache, Rows
 from mm1.engine.infer.sampler import draw_tokens
 from mm1.engine.infer.sampling import GREEDY, Draw
-from mm1.engine.layers.generation import block_output, hidden_states
+from mm1.engine.layers.generation import PARTS, hidden_states
 from mm1.kernels.dispatch import power_of_2
 from mm1.kernels.fallback import plain_calls
 
@@ -74,11 +74,11 @@ class Graphs:
         self.kinds = [Kind(n, w, sampled) for n in sizes for w in reversed(self.widths) for sampled in (True, False)]
 
     def _compile(self) -> None:
-        self.block_output = torch.compile(block_output, fullgraph=True)
+        self.parts = [torch.compile(part, fullgraph=True) for part in PARTS]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without code and graphs, which belong to this process. A copy makes its own."""
-        return {**self.__dict__, "captured": {}, "pool": None, "block_output": None}
+        return {**self.__dict__, "captured": {}, "pool": None, "parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -117,16 +117,15 @@ class Graphs:
     def step(self, whole: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return `logits` and `chosen` of Captured; without draws the likeliest tokens. Does not synchronize."""
         positions, tables = whole[:, 1].long(), whole[:, 2:].contiguous()  # once, not in each layer
-        torch._dynamo.maybe_mark_dynamic(tables, 1)
         slots = tables.gather(1, positions[:, None] // PAGE)[:, 0].long() * PAGE + positions % PAGE
         cu_seqlens = torch.arange(len(whole) + 1, dtype=torch.int32, device=whole.device)
         rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, max_new_rows=1, has_cached_rows=True)
         x = self.decoder.embedding(whole[:, 0])
-        # All engines of a process share block_output's code; each compiles four or five versions, and torch allows 8.
+        # All engines of a process share the code of PARTS; each compiles four or five versions, and torch allows 8.
         with torch._dynamo.config.patch(recompile_limit=64):
             hidden = hidden_states(
                 self.decoder, x, positions, self.cache.attends(rows), mask=tables[:, 0] != self.spare,
-                block_output=self.block_output,
+                parts=self.parts,
             )  # fmt: skip
         logits = self.head(hidden).float()
         tokens = logits.argmax(-1) if draws is None else draw_tokens(logits, draws)

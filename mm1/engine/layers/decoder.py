@@ -62,14 +62,17 @@ class Attention(Layer):
         self.q_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_width, c.eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, angles: Rope, documents: Segments, attend=None) -> Tensor:
+    def project(self, x: Tensor, angles: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [T, H, Dh], k and v [T, G, Dh] of x [T, D]."""
         qkv = self.qkv(x).unflatten(1, (-1, self.queries_per_kv + 2, self.head_width))
         q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]  # (T, H | G, Dh)
         q, k = (rotate(norm(x.float()), angles).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        if attend is None:
-            y = attention(q, k, v, documents.cu_seqlens, mask=Causal(), max_length=documents.longest)
-        else:
-            y = attend(q, k, v)
+        return q, k, v
+
+    def forward(self, x: Tensor, angles: Rope, documents: Segments) -> Tensor:
+        y = attention(
+            *self.project(x, angles), documents.cu_seqlens, mask=Causal(), max_length=documents.longest
+        )
         return self.out(y.flatten(1))
 
     def initial_values(self) -> dict[str, Fill]:

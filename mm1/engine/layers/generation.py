@@ -2,6 +2,9 @@
 
 A decoding step is bound by reading weights, beside which every kernel costs a microsecond or two. Losses and counts
 would add fourteen kernels for each mixture layer, and three for each other layer.
+
+A block is two functions, before and after its attention, because compiled code must not write into the cache: whether
+Inductor then copies the whole cache or not depends on the rest of the code, and in a mixture it did.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,20 +12,26 @@ from typing import Any
 
 from torch import Tensor
 
-from mm1.engine.layers.decoder import AttentionFunction, rope
+from mm1.engine.layers.decoder import AttentionFunction, Rope, rope
 from mm1.engine.layers.experts import Experts
 from mm1.engine.layers.layer import product_dtype
 from mm1.kernels.moe.experts import moe_mlp
 from mm1.kernels.moe.routing import choose
 
 
-def block_output(
-    block: Any, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, attend: AttentionFunction
-) -> Tensor:  # fmt: skip
-    """Return the output [T, D] of a decoder's block; the arguments are those of Block.forward."""
-    x = x + block.attention(block.norm1(x), angles, None, attend)
-    y = block.norm2(x)
-    return x + (_experts(block.mlp, y, mask) if isinstance(block.mlp, Experts) else block.mlp(y, mask)[0])
+def project(block: Any, x: Tensor, angles: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q [T, H, Dh], k and v [T, G, Dh] of a decoder's block for its input x [T, D]."""
+    return block.attention.project(block.norm1(x), angles)
+
+
+def output(block: Any, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the output [T, D] of a decoder's block for its input x [T, D] and the result y [T, H, Dh] of attention.
+
+    mask: as in hidden_states.
+    """
+    x = x + block.attention.out(y.flatten(1))
+    h = block.norm2(x)
+    return x + (_experts(block.mlp, h, mask) if isinstance(block.mlp, Experts) else block.mlp(h, mask)[0])
 
 
 def _experts(mlp: Experts, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -31,17 +40,20 @@ def _experts(mlp: Experts, x: Tensor, mask: Tensor | None) -> Tensor:
     return moe_mlp(x.to(dtype), index, weight, mlp.gate_up.to(dtype), mlp.down.to(dtype))
 
 
+PARTS = project, output
+
+
 def hidden_states(
     decoder: Any, x: Tensor, positions: Tensor, attends: Sequence[AttentionFunction], *, mask: Tensor | None = None,
-    block_output: Callable[..., Tensor] = block_output,
+    parts: Sequence[Callable[..., Any]] = PARTS,
 ) -> Tensor:  # fmt: skip
     """Return hidden states [T, D] after the final norm, of embedded tokens x [T, D] of packed documents.
 
     positions int [T]; attends: the attention function of each layer, as of a Cache; mask bool [T]: False for rows
-    without a token, which are given to no expert. block_output: the function of this name, or its compiled form.
+    without a token, which are given to no expert. parts: PARTS, or their compiled forms.
     """
-    c = decoder.config
+    c, (before, after) = decoder.config, parts
     angles = rope(positions, c.head_width, c.rope_theta)
     for block, attend in zip(decoder.blocks, attends, strict=True):
-        x = block_output(block, x, angles, mask, attend)
+        x = after(block, x, attend(*before(block, x, angles)), mask)
     return decoder.norm(x)

@@ -1,7 +1,7 @@
 """Compute a decoder's hidden states for generation: without the losses, counts and capacity of training.
 
 A decoding step is bound by reading weights, beside which every kernel costs a microsecond or two. Losses and counts
-would add fourteen kernels for each mixture layer, and three for each other layer.
+would add sixteen kernels for each mixture layer, and three for each other layer.
 
 A block is two functions, before and after its attention, because compiled code must not write into the cache: whether
 Inductor then copies the whole cache or not depends on the rest of the code, and in a mixture it did.

@@ -4,8 +4,7 @@
 Sources: Touvron et al. 2023 (Llama), Jiang et al. 2024 (Mixtral); MM1 section 4 for the layers with experts.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,6 @@ from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Traffic, W
 from mm1.kernels.attention import Causal, attention
 from mm1.kernels.linear_cross_entropy import CHUNK, linear_cross_entropy
 from mm1.kernels.linear_cross_entropy import cost as head_cost
-
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> y
 
 
 class Rope(NamedTuple):
@@ -70,9 +67,7 @@ class Attention(Layer):
         return q, k, v
 
     def forward(self, x: Tensor, angles: Rope, documents: Segments) -> Tensor:
-        y = attention(
-            *self.project(x, angles), documents.cu_seqlens, mask=Causal(), max_length=documents.longest
-        )
+        y = attention(*self.project(x, angles), documents.cu_seqlens, mask=Causal(), max_length=documents.longest)
         return self.out(y.flatten(1))
 
     def initial_values(self) -> dict[str, Fill]:
@@ -157,8 +152,8 @@ class Block(BlockLayer):
         self.norm2 = nn.RMSNorm(c.width, c.eps)
         self.mlp = Experts(c) if moe else MLP(c)
 
-    def forward(self, x: Tensor, angles: Rope, documents: Segments, mask: Tensor | None = None, attend=None):
-        x = x + self.attention(self.norm1(x), angles, documents, attend)
+    def forward(self, x: Tensor, angles: Rope, documents: Segments, mask: Tensor | None = None):
+        x = x + self.attention(self.norm1(x), angles, documents)
         y, load_balance, z_loss, slots = self.mlp(self.norm2(x), mask)
         return x + y, load_balance, z_loss, slots
 
@@ -212,22 +207,21 @@ class DecoderLM(Layer):
 
     def forward(
         self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None,
-        attends: Sequence[AttentionFunction] = (), longest: int | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """Compute hidden states of embedded tokens x [T, D] of packed documents.
 
-        positions int [T]; mask bool [T], False: padding. attends: the attention function of each layer, if documents
-        have earlier tokens, such as those in a Cache. longest: tokens of the longest document (None: T). Returns hidden
-        [T, D] after the final norm, the means over the mixture layers of load-balance and z-loss, and each mixture
-        layer's slots (see Experts).
+        positions int [T]; mask bool [T], False: padding; longest: tokens of the longest document (None: T). Returns
+        hidden [T, D] after the final norm, the means over the mixture layers of load-balance and z-loss, and each
+        mixture layer's slots (see Experts).
         """
         c = self.config
-        documents = Segments(cu_seqlens) if attends else Segments.of(cu_seqlens, longest or len(x))
+        documents = Segments.of(cu_seqlens, longest or len(x))
         angles = rope(positions, c.head_width, c.rope_theta)
         load_balance = z_loss = x.new_zeros((), dtype=torch.float32)
         slots: list[Tensor] = []
-        for block, attend in zip_longest(self.blocks, attends):
-            x, balance, z, routed = block(x, angles, documents, mask, attend)
+        for block in self.blocks:
+            x, balance, z, routed = block(x, angles, documents, mask)
             load_balance, z_loss = load_balance + balance, z_loss + z
             slots += [] if routed is None else [routed]
         mixtures = max(1, len(slots))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mm1.engine.layers.decoder import AttentionFunction, Rope, rope
+from mm1.engine.layers.decoder import Rope, rope
 from mm1.engine.layers.experts import Experts
 from mm1.engine.layers.layer import product_dtype
 from mm1.kernels.moe.experts import moe_mlp
@@ -41,6 +41,7 @@ def _experts(mlp: Experts, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 PARTS = project, output
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> y
 
 
 def hidden_states(

@@ -10,11 +10,10 @@ class Segments(NamedTuple):
     """Hold where packed segments lie.
 
     span: a tensor [longest, 0] without values, because compiled code can take a size as a variable, but not a number.
-    None: no bound of the segments' lengths is known.
     """
 
     cu_seqlens: Tensor  # int32 [B + 1]
-    span: Tensor | None = None
+    span: Tensor
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, longest: int) -> Self:
@@ -25,12 +24,11 @@ class Segments(NamedTuple):
         return cls(cu_seqlens, cu_seqlens.new_empty(max(longest, 2), 0))  # compiled code takes 1 as a constant
 
     @property
-    def longest(self) -> int | None:
+    def longest(self) -> int:
         """Return the bound of the segments' lengths."""
-        return None if self.span is None else self.span.shape[0]
+        return self.span.shape[0]
 
     def mark_dynamic(self) -> None:
         """Let compiled code take the number of segments, from 1, and their longest length as variables."""
-        for x in (self.cu_seqlens, self.span):
-            if x is not None:
-                torch._dynamo.mark_dynamic(x, 0)
+        for x in self:
+            torch._dynamo.mark_dynamic(x, 0)

@@ -44,7 +44,7 @@ from mm1.kernels.patches.grids import STRIP_COLUMNS, STRIP_ROWS, image_of, load_
 HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
 SEARCH = tl.constexpr(128)  # images that one step of the search for a strip's image compares
 SUM_ROWS, SUM_COLUMNS = 16, 128  # tile in which an image's sums are added
-TAP_CHANNELS = 128  # channels of a program that adds the taps' gradient; with 256 some versions of Triton spill registers
+TAP_CHANNELS = 128  # channels of a program that adds the taps' gradient; with 256 some Tritons spill registers
 TAP_PROGRAMS = 5  # of which a multiprocessor runs this number
 
 
@@ -115,7 +115,7 @@ def _walk_kernel(
     "input": a_ptr is du2, whose convolution is transposed by the order of the taps, and dc_ptr is u1.
     """
     FLIPPED: tl.constexpr = MODE == "input"
-    LAST: tl.constexpr = 0 if MODE == "input" else 6  # the window's row that the output row below does not share
+    LAST: tl.constexpr = 6 - 6 * FLIPPED  # the window's row that the output row below does not share
     NORM_SUMS: tl.constexpr = MODE == "backward" or MODE == "input"
     offs_c = tl.arange(0, BLOCK_C)
     in_c = offs_c < C

@@ -166,15 +166,15 @@ def test_predictions_know_the_bandwidth_and_that_a_program_alone_is_slow():
     for device in DEVICES.values():
         for shape in (PagedShape(8192, 8, 4, 128), PagedShape(4096, 512, 4, 128)):
             least = 2 * shape.keys * shape.groups * 128 * 2 / (device.bandwidth * 1e9)
-            times = [paged.seconds(c, shape, torch.bfloat16, device)
+            times = [PAGED.seconds(c, shape, torch.bfloat16, device)
                      for c in PAGED.choices(shape, torch.bfloat16, device)]  # fmt: skip
             assert min(times) > least
-            assert paged.seconds(Config(stages=2), shape, torch.bfloat16, device) < 4 * least + 2e-5
+            assert PAGED.seconds(Config(stages=2), shape, torch.bfloat16, device) < 4 * least + 2e-5
     alone, split = Config(16, 128, programs=1), PagedShape(8192, 1, 4, 128)
     with pytest.MonkeyPatch.context() as patch:
-        by_many = paged.seconds(alone, split, torch.bfloat16, DEVICES["h200"])
+        by_many = PAGED.seconds(alone, split, torch.bfloat16, DEVICES["h200"])
         patch.setattr(paged, "MAX_SPLITS", 1)
-        assert paged.seconds(alone, split, torch.bfloat16, DEVICES["h200"]) > 2 * by_many
+        assert PAGED.seconds(alone, split, torch.bfloat16, DEVICES["h200"]) > 2 * by_many
 
 
 def test_queries_of_any_strides_and_layers_of_one_tensor():

@@ -339,7 +339,7 @@ static struct step map_step(const struct sorted *s, int variant)
     int block_m = variants[variant].block_m;
     int64_t num_m = tiles_of(s, block_m);
     return (struct step){
-        KERNEL_map, 0, -1, {s->tail, block_m, power_of_2(s->experts)}, cdiv(num_m, 32),
+        KERNEL_map, 0, -1, {s->tail, block_m, power_of_2(s->experts)}, cdiv(num_m, MAP_SIDE),
         {[ARG_offsets_ptr] = s->offsets, [ARG_tiles_ptr] = s->tiles, [ARG_by_size_ptr] = s->by_size,
          [ARG_M] = s->rows, [ARG_E] = s->experts, [ARG_num_m] = num_m}};
 }
@@ -505,7 +505,7 @@ int mm1_grids(const int32_t *sizes, int64_t count, int64_t patches, int32_t *tab
     return MM1_OK;
 }
 
-enum { TAPS = 9 }; /* the fields of a patch's taps in a table of positions, for which it has room without one too */
+enum { TAPS = 9 }; /* fields stored for each patch; the workspace reserves them even without positions */
 
 struct embed {
     int64_t k, padded;
@@ -575,7 +575,7 @@ int mm1_patch_embed(int dtype, const void *pixels, const void *table, const void
         return MM1_UNSUPPORTED;
     int64_t grid = cdiv(patches, variants[variant].block_m) * cdiv(width, variants[variant].block_n);
     struct step steps[] = {
-        {KERNEL_cut, dtype, -1, {patch_size, positions != NULL}, cdiv(patches, 32) * cdiv(e.padded, 128),
+        {KERNEL_cut, dtype, -1, {patch_size, positions != NULL}, cdiv(patches, CUT_ROWS) * cdiv(e.padded, CUT_VALUES),
          {[ARG_x_ptr] = address(pixels), [ARG_owner_ptr] = address(owner), [ARG_images_ptr] = address(table),
           [ARG_cut_ptr] = e.cut, [ARG_taps_ptr] = e.taps, [ARG_P] = patches, [ARG_Gh] = positions ? rows : 1,
           [ARG_Gw] = positions ? columns : 1}},

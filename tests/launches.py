@@ -54,7 +54,7 @@ class Unfilled(Inputs):
 
 def cases(op: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield an op's cases of the first contact in each dtype, then large ones; "masks" are attention's masks."""
-    from mm1.bench.contact import MASKS, SMALL
+    from mm1.bench.checks import MASKS, SMALL
     from mm1.bench.ops import OPS
     from mm1.kernels.attention import attention
 
@@ -72,8 +72,8 @@ def cases(op: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         y = attention(q, k, v, cu_seqlens, mask=MASKS[mask]("cpu"), max_length=130, backend="triton")
         torch.autograd.grad(y, [q, k, v], torch.empty_like(y))
 
-    run, sizes = (masked, [(m,) for m in MASKS]) if op == "masks" else (forward_and_backward, [(a,) for a in SMALL[op]])
-    for (args,) in sizes:
+    run, sizes = (masked, [*MASKS]) if op == "masks" else (forward_and_backward, SMALL[op])
+    for args in sizes:
         for name, dtype in DTYPES.items():
             yield f"{args} {name}", lambda args=args, dtype=dtype: run(args, dtype)
     for args in LARGE.get(op, ()):

@@ -42,6 +42,12 @@ def doubled(device):
     yield "doubling", candidates
 
 
+@pytest.mark.parametrize("case", static.CASES, ids=lambda case: f"{case.kernel}, {case.name}")
+def test_each_case_has_work_and_launches(case):
+    assert case.work(H200).moved > 0
+    assert case.launches(H200)
+
+
 @pytest.mark.parametrize("op", mostly_slow("linear_cross_entropy", *dict.fromkeys(case.op for case in static.CASES)))
 def test_each_op_has_rows_for_its_kernels_and_those_of_peers(op, tmp_path, monkeypatch, capsys):
     peers = [Peer("made up", op, "triton", doubled), Peer("absent", op, "no_such_module", doubled)]

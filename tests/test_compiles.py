@@ -14,11 +14,11 @@ from conftest import compiles
 from launches import GPUS, read
 
 from mm1.autotune.static import compile_launch, distinct
-from mm1.bench.contact import SMALL
+from mm1.bench.checks import SMALL
 
 pytestmark = compiles
-# Instructions: to fit one more program on a multiprocessor, ptxas saves up to four registers. Where registers do not
-# suffice, dozens spill.
+# Instructions of spills: to fit one more program on a multiprocessor, ptxas saves up to four registers, stores each of
+# them once and loads it where it is used. Where registers do not suffice, there are dozens.
 SAVED = 10
 UNALIGNED = "(100, 8, 72, 200)"  # rows of 144 bytes, which only bulk copies load without spills
 BY_TORCH = ("qwen_embed",)  # without positions it is one product of torch
@@ -50,7 +50,7 @@ def check(gpu: str, op: str, folder: Path, only: str = "") -> None:
 
 
 def test_an_h200_can_embed_patches_of_14_pixels(tmp_path):
-    """Rows of 42 bytes are read in words of 2, of which Triton 3.6 could not make operands of a product."""
+    """Patches of 14 pixels have rows of 42 bytes, which `_cut_kernel` reads in words of 2."""
     check("h200", "patch_embed", tmp_path, only="('native', 4, 1280)")
 
 

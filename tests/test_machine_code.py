@@ -65,7 +65,7 @@ STEPS = {
     "few_tokens": ((32, 64, 3072, 8064, True), lambda c: 4 * c.block_m * c.block_n * c.block_k),
     "flash_dq": ((729, 1024, 1024, 80, False), lambda c: 6 * c.block_m * c.block_n * 80),
     "flash_dkv": ((729, 1024, 1024, 80, False), lambda c: 8 * c.block_m * c.block_n * 80),
-    "patch_embed": ((46656, 588, 1280, 2), lambda c: 2 * c.block_m * c.block_n * c.block_k),
+    "patch_embed": ((46656, 588, 1280), lambda c: 2 * c.block_m * c.block_n * c.block_k),
 }
 
 

@@ -37,6 +37,8 @@ from mm1.kernels.dispatch import Launch, recording
 from mm1.kernels.language import triton
 from mm1.kernels.moe import combine, experts, grouped, routing
 from mm1.kernels.patches import embedding
+from mm1.kernels.patches.pixels import CUT_ROWS, CUT_VALUES
+from mm1.kernels.tiles import MAP_PAIRS, MAP_SIDE
 from mm1.kernels.tuning import listening, pinned
 
 GPUS = {"80": "a100", "90": "h200", "100": "b200", "120": "rtx5090", "gfx942": "mi300x"}
@@ -375,6 +377,7 @@ def tables(images: list[dict], variants: list[dict], rows: list[dict], archs: li
     """Return C tables: images grouped by (arch, kernel), rows grouped by (arch, op, dtype), and where groups begin."""
     args = list(dict.fromkeys(name for image in images for name in image["args"]))
     lists = list(dict.fromkeys(tuple(image["args"]) for image in images))
+    assert MAP_PAIRS // max(EXPERTS) >= MAP_SIDE  # so that a program of the map kernel always assigns MAP_SIDE tiles
     ops, dims = list(OPS), max(len(op.dims) for op in OPS.values())
 
     def group(row: dict) -> int:
@@ -401,6 +404,7 @@ def tables(images: list[dict], variants: list[dict], rows: list[dict], archs: li
         f"enum {braces([*kernels, 'KERNELS'])};",
         f"enum {{ARCHS = {len(archs)}, OPS = {len(ops)}, DIMS = {dims}, DTYPES = {len(DTYPES)}}};",
         f"enum {{IMAGES = {len(images)}, MOST_ARGS = {max(map(len, lists))}, MOST_BINS = {2 * max(EXPERTS)}}};",
+        f"enum {{MAP_SIDE = {MAP_SIDE}, CUT_ROWS = {CUT_ROWS}, CUT_VALUES = {CUT_VALUES}}};",
         f"static const short archs[] = {braces(archs)};",
         *(f"static const unsigned char args_{i}[] = {braces(f'ARG_{a}' for a in x)};" for i, x in enumerate(lists)),
         *(f"extern const unsigned char mm1_image_{i}[];" for i in range(len(images))),

@@ -23,20 +23,20 @@ from mm1.autotune.space import KERNELS, Inputs
 from mm1.autotune.static import Compiled, compile_launch, distinct
 from mm1.bench.page import digits, percent
 from mm1.bench.record import Record, Row
-from mm1.bench.static_peers import PEERS, Peer
+from mm1.bench.static_peers import EXPERTS, FFN, LOGITS, PEERS, TOKENS, VOCABULARY, WIDTH, K, Peer
 from mm1.errors import UserError
+from mm1.kernels.abstractor import depthwise
 from mm1.kernels.cost_model import SCHEDULERS, Code, Product, Rows, resident
 from mm1.kernels.device import DEVICES, Device
-from mm1.kernels.dispatch import Launch, launch, recording
-from mm1.kernels.linear_cross_entropy import BLOCK, _loss_kernel
+from mm1.kernels.dispatch import Launch, recording
+from mm1.kernels.linear_cross_entropy import loss_in_place
 from mm1.kernels.moe import combine, routing
 from mm1.kernels.patches import position_tables
 from mm1.kernels.tuning import config_for
 
 DTYPE = torch.bfloat16
 IMAGES = (46656, 64)  # patches of 64 images of 378 pixels, and images
-TOKENS, EXPERTS, K, WIDTH, FFN = 8192, 64, 2, 3072, 8064  # MM1-3B-MoE
-SLOTS, VOCABULARY = TOKENS * K, 100352
+SLOTS = TOKENS * K
 
 
 class Case(NamedTuple):
@@ -71,12 +71,12 @@ CASES = [
     Case("moe_mlp", "dgate_up", "grouped_gemm_dw", (SLOTS, EXPERTS, 2 * FFN, WIDTH, True), ("A_FAN", 0)),
     Case("moe_mlp", "ddown", "grouped_gemm_dw", (SLOTS, EXPERTS, WIDTH, FFN, True), ("B_FAN", 0)),
     Case("moe_mlp", "decode, 16 tokens", "few_tokens", (16 * K, EXPERTS, WIDTH, FFN, True)),
-    Case("patch_embed", "ViT-H", "patch_embed", (IMAGES[0], 588, 1280, 2)),
-    Case("patch_embed", "ViT-H", "patch_embed_dw", (IMAGES[0], 588, 1280, 2)),
-    Case("embed_patches", "SO400M", "patch_embed", (IMAGES[0], 768, 1152, 0)),
+    Case("patch_embed", "ViT-H", "patch_embed", (IMAGES[0], 588, 1280)),
+    Case("patch_embed", "ViT-H", "patch_embed_dw", (IMAGES[0], 588, 1280)),
+    Case("embed_patches", "SO400M", "patch_embed", (IMAGES[0], 768, 1152)),
     *(Case("conv_block", kernel, kernel, (IMAGES[0], 1024)) for kernel in (
         "conv_norm", "conv_walk_value", "conv_join", "conv_join_backward", "conv_walk_gated", "conv_walk_backward",
-        "conv_unwalk")),
+        "conv_walk_input")),
     Case("conv_block", "conv_gate", "conv_gate", (IMAGES[0], 1024, 1024)),
     Case("adaptive_pool", "1024 channels", "adaptive_pool", (IMAGES[0], 1024)),
     *(Case("attention", name, kernel, (rows, *sizes)) for name, rows, sizes in (
@@ -101,16 +101,19 @@ def _positions(new: Inputs) -> None:
 
 
 def _losses(new: Inputs) -> None:
-    logits, nll = new.floats(256, VOCABULARY), new.floats(256, dtype=torch.float32)
-    targets = torch.empty(256, device=new.device, dtype=torch.int64)
-    launch(_loss_kernel, 256, logits_ptr=logits, targets_ptr=targets, nll_ptr=nll, V=VOCABULARY, GRAD=True, BLOCK=BLOCK,
-           num_warps=8)  # fmt: skip
+    targets = torch.empty(LOGITS, device=new.device, dtype=torch.int64)
+    loss_in_place(new.floats(LOGITS, VOCABULARY), targets, new.floats(LOGITS, dtype=torch.float32), True)
+
+
+def _taps(new: Inputs) -> None:
+    grids, x = new.grids(IMAGES[0]), new.floats(IMAGES[0], 1024)
+    depthwise.taps_gradient(x, x, depthwise.Geometry(grids.table, grids.owner, grids.strips))
 
 
 # Kernels without configurations, whose time is not predicted: (op, size, call)
 FIXED: list[tuple[str, str, Callable[[Inputs], None]]] = [
     ("route", f"T={TOKENS} E={EXPERTS} K={K}", _route), ("patch_embed", "positions", _positions),
-    ("linear_cross_entropy", f"V={VOCABULARY}", _losses),
+    ("conv_block", "taps", _taps), ("linear_cross_entropy", f"V={VOCABULARY}", _losses),
 ]  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from mm1.kernels.cost_model import Product, expert_tiles
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import Launch, cdiv
 
-TOKENS, EXPERTS, K, WIDTH, FFN = 8192, 64, 2, 3072, 8064  # those of static.py
+TOKENS, EXPERTS, K, WIDTH, FFN = 8192, 64, 2, 3072, 8064  # MM1-3B-MoE
+LOGITS, VOCABULARY = 256, 100352  # rows and columns
 TRIED = 4  # candidates to compile until one is sound
 Candidate = tuple[Launch, Product | None]  # without a prediction: None
 
@@ -124,7 +125,9 @@ def liger_cross_entropy(device: Device) -> Iterator[tuple[str, Iterator[Candidat
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
 
     with recorded() as launches:
-        fused_linear_cross_entropy_forward(_empty(256, 64), _empty(100352, 64), _empty(256, dtype=torch.int64))
+        fused_linear_cross_entropy_forward(
+            _empty(LOGITS, 64), _empty(VOCABULARY, 64), _empty(LOGITS, dtype=torch.int64)
+        )
     kernel, arguments = launches[0]
     yield "losses", iter([(Launch(kernel, 1, arguments), None)])
 

@@ -34,7 +34,7 @@ SPREAD = 0.3  # standard deviation of an expert's rows over their mean, as a rou
 OTHERS = 64  # registers of a thread besides its sums
 STEP = 75  # instructions of a step besides products and loads by addresses
 ENDS = 250  # instructions of a program besides its steps and those for each sum
-BY_WAY = 2  # times that bytes loaded by addresses take shared memory, whose store L1 shares, besides their copy there
+BY_WAY = 2  # further passes through shared memory of bytes loaded by addresses: they cross L1, which is the same memory
 COPY = 12  # instructions to load 16 bytes by addresses
 
 
@@ -78,6 +78,11 @@ def resident(shared: int, registers: float, warps: int, device: Device) -> int:
     return max(1, int(min(fits)))
 
 
+def memory_seconds(moved: float, device: Device) -> float:
+    """Return the seconds of reading and writing `moved` bytes of memory."""
+    return moved / (COPIED * device.bandwidth * 1e9)
+
+
 @lru_cache(4096)
 def expert_tiles(rows: int, experts: int, block: int) -> tuple[float, float]:
     """Return the expected numbers of tiles of `block` rows, and of experts with rows.
@@ -90,7 +95,11 @@ def expert_tiles(rows: int, experts: int, block: int) -> tuple[float, float]:
     mean = rows / experts
     used = experts * (1 - exp(-mean))
     deviation = sqrt(2 * (mean + (SPREAD * mean) ** 2))
-    beyond: Callable[[int], float] = lambda j: erfc((j * block + 0.5 - mean) / deviation) / 2  # noqa: E731
+
+    def beyond(j: int) -> float:
+        """Return the share of experts with more than j tiles."""
+        return erfc((j * block + 0.5 - mean) / deviation) / 2
+
     more = sum(beyond(j) for j in range(1, ceil((mean + 4 * deviation) / block))) if mean < 20 * block else 0.0
     return (used + experts * more if mean < 20 * block else rows / block + experts / 2), used
 
@@ -173,7 +182,7 @@ class Product:
 
         waves, rest = divmod(ceil(self.tiles), device.units * t.programs)
         seconds = waves * wave(t.programs) + (wave(ceil(rest / device.units)) if rest else 0.0)
-        return LAUNCH + self.beside + max(seconds, self.moved / (COPIED * device.bandwidth * 1e9))
+        return LAUNCH + self.beside + max(seconds, memory_seconds(self.moved, device))
 
     def _rate(self, device: Device) -> float:
         """Return the operations a second of one multiprocessor for tiles of this size."""
@@ -212,7 +221,7 @@ class Rows:
         together = resident(0, code.registers, self.warps, device)
         together = together if self.programs is None else min(self.programs, together)
         steps = ceil(max(1, self.rows) / self.at_once / device.units)  # of a multiprocessor
-        issue, memory = code.step / device.clock, self.moved / (COPIED * device.bandwidth * 1e9)
+        issue, memory = code.step / device.clock, memory_seconds(self.moved, device)
         # A program loads, computes and stores one after the other; sums over a row combine all its warps.
         alone = LATENCY + issue * WARP_CLOCKS + self.warps * 2e-8
         return LAUNCH + spilled * max(memory, steps * issue * self.warps / SCHEDULERS, ceil(steps / together) * alone)

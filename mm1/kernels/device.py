@@ -7,12 +7,12 @@ drivers spell in several ways. A slice of a GPU (MIG) has the GPU's id but fewer
 from dataclasses import dataclass, replace
 from math import log2
 
-# Of one multiprocessor a clock, by architecture: operations of bf16 products, and bytes read from L2. The clock follows
-# from the former and `tflops`. L2: about half of what its ports carry; measured on A100, H100 and RTX 4090 (Chips and
-# Cheese 2022 and 2023), by analogy on others.
+# What one multiprocessor does in a clock, by architecture: operations of bf16 products, and bytes read from L2. The
+# clock follows from the former and `tflops`. L2: about half of what its ports carry, measured on A100, H100, RTX 4090
+# (Chips and Cheese 2022 and 2023), by analogy on others.
 PER_CLOCK = {
-    "sm_80": (2048, 30), "sm_86": (512, 16), "sm_89": (512, 16), "sm_90": (4096, 32), "sm_100": (8192, 64),
-    "sm_103": (8192, 64), "sm_120": (512, 16), "gfx942": (2048, 18), "gfx950": (4096, 18),
+    "sm_80": (2048, 30), "sm_89": (512, 16), "sm_90": (4096, 32), "sm_100": (8192, 64), "sm_120": (512, 16),
+    "gfx942": (2048, 18), "gfx950": (4096, 18),
 }  # fmt: skip
 
 
@@ -51,12 +51,12 @@ class Device:
     @property
     def clock(self) -> float:
         """Return the clocks a second at which the vendor's rate of products holds."""
-        return self.tflops * 1e12 / max(self.units, 1) / PER_CLOCK.get(self.arch, (2048, 32))[0]
+        return self.tflops * 1e12 / max(self.units, 1) / per_clock(self.arch)[0]
 
     @property
     def l2(self) -> float:
         """Return the bandwidth of L2, GB/s; an H200's is that of an H100, whatever its memory."""
-        return PER_CLOCK.get(self.arch, (2048, 32))[1] * self.clock * max(self.units, 1) / 1e9
+        return per_clock(self.arch)[1] * self.clock * max(self.units, 1) / 1e9
 
     @property
     def warp(self) -> int:
@@ -89,6 +89,11 @@ DEVICES = {
 }
 
 
+def per_clock(arch: str) -> tuple[int, int]:
+    """Return the entry of PER_CLOCK of an architecture, or of the one that it is like."""
+    return PER_CLOCK.get(arch) or PER_CLOCK.get(LIKE.get(arch, arch), (2048, 32))
+
+
 def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwidth: float | None = None) -> Device:
     """Return the GPU of DEVICES with these properties, or a new Device with rates scaled from the most similar one.
 
@@ -103,9 +108,10 @@ def identify(arch: str, units: int, shared: int, pci: int | None = None, bandwid
     name = f"{vendor}-{'unknown' if pci is None else f'{pci:04x}'}-{units}"
     similar = next(iter(nearest(arch, units, bandwidth)), Device(name, arch, units, shared))
     share = max(units, 1) / max(similar.units, 1)
+    tflops = similar.tflops * share * per_clock(arch)[0] / per_clock(similar.arch)[0]
     return replace(
         similar, name=name, arch=arch, units=units, shared=shared, bandwidth=bandwidth or similar.bandwidth * share,
-        tflops=similar.tflops * share, pci=() if pci is None else (pci,),
+        tflops=tflops, pci=() if pci is None else (pci,),
     )  # fmt: skip
 
 

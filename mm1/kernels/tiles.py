@@ -115,21 +115,21 @@ def fitted(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> 
 
 
 def work(
-    config: Config, shape: Shape, dtype: torch.dtype, device: Device, *, gathered: bool = False, finish: float = 1.0,
-    finishing: float = 2.2,
+    config: Config, shape: Shape, dtype: torch.dtype, device: Device, *, gathered: bool = False, stores: bool = True,
+    finish: float = 1.0, finishing: float = 2.2, stored: float = 1.0,
 ) -> Product:  # fmt: skip
     """Describe the work of one run, with rows spread over experts as a router spreads them.
 
-    gathered: whether rows of a are loaded by addresses even with descriptors. finish: elements moved for each result;
-    finishing: instructions a thread for each result.
+    gathered: whether rows of a are loaded by addresses even with descriptors; stores: as in shared_bytes. For each
+    result: finish, elements that a program moves; finishing, instructions of a thread; stored, elements of memory.
     """
     tall, used = expert_tiles(shape.rows, shape.experts, config.block_m)
     m, n, k, size = config.block_m, config.block_n * shape.sums, config.block_k, dtype.itemsize
     by_addresses = m * k * (gathered or not config.tma) + n * k * (not config.tma)
-    moved = shape.rows * (shape.k + shape.n * shape.sums * finish) + used * shape.k * shape.n * shape.sums
+    moved = shape.rows * (shape.k + shape.n * shape.sums * stored) + used * shape.k * shape.n * shape.sums
     return Product(
         tall * cdiv(shape.n, config.block_n), shape.k, m, n, k, config.warps, config.stages,
-        shared_bytes(config, shape, size, device), moved * size, size,
+        shared_bytes(config, shape, size, device, stores), moved * size, size,
         addressed=by_addresses, finish=finish, finishing=finishing, programs=1 if config.persistent else None,
     )  # fmt: skip
 

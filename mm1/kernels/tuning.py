@@ -176,7 +176,7 @@ def chain(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) 
     borrowed = (
         _nearest("borrowed", usable(shipped(tunable, name)), shape, f"{name}.json", len(shape)) for name in others
     )
-    none = Answer("borrowed", None, f"no other {device.arch} has a row for the shape")
+    none = Answer("borrowed", None, f"no other {device.family} has a row for the shape")
     yield next((answer for answer in borrowed if answer.config is not None), none)
     yield _modelled(tunable, shape, dtype, device)
     yield Answer("default", tunable.default(shape, dtype, device), "the kernel's own")
@@ -194,18 +194,20 @@ def _nearest(step: str, rows: list[Row], shape: tuple[Any, ...], where: str, far
 
 
 def _modelled(tunable: Tunable, shape: tuple[Any, ...], dtype: Any, device: Device) -> Answer:
-    """Choose by prediction among the configurations that were compiled and checked for this architecture.
+    """Choose by prediction among the configurations that were compiled and checked for the device's family.
 
     The step has no configuration unless one is predicted to be at least 5 % faster than the default.
     """
     rows = [r for r in _vetted(tunable, device.family) if r.bits == 8 * dtype.itemsize and r.alike(shape)]
     vetted = [c for c in dict.fromkeys(r.config for r in rows) if tunable.legal(c, shape, dtype, device)]
     if not vetted:
-        return Answer("model", None, f"no configuration was checked for such shapes on {device.arch}")
+        return Answer("model", None, f"no configuration was checked for such shapes on {device.family}")
     seconds = {c: tunable.seconds(c, shape, dtype, device) for c in vetted}
     best, default = min(vetted, key=seconds.__getitem__), tunable.default(shape, dtype, device)
     share = seconds[best] / tunable.seconds(default, shape, dtype, device)
-    why = f"the best of {len(vetted)} checked for {device.arch} is predicted to take {share:.2f} of the default's time"
+    why = (
+        f"the best of {len(vetted)} checked for {device.family} is predicted to take {share:.2f} of the default's time"
+    )
     return Answer("model", best if share <= 0.95 else None, why)
 
 

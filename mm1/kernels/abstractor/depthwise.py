@@ -45,7 +45,7 @@ HEIGHT, WIDTH = tl.constexpr(STRIP_ROWS), tl.constexpr(STRIP_COLUMNS)
 SEARCH = tl.constexpr(128)  # images that one step of the search for a strip's image compares
 SUM_ROWS, SUM_COLUMNS = 16, 128  # tile in which an image's sums are added
 TAP_CHANNELS = 128  # channels of a program that adds the taps' gradient; with 256 some Tritons spill registers
-TAP_PROGRAMS = 5  # of which a multiprocessor runs this number
+TAP_PROGRAMS = 5  # programs of it on each multiprocessor
 
 
 class Geometry(NamedTuple):
@@ -237,16 +237,16 @@ def _taps_kernel(
         tl.store(sums_ptr + i * C, tl.sum(taps[i], 0), offs_c < C)
 
 
-def _walks(P: int, N: int, config: Config) -> int:
-    """Return an upper bound of the walks: an image has ⌈h/16⌉·⌈w/4⌉ ≤ h·w/4 + 1 strips of several walks each."""
-    return min(P, P // STRIP_COLUMNS + N) * (STRIP_COLUMNS // config.rows)
+def _strips(P: int, N: int) -> int:
+    """Return an upper bound of the strips of N images: one has ⌈h/16⌉·⌈w/4⌉ ≤ h·w/4 + 1 of them."""
+    return min(P, P // STRIP_COLUMNS + N)
 
 
-def _default(columns: int, warps: int, shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
-    """Choose `columns` columns in a walk, 1 beyond 2048 channels, and `warps` times the warps of a row."""
-    enough = min(rows.default(shape, dtype, device).warps * warps, 16)
+def _default(columns: int, shape: RowShape, dtype: torch.dtype, device: Device) -> Config:
+    """Choose `columns` columns in a walk, 1 beyond 2048 channels, and the warps of a row."""
+    warps = min(rows.default(shape, dtype, device).warps, 16)
     narrow = power_of_2(shape.channels) <= 2048
-    return Config(rows=columns if narrow else 1, warps=enough, programs=max(1, 8 // enough))
+    return Config(rows=columns if narrow else 1, warps=warps, programs=max(1, 8 // warps))
 
 
 def _legal(registers: int, config: Config, shape: RowShape, dtype: torch.dtype, device: Device) -> bool:
@@ -256,12 +256,12 @@ def _legal(registers: int, config: Config, shape: RowShape, dtype: torch.dtype, 
     return few and rows.legal(config, shape, dtype, device)
 
 
-# (columns, warps) of the default, and registers of a value
+# tensors, registers of a value, columns of the default, and registers of a value that limit them
 WALKS = {
-    "value": over_rows("conv_walk_value", 2, 11, True, partial(_default, 2, 1), partial(_legal, 6)),
-    "gated": over_rows("conv_walk_gated", 3, 11, True, partial(_default, 2, 1), partial(_legal, 8)),
-    "backward": over_rows("conv_walk_backward", 3, 18, True, partial(_default, 1, 1), partial(_legal, 12)),
-    "input": over_rows("conv_walk_input", 3, 18, True, partial(_default, 1, 1), partial(_legal, 12)),
+    "value": over_rows("conv_walk_value", 2, 11, True, partial(_default, 2), partial(_legal, 6)),
+    "gated": over_rows("conv_walk_gated", 3, 11, True, partial(_default, 2), partial(_legal, 8)),
+    "backward": over_rows("conv_walk_backward", 3, 18, True, partial(_default, 1), partial(_legal, 12)),
+    "input": over_rows("conv_walk_input", 3, 18, True, partial(_default, 1), partial(_legal, 12)),
 }
 
 
@@ -272,7 +272,7 @@ def _walk(
     """Launch a walk; return its result, its sums in fp32, and the number of walks of a strip."""
     (P, C), N = a.shape, len(geometry.table)
     config = config_of(WALKS[mode], a)
-    walks = _walks(P, N, config)
+    walks = _strips(P, N) * (STRIP_COLUMNS // config.rows)
     grid = programs(walks, config, a)
     y = torch.empty_like(a) if store else a.new_empty(0, C)
     shape = (grid, 2, C) if mode in ("backward", "input") else (walks, C)
@@ -332,12 +332,12 @@ def input_gradient(
 def taps_gradient(a: Tensor, du2: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient fp32 [9, C] of the nine taps."""
     (P, C), N = a.shape, len(geometry.table)
-    strips, block_c = min(P, P // STRIP_COLUMNS + N), min(power_of_2(C), TAP_CHANNELS)
+    strips, block_c = _strips(P, N), min(power_of_2(C), TAP_CHANNELS)
     blocks = cdiv(C, block_c)
-    programs = min(strips, cdiv(TAP_PROGRAMS * device_of(a).units, blocks))
-    sums = a.new_empty(programs, 9, C, dtype=torch.float32)
+    parts = min(strips, cdiv(TAP_PROGRAMS * device_of(a).units, blocks))
+    sums = a.new_empty(parts, 9, C, dtype=torch.float32)
     launch(
-        _taps_kernel, programs * blocks, a_ptr=a, du_ptr=du2, table_ptr=geometry.table, strips_ptr=geometry.strips,
+        _taps_kernel, parts * blocks, a_ptr=a, du_ptr=du2, table_ptr=geometry.table, strips_ptr=geometry.strips,
         sums_ptr=sums, N=N, C=C, strips=strips, COLUMNS=STRIP_COLUMNS, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return sums.sum(0)

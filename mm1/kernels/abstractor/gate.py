@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mm1.kernels import tiles
-from mm1.kernels.cost_model import Predicted, Product
+from mm1.kernels.cost_model import Predicted, Product, memory_seconds
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, strides
 from mm1.kernels.language import tl, triton
@@ -89,7 +89,7 @@ def default(shape: GateShape, dtype: torch.dtype, device: Device) -> Config:
 def work(config: Config, shape: GateShape, dtype: torch.dtype, device: Device) -> Product:
     """Describe the work of one run; unless fused, the gated operand is written and read again."""
     again = 0 if config.fused else 2 * shape.rows * shape.k * dtype.itemsize
-    return replace(tiles.work(config, shape.product, dtype, device), beside=again / (device.bandwidth * 1e9))
+    return replace(tiles.work(config, shape.product, dtype, device), beside=memory_seconds(again, device))
 
 
 def _widest(device: Device) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mm1.kernels.attention import plain, tiles
-from mm1.kernels.cost_model import LAUNCH, Predicted, Product
+from mm1.kernels.cost_model import LAUNCH, Predicted, Product, memory_seconds
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import (
     INTERPRETED,
@@ -117,7 +117,7 @@ def work(config: Config, shape: PagedShape, dtype: torch.dtype, device: Device) 
     shared = tiles.shared_bytes("flash", config, width, size, device)
     parts = 0 if count == 1 else 4 * count * shape.groups * shape.rows * shape.width
     moved = 2 * shape.groups * shape.width * size * (shape.keys + shape.rows) + parts
-    merging = LAUNCH + parts / (device.bandwidth * 1e9) if parts else 0.0
+    merging = LAUNCH + memory_seconds(parts, device) if parts else 0.0
     # 3.4 instead of 2: a row's address takes its page number, which is loaded first.
     return Product(
         shape.groups * shape.tiles(config) * count, depth, config.block_m, config.block_n, width, config.warps,
@@ -165,7 +165,7 @@ def _paged_kernel(
     for start in range(split * span, stop, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         real = j < length
-        # Unsigned numbers take 56 instructions less: shifts instead of divisions that round towards zero.
+        # Unsigned numbers take 56 instructions fewer: shifts instead of divisions that round towards zero.
         inside_page = (j.to(tl.uint32) % PAGE).to(tl.int32)
         at = page.to(tl.uint32).to(tl.int64) * stride_kp + inside_page * stride_kr + g * stride_kg
         loaded = real[:, None] & wide[None, :]

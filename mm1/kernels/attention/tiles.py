@@ -86,8 +86,8 @@ def work(kernel: str, config: Config, shape: FlashShape, dtype: torch.dtype, dev
     products, instructions = {"flash": (2, 6.8), "flash_dq": (3, 5.2), "flash_dkv": (4, 11.3)}[kernel]
     heads = shape.kv_heads if kernel == "flash_dkv" else shape.heads
     depth = shape.width * cdiv(shape.rows * shape.heads // heads, config.block_n) // (1 + shape.causal)
-    moved = 4 * shape.rows * shape.heads * shape.width * dtype.itemsize
     size = dtype.itemsize
+    moved = 4 * shape.rows * shape.heads * shape.width * size
     return Product(
         heads * cdiv(shape.rows, config.block_m), depth, config.block_m, config.block_n, shape.width, config.warps,
         config.stages, shared_bytes(kernel, config, shape.width, size, device), moved, size,

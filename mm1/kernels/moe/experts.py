@@ -69,12 +69,13 @@ def default_dh(shape: Shape, dtype: torch.dtype, device: Device, widest: int = 1
     return tiles.fitted(replace(config, block_n=columns, warps=warps, stages=stages), shape, dtype, device)
 
 
-# Of two sums up stores both and their product. For each sum dh reads gate and up and stores their gradients and s.
+# `up` computes gate and up, and stores both and their product: 1.5 elements for each sum. For each sum `dh` reads gate
+# and up, and stores their gradients and s.
 UP, DH = (
     Tunable(name, Shape, Config, tiles.space, legal, default, Predicted(partial(tiles.work, gathered=True, **ends)))
     for name, legal, default, ends in (
-        ("experts_up", tiles.legal, tiles.default, {"finish": 1.5, "finishing": 12}),
-        ("experts_dh", legal_dh, default_dh, {"finish": 5, "finishing": 36}),
+        ("experts_up", tiles.legal, tiles.default, {"finish": 1.5, "finishing": 12, "stored": 1.5}),
+        ("experts_dh", legal_dh, default_dh, {"finish": 5, "finishing": 36, "stored": 5, "stores": False}),
     )
 )
 

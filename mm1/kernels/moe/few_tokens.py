@@ -8,12 +8,14 @@ x's dtype in registers, and each row's scale multiplies the row's sums.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from mm1.kernels import tiles
+from mm1.kernels.cost_model import Predicted
 from mm1.kernels.device import Device
 from mm1.kernels.dispatch import cdiv, device_of, launch, strides
 from mm1.kernels.language import tl, triton
@@ -44,7 +46,7 @@ def default(shape: Shape, dtype: torch.dtype, device: Device) -> Config:
 def legal(config: Config, shape: Shape, dtype: torch.dtype, device: Device) -> bool:
     """Tell whether the kernel fits; it is never persistent, and its tiles are not grouped."""
     supported = config.block_m == ROWS and not config.persistent and config.group_m == 1
-    return supported and tiles.legal(config, shape, dtype, device)
+    return supported and tiles.legal(config, shape, dtype, device, stores=False)
 
 
 def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
@@ -53,7 +55,7 @@ def space(shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Config]:
     return (Config(*axis) for axis in axes)
 
 
-FEW = Tunable("few_tokens", Shape, Config, space, legal, default, tiles.seconds)
+FEW = Tunable("few_tokens", Shape, Config, space, legal, default, Predicted(partial(tiles.work, stores=False)))
 
 
 @triton.jit(do_not_specialize=["S"])

@@ -214,7 +214,7 @@ def work_dw(config: Config, shape: DwShape, dtype: torch.dtype, device: Device) 
     by_addresses = m * k * (not config.tma) + n * k * (shape.gathered or not config.tma)
     return Product(
         count, cdiv(shape.rows, shape.experts), m, n, k, config.warps, config.stages,
-        tiles.shared_bytes(config, _tiled(shape), size, device), moved * size, size,
+        tiles.shared_bytes(config, _tiled(shape), size, device, stores=False), moved * size, size,
         addressed=by_addresses, finishing=5.5, programs=1 if config.persistent else None,
     )  # fmt: skip
 

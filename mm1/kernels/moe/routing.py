@@ -216,9 +216,9 @@ def _place_kernel(
 
 
 def _blocks(experts: int) -> tuple[int, int, int]:
-    """Return BLOCK_E, the tokens of a program, and its warps, so that a tensor takes at most 16 registers of a thread.
+    """Return BLOCK_E, the tokens of a program, and its warps.
 
-    With 32 registers the choice among 256 experts spilled up to 30 others.
+    An fp32 tensor takes at most 16 of a thread's registers. With 32 the choice among 256 experts spilled up to 30.
     """
     block_e = power_of_2(experts)
     return block_e, max(1, min(32, 4096 // block_e)), 8 if block_e >= 128 else 4
@@ -405,7 +405,8 @@ def route(
 def choose(logits: Tensor, k: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return index int32 [T, k] and weight fp32 [T, k] of `route`, without sort, losses and gradients.
 
-    It takes one kernel, and so suits generation. Raises ValueError as `route` does.
+    A token that `mask` excludes has index E, which belongs to no expert, and weight 0. It takes one kernel, and so
+    suits generation. Raises ValueError as `route` does.
     """
     _check("choose", logits, k, mask)
     return _choose_op(logits, None if mask is None else mask.contiguous(), k)

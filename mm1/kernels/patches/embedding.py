@@ -4,10 +4,10 @@
 
 uint8 or float pixels [ΣHW, 3] -> tokens [P, Dv], K = p·p·3 values of a patch in (row, column, channel) order;
 2·P·K·Dv operations. Pixels are first cut into patches [P, K] of the weight's dtype (pixels.py), shifted to -128 … 127,
-which every dtype represents exactly; mean and std are folded into the weight and the bias. A product that gathers
-pixels itself saves 4·P·K bytes, but gathers and converts them again for every tile of columns: on an H200 its issue
-slots took 1.7 times as long as its matrix instructions, those of this product take a third. The cut also stores where
-each patch lies in the position table, so that a tile only adds weighted table entries and the bias to its accumulator.
+which every dtype represents exactly; mean and std are folded into the weight and the bias. Bytes: 3·ΣHW pixels, P·K
+values written and read, P·Dv results. A product that gathers pixels itself moves fewer, but gathers and converts them
+again for every tile of columns. The cut also stores where each patch lies in the position table, so that a tile only
+adds weighted table entries and the bias to its accumulator.
 
 Only the arguments are saved for backward, which cuts the pixels again.
 Source: Dosovitskiy et al. 2021 (ViT), section 3.1 and 3.2 (resampled positions).

@@ -78,14 +78,15 @@ def work(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) 
 
     Each result takes four table entries; neighbours share two thirds of them, which L1 keeps.
     """
-    return tiles.work(config, shape.product, dtype, device, finish=2.5, finishing=15)
+    product = tiles.work(config, shape.product, dtype, device, finish=2.5, finishing=15)
+    return replace(product, shared=shared_bytes(config, shape, dtype, device))
 
 
 def work_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Product:
     """Describe the work of one run of the weight-gradient kernel."""
     part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
     splits = splits_of(shape.patches, part, config, device)
-    size, shared = dtype.itemsize, tiles.shared_bytes(config, shape.product, dtype.itemsize, device)
+    size, shared = dtype.itemsize, shared_bytes(config, shape, dtype, device)
     moved = shape.patches * (shape.k + shape.width) * size + 8 * splits * shape.width * shape.k
     return Product(
         splits * part, cdiv(shape.patches, splits), config.block_m, config.block_n, config.block_k, config.warps,

@@ -245,12 +245,17 @@ def test_a_step_without_targets_changes_nothing_and_is_written_down(tmp_path):
 def test_single_steps_are_saved_and_closing_ends_the_thread_that_loads_ahead(tmp_path, monkeypatch):
     """On a GPU there is one always, here by order."""
     monkeypatch.setitem(feed.AHEAD, "cpu", 2)
+
+    def own_threads():
+        return [t for t in threading.enumerate() if t.name.startswith("feed") and t not in others]
+
+    others = set(threading.enumerate())  # of other tests
     with Trainer(small_run(steps=2), tmp_path / "run", Quiet()) as trainer:
         trainer.step()
         trainer.settle()
         trainer.save()
-        assert any(thread.name.startswith("feed") for thread in threading.enumerate())
-    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
+        assert own_threads()
+    assert not own_threads()
     assert checkpoint.latest(tmp_path / "run").name == "step-00000001"
     Trainer(small_run(steps=2), tmp_path / "unused", Quiet()).close()
 

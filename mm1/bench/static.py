@@ -25,6 +25,7 @@ from mm1.bench.page import digits, percent
 from mm1.bench.record import Record, Row
 from mm1.bench.static_peers import EXPERTS, FFN, LOGITS, PEERS, TOKENS, VOCABULARY, WIDTH, K, Peer
 from mm1.errors import UserError
+from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.abstractor import depthwise
 from mm1.kernels.cost_model import SCHEDULERS, Code, Product, Rows, resident
 from mm1.kernels.device import DEVICES, Device
@@ -157,6 +158,7 @@ def rows(device: Device, ops: Sequence[str]) -> Iterator[Row]:
                 call(Inputs("meta", DTYPE))
             for one in distinct(recorded):
                 yield _row(op, name, "mm1", compile_launch(one, device), device)
+    declare_operators()  # flash-linear-attention imports transformers
     for peer in PEERS:
         if peer.op in ops:
             yield from _peer_rows(peer, device)

@@ -77,6 +77,7 @@ CHECKS = {
     "errors": [("a", right), ("b", wrong), ("c", failing), ("d", right)],
     "deaths": [("a", right), ("b", dying), ("c", dying), ("d", right)],
     "hangs": [("a", hanging), ("b", right)],
+    "op hangs": [("a", case(op("stuck", lambda y: hanging())))],
     "ops": [
         ("sound", case(sound, other)),
         ("bad", case(sound, bad, other)),

@@ -1,6 +1,7 @@
 """The first contact with a GPU, here with a CPU: everything is checked, and nothing ends at the first failure."""
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mm1.bench.checks import (
     masked_attention,
     op_cases,
 )
-from mm1.bench.contact import contact, examine
+from mm1.bench.contact import Process, contact, examine
 from mm1.bench.ops import OPS
 from mm1.bench.record import Record, read
 from mm1.kernels.attention import Causal, Full
@@ -65,6 +66,16 @@ def test_what_has_no_time_is_recorded_as_not_run(tmp_path):
     assert not contact(record, ["hangs", "errors"], seconds=0.5, jobs=1, command=BAD)
     assert {row["status"] for row in record.rows} == {"not run"}
     assert {row["op"] for row in record.rows} == {"hangs", "errors"}
+
+
+@pytest.mark.parametrize(("status", "blamed"), [("hung", [["stuck", "float32"]]), ("not run", [])])
+def test_the_op_that_ran_is_to_blame_for_a_hang_and_not_for_the_end_of_time(status, blamed, tmp_path):
+    process = Process(BAD, "op hangs", tmp_path)
+    while not process.ops:
+        assert process.process.poll() is None
+        assert not [*process.results()]
+        time.sleep(0.05)
+    assert process.end(status)["blamed"] == blamed
 
 
 def test_every_measured_op_is_checked():

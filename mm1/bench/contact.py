@@ -76,12 +76,12 @@ class Process:
         return {"bench": "contact", "op": self.check, "case": self.case or "start", **fields}
 
     def end(self, status: str) -> dict[str, Any]:
-        """Kill the process, and return the row of the case that it was at."""
+        """Kill the process, and return the row of the case that it was at; nothing is to blame for the end of time."""
         self.process.kill()
         self.process.wait()
         tail = self.log.read_text(errors="replace")[-6000:]
         why = f"{status}, exit status {self.process.returncode}"
-        return self.row(status=status, why=why, traceback=tail, blamed=self.ops)
+        return self.row(status=status, why=why, traceback=tail, blamed=[] if status == "not run" else self.ops)
 
 
 def contact(

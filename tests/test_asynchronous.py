@@ -13,8 +13,10 @@ import torch
 from small import small_mm1
 from test_engine import drained
 from test_generate import PROMPTS
+from test_graphs import on_graphs
 
 from mm1.engine.data.document import Document
+from mm1.engine.infer import graphs
 from mm1.engine.infer.asynchronous import AsyncEngine, Dead
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.prompts import encode_prompts
@@ -478,3 +480,29 @@ def test_a_warm_up_ends_at_its_limit_or_first_failure_and_requests_go_on(model, 
     assert asyncio.run(run()).tokens == alone(model, PROMPTS[0], Sampling(4)).tokens
     assert engine.done < 10
     assert ("no memory for a graph" in caplog.text) == (why == "failure")
+
+
+class NoMemoryForWarmUp(Engine):
+    """An Engine that has no memory for the prompts of its warm-up."""
+
+    def prefill(self, due):
+        if any(request.sampling == Sampling(max_tokens=1) for request in due):
+            raise torch.OutOfMemoryError("no memory for the warm-up")
+        return super().prefill(due)
+
+
+def test_a_prompt_of_the_warm_up_that_fails_ends_the_warm_up_and_no_request(model, monkeypatch, caplog):
+    monkeypatch.setattr(graphs.torch, "compile", lambda f, **_: f)
+    engine = on_graphs(model, kind=NoMemoryForWarmUp, batch=2, tokens=4096)
+
+    async def run():
+        async with AsyncEngine(engine) as running, running.open(PROMPTS[0], Sampling(200)) as stream:
+            await anext(stream)
+            running.warm_up(60)
+            await until(lambda: running.warm)
+            assert [piece async for piece in stream]
+            return stream.request
+
+    assert asyncio.run(run()).tokens == alone(model, PROMPTS[0], Sampling(200)).tokens
+    assert "a prompt of the warm-up failed: no memory for the warm-up" in caplog.text
+    assert len(engine.graphs.captures) == 1  # the request's

@@ -258,12 +258,12 @@ def test_calls_of_any_order_have_their_own_rows_and_draws(monkeypatch):
     assert set(ours.captured) == {Kind(size, 9, sampled) for size, sampled in sizes}
 
 
-def on_graphs(model, cls=Replayed, **settings):
+def on_graphs(model, kind=Engine, **settings):
     """Return an engine that decodes as on a GPU."""
-    engine = Engine(model, **settings)
+    engine = kind(model, **settings)
     engine.cache = Cache(model.config.decoder, engine.pages + 1, torch.device("cpu"), torch.float32)
     engine.schedule.cache = engine.cache
-    engine.graphs = cls(engine.decoder, engine.head, engine.cache, engine.batch, engine.context // PAGE)
+    engine.graphs = Replayed(engine.decoder, engine.head, engine.cache, engine.batch, engine.context // PAGE)
     engine.one_step = None
     return engine
 

@@ -75,8 +75,8 @@ class Stream:
 class AsyncEngine:
     """Run an Engine in a thread. Use it with `async with`, in one event loop; nothing else may use the engine then.
 
-    A step that fails ends the requests that it computed, each with its own error, and the others go on; if the engine
-    marks none as failed, all running requests end. Once the device no longer responds, `dead` is the reason and nothing
+    A step that fails ends the requests that the engine lists as failed, each with its own error, and the others go on;
+    if it lists none, all running requests end. Once the device no longer responds, `dead` is the reason and nothing
     more is computed. Closing waits for the current step, but at most STOP_SECONDS. loop: the event loop.
     """
 
@@ -273,9 +273,9 @@ class AsyncEngine:
             error.__traceback__ = None  # its frames hold the step's tensors
             step_error = error
         try:
-            failed = [s for s, request in self._streams.items() if request.finish == "failed"]
-            running = [s for s, request in self._streams.items() if request in self.engine.running]
-            self._fail(failed or running or list(self._streams), step_error)
+            failed = self.engine.failed  # perhaps of the warm-up alone, which has no stream
+            ended = [s for s, request in self._streams.items() if request in (failed or self.engine.running)]
+            self._fail(ended if failed or ended else list(self._streams), step_error)
             torch.zeros(1, device=self.engine.device).item()
         except Exception as error:  # after a CUDA error every later call fails too
             self._die(Dead(f"{error} after {step_error}"))

@@ -90,6 +90,7 @@ class Engine:
         self.waiting, self.running = self.schedule.waiting, self.schedule.running
         self.features = Features(model, image_patches, feature_bytes)
         self.computed = 0  # rows of prompts that have been prefilled
+        self.failed: list[Request] = []  # requests that the last step ended with an error
 
     @property
     def capacity(self) -> int:
@@ -151,7 +152,8 @@ class Engine:
     def warm_up(self) -> Iterator[None]:
         """Do on a GPU, part by part, what the first requests would wait for: compile kernels and capture graphs.
 
-        The caller takes steps between the parts. On a CPU there are no parts. Raises Busy if the queue is full.
+        The caller takes steps between the parts. On a CPU there are no parts. Raises Busy if the queue is full, and
+        RuntimeError if a prompt of the warm-up fails.
         """
         if not self.graphs:
             return
@@ -161,6 +163,8 @@ class Engine:
             request = self.submit(document, Sampling(max_tokens=1))
             while not request.finish:
                 yield
+            if request.error:
+                raise RuntimeError(f"a prompt of the warm-up failed: {request.error}")
         for kind in self.graphs.kinds:
             self.graphs.capture(kind)
             yield
@@ -182,7 +186,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Decode a token of each running request, then prefill rows of prompts. Return whether any request is left."""
+        """Decode a token of each running request, then prefill rows of prompts. Return whether any request is left.
+
+        If it raises, `failed` lists the requests that ended with an error, and the others go on.
+        """
+        self.failed = []
         if decoding := self.schedule.plan_decode():
             with self._fail_on_error(decoding):
                 row_counts, following, draws = self.decode(decoding)
@@ -224,6 +232,7 @@ class Engine:
         if request in self.running:
             self.schedule.end(request, "failed")
         request.finish = "failed"
+        self.failed.append(request)
 
     def prefill(self, due: Sequence[Request]) -> Next:
         """Compute `request.due` rows of each prompt.

@@ -23,7 +23,7 @@ from mm1.bench.ops import OPS
 from mm1.bench.record import Record, read
 from mm1.kernels.attention import Causal, Full
 from mm1.kernels.attention.reference import attention
-from mm1.kernels.fallback import remembered
+from mm1.kernels.fallback import remember, remembered
 
 BAD = [sys.executable, str(Path(__file__).with_name("contact_checks.py"))]
 
@@ -59,6 +59,13 @@ def test_later_runs_avoid_the_ops_to_blame(tmp_path, monkeypatch, capsys):
     assert {name for _, name, _ in why} == {"bad", "worse", "sound", "raises", "breaks", "hangs"}
     assert why["cpu", "bad", "float32"] == "ops bad was wrong (Wrong: y is 10.0)"
     assert "bad (float32) will run in plain torch: ops bad was wrong" in capsys.readouterr().out
+
+
+def test_without_time_for_all_checks_earlier_findings_remain(tmp_path, monkeypatch):
+    monkeypatch.setenv("MM1_CACHE", str(tmp_path))
+    remember("cpu", {("bad", "float32"): "y by 1"})
+    assert not examine("cpu", checks=["hangs"], seconds=0.1, command=BAD, out=tmp_path)
+    assert [*remembered()] == [("cpu", "bad", "float32")]
 
 
 def test_what_has_no_time_is_recorded_as_not_run(tmp_path):

@@ -63,9 +63,10 @@ def user(monkeypatch, tmp_path):
     """Give each test a user's settings and an empty cache."""
     monkeypatch.delenv("MM1_STRICT", raising=False)
     monkeypatch.setenv("MM1_CACHE", str(tmp_path))
-    fallback.forget()
+    monkeypatch.setattr(fallback._State, "warned", set())
+    fallback._update(failed=None)
     yield
-    fallback.forget()
+    fallback._update(failed=None)
 
 
 made = []
@@ -270,7 +271,7 @@ def test_another_gpu_version_source_or_op_is_not_affected(field):
     remember("cpu", {(name, "float32"): "y by 0.3"})
     (row,) = json.loads(fallback.memory().read_text())
     fallback.memory().write_text(json.dumps([row | {field: row[field] + "0"}]))
-    fallback.forget()
+    fallback._update(failed=None)
     with no_warning():
         assert op(torch.ones(1)).item() == 3
 
@@ -294,6 +295,29 @@ def test_a_damaged_file_is_ignored_and_replaced(text):
 def test_a_folder_that_cannot_be_read_is_ignored(monkeypatch):
     monkeypatch.setenv("MM1_CACHE", "/dev/null")
     assert remembered() == {}
+
+
+def test_an_op_of_integers_alone_says_so():
+    op, name = doubling(failing(OUT_OF_RESOURCES))
+    with pytest.warns(RuntimeWarning, match=rf"{name} \(integers\)"):
+        op(torch.ones(1, dtype=torch.int32))
+
+
+def test_a_run_without_time_for_all_checks_keeps_what_others_found():
+    remember("A", {("route", "float32"): "y by 1", ("flash", "float32"): "y by 2"})
+    remember("A", {("flash", "float32"): "y by 3"}, complete=False)
+    assert remembered() == {("A", "route", "float32"): "y by 1", ("A", "flash", "float32"): "y by 3"}
+    assert len(json.loads(fallback.memory().read_text())) == 2
+
+
+def test_what_was_found_with_other_versions_is_kept_for_them(monkeypatch):
+    monkeypatch.setattr(fallback, "versions", lambda: "old")
+    remember("A", {("route", "float32"): "y by 1"})
+    monkeypatch.setattr(fallback, "versions", lambda: "new")
+    remember("A", {})
+    assert remembered() == {}
+    monkeypatch.setattr(fallback, "versions", lambda: "old")
+    assert remembered() == {("A", "route", "float32"): "y by 1"}
 
 
 def test_gpus_of_other_kinds_are_kept_in_the_file():

@@ -203,9 +203,10 @@ def _plain_ops(advise: Advise) -> list[str]:
     """Return the ops whose kernels `mm1 doctor --gpu` found wrong with these versions, and their dtypes."""
     from mm1.kernels.fallback import remembered
 
-    for (gpu, op, dtypes), why in remembered().items():
+    found = remembered()
+    for (gpu, op, dtypes), why in found.items():
         advise(f"{op} ({dtypes}) runs in plain torch on {gpu}, as {why}: update, then mm1 doctor --gpu")
-    return [f"{op} ({dtypes})" for _, op, dtypes in remembered()]
+    return [f"{op} ({dtypes})" for _, op, dtypes in found]
 
 
 def installed_version(package: str) -> str | None:

@@ -143,9 +143,9 @@ def doctor(json: bool = False, gpu: bool = False) -> None:
     doctor(json)
     if gpu:
         from mm1.bench.contact import examine
-        from mm1.kernels.fallback import gpu_name
+        from mm1.kernels.fallback import torch_name
 
-        sys.exit(0 if examine(gpu_name(torch.device("cuda", torch.cuda.current_device()))) else 1)
+        sys.exit(0 if examine(torch_name(torch.device("cuda", torch.cuda.current_device()))) else 1)
 
 
 def _measure(measure: Callable[[Any], bool | None], path: Path | None) -> None:

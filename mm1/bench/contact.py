@@ -76,7 +76,7 @@ class Process:
         return {"bench": "contact", "op": self.check, "case": self.case or "start", **fields}
 
     def end(self, status: str) -> dict[str, Any]:
-        """Kill the process, and return the row of the case that it was at; nothing is to blame for the end of time."""
+        """Kill the process, and return the row of the case that it was at; no op is to blame when time runs out."""
         self.process.kill()
         self.process.wait()
         tail = self.log.read_text(errors="replace")[-6000:]
@@ -174,11 +174,11 @@ def blamed(rows: Iterable[dict[str, Any]]) -> dict[Op, str]:
 def examine(gpu: str, **options: Any) -> bool:
     """Run first contact, and let this user's runs compute the ops that are to blame in plain torch.
 
-    gpu: name of the GPU, as `gpu_name` returns it. options: of `first_contact`. Returns whether all were right.
+    gpu: name of the GPU, as `torch_name` returns it. options: of `first_contact`. Returns whether all were right.
     """
     right, record = first_contact(**options)
     failed = blamed(record.rows)
-    remember(gpu, failed)
+    remember(gpu, failed, complete=all(row["status"] != "not run" for row in record.rows))
     for (op, dtypes), why in failed.items():
         print(f"{op} ({dtypes}) will run in plain torch: {why}")
     print(f"Ops that run in plain torch are listed in {memory()}.")

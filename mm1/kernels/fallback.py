@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mm1.kernels.tuning import cache_folder, is_pinned
 
-PLAIN: dict[str, Callable] = {}  # the implementation of each op in plain torch
+PLAIN: dict[str, Callable] = {}  # the implementation of each op in plain torch, which tests compare with the others
 
 
 class KernelError(RuntimeError):
@@ -119,14 +119,17 @@ def _runs_plain(name: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def _key(name: str, arguments: tuple[Any, ...]) -> tuple[str, str, str]:
-    """Return GPU, op and dtypes: of the tensors and lists of tensors in the arguments that hold real numbers."""
+    """Return GPU, op and dtypes: of the tensors and lists of tensors in the arguments that hold real numbers.
+
+    The dtypes are "integers" if none does.
+    """
     tensors = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
-    return gpu_name(tensors[0].device), name, "+".join(sorted(dtypes))
+    return torch_name(tensors[0].device), name, "+".join(sorted(dtypes)) or "integers"
 
 
 @cache
-def gpu_name(device: torch.device) -> str:
+def torch_name(device: torch.device) -> str:
     """Return torch's name of a GPU, such as "NVIDIA H200"; "cpu" for a CPU, where kernels are interpreted."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -173,12 +176,17 @@ def memory() -> Path:
     return cache_folder().parent / "plain-ops.json"
 
 
-def remember(gpu: str, failed: dict[tuple[str, str], str]) -> None:
-    """Replace what the file says about this kind of GPU: why the kernels of (op, dtypes) are not used.
+def remember(gpu: str, failed: dict[tuple[str, str], str], complete: bool = True) -> None:
+    """Replace what the file says about this kind of GPU and these versions: why kernels of (op, dtypes) are not used.
 
-    Raises OSError if the file cannot be written.
+    complete: whether every check ended; if not, what the file says about other ops remains. Raises OSError if the file
+    cannot be written.
     """
-    rows = [row for row in _rows() if row["gpu"] != gpu]
+    rows = [
+        row for row in _rows()
+        if (row["gpu"], row["versions"]) != (gpu, versions())
+        or not (complete or (row["op"], row["dtypes"]) in failed)
+    ]  # fmt: skip
     rows += [{"gpu": gpu, "versions": versions(), "op": o, "dtypes": d, "why": w} for (o, d), w in failed.items()]
     path = memory()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,12 +201,6 @@ def remembered() -> dict[tuple[str, str, str], str]:
     rows = _rows()
     here = versions() if rows else ""
     return {(r["gpu"], r["op"], r["dtypes"]): r["why"] for r in rows if r["versions"] == here}
-
-
-def forget() -> None:
-    """Forget which kernels failed in this process, so that they are tried again and the file is read again."""
-    _update(failed=None)
-    _State.warned.clear()
 
 
 def _failed() -> dict[tuple[str, str, str], str]:

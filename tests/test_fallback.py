@@ -410,6 +410,58 @@ def test_plain_attention_of_a_gpu(mask, part, monkeypatch):
     close(gradients, torch.autograd.grad(truth, (q, k, v), dy))
 
 
+class LargestWide(TorchDispatchMode):
+    """Record the number of elements of the largest fp32 tensor that an op in the block returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        wide = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor) and t.dtype == torch.float32]
+        self.elements = max(self.elements, *wide, 0)
+        return result
+
+
+def test_plain_attention_converts_and_repeats_the_rows_of_a_segment_at_a_time():
+    segments, rows, heads, width = 16, 8, 8, 64
+    cu = torch.arange(segments + 1, dtype=torch.int32) * rows
+    q, k, v, dy = (torch.randn(segments * rows, n, width).bfloat16() for n in (heads, 1, 1, heads))
+    arguments = cu, cu, None, None, True
+    with LargestWide() as forward:
+        y, lse = plain.forward(q, k, v, *arguments)
+    assert forward.elements == rows * heads * width
+    with LargestWide() as backward:
+        plain.backward(dy, q, k, v, y, lse, *arguments)
+    assert backward.elements == segments * rows * width  # dk and dv are sums over the heads of a group
+
+
+def test_plain_paged_attention_gathers_the_pages_that_a_segment_has():
+    lengths, page = [4 * 64, *[3] * 15], 4
+    k, v = (torch.randn(4 * 64, page, 2, 16) for _ in range(2))
+    tables = torch.arange(16 * 64, dtype=torch.int32).view(16, 64) % len(k)
+    cu_q = torch.arange(17, dtype=torch.int32)
+    with LargestWide() as seen:
+        y = plain.paged(torch.randn(16, 2, 16), k, v, cu_q, tables, torch.tensor(lengths, dtype=torch.int32), 1)
+    assert seen.elements == 4 * 64 * 2 * 16
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [1], [5, 0, 8, 3]])
+def test_plain_paged_attention_of_a_gpu(lengths):
+    """Segments with fewer keys than new rows, without keys, and rows after the last segment, which are zeros."""
+    cu_q = torch.tensor([0, 2, 3, 6, 8][: len(lengths) + 1], dtype=torch.int32)
+    tables = torch.randperm(12).int().view(4, 3)[: len(lengths)]
+    q, k, v = torch.randn(9, 4, 16), *(torch.randn(12, 4, 2, 16) for _ in range(2))
+    y = computed_elsewhere(plain.paged, (q, k, v, cu_q, tables, torch.tensor(lengths, dtype=torch.int32), 3))
+    for b, length in enumerate(lengths):
+        for row in range(int(cu_q[b]), int(cu_q[b + 1])):
+            count = max(length - int(cu_q[b + 1] - row) + 1, 0)  # of keys that it sees
+            keys, values = (x[tables[b].long()].flatten(0, 1)[:count].double().repeat_interleave(2, 1) for x in (k, v))
+            p = torch.einsum("hd,khd->hk", q[row].double(), keys).div(4).softmax(-1)
+            torch.testing.assert_close(y[row], torch.einsum("hk,khd->hd", p, values).float(), rtol=1e-4, atol=1e-5)
+    assert not y[int(cu_q[-1]) :].any()
+
+
 @not_interpreted
 def test_plain_paged_attention_ignores_entries_past_the_keys():
     call = CALLS["paged_attention"]

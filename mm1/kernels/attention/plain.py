@@ -1,7 +1,7 @@
 """Compute attention in plain torch on any device, in parts of bounded memory, where a GPU cannot run the kernels.
 
 Arguments and results are those of flash.py and paged.py, so that forward may run here and backward there. Segment by
-segment, PART scores at a time are computed in fp32, or in fp64 for fp64:
+segment, PART scores at a time are computed in fp32, or in fp64 for fp64, to which only a part's own rows are converted:
 
     lse_i = log Σ_j exp(q_i·k_j / √Dh),   p_ij = exp(q_i·k_j / √Dh - lse_i),   y = p v
     dp = dy vᵀ,   ds = p (dp - Σ_j dy_j y_j),   dq = ds k / √Dh,   dk = dsᵀ q / √Dh,   dv = pᵀ dy
@@ -10,13 +10,14 @@ The host reads the segments' lengths.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mm1.kernels.attention.cpu import checked_lengths, repeat_heads
-from mm1.kernels.dispatch import wide
+from mm1.kernels.dispatch import cdiv, wide
 
 PART = 1 << 27  # scores, 512 MB of fp32
 
@@ -28,9 +29,14 @@ class _Part(NamedTuple):
     keys: slice
     hidden: Tensor | None  # bool [queries, keys]
 
+    def rows(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the part's own rows of q, k and v in fp32 or fp64, all with the heads of q."""
+        own = q[self.queries].to(wide(q.dtype))
+        return own, *(repeat_heads(x[self.keys].to(own.dtype), own) for x in (k, v))
+
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return q·k / √Dh [H, queries, keys], -inf for hidden pairs."""
-        scores = torch.einsum("qhd,khd->hqk", q[self.queries], k[self.keys]) * q.shape[2] ** -0.5
+        """Return q·k / √Dh [H, queries, keys] of the part's own rows, -inf for hidden pairs."""
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
         return scores if self.hidden is None else scores.masked_fill_(self.hidden, float("-inf"))
 
 
@@ -59,17 +65,16 @@ def forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y [T, H, Dh] in the dtype of q and lse fp32 or fp64 [H, T], +inf where a row sees nothing."""
-    dtype, units = q.dtype, wide(q.dtype)
-    q, k, v = q.to(units), repeat_heads(k, q).to(units), repeat_heads(v, q).to(units)
-    y = torch.zeros(q.shape, dtype=units, device=q.device)
-    lse = y.new_full((q.shape[1], len(q)), float("inf"))
+    y = q.new_zeros(q.shape)
+    lse = y.new_full((q.shape[1], len(q)), float("inf"), dtype=wide(q.dtype))
     for part in _parts(q, k, cu_q, cu_k, used_k, prefix, causal):
-        scores = part.scores(q, k)
+        own, keys, values = part.rows(q, k, v)
+        scores = part.scores(own, keys)
         sums = scores.logsumexp(-1)
         sums.masked_fill_(sums == float("-inf"), float("inf"))  # a row that sees nothing weighs all keys by zero
         p, lse[:, part.queries] = (scores - sums[..., None]).exp_(), sums
-        y[part.queries] = torch.einsum("hqk,khd->qhd", p, v[part.keys])
-    return y.to(dtype), lse
+        y[part.queries] = torch.einsum("hqk,khd->qhd", p, values).to(y.dtype)
+    return y, lse
 
 
 def backward(
@@ -77,26 +82,26 @@ def backward(
     used_k: Tensor | None, prefix: Tensor | None, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q [T, H, Dh], k and v [S, G, Dh] in their dtypes."""
-    dtype, units, groups = q.dtype, wide(q.dtype), k.shape[1]
-    q, k, v, dy = q.to(units), repeat_heads(k, q).to(units), repeat_heads(v, q).to(units), dy.to(units)
-    delta = (dy * y).sum(-1).t()  # [H, T]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=units, device=x.device) for x in (q, k, v))
+    units, groups = wide(q.dtype), k.shape[1]
+    dq, (dk, dv) = q.new_zeros(q.shape), (x.new_zeros(x.shape, dtype=units) for x in (k, v))
     for part in _parts(q, k, cu_q, cu_k, used_k, prefix, causal):
-        p = (part.scores(q, k) - lse[:, part.queries, None]).exp_()
-        dv[part.keys] += torch.einsum("hqk,qhd->khd", p, dy[part.queries])
-        dp = torch.einsum("qhd,khd->hqk", dy[part.queries], v[part.keys])
-        ds = p.mul_(dp.sub_(delta[:, part.queries, None])).mul_(q.shape[2] ** -0.5)
-        dq[part.queries] = torch.einsum("hqk,khd->qhd", ds, k[part.keys])
-        dk[part.keys] += torch.einsum("hqk,qhd->khd", ds, q[part.queries])
-    dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+        own, keys, values = part.rows(q, k, v)
+        d = dy[part.queries].to(units)
+        p = (part.scores(own, keys) - lse[:, part.queries, None]).exp_()
+        dv[part.keys] += torch.einsum("hqk,qhd->khd", p, d).unflatten(1, (groups, -1)).sum(2)
+        delta = (d * y[part.queries]).sum(-1).t()  # [H, queries]
+        ds = torch.einsum("qhd,khd->hqk", d, values).sub_(delta[..., None]).mul_(p).mul_(q.shape[2] ** -0.5)
+        dq[part.queries] = torch.einsum("hqk,khd->qhd", ds, keys).to(dq.dtype)
+        dk[part.keys] += torch.einsum("hqk,qhd->khd", ds, own).unflatten(1, (groups, -1)).sum(2)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def paged(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths: Tensor, rows: int) -> Tensor:
     """Return attention [T, H, Dh] to the keys and values in pages; see paged.forward."""
-    page, groups, width = k.shape[1:]
-    used = -(-int(lengths.max()) // page) if len(lengths) else 0
-    pages = tables[:, :used].long().clamp(0, len(k) - 1)  # a segment's last entries may have no meaning
-    keys, values = (x[pages].view(-1, groups, width) for x in (k, v))
-    cu_k = torch.arange(len(lengths) + 1, dtype=torch.int32, device=q.device) * (used * page)
-    return forward(q, keys, values, cu_q, cu_k, lengths, None, True)[0]
+    y, page = q.new_zeros(q.shape), k.shape[1]
+    for (start, end), length, table in zip(pairwise(cu_q.tolist()), lengths.tolist(), tables):
+        pages = table[: cdiv(length, page)].long()  # later entries may have no meaning
+        cu = (torch.tensor([0, n], dtype=torch.int32, device="cpu") for n in (end - start, length))
+        keys, values = (x[pages].flatten(0, 1)[:length] for x in (k, v))
+        y[start:end] = forward(q[start:end], keys, values, *cu, None, None, True)[0]
+    return y

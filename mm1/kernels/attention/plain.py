@@ -32,7 +32,8 @@ class _Part(NamedTuple):
     def rows(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the part's own rows of q, k and v in fp32 or fp64, all with the heads of q."""
         own = q[self.queries].to(wide(q.dtype))
-        return own, *(repeat_heads(x[self.keys].to(own.dtype), own) for x in (k, v))
+        keys, values = (repeat_heads(x[self.keys].to(own.dtype), own) for x in (k, v))
+        return own, keys, values
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return q·k / √Dh [H, queries, keys] of the part's own rows, -inf for hidden pairs."""
@@ -101,7 +102,7 @@ def paged(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, tables: Tensor, lengths
     y, page = q.new_zeros(q.shape), k.shape[1]
     for (start, end), length, table in zip(pairwise(cu_q.tolist()), lengths.tolist(), tables):
         pages = table[: cdiv(length, page)].long()  # later entries may have no meaning
-        cu = (torch.tensor([0, n], dtype=torch.int32, device="cpu") for n in (end - start, length))
+        cu_rows, cu_k = (torch.tensor([0, n], dtype=torch.int32, device="cpu") for n in (end - start, length))
         keys, values = (x[pages].flatten(0, 1)[:length] for x in (k, v))
-        y[start:end] = forward(q[start:end], keys, values, *cu, None, None, True)[0]
+        y[start:end] = forward(q[start:end], keys, values, cu_rows, cu_k, None, None, True)[0]
     return y

@@ -29,6 +29,7 @@ from service import (
 from test_generate import PROMPTS, picture
 
 from mm1.engine.data import document
+from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.grammar import Grammars
 from mm1.engine.infer.prompts import character_limit, encode_prompts
 from mm1.engine.serve import answers, app, chat, intake
@@ -197,6 +198,29 @@ def test_a_step_that_hangs_is_told_by_health(model, monkeypatch):
         thread.join(60)
         wait_until(lambda: service.engine.step_seconds == 0)  # who waits for work is not hung, however long
         assert health(port)["status"] == "ok"
+
+
+def test_a_long_part_of_the_warm_up_is_no_stall_until_its_time_is_over(model, monkeypatch):
+    """Whoever restarts servers that /health reports must not end a warm-up that goes on."""
+    gate = threading.Event()
+
+    def parts(self):
+        yield gate.wait(60)
+
+    monkeypatch.setattr(Engine, "warm_up", parts)
+    monkeypatch.setattr(app, "STALL_SECONDS", 0)
+    with serving(model) as (port, service):
+        wait_until(lambda: service.engine.step_seconds)
+        assert health(port)["status"] == "ok"
+        assert json.loads(http_request(port, "GET", "/ready")[2]) == {"status": "warming up"}
+        service.engine._warm_until = 0.0  # its time is over
+        assert health(port)["status"] == "stalled"
+        assert json.loads(http_request(port, "GET", "/ready")[2])["status"] == "stalled"
+        monkeypatch.setattr(app, "STALL_SECONDS", 120)
+        assert http_request(port, "GET", "/ready")[0] == 200
+        assert not service.engine.warm
+        gate.set()
+        wait_until(lambda: service.engine.warm)
 
 
 def test_an_engine_thread_that_fails_is_told_to_all_who_wait_and_by_health(model):

@@ -86,6 +86,7 @@ class AsyncEngine:
         self.engine = engine
         self.dead: Exception | None = None
         self.warm = False  # whether `warm_up` has ended
+        self._warm_until = 0.0  # limit of its time
         self._closed = False
         self._opened = 0  # requests; used only by the loop
         self._awake: float | None = None  # begin of the thread's current step or command; None while it waits for work
@@ -113,10 +114,11 @@ class AsyncEngine:
     def warm_up(self, seconds: float) -> None:
         """Warm the engine up between the steps of requests; `warm` is true when that ends.
 
-        No part begins after this number of seconds: what is missing then is compiled and captured when requests need
-        it, as it is after a failure, which is logged.
+        No part begins after this number of seconds, but one that has begun goes on: what is missing then is compiled
+        and captured when requests need it, as it is after a failure, which is logged.
         """
-        self.call(partial(self._warm_up, self.engine.warm_up(), time.monotonic() + seconds))
+        self._warm_until = time.monotonic() + seconds
+        self.call(partial(self._warm_up, self.engine.warm_up()))
 
     def stop(self) -> None:
         """End the thread after its current step, and all requests with a Dead."""
@@ -131,6 +133,11 @@ class AsyncEngine:
     def alive(self) -> bool:
         """Return whether requests are still computed."""
         return not self.dead and self._thread.is_alive()
+
+    @property
+    def warming(self) -> bool:
+        """Return whether the engine warms up within the time for it."""
+        return self.alive and not self.warm and time.monotonic() < self._warm_until
 
     @property
     def step_seconds(self) -> float:
@@ -226,15 +233,15 @@ class AsyncEngine:
             more = not self.dead and self._step()
             self._report()
 
-    def _warm_up(self, parts: Iterator[None], until: float) -> None:
+    def _warm_up(self, parts: Iterator[None]) -> None:
         """Do one part, and put the next one behind the commands that have arrived meanwhile."""
         try:
-            self.warm = time.monotonic() >= until or next(parts, True) is True
+            self.warm = time.monotonic() >= self._warm_until or next(parts, True) is True
         except Exception:
             logging.getLogger("mm1").exception("the warm-up failed: kernels are compiled when requests need them")
             self.warm = True
         if not (self.warm or self.dead):
-            self.call(partial(self._warm_up, parts, until))
+            self.call(partial(self._warm_up, parts))
 
     def _die(self, why: Dead) -> None:
         """End all requests, and every later one, with this error."""

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
-WARM_SECONDS = 300  # limit of the warm-up, after which /ready answers in any case
-STALL_SECONDS = 120  # limit of one step of the engine; a longer one makes /health report "stalled"
+WARM_SECONDS = 300  # after which no part of the warm-up begins, and /ready answers as /health does
+STALL_SECONDS = 120  # limit of one step of the engine; a longer one makes /health report "stalled" after the warm-up
 PACKAGES = ("starlette", "uvicorn", "h11", "python_multipart", "prometheus_client")
 OPEN_PATHS = ("/", "/health", "/ready")  # answered without a key
 LOOPBACK = re.compile(rb"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?", re.IGNORECASE)
@@ -168,11 +168,14 @@ class Service:
         return response(self.page, 200, "text/html", headers)
 
     async def _health(self, _: "Request") -> "Response":
-        """Return the engine's state. Anybody may ask, so only the log has the reason of a failure."""
+        """Return the engine's state. Anybody may ask, so only the log has the reason of a failure.
+
+        A long step of the warm-up compiles kernels: whoever restarts stalled servers must not end it.
+        """
         engine = self.engine.engine
         if not self.engine.alive:
             return json_response({"status": "dead", "reason": "the engine has stopped"}, 503)
-        if (seconds := self.engine.step_seconds) > STALL_SECONDS:
+        if (seconds := self.engine.step_seconds) > STALL_SECONDS and not self.engine.warming:
             return json_response({"status": "stalled", "seconds": round(seconds)}, 503)
         pages = {"total": engine.pages, "free": engine.cache.available}
         load = {"running": len(engine.running), "waiting": len(engine.waiting), "pages": pages}
@@ -180,8 +183,8 @@ class Service:
         return json_response({"status": "ok", "model": self.name, **load, "limits": limits})
 
     async def _ready(self, request: "Request") -> "Response":
-        """Return what /health returns, or 503 while requests would wait for kernels to be compiled."""
-        if self.engine.alive and not self.engine.warm:
+        """Return what /health returns, or 503 during the warm-up, but for at most WARM_SECONDS."""
+        if self.engine.warming:
             return json_response({"status": "warming up"}, 503, {"retry-after": "1"})
         return await self._health(request)
 

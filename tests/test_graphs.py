@@ -295,6 +295,21 @@ def test_after_the_warm_up_no_request_waits_for_a_capture(monkeypatch):
     assert engine.cache.available == engine.pages
 
 
+@pytest.mark.parametrize(("prefill", "numbers"), [(600, [8, 32, 64, 128, 512, 600]), (40, [8, 32, 40])])
+def test_the_warm_up_has_prompts_of_many_sizes_alone_and_behind_a_cached_page(prefill, numbers, monkeypatch):
+    """Kernels depend on the number of rows, and on whether keys are in the cache."""
+    monkeypatch.setattr(graphs.torch, "compile", lambda f, **_: f)
+    engine, seen = on_graphs(small_mm1().eval(), tokens=1024, batch=1, prefill=prefill), []
+    rows = engine.cache.rows
+    engine.cache.rows = lambda tables, starts, ends: seen.append((*starts, *ends)) or rows(tables, starts, ends)
+    for _ in engine.warm_up():
+        engine.step()
+    for number in numbers:
+        assert (0, number) in seen
+        assert (PAGE, PAGE + number) in seen
+    assert not engine.running
+
+
 def test_a_context_without_room_for_an_image_is_warmed_up_with_text(monkeypatch):
     monkeypatch.setattr(graphs.torch, "compile", lambda f, **_: f)
     model = small_mm1().eval()

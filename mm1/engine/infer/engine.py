@@ -43,6 +43,7 @@ from mm1.kernels.dispatch import cdiv
 TOKENS = 65_536  # default size of the cache
 ROWS = {"cpu": 512, "cuda": 8192}  # rows of prompts in a step; chunking makes a long prompt 15 % slower
 PATCHES = {"cpu": 2048, "cuda": 32_768}  # patches of images in a step
+WARM_ROWS = 8, 32, 64, 128, 512  # rows of prompts in the steps of a warm-up, beside the limit of a step
 SCORED = 256  # rows whose logits are in memory at once when a prompt is scored
 
 Next = tuple[Tensor, list[int], list[float]]  # logits [B, V], the next tokens and their log-probabilities
@@ -152,15 +153,15 @@ class Engine:
     def warm_up(self) -> Iterator[None]:
         """Do on a GPU, part by part, what the first requests would wait for: compile kernels and capture graphs.
 
-        The caller takes steps between the parts. On a CPU there are no parts. Raises Busy if the queue is full, and
-        RuntimeError if a prompt of the warm-up fails.
+        Prompts have WARM_ROWS rows, up to the limit of a step, because kernels depend on their number; kernels for
+        other numbers may still be compiled later, as those for batches of images, scores and beams are. The caller
+        takes steps between the parts. On a CPU there are no parts. Raises Busy if the queue is full, and RuntimeError
+        if a prompt of the warm-up fails.
         """
         if not self.graphs:
             return
-        tokens = min(self.model.config.images.slots + 2 * PAGE, self.context)
-        document = sample_document(self.model, tokens)
-        for _ in range(2):  # the second prompt finds its first pages in the cache, which takes other kernels
-            request = self.submit(document, Sampling(max_tokens=1))
+        for prompt in self._warm_up_prompts():
+            request = self.submit(prompt, Sampling(max_tokens=1))
             while not request.finish:
                 yield
             if request.error:
@@ -168,6 +169,20 @@ class Engine:
         for kind in self.graphs.kinds:
             self.graphs.capture(kind)
             yield
+
+    def _warm_up_prompts(self) -> Iterator[Document]:
+        """Yield prompts of an image, then texts of each number of rows; each alone, and behind pages in the cache.
+
+        Rows behind cached pages take other kernels. No two texts of other numbers of rows begin alike.
+        """
+        sample = sample_document(self.model, min(self.model.config.images.slots + 2 * PAGE, self.context))
+        yield from (sample, sample)
+        limit = min(self.schedule.prefill, self.context - PAGE)
+        first, *others = (token for token in range(len(WARM_ROWS) + 3) if token != self.tokenizer.image)
+        yield Document(np.full(PAGE, first, np.int32), (), "")
+        for rows, token in zip(sorted({*WARM_ROWS, limit}), others):
+            for cached in (0, PAGE) if 0 < rows <= limit else ():
+                yield Document(np.repeat(np.array([first, token], np.int32), [cached, rows]), (), "")
 
     def forget(self) -> None:
         """Drop the prefix cache and the cached features of images."""

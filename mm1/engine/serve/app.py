@@ -183,7 +183,10 @@ class Service:
         return json_response({"status": "ok", "model": self.name, **load, "limits": limits})
 
     async def _ready(self, request: "Request") -> "Response":
-        """Return what /health returns, or 503 during the warm-up, but for at most WARM_SECONDS."""
+        """Return what /health returns, or 503 during the warm-up, but for at most WARM_SECONDS.
+
+        Afterwards too, a request may wait for a kernel; see Engine.warm_up.
+        """
         if self.engine.warming:
             return json_response({"status": "warming up"}, 503, {"retry-after": "1"})
         return await self._health(request)

@@ -54,6 +54,11 @@ def case(*ops):
     return run
 
 
+def slowly(run):
+    """Return a case that takes most of the time that a case may take in tests."""
+    return lambda: time.sleep(1.2) or run()
+
+
 def raising(y):
     raise RuntimeError("layout")
 
@@ -78,6 +83,7 @@ CHECKS = {
     "deaths": [("a", right), ("b", dying), ("c", dying), ("d", right)],
     "hangs": [("a", hanging), ("b", right)],
     "op hangs": [("a", case(op("stuck", lambda y: hanging())))],
+    "whole": [("slow", slowly(case(bad, sound, other)))],
     "ops": [
         ("sound", case(sound, other)),
         ("bad", case(sound, bad, other)),
@@ -92,4 +98,4 @@ CHECKS = {
 
 if __name__ == "__main__":
     check, skip, path = sys.argv[1:]
-    run_check(CHECKS[check], int(skip), Path(path))
+    run_check(CHECKS[check], int(skip), Path(path), wait=check != "whole")

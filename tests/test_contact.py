@@ -44,6 +44,14 @@ def test_errors_deaths_and_hangs_cost_one_case_each(tmp_path, capsys):
     assert "no kernel image is available" in capsys.readouterr().out
 
 
+def test_the_search_for_whom_to_blame_is_no_hang(tmp_path):
+    """It repeats the case for each op; together the attempts take longer than a case may take."""
+    assert not contact(record := Record(), ["whole"], patience=3, command=BAD)
+    assert [(row["case"], row["status"], row["blamed"]) for row in record.rows] == [
+        ("slow", "wrong", [["bad", "float32"]])
+    ]
+
+
 def test_later_runs_avoid_the_ops_to_blame(tmp_path, monkeypatch, capsys):
     """An op is to blame without whose kernels the case is right, or that ran when the process ended."""
     monkeypatch.setenv("MM1_CACHE", str(tmp_path))

@@ -323,7 +323,7 @@ def run_check(cases: Iterable[tuple[str, Case]], skip: int, out: Path, wait: boo
                 result = attempt(run)
                 alive = attempt(lambda: {})["status"] == "right"
                 if result["status"] != "right":
-                    result["blamed"] = to_blame(run, ops) if alive else ops[-1:] if wait else []
+                    result["blamed"] = to_blame(run, ops, say) if alive else ops[-1:] if wait else []
             say(**result, seconds=time.monotonic() - begin)
             if not alive:
                 sys.exit(DEAD)
@@ -341,10 +341,14 @@ def attempt(run: Case) -> dict[str, Any]:
         return {"status": status, "why": f"{type(error).__name__}: {error}"[:500], "traceback": text[-6000:]}
 
 
-def to_blame(run: Case, ops: Sequence[Op]) -> list[Op]:
-    """Return the op without whose kernels the case is right, or all ops of the case, or none if it is wrong anyway."""
+def to_blame(run: Case, ops: Sequence[Op], say: Callable[..., None]) -> list[Op]:
+    """Return the op without whose kernels the case is right, or all ops of the case, or none if it is wrong anyway.
+
+    say: called before each attempt, because a case that says nothing for long counts as hung.
+    """
     distinct = list(dict.fromkeys(reversed(ops)))
     for suspects in [*([op] for op in distinct), distinct]:
+        say(suspects=suspects)
         with plain_ops(*(name for name, _ in suspects)):
             if suspects and attempt(run)["status"] == "right":
                 return [op for op in distinct if op[0] in {name for name, _ in suspects}]

@@ -32,7 +32,7 @@ from mm1.kernels.fallback import memory, remember
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "mm1.bench.contact", "--run")
 PAUSE = 0.2  # seconds between two looks at the processes
-PATIENCE = {"cuda": 120.0, "cpu": 600.0}  # seconds that a case may take, compilation included
+PATIENCE = {"cuda": 120.0, "cpu": 600.0}  # seconds of a case, or of one attempt of the search for whom to blame
 START = 300.0  # seconds that a process may take to begin its first case
 
 
@@ -69,7 +69,7 @@ class Process:
                     self.case, self.ops = "", []
                 elif "begins" in line:
                     self.ops = [line["begins"]]
-                else:
+                elif "case" in line:
                     self.case, self.begun = line["case"], self.begun + 1
 
     def row(self, **fields: Any) -> dict[str, Any]:

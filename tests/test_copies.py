@@ -1,6 +1,7 @@
 """Test the bf16 copies of weights that a training step computes with."""
 
 import dataclasses
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm1.engine.layers.layer import blocks_to_shard
 from mm1.engine.models.mm1 import MM1
+from mm1.engine.train import copies
 from mm1.engine.train.copies import WeightCopies
 from mm1.engine.train.prepare import compile_blocks
 from mm1.engine.train.recompute import recompute_blocks
@@ -30,11 +32,11 @@ def model_of(experts: int, recompute: str = "none", compiled: bool = False) -> M
     return model
 
 
-def gradients(model: MM1, copies) -> list[torch.Tensor]:
+def gradients(model: MM1, context) -> list[torch.Tensor]:
     """Return the gradients of three micro-batches."""
     torch.manual_seed(0)
     batches = [packed([document((6, 6), 20, (8, 8), 30) for _ in range(2)]) for _ in range(3)]
-    with copies:
+    with context:
         for batch in batches:
             with torch.autocast("cpu", DTYPE):
                 objective = model(batch).objective
@@ -45,15 +47,22 @@ def gradients(model: MM1, copies) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "experts, recompute, compiled", [(0, "none", False), (4, "blocks", False), (4, "selective", True)]
 )
-def test_gradients_are_those_of_autocast_to_the_bit(experts, recompute, compiled):
+def test_gradients_are_those_of_autocast_to_the_bit(experts, recompute, compiled, monkeypatch):
+    """Each copy has a gradient in each micro-batch, also in compiled code."""
     torch.compiler.reset()
+    moved = []
+    move = copies._move_gradient
+    monkeypatch.setattr(copies, "_move_gradient", lambda weight, copy: moved.append(id(weight)) or move(weight, copy))
     truth = gradients(model_of(experts, recompute, compiled), nullcontext())
+    torch.compiler.reset()  # the guards of compiled code do not see the copies
     model = model_of(experts, recompute, compiled)
     for (name, _), found, expected in zip(
         model.named_parameters(), gradients(model, WeightCopies(model, DTYPE)), truth
     ):
         assert found.dtype == torch.float32
         assert torch.equal(found, expected), name
+    weights = [w for block in blocks_to_shard(model) for w in block.autocast_weights().values()]
+    assert Counter(moved) == {id(weight): 3 for weight in weights}
 
 
 class Casts(TorchDispatchMode):
@@ -90,16 +99,16 @@ def test_weights_and_gradients_are_cast_once_in_three_micro_batches_and_recomput
 
 def test_outside_a_step_a_model_has_its_parameters_alone():
     model = small_mm1()
-    copies, before = WeightCopies(model, DTYPE), model.state_dict(keep_vars=True)
+    weights, before = WeightCopies(model, DTYPE), model.state_dict(keep_vars=True)
     linear = model.decoder.blocks[0].mlp.gate
-    with copies:
+    with weights:
         assert linear.weight.dtype == DTYPE
         assert all(x is before[name] for name, x in model.state_dict(keep_vars=True).items())
         assert {id(p) for p in model.parameters()} <= {id(x) for x in before.values()}
     assert linear.weight is before["decoder.blocks.0.mlp.gate.weight"]
     with torch.no_grad():
         linear.weight.fill_(3.0)
-    with copies:
+    with weights:
         assert (linear.weight == 3.0).all(), "a step computes with the weights of the step before"
 
 

@@ -19,7 +19,9 @@ class WeightCopies:
     """Let blocks compute with copies of their matrices in autocast's dtype, inside a `with` statement.
 
     A copy is a plain attribute of its module, which Python finds before the parameter of this name. Optimizer,
-    checkpoints and `parameters()` see the fp32 parameters alone, and their gradients, which are summed in fp32.
+    checkpoints and `parameters()` see the fp32 parameters alone, and their gradients, which are summed in fp32. Code
+    that was compiled outside of the statement computes with the parameters inside too, unless its guards fail, as they
+    do after evaluation without gradients: they do not see the new attribute.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype):

@@ -170,7 +170,7 @@ class Replayed(Graphs):
     """_capture without CUDA: a replay runs the step and copies into what it returned."""
 
     def _capture(self, kind):
-        whole, draws = torch.from_numpy(self.inputs(kind, [], [], []).copy()), torch.zeros(kind.size, len(Draw._fields))
+        whole, draws = self._static_inputs(kind)
         logits, chosen = self.step(whole, draws if kind.sampled else None)
         self.captures = [*getattr(self, "captures", []), kind]
 
@@ -187,6 +187,13 @@ class OnSecondGPU(Graphs):
     def __init__(self, gpus, *arguments):
         super().__init__(*arguments)
         self.gpus, self.device = gpus, torch.device("cuda:1")
+
+    def _static_inputs(self, kind):
+        assert self.device == torch.device("cuda:1")
+        self.device = torch.device("cpu")
+        inputs = super()._static_inputs(kind)
+        self.device = torch.device("cuda:1")
+        return inputs
 
     def step(self, whole, draws):
         logits, chosen = super().step(whole, draws)

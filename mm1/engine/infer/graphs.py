@@ -121,7 +121,8 @@ class Graphs:
         cu_seqlens = torch.arange(len(whole) + 1, dtype=torch.int32, device=whole.device)
         rows = Rows(cu_seqlens, tables, positions.int() + 1, slots, max_new_rows=1, has_cached_rows=True)
         x = self.decoder.embedding(whole[:, 0])
-        # All engines of a process share the code of PARTS; each compiles four or five versions, and torch allows 8.
+        # All engines of a process share the code of PARTS. An engine compiles two versions of each function, a mixture
+        # four of the second, and torch allows 8 of a function.
         with torch._dynamo.config.patch(recompile_limit=64):
             hidden = hidden_states(
                 self.decoder, x, positions, self.cache.attends(rows), mask=tables[:, 0] != self.spare,
@@ -138,9 +139,13 @@ class Graphs:
             self.captured[kind] = self._capture(kind)
         return self.captured[kind]
 
+    def _static_inputs(self, kind: Kind) -> tuple[Tensor, Tensor]:
+        """Return `whole` and `draws` of Captured, of which no row is used yet."""
+        whole = torch.from_numpy(self.inputs(kind, [], [], []).copy()).to(self.device)
+        return whole, torch.tensor([GREEDY] * kind.size, dtype=torch.float32, device=self.device)
+
     def _capture(self, kind: Kind) -> Captured:
-        whole = torch.from_numpy(self.inputs(kind, [], [], []).copy()).to(self.cache.k.device)
-        draws = self.cache.k.new_tensor([GREEDY] * kind.size, dtype=torch.float32)
+        whole, draws = self._static_inputs(kind)
         step = partial(self.step, whole, draws if kind.sampled else None)
         with torch.cuda.device(self.device):
             stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)

@@ -81,7 +81,6 @@ GPU = Scale(("mm1-1b", "mm1-3b"), (1, 2, 4, 8, 16, 32, 64, 128), 32_768, 16_384,
 CPU = Scale(("digits", "digits-30m"), (1, 8), 2048, 512, 200)
 PREFILLED = (1, 8)  # batches to prefill
 
-
 # Stands in for a tokenizer: all texts are empty, and no token ends them.
 TOKENS = SimpleNamespace(
     image=IMAGE, eos=-1, pieces=lambda ids, continued=False: [b""] * len(ids), has_text=lambda token: False

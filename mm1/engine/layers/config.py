@@ -127,8 +127,8 @@ class Decoder:
     moe_every: Count = 2
     """Interval n of MoE layers: layers n, 2n, 3n, …, counted from 1, are MoE layers."""
     moe_backend: Annotated[str, OneOf("mm1", "torch", "megablocks"), MayChange()] = "mm1"
-    """Implementation of the experts: this project's kernels; "torch" (its grouped_mm) and "megablocks" (CUDA, bf16)
-    are for comparison."""
+    """Implementation of the experts in training: this project's kernels; "torch" (its grouped_mm) and "megablocks"
+    (CUDA, bf16) are for comparison. Generation uses this project's kernels."""
     load_balance: Annotated[PositiveOrZero, MayChange()] = 0.01
     """Weight of the load-balancing loss of MoE layers; MM1's is 0.01."""
     z_loss: Annotated[PositiveOrZero, MayChange()] = 0.001

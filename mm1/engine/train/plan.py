@@ -263,8 +263,9 @@ def memory(run: Run, gpus: int, load: Workload, imbalance: float = IMBALANCE) ->
     for s in parts:
         blocks[s.block] += s.used
     outside, sizes = blocks.pop(""), [*blocks.values()]
-    # A single GPU stores autocast's bf16 copy of every weight. FSDP gathers the next block while one computes; autocast
-    # copies the fp32 weights outside of blocks. The gradients of one block at a time are copied to fp32 and reduced.
+    # A single GPU stores a bf16 copy of every weight: those of blocks stay between steps, and autocast makes the others
+    # (see copies.py). FSDP gathers the next block while one computes; autocast copies the fp32 weights outside of
+    # blocks. The gradients of one block at a time are copied to fp32 and reduced.
     gathered = 2 * stored if alone else 6 * outside + 2 * max(map(sum, zip(sizes, [*sizes[1:], 0])))
     received = fullest(run, imbalance) if p.expert > 1 and _experts(run.model) else 0.0
     layout = Layout(2, tensor=p.tensor, received=received)

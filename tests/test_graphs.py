@@ -1,6 +1,5 @@
 """What a CUDA graph of the decoding step would hold, run without one."""
 
-import re
 import threading
 from contextlib import nullcontext
 
@@ -10,7 +9,6 @@ import torch
 from conftest import compiles, relative_error
 from small import SLOTS, document, small_mm1, small_model
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_gpus import TwoGPUs
 
@@ -88,27 +86,29 @@ def test_settings_of_each_row_are_obeyed_inside(monkeypatch):
     assert torch.allclose(chosen[:, 1], logits.log_softmax(-1)[range(4), chosen[:, 0].long()].double())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 4])
-def test_compiled_code_writes_into_the_cache_and_copies_none_of_it(number):
-    """A copy would cost a step more than all weights do. No loop and no buffer has a multiple of the cache's pages."""
+def test_compiled_code_never_sees_the_cache(number, monkeypatch):
+    """Inductor may copy what code writes into, and a copy of the cache would cost a step more than all weights do."""
     torch._dynamo.reset()
-    decoder, pages = small_mm1(experts=number).eval().decoder, 41  # a prime number that divides no other size
-    cache = Cache(decoder.config, pages, torch.device("cpu"), torch.float32)
+    seen, compiled = [], torch.compile
+
+    def backend(module, _):
+        def run(*inputs):
+            seen.extend(x for x in (*inputs, *module.parameters(), *module.buffers()) if isinstance(x, torch.Tensor))
+            return module(*inputs)
+
+        return run
+
+    monkeypatch.setattr(graphs.torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
+    decoder = small_mm1(experts=number).eval().decoder
+    cache = Cache(decoder.config, 41, torch.device("cpu"), torch.float32)
     ours = Graphs(decoder, Head(decoder), cache, 8)
     tables = [np.array([p], np.int32) for p in range(1, 6)]
-    whole = torch.from_numpy(ours.inputs(Kind(8, 40, False), [5] * 5, [3] * 5, tables))
     with torch.inference_mode():
-        _, codes = run_and_get_code(ours.step, whole, None)
-    code = "\n".join(codes)
-    assert len(codes) == (3 if number else 2)
-    loops = re.findall(r"<\s*static_cast<int64_t>\((\d+)L\)", code)
-    buffers = re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", code)
-    assert loops
-    assert buffers
-    sizes = {int(size) for text in (*loops, *buffers) for size in re.findall(r"\d+", text)}
-    assert not {size for size in sizes if size and size % pages == 0}
-    assert not re.findall(r"torch\.ops\.aten\.(\w*(?:clone|copy|index)\w*)", code)
+        ours.step(torch.from_numpy(ours.inputs(Kind(8, 40, False), [5] * 5, [3] * 5, tables)), None)
+    storages = {x.untyped_storage().data_ptr() for x in seen}
+    assert {p.untyped_storage().data_ptr() for p in decoder.blocks.parameters()} <= storages
+    assert not storages & {x.untyped_storage().data_ptr() for x in (cache.k, cache.v)}
 
 
 class Seen(TorchDispatchMode):

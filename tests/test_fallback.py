@@ -24,11 +24,13 @@ from mm1.engine.infer.graphs import Graphs
 from mm1.engine.infer.sampling import GREEDY
 from mm1.engine.layers.blocked import Head
 from mm1.kernels import fallback
+from mm1.kernels.abstractor import adaptive_pool
 from mm1.kernels.attention import plain
 from mm1.kernels.attention.flash import flash as flash_attention
 from mm1.kernels.dispatch import launch
 from mm1.kernels.fallback import guarded, plain_calls, plain_ops, remember, remembered, watching
 from mm1.kernels.moe.quantized import linear_8, moe_mlp_8
+from mm1.kernels.patches import Grids, patch_embed
 from mm1.kernels.tuning import pinned
 
 
@@ -175,6 +177,34 @@ def test_errors_of_tritons_compiler_are_recovered_from():
 def test_too_little_memory_is_raised(error):
     with pytest.raises(type(error)):
         doubling(failing(error))[0](torch.ones(1))
+
+
+def test_the_kernels_error_is_shown_where_plain_torch_refuses_the_input():
+    def body(x: Tensor) -> Tensor:
+        launch(failing(OUT_OF_RESOURCES), 1, x_ptr=x)
+        return x
+
+    def plain(x: Tensor) -> Tensor:
+        raise fallback.Unsupported("toy: patches of image 0 is 3, expected 4")
+
+    op = guarded("refused", body, plain)
+    with pytest.warns(RuntimeWarning), pytest.raises(fallback.KernelError, match="shared memory"):
+        op(torch.ones(1))
+    with pytest.raises(ValueError, match="expected 4"):  # the warning has named the kernel's error
+        op(torch.ones(1))
+
+
+@not_interpreted
+def test_images_that_are_cut_off_are_refused_in_one_line():
+    few = [torch.tensor([number]) for number in (0, 3, 2, 2)]  # three patches of 2 × 2
+    grids = Grids.of_tensors(*few, 4)
+    weight = torch.zeros(8, 12)
+    for call in (
+        lambda: adaptive_pool(torch.zeros(4, 8), grids, (2, 2)),
+        lambda: patch_embed(torch.zeros(16, 3), grids, weight, patch_size=2),
+    ):
+        with pytest.raises(ValueError, match="patches of image 0 is 3, expected 4"):
+            call()
 
 
 def test_errors_outside_of_launches_are_raised():

@@ -8,10 +8,11 @@ An op falls back for tensors of the same dtypes on the same kind of GPU
 It warns when it falls back first. MM1_STRICT=1 raises the error of the kernel instead, and ignores what `mm1 doctor`
 found; so does a configuration that the caller pinned, because `mm1 tune` must see that it fails.
 
-Three kinds of errors are raised as they are. Too little memory, as the plain op needs more. An error after which the
+Four kinds of errors are raised as they are. Too little memory, as the plain op needs more. An error after which the
 GPU fails every call of this process, such as an illegal memory access, which a synchronization shows. And an error
 during the capture of a CUDA graph: the plain ops read sizes on the host, which ends a capture, so a step must run once
-before it is captured, and without a graph if `plain_calls` rose in that run.
+before it is captured, and without a graph if `plain_calls` rose in that run. And the error of a kernel for images of
+which the batch lacks some patches: plain `patch_embed`, `conv_block` and `adaptive_pool` take whole images alone.
 """
 
 import hashlib
@@ -39,6 +40,10 @@ class KernelError(RuntimeError):
     def __init__(self, kernel: str, error: BaseException):
         lines = str(error).strip().splitlines() or [""]
         super().__init__(f"{kernel}: {type(error).__name__}: {lines[-1 if lines[0].startswith('at ') else 0]}")
+
+
+class Unsupported(ValueError):
+    """Raised by an op in plain torch for input that its kernels alone take."""
 
 
 class _State:
@@ -92,17 +97,21 @@ def guarded(name: str, body: Callable, plain: Callable) -> Callable:
 
     @wraps(body)
     def run(*arguments: Any) -> Any:
-        if not _State.idle and _runs_plain(name, arguments):
-            _State.calls += 1
-            return plain(*arguments)
-        try:
-            return body(*arguments)
-        except KernelError as error:
-            key = _key(name, arguments)
-            _update(failed=_failed() | {key: str(error)})
-            _warn(key)
+        failure: KernelError | None = None
+        if _State.idle or not _runs_plain(name, arguments):
+            try:
+                return body(*arguments)
+            except KernelError as error:
+                failure, key = error, _key(name, arguments)
+                _update(failed=_failed() | {key: str(error)})
+                _warn(key)
         _State.calls += 1
-        return plain(*arguments)
+        try:
+            return plain(*arguments)
+        except Unsupported:
+            if failure:
+                raise failure from failure.__cause__
+            raise
 
     return run
 

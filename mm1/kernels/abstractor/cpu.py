@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import torch.nn.grad
 from torch import Tensor
 
-from mm1.kernels.dispatch import expect, wide
+from mm1.kernels.dispatch import wide
+from mm1.kernels.fallback import Unsupported
 
 EPS = 1e-5
 CHUNK = 1 << 20  # values of one step, 4 MB: with 1 MB two threads wait too often, 16 MB exceed the cache
@@ -49,12 +50,13 @@ class Run(NamedTuple):
 
 
 def runs(table: Tensor, op: str) -> list[Run]:
-    """Return the runs of images; raise ValueError for an image of which some patches are missing."""
+    """Return the runs of images; raise Unsupported for an image of which some patches are missing."""
     result: list[Run] = []
     for i, (row, rows, h, w) in enumerate(table.tolist()):
         if rows == 0:
             continue
-        expect(rows == h * w, op, f"patches of image {i}", rows, h * w)
+        if rows != h * w:
+            raise Unsupported(f"{op}: patches of image {i} is {rows}, expected {h * w}")
         last = result[-1] if result else Run(-1, 0, -1, 0, 0)
         if (last.h, last.w, last.images.stop, last.rows.stop) == (h, w, i, row):
             result[-1] = last._replace(n=last.n + 1)

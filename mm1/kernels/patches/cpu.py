@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm1.kernels.dispatch import wide
+from mm1.kernels.fallback import Unsupported
 
 
 def patch_embed(
@@ -65,7 +66,7 @@ def patch_embed_backward(
     if need_x:
         dpatches = dy.to(dtype) @ _per_value(weight.to(dtype), scale, shift)[0]
         dx = torch.zeros_like(x)
-        for first, rows, h, w in _images(images):
+        for first, rows, h, w in _whole_images(images):
             image = dx[first * patch * patch : (first + rows) * patch * patch].view(h, patch, w, patch, 3)
             part = dpatches[first : first + rows]
             if merge > 1:
@@ -85,7 +86,7 @@ def _cut(x: Tensor, images: Tensor, patches: int, p: int, merge: int, dtype: tor
     """Cut pixels [ΣHW, 3] into patches [P, p·p·3], minus 128 for bytes; return them and the number of used rows."""
     cut = x.new_empty(patches, p * p * 3, dtype=dtype)
     end = 0
-    for first, rows, h, w in _images(images):
+    for first, rows, h, w in _whole_images(images):
         image = x[first * p * p : (first + rows) * p * p].view(h, p, w, p, 3).transpose(1, 2)
         if merge > 1:
             image = image.reshape(h * w, -1)[_block_order(h, w, merge)].view(h, w, p, p, 3)
@@ -100,6 +101,14 @@ def _cut(x: Tensor, images: Tensor, patches: int, p: int, merge: int, dtype: tor
 def _images(images: Tensor) -> list[tuple[int, int, int, int]]:
     """Return (first row, rows, h, w) of the images that have rows."""
     return [(first, rows, h, w) for first, rows, h, w in images.tolist() if rows]
+
+
+def _whole_images(images: Tensor) -> list[tuple[int, int, int, int]]:
+    """Return what _images returns; raise Unsupported for an image of which some patches are missing."""
+    for i, (_, rows, h, w) in enumerate(images.tolist()):
+        if rows not in (0, h * w):
+            raise Unsupported(f"patch_embed: patches of image {i} is {rows}, expected {h * w}")
+    return _images(images)
 
 
 def positions(

@@ -15,6 +15,7 @@ from mm1.kernels.moe.experts import moe_mlp
 from mm1.kernels.moe.grouped import grouped_gemm, grouped_gemm_dw
 from mm1.kernels.moe.routing import choose, route, sort_by_expert
 from mm1.kernels.patches.embedding import embed_patches, patch_embed
+from mm1.kernels.patches.loss import patch_loss
 from mm1.kernels.patches.position_tables import positions
 
 SIZES = [(2, 3), (4, 1), (3, 3)]  # of images, in patches
@@ -85,6 +86,11 @@ def every_op(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "embed_patches": Call(
             embed_patches, {"patches": r(PATCHES, 48), "weight": r(8, 48), "bias": r(8), "pos_embed": r(4, 4, 8)},
             {"grids": SIZES}, ("patches", "weight", "bias", "pos_embed"),
+        ),
+        "patch_loss": Call(
+            patch_loss, {"x": r(9, 16), "weight": r(48, 16), "bias": r(48), "pixels": pixels,
+                         "rows": integers(PATCHES + 1, 9)},
+            {"grids": SIZES, "patch_size": 4, "mean": (0.5,) * 3, "std": (0.2,) * 3}, ("x", "weight", "bias"),
         ),
         "positions": Call(positions, {"table": r(4, 4, 8)}, {"grids": SIZES}, ("table",)),
         "conv_block": Call(_block, {"x": r(PATCHES, C), **block}, {"grids": SIZES}, ("x", *block)),

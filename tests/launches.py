@@ -33,6 +33,7 @@ LARGE: dict[str, list[tuple[Any, ...]]] = {
     "moe_mlp": [("olmoe", 8192)],
     "patch_embed": [("native", 4, 1280), ("native", 4, 1152, 16)],
     "embed_patches": [("native", 4, 1152, 16)],
+    "patch_loss": [("square", 4, 2048), ("native", 4, 1024)],
     "qwen_embed": [("native", 4, 1280)],
     "conv_block": [("square", 2, 1024)],
     "adaptive_pool": [("square", 64, 1024)],

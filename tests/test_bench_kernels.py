@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mm1.autotune.space import Inputs
-from mm1.bench import kernels, ops
+from mm1.bench import image_sizes, kernels, ops
 from mm1.bench.kernels import Bench
 from mm1.bench.ops import OPS
 from mm1.bench.peers import PEERS, Peer, Way, missing
@@ -23,6 +23,7 @@ LIMITS = {"copy": 1e10, "gemm": {"fp32": 1e11, "bf16": 1e11}}
 TINY = {
     "moe_mlp": ("tiny", 12), "grouped_gemm": (20, 3, 16, 24), "route": (20, 8, 2), "patch_embed": ("native", 2, 16),
     "embed_patches": ("budget", 2, 16), "qwen_embed": ("native", 2, 16),
+    "patch_loss": ("native", 2, 16),
     "conv_block": ("mixed", 2, 16), "c_abstractor": ("mixed", 2, 16),
     "adaptive_pool": ("mixed", 2, 16), "attention": (3, 20, 4, 2, 16, True),
     "paged_attention": (3, 20, 40, 4, 2, 16), "linear_cross_entropy": (20, 16, 64),
@@ -33,7 +34,7 @@ PRESENT = [peer for peer in PEERS if missing(peer, "cpu") is None and peer.name 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setitem(ops.LAYERS, "tiny", ops.Layer("tiny", 32, 48, 4, 2))
-    monkeypatch.setattr(ops, "NATIVE", [(5, 3), (2, 7)])
+    monkeypatch.setattr(image_sizes, "NATIVE", [(5, 3), (2, 7)])
     for op, sizes in TINY.items():
         monkeypatch.setitem(OPS[op].cases["cpu"], "tiny", sizes)
 

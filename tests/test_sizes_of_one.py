@@ -12,7 +12,7 @@ from mm1.kernels.device import DEVICES
 from mm1.kernels.dispatch import recording
 from mm1.kernels.linear_cross_entropy import loss_in_place
 from mm1.kernels.moe import combine, experts, few_tokens, grouped, routing
-from mm1.kernels.patches import embedding, position_tables
+from mm1.kernels.patches import embedding, loss, position_tables
 from mm1.kernels.patches.grids import Grids
 
 pytestmark = compiles
@@ -54,6 +54,14 @@ def image_calls():
                 yield lambda p=pixels, w=weight, t=table, g=grids, k=patch, how=how: embedding.forward(
                     p, w, None, t, g.table, g.owner, k, [1.0] * 3, [0.0] * 3, *how
                 )
+        for patch, channels in ((1, 1), (14, 3)):
+            x, rows, weight = empty(count, D), integers(count), empty(patch**2 * channels, D)
+            pixels, scale = empty(count * patch**2, channels, dtype=torch.uint8), [1.0] * channels
+            how = pixels, rows, [grids.table, grids.owner], [patch, patch, 1], scale, scale, 1e-6, torch.bfloat16
+            yield lambda x=x, w=weight, how=how: loss.forward(x, w, None, *how)
+            yield lambda x=x, w=weight, how=how, n=count: loss.backward(
+                empty(n, dtype=FP32), x, w, empty(len(w)), *how, [True] * 3
+            )
         yield lambda g=grids, n=count, D=D: pooling.forward(empty(n, D), g.table, g.owner, 1, 1)
 
 

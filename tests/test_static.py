@@ -8,7 +8,7 @@ from mm1.autotune.static import Compiled, compile_launch, distinct
 from mm1.kernels import tiles
 from mm1.kernels.dispatch import DEVICES, Launch, recording
 from mm1.kernels.moe import experts, grouped, routing
-from mm1.kernels.patches import embedding, position_tables
+from mm1.kernels.patches import embedding, loss, position_tables
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COARSE, FINE = (4096, 14336, 8, 2), (2048, 768, 128, 8)  # Mixtral 8×7B, Qwen3-30B
@@ -72,6 +72,16 @@ def embed(p, width, side, dtype=BF16, pixels=torch.uint8, mode="bilinear"):
     position_tables.backward(dy, geometry[0], table.shape, *interpolation)
 
 
+def predict_patches(width, dtype=BF16, p=14, channels=3):
+    """Compute the loss of half of the patches of 64 images of 16 × 16 patches, both ways."""
+    R, K = 64 * 128, p * p * channels
+    inputs = empty(R, width, dtype=dtype), empty(K, width, dtype=dtype), empty(K, dtype=dtype)
+    pixels, geometry = empty(2 * R * p * p, channels, dtype=torch.uint8), [ints(64, 4), ints(2 * R)]
+    settings = [p, p, 1], [0.02] * channels, [0.1] * channels, 1e-6, dtype
+    loss.forward(*inputs, pixels, ints(R), geometry, *settings)
+    loss.backward(empty(R, dtype=FP32), *inputs, pixels, ints(R), geometry, *settings, [True] * 3)
+
+
 CALLS = {
     "coarse": lambda: layer(8192, COARSE),
     "fine": lambda: layer(8192, FINE),
@@ -89,10 +99,14 @@ CALLS = {
     "vit-h-14": lambda: embed(14, 1280, 27),
     "so400m-16 cubic": lambda: embed(16, 1152, 24, mode="bicubic"),
     "vit-b-5 odd": lambda: embed(5, 768, 27, pixels=FP32),
+    "aim": lambda: predict_patches(2048),
+    "aimv2 fp16": lambda: predict_patches(1024, FP16),
+    "spectrogram": lambda: predict_patches(768, p=16, channels=1),
+    "aim fp32": lambda: predict_patches(2048, FP32),
     "vit-l-14 fp32": lambda: embed(14, 1024, 24, FP32),
 }
 MULTIPLY = ("_up_kernel", "_gemm_kernel", "_dh_kernel", "_dw_kernel", "_few_kernel", "_embed_kernel",
-            "_embed_dw_kernel", "_dtable_kernel")  # fmt: skip
+            "_embed_dw_kernel", "_dtable_kernel", "_error_kernel")  # fmt: skip
 BY_POINTERS = ("_embed_dw_kernel", "_dtable_kernel")  # their operands are gathered
 
 
@@ -124,13 +138,13 @@ def check(call: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["coarse", "fine", "gpt-oss", "gradient", "fp32", "decode 1", "decode 16", "route",
-                                  "route wide", "vit-h-14"])  # fmt: skip
+                                  "route wide", "vit-h-14", "aim"])  # fmt: skip
 def test_h200_code_has_wgmma_bulk_copies_and_no_spills(call):
     check(call, "h200")
 
 
 @pytest.mark.parametrize("device", ["a100", "b200", "rtx5090", "mi300x"])
-@pytest.mark.parametrize("call", mostly_slow("coarse", "vit-h-14"))
+@pytest.mark.parametrize("call", mostly_slow("coarse", "vit-h-14", "aim"))
 def test_other_gpus_have_code_that_fits(call, device):
     check(call, device)
 

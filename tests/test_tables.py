@@ -64,7 +64,7 @@ def closed_form(kernel, config, shape, dtype, device):
         return attention.shared_bytes("flash", config, power_of_2(shape.width), dtype.itemsize, device)
     if kernel == "conv_gate":
         return gate.shared_bytes(config, shape, dtype, device)
-    if kernel.startswith("patch_embed"):
+    if kernel.startswith("patch_"):
         return patches.shared_bytes(config, shape, dtype, device)
     if kernel == "grouped_gemm_dw":
         return tiles.shared_bytes(config, Shape(shape.k, 1, 128, shape.n), dtype.itemsize, device, stores=False)

@@ -17,6 +17,7 @@ TINY = {
     "grouped_gemm": (24, 3, 48, 40, False), "grouped_gemm_dw": (24, 3, 48, 40, True, False),
     "experts_up": (24, 3, 48, 40, True), "experts_dh": (24, 3, 48, 80, False), "few_tokens": (6, 4, 48, 40, True),
     "patch_embed": (10, 588, 32), "patch_embed_dw": (10, 48, 32), "conv_gate": (20, 32, 32),
+    "patch_loss": (10, 32, 48),
     "paged_attention": (64, 16, 6, 16), **dict.fromkeys(("flash", "flash_dq", "flash_dkv"), (24, 2, 1, 16, True)),
 }  # fmt: skip
 

@@ -20,9 +20,9 @@ from mm1.kernels.dispatch import cdiv, power_of_2
 from mm1.kernels.moe import experts, few_tokens, grouped
 from mm1.kernels.moe.grouped import DwShape
 from mm1.kernels.moe.routing import sort_by_expert
-from mm1.kernels.patches import embedding
+from mm1.kernels.patches import embedding, loss
 from mm1.kernels.patches.grids import Grids
-from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape
+from mm1.kernels.patches.tiles import EMBED, EMBED_DW, LOSS, PatchShape
 from mm1.kernels.tiles import Shape
 from mm1.kernels.tuning import Tunable, TuneError
 
@@ -104,6 +104,7 @@ EMBEDDINGS = (
     (1024, 588), (1152, 588), (1280, 588), (768, 768), (1024, 768), (1152, 768), (1280, 1176), (1152, 1536),
 )  # fmt: skip
 PIXELS = (588, 768)  # values of a patch that is cut from pixels
+HEADS_OF_PIXELS = (2048, 1024)  # widths of AIM's and AIMv2's heads, which predict patches of 588 values
 CHANNELS = (768, 1024)  # of C-Abstractors
 HEADS = ((16, 16, 80, False), (16, 16, 64, False), (32, 8, 128, True))  # (H, G, Dh, causal)
 # (key-value heads, query heads for each) of MM1-3B, MM1-7B and Qwen3-30B-A3B, all of width 128
@@ -124,6 +125,10 @@ def _row_shapes() -> Iterator[RowShape]:
 
 def _embed_shapes() -> Iterator[PatchShape]:
     return (PatchShape(patches, k, width) for width, k in EMBEDDINGS for patches in octaves(256, 262144))
+
+
+def _loss_shapes() -> Iterator[PatchShape]:
+    return (PatchShape(rows, width, PIXELS[0]) for width in HEADS_OF_PIXELS for rows in octaves(256, 131072))
 
 
 def _flash_shapes() -> Iterator[FlashShape]:
@@ -197,20 +202,45 @@ def _embed(s: PatchShape, new: Inputs) -> Callable[[], Any]:
     if s.k not in PIXELS:
         patches = new.floats(s.patches, s.k)
         return lambda: embedding.embed(patches, weight, bias, table, *geometry, *modes)
-    pixels, side = _pixels(s, new), round((s.k // 3) ** 0.5)
+    pixels, side = _pixels(s.patches, s.k, new), round((s.k // 3) ** 0.5)
     return lambda: embedding.forward(pixels, weight, bias, table, *geometry, side, *NORMALISE, *modes)
 
 
 def _embed_dw(s: PatchShape, new: Inputs) -> Callable[[], Any]:
     grids, dy, weight = new.grids(s.patches), new.floats(s.patches, s.width), new.floats(s.width, s.k)
-    pixels = _pixels(s, new)
+    pixels = _pixels(s.patches, s.k, new)
     return lambda: embedding.backward(
         dy, pixels, weight, grids.table, grids.owner, round((s.k // 3) ** 0.5), *NORMALISE, 1, False, True
     )
 
 
-def _pixels(s: PatchShape, new: Inputs) -> Tensor:
-    x = torch.empty(s.patches * s.k // 3, 3, device=new.device, dtype=torch.uint8)
+def _loss(s: PatchShape, new: Inputs) -> Callable[[], Any]:
+    grids, side = new.grids(s.patches), round((s.width // 3) ** 0.5)
+    x, weight, bias = new.floats(s.patches, s.k), new.floats(s.width, s.k, scale=s.k**-0.5), new.floats(s.width)
+    rows = torch.arange(s.patches, device=new.device, dtype=torch.int32)
+    of = (
+        x,
+        weight,
+        bias,
+        _pixels(s.patches, s.width, new),
+        rows,
+        [grids.table, grids.owner],
+        [side, side, 1],
+        *NORMALISE,
+        1e-6,
+        x.dtype,
+    )
+
+    def run():
+        if new.device == "meta":  # the kernel of the gradients, whose time is mainly that of torch's products
+            loss.backward(new.floats(s.patches, dtype=torch.float32), *of, [True] * 3)
+        return loss.forward(*of)
+
+    return run
+
+
+def _pixels(patches: int, values: int, new: Inputs) -> Tensor:
+    x = torch.empty(patches * values // 3, 3, device=new.device, dtype=torch.uint8)
     return x if new.device == "meta" else x.random_(0, 256)
 
 
@@ -335,6 +365,7 @@ KERNELS = {
         Kernel(EMBED, ("_embed_kernel",), True, True, _embed_shapes, _embed),
         Kernel(EMBED_DW, ("_embed_dw_kernel",), True, True,
                lambda: (s for s in _embed_shapes() if s.k in PIXELS), _embed_dw),
+        Kernel(LOSS, ("_error_kernel",), True, True, _loss_shapes, _loss),
         Kernel(GATE, ("_gemm_kernel", "_gate_kernel"), True, True,
                lambda: (GateShape(rows, C, C) for C in CHANNELS for rows in ROWS), _gate),
         *_BY_ROWS,

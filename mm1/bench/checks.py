@@ -39,6 +39,7 @@ SMALL: dict[str, list[tuple[Any, ...]]] = {
     "moe_mlp": [("fine", 1), ("fine", 0), ("fine", 77)],
     "patch_embed": [("tiny", 3, 64, 2), ("tiny", 3, 128), ("tiny", 3, 128, 16)],
     "embed_patches": [("tiny", 3, 64, 2), ("tiny", 3, 128)],
+    "patch_loss": [("tiny", 3, 64, 2), ("tiny", 3, 128), ("tiny", 1, 128, 16)],
     "qwen_embed": [("tiny", 3, 64, 2)],
     "conv_block": [("tiny", 3, 64), ("mixed", 2, 128)],
     "adaptive_pool": [("tiny", 3, 64), ("mixed", 2, 128)],

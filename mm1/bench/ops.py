@@ -4,7 +4,6 @@ Plain torch's implementation is the op family's reference. With wider leaves it 
 fp32), with the same ones a peer.
 """
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm1.autotune.space import Inputs
+from mm1.bench.image_sizes import images_of
 from mm1.engine.layers.connector import CAbstractor, ConvBlock
 from mm1.kernels import linear_cross_entropy
 from mm1.kernels.abstractor import bottleneck, pooling
@@ -24,11 +24,10 @@ from mm1.kernels.attention import Causal, Full, paged, varlen
 from mm1.kernels.dispatch import Cost, cdiv, wide
 from mm1.kernels.moe import experts, grouped, routing
 from mm1.kernels.moe import reference as moe_reference
-from mm1.kernels.patches import embedding
+from mm1.kernels.patches import embedding, loss
 from mm1.kernels.patches import reference as patch_reference
 from mm1.kernels.patches.grids import Grids
 
-Sizes = list[tuple[int, int]]  # (h, w) in patches
 Leaves = dict[str, Any]  # tensors by the names of an op's arguments
 
 
@@ -145,28 +144,6 @@ def route(new: Inputs, tokens: int, count: int, k: int) -> Problem:
 
 TABLE = 16  # side of the position table
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# Images of 224 to 1344 pixels a side. Padded to the longest image, 41.5 % of their rows are padding.
-NATIVE = [(70, 51), (51, 41), (38, 75), (77, 81), (82, 77), (22, 50)]
-
-
-def images_of(regime: str, count: int) -> Sizes:
-    """Return (h, w) of `count` images.
-
-    regime: "square", 378²; "native", 224 to 1344 pixels a side; "tiny", 1 to 7 patches; "mixed", eight sizes; else at
-    most 256 patches, as SigLIP2's processor resizes.
-    """
-    draw = random.Random(0)
-    if regime == "square":
-        return [(27, 27)] * count
-    if regime == "native":
-        more = ((draw.randint(16, 96), draw.randint(16, 96)) for _ in range(count - len(NATIVE)))
-        return [*NATIVE[:count], *more]
-    if regime == "tiny":
-        return ([(1, 1), (1, 7), (5, 1)] * count)[:count]
-    if regime == "mixed":
-        return ([(20, 27), (27, 20), (12, 40), (27, 27), (9, 9), (33, 14), (24, 24), (16, 31)] * count)[:count]
-    heights = [round(16 * math.exp(draw.uniform(-0.5, 0.5))) for _ in range(count)]
-    return [(h, 256 // h) for h in heights]
 
 
 def patch_embed(new: Inputs, regime: str, count: int, width: int, patch: int = 14, pixels_in: bool = True) -> Problem:
@@ -216,6 +193,22 @@ def qwen_embed(new: Inputs, regime: str, count: int, width: int, patch: int = 14
         leaves={"weight": new.floats(width, k, scale=k**-0.5)},
         ours=calls(embedding.embed_patches, **inputs), plain=calls(patch_reference.embed_patches, **inputs),
         costs=(cost, cost), inputs=SimpleNamespace(patch=patch, **inputs),
+    )  # fmt: skip
+
+
+def patch_loss(new: Inputs, regime: str, count: int, width: int, patch: int = 14) -> Problem:
+    """Return the loss of predictions of every second patch."""
+    grids, k, itemsize = Grids(images_of(regime, count), device=new.device), 3 * patch**2, new.dtype.itemsize
+    rows = torch.arange(1, grids.patches, 2, device=new.device)
+    pixels = torch.randint(0, 256, (grids.patches * patch**2, 3), dtype=torch.uint8, device=new.device)
+    inputs: dict[str, Any] = {"pixels": pixels, "rows": rows, "grids": grids, "patch_size": patch, "mean": MEAN,
+                              "std": STD}  # fmt: skip
+    return Problem(
+        shape={"images": count, "patches": grids.patches, "tokens": len(rows), "k": k, "width": width},
+        leaves={"x": new.floats(len(rows), width), "weight": new.floats(k, width, scale=width**-0.5),
+                "bias": new.floats(k)},
+        ours=calls(loss.patch_loss, **inputs), plain=calls(patch_reference.patch_loss, **inputs),
+        costs=both(loss.cost, len(rows), width, k, itemsize=itemsize),
     )  # fmt: skip
 
 
@@ -420,6 +413,10 @@ OPS = {
     "embed_patches": Op(embed_patches, {
         "cuda": _images(("native", 64, 1152, 16), ("budget", 256, 1152, 16), ("square", 64, 1280)),
         "cpu": _images(("budget", 16, 768), ("native", 3, 768)),
+    }),
+    "patch_loss": Op(patch_loss, {
+        "cuda": _images(("square", 64, 2048), ("budget", 256, 2048), ("native", 64, 1024)),
+        "cpu": _images(("budget", 16, 2048), ("mixed", 8, 192, 4)),
     }),
     "qwen_embed": Op(qwen_embed, {
         "cuda": _images(("native", 64, 1280), ("budget", 256, 1280)),

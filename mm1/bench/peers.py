@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm1.bench.ops import TABLE, Leaves, Problem, Sizes
+from mm1.bench.image_sizes import Sizes
+from mm1.bench.ops import TABLE, Leaves, Problem
 from mm1.integrations.torchvision import declare_operators
 from mm1.kernels.abstractor.reference import by_size
 from mm1.kernels.attention.backends import BACKENDS
@@ -284,7 +285,7 @@ def flash_pages(problem: Problem) -> Way:
 
 
 PLAIN = ("moe_mlp", "patch_embed", "c_abstractor", "grouped_gemm", "attention", "embed_patches", "qwen_embed",
-         "conv_block", "route", "adaptive_pool", "linear_cross_entropy", "paged_attention")  # fmt: skip
+         "conv_block", "route", "adaptive_pool", "linear_cross_entropy", "paged_attention", "patch_loss")  # fmt: skip
 EMBEDDINGS = ("patch_embed", "embed_patches")
 
 

@@ -75,6 +75,7 @@ CASES = [
     Case("patch_embed", "ViT-H", "patch_embed", (IMAGES[0], 588, 1280)),
     Case("patch_embed", "ViT-H", "patch_embed_dw", (IMAGES[0], 588, 1280)),
     Case("embed_patches", "SO400M", "patch_embed", (IMAGES[0], 768, 1152)),
+    Case("patch_loss", "AIM", "patch_loss", (IMAGES[0], 2048, 588)),
     *(Case("conv_block", kernel, kernel, (IMAGES[0], 1024)) for kernel in (
         "conv_norm", "conv_walk_value", "conv_join", "conv_join_backward", "conv_walk_gated", "conv_walk_backward",
         "conv_walk_input")),

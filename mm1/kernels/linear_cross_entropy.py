@@ -129,15 +129,15 @@ def _computed(loss: Callable, x, weight, targets, dtype, need_x, need_weight) ->
         if need_x:
             torch.mm(logits, w, out=dx[part])
         if need_weight and begin == 0:
-            dw = _wide_product(logits.t(), x[part])
+            dw = wide_product(logits.t(), x[part])
         elif need_weight and dtype == dw.dtype:
             dw.addmm_(logits.t(), x[part])
         elif need_weight:
-            dw += _wide_product(logits.t(), x[part])
+            dw += wide_product(logits.t(), x[part])
     return nll.sum(), dx, dw
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """Return a · b in fp32 or wider; a CPU rounds sums of bf16 to bf16, whose range suffices."""
     if a.dtype in (torch.bfloat16, torch.float16) and a.device.type != "cpu":
         return torch.mm(a, b, out_dtype=torch.float32)

@@ -22,6 +22,7 @@ UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 incorrectl
 # On sm_120 Triton 3.6 spills registers for each descriptor in a loop, and issues up to 36 % more instructions than with
 # addresses.
 SPILLS_DESCRIPTORS = INSTALLED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+PART = tl.constexpr(32)  # columns of a tile that get bias and positions, or lose their targets, in one step
 MAP_SIDE = 32  # tiles that a program of the map kernel assigns, and experts that it compares with all others at once
 MAP_PAIRS = 16384  # pairs of them and experts: of more, or of as many with 4 warps, registers spilled
 
@@ -150,6 +151,23 @@ def dot(a, b, acc):
 def split_columns(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the left and the right half of a tile [BLOCK_M, BLOCK_N]; every thread keeps its sums of products."""
     return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def part_of(x, p: tl.constexpr, PARTS: tl.constexpr):
+    """Return the columns of part p of 1, 2 or 4."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    if PARTS == 1:
+        return x
+    else:
+        first, second = split_columns(x, M, N)
+        half = second if 2 * p >= PARTS else first
+        if PARTS == 2:
+            return half
+        else:
+            first, second = split_columns(half, M, N // 2)
+            return second if p % 2 == 1 else first
 
 
 @triton.jit

@@ -39,27 +39,8 @@ from mm1.kernels.patches.grids import Grids, as_grids
 from mm1.kernels.patches.pixels import cut, fold, normalisation, scatter, unfold
 from mm1.kernels.patches.position_tables import INTERPOLATIONS, SIDES, load_taps, resample, settings_of
 from mm1.kernels.patches.tiles import EMBED, EMBED_DW, PatchShape, splits_of
-from mm1.kernels.tiles import descriptor, dot, load_rows, tile_of
+from mm1.kernels.tiles import PART, descriptor, dot, load_rows, part_of, tile_of
 from mm1.kernels.tuning import config_for
-
-PART = tl.constexpr(32)  # columns of a tile that get bias and positions in one step
-
-
-@triton.jit
-def _part(x, p: tl.constexpr, PARTS: tl.constexpr):
-    """Return the columns of part p of 1, 2 or 4."""
-    M: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    if PARTS == 1:
-        return x
-    else:
-        first, second = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
-        half = second if 2 * p >= PARTS else first
-        if PARTS == 2:
-            return half
-        else:
-            first, second = tl.split(tl.permute(tl.reshape(half, (M, 2, N // 4)), (0, 2, 1)))
-            return second if p % 2 == 1 else first
 
 
 @triton.jit
@@ -99,7 +80,7 @@ def _embed_kernel(
     PARTS: tl.constexpr = BLOCK_N // PART if BLOCK_N > PART else 1
     for p in tl.static_range(PARTS):
         _finish(
-            _part(acc, p, PARTS), bias_ptr, table_ptr, taps, y_ptr, rows, n * BLOCK_N + p * PART, P, N, Gh, Gw, CUT,
+            part_of(acc, p, PARTS), bias_ptr, table_ptr, taps, y_ptr, rows, n * BLOCK_N + p * PART, P, N, Gh, Gw, CUT,
             HAS_BIAS, HAS_TABLE, MODE, ANTIALIAS,
         )  # fmt: skip
 

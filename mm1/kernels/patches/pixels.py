@@ -167,12 +167,14 @@ def _scatter_kernel(
 
 
 def normalisation(
-    op: str, of_bytes: bool, mean: Sequence[float] | None, std: Sequence[float] | None
+    op: str, of_bytes: bool, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int = 3
 ) -> tuple[list[float], list[float]]:
     """Return scale and shift of each channel, from mean and std (None: 0 and 1)."""
-    mean, std = (0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std
-    expect(len(mean) == 3 and all(isfinite(m) for m in mean), op, "mean", mean, "3 finite values")
-    expect(len(std) == 3 and all(isfinite(s) and s > 0 for s in std), op, "std", std, "3 positive values")
+    mean, std = (0.0,) * channels if mean is None else mean, (1.0,) * channels if std is None else std
+    fits = len(mean) == channels and all(isfinite(m) for m in mean)
+    expect(fits, op, "mean", mean, f"{channels} finite values")
+    fits = len(std) == channels and all(isfinite(s) and s > 0 for s in std)
+    expect(fits, op, "std", std, f"{channels} positive values")
     unit, centre = (255, CENTRE / 255) if of_bytes else (1, 0)
     return [1 / (unit * s) for s in std], [(centre - m) / s for m, s in zip(mean, std)]
 

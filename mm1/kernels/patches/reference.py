@@ -57,23 +57,40 @@ def positions(
 
 
 def cut(
-    pixels: Tensor, grids: Grids, patch_size: int, mean: Sequence[float] | None = None,
+    pixels: Tensor, grids: Grids, patch_size: int | tuple[int, int], mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """Cut and normalise packed pixels [ΣHW, 3] -> patches [P, p·p·3] of `dtype`, zeros in rows of no image.
+    """Cut and normalise packed pixels [ΣHW, C] -> patches [P, p·q·C] of `dtype`, zeros in rows of no image.
 
     uint8 pixels are divided by 255; then mean is subtracted and std divides. Half precision is computed in fp32.
     """
-    p, m, parts, first = patch_size, grids.merge, [], 0
+    (p, q), C = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size, pixels.shape[1]
+    m, parts, first = grids.merge, [], 0
     x = pixels.to(torch.promote_types(dtype, torch.float32))
     x = x / 255 if pixels.dtype == torch.uint8 else x
     x = x if mean is None else x - x.new_tensor(mean)
     x = x if std is None else x / x.new_tensor(std)
     for n, h, w in runs(grids.sizes or ()):
-        rows = x[first : first + n * h * w * p * p].view(n, h // m, m, p, w // m, m, p, 3)
-        parts.append(rows.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(n * h * w, p * p * 3))
-        first += n * h * w * p * p
-    return padded(parts, grids.patches, x.new_zeros(0, p * p * 3)).to(dtype)
+        rows = x[first : first + n * h * w * p * q].view(n, h // m, m, p, w // m, m, q, C)
+        parts.append(rows.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(n * h * w, p * q * C))
+        first += n * h * w * p * q
+    return padded(parts, grids.patches, x.new_zeros(0, p * q * C)).to(dtype)
+
+
+def patch_loss(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pixels: Tensor, rows: Tensor,
+    grids: Grids | Sequence[tuple[int, int]], *, patch_size: int | tuple[int, int], mean: Sequence[float],
+    std: Sequence[float], eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """Return the mean squared error of x · weightᵀ + bias against the normalised patches `rows`, [R]; see loss.py."""
+    grids, dtype = as_grids(grids, x.device), torch.promote_types(weight.dtype, torch.float32)
+    patches = cut(pixels, grids, patch_size, mean, std, dtype)
+    centred = patches - patches.mean(1, keepdim=True)
+    variance = centred.square().sum(1, keepdim=True) / max(patches.shape[1] - 1, 1)
+    targets = F.pad(centred / (variance + eps).sqrt(), (0, 0, 0, 1))  # a last row for rows of no patch
+    valid = (rows >= 0) & (rows < grids.cu_seqlens[-1])
+    errors = F.linear(x, weight, bias).to(dtype) - targets[torch.where(valid, rows, grids.patches).long()]
+    return torch.where(valid, errors.square().mean(1), 0)
 
 
 def embed_patches(

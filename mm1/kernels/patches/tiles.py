@@ -1,4 +1,4 @@
-"""Define the tiles of patch embedding's kernels: the legal ones, the default, and their predicted seconds."""
+"""Define the tiles of the kernels that multiply patches: the legal ones, the default, and their predicted seconds."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -82,6 +82,12 @@ def work(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) 
     return replace(product, shared=shared_bytes(config, shape, dtype, device))
 
 
+def work_loss(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Product:
+    """Describe the work of one run of the loss's kernel, which reads a byte for each result."""
+    product = tiles.work(config, shape.product, dtype, device, finish=0.5, finishing=30, stored=0.5)
+    return replace(product, shared=shared_bytes(config, shape, dtype, device))
+
+
 def work_dw(config: Config, shape: PatchShape, dtype: torch.dtype, device: Device) -> Product:
     """Describe the work of one run of the weight-gradient kernel."""
     part = cdiv(shape.width, config.block_m) * cdiv(shape.k, config.block_n)
@@ -102,3 +108,5 @@ def splits_of(patches: int, part: int, config: Config, device: Device) -> int:
 
 EMBED = Tunable("patch_embed", PatchShape, Config, space, legal, default, Predicted(work), ("k",))
 EMBED_DW = Tunable("patch_embed_dw", PatchShape, Config, space, legal_dw, default_dw, Predicted(work_dw), ("k",))
+# Its rows are patches of k values, whose `width` pixel values are predicted.
+LOSS = Tunable("patch_loss", PatchShape, Config, space, legal, default, Predicted(work_loss), ("k",))

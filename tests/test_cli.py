@@ -228,14 +228,18 @@ def test_help_of_train_lists_every_setting_with_its_range_and_default(monkeypatc
     def names(cls, prefix):
         for field, hint in hints(cls).items():
             tables = tables_of(hint)
-            yield from names(*tables, f"{prefix}{field}.") if tables else [f"{prefix}{field}"]
+            yield from () if tables else [f"{prefix}{field}"]
+            for table in tables:
+                yield from names(table, f"{prefix}{field}.")
 
     for name in names(Run, ""):
         assert f"--{name.replace('_', '-')} " in text
     assert "(an integer ≥ 0 and ≤ 512; default: 0)" in text  # model.decoder.experts
     assert '(one of none, blocks, selective; default: "none")' in text
     assert "Peak learning rate; none: MM1's law" in text
-    assert "kind: one of captions, interleaved, text, conversations; paths: a list, each a string; weight" in text
+    assert '("mm1" or "aim"; default: "mm1" or "aim")' in text, "kinds of models share options"
+    assert "(an integer ≥ 1; default: 378 or 224)" in text
+    assert "kind: one of captions, interleaved, text, conversations, images; paths: a list, each a string; w" in text
 
 
 def test_help_is_written_to_a_terminal_of_ascii_too():

@@ -15,7 +15,7 @@ from PIL import Image
 from small import FOLDER, small_run
 
 from mm1.cli import main
-from mm1.engine.run_config import from_dict
+from mm1.engine.run_config import from_dict, load_run
 from mm1.engine.train.trainer import train
 
 ROOT = Path(__file__).parent.parent
@@ -78,11 +78,16 @@ def mm1(monkeypatch, *words):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Return a folder with what the pages speak of: the demo's checkpoint, of a small model, and a photo."""
+    """Return a folder with what the pages speak of: checkpoints of small models, a photo, and a folder with it."""
     folder = tmp_path_factory.mktemp("place")
     train(small_run(steps=1), folder / "runs" / "demo")
     with tarfile.open(FOLDER / "test-captions.tar.gz") as tar:
-        (folder / "photo.png").write_bytes(tar.extractfile("001300.png").read())
+        photo = tar.extractfile("001300.png").read()
+    (folder / "pictures").mkdir()
+    for path in (folder / "photo.png", folder / "pictures" / "photo.png"):
+        path.write_bytes(photo)
+    sources = f'data.sources=[{{kind="images",paths=["{folder}/pictures"]}}]'
+    train(load_run("aim-clipart", [sources, "data.images=2", "train.steps=1"]), folder / "runs" / "pictures")
     return folder
 
 

@@ -208,9 +208,9 @@ def test_its_settings_are_read_as_they_were_written():
     assert from_dict(to_dict(run)) == run
     with pytest.raises(UserError, match=r"setting model\.decoder\.kv_heads is 2, expected a divisor of the 3"):
         from_dict({**to_dict(run), "model": {"kind": "text", "decoder": {**to_dict(run.model.decoder), "heads": 3}}})
-    with pytest.raises(UserError, match=r"setting model\.kind is 'tex', expected one of mm1, text"):
+    with pytest.raises(UserError, match=r"setting model\.kind is 'tex', expected one of mm1, aim, text"):
         from_dict({"model": {"kind": "tex"}})
-    with pytest.raises(UserError, match=r"setting model\.kind is \[1\], expected one of mm1, text"):
+    with pytest.raises(UserError, match=r"setting model\.kind is \[1\], expected one of mm1, aim, text"):
         from_dict({"model": {"kind": [1]}})
 
 

@@ -459,7 +459,7 @@ def test_host_memory_of_a_node():
     run = Run(DENSE, Data(tokens=160, images=4, patches=240, streams=32, workers=3, buffer=1600), Train(accumulate=16))
     load, pixels = typical(run, 80), 4 * 60 * 4 * 4 * 3
     token = pixels / 160 + 4
-    assert host.memory(run, 16, load, stored=1000, document=80) == {
+    assert host.memory(run, 16, load, stored=1000) == {
         "training processes": 8 * 3e9,
         "copy of the checkpoint": 8 * 12 * 1000,
         "loader processes": 8 * 2 * 3 * 0.2e9,
@@ -467,7 +467,7 @@ def test_host_memory_of_a_node():
         "documents waiting in packers": 8 * 2 * 1600 * token,
         "batches": 8 * 2 * 3 * 160 * token,
     }
-    alone = host.memory(replace(run, data=replace(run.data, streams=1)), 1, load, stored=1000, document=80)
+    alone = host.memory(replace(run, data=replace(run.data, streams=1)), 1, load, stored=1000)
     assert alone["copy of the checkpoint"] == 8 * 1000, "of one file, of which the optimizer's is the larger"
     assert alone["documents waiting in packers"] == 1600 * token
     text = show(plan(run, 16, host_memory=100))

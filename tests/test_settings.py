@@ -18,6 +18,7 @@ from mm1.engine.data.config import Data, Source
 from mm1.engine.data.streams import make_streams
 from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.layers import config as layers_config
+from mm1.engine.layers.config import PixelHead
 from mm1.engine.models import mm1_config
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import DIGITS, MODELS
@@ -33,8 +34,9 @@ from mm1.errors import UserError
 SOURCE = Source("text", ("a.txt",))
 LEGAL = {
     "model.vision": DIGITS.vision, "model.connector": dataclasses.replace(DIGITS.connector, position_grid=(6, 6)),
-    "model.decoder": DIGITS.decoder, "model": dataclasses.replace(DIGITS, context=768), "data.sources": SOURCE,
-    "data": Data(sources=(SOURCE,)), "train": Train(peak_lr=1e-3, warmup=10), "parallel": Parallel(capacity=2.0),
+    "model.decoder": DIGITS.decoder, "model.head": PixelHead(), "model": dataclasses.replace(DIGITS, context=768),
+    "data.sources": SOURCE, "data": Data(sources=(SOURCE,)), "train": Train(peak_lr=1e-3, warmup=10),
+    "parallel": Parallel(capacity=2.0),
 }  # fmt: skip
 
 
@@ -51,8 +53,9 @@ NUMBERS = [
 ]  # fmt: skip
 SIGNED = {("model.vision", "mean")}  # which may be negative
 ZERO = {  # that mean something
-    "model.vision.mean", "model.connector.depth", "model.decoder.experts", "model.decoder.load_balance",
-    "model.decoder.z_loss", "data.patches", "data.documents", "data.buffer", "data.workers", "data.streams",
+    "model.vision.mean", "model.connector.depth", "model.head.blocks", "model.decoder.experts",
+    "model.decoder.load_balance", "model.decoder.z_loss",
+    "data.patches", "data.documents", "data.buffer", "data.workers", "data.streams",
     "train.final_lr", "train.warmup", "train.weight_decay", "train.betas", "train.seed", "train.skips",
     "train.rewinds", "train.hang", "train.save_retries",
 }  # fmt: skip
@@ -232,10 +235,14 @@ def test_the_page_of_settings_is_current():
 
 
 def test_the_page_of_settings_has_a_row_for_each_with_its_range_and_default():
-    rows = [line.split(" | ") for line in settings_page.page().splitlines() if line.startswith("| `")]
+    page = settings_page.page()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
     names = [row[0].strip("|*` ") for row in rows]
-    plain = sum(not tables_of(hint) for cls in classes_of_settings() for hint in hints(cls).values())
-    assert len(set(names)) == len(names) == plain
+    plain = sum(not tables_of(hint) for cls in {*classes_of_settings()} for hint in hints(cls).values())
+    assert len(names) == plain
+    for section in page.split("\n## ")[1:]:  # kinds of models have settings of the same name
+        mine = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+        assert len(set(mine)) == len(mine)
     for part, config in (("data", Data()), ("train", Train()), ("parallel", Parallel())):
         for field, value in to_dict(config).items():
             assert rows[names.index(f"{part}.{field}")][2] == f"`{toml_value(value)}`"

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from mm1.engine.data.config import Data, Source
 from mm1.engine.models.mm1_config import DIGITS, MM1Config
-from mm1.engine.models.registry import RegisteredConfigs, config_class, named
+from mm1.engine.models.registry import RegisteredConfigs, config_class, default_recipe, named
 from mm1.engine.settings import assign, build, check, dotted, hints, may_change, parse_value, require_names, required
 from mm1.engine.train.config import Parallel, Train
 from mm1.errors import UserError, require
@@ -61,7 +61,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"steps": 10_000, "accumulate": 256, "peak_lr": 1e-5, "final_lr": 0.0},
     },
     "digits": {"data": dataclasses.asdict(DIGITS_RUN.data), "train": dataclasses.asdict(DIGITS_RUN.train)},
-}
+    # AIM's pre-training: 4096 images a step; its warm-up is 2.5 % of the steps (section 4).
+    "aim": {
+        "data": {"images": 64},
+        "train": {"steps": 500_000, "accumulate": 64, "weight_decay": 0.05, "final_lr": 0.0},
+    },
+    "aim-clipart": {  # minutes on a CPU
+        "data": {"images": 64},
+        "train": {"steps": 1500, "accumulate": 1, "weight_decay": 0.05, "final_lr": 0.0, "compile": False,
+                  "save_every": 100},
+    },
+}  # fmt: skip
 
 
 def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> Run:
@@ -69,7 +79,7 @@ def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> R
 
     A file has `model = "mm1-3b"` or a [model] table, `recipe`, [data], [[data.sources]], [train], [parallel]. Paths in
     it are relative to its folder, paths in `settings` to the working directory; in the run all are absolute. The name
-    "digits" alone is the demo with its data and settings: recipe "digits".
+    of a size that is also a recipe's has that recipe; "digits" is the demo with its data and settings.
     Raises UserError with one line for an unreadable file and for an unknown, missing or illegal setting.
     """
     table: dict[str, Any] = {"model": name_or_file}
@@ -81,8 +91,8 @@ def load_run(name_or_file: str, settings: list[str] | tuple[str, ...] = ()) -> R
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise UserError(f"{name_or_file}: {error}") from None
         _resolve_paths(table, Path(name_or_file).parent)
-    elif name_or_file == "digits":
-        table["recipe"] = "digits"
+    elif name_or_file in RECIPES:
+        table["recipe"] = name_or_file
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -100,8 +110,8 @@ def from_dict(table: dict[str, Any]) -> Run:
     """
     table = dict(table)
     require_names(table, [*hints(Run), "recipe"])
-    model, recipe = table.pop("model", None), table.pop("recipe", "pretrain")
-    is_recipe = isinstance(recipe, str) and recipe in RECIPES
+    model, recipe = table.pop("model", None), table.pop("recipe", None)
+    is_recipe = recipe is None or (isinstance(recipe, str) and recipe in RECIPES)
     require(is_recipe, "setting recipe", recipe, f"one of {', '.join(RECIPES)}")
     changes = dict(model) if isinstance(model, dict) else {}
     size = changes.pop("size", None) if isinstance(model, dict) else model
@@ -117,7 +127,8 @@ def from_dict(table: dict[str, Any]) -> Run:
         if not (folder / "config.json").is_file() and (folder / "checkpoint").is_dir():  # the folder of a run
             folder = folder / "checkpoint"
         base = Run(_model_of(folder), Data(tokenizer=str(folder / "tokenizer.json")))
-    cls = config_class(changes.get("kind", MM1Config.kind if base is None else base.model.kind))
+    kind = changes.get("kind", MM1Config.kind if base is None else base.model.kind)
+    cls, recipe = config_class(kind), recipe or default_recipe(kind)
     images = {name: value for name, value in RECIPES[recipe].get("model", {}).items() if name in hints(cls)}
     table = _merged({**RECIPES[recipe], "model": images}, {**table, "model": changes})
     table["model"] = build(cls, table["model"], "model", None if base is None else base.model)
@@ -136,7 +147,8 @@ def stored_model(config: Any) -> Any:
     require(has_model, "setting model", None, "a table of a checkpoint's config.json")
     model, data = from_dict({"model": config["model"]}).model, config.get("data")
     tokens = data.get("tokens") if isinstance(data, dict) else None  # older versions did not store the context
-    return dataclasses.replace(model, context=tokens) if tokens and not model.context else model
+    older = tokens and model.vocabulary and not model.context
+    return dataclasses.replace(model, context=tokens) if older else model
 
 
 def saw_conversations(config: Any) -> bool:

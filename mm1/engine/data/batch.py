@@ -1,7 +1,7 @@
 """Define the packed Batch, in which data enters a model in training and in benchmarks of it."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from mm1.engine.data.record import EMPTY_IMAGE, View
 from mm1.kernels.linear_cross_entropy import IGNORED
 from mm1.kernels.patches.grids import Grids, moved_to
 
-TENSORS = ("tokens", "targets", "positions", "cu_seqlens", "target_rows")
+TENSORS = ("tokens", "targets", "positions", "cu_seqlens", "target_rows", "prefix")
+ROWS = 16  # the number of target rows of a batch of images is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class PackedMedia:
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold B documents in T packed tokens with N views of media; rows after the last of each are padding."""
+    """Hold B documents in T packed tokens with N views of media; rows after the last of each are padding.
+
+    In a batch of images alone, documents are images and tokens are their patches, whose values are in media: tokens,
+    targets and positions are empty.
+    """
 
     tokens: Tensor  # int32 [T]
     targets: Tensor  # int32 [T], the next token, -100 where there is no loss: media, prompts, padding
@@ -43,22 +48,26 @@ class Batch:
     cu_seqlens: Tensor  # int32 [B+1], B ≥ 1
     longest: int  # tokens of the longest document
     media: PackedMedia
-    target_rows: Tensor  # int64 [target_count], rows with a target: the output head computes only these
+    target_rows: Tensor  # int64 [target_count], rows with a target: the output head computes only these; -1: padding
     target_count: int
     used_tokens: int  # tokens without padding
     digest: int  # CRC-32 of tokens and media, which shows whether data changed
     keys: tuple[str, ...]  # the origin of each document
+    prefix: Tensor | None = None  # int32 [B], of images: leading patches that all patches of the image see
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the batch to a GPU from pinned memory, without waiting."""
-        moved = {name: moved_to(getattr(self, name), device) for name in TENSORS}
+        moved = {name: moved_to(x, device) for name, x in self._tensors()}
         return replace(self, **moved, media=self.media.to(device))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that this stream uses the tensors, if they were made on another."""
         media = self.media
-        for x in (*(getattr(self, name) for name in TENSORS), media.values, media.slots, *media.grids.tensors):
+        for x in (*dict(self._tensors()).values(), media.values, media.slots, *media.grids.tensors):
             x.record_stream(stream)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, x) for name in TENSORS if (x := getattr(self, name)) is not None)
 
 
 def exact_budget(documents: Sequence[Document], patch: int) -> Budget:
@@ -135,3 +144,57 @@ def pack(
         digest=zlib.crc32(values.numpy().data, zlib.crc32(tokens.data)),
         keys=tuple(d.key for d in documents),
     )
+
+
+def next_patch_rows(sizes: Sequence[tuple[int, int]], prefixes: Sequence[int]) -> np.ndarray:
+    """Return the rows int64 [R] of packed images from which the next patch is predicted.
+
+    These are rows S - 1 … K - 2 of an image of K = h · w patches with a prefix of S, which predict patches S … K - 1. A
+    prefix of 0 has the rows of a prefix of 1. Raises ValueError for a prefix that leaves no target in an image of
+    several patches.
+    """
+    rows, first = [np.zeros(0, np.int64)], 0
+    for i, ((h, w), prefix) in enumerate(zip(sizes, prefixes, strict=True)):
+        patches = h * w
+        if not 0 <= prefix <= max(patches - 1, 1):
+            raise ValueError(f"image {i} of {patches} patches has a prefix of {prefix}, expected 0 to {patches - 1}")
+        rows.append(np.arange(first + max(prefix, 1) - 1, first + patches - 1))
+        first += patches
+    return np.concatenate(rows)
+
+
+def pack_images(documents: Sequence[Document], budget: Budget, *, patch: int, empty: View = EMPTY_IMAGE) -> Batch:
+    """Return images end to end as one batch of the budget's size, for a model that takes images alone.
+
+    Each document is one view, whose patches are its tokens and whose prefix is its prompt. Equal grids and prefixes are
+    neighbours, because a CPU computes the attention of equal ones as a batch. Raises ValueError if the images exceed
+    the budget.
+    """
+    order = sorted(documents, key=lambda d: (len(d.tokens), d.media[0].values.shape, _prefix(d)))
+    views, prefixes = [d.media[0].values for d in order], [_prefix(d) for d in order]
+    values, grids = packed_views(
+        views, patch, empty.values, images=budget.media, patches=budget.patches, longest=budget.max_patches
+    )
+    rows = next_patch_rows(grids.sizes or (), prefixes)
+    padding = -(-max(len(rows), 1) // ROWS) * ROWS - len(rows)
+    none, prefix = torch.zeros(0, dtype=torch.int32), torch.tensor(prefixes, dtype=torch.int32)
+    ends = np.cumsum([len(d.tokens) for d in order] or [0])
+    return Batch(
+        tokens=none,
+        targets=none,
+        positions=none,
+        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
+        longest=max((len(d.tokens) for d in order), default=0),
+        media=PackedMedia(empty.kind, values, grids, none.long()),
+        target_rows=torch.from_numpy(np.pad(rows, (0, padding), constant_values=-1)),
+        target_count=len(rows),
+        used_tokens=int(ends[-1]),
+        digest=zlib.crc32(values.numpy().data, zlib.crc32(prefix.numpy().data)),
+        keys=tuple(d.key for d in order),
+        prefix=prefix,
+    )
+
+
+def _prefix(image: Document) -> int:
+    """Return the number of leading patches of an image that are never a target."""
+    return 0 if image.prompt_mask is None else int(image.prompt_mask.sum())

@@ -13,10 +13,11 @@ class Source:
     """Set one data set of the mixture; in a TOML file each has its own [[data.sources]]."""
 
     kind: Annotated[str, OneOf(*KINDS)]
-    """Format of the files: "captions" (WebDataset tars), "interleaved" (documents as in OBELICS: json, jsonl or
-    parquet), "text", or "conversations" (as LLaVA's json or jsonl; only the answers are trained on)."""
+    """Format of the files: "captions" (WebDataset tars), "interleaved" (as OBELICS: json, jsonl or parquet), "text",
+    "conversations" (as LLaVA's json or jsonl; answers are learned), or for AIM "images" (folders, tars or parquet)."""
     paths: tuple[str, ...]
-    """Files, as names or patterns such as "shard-{000..127}.tar" and "text/*.txt", relative to the TOML file."""
+    """Files, as names or patterns such as "shard-{000..127}.tar" and "text/*.txt", relative to the TOML file; of images
+    also folders."""
     weight: Positive = 1.0
     """Share of the trained tokens, relative to the other sources' weights."""
 
@@ -32,9 +33,10 @@ class Data:
     sources: tuple[Source, ...] = ()
     """Data sets that are mixed; training needs at least one."""
     tokenizer: str = ""
-    """A tokenizer.json, as `mm1 tokenizer` makes it; empty: that of the checkpoint train.init."""
+    """A tokenizer.json, as `mm1 tokenizer` makes it; empty: that of the checkpoint train.init. AIM has none."""
     tokens: Count = 4096
-    """Tokens of a packed sequence, image slots included; MM1's pre-training has 4096."""
+    """Tokens of a packed sequence, image slots included; MM1's pre-training has 4096. AIM has none: its
+    tokens are patches."""
     images: Count = 16
     """Maximum number of images in a packed sequence; MM1's pre-training has up to 16."""
     patches: CountOrZero = 0

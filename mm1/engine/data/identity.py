@@ -17,28 +17,33 @@ if TYPE_CHECKING:
     from mm1.engine.data.sources import Source
     from mm1.engine.run_config import Run
 
-IMAGE_NAMES = (  # names of the fields of ImageInput
+IMAGE_NAMES = (  # names of the first fields of ImageInput
     "model.vision.patch", "model.image_mode", "model.image_size", "model.image_patches", "model.image_parts",
     "model.connector.tokens",
 )  # fmt: skip
 
 
 def identity(
-    run: "Run", tokenizer: TextTokenizer, budget: Budget, buffer: int, streams: int, sources: "Sequence[Source]",
+    run: "Run", tokenizer: TextTokenizer | None, budget: Budget, buffer: int, streams: int, sources: "Sequence[Source]",
     mean_lengths: Sequence[float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the identity of a run's data with its resolved settings, as plain values for JSON."""
+    """Return the identity of a run's data with its resolved settings, as plain values for JSON.
+
+    tokenizer: None for a model that takes images alone.
+    """
     values = {
         "train.seed": run.train.seed,
-        "data.tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
+        **({} if tokenizer is None else {"data.tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest()}),
         "data.tokens": budget.tokens,
         "data.images": budget.media,
         "data.patches": budget.patches,
         "data.documents": budget.documents,
         "data.buffer": buffer,
         "data.streams": streams,
-        **dict(zip(IMAGE_NAMES, run.model.images, strict=True)),
+        **dict(zip(IMAGE_NAMES, run.model.images)),
     }
+    if draws := run.model.images.draws:
+        values |= {"model.image_crop": list(draws.crop), "model.image_flip": draws.flip, "model.prefix": draws.prefix}
     for i, (setting, source) in enumerate(zip(run.data.sources, sources)):
         values |= {
             f"data.sources[{i}].kind": setting.kind,

@@ -8,7 +8,7 @@ decodes in threads or processes without changing the order. docs/decisions.md co
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Grain warns at import if ja
 import grain  # noqa: E402
 from absl import flags  # noqa: E402
 
-from mm1.engine.data.document import DECODED_AHEAD, Document, DocumentEncoder  # noqa: E402
+from mm1.engine.data.document import DECODED_AHEAD, Document  # noqa: E402
 from mm1.engine.data.record import SMALL_SOURCE, Alternatives, Record  # noqa: E402
 from mm1.errors import Unreadable, UserError  # noqa: E402
 
+DRAWS = 0  # distinguishes the hash of a record's draws from other hashes
 SAMPLES = 64  # records of a source from which its mean length is estimated
 
 
@@ -61,7 +62,7 @@ class _Reader:
 
     source: Any
     number: int
-    encode: DocumentEncoder
+    encode: Callable[[Record], list[Document]]
     seed: int
 
     def __call__(self, position: int) -> Drawn:
@@ -78,6 +79,7 @@ class _Reader:
                 turn = epoch + _hash(self.seed, index)
                 texts = [p.texts[turn % len(p.texts)] if isinstance(p, Alternatives) else p for p in record.parts]
                 record = replace(record, parts=tuple(texts))
+            record = replace(record, draw=_hash(self.seed, index, epoch, DRAWS))
             return Drawn(self.number, shard, key, self.encode(record), None)
         except Unreadable as error:
             return Drawn(self.number, error.shard or shard, error.key or key, [], error.reason)
@@ -98,8 +100,8 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Sequence[Any], weights: Sequence[float], encode: DocumentEncoder, seed: int,
-        mean_lengths: Sequence[float] | None = None,
+        self, sources: Sequence[Any], weights: Sequence[float], encode: Callable[[Record], list[Document]],
+        seed: int,        mean_lengths: Sequence[float] | None = None,
     ):  # fmt: skip
         if any(weight <= 0 for weight in weights):
             raise UserError(f"weights of data sources are {list(weights)}, expected positive numbers")

@@ -8,9 +8,10 @@ longer than half a sequence. The packer is deterministic, and its state is small
 the position of each waiting document.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,8 @@ class _Waiting:
 class Loader:
     """Yield packed batches of a mixture without end: of every stride-th position, from `first` on.
 
-    image_id, patch, slots, empty: as in batch.pack. buffer: tokens of the pool; it also holds decoded media, and is
+    image_id, patch, slots, empty: as in batch.pack. make_batch: packs the documents of a batch (None: batch.pack).
+    buffer: tokens of the pool; it also holds decoded media, and is
     full if their patches reach the same multiple of the patch budget. quarantine: lists every bad record, and the
     damage (shard, reason) of whole files. max_bad bad records of one source in a row raise a UserError that names the
     last one's shard. waiting: the pool. shares: the share of each budget that the last batch used.
@@ -57,9 +59,11 @@ class Loader:
         self, mixture: "Mixture", budget: Budget, *, image_id: int, patch: int, slots: int, buffer: int,
         workers: int = 0, max_bad: int = 100, quarantine: Quarantine | None = None,
         damage: Sequence[tuple[str, str]] = (), first: int = 0, stride: int = 1, empty: View = EMPTY_IMAGE,
+        make_batch: Callable[[Sequence[Document], Budget], Batch] | None = None,
     ):  # fmt: skip
         self.mixture, self.budget, self.buffer, self.workers = mixture, budget, buffer, workers
-        self.image_id, self.patch, self.slots, self.empty = image_id, patch, slots, empty
+        self.image_id, self.patch, self.slots = image_id, patch, slots
+        self.make_batch = make_batch or partial(pack, image_id=image_id, patch=patch, slots=slots, empty=empty)
         self.max_bad, self.quarantine, self.damage = max_bad, quarantine or Quarantine(None), damage
         self.position, self.first, self.stride = first, first, stride
         self.waiting: list[_Waiting] = []  # largest first, of equal ones the oldest
@@ -109,9 +113,7 @@ class Loader:
     def __next__(self) -> Batch:
         self.fill_pool()
         documents = sorted(self.take_documents(), key=lambda d: len(d.tokens))  # equal lengths run as one batch
-        return pack(
-            documents, self.budget, image_id=self.image_id, patch=self.patch, slots=self.slots, empty=self.empty
-        )  # fmt: skip
+        return self.make_batch(documents, self.budget)
 
     def take_documents(self) -> list[Document]:
         """Take the next batch's documents out of the pool.

@@ -9,10 +9,11 @@ from pathlib import Path
 from mm1.errors import UserError
 
 
-def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:
+def expand(paths: str | Path | Sequence[str | Path], base: Path, folders: bool = False) -> list[Path]:
     """Return the files that match paths relative to `base`: names, patterns ("*.tar") and ranges ("a-{00..12}.tar").
 
-    Raises UserError for a path without a file, for a folder, and if there are no paths.
+    folders: whether folders may match too. Raises UserError for a path without a file, for a folder that may not match,
+    and if there are no paths.
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
@@ -21,7 +22,7 @@ def expand(paths: str | Path | Sequence[str | Path], base: Path) -> list[Path]:
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             if not matches:
                 raise UserError(f"no such file: {pattern}")
-            if folder := next(filter(os.path.isdir, matches), None):
+            if not folders and (folder := next(filter(os.path.isdir, matches), None)):
                 raise UserError(f"{folder} is a directory: name its files, as in {folder}/*.tar")
             files += map(Path, matches)
     if not files:

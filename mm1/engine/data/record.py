@@ -32,6 +32,10 @@ class Alternatives(str):
         return Alternatives, (self.texts,)
 
 
+class Label(str):
+    """Hold the class of an image, which is no text to learn."""
+
+
 @dataclass(frozen=True)
 class Media:
     """Hold one encoded medium. kind: a key of codecs.CODECS, such as "image"; data: the content of a file (PNG, …)."""
@@ -72,8 +76,12 @@ def view_digest(view: View) -> bytes:
 
 @dataclass(frozen=True)
 class Record:
-    """Hold texts and encoded media in reading order. key: the tar basename, line number or row number in the shard."""
+    """Hold texts and encoded media in reading order. key: the tar basename, line number or row number in the shard.
+
+    draw: a random 64-bit number of this reading of the record, from which crops are drawn.
+    """
 
     parts: tuple[str | Media, ...]
     key: str
     shard: str
+    draw: int = 0

@@ -9,8 +9,8 @@ begins another sample.
 
 import array
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,14 +54,17 @@ class TarShard(Shard):
     a dot, and further members of samples.
     """
 
+    columns: ClassVar[Mapping[str, int]] = COLUMNS  # extension -> its column of a row
+    other = "caption"  # what a sample has besides its image
+
     def __init__(self, file: File):
         super().__init__(file)
         self.ignored, self.notes = MemberCounts(), [""]
         damage: list[str] = []
         lost = MemberCounts()
-        index = _Index(members(file, damage), lost, self.ignored)
+        index = _Index(members(file, damage), self.columns, lost, self.ignored)
         rows = np.array(index.rows, np.int64).reshape(-1, WIDTH)
-        whole = (rows[:, IMAGE] != NONE) & (rows[:, [TEXT, META]] != NONE).any(1)
+        whole = self._whole(rows)
         keep = np.ones(len(rows), bool)
         for key, row in index.repeated:
             if not whole[row]:
@@ -96,12 +99,7 @@ class TarShard(Shard):
 
     def item(self, row: int) -> tuple[bytes, Any]:
         """Return the bytes of the image, and the caption or a list of several, as the file has it."""
-        note = self.notes[self.rows[row, NOTE]]  # the extensions of further members
-        if (image := self._content(row, IMAGE)) is None:
-            endings = ", ".join(f".{ending}" for ending in IMAGES)
-            raise Unreadable(
-                f"{note} is not read as an image, expected {endings}" if note else "caption without an image"
-            )
+        image, note = self._image(row), self._note(row)
         if (text := self._content(row, TEXT)) is not None:
             return image, decode_utf8(text)
         if (meta := self._content(row, META)) is not None and isinstance(fields := parse_json(meta), dict):
@@ -111,6 +109,23 @@ class TarShard(Shard):
         further = f", found {note}" if note else ""
         raise Unreadable(f'image without a caption: expected a .txt or .json ("caption") of the same name{further}')
 
+    def _whole(self, rows: np.ndarray) -> np.ndarray:
+        """Return for each row whether the sample is complete."""
+        return (rows[:, IMAGE] != NONE) & (rows[:, [TEXT, META]] != NONE).any(1)
+
+    def _note(self, row: int) -> str:
+        """Return the extensions of further members of a sample."""
+        return self.notes[self.rows[row, NOTE]]
+
+    def _image(self, row: int) -> bytes:
+        """Return the bytes of the image. Raises Unreadable."""
+        if (image := self._content(row, IMAGE)) is not None:
+            return image
+        note, endings = self._note(row), ", ".join(f".{ending}" for ending in IMAGES)
+        raise Unreadable(
+            f"{note} is not read as an image, expected {endings}" if note else f"{self.other} without an image"
+        )
+
     def _content(self, row: int, column: int) -> bytes | None:
         """Return the bytes of a member of a sample, None if the sample has none."""
         start, size = self.rows[row, column : column + 2].tolist()
@@ -119,10 +134,25 @@ class TarShard(Shard):
         return Member("", start, size, start, sparse=size == SPARSE).read(self.file)
 
 
+class ImageTarShard(TarShard):
+    """Read the images of one tar, each with the class in a .cls of the same name, if there is one."""
+
+    columns: ClassVar[Mapping[str, int]] = dict.fromkeys(IMAGES, IMAGE) | {"cls": TEXT}
+    other = "class"
+
+    def item(self, row: int) -> tuple[bytes, str | None]:
+        """Return the bytes of the image, and its class."""
+        image, label = self._image(row), self._content(row, TEXT)
+        return image, None if label is None else decode_utf8(label).strip()
+
+    def _whole(self, rows: np.ndarray) -> np.ndarray:
+        return rows[:, IMAGE] != NONE
+
+
 class _Index:
     """Collect rows of samples in one pass over a tar, and the members that can only be assigned after it."""
 
-    def __init__(self, tar: Iterable[Member], lost: MemberCounts, ignored: MemberCounts):
+    def __init__(self, tar: Iterable[Member], columns: Mapping[str, int], lost: MemberCounts, ignored: MemberCounts):
         self.keys, self.rows, self.row_of = bytearray(), array.array("q"), dict[str, int]()
         self.repeated = list[tuple[str, int]]()  # keys and rows of samples whose key has an earlier row
         self.dotted = dict[str, tuple[str, str]]()  # key with a dot -> the key before the dot, the extension after it
@@ -133,14 +163,14 @@ class _Index:
                 ignored.add(member.kind or "a name that begins with a dot", member.name)
                 continue
             stem, _, extension = base.partition(".")
-            key, column = folder + slash + stem, COLUMNS.get(extension.lower())
+            key, column = folder + slash + stem, columns.get(extension.lower())
             if member.kind:
                 lost.add(member.kind, member.name)
                 self.unread.append((key, f".{extension}", member.kind, member.name))
                 continue
             if column is None:
                 shorter, (stem, _, last) = key, base.rpartition(".")
-                column = COLUMNS.get(last.lower())
+                column = columns.get(last.lower())
                 if column is None or not stem:
                     self.unread.append((key, f".{extension}", "", member.name))
                     continue

@@ -37,6 +37,11 @@ class Shard:
     def __init__(self, file: File):
         self.file = file
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the file."""
+        return os.path.getsize(self.file.path)
+
     def key(self, row: int) -> str:
         """Return a name of a record inside the file."""
         return str(row)
@@ -88,11 +93,13 @@ class JsonShard(Shard):
 
 
 class ParquetShard(Shard):
-    """Read documents of one row each. Whole row groups are read and cached: shuffling is faster with small ones."""
+    """Read documents of one row each. Whole row groups are read and cached: shuffling is faster with small ones.
 
-    def __init__(self, file: File, columns: tuple[str, ...]):
+    columns: must exist. optional: are read if they exist.
+    """
+
+    def __init__(self, file: File, columns: tuple[str, ...], optional: tuple[str, ...] = ()):
         super().__init__(file)
-        self.columns = columns
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -104,6 +111,7 @@ class ParquetShard(Shard):
             raise UserError(f"{file.path} is not a parquet file: {str(error).splitlines()[0]}") from None
         if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
             raise UserError(f"{file.path} has no column {missing[0]!r}")
+        self.columns = (*columns, *(name for name in optional if name in parquet.schema_arrow.names))
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         self.ends, self.count = np.cumsum(sizes), sum(sizes)
 

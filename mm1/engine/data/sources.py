@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mm1.engine.data.folder import FolderShard
 from mm1.engine.data.paths import expand
-from mm1.engine.data.record import Alternatives, Answer, Media, Record
+from mm1.engine.data.record import Alternatives, Answer, Label, Media, Record
 from mm1.engine.data.references import read_image
-from mm1.engine.data.samples import MemberCounts, TarShard
+from mm1.engine.data.samples import ImageTarShard, MemberCounts, TarShard
 from mm1.engine.data.shards import JsonShard, LinesShard, ParquetShard, Shard, decode_utf8, locate, parse_json
 from mm1.engine.data.tar import TARS, File
 from mm1.errors import Unreadable, UserError
@@ -38,6 +39,13 @@ def _caption(value: Any) -> str:
     return texts[0] if len(texts) == 1 else Alternatives(texts)
 
 
+def _image_bytes(image: Any, folder: Path) -> bytes:
+    """Return the bytes of an image: bytes, a name that read_image takes, or Hugging Face's dict with one of them."""
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    return image if isinstance(image, bytes) else read_image(image, folder)
+
+
 def checked_text(text: Any, name: str) -> str:
     """Return the text itself. Raises Unreadable, with the text's name, for a value that no tokenizer can encode."""
     if is_blank(text):
@@ -55,14 +63,16 @@ class Source:
     """Read the records of all files of `paths` in order. source[i] raises Unreadable for a record that cannot be used.
 
     A subclass is one format of data: `readers` maps the endings of its files to shards, and `parts` converts an item of
-    a shard to the parts of a record. damage: (file, reason) of the files with damage. Raises UserError for a path or
-    file that this format does not read, and if there are no records.
+    a shard to the parts of a record. folders: the shard that reads a folder; None: folders are refused. damage: (file,
+    reason) of the files with damage. Raises UserError for a path or file that this format does not read, and if there
+    are no records.
     """
 
     readers: ClassVar[dict[str, Callable[[File], Shard]]]
+    folders: ClassVar[type[Shard] | None] = None
 
     def __init__(self, paths: str | Path | Sequence[str | Path], base: Path = Path()):
-        self._shards = [self._index(path) for path in expand(paths, base)]
+        self._shards = [self._index(path) for path in expand(paths, base, self.folders is not None)]
         self._ends = np.cumsum([shard.count for shard in self._shards])
         self.damage = tuple((shard.file.path, shard.damage) for shard in self._shards if shard.damage)
         if not len(self):
@@ -70,11 +80,13 @@ class Source:
             raise UserError(f"no records in {self._shards[0].file.path}{reason}")
 
     def _index(self, path: Path) -> Shard:
-        suffix = next((s for s in self.readers if path.name.lower().endswith(s)), None)
-        if suffix is None:
-            raise UserError(f"{path}: expected a file ending in {', '.join(self.readers)}")
+        endings = {s: reader for s, reader in self.readers.items() if path.name.lower().endswith(s)}
+        reader = self.folders if path.is_dir() else next(iter(endings.values()), None)
+        if reader is None:
+            folder = "a folder, or " if self.folders else ""
+            raise UserError(f"{path}: expected {folder}a file ending in {', '.join(self.readers)}")
         try:
-            return self.readers[suffix](File.at(path))
+            return reader(File.at(path))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from None
 
@@ -90,8 +102,7 @@ class Source:
     @property
     def files(self) -> list[list[Any]]:
         """Return [name without folders, bytes, number of records] of each file, in order."""
-        shards = [(Path(shard.file.path), shard.count) for shard in self._shards]
-        return [[path.name, path.stat().st_size, count] for path, count in shards]
+        return [[Path(shard.file.path).name, shard.size, shard.count] for shard in self._shards]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -127,6 +138,24 @@ class Captions(Source):
         return Media("image", image), _caption(caption)
 
 
+class Images(Source):
+    """Read images, with a class if there is one: from folders, tars, and parquet with a column "image".
+
+    The class is the first sub-folder in a folder, a .cls in a tar, and "label" in parquet. A parquet's images are as in
+    Interleaved.
+    """
+
+    readers: ClassVar = {
+        **dict.fromkeys(TARS, ImageTarShard),
+        ".parquet": partial(ParquetShard, columns=("image",), optional=("label",)),
+    }
+    folders: ClassVar = FolderShard
+
+    def parts(self, item, folder):
+        image, label = (item["image"], item.get("label")) if isinstance(item, dict) else item
+        return Media("image", _image_bytes(image, folder)), *([] if label is None else [Label(label)])
+
+
 class TextSource(Source):
     """Read text documents: under "text" in .jsonl and .parquet, one per line in .txt."""
 
@@ -158,14 +187,14 @@ class Interleaved(Source):
             raise Unreadable('expected lists "texts" and "images" of the same length')
         parts: list[str | Media] = []
         for text, image in zip(texts, images):
-            if isinstance(image, dict):  # Hugging Face datasets
-                image = image.get("path") if image.get("bytes") is None else image["bytes"]
-                if image is None and text is None:
+            if isinstance(image, dict) and image.get("bytes") is image.get("path") is None:  # Hugging Face datasets
+                if text is None:
                     raise Unreadable("an image with neither bytes nor a path")
+                image = None
             if text is not None and image is not None:
                 raise Unreadable("text and image at the same position")
             if image is not None:
-                parts.append(Media("image", image if isinstance(image, bytes) else read_image(image, folder)))
+                parts.append(Media("image", _image_bytes(image, folder)))
             elif not is_blank(text):
                 parts.append(checked_text(text, "text"))
         if not parts:
@@ -210,7 +239,10 @@ class Conversations(Source):
         return tuple(parts)
 
 
-KINDS = {"captions": Captions, "interleaved": Interleaved, "text": TextSource, "conversations": Conversations}
+KINDS = {
+    "captions": Captions, "interleaved": Interleaved, "text": TextSource, "conversations": Conversations,
+    "images": Images,
+}  # fmt: skip
 
 
 def open_source(kind: str, paths: str | Path | Sequence[str | Path], base: Path) -> Source:

@@ -71,8 +71,9 @@ class Engine:
         prefill: int | None = None, image_patches: int | None = None, feature_bytes: int = 1 << 28,
         weights: str | None = None,
     ):  # fmt: skip
+        self.model, self.tokenizer = model, tokenizer_of(model)
         weight = model.decoder.embedding.weight
-        self.model, self.tokenizer, self.device = model, tokenizer_of(model), weight.device
+        self.device = weight.device
         prefill = ROWS.get(self.device.type, ROWS["cpu"]) if prefill is None else prefill
         image_patches = PATCHES.get(self.device.type, PATCHES["cpu"]) if image_patches is None else image_patches
         at_least(1, tokens=tokens, batch=batch, queue=queue, prefill=prefill, image_patches=image_patches)

@@ -146,6 +146,8 @@ def last_text(parts: Sequence[object]) -> str:
 
 def tokenizer_of(model: LanguageModel) -> TextTokenizer:
     """Return the model's tokenizer. Raises UserError where there is none."""
+    if not model.config.vocabulary:
+        raise UserError(f"a model of kind {model.config.kind} takes images alone and generates no text")
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: generate from a trained checkpoint")
     return model.tokenizer

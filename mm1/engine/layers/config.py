@@ -44,6 +44,8 @@ class Vision:
     """Apply a LayerNorm between the patch embedding and the first block, as CLIP does."""
     patch_norm: bool = False
     """Add a bias and apply a LayerNorm to the patches before the positions, as AIM does."""
+    final_norm: bool = False
+    """Apply a LayerNorm after the last block, as AIM does before its pixel head; CLIP's features have none."""
     positions: Annotated[str, OneOf("table", "sincos")] = "table"
     """Position embedding: "table" is learned; "sincos" is AIM's fixed formula of row and column, which needs no table
     and a vision.width that is a multiple of 4."""
@@ -64,6 +66,22 @@ class Vision:
                 f"a divisor of the width {self.width}")  # fmt: skip
         require(self.positions == "table" or self.width % 4 == 0, "setting model.vision.width", self.width,
                 "a multiple of 4 if positions is sincos")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PixelHead:
+    """Configure the head that predicts the pixels of the next patch from the encoder's rows."""
+
+    width: Count = 2048
+    """Width of the head's residual stream, a multiple of 4; AIM's is 2048."""
+    blocks: CountOrZero = 12
+    """MLP blocks of the head; AIM has 12."""
+    ffn: Count = 8192
+    """Hidden width of a block's MLP; AIM's is 4 times the width."""
+
+    def __post_init__(self):
+        check(self, "model.head")
+        require(self.width % 4 == 0, "setting model.head.width", self.width, "a multiple of 4")
 
 
 @dataclass(frozen=True)

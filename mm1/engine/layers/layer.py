@@ -46,6 +46,20 @@ def fan_in(inputs: int, layers: int = 0) -> Fill:
     return normal(inputs**-0.5 / (2 * layers) ** 0.5 if layers else inputs**-0.5)
 
 
+def xavier_uniform(products: int = 1) -> Fill:
+    """Return a function that fills a weight with uniform values of variance 2 / (inputs + outputs).
+
+    products: number of products whose weights are stacked in it, each with its own outputs. Source: Glorot and Bengio
+    2010, section 4.2.1.
+    """
+
+    def fill(value: Tensor, generator: Generator) -> None:
+        bound = (6 / (value.shape[1] + value.shape[0] / products)) ** 0.5
+        value.uniform_(-bound, bound, generator=generator)
+
+    return fill
+
+
 def _torch_defaults(module: nn.Module) -> dict[str, Fill]:
     """Return the initial values of the parameters of one of torch's modules; empty for kinds that are not listed."""
     values: dict[str, Fill] = {}
@@ -84,12 +98,16 @@ class Layer(nn.Module):
 class BlockLayer(Layer):
     """Define a unit of compilation and, unless `compiled_only`, of sharding and recomputation.
 
+    dynamic_rows: whether the rows of its first input, at least 2, differ from batch to batch; it is compiled for any
+    number. float8: whether train.float8 applies to its wide linears.
+
     Its forward may be replaced for speed or memory. A replaced forward is a closure over this module. Copies and
     pickles therefore drop it and use the class's forward, as torch does for Module.compile.
     """
 
     compiled_only: ClassVar[bool] = False
-    float8: ClassVar[bool] = False  # whether train.float8 applies to its wide linears
+    dynamic_rows: ClassVar[bool] = False
+    float8: bool = False
     _replaced: Callable[..., Any] | None = None
 
     def replace_forward(self, forward: Callable[..., Any]) -> None:

@@ -1,12 +1,15 @@
-"""Define the ViT encoder on packed patches of images of any grid, with full attention inside each image.
+"""Define the ViT encoder on packed patches of images of any grid, with attention inside each image.
 
     x = embed(pixels) [P, Dv];  x = norm(x) (CLIP's pre-norm);  L × [x += attention(norm(x)); x += mlp(norm(x))]
-    AIM: x = norm(embed(pixels) + bias) + positions, linears without biases
+    AIM: x = norm(embed(pixels) + bias) + positions, linears without biases, x = norm(x) after the last block
 
-The result is the last block's output, before the final norm, without class tokens: hidden_states[-1] of transformers'
-CLIPVisionModel, which is the input of Honeybee's C-Abstractor (MM1 does not publish its choice).
-Sources: Dosovitskiy et al. 2021; El-Nouby et al. 2024 (AIM).
+Attention is full, or causal behind a prefix of each image (AIM's pre-training).
+The result has no class tokens. Without a final norm it is hidden_states[-1] of transformers' CLIPVisionModel, which is
+the input of Honeybee's C-Abstractor (MM1 does not publish its choice).
+Sources: Dosovitskiy et al. 2021; El-Nouby et al. 2024 (AIM), section 4.
 """
+
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,7 @@ from mm1.engine.layers.config import Vision
 from mm1.engine.layers.layer import LEARNED_STD, BlockLayer, Fill, Layer, fan_in, fill_zeros, normal
 from mm1.engine.layers.segments import Segments
 from mm1.engine.layers.workload import KeptBytes, Layout, Operations, Workload, attention_operations
-from mm1.kernels.attention import Full, attention
+from mm1.kernels.attention import attention
 from mm1.kernels.patches.embedding import cost as embedding_cost
 from mm1.kernels.patches.embedding import patch_embed
 from mm1.kernels.patches.grids import Grids
@@ -31,15 +34,18 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
-def sincos(grids: Grids, width: int) -> Tensor:
+def sincos(grids: Grids, width: int, rows: Tensor | None = None) -> Tensor:
     """Return AIM's positions fp32 [P, width] of patches at (row, column) of images of any grid.
 
         [sin(column · f) | cos(column · f) | sin(row · f) | cos(row · f)],  f_i = 10000^(-i / q), i < q = width / 4
 
+    rows: int64 [R], the patches whose positions are returned, [R, width]; None: all.
     Sources: He et al. 2022 (MAE) for the order of the halves; El-Nouby et al. 2024.
     """
-    first, _, _, columns = grids.table.index_select(0, grids.owner.clamp(min=0)).unbind(1)  # -1: padding
-    place = torch.arange(grids.patches, device=first.device) - first
+    rows = torch.arange(grids.patches, device=grids.table.device) if rows is None else rows
+    image = grids.owner.index_select(0, rows).clamp(min=0)  # -1: padding
+    first, _, _, columns = grids.table.index_select(0, image).unbind(1)
+    place = rows - first
     columns = columns.clamp(min=1)
     quarter = width // 4
     frequencies = 10_000.0 ** (-torch.arange(quarter, device=first.device, dtype=torch.float32) / quarter)
@@ -61,7 +67,7 @@ def sincos_table(rows: int, columns: int, width: int) -> Tensor:
 
 
 class VisionBlock(BlockLayer):
-    """Add full attention inside each image and an MLP to the residual stream."""
+    """Add attention inside each image and an MLP to the residual stream."""
 
     def __init__(self, c: Vision):
         super().__init__()
@@ -76,7 +82,7 @@ class VisionBlock(BlockLayer):
 
     def forward(self, x: Tensor, images: Segments) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # (P, H, Dh) each
-        y = attention(q, k, v, images.cu_seqlens, mask=Full(), max_length=images.longest)
+        y = attention(q, k, v, images.cu_seqlens, mask=images.mask, max_length=images.longest)
         x = x + self.out(y.flatten(1))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
@@ -122,6 +128,7 @@ class VisionEncoder(Layer):
             self.class_token = nn.Parameter(torch.empty(c.width))  # includes its position
         self.pre_norm = nn.LayerNorm(c.width, c.eps) if c.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.layers))
+        self.final_norm = nn.LayerNorm(c.width, c.eps) if c.final_norm else nn.Identity()
 
     def initial_values(self) -> dict[str, Fill]:
         c = self.config
@@ -139,10 +146,19 @@ class VisionEncoder(Layer):
     def kept_bytes(self, workload: Workload, layout: Layout) -> float:
         c = self.config
         rows = workload.visual_rows(c.class_token)
-        return 3 * c.patch**2 * workload.patches + layout.residual * rows * c.width
+        return 3 * c.patch**2 * workload.patches + layout.residual * rows * c.width * (1 + c.final_norm)
 
-    def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
-        """Return the features [P, Dv] of pixels uint8 [ΣHW, 3] of images with these grids."""
+    def forward(
+        self, pixels: Tensor, grids: Grids, prefix: Tensor | None = None, layers: Collection[int] | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the features [P, Dv] of pixels uint8 [ΣHW, 3] of images with these grids.
+
+        prefix int32 [N]: attention is causal behind the first prefix[n] patches of image n; None: it is full. layers:
+        return the mean of the outputs of these blocks, counted from 0; None: the last one's, after the final norm.
+        order: int64 [P], the packed patches in the order in which attention is causal (patch_order.py); None: row by
+        row. The features are row by row in any case.
+        """
         c = self.config
         learned = self.positions if c.positions == "table" else None
         bias, table = (self.patch_bias, None) if c.patch_norm else (None, learned)
@@ -155,6 +171,7 @@ class VisionEncoder(Layer):
             x = x + sincos(grids.to(x.device), c.width).to(x.dtype)
         elif table is None:
             x = x + positions(learned, grids, c.interpolation).to(x.dtype)
+        x = x if order is None else x.index_select(0, order)
         patch_rows = None
         if c.class_token:
             class_rows, patch_rows, cu_seqlens = grids.to(x.device).with_class_token()
@@ -165,7 +182,12 @@ class VisionEncoder(Layer):
         if grids.sizes is not None:  # images past these only fill the budget
             cu_seqlens = cu_seqlens[: max(len(grids.sizes), 1) + 1]
             longest = max((h * w for h, w in grids.sizes), default=0)
-        images = Segments.of(cu_seqlens, longest + c.class_token)
-        for block in self.blocks:
+        if prefix is not None:
+            prefix = prefix + c.class_token
+        images, kept = Segments.of(cu_seqlens, longest + c.class_token, prefix), []
+        for i, block in enumerate(self.blocks):
             x = block(x, images)
-        return x if patch_rows is None else x.index_select(0, patch_rows)
+            kept += [x] if layers is not None and i in layers else []
+        x = self.final_norm(x) if layers is None else torch.stack(kept).mean(0)
+        x = x if patch_rows is None else x.index_select(0, patch_rows)
+        return x if order is None else x.index_select(0, order.argsort())

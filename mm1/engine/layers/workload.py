@@ -11,7 +11,8 @@ class Workload:
 
     tokens, images, patches: rows computed, padding included. computed_…: query-key pairs that attention computes in one
     layer of the decoder and of the encoder, rows that reach the experts of a layer, and rows of the head; None: derived
-    from documents, grids and targets.
+    from documents, grids and targets. prefixes: of the images, behind which the encoder's attention is causal; None: it
+    is full.
     """
 
     documents: Sequence[int]
@@ -24,6 +25,7 @@ class Workload:
     computed_patch_pairs: int | None = None
     computed_expert_rows: int | None = None
     computed_head_rows: int | None = None
+    prefixes: Sequence[int] | None = None
 
     @property
     def useful(self) -> "Workload":
@@ -49,10 +51,12 @@ class Workload:
         return self.patches + class_token * self.images
 
     def visual_pairs(self, class_token: bool) -> int:
-        """Return the query-key pairs of one layer of an encoder with full attention inside each image."""
+        """Return the query-key pairs of one layer of an encoder with attention inside each image."""
         if self.computed_patch_pairs is not None:
             return self.computed_patch_pairs
-        return sum((h * w + class_token) ** 2 for h, w in self.grids)
+        lengths = [h * w + class_token for h, w in self.grids]
+        seen = lengths if self.prefixes is None else [s + class_token for s in self.prefixes]
+        return sum(s * s + (n * (n + 1) - s * (s + 1)) // 2 for s, n in zip(seen, lengths, strict=True))
 
     @property
     def expert_rows(self) -> int:

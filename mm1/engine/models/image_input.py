@@ -3,6 +3,14 @@
 from typing import NamedTuple
 
 
+class ImageDraws(NamedTuple):
+    """Describe what training draws for each image of a model that takes images alone."""
+
+    crop: tuple[float, float]  # smallest and largest share of the image's area that is cropped; (1, 1): the whole image
+    flip: bool  # mirror every second image, at random
+    prefix: str  # "uniform": of 1 to K - 1 of K patches, "causal": of 1 patch
+
+
 class ImageInput(NamedTuple):
     """Describe images as a model takes them, and the tokens of each."""
 
@@ -11,7 +19,8 @@ class ImageInput(NamedTuple):
     size: int  # pixels of a side
     patches: int
     parts: int  # k: k × k parts of the image are added to the whole one
-    slots: int  # tokens of one view of an image; 0: the model takes no images
+    slots: int  # tokens of one view of an image; 0: the model takes no images among texts
+    draws: ImageDraws | None = None  # of a model that takes images alone
 
 
 TEXT_ONLY = ImageInput(patch=1, mode="native", size=1, patches=1, parts=1, slots=0)  # of a model without images

@@ -17,12 +17,19 @@ class Entry(NamedTuple):
     model: str  # class of the model
     config: str  # dataclass of its settings
     sizes: str = ""  # dict of settings by the names of sizes; empty: the kind has no named sizes
+    recipe: str = "pretrain"  # of its runs if they name none, a key of RECIPES in mm1/engine/run_config.py
 
 
 REGISTRY: dict[str, Entry] = {
     "mm1": Entry(
         "mm1.engine.models.mm1:MM1", "mm1.engine.models.mm1_config:MM1Config", "mm1.engine.models.mm1_config:MODELS"
-    )
+    ),
+    "aim": Entry(
+        "mm1.engine.models.aim:AIM",
+        "mm1.engine.models.aim_config:AIMConfig",
+        "mm1.engine.models.aim_config:MODELS",
+        recipe="aim",
+    ),
 }
 
 
@@ -34,6 +41,11 @@ def model_class(kind: str) -> "type[Model]":
 def config_class(kind: str) -> type:
     """Return the dataclass of a model's settings. Raises UserError for a kind that is not registered."""
     return _load(_entry(kind).config)
+
+
+def default_recipe(kind: str) -> str:
+    """Return the recipe of a kind's runs that name none. Raises UserError for a kind that is not registered."""
+    return _entry(kind).recipe
 
 
 class RegisteredConfigs(Tables):

@@ -81,7 +81,10 @@ class ModelConfig(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """Return the rows of the token embedding."""
+        """Return the rows of the token embedding; 0: the model takes images alone, and its tokens are their patches.
+
+        The images of such a config have draws, and its context is no field.
+        """
         ...
 
 

@@ -1,10 +1,10 @@
 """Write and read checkpoints, which are either complete or do not exist.
 
-A checkpoint is a folder: model.safetensors, config.json and tokenizer.json are enough for inference,
-optimizer.safetensors and state.json continue the training; a run with many processes stores its tensors in shards/. The
-folder is written under another name, every file is flushed to the disk, the marker COMPLETE with each file's SHA-256 is
-written last, and only then is the folder renamed. Loading verifies the marker and the sums, so that a missing file or a
-flipped byte is one clear line.
+A checkpoint is a folder: model.safetensors, config.json and the tokenizer.json of a model of texts are enough for
+inference, optimizer.safetensors and state.json continue the training; a run with many processes stores its tensors in
+shards/. The folder is written under another name, every file is flushed to the disk, the marker COMPLETE with each
+file's SHA-256 is written last, and only then is the folder renamed. Loading verifies the marker and the sums, so that a
+missing file or a flipped byte is one clear line.
 """
 
 import hashlib
@@ -181,7 +181,7 @@ def load(
             model = model_class(c.kind)(c)
         model.load_state_dict(weights(folder), assign=True)
         model.conversations = saw_conversations(stored)
-        model.tokenizer = TextTokenizer(folder / "tokenizer.json")
+        model.tokenizer = TextTokenizer(folder / "tokenizer.json") if c.vocabulary else None
     model.init_buffers("cpu")
     return model.to(device, dtype).eval()
 
@@ -316,7 +316,8 @@ def export(folder: Path, out: Path) -> None:
     check(folder)
     if out.exists():
         raise CheckpointError(f"{out} exists already")
-    texts = {name: (folder / name).read_text() for name in ("config.json", "tokenizer.json")}
+    files = (folder / name for name in ("config.json", "tokenizer.json"))
+    texts = {file.name: file.read_text() for file in files if file.exists()}  # some models have no tokenizer
     write(out, {"model.safetensors": weights(folder)}, texts)
 
 

@@ -41,11 +41,14 @@ def options(*classes: type) -> type:
             inner = options(*tables)
             fields.append((field, inner, dataclasses.field(default_factory=inner)))
             continue
-        hint, initial = hints(owners[0])[field], default(owners[0], field)
-        values = described(hint)
+        hint = hints(owners[0])[field]
+        values = " or ".join(dict.fromkeys(described(hints(cls)[field]) for cls in owners))
         metavar = next((name for start, name in METAVARS if values.startswith(start)), "STR")
         value = dataclasses.field(default=None, metadata={"is_text": values.startswith(("a string", "one of"))})
-        shown = "the size's" if initial is dataclasses.MISSING else toml_value(initial)
+        initial = [default(cls, field) for cls in owners]
+        shown = "the size's"
+        if dataclasses.MISSING not in initial:
+            shown = " or ".join(dict.fromkeys(map(toml_value, initial)))
         if table := item_table(hint):
             items = (f"{name}: {described(item)}" for name, item in hints(table).items())
             values = f"a list of tables with {'; '.join(items)}"

@@ -20,7 +20,7 @@ class Train:
     """Packed sequences of a step, over all processes; MM1's pre-training has 512."""
     peak_lr: Positive | None = None
     """Peak learning rate; none: MM1's law, exp(-0.4214 ln N - 0.5535) for N non-embedding parameters of the decoder;
-    a mixture counts as its dense equivalent."""
+    a mixture counts as its dense equivalent; AIM's is 1e-3."""
     final_lr: Annotated[float, Range(minimum=0, maximum=1)] = 0.1
     """Learning rate after the cosine schedule, as a fraction of the peak; MM1's is 0.1."""
     warmup: CountOrZero | None = None
@@ -42,7 +42,7 @@ class Train:
     """Activations to recompute in backward to save memory: none, those of whole blocks, or all but the results of
     matrix products, attention and experts ("selective")."""
     float8: Annotated[str, OneOf("none", "tensorwise", "rowwise")] = "none"
-    """Scaling of float8 matrix products in the decoder's linear layers, by torchao; "none": no float8."""
+    """Scaling of float8 matrix products in linear layers of the decoder, or of AIM, by torchao; "none": no float8."""
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
     """Precision of matrix products; "auto": bf16 on a GPU, fp32 on a CPU. Weights are kept in fp32."""
     seed: Seed = 0

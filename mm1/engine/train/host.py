@@ -66,23 +66,23 @@ def checkpoint(
     )
 
 
-def memory(run: Run, gpus: int, load: Workload, *, stored: int, document: int) -> dict[str, float]:
+def memory(run: Run, gpus: int, load: Workload, *, stored: int) -> dict[str, float]:
     """Return bytes of a node's host memory by purpose, during a save, when all of them are in use.
 
-    stored: parameters on the fullest GPU. document: tokens of a typical document.
+    stored: parameters on the fullest GPU.
     """
     d, processes = run.data, min(gpus, NODE)
     data_processes = gpus // run.parallel.tensor
     packers = (d.streams or (4 * data_processes if data_processes > 1 else 1)) // data_processes
     pixels = 3 * run.model.images.patch**2 * sum(rows * columns for rows, columns in load.grids)
-    token = pixels / d.tokens + 4  # bytes of a token and its share of the pixels
+    token = pixels / load.tokens + 4  # bytes of a token and its share of the pixels
     ahead = max(1, d.workers) * DECODED_AHEAD
     return {
         "training processes": processes * PROCESS,
         "copy of the checkpoint": processes * (STATE_BYTES if gpus == 1 else STORED) * stored,
         "loader processes": processes * packers * d.workers * LOADER,
-        "documents decoded ahead": processes * packers * ahead * min(document, d.tokens) * token,
-        "documents waiting in packers": processes * packers * (d.buffer or WAITING * d.tokens) * token,
+        "documents decoded ahead": processes * packers * ahead * load.documents[0] * token,
+        "documents waiting in packers": processes * packers * (d.buffer or WAITING * load.tokens) * token,
         # Each batch exists twice: as packed, and in pinned memory. The batch in use is counted too.
-        "batches": processes * 2 * (feed.AHEAD["cuda"] + 1) * d.tokens * token,
+        "batches": processes * 2 * (feed.AHEAD["cuda"] + 1) * load.tokens * token,
     }

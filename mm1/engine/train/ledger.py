@@ -36,7 +36,10 @@ def workload(batch: Batch) -> Workload:
     """Return the sizes of a packed batch. Waits for the batch's device."""
     documents = [n for n in batch.cu_seqlens.diff().tolist() if n]
     grids = batch.media.grids
-    return Workload(documents, grids.sizes or (), batch.target_count, len(batch.tokens), grids.images, grids.patches)
+    return Workload(
+        documents, grids.sizes or (), batch.target_count, len(batch.tokens), grids.images, grids.patches,
+        computed_head_rows=len(batch.target_rows), prefixes=None if batch.prefix is None else batch.prefix.tolist(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

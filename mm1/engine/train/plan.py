@@ -20,6 +20,7 @@ from mm1.engine.data.document import DECODED_AHEAD
 from mm1.engine.data.record import max_patches
 from mm1.engine.layers.layer import prefixed
 from mm1.engine.layers.workload import Layout, Workload
+from mm1.engine.models.image_input import ImageDraws
 from mm1.engine.models.registry import on_meta
 from mm1.engine.models.spec import Model, ModelConfig
 from mm1.engine.run_config import Run
@@ -81,6 +82,7 @@ class Plan:
     operations: int  # useful ones of a step
     seconds: dict[str, float]  # of a step, by part
     step: float  # seconds; FSDP's traffic overlaps the operations
+    unit: str  # of the next field: "tokens", or "patches" of a model that takes images alone
     tokens_per_second: float
     images_per_second: float
     mfu: float
@@ -133,15 +135,15 @@ def plan(
     return Plan(
         gpus, device, parameters, _shard(run, gpus), stored / sum(s.used / s.ranks for s in parts), used, usable,
         () if sum(used.values()) <= usable else _remedies(run, gpus, usable, document, imbalance),
-        t.accumulate * counted.useful, seconds, step, t.accumulate * load.tokens / step,
+        t.accumulate * counted.useful, seconds, step, "patches" if load.prefixes is not None else "tokens",
+        t.accumulate * load.tokens / step,
         t.accumulate * len(load.grids) / step, t.accumulate * counted.useful / (step * gpus * peak),
         t.steps * step / (1 - saved.share) / 86_400, t.save_every, saved,
-        host.memory(run, gpus, load, stored=stored, document=document),
+        host.memory(run, gpus, load, stored=stored),
         None if host_memory is None else host_memory * 1e9,
         (
             f"executed operations, recomputation included, run at {share:.0%} of {peak / 1e12:.0f} TFLOP/s",
-            f"a sequence is {load.tokens} tokens in documents of {load.documents[0]}, with {len(load.grids)} images of"
-            f" {load.patches // max(load.images, 1)} patches; {load.targets} tokens are targets",
+            _sequence(load),
             f"a step is {t.accumulate} sequences; each tensor group computes {sequences} of them one after the other",
             f"{NODE} GPUs are a node; each sends {hardware.link:g} GB/s inside it and {network:g} GB/s out of it,"
             f" of which {REACHED:.0%} are reached",
@@ -158,6 +160,15 @@ def plan(
             "loading data and failures take no time",
         ),
     )  # fmt: skip
+
+
+def _sequence(load: Workload) -> str:
+    """Describe a sequence in words."""
+    images = f"{len(load.grids)} images of {load.patches // max(load.images, 1)} patches"
+    if load.prefixes is not None:
+        return f"a sequence is {images}; {load.targets} patches are targets, as many as the pixel head computes"
+    documents = f"{load.tokens} tokens in documents of {load.documents[0]}"
+    return f"a sequence is {documents}, with {images}; {load.targets} tokens are targets"
 
 
 def _expert_assumption(run: Run, imbalance: float) -> tuple[str, ...]:
@@ -183,14 +194,33 @@ def fullest(run: Run, imbalance: float) -> float:
 
 
 def typical(run: Run, document: int) -> Workload:
-    """Return a full sequence: documents of `document` tokens, as many images as fit the budgets, text as targets."""
+    """Return a full sequence: documents of `document` tokens, as many images as fit the budgets, text as targets.
+
+    A model that takes images alone has as many full images, with prefixes of every length in equal shares.
+    """
     d, m = run.data, run.model.images
+    if m.draws:
+        return _images_alone(run, m.draws)
     require(d.tokens >= m.slots + 2, "setting data.tokens", d.tokens, f"{m.slots + 2} or more, for one image")
     view = max_patches(m)
     patches, images = d.patches or d.images * view, min(d.images, d.tokens // m.slots) if m.slots else 0
     lengths = [document] * (d.tokens // document) + [d.tokens % document] * (d.tokens % document > 0)
     grids = [(1, max(1, min(view, patches // d.images)))] * images
     return Workload(lengths, grids, d.tokens - images * m.slots, d.tokens, d.images, patches)
+
+
+def _images_alone(run: Run, draws: ImageDraws) -> Workload:
+    """Return a full sequence of full images."""
+    d, view = run.data, max_patches(run.model.images)
+    patches = d.patches or d.images * view
+    images = min(d.images, patches // view)
+    require(images > 0, "setting data.patches", patches, f"{view} or more, for one image")
+    lengths = range(1, max(view, 2))
+    prefixes = [
+        1 if draws.prefix == "causal" else lengths[(2 * i + 1) * len(lengths) // (2 * images)] for i in range(images)
+    ]
+    targets = sum(view - prefix for prefix in prefixes)
+    return Workload([view] * images, [(1, view)] * images, targets, patches, d.images, patches, prefixes=prefixes)
 
 
 @cache
@@ -368,7 +398,8 @@ def show(plan: Plan) -> str:
         "", f"time of a step of {plan.operations:.3g} useful operations, s",
         *(f"  {names.get(name, name):32}{n:8.2f}" for name, n in plan.seconds.items() if n),
         f"  {'total':32}{plan.step:8.2f}   MFU {plan.mfu:.1%}",
-        "", f"{plan.tokens_per_second:,.0f} tokens/s, {plan.images_per_second:,.0f} images/s, {plan.days:,.1f} days",
+        "", f"{plan.tokens_per_second:,.0f} {plan.unit}/s, {plan.images_per_second:,.0f} images/s,"
+        f" {plan.days:,.1f} days",
         "", f"checkpoint of {_bytes(saved.size)}, {_bytes(saved.process)} a process, {every}, s",
         *(f"  {name:32}{n:8.2f}{'   overlaps the steps' * (name in hidden)}" for name, n in saved.seconds.items()),
         f"  {'the run waits':32}{saved.waited:8.2f}   {saved.share:.1%} of its time",

@@ -47,15 +47,22 @@ Sizes: {", ".join(f"`{name}`" for name in sizes())}.
 
 def page() -> str:
     """Return the page as Markdown, with one table for each dataclass of settings."""
-    return "\n".join([HEAD, *tables(Run, "")])
+    return "\n".join([HEAD, *tables(Run, "", set())])
 
 
-def tables(cls: type, name: str) -> Iterator[str]:
-    """Yield the heading and table of the dataclass at `name`, then those of the dataclasses in it."""
+def tables(cls: type, name: str, written: set[tuple[type, str]]) -> Iterator[str]:
+    """Yield the heading and table of the dataclass at `name`, then those of the dataclasses in it.
+
+    written: dataclasses and names that the page has already, because models share layers.
+    """
+    if (cls, name) in written:
+        return
+    written.add((cls, name))
     fields, texts = hints(cls), help_texts(cls)
     plain = {field: hint for field, hint in fields.items() if field in texts}
     if name:
-        yield f"## {name}\n\n{' '.join((cls.__doc__ or '').split())}\n"
+        kind = f" of kind {default(cls, 'kind')}" if name == "model" else ""
+        yield f"## {name}{kind}\n\n{' '.join((cls.__doc__ or '').split())}\n"
     if plain:
         yield "| setting | value | default | meaning |\n| --- | --- | --- | --- |"
         for field, hint in plain.items():
@@ -66,7 +73,7 @@ def tables(cls: type, name: str) -> Iterator[str]:
         yield ""
     for field, hint in fields.items():
         for inner in (*tables_of(hint), *filter(None, [item_table(hint)])):
-            yield from tables(inner, dotted(name, field))
+            yield from tables(inner, dotted(name, field), written)
 
 
 if __name__ == "__main__":

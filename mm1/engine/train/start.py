@@ -24,7 +24,7 @@ class Start(NamedTuple):
     run: Run  # with the context of its model and the number of its streams
     newest: Path | None  # the checkpoint that it resumes
     state: dict[str, Any] | None  # state.json of this checkpoint
-    tokenizer: TextTokenizer
+    tokenizer: TextTokenizer | None  # None for a model that takes images alone
     streams: Streams
     other_data: bool  # the checkpoint was trained on other data, and the user accepts it
 
@@ -40,14 +40,11 @@ def open_run(
         raise UserError(f"{folder} holds a run already: give another folder, or --resume to continue it")
     folder.mkdir(parents=True, exist_ok=True)
     origin = newest or (checkpoint.newest_in(Path(run.train.init)) if run.train.init else None)
-    tokenizer = TextTokenizer(_tokenizer_path(run.data.tokenizer, origin))
-    if len(tokenizer) > run.model.vocabulary:
-        raise UserError(
-            f"the model's vocabulary is {run.model.vocabulary}, but {tokenizer.path} has {len(tokenizer)} tokens:"
-            f" set the vocabulary, such as model.decoder.vocabulary, to {vocabulary_size(len(tokenizer))}"
-        )
-    context = max(run.data.tokens, run.model.context or 0, _context_of(origin))
-    run = replace(run, model=replace(run.model, context=context))
+    tokenizer = None
+    if run.model.vocabulary:
+        tokenizer = _tokenizer_of(run, origin)
+        context = max(run.data.tokens, run.model.context or 0, _context_of(origin))
+        run = replace(run, model=replace(run.model, context=context))
     state = checkpoint.read_json(newest, "state.json") if newest else None
     # Processes of a tensor group draw the same records, and one of them lists the bad ones.
     quarantine = folder / "quarantine" if world.rank % run.parallel.tensor == 0 else None
@@ -70,7 +67,7 @@ def open_run(
 
 
 def load_initial_weights(
-    model: Model, folder: Path, tokenizer: TextTokenizer, world: World, accept_other_tokenizer: bool
+    model: Model, folder: Path, tokenizer: TextTokenizer | None, world: World, accept_other_tokenizer: bool
 ) -> None:
     """Load into the model the weights of another run's checkpoint, or of one that `mm1 convert` made.
 
@@ -79,7 +76,7 @@ def load_initial_weights(
     folder = checkpoint.newest_in(folder)
     world.together(lambda: checkpoint.check(folder, world.rank, world.size))
     theirs = folder / "tokenizer.json"
-    if not accept_other_tokenizer and TextTokenizer(theirs).vocabulary != tokenizer.vocabulary:
+    if tokenizer and not accept_other_tokenizer and TextTokenizer(theirs).vocabulary != tokenizer.vocabulary:
         raise UserError(
             f"{tokenizer.path} has other token ids than {theirs}, with which the weights of train.init were "
             f"trained: set data.tokenizer to that file, or pass --accept-other-data"
@@ -98,6 +95,17 @@ def _context_of(checkpoint_folder: Path | None) -> int:
     if checkpoint_folder is None or not (checkpoint_folder / "config.json").is_file():  # loading raises the error
         return 0
     return stored_model(checkpoint.read_json(checkpoint_folder, "config.json")).context or 0
+
+
+def _tokenizer_of(run: Run, checkpoint_folder: Path | None) -> TextTokenizer:
+    """Return the tokenizer of a run. Raises UserError without one, and for one with more tokens than the model."""
+    tokenizer = TextTokenizer(_tokenizer_path(run.data.tokenizer, checkpoint_folder))
+    if len(tokenizer) > run.model.vocabulary:
+        raise UserError(
+            f"the model's vocabulary is {run.model.vocabulary}, but {tokenizer.path} has {len(tokenizer)} tokens:"
+            f" set the vocabulary, such as model.decoder.vocabulary, to {vocabulary_size(len(tokenizer))}"
+        )
+    return tokenizer
 
 
 def _tokenizer_path(name: str, checkpoint_folder: Path | None) -> Path:

@@ -334,8 +334,8 @@ class Trainer:
             "rng": torch.get_rng_state().tolist(), "identity": self.streams.identity, "processes": self.world.size,
             "device": self.device.type,
         }  # fmt: skip
-        config = json.dumps(to_dict(self.run), indent=1)
-        return {"config.json": config, "tokenizer.json": self.tokenizer.text, "state.json": json.dumps(state)}
+        texts = {"config.json": json.dumps(to_dict(self.run), indent=1), "state.json": json.dumps(state)}
+        return texts if self.tokenizer is None else {**texts, "tokenizer.json": self.tokenizer.text}
 
     def _drop_later_metrics(self) -> None:
         """Delete the metrics after this step, and lines that are not metrics, which a kill or an edit may leave."""

@@ -34,6 +34,8 @@ COMMANDS = {
     "generate": ("mm1.engine.infer.command", "Continue a prompt of interleaved images and text."),
     "serve": ("mm1.engine.serve.command", "Serve OpenAI's chat API, and a page to try the model in a browser."),
     "eval": ("mm1.engine.evaluation.command", "Evaluate a model on benchmarks with few-shot prompts."),
+    "probe": ("mm1.engine.evaluation.command", "Score an image encoder by probes on labelled images."),
+    "scaling": ("mm1.engine.evaluation.command", "Fit a scaling law to the final losses of runs."),
     "bench": ("mm1.bench.command", "Measure the speed of kernels, training and generation."),
     "tune": ("mm1.autotune.command", "Find the fastest configurations of kernels."),
     "explain": ("mm1.autotune.command", "Print the configuration that a kernel runs with, and why."),

@@ -146,7 +146,7 @@ def test_similar_shots_are_the_nearest_with_the_nearest_last(model, made, tmp_pa
     for n in (1, 3):
         kept = rows(tmp_path / "out", n)
         assert [kept[s.key]["shots"] for s in samples] == [[pool[i].key for i in near[-n:]] for near in nearest]
-    assert (tmp_path / "out" / "features.npz").exists()
+    assert (tmp_path / "out" / "features").exists()
 
 
 @pytest.mark.parametrize("choose", ["random", "fixed", "similar"])
@@ -366,7 +366,7 @@ def test_the_display_is_plain_lines_without_a_terminal(model, made, tmp_path):
 
 
 def test_models_are_told_apart_by_any_weight(model):
-    from mm1.engine.evaluation.fewshot import fingerprint
+    from mm1.engine.evaluation.features import fingerprint
 
     other = small_mm1(seed=3).eval()
     assert fingerprint(other) == fingerprint(model)

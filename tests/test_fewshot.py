@@ -163,19 +163,19 @@ def test_an_image_is_never_its_own_shot(model):
 
 
 def test_features_are_cached_by_content_and_by_weights(model, tmp_path):
-    file, pool = tmp_path / "some" / "features.npz", [picture(seed=i) for i in range(4)]
-    first = Retrieval(model, pool, file=file)
-    again = Retrieval(model, pool[::-1], file=file)
+    folder, pool = tmp_path / "some" / "features", [picture(seed=i) for i in range(4)]
+    first = Retrieval(model, pool, folder=folder)
+    again = Retrieval(model, pool[::-1], folder=folder)
     assert np.array_equal(again.features, first.features[::-1])
     assert (first.encoded, again.encoded) == (4, 0)
-    assert Retrieval(model, [*pool, picture(seed=9)], file=file).encoded == 1
-    assert Retrieval(model, [picture(seed=9)], file=file).encoded == 0
-    other = Retrieval(small_mm1(seed=4).eval(), pool, file=file)
+    assert Retrieval(model, [*pool, picture(seed=9)], folder=folder).encoded == 1
+    assert Retrieval(model, [picture(seed=9)], folder=folder).encoded == 0
+    other = Retrieval(small_mm1(seed=4).eval(), pool, folder=folder)
     assert other.encoded == 4
     assert not np.allclose(other.features, first.features)
-    file.write_bytes(b"x" * 100)
-    with pytest.raises(UserError, match="is not a file of image features"):
-        Retrieval(model, pool, file=file)
+    next(folder.glob("*/index")).write_bytes(b"\xff" * 80)
+    with pytest.raises(UserError, match="is not a folder of image features"):
+        Retrieval(model, pool, folder=folder)
 
 
 def test_answers_stand_behind_the_last_marker():

@@ -88,7 +88,7 @@ def test_shots_without_images_and_the_query_are_one_text(models, tmp_path):
     samples = [Sample(i, None, f"ab {i}?", ("A",), ("a b", "ab")) for i in range(4)]
     for name in ("mmmu", "seed", "scienceqa"):
         of = benchmark(name)
-        prompts = Prompts(model, of, samples, ShotSettings("fixed"), tmp_path / "features.npz")
+        prompts = Prompts(model, of, samples, ShotSettings("fixed"), tmp_path / "features")
         prompts.check(2, samples)
         asked = prompts.ask(2, samples[0])
         by_key = {sample.key: sample for sample in samples}

@@ -23,7 +23,7 @@ from mm1.engine.evaluation.benchmarks import Benchmark
 from mm1.engine.evaluation.bootstrap import interval
 from mm1.engine.evaluation.choices import LETTERS
 from mm1.engine.evaluation.config import Decoding, ShotSettings
-from mm1.engine.evaluation.fewshot import fingerprint
+from mm1.engine.evaluation.features import fingerprint
 from mm1.engine.evaluation.log import Counter, Log
 from mm1.engine.evaluation.prompts import Asked, Prompts
 from mm1.engine.evaluation.samples import Images, Key, Sample
@@ -101,7 +101,7 @@ def evaluate(
     settings = {**vars(shot_settings), **vars(decoding), "normalize": normalize}
     common = {"benchmark": name, **settings, "model": fingerprint(model), "weights": weights,
               "samples": _digest(samples), "pool": _digest(pool)}  # fmt: skip
-    prompts = Prompts(model, benchmark, pool, shot_settings, out / "features.npz")
+    prompts = Prompts(model, benchmark, pool, shot_settings, out / "features")
     runs = []
     for n in reversed(shots):  # the longest prompts first, because they determine the cache's size
         for seed in seeds if prompts.seeded(n) else [None]:

@@ -4,8 +4,6 @@ Prompts that begin with the same shots share pages of the prefix cache and image
 shots once.
 """
 
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +19,13 @@ from mm1.engine.data.batch import packed_views
 from mm1.engine.data.codecs import codec_of
 from mm1.engine.data.document import Document, document_of, joined_texts
 from mm1.engine.data.record import Media, View, view_digest
+from mm1.engine.evaluation.features import FeatureStore, fingerprint
 from mm1.engine.evaluation.vqa import normalize
 from mm1.engine.infer.engine import Engine
 from mm1.engine.infer.generate import several
 from mm1.engine.infer.prompts import Prompt, interleave, last_text, tokenizer_of, with_views
 from mm1.engine.infer.sampling import Sampling
 from mm1.engine.models.mm1 import MM1
-from mm1.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -126,18 +124,22 @@ class Retrieval:
     that the encoder has processed, without those in the cache.
     """
 
-    def __init__(self, model: MM1, images: "Iterable[Image.Image]", *, batch: int = 32, file: Path | None = None):
+    def __init__(self, model: MM1, images: "Iterable[Image.Image]", *, batch: int = 32, folder: Path | None = None):
         """Encode the pool `images`, `batch` at a time.
 
-        file: a cache of features by image content. It is read first, and written if images were missing in it; features
-        of other weights are replaced. Raises UserError if the file is not such a cache.
+        folder: of a FeatureStore, whose features are not computed again. Raises UserError if it is none.
         """
         self.model, self.policy, self.batch, self.encoded = model, codec_of(model.config), batch, 0
-        weights = fingerprint(model)
-        self.cache = _read_features(file, weights) if file else {}
-        self.digests, self.features = self._encode(images)
-        if file and self.encoded:
-            _write_features(file, weights, self.cache)
+        self.cache: dict[bytes, np.ndarray] = {}
+        if folder is None:
+            self.digests, self.features = self._encode(images)
+            return
+        kind = {"model": fingerprint(model), "features": "mean of the vision encoder's output, of norm 1"}
+        with FeatureStore(folder, kind, model.config.vision.width) as store:
+            rows = store.rows().numpy()
+            self.cache = {digest: rows[first] for digest, (first, _) in store.images.items()}
+            self.digests, self.features = self._encode(images)
+            store.add({digest: x[None] for digest, x in self.cache.items() if digest not in store.images})
 
     def nearest(self, images: "Iterable[Image.Image]", n: int) -> list[list[int]]:
         """Return for each query image the indices of the n most similar pool images, the most similar last.
@@ -171,40 +173,6 @@ class Retrieval:
         features = self.model.vision(pixels.to(device), grids.to(device)).float()
         means = [x.mean(0) for x in features.split([h * w for h, w in grids.sizes or ()])]
         return torch.nn.functional.normalize(torch.stack(means), dim=-1).cpu().numpy()
-
-
-def fingerprint(model: MM1) -> str:
-    """Return 16 hexadecimal digits that identify the weights.
-
-    Only the first 1,024 values of each parameter are hashed, because a training step changes all values.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(name.encode() + weight.detach().flatten()[:1024].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _read_features(file: Path, weights: str) -> dict[bytes, np.ndarray]:
-    """Return the features in a cache file by image digest, empty if it is missing or of other weights."""
-    if not file.exists():
-        return {}
-    try:
-        with np.load(file) as stored:
-            if str(stored["weights"]) != weights:
-                return {}
-            return {row.tobytes(): feature for row, feature in zip(stored["digests"], stored["features"], strict=True)}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is not a file of image features: {error}") from None
-
-
-def _write_features(file: Path, weights: str, features: dict[bytes, np.ndarray]) -> None:
-    """Replace a cache file; a reader sees the old one or the new one, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    digests = np.frombuffer(b"".join(features), np.uint8).reshape(len(features), -1)
-    with partial.open("wb") as out:
-        np.savez(out, weights=np.array(weights), digests=digests, features=np.stack(list(features.values())))
-    os.replace(partial, file)
 
 
 class Vote(NamedTuple):

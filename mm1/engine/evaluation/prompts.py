@@ -57,7 +57,7 @@ class Prompts:
         first = {sample.image: i for i, sample in reversed(list(enumerate(self.pool))) if sample.image}
         shots, queries = [], []
         self.retrieval = self.retrieval or Retrieval(
-            self.model, _readable(first, shots, self.unreadable), file=self.features
+            self.model, _readable(first, shots, self.unreadable), folder=self.features
         )
         self.candidates = self.candidates or [first[path] for path in shots]
         images = (sample.image for sample in samples if sample.image)

@@ -70,6 +70,7 @@ def test_tiles_that_were_measured_as_fastest_are_predicted_to_be():
         for tokens, (m, n, k, warps, stages) in rows.items():
             predicted = candidates(*sizes, tokens)
             lost[(*sizes, tokens)] = predicted[Config(m, n, k, 8, warps, stages, False)] / min(predicted.values()) - 1
+    assert sum(share <= 0.01 for share in lost.values()) >= 47, lost  # of 54, as docs/benchmarks.md says
     assert mean(lost.values()) <= 0.02, lost
     assert max(lost.values()) <= 0.2, lost
 

@@ -19,6 +19,7 @@ from mm1.engine.convert.preprocessing import normalization
 from mm1.engine.convert.weights import from_hf
 from mm1.engine.data.tokenizer import json_object, vocabulary_size, with_special_tokens
 from mm1.engine.layers.config import Decoder, is_moe
+from mm1.engine.models.aim import AIM
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import MODELS, MM1Config
 from mm1.engine.run_config import to_dict
@@ -39,7 +40,8 @@ def assemble(
 
     Its weights come from `vision` and `decoder`, or from `source`, a checkpoint of mm1.
     vision, decoder: a folder of Hugging Face transformers (config.json, and safetensors in one file or in shards), a
-    .safetensors file next to its config.json, or a named size of mm1, which means random weights. connector: Honeybee's
+    .safetensors file next to its config.json, or a named size of mm1, which means random weights; vision may also be a
+    checkpoint of AIM, or the folder of its run. connector: Honeybee's
     .safetensors; None: random weights. tokenizer: a tokenizer.json; None: the decoder's. image_tokens: tokens of an
     image; None: 144. image_size: side of an image in pixels; None: the encoder's. context: limit of a document's
     tokens, which a sliding window must cover. experts: copies of the dense MLP in every moe_every-th layer; 0: none.
@@ -73,6 +75,8 @@ def _checkpoint(source: Path) -> Parts:
     if not source.is_dir():
         raise UserError(f"no checkpoint at {source}")
     model = checkpoint.load(source, device="cpu", dtype=torch.float32)
+    if not isinstance(model, MM1):
+        raise UserError(f"{source} is a model of kind {model.config.kind}, expected mm1")
     assert model.tokenizer is not None
     return model.config, dict(model.state_dict()), Path(model.tokenizer.path).read_text()
 
@@ -82,7 +86,8 @@ def _published(
     context: int | None, seed: int,
 ) -> Parts:  # fmt: skip
     """Read published weights. Raises UserError."""
-    v, v_folder = _part("vision", vision)
+    own = _own_aim(Path(vision))
+    v, v_folder = (own, None) if own else _part("vision", vision)
     d, d_folder = _part("decoder", decoder)
     tokenizer = tokenizer or (d_folder and d_folder / "tokenizer.json")
     if tokenizer is None:
@@ -152,6 +157,17 @@ def _upcycle(state: State, dense: Decoder, sparse: Decoder, seed: int) -> None:
         state[f"{mlp}router.weight"] = router.normal_(0.0, sparse.width**-0.5, generator=generator)
         state[f"{mlp}gate_up"] = torch.cat([gate, up]).expand(sparse.experts, -1, -1)
         state[f"{mlp}down"] = down.expand(sparse.experts, -1, -1)
+
+
+def _own_aim(source: Path) -> AIM | None:
+    """Return the AIM of a checkpoint of mm1, None if the folder is not a checkpoint. Raises UserError."""
+    folder = checkpoint.newest_in(source)
+    if not (folder / "config.json").is_file() or "model" not in json_object(folder / "config.json"):
+        return None
+    model = checkpoint.load(folder, device="cpu", dtype=torch.float32)
+    if not isinstance(model, AIM):
+        raise UserError(f"vision {source} is a model of kind {model.config.kind}, expected aim")
+    return model
 
 
 def _part(part: str, source: Path | str) -> tuple[Any, Path | None]:

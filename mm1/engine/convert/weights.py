@@ -8,6 +8,7 @@ Names: transformers 5, models clip, llama, mistral, mixtral, qwen3, qwen3_moe; C
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mm1.engine.layers.config import Connector, Decoder, Vision
 from mm1.engine.layers.decoder import DecoderLM
 from mm1.engine.layers.vision import ACTIVATIONS, VisionEncoder
+from mm1.engine.models.aim import AIM
 from mm1.engine.models.mm1 import MM1
 from mm1.engine.models.mm1_config import MM1Config
 from mm1.errors import UserError
@@ -31,12 +33,14 @@ CLIP: Table = {
     "blocks": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2",
     "qkv": QKV, "out": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
 }  # fmt: skip
-AIM: Table = {  # of apple/ml-aim, version 1
+AIM_NAMES: Table = {  # of apple/ml-aim, version 1
     "patch_weight": "preprocessor.patchifier.proj.weight", "patch_bias": "preprocessor.patchifier.proj.bias",
     "patch_norm": "preprocessor.patchifier.norm",
     "blocks": "trunk.blocks", "norm1": "norm_1", "norm2": "norm_2",
     "qkv": "attn.qkv", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+    "final_norm": "trunk.post_trunk_norm",
 }  # fmt: skip
+AIM_2 = r"preprocessor\.pos_embed|trunk\.blocks\.\d+\.mlp\.fc3\.weight"  # in files of version 2 alone
 LLAMA: Table = {
     "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "blocks": "model.layers", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
@@ -92,20 +96,21 @@ DECODER_COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 @torch.no_grad()
 def from_hf(
-    *, vision: Source | Vision, decoder: Source | Decoder, seed: int = 0,
+    *, vision: Source | Vision | AIM, decoder: Source | Decoder, seed: int = 0,
     connector: State | Connector | None = None, image_tokens: int = 144, context: int | None = None,
 ) -> MM1:  # fmt: skip
     """Return an MM1 in fp32 with published weights.
 
     vision, decoder: (config, state dict) of transformers, or for AIM a config with the fields of its files: img_size,
-    patch_size, embed_dim, num_blocks, num_heads; connector: Honeybee's state dict. A config of mm1 in place of these,
-    or None for the connector, means random weights from `seed`. image_tokens: tokens of an image, which the connector's
+    patch_size, embed_dim, num_blocks, num_heads, or an AIM of mm1, whose encoder is copied without its final norm;
+    connector: Honeybee's state dict. A config of mm1 in place of these, or None for the connector, means random weights
+    from `seed`. image_tokens: tokens of an image, which the connector's
     tensors do not show. context: limit of a document's tokens, which a sliding window must cover; None:
     max_position_embeddings. The smaller of both is the model's context. Raises UserError for a missing, unknown or
     unsupported field or tensor.
     """
-    v, v_state = _part("vision", vision, Vision, _vision)
-    d, d_state = _part("decoder", decoder, Decoder, lambda source: _decoder(source, context))
+    v, v_state = part_of("vision", _features_of(vision) if isinstance(vision, AIM) else vision, Vision, _vision)
+    d, d_state = part_of("decoder", decoder, Decoder, lambda source: _decoder(source, context))
     c, c_state = _honeybee(connector, image_tokens) if isinstance(connector, Mapping) else (connector, None)
     c = c or Connector(tokens=image_tokens, position_grid=v.table)
     size, limits = v.table[0] * v.patch, [context] if context else []
@@ -114,7 +119,10 @@ def from_hf(
     whole = MM1Config(v, c, d, "squash", size, math.prod(v.table), context=min(limits, default=None))
     model = MM1(whole).init_weights(seed)
     if v_state is not None:
-        (_load_aim if v.patch_norm else _load_clip)(model.vision, v_state)
+        (load_aim if v.patch_norm else _load_clip)(model.vision, v_state)
+    if isinstance(vision, AIM):
+        state = vision.vision.state_dict()
+        model.vision.load_state_dict({name: state[name] for name in model.vision.state_dict()})
     if c_state is not None:
         _fill("connector", dict(model.connector.named_parameters()), c_state)
     if d_state is not None:
@@ -122,7 +130,7 @@ def from_hf(
     return model
 
 
-def _part(part: str, source: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
+def part_of(part: str, source: Any, kind: type, read: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
     """Return the config of mm1 of a part, and its state dict, None for random weights. Raises UserError."""
     if isinstance(source, kind):
         return source, None
@@ -160,7 +168,7 @@ def _is_flag(value: Any) -> bool:
 
 def _vision(source: dict[str, Any]) -> Vision:
     if "num_blocks" in source:
-        return _aim(source)
+        return aim_vision(source)
     if source["model_type"] == "clip":
         nested = source.get("vision_config_dict")  # in older files; transformers prefers it to vision_config
         nested = (source.get("vision_config") or {}) if nested is None else nested
@@ -177,7 +185,15 @@ def _vision(source: dict[str, Any]) -> Vision:
     return Vision(table=(side // fields["patch"],) * 2, **fields)
 
 
-def _aim(source: dict[str, Any]) -> Vision:
+def _features_of(aim: AIM) -> Vision:
+    """Return the settings of an AIM's encoder for MM1, whose features are the last block's rows, before the norm."""
+    c = aim.config
+    side = c.image_size // c.vision.patch if c.image_mode == "squash" else math.isqrt(c.image_patches)
+    return replace(c.vision, final_norm=False, table=(side, side))
+
+
+def aim_vision(source: dict[str, Any]) -> Vision:
+    """Return the encoder of a config of apple/ml-aim, without its final norm. Raises UserError, and KeyError."""
     _expect("vision", source, ["use_bias"], _is_flag, FLAG)
     _expect_supported("vision", source, AIM_SUPPORTED)
     width, patch, side = source["embed_dim"], source["patch_size"], source["img_size"]
@@ -185,7 +201,7 @@ def _aim(source: dict[str, Any]) -> Vision:
     if side % patch:
         raise UserError(f"vision config: img_size is {side}, expected a multiple of the patch_size {patch}")
     return Vision(
-        width, source["num_blocks"], source["num_heads"], int(source.get("mlp_ratio", 4) * width), patch,
+        width, source["num_blocks"], source["num_heads"], round(source.get("mlp_ratio", 4) * width), patch,
         (side // patch,) * 2, activation="gelu", class_token=False, pre_norm=False, patch_norm=True,
         positions="sincos", bias=False, eps=1e-6, **IMAGENET,
     )  # fmt: skip
@@ -246,10 +262,18 @@ def _load_clip(encoder: VisionEncoder, state: State) -> None:
     encoder.positions.copy_(positions[1:].view_as(encoder.positions))
 
 
-def _load_aim(encoder: VisionEncoder, state: State) -> None:
-    c, views = encoder.config, views_of(encoder, AIM)
-    views[AIM["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
-    _fill("vision", views, state, AIM_UNUSED)
+def load_aim(encoder: VisionEncoder, state: State) -> None:
+    """Copy the state dict of apple/ml-aim, version 1, into an encoder. Raises UserError, also for version 2."""
+    if newer := next((name for name in state if re.fullmatch(AIM_2, name)), None):
+        raise UserError(f"vision: tensor {newer} is of AIM version 2, expected version 1")
+    _fill("vision", aim_views(encoder), state, AIM_UNUSED)
+
+
+def aim_views(encoder: VisionEncoder) -> dict[str, Tensor]:
+    """Return views of an AIM's encoder by the names and in the shapes of apple/ml-aim."""
+    c, views = encoder.config, views_of(encoder, AIM_NAMES)
+    views[AIM_NAMES["patch_weight"]] = encoder.patch_weight.view(c.width, c.patch, c.patch, 3).permute(0, 3, 1, 2)
+    return views
 
 
 def _load_llama(decoder: DecoderLM, state: State) -> None:

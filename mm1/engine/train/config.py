@@ -48,7 +48,8 @@ class Train:
     seed: Seed = 0
     """Seed of the initial weights and of the order of the data."""
     init: str = ""
-    """Checkpoint folder whose weights the run starts from, such as `mm1 convert` writes; empty: random weights."""
+    """Checkpoint folder whose weights the run starts from, such as `mm1 convert` writes; an MM1 takes the image encoder
+    of an AIM's checkpoint; empty: random weights."""
     save_every: Count = 1_000
     """Steps between two checkpoints."""
     keep: Count = 2

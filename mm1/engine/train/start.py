@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mm1.engine.data.identity import differences
 from mm1.engine.data.streams import Streams, make_streams
@@ -13,6 +14,7 @@ from mm1.engine.data.text_tokenizer import TextTokenizer
 from mm1.engine.data.tokenizer import vocabulary_size
 from mm1.engine.models.spec import Model
 from mm1.engine.run_config import Run, stored_model
+from mm1.engine.settings import hints
 from mm1.engine.train import checkpoint
 from mm1.engine.train.parallel import World
 from mm1.errors import UserError
@@ -71,17 +73,50 @@ def load_initial_weights(
 ) -> None:
     """Load into the model the weights of another run's checkpoint, or of one that `mm1 convert` made.
 
-    Raises UserError for a damaged checkpoint, or if its tokenizer differs and accept_other_tokenizer is false.
+    From a model of another kind, such as AIM's for an MM1, its image encoder is loaded, and the rest of the model keeps
+    its random weights. Raises UserError for a damaged checkpoint, for an encoder with other settings, or if its
+    tokenizer differs and accept_other_tokenizer is false.
     """
     folder = checkpoint.newest_in(folder)
     world.together(lambda: checkpoint.check(folder, world.rank, world.size))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    source = stored_model(checkpoint.read_json(folder, "config.json"))
+    if source.kind != model.config.kind:
+        checkpoint.read_into(folder, _encoder_weights(weights, model.config, source, folder))
+        return
     theirs = folder / "tokenizer.json"
     if tokenizer and not accept_other_tokenizer and TextTokenizer(theirs).vocabulary != tokenizer.vocabulary:
         raise UserError(
             f"{tokenizer.path} has other token ids than {theirs}, with which the weights of train.init were "
             f"trained: set data.tokenizer to that file, or pass --accept-other-data"
         )
-    checkpoint.read_into(folder, {name: p.detach() for name, p in model.named_parameters()})
+    checkpoint.read_into(folder, weights)
+
+
+def _encoder_weights(weights: dict[str, Tensor], config: Any, source: Any, folder: Path) -> dict[str, Tensor]:
+    """Return those of a model's weights that a checkpoint of another kind of model has: the image encoder's.
+
+    A final norm that only one of the two has is not copied. config, source: settings of the model and of the checkpoint
+    in `folder`. Raises UserError if their encoders differ in a setting that the learned weights depend on.
+    """
+    ours, theirs = getattr(config, "vision", None), getattr(source, "vision", None)
+    if ours is None or theirs is None:
+        raise UserError(f"train.init {folder} is a model of kind {source.kind}, expected {config.kind}")
+    free = {"final_norm", "interpolation"} | ({"table"} if ours.positions == "sincos" else set())
+    if other := [
+        f"{name} {getattr(theirs, name)}, not {getattr(ours, name)}"
+        for name in hints(type(ours))
+        if name not in free and getattr(theirs, name) != getattr(ours, name)
+    ]:
+        raise UserError(
+            f"train.init {folder} has an image encoder with other settings model.vision: {'; '.join(other)}"
+        )
+    both = ours.final_norm and theirs.final_norm
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if name.startswith("vision.") and (both or not name.startswith("vision.final_norm."))
+    }
 
 
 def named_dtype(name: str, device: torch.device) -> torch.dtype:

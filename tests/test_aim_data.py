@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mm1.engine.data.augment import RATIO, ImageEncoder, random_crop
+from mm1.engine.data.augment import RATIO, ImageEncoder, random_area, random_crop
 from mm1.engine.data.images import ImagePolicy
 from mm1.engine.data.mixture import Mixture
 from mm1.engine.data.record import Label, Media, Record
@@ -162,6 +162,31 @@ def test_every_image_has_a_crop(size):
     assert min((right - left).min(), (bottom - top).min()) > 0
     image = Image.new("RGB", size)
     assert random_crop(image, (1.0, 1.0), None) is image  # pyright: ignore
+
+
+def test_areas_have_the_density_of_a_cut_off_normal_on_a_scale_of_octaves():
+    areas = np.array([random_area((128, 4096), Random(i)) for i in range(6000)])
+    assert 128 <= areas.min() < 132
+    assert 4000 < areas.max() <= 4096
+    place = np.log2(areas) * 2 / 5 - 19 / 5  # 7 to 12 → -1 to 1
+    middle = math.erf(0.5 / 2**0.5) / math.erf(1 / 2**0.5)  # the share between -1/2 and 1/2
+    assert np.mean(abs(place) < 0.5) == pytest.approx(middle, abs=0.02)
+    assert abs(place.mean()) < 0.02
+    assert {random_area((9, 9), Random(i)) for i in range(9)} == {9}
+
+
+@pytest.mark.parametrize("size", [(30, 20), (400, 100), (5, 3), (1, 1), (900, 3)])
+def test_a_native_image_is_enlarged_or_reduced_to_the_drawn_area_with_its_aspect(size):
+    draws = ImageDraws((1.0, 1.0), False, "uniform", (16, 64))
+    encode = ImageEncoder(ImagePolicy(4, "native", patches=64), draws)
+    grids = [encode(record(png(*size), i))[0].media[0].values.shape[:2] for i in range(60)]
+    areas = [h * w // 16 for h, w in grids]
+    ratio = min(max(size[0] / size[1], 1 / 16), 64)
+    assert max(areas) <= 64
+    if ratio < 16:
+        assert min(areas) >= 9
+        assert len(set(areas)) > 6
+        assert all(2 / 3 < (w / h) / ratio < 3 / 2 for h, w in grids)
 
 
 def test_draws_follow_from_the_records_number_alone():

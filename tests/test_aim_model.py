@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from mm1.engine.data.batch import ROWS, Batch, next_patch_rows, pack_images
+from mm1.engine.data.batch import Batch, next_patch_rows, pack_images
 from mm1.engine.data.document import Budget, Document
 from mm1.engine.data.record import View
 from mm1.engine.layers.config import PixelHead
@@ -227,8 +227,55 @@ def test_rows_with_a_target_are_those_before_the_predicted_patches():
     assert next_patch_rows([], []).tolist() == []
     batch = packed([((2, 3), 2), ((1, 4), 1)])
     assert batch.keys == ("image 1", "image 0"), "the smaller one first"
-    assert batch.target_rows.tolist() == [0, 1, 2, 5, 6, 7, 8, *[-1] * (ROWS - 7)]
+    assert batch.target_rows.tolist() == [0, 1, 2, 5, 6, 7, 8]
     assert batch.used_tokens == 10
+    padded = packed([((2, 3), 2), ((1, 4), 1)], budget=Budget(10, 2, 10, 2, target_rows=9))
+    assert padded.target_rows.tolist() == [0, 1, 2, 5, 6, 7, 8, -1, -1]
+    with pytest.raises(ValueError, match="pack_images: 7 targets exceed Budget"):
+        packed([((2, 3), 2), ((1, 4), 1)], budget=Budget(10, 2, 10, 2, target_rows=6))
+
+
+@pytest.mark.parametrize("order", ["raster", "spiral"])
+def test_losses_by_place_and_of_patches_of_several_colours_are_means_of_the_twins(model, order):
+    model.config = dataclasses.replace(model.config, order=order)
+    batch, twin = packed(budget=Budget(150, 8, 150, 8, target_rows=96)), Twin(model)
+    losses, places, textured = [], [], []
+    for pixels, prefix in images_of(batch):
+        patches, h, w = twin.patches(pixels)
+        losses += twin.losses(pixels, prefix).tolist()
+        places += [i * 8 // (h * w) for i in range(prefix, h * w)]
+        one = [(p.view(-1, 3) == p[:3]).all().item() for p in patches[[*image_order(order, h, w)]]]
+        textured += [not plain for plain in one[prefix:]]
+        assert h * w < 3 or sum(one) == 1
+    losses, places, textured = np.array(losses), np.array(places), np.array(textured)
+    counts = model(batch).counts
+    assert counts[1].tolist() == [*np.bincount(places, minlength=8), textured.sum()]
+    found = model.metrics(counts + counts)
+    assert found["loss_textured"] == pytest.approx(losses[textured].mean(), rel=1e-5)
+    truth = [losses[places == i].mean() for i in range(8)]
+    assert found["loss_by_place"] == pytest.approx(truth, rel=1e-5)
+    assert textured.sum() < len(textured)
+
+
+def test_rows_without_a_target_change_no_loss_and_no_gradient(model):
+    """The head on a padded budget, and on every patch, as on the rows with a target alone."""
+    batch = packed()
+    patches = batch.media.grids.patches
+    padded = packed(budget=Budget(patches, len(IMAGES), patches, len(IMAGES), target_rows=96))
+    place = torch.full((patches,), -1)
+    place[batch.target_rows] = batch.target_rows
+    full = dataclasses.replace(batch, target_rows=place)
+    found = {}
+    for name, each in {"exact": batch, "padded": padded, "full": full}.items():
+        assert each.target_count == batch.target_count < len(padded.target_rows) < patches
+        losses = model(each)
+        losses.objective.backward()
+        found[name] = (losses.loss.detach(), [p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    loss, gradients = found.pop("exact")
+    for other, others in found.values():
+        assert relative_error(other, loss) < 1e-6
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(others, gradients))
 
 
 def test_a_prefix_or_layer_that_does_not_exist_is_named(model):
@@ -275,7 +322,7 @@ def test_another_prefix_compiles_nothing(model):
     compiled.load_state_dict(model.state_dict())
     torch._dynamo.reset()
     compile_blocks(compiled, fullgraph=True, backend="aot_eager")
-    budget = Budget(150, 8, 150, 8, max_patches=36)
+    budget = Budget(150, 8, 150, 8, max_patches=36, target_rows=144)
     others = [IMAGES, [((6, 6), 35), ((6, 6), 2)], [((5, 5), 24)], [((6, 6), 1)] * 4]
     for i, images in enumerate(others):
         batch = packed(images, i, budget)

@@ -1,10 +1,12 @@
 """AIM is trained by the ordinary trainer: on a folder of pictures, stopped and resumed, replayed, and on processes."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +18,15 @@ from test_train import Quiet, assert_same, trained
 
 import mm1
 from mm1.engine.data.config import Data, Source
+from mm1.engine.data.document import Budget, Document
+from mm1.engine.data.packing import Loader
+from mm1.engine.data.record import View
 from mm1.engine.data.streams import make_streams
 from mm1.engine.infer.generate import generate
 from mm1.engine.layers import float8
 from mm1.engine.layers.config import PixelHead
 from mm1.engine.models.aim import AIM
+from mm1.engine.models.image_input import ImageDraws
 from mm1.engine.run_config import Run, from_dict, load_run, to_dict
 from mm1.engine.train import checkpoint
 from mm1.engine.train.config import Train
@@ -71,6 +77,8 @@ def test_a_run_learns_and_says_what_it_did(pictures, tmp_path, capfd):
         assert 0.2 * line["tokens"] < line["targets"] < line["tokens"] - line["images"] < 300
         assert line["fill"] == line["tokens"] / 300
         assert line["image_fill"] == line["images"] / 12
+        assert len(line["loss_by_place"]) == 8
+        assert line["loss_textured"] > 0.9 * line["loss"], "most patches of stripes have two colours"
     assert "indexed images: 24 records in 1 files" in capfd.readouterr().err
     model = mm1.load(tmp_path / "run")
     assert type(model) is AIM
@@ -81,7 +89,9 @@ def test_a_run_learns_and_says_what_it_did(pictures, tmp_path, capfd):
     assert_same(dict(mm1.load(tmp_path / "alone").named_parameters()), dict(model.named_parameters()))
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": "blocks"}, {"recompute": "selective"}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, {"recompute": "blocks"}, {"recompute": "selective"}, {"model": {"image_min_patches": 9}}
+], ids=str)  # fmt: skip
 def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(pictures, tmp_path, changes):
     run = aim_run(pictures, **changes)
     truth = trained(tmp_path / "truth", run)
@@ -108,6 +118,7 @@ def test_a_resume_with_other_draws_is_refused(pictures, tmp_path):
         ({"image_flip": False}, "model.image_flip: False, was True"),
         ({"image_crop": (0.5, 1.0)}, r"model.image_crop: \[0.5, 1.0\], was \[0.4, 1.0\]"),
         ({"prefix": "causal"}, "model.prefix: causal, was uniform"),
+        ({"image_min_patches": 9}, "model.image_min_patches: 9, was 0"),
     ):
         with pytest.raises(UserError, match=message):
             train(aim_run(pictures, model=change), tmp_path / "run", resume=True)
@@ -143,11 +154,45 @@ def test_the_packer_fills_batches_and_draws_every_image_once_an_epoch(pictures):
         assert batch.used_tokens == sum(h * w for h, w in sizes) <= 150
         assert all(h * w <= 36 for h, w in sizes)
         assert batch.target_count == sum(h * w for h, w in sizes) - int(batch.prefix.sum())
+        assert len(batch.target_rows) == 112 >= batch.target_count == int((batch.target_rows >= 0).sum())
     assert np.mean(filled) > 0.95
     waiting = [w.whole.key for w in streams.loaders[0].waiting]
     counts = np.unique(keys + waiting, return_counts=True)[1]
     assert len(counts) == 24
     assert counts.max() - counts.min() <= 1, "each is drawn once an epoch, and the small ones wait longer"
+
+
+class Lengths:
+    """A mixture of square images without pixels; the prefixes are uniform."""
+
+    def __init__(self, patches: int):
+        self.view, self.random = View("image", np.zeros((0, 0, 3), np.uint8)), np.random.default_rng(0)
+        self.patches = patches
+
+    def iterate(self, *_):
+        for i in itertools.count():
+            sees = np.arange(self.patches) < self.random.integers(1, self.patches)
+            image = Document(np.zeros(self.patches, np.int32), (self.view,), str(i), sees)
+            yield SimpleNamespace(reason=None, source=0, documents=[image])
+
+
+@pytest.mark.parametrize("images, rows", [(1, 256), (4, 768), (64, 9216)])
+def test_batches_are_full_within_the_budget_of_targets(images, rows):
+    """Also one of a single image, whose targets are every patch but one."""
+    patches = images * 256
+    assert ImageDraws((1.0, 1.0), False, "uniform").target_rows(patches, 256) == rows
+    assert ImageDraws((1.0, 1.0), False, "causal").target_rows(patches, 256) == patches
+    budget = Budget(patches, images, patches, images, target_rows=rows)
+    loader = Loader(Lengths(256), budget, image_id=-1, patch=1, slots=0, buffer=4 * patches)
+    taken, targets = [], []
+    for _ in range(200):
+        loader.fill_pool()
+        documents = loader.take_documents()
+        taken.append(len(documents))
+        targets.append(sum(int((~d.prompt_mask).sum()) for d in documents))
+    assert max(targets) <= rows
+    assert np.mean(taken) > 0.999 * images
+    assert np.mean(targets) == pytest.approx(patches / 2, rel=0.1), "images with many targets do not stay behind"
 
 
 def test_micro_batches_are_those_of_any_number_of_processes(pictures):
@@ -193,8 +238,9 @@ def test_the_plan_speaks_of_images_and_counts_by_hand():
     assert counted.forward["prediction"] == 2 * (rows // 2) * 2048 * 588
     pairs = counted.forward["vision attention"] / (4 * width * layers)
     assert pairs == pytest.approx(64 * 2 / 3 * 256**2, rel=0.01), "two thirds of all pairs on average"
+    assert counted.padding["prediction"] == 3 * 2 * (9216 - 8192) * 2048 * 588
     text = show(plan(run, 64))
-    assert "a sequence is 64 images of 256 patches; 8192 patches are targets" in text
+    assert "64 images of 256 patches; 8192 patches are targets, and the pixel head has 9216 rows" in text
     assert " patches/s, " in text
     assert "tokens" not in text
 
@@ -208,6 +254,12 @@ def test_sizes_have_recipes_and_settings_are_read_as_they_were_written(pictures)
     assert from_dict(to_dict(aim_run(pictures))) == aim_run(pictures)
     with pytest.raises(UserError, match=r"setting model\.image_size is 30, expected a multiple of the patch size 4"):
         load_run("aim-clipart", ["model.image_size=30"])
+    for changes, expected in (
+        (["model.image_min_patches=9"], "9, expected at most 0 if model.image_mode is squash"),
+        (["model.image_mode=native", "model.image_min_patches=65"], "65, expected at most 64"),
+    ):
+        with pytest.raises(UserError, match=f"setting model.image_min_patches is {expected}"):
+            load_run("aim-clipart", changes)
     with pytest.raises(UserError, match=r"setting model\.image_crop is \(1\.0, 0\.4\), expected the smaller"):
         load_run("aim-clipart", ["model.image_crop=[1.0, 0.4]"])
 

@@ -166,12 +166,12 @@ def test_native_keeps_its_promises_for_any_shape():
     for _ in range(3000):
         policy = ImagePolicy(int(rng.integers(1, 33)), "native", patches=int(rng.integers(1, 1000)))
         height, width = (int(side) for side in np.exp(rng.uniform(0, 9, 2)))
-        rows, columns = policy._grid(height / policy.patch, width / policy.patch)
+        rows, columns = policy._grid(height / policy.patch, width / policy.patch, policy.patches)
         assert min(rows, columns) >= 1
         assert rows * columns <= policy.patches
         assert rows <= max(1, height / policy.patch + 0.5)
         assert columns <= max(1, width / policy.patch + 0.5)
-        assert policy._grid(width / policy.patch, height / policy.patch) == (columns, rows)
+        assert policy._grid(width / policy.patch, height / policy.patch, policy.patches) == (columns, rows)
         if min(rows, columns) >= 8:
             assert abs(np.log((rows / columns) / (height / width))) < 0.13
             assert rows * columns > 0.8 * min(policy.patches, height * width / policy.patch**2)

@@ -1,4 +1,4 @@
-"""Make documents of images for a model that takes images alone: draw a crop, a mirror image and a prefix for each.
+"""Make documents of images for a model that takes images alone: draw crop, mirroring, size and prefix of each.
 
 All draws of an image follow from its record's number `draw`, so that a resumed or replayed run repeats them, whatever
 its number of processes. Python guarantees the sequence of Random.random for a seed.
@@ -7,6 +7,7 @@ its number of processes. Python guarantees the sequence of Random.random for a s
 import math
 from dataclasses import dataclass
 from random import Random
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +45,18 @@ def random_crop(image: Image.Image, shares: tuple[float, float], random: Random)
     return image.crop((left, top, left + w, top + h))
 
 
+def random_area(areas: tuple[int, int], random: Random) -> int:
+    """Return a number of patches 2ⁿ between the smallest and the largest of `areas`.
+
+    n has the density of a standard normal cut off at -1 and 1, stretched to the range. Source: Fini et al. 2024
+    (AIMv2), section 2.4, whose range of n is 7 to 12.
+    """
+    normal, (low, high) = NormalDist(), map(math.log2, areas)
+    outside = normal.cdf(-1)
+    place = normal.inv_cdf(outside + (1 - 2 * outside) * random.random())  # -1 to 1
+    return min(max(round(2 ** (low + (high - low) * (1 + place) / 2)), areas[0]), areas[1])
+
+
 @dataclass(frozen=True)
 class ImageEncoder:
     """Encode records of one image as documents of one view; its patches are the tokens, its prefix is the prompt."""
@@ -58,7 +71,8 @@ class ImageEncoder:
         image = random_crop(self.codec.decode(medium.data), self.draws.crop, random)
         if self.draws.flip and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        view = View(self.codec.kind, self.codec.resize(image))
+        area = random_area(self.draws.area, random) if self.draws.area else None
+        view = View(self.codec.kind, self.codec.resize(image, area))
         patches = view.patches(self.codec.patch)
         prefix = 1 if self.draws.prefix == "causal" else 1 + int(max(patches - 1, 1) * random.random())
         key, places = f"{record.shard}:{record.key}", np.arange(patches)

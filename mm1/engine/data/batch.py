@@ -14,8 +14,7 @@ from mm1.engine.data.record import EMPTY_IMAGE, View
 from mm1.kernels.linear_cross_entropy import IGNORED
 from mm1.kernels.patches.grids import Grids, moved_to
 
-TENSORS = ("tokens", "targets", "positions", "cu_seqlens", "target_rows", "prefix")
-ROWS = 16  # the number of target rows of a batch of images is a multiple of this
+TENSORS = ("tokens", "targets", "positions", "cu_seqlens", "target_rows", "prefix", "plain")
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Batch:
     digest: int  # CRC-32 of tokens and media, which shows whether data changed
     keys: tuple[str, ...]  # the origin of each document
     prefix: Tensor | None = None  # int32 [B], of images: leading patches that all patches of the image see
+    plain: Tensor | None = None  # bool [P], of images: patches of a single colour
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the batch to a GPU from pinned memory, without waiting."""
@@ -167,8 +167,8 @@ def pack_images(documents: Sequence[Document], budget: Budget, *, patch: int, em
     """Return images end to end as one batch of the budget's size, for a model that takes images alone.
 
     Each document is one view, whose patches are its tokens and whose prefix is its prompt. Equal grids and prefixes are
-    neighbours, because a CPU computes the attention of equal ones as a batch. Raises ValueError if the images exceed
-    the budget.
+    neighbours, because a CPU computes the attention of equal ones as a batch. Target rows are padded to the budget's.
+    Raises ValueError if the images or their targets exceed the budget.
     """
     order = sorted(documents, key=lambda d: (len(d.tokens), d.media[0].values.shape, _prefix(d)))
     views, prefixes = [d.media[0].values for d in order], [_prefix(d) for d in order]
@@ -176,9 +176,13 @@ def pack_images(documents: Sequence[Document], budget: Budget, *, patch: int, em
         views, patch, empty.values, images=budget.media, patches=budget.patches, longest=budget.max_patches
     )
     rows = next_patch_rows(grids.sizes or (), prefixes)
-    padding = -(-max(len(rows), 1) // ROWS) * ROWS - len(rows)
+    padding = 0 if budget.target_rows is None else budget.target_rows - len(rows)
+    if padding < 0:
+        raise ValueError(f"pack_images: {len(rows)} targets exceed {budget}")
     none, prefix = torch.zeros(0, dtype=torch.int32), torch.tensor(prefixes, dtype=torch.int32)
     ends = np.cumsum([len(d.tokens) for d in order] or [0])
+    plain = np.zeros(budget.patches, bool)
+    plain[: ends[-1]] = np.concatenate([plain_patches(view, patch) for view in views] or [plain[:0]])
     return Batch(
         tokens=none,
         targets=none,
@@ -192,7 +196,15 @@ def pack_images(documents: Sequence[Document], budget: Budget, *, patch: int, em
         digest=zlib.crc32(values.numpy().data, zlib.crc32(prefix.numpy().data)),
         keys=tuple(d.key for d in order),
         prefix=prefix,
+        plain=torch.from_numpy(plain),
     )
+
+
+def plain_patches(view: np.ndarray, patch: int) -> np.ndarray:
+    """Return bool [h·w], True for each patch of an image [h · patch, w · patch, C] that has a single colour."""
+    height, width, channels = view.shape
+    patches = view.reshape(height // patch, patch, width // patch, patch, channels)
+    return (patches == patches[:, :1, :, :1]).all((1, 3, 4)).ravel()
 
 
 def _prefix(image: Document) -> int:

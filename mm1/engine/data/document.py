@@ -71,6 +71,7 @@ class Budget:
     patches: int
     documents: int
     max_patches: int | None = None  # patches of one view; None: only `patches` limits it
+    target_rows: int | None = None  # targets of all images; None: not limited, and the head has no padding
 
 
 class Unit(NamedTuple):

@@ -44,6 +44,7 @@ def identity(
     }
     if draws := run.model.images.draws:
         values |= {"model.image_crop": list(draws.crop), "model.image_flip": draws.flip, "model.prefix": draws.prefix}
+        values |= {"model.image_min_patches": draws.area[0] if draws.area else 0, "target_rows": budget.target_rows}
     for i, (setting, source) in enumerate(zip(run.data.sources, sources)):
         values |= {
             f"data.sources[{i}].kind": setting.kind,

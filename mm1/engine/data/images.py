@@ -177,20 +177,24 @@ class ImagePolicy:
         parts = large.reshape(k, n, k, n, 3).swapaxes(1, 2).reshape(k * k, n, n, 3)
         return [self.resize(medium), *map(np.ascontiguousarray, parts)]
 
-    def resize(self, image: Image.Image) -> np.ndarray:
-        """Return an RGB image as uint8 [H, W, 3], H and W multiples of patch."""
+    def resize(self, image: Image.Image, area: int | None = None) -> np.ndarray:
+        """Return an RGB image as uint8 [H, W, 3], H and W multiples of patch.
+
+        area: the number of patches, at most `patches`, to which mode "native" enlarges or reduces the image; rounding
+        to whole patches may give fewer. None: at most `patches`, without enlarging.
+        """
         if self.mode == "squash":
             size = (self.size, self.size)
         else:
-            rows, columns = self._grid(image.height / self.patch, image.width / self.patch)
+            scale = 1 / self.patch if area is None else math.sqrt(area / (image.height * image.width))
+            rows, columns = self._grid(image.height * scale, image.width * scale, area or self.patches)
             size = (columns * self.patch, rows * self.patch)
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return np.array(image)  # a copy: torch.from_numpy warns about PIL's read-only array
 
-    def _grid(self, height: float, width: float) -> tuple[int, int]:
-        """Return whole rows and columns for sides in patches, which may be fractions."""
-        limit = self.patches
+    def _grid(self, height: float, width: float, limit: int) -> tuple[int, int]:
+        """Return whole rows and columns, at most `limit` patches, for sides in patches, which may be fractions."""
         scale = min(1.0, math.sqrt(limit / (height * width)))
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
         if rows * columns <= limit:

@@ -1,5 +1,8 @@
 """Pack documents into fixed budgets of tokens, media, patches and documents: vector bin packing, first fit decreasing.
 
+Images are packed into a budget of targets too. It does not order them: if those with the most targets came first, they
+would use up the targets of a batch and leave its patches empty.
+
 Documents wait in a pool of `buffer` tokens. Each batch takes the largest one that fits, then the next largest, until
 none fits (a document's size is the largest share of a budget that it takes). Documents stay whole unless the fullest
 budget would be filled less than FULL: only then the largest document that may be cut fills the batch with its head, and
@@ -34,7 +37,7 @@ OVERDUE = 8  # a document opens the next batch once OVERDUE records for each doc
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """Hold a document in the pool, from token `start` on, and the tokens, media and patches of that part."""
+    """Hold a document in the pool, from token `start` on, and the sizes of that part."""
 
     age: tuple[int, int]  # its position in the stream, and its number among the documents there
     start: int
@@ -42,6 +45,7 @@ class _Waiting:
     tokens: int
     media: int
     patches: int
+    targets: int  # 0 if the budget does not limit them
     order: tuple[float, int, int]  # sort key: minus the largest share of a budget, then age
 
 
@@ -123,15 +127,18 @@ class Loader:
         """
         budget, order = self.budget, self.waiting
         tokens, media, patches, documents = budget.tokens, budget.media, budget.patches, budget.documents
+        targets = budget.target_rows or 0
         oldest = min(order, key=attrgetter("age"))
         if (self.position - oldest.age[0]) // self.stride > OVERDUE * len(order):
             order = [oldest, *(w for w in order if w is not oldest)]
         chosen: list[Document] = []
         waiting: list[_Waiting] = []
         for w in order:
-            if documents and w.tokens <= tokens and w.media <= media and w.patches <= patches:
+            fits = w.tokens <= tokens and w.media <= media and w.patches <= patches and w.targets <= targets
+            if documents and fits:
                 chosen.append(self._section(w.whole, w.start, len(w.whole.tokens)))
                 tokens, media, patches = tokens - w.tokens, media - w.media, patches - w.patches
+                targets -= w.targets
                 documents -= 1
             else:
                 waiting.append(w)
@@ -197,8 +204,9 @@ class Loader:
     def _entry(self, age: tuple[int, int], start: int, whole: Document) -> _Waiting:
         rest, budget = self._section(whole, start, len(whole.tokens)), self.budget
         tokens, media, patches = len(rest.tokens), len(rest.media), rest.patches(self.patch)
+        targets = 0 if budget.target_rows is None else int(rest.targets(self.image_id).sum())
         size = max(tokens / budget.tokens, media / budget.media, patches / budget.patches, 1 / budget.documents)
-        return _Waiting(age, start, whole, tokens, media, patches, (-size, *age))
+        return _Waiting(age, start, whole, tokens, media, patches, targets, (-size, *age))
 
     def _skip(self, bad: "Drawn", reason: str) -> None:
         self.skipped += 1

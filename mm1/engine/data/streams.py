@@ -210,6 +210,7 @@ def budget_of(run: "Run", codec: "ImagePolicy") -> Budget:
         patches=patches,
         documents=d.images if alone else d.documents or max(1, d.tokens // 16),
         max_patches=codec.max_patches,
+        target_rows=m.draws.target_rows(patches, codec.max_patches) if m.draws else None,
     )
 
 

@@ -98,15 +98,13 @@ class Layer(nn.Module):
 class BlockLayer(Layer):
     """Define a unit of compilation and, unless `compiled_only`, of sharding and recomputation.
 
-    dynamic_rows: whether the rows of its first input, at least 2, differ from batch to batch; it is compiled for any
-    number. float8: whether train.float8 applies to its wide linears.
+    float8: whether train.float8 applies to its wide linears.
 
     Its forward may be replaced for speed or memory. A replaced forward is a closure over this module. Copies and
     pickles therefore drop it and use the class's forward, as torch does for Module.compile.
     """
 
     compiled_only: ClassVar[bool] = False
-    dynamic_rows: ClassVar[bool] = False
     float8: bool = False
     _replaced: Callable[..., Any] | None = None
 

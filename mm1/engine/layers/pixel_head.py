@@ -21,7 +21,7 @@ from mm1.kernels.patches.grids import Grids
 class PixelBlock(BlockLayer):
     """Add the normalised input, then an MLP, to the residual stream."""
 
-    dynamic_rows = float8 = True
+    float8 = True
 
     def __init__(self, c: PixelHead, eps: float):
         super().__init__()

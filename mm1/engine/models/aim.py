@@ -7,7 +7,7 @@ Source: El-Nouby et al. 2024 (AIM, arXiv 2401.08541), section 4.
 """
 
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from mm1.engine.models.aim_config import AIMConfig
 from mm1.engine.models.spec import Losses, Model, Sum
 from mm1.kernels.patches.grids import Grids, as_grids, moved_to
 from mm1.kernels.patches.loss import patch_loss
+
+PLACES = 8  # equal parts of an image's patches, in the order of prediction, whose losses are logged apart
 
 
 class AIM(Model):
@@ -45,15 +47,35 @@ class AIM(Model):
 
     def forward(self, batch: Batch) -> Losses:
         """Return the next-patch loss of a packed batch of images."""
-        losses = self._losses(batch.media.values, batch.media.grids, batch.prefix, batch.target_rows)
+        losses, targets = self._losses(batch.media.values, batch.media.grids, batch.prefix, batch.target_rows)
         total = objective = losses.sum()
         if self.config.average == "images":
             sums, counts = self._by_image(losses, batch)
             objective = (sums / counts.clamp(min=1)).sum() * batch.target_count / counts.count_nonzero().clamp(min=1)
-        return Losses(objective, {"loss": Sum(total, "targets")}, batch.target_rows.new_zeros(0))
+        return Losses(objective, {"loss": Sum(total, "targets")}, self._by_place(losses, targets, batch))
+
+    def _by_place(self, losses: Tensor, targets: Tensor, batch: Batch) -> Tensor:
+        """Return fp64 [2, PLACES + 1], sums and numbers of losses.
+
+        These are the losses at each part of the images, then those of patches with more than one colour. It is a
+        product, because atomic additions would give other bits in each run.
+        """
+        assert batch.plain is not None
+        rows, grids = batch.target_rows.clamp(min=0), batch.media.grids.to(losses.device)
+        first, count, *_ = grids.table[grids.owner[rows]].unbind(1)
+        place = (rows + 1 - first) * PLACES // count.clamp(min=1)
+        members = place[:, None] == torch.arange(PLACES, device=losses.device)
+        members = torch.cat([members, ~batch.plain[targets.clamp(min=0)][:, None]], 1) & (targets >= 0)[:, None]
+        values = torch.stack([losses.detach(), torch.ones_like(losses)])
+        return values.double() @ members.double()
+
+    def metrics(self, counts: Tensor) -> dict[str, Any]:
+        """Return the mean losses at each part of the images, and that of patches of several colours; NaN if none."""
+        *places, textured = (counts[0] / counts[1]).tolist()
+        return {"loss_textured": textured, "loss_by_place": places}
 
     def document_losses(self, batch: Batch) -> Tensor:
-        losses = self._losses(batch.media.values, batch.media.grids, batch.prefix, batch.target_rows)
+        losses, _ = self._losses(batch.media.values, batch.media.grids, batch.prefix, batch.target_rows)
         sums, counts = self._by_image(losses, batch)
         return sums / counts
 
@@ -89,20 +111,26 @@ class AIM(Model):
         """
         grids = as_grids(grids, pixels.device)
         rows = torch.from_numpy(next_patch_rows(grids.sizes or (), prefix.tolist())).to(pixels.device)
-        return self._losses(pixels, grids, prefix.to(pixels.device, torch.int32), rows).sum() / max(1, len(rows))
+        losses, _ = self._losses(pixels, grids, prefix.to(pixels.device, torch.int32), rows)
+        return losses.sum() / max(1, len(rows))
 
-    def _losses(self, pixels: Tensor, grids: Grids, prefix: Tensor | None, rows: Tensor) -> Tensor:
-        """Return the losses fp32 [R] of the patches after `rows` int64 [R], 0 where a row is -1."""
+    def _losses(self, pixels: Tensor, grids: Grids, prefix: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses fp32 [R] of the patches after `rows` int64 [R], 0 where a row is -1; and these patches.
+
+        The patches are int64 [R] in the order of the pixels, -1 where a row is -1.
+        """
         c, order = self.config.vision, self._order(grids, pixels.device)
         features = self.vision(pixels, grids, prefix, None, order)
         patches, targets = rows.clamp(min=0), torch.where(rows < 0, 0, rows + 1)
         if order is not None:
             patches, targets = order[patches], order[targets]
+        targets = torch.where(rows < 0, -1, targets)
         hidden = self.head(features.index_select(0, patches), grids.to(features.device), patches)
-        return patch_loss(
-            hidden, self.head.output.weight, self.head.output.bias, pixels, torch.where(rows < 0, -1, targets), grids,
-            patch_size=c.patch, mean=c.mean, std=c.std,
+        losses = patch_loss(
+            hidden, self.head.output.weight, self.head.output.bias, pixels, targets, grids, patch_size=c.patch,
+            mean=c.mean, std=c.std,
         )  # fmt: skip
+        return losses, targets
 
     def _order(self, grids: Grids, device: torch.device) -> Tensor | None:
         """Return the packed patches in the order of prediction, None for row by row."""

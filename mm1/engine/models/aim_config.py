@@ -8,7 +8,7 @@ from typing import Annotated
 
 from mm1.engine.layers.config import PixelHead, Vision
 from mm1.engine.models.image_input import ImageDraws, ImageInput
-from mm1.engine.settings import Count, MayChange, OneOf, Range, check
+from mm1.engine.settings import Count, CountOrZero, MayChange, OneOf, Range, check
 from mm1.errors import require
 
 Share = Annotated[float, Range(above=0, maximum=1)]
@@ -26,6 +26,9 @@ class AIMConfig:
     """Side in pixels that images are squashed to, a multiple of vision.patch; AIM's pre-training has 224."""
     image_patches: Annotated[Count, MayChange()] = 256
     """Largest number of patches of an image if image_mode is "native"; 256 is 16 × 16, an image of 224 pixels."""
+    image_min_patches: Annotated[CountOrZero, MayChange()] = 0
+    """Smallest number of patches if image_mode is "native" and each image is resized to a random number of patches up
+    to image_patches in training, as in AIMv2, where they are 128 and 4096; 0: images keep their size if it fits."""
     image_crop: Annotated[tuple[Share, Share], MayChange()] = (0.4, 1.0)
     """Smallest and largest share of an image's area that a crop has in training; its sides have a ratio of 3/4 to 4/3.
     [1.0, 1.0]: no crop. AIM's pre-training has 0.4 to 1."""
@@ -48,12 +51,16 @@ class AIMConfig:
         squash, patch, (smallest, largest) = self.image_mode == "squash", self.vision.patch, self.image_crop
         require(not squash or self.image_size % patch == 0, "setting model.image_size", self.image_size,
                 f"a multiple of the patch size {patch}")  # fmt: skip
+        limit = 0 if squash else self.image_patches
+        require(self.image_min_patches <= limit, "setting model.image_min_patches", self.image_min_patches,
+                f"at most {limit}" + " if model.image_mode is squash" * squash)  # fmt: skip
         require(smallest <= largest, "setting model.image_crop", self.image_crop, "the smaller share first")
 
     @property
     def images(self) -> ImageInput:
         """Return how the model takes images."""
-        draws = ImageDraws(self.image_crop, self.image_flip, self.prefix)
+        area = (self.image_min_patches, self.image_patches) if self.image_min_patches else None
+        draws = ImageDraws(self.image_crop, self.image_flip, self.prefix, area)
         return ImageInput(self.vision.patch, self.image_mode, self.image_size, self.image_patches, 1, 0, draws)
 
     @property

@@ -1,6 +1,9 @@
 """Describe how a model takes images, for the data package and inference."""
 
+import math
 from typing import NamedTuple
+
+ROWS = 16  # the number of target rows is a multiple of this, for the tiles of products
 
 
 class ImageDraws(NamedTuple):
@@ -9,6 +12,16 @@ class ImageDraws(NamedTuple):
     crop: tuple[float, float]  # smallest and largest share of the image's area that is cropped; (1, 1): the whole image
     flip: bool  # mirror every second image, at random
     prefix: str  # "uniform": of 1 to K - 1 of K patches, "causal": of 1 patch
+    area: tuple[int, int] | None = None  # smallest and largest number of patches of an image
+
+    def target_rows(self, patches: int, largest: int) -> int:
+        """Return the rows of the head that a sequence of `patches` patches needs for images of at most `largest`.
+
+        With uniform prefixes, N full images of P patches together have P/2 targets in the mean, with a standard
+        deviation of P / √(12 N). The result is √3 of them more, P/2 · (1 + 1/√N), which a single image never exceeds.
+        """
+        rows = patches if self.prefix == "causal" else (patches + math.sqrt(patches * largest)) / 2
+        return math.ceil(rows / ROWS) * ROWS
 
 
 class ImageInput(NamedTuple):

@@ -45,7 +45,8 @@ class Losses(NamedTuple):
 
     objective: fp32 [], the quantity to minimise, summed over the batch's target tokens; the trainer divides its
     gradients by the number of target tokens in the step. sums: named sums to log, "loss" among them, with the same
-    names for every batch. counts: int64 of any shape, empty if unused; summed over the step, then passed to `metrics`.
+    names for every batch. counts: int64 or fp64 of any shape, empty if unused; summed over the step, then passed to
+    `metrics`.
     """
 
     objective: Tensor

@@ -166,7 +166,9 @@ def _sequence(load: Workload) -> str:
     """Describe a sequence in words."""
     images = f"{len(load.grids)} images of {load.patches // max(load.images, 1)} patches"
     if load.prefixes is not None:
-        return f"a sequence is {images}; {load.targets} patches are targets, as many as the pixel head computes"
+        return (
+            f"a sequence is {images}; {load.targets} patches are targets, and the pixel head has {load.head_rows} rows"
+        )
     documents = f"{load.tokens} tokens in documents of {load.documents[0]}"
     return f"a sequence is {documents}, with {images}; {load.targets} tokens are targets"
 
@@ -220,7 +222,10 @@ def _images_alone(run: Run, draws: ImageDraws) -> Workload:
         1 if draws.prefix == "causal" else lengths[(2 * i + 1) * len(lengths) // (2 * images)] for i in range(images)
     ]
     targets = sum(view - prefix for prefix in prefixes)
-    return Workload([view] * images, [(1, view)] * images, targets, patches, d.images, patches, prefixes=prefixes)
+    return Workload(
+        [view] * images, [(1, view)] * images, targets, patches, d.images, patches, prefixes=prefixes,
+        computed_head_rows=draws.target_rows(patches, view),
+    )  # fmt: skip
 
 
 @cache

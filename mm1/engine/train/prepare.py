@@ -44,26 +44,21 @@ def prepare(c: ModelConfig, t: Train, world: World, dtype: torch.dtype, backend:
 
 
 def compile_blocks(model: Model, fullgraph: bool = False, **options: Any) -> None:
-    """Compile each kind of block once; its shapes are the packed budgets, except those of Segments and dynamic rows.
+    """Compile each kind of block once; its shapes are the packed budgets, except those of Segments.
 
     fullgraph: a graph break is an error. options: of torch.compile. Only `forward` is compiled, not the call with its
     hooks, which gather a block's parameters. Copies and pickles of the model are not compiled.
     """
     for block in model.blocks():
-        code = compiled(block.forward, dynamic_rows=block.dynamic_rows, dynamic=False, fullgraph=fullgraph, **options)
+        code = compiled(block.forward, dynamic=False, fullgraph=fullgraph, **options)
         block.replace_forward(code)
 
 
-def compiled(forward: Callable[..., Any], *, dynamic_rows: bool = False, **options: Any) -> Callable[..., Any]:
-    """Return a block's forward compiled for any segments. options: of torch.compile.
-
-    dynamic_rows: compile it for any number of rows of the first argument, from 2.
-    """
+def compiled(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return a block's forward compiled for any segments. options: of torch.compile."""
     code = torch.compile(forward, **options)
 
     def run(*arguments: Any) -> Any:
-        if dynamic_rows:
-            torch._dynamo.mark_dynamic(arguments[0], 0)
         for argument in arguments:
             if isinstance(argument, Segments):
                 argument.mark_dynamic()

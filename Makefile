@@ -1,4 +1,5 @@
-# Every target installs what it needs: `demo` few packages (stamp .venv/demo), all others everything (stamp .venv/ready).
+# Every target installs what it needs: `demo` and `demo-aim` few packages (stamp .venv/demo), all others everything
+# (stamp .venv/ready).
 # Packages are installed again when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,10 +9,13 @@ GPU_PYTHON ?= $(BIN)/python
 TUNE_SECONDS ?= 240
 GPUS := h200 h100 a100 b200 rtx4090 rtx5090 mi300x
 
-.PHONY: demo test test-slow chaos test-gpu first-contact lint docs bench bench-gpu tune-gpu tables check-tables clean
+.PHONY: demo demo-aim test test-slow chaos test-gpu first-contact lint docs bench bench-gpu tune-gpu tables check-tables clean
 
 demo: .venv/demo
 	$(BIN)/mm1 demo
+
+demo-aim: .venv/demo
+	$(BIN)/mm1 demo aim
 
 # Kernels are tested twice: their Triton source under Triton's interpreter, then their CPU implementations.
 test: .venv/ready

@@ -51,7 +51,7 @@ def test_three_hundred_prefill_batches_compile_at_most_six_variants_of_a_kernel(
     for launch in launches:
         variants[launch.name].add(repr((specialize(launch), launch.options)))
     counts = {name: len(codes) for name, codes in variants.items()}
-    tiled = {"_paged_kernel": 4, "_map_kernel": 4, "_up_kernel": 4, "_gemm_kernel": 4, "_combine_kernel": 2}
+    tiled = {"_paged_kernel": 4, "_map_kernel": 4, "_up_kernel": 5, "_gemm_kernel": 5, "_combine_kernel": 2}
     by_size = {"_merge_kernel": 6, "_few_kernel": 6}  # by splits, a power of two; two products by slots
     alone = dict.fromkeys(("map_kernel", "_forward_kernel", "_route_kernel", "_count_kernel", "_place_kernel"), 1)
     limits = {**alone, **tiled, **by_size}

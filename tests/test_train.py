@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -264,6 +266,21 @@ def test_a_display_writes_to_the_standard_error_of_its_moment(tmp_path, capsys):
     """Not to that of the import, which a notebook or a test replaces."""
     Display(tmp_path, small_run().train).warn("a full disk")
     assert "warning: a full disk" in capsys.readouterr().err
+
+
+def test_metrics_that_are_not_numbers_are_null_in_the_file(tmp_path):
+    """A part of the images without a target has no loss, and NaN is no JSON."""
+    display = Display(tmp_path, small_run(steps=9).train, out=io.StringIO())
+    line = dict.fromkeys(("loss", "lr", "fill", "image_fill", "grad_norm"), 0.5)
+    line |= dict.fromkeys(("tokens", "targets", "images", "seconds", "skipped", "data_seconds", "rewinds"), 1)
+    with display.run(0):
+        display.step(1, {**line, "loss_by_place": [0.25, math.nan], "loss_textured": math.nan})
+
+    def refused(name):
+        raise AssertionError(name)
+
+    written = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refused)
+    assert (written["loss"], written["loss_by_place"], written["loss_textured"]) == (0.5, [0.25, None], None)
 
 
 def test_a_hang_says_where_it_hangs(tmp_path):

@@ -69,7 +69,7 @@ def _of_run(folder: Path, metric: str, part: str | None) -> tuple[float, float, 
     steps, last = config["train"]["steps"], lines[-1]["step"] if lines else 0
     if last < steps:
         raise UserError(f"{folder} is at step {last} of {steps}: its final loss is not known yet")
-    losses = {line["step"]: line[metric] for line in lines if metric in line}
+    losses = {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
     names = ", ".join(name for name, value in lines[-1].items() if isinstance(value, float))
     require(bool(losses), "metric", metric, f"one of {folder}: {names}")
     final = [loss for step, loss in losses.items() if step > steps * (1 - FINAL)] or [losses[max(losses)]]

@@ -70,7 +70,7 @@ class AIM(Model):
         return values.double() @ members.double()
 
     def metrics(self, counts: Tensor) -> dict[str, Any]:
-        """Return the mean losses at each part of the images, and that of patches of several colours; NaN if none."""
+        """Return the mean losses at each part of the images, and that of patches of several colours, or NaN."""
         *places, textured = (counts[0] / counts[1]).tolist()
         return {"loss_textured": textured, "loss_by_place": places}
 

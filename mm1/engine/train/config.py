@@ -64,7 +64,7 @@ class Train:
     hang: Annotated[float, Range(minimum=0, maximum=10_000_000)] = 1800.0
     """Seconds without a finished step after which the stacks of all threads are printed; 0: never."""
     log_every: Count = 1
-    """Steps between two lines of the log; metrics.jsonl holds every step."""
+    """Steps between two lines of metrics.jsonl, which also has the last step."""
     tensorboard: bool = False
     """Write TensorBoard events too, into the run's folder; needs the package tensorboard."""
 

@@ -54,6 +54,13 @@ class Silent:
         """Ignore a bad step."""
 
 
+def _json(value: Any) -> Any:
+    """Return a metric or a list of them with null in the place of NaN, which JSON does not have."""
+    if isinstance(value, list):
+        return [_json(x) for x in value]
+    return None if value != value else value
+
+
 class Display:
     """Show the steps of a run in `folder`, and append their metrics to its metrics.jsonl.
 
@@ -97,7 +104,7 @@ class Display:
             self.board = self._board(step)
         self.last = step
         if step % self.train.log_every == 0 or step == self.train.steps:
-            self._write({"step": step, **metrics})
+            self._write({"step": step, **{name: _json(value) for name, value in metrics.items()}})
             for name, value in metrics.items() if self.board else ():
                 layers = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
                 for tag, scalar in layers.items():
